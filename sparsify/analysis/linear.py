@@ -1,0 +1,311 @@
+"""Linear sites: where a graph contracts an activation with a parameter.
+
+A site says which axis of its parameter counts output neurons, which counts input features and which counts experts,
+so that everything after sees (out_features, in_features) whatever the storage: ``nn.Linear``, GPT-2's ``Conv1D``,
+a transposed matmul, a 1×1 convolution, a stack of experts. A contraction with a parameter that is not understood is
+reported as :class:`Opaque` with the reason, never passed over.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, fx
+
+from sparsify.analysis.region import Flow
+from sparsify.program import Program
+
+aten = torch.ops.aten
+
+# A permutation of axes or a copy: a parameter seen through these is still that parameter.
+_SAME = {aten.alias, aten.detach, aten.to, aten.contiguous, aten.clone, aten._to_copy}
+_CONVOLUTIONS = {aten.conv1d, aten.conv2d, aten.conv3d}
+_GROUPED = {"grouped_mm_fallback", "_grouped_mm", "grouped_mm"}
+# Operators that multiply and add over an axis; what reads a parameter here and is no site is Opaque.
+_CONTRACTIONS = {
+    "linear", "addmm", "mm", "matmul", "bmm", "baddbmm", "addbmm", "einsum", "mv", "addmv", "dot", "vdot", "tensordot",
+    "inner", "bilinear", "conv1d", "conv2d", "conv3d", "convolution", "conv_transpose1d", "conv_transpose2d",
+    "conv_transpose3d", "conv_tbc", "scaled_dot_product_attention", "lstm", "gru", "rnn_tanh", "rnn_relu",
+    "lstm_cell", "gru_cell", "_scaled_mm", "_int_mm", "multi_head_attention_forward", "_native_multi_head_attention",
+} | _GROUPED  # fmt: skip
+# From a router's scores to the choice of experts, nothing but these happens.
+_ROUTING = {"softmax", "sigmoid", "view", "reshape", "to", "add", "_to_copy", "contiguous", "div", "sum", "topk",
+            "getitem", "squeeze", "float", "masked_fill", "scatter", "group_norm", "mul", "sub", "max"}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class LinearSite:
+    """One contraction of an activation with a parameter.
+
+    Attributes:
+        node: the contraction. ``activation``: its input. ``feature_dim``: the axis of that input that is summed over.
+        parameter: the parameter's name in the model; ``name`` is that of its module.
+        out_axis, in_axis, expert_axis: axes of the parameter (expert_axis None for a plain matrix).
+        shape: (out_features, in_features); ``experts``: how many such matrices the parameter stacks.
+        offsets: for experts, the node that holds where each expert's rows end in the activation.
+        block: name of the repeated block it is in ("model.layers.3"), or None.
+        router: True where its output chooses experts.
+    """
+
+    node: fx.Node
+    parameter: str
+    activation: fx.Node
+    feature_dim: int
+    out_axis: int
+    in_axis: int
+    expert_axis: int | None
+    shape: tuple[int, int]
+    experts: int = 1
+    offsets: fx.Node | None = None
+    block: str | None = None
+    router: bool = False
+
+    @property
+    def name(self) -> str:
+        return self.parameter.removesuffix(".weight")
+
+    @property
+    def kind(self) -> str:
+        """The name with its numbers left out: what the same site is called in every block."""
+        return re.sub(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.|$)", "*", self.name)
+
+    def matrices(self, weight: Tensor) -> Tensor:
+        """View the parameter as [experts, out_features, in_features], whatever its layout."""
+        lead = [] if self.expert_axis is None else [self.expert_axis]
+        rest = [a for a in range(weight.dim()) if a not in (*lead, self.out_axis, self.in_axis)]
+        moved = weight.permute(*lead, self.out_axis, self.in_axis, *rest)
+        return moved.reshape(self.experts, *self.shape)
+
+    def layout(self, matrices: Tensor, like: Tensor) -> Tensor:
+        """Undo :meth:`matrices`: [experts, out_features, in_features] to the parameter's own layout."""
+        lead = [] if self.expert_axis is None else [self.expert_axis]
+        rest = [a for a in range(like.dim()) if a not in (*lead, self.out_axis, self.in_axis)]
+        order = [*lead, self.out_axis, self.in_axis, *rest]
+        moved = matrices.reshape([like.shape[a] for a in order])
+        return moved.permute([order.index(a) for a in range(like.dim())]).contiguous()
+
+    def __str__(self) -> str:
+        stack = f"{self.experts} × " if self.expert_axis is not None else ""
+        return f"{self.name}: {stack}{self.shape[0]} output neurons × {self.shape[1]} inputs"
+
+
+@dataclass(frozen=True)
+class Opaque:
+    """A contraction with a parameter that cannot be pruned here, and why."""
+
+    node: fx.Node
+    parameters: tuple[str, ...]
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{', '.join(self.parameters)}: {self.reason}"
+
+
+@dataclass
+class InputGroup:
+    """Sites of one block that read the same activation: they share one set of statistics."""
+
+    activation: fx.Node
+    feature_dim: int
+    sites: list[LinearSite] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        return self.sites[0].name
+
+    @property
+    def block(self) -> str | None:
+        return self.sites[0].block
+
+    def __str__(self) -> str:
+        names = [site.name for site in self.sites]
+        prefix = names[0].rpartition(".")[0]
+        short = [n.removeprefix(prefix + ".") for n in names]
+        return f"{', '.join(short)} of {prefix or 'the model'} read {self.activation.name}"
+
+
+def find_sites(program: Program, flow: Flow | None = None) -> tuple[list[LinearSite], list[Opaque]]:
+    """All contractions with a parameter, in topological order: those understood, and those not."""
+    flow = flow or Flow.of(program)
+    sites: list[LinearSite] = []
+    opaque: list[Opaque] = []
+    for node in program.graph.nodes:
+        if node.op != "call_function" or _short(node) not in _CONTRACTIONS or node not in flow.varying:
+            continue
+        held = [a for a in node.all_input_nodes if flow.parameters.get(a)]
+        if _short(node) in ("linear", "addmm", "conv1d", "conv2d", "conv3d", "baddbmm", "scaled_dot_product_attention"):
+            held = [a for a in held if a is not _addend(node)]
+        if not held:
+            continue
+        found = _site(program, node)
+        if isinstance(found, LinearSite):
+            sites.append(found)
+        else:
+            names = tuple(sorted({p for a in held for p in flow.parameters[a]}))
+            opaque.append(Opaque(node, names, found))
+    return sites, opaque
+
+
+def group_by_input(sites: list[LinearSite]) -> list[InputGroup]:
+    """Sites by (block, activation), ordered by the first site of each group."""
+    groups: dict[tuple[object, ...], InputGroup] = {}
+    for site in sites:
+        key = (site.block, site.activation, site.feature_dim, site.experts, site.offsets)
+        groups.setdefault(key, InputGroup(site.activation, site.feature_dim)).sites.append(site)
+    return list(groups.values())
+
+
+def block_of(parameter: str) -> str | None:
+    """The repeated block that a parameter is in: its name up to the first number under a named container.
+
+    ``stages.N`` of vision models only gathers blocks of one width; the block is the number below it.
+    """
+    match = re.match(r"(?:[^.]+\.)*?stages\.\d+\.[a-z_]+\.\d+(?=\.)", parameter) or re.match(
+        r"[^.\d][^.]*(?:\.[^.\d][^.]*)*\.\d+(?=\.)", parameter
+    )
+    return match[0] if match else None
+
+
+def _short(node: fx.Node) -> str:
+    packet = getattr(node.target, "_overloadpacket", None)
+    return getattr(packet, "__name__", getattr(node.target, "__name__", str(node.target))).rstrip("_") or "_"
+
+
+def _addend(node: fx.Node) -> object:
+    """The operand that is added, not multiplied: a bias, or an attention mask."""
+    if _short(node) in ("addmm", "baddbmm"):
+        return node.args[0]
+    if _short(node) == "scaled_dot_product_attention":
+        return node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
+    return node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")
+
+
+def _site(program: Program, node: fx.Node) -> LinearSite | str:
+    """The site at ``node``, or why it is none."""
+    packet = getattr(node.target, "_overloadpacket", None)
+    if packet is aten.linear:
+        return _matrix_site(program, node, node.args[0], node.args[1], transposed=True)
+    if packet in (aten.mm, aten.matmul, aten.bmm, aten.addmm):
+        left, right = node.args[1:3] if packet is aten.addmm else node.args[:2]
+        if isinstance(right, fx.Node) and _through(program, right):
+            return _matrix_site(program, node, left, right, transposed=False)
+        if isinstance(left, fx.Node) and _through(program, left):
+            return _left_site(program, node, left, right)
+        return "the parameter is computed with before it is multiplied"
+    if packet in _CONVOLUTIONS:
+        return _convolution_site(program, node)
+    if _short(node) in _GROUPED:
+        return _matrix_site(program, node, node.args[0], node.args[1], transposed=False, offsets=node.args[2])
+    return f"the operator {_short(node)} is not one whose weight sparsify can prune"
+
+
+def _through(program: Program, node: object) -> tuple[fx.Node, list[int]] | None:
+    """The ``get_attr`` behind ``node`` and, for each axis of ``node``, that of the parameter; None if computed."""
+    if not isinstance(node, fx.Node):
+        return None
+    if node.op == "get_attr":
+        return (node, list(range(node.meta["val"].dim()))) if program.parameter(node) else None
+    packet = getattr(node.target, "_overloadpacket", None)
+    inner = _through(program, node.args[0]) if node.args else None
+    if inner is None:
+        return None
+    source, axes = inner
+    if packet in _SAME:
+        return inner
+    if packet in (aten.t, aten.numpy_T):
+        return source, axes[::-1]
+    if packet is aten.transpose:
+        a, b = (int(i) for i in node.args[1:3])  # type: ignore[arg-type]
+        axes[a], axes[b] = axes[b], axes[a]
+        return source, axes
+    if packet is aten.permute:
+        return source, [axes[i] for i in node.args[1]]  # type: ignore[index,union-attr]
+    return None
+
+
+def _matrix_site(
+    program: Program, node: fx.Node, x: object, w: object, *, transposed: bool, offsets: object = None
+) -> LinearSite | str:
+    found = _through(program, w)
+    if found is None or not isinstance(x, fx.Node):
+        return "the parameter is computed with before it is multiplied"
+    source, axes = found
+    if len(axes) not in (2, 3) or (len(axes) == 3 and transposed):
+        return f"a parameter of {len(axes)} dimensions is no matrix"
+    out, inner = (axes[-2], axes[-1]) if transposed else (axes[-1], axes[-2])
+    expert = axes[0] if len(axes) == 3 else None
+    if expert is not None and offsets is None and x.meta["val"].dim() != 3:
+        return "a stack of matrices multiplies an activation that is not split by expert"
+    return _make(program, node, source, x, -1, out, inner, expert, offsets)
+
+
+def _left_site(program: Program, node: fx.Node, w: fx.Node, x: object) -> LinearSite | str:
+    """``W @ x``: the input features are the last axis but one of the activation (Mamba's dt_proj)."""
+    found = _through(program, w)
+    if found is None or len(found[1]) != 2 or not isinstance(x, fx.Node) or x.meta["val"].dim() < 2:
+        return "only a matrix may stand on the left of an activation"
+    source, axes = found
+    return _make(program, node, source, x, -2, axes[0], axes[1], None, None)
+
+
+def _convolution_site(program: Program, node: fx.Node) -> LinearSite | str:
+    found = _through(program, node.args[1])
+    if found is None:
+        return "the kernel is computed before it is applied"
+    kernel = found[0].meta["val"].shape[2:]
+    groups = node.args[6] if len(node.args) > 6 else node.kwargs.get("groups", 1)
+    if groups != 1:
+        return f"a convolution in {groups} groups"
+    if any(k != 1 for k in kernel):
+        return f"a {'×'.join(map(str, kernel))} convolution (only 1×1 is a linear site)"
+    strides = node.args[3] if len(node.args) > 3 else node.kwargs.get("stride", 1)
+    if any(s != 1 for s in (strides if isinstance(strides, (list, tuple)) else [strides])):
+        return "a strided 1×1 convolution, whose input it reads only in part"
+    x = node.args[0]
+    assert isinstance(x, fx.Node)
+    return _make(program, node, found[0], x, -1 - len(kernel), 0, 1, None, None)
+
+
+def _make(
+    program: Program,
+    node: fx.Node,
+    source: fx.Node,
+    x: fx.Node,
+    feature_dim: int,
+    out: int,
+    inner: int,
+    expert: int | None,
+    offsets: object,
+) -> LinearSite:
+    shape = source.meta["val"].shape
+    name = program.weights.canonical(str(source.target))
+    return LinearSite(
+        node=node,
+        parameter=name,
+        activation=x,
+        feature_dim=feature_dim,
+        out_axis=out,
+        in_axis=inner,
+        expert_axis=expert,
+        shape=(shape[out], shape[inner]),
+        experts=1 if expert is None else shape[expert],
+        offsets=offsets if isinstance(offsets, fx.Node) else None,
+        block=block_of(name),
+        router=_chooses_experts(node),
+    )
+
+
+def _chooses_experts(node: fx.Node) -> bool:
+    """Whether the output reaches a ``topk`` through score arithmetic alone."""
+    seen, todo = {node}, [node]
+    while todo:
+        for user in todo.pop().users:
+            if user in seen or user.op != "call_function" or _short(user) not in _ROUTING:
+                continue
+            if _short(user) == "topk":
+                return True
+            seen.add(user)
+            todo.append(user)
+    return False

@@ -1,0 +1,63 @@
+"""Every way in which sparsify refuses, as a small closed set of types.
+
+Each error says three things: what was asked, what was found, and what to do about it.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class SparsifyError(Exception):
+    """Base of every error that sparsify raises on purpose.
+
+    ``exit_code`` is what the command line ends with: 2 where the words of the command are wrong, 1 where
+    the world (a file, a model, the data) is.
+    """
+
+    exit_code = 1
+
+    def __init__(self, asked: str, *, found: str, do: str) -> None:
+        self.asked, self.found, self.do = asked, found, do
+        super().__init__(f"{asked}: {found}. {do}")
+
+
+class SpecError(SparsifyError):
+    """A pass, an option or a name pattern that cannot be meant."""
+
+    exit_code = 2
+
+
+class PatternError(SpecError):
+    """A sparsity pattern that does not exist, or scores that it cannot be applied to."""
+
+
+class CheckpointError(SparsifyError):
+    """A model folder that is missing, broken, or disagrees with its own config."""
+
+
+class TraceError(SparsifyError):
+    """A model that cannot be captured as a graph."""
+
+
+class CalibrationError(SparsifyError):
+    """Calibration data, or the statistics computed from it, that cannot be used."""
+
+
+class BackendError(SparsifyError):
+    """An output that cannot be written."""
+
+
+class VerifyError(SparsifyError):
+    """A result that breaks its own promise: a bug in a pass, never the user's fault."""
+
+
+def near(word: str, known: Iterable[str], limit: int = 4) -> str:
+    """Say which of ``known`` look like ``word``, as a clause for an error's ``do``."""
+    names = sorted(known)
+    close = difflib.get_close_matches(word, names, n=limit, cutoff=0.5)
+    if close:
+        return "near names: " + ", ".join(close)
+    shown = ", ".join(names[:limit])
+    return f"known names: {shown}{', …' if len(names) > limit else ''}" if names else "there are none"

@@ -1,0 +1,256 @@
+"""What a user names as the model: a folder, a hub id, or a module in memory.
+
+A folder's model is built from its config without memory for its parameters, so opening one is cheap however large.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from sparsify.checkpoint import PICKLED, PICKLED_INDEX, WEIGHTS, Checkpoint, MemoryStore, TensorStore
+from sparsify.errors import CheckpointError, TraceError
+from sparsify.weights import Weights, weights_of_checkpoint, weights_of_module
+
+
+@dataclass
+class Source:
+    """An opened model: its structure, its parameters, and where it came from.
+
+    ``module`` is a skeleton (see :func:`build_skeleton`) for a folder and the user's own for a module; ``folder`` is None for
+    a module in memory.
+    """
+
+    name: str
+    module: nn.Module
+    weights: Weights
+    folder: Path | None = None
+    checkpoint: Checkpoint | None = None
+    trust_remote_code: bool = False
+    _tokenizer: Any = field(default=None, repr=False)
+
+    @property
+    def config(self) -> Any:
+        """The Hugging Face config, or None for any other module."""
+        return getattr(self.module, "config", None)
+
+    @property
+    def is_transformers(self) -> bool:
+        return _is_transformers(self.module)
+
+    @property
+    def context_length(self) -> int | None:
+        config = self.config
+        text = config.get_text_config() if hasattr(config, "get_text_config") else config
+        for key in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"):
+            if isinstance(value := getattr(text, key, None), int) and value > 0:
+                return value
+        return None
+
+    @property
+    def vocab_size(self) -> int | None:
+        config = self.config
+        text = config.get_text_config() if hasattr(config, "get_text_config") else config
+        return getattr(text, "vocab_size", None)
+
+    def tokenizer(self) -> Any:
+        """The folder's tokenizer.
+
+        Raises:
+            CheckpointError: there is none.
+        """
+        if self._tokenizer is None:
+            from transformers import AutoTokenizer
+
+            if self.folder is None:
+                raise CheckpointError(
+                    f"a tokenizer for {self.name}",
+                    found="a module in memory, which has none",
+                    do="Give calibration as token ids (LongTensors [batch, sequence])",
+                )
+            try:
+                self._tokenizer = AutoTokenizer.from_pretrained(
+                    self.folder, trust_remote_code=self.trust_remote_code, local_files_only=True
+                )
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                raise CheckpointError(
+                    f"a tokenizer for {self.name}",
+                    found=f"none that loads in {self.folder} ({str(error).splitlines()[0]})",
+                    do="Add its tokenizer files, or give token ids in a .safetensors file",
+                ) from error
+        return self._tokenizer
+
+
+def open_source(
+    model: str | Path | nn.Module, *, allow_bin: bool = False, trust_remote_code: bool = False
+) -> Source:
+    """Open ``model`` without reading its weights.
+
+    Args:
+        model: a local Hugging Face folder, a hub id, or a module.
+        allow_bin: read ``pytorch_model.bin`` (with ``weights_only=True``) where there is no safetensors.
+        trust_remote_code: run Python that the folder brings along.
+
+    Raises:
+        CheckpointError: no such model, or a broken one.
+    """
+    if isinstance(model, nn.Module):
+        return Source(type(model).__name__.lower(), model, weights_of_module(model))
+    folder = _find_folder(model)
+    store: TensorStore
+    if allow_bin and not (folder / WEIGHTS).exists() and _pickles(folder):
+        store = _read_pickles(folder)
+    else:
+        store = Checkpoint(folder)
+    module = build_skeleton(folder, trust_remote_code)
+    weights = weights_of_checkpoint(module, store)
+    checkpoint = store if isinstance(store, Checkpoint) else None
+    # The hub's cache names a folder by its commit; the model's own name serves outputs better.
+    name = folder.name if Path(model).expanduser().exists() else str(model).rpartition("/")[2]
+    return Source(name, module, weights, folder, checkpoint, trust_remote_code)
+
+
+def build_skeleton(folder: Path, trust_remote_code: bool = False) -> nn.Module:
+    """The model that ``folder``'s config.json describes, in eval mode, with parameters that take no memory.
+
+    The parameters are fake tensors that claim to be on the CPU: traced on the plain meta device, literal tensors in
+    a model's code (Falcon's index lists) would lose their numbers. Buffers that no checkpoint holds
+    (rotary frequencies) are real and computed.
+    """
+    from transformers import AutoConfig
+
+    if not (folder / "config.json").exists():
+        raise CheckpointError(f"config.json of {folder}", found="no such file", do="Is this a model folder?")
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError, json.JSONDecodeError) as error:
+        raise CheckpointError(
+            f"config.json of {folder}",
+            found=f"transformers cannot read it ({str(error).strip().splitlines()[0]})",
+            do="Check the file; a model with code of its own needs --trust-remote-code",
+        ) from error
+    if getattr(config, "quantization_config", None) is not None:
+        raise CheckpointError(
+            f"model {folder}",
+            found="a quantized checkpoint (quantization_config in config.json)",
+            do="Prune the unquantized model, then quantize the result",
+        )
+    try:
+        with torch.device("meta"):
+            model = _model_class(config, trust_remote_code, folder)
+    except (ValueError, TypeError, AttributeError, RuntimeError, KeyError, ZeroDivisionError) as error:
+        raise CheckpointError(
+            f"model of {folder}",
+            found=f"its config.json builds no model ({str(error).strip().splitlines()[0]})",
+            do="Compare config.json with the one that the model was published with",
+        ) from error
+    _restore_buffers(model)
+    _fake_parameters(model)
+    return model.eval()
+
+
+def _model_class(config: Any, trust_remote_code: bool, folder: Path) -> nn.Module:
+    import transformers
+
+    dtype = getattr(config, "dtype", None) or torch.float32
+    names = list(getattr(config, "architectures", None) or [])
+    kind = getattr(transformers, names[0], None) if names else None
+    if kind is not None:
+        return kind._from_config(config, dtype=dtype)
+    auto = transformers.AutoModelForCausalLM if names and "CausalLM" in names[0] else transformers.AutoModel
+    return auto.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+
+
+def _restore_buffers(model: Any) -> None:
+    for name, buffer in list(model.named_non_persistent_buffers(remove_duplicate=False)):
+        parent, _, leaf = name.rpartition(".")
+        owner = model.get_submodule(parent)
+        setattr(owner, leaf, torch.full_like(buffer, 0, device="cpu"))
+    owners = {n.rpartition(".")[0] for n, _ in model.named_non_persistent_buffers(remove_duplicate=False)}
+    with torch.no_grad():
+        for parent in owners:
+            # Initialises the parameters too, which costs nothing on the meta device.
+            model._init_weights(model.get_submodule(parent))
+
+
+def _fake_parameters(model: nn.Module) -> None:
+    fakes: dict[int, nn.Parameter] = {}
+    with FakeTensorMode():
+        for module in model.modules():
+            for tensors in (module._parameters, module._buffers):
+                for name, tensor in tensors.items():
+                    if tensor is None or not tensor.is_meta:
+                        continue
+                    fake = torch.empty(tensor.shape, dtype=tensor.dtype)
+                    if isinstance(tensor, nn.Parameter):
+                        fake = nn.Parameter(fake, requires_grad=False)
+                    # One fake per tensor: tied weights stay one object.
+                    tensors[name] = fakes.setdefault(id(tensor), fake)  # type: ignore[arg-type,assignment]
+
+
+def _find_folder(model: str | Path) -> Path:
+    path = Path(model).expanduser()
+    if path.exists():
+        return path.absolute()
+    text = str(model)
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", text) or text.startswith("."):
+        raise CheckpointError(f"model {text}", found="no such folder", do="Check the path")
+    from huggingface_hub import snapshot_download
+
+    try:
+        found = snapshot_download(
+            text, allow_patterns=["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.py"]
+        )
+    except Exception as error:  # the hub raises a dozen kinds, all of which mean: it cannot be had
+        raise CheckpointError(
+            f"model {text}",
+            found=f"no such folder here, and the hub did not give it ({type(error).__name__})",
+            do="Check the path; for a hub id check the name, the network and your token",
+        ) from error
+    return Path(found)
+
+
+def _pickles(folder: Path) -> list[Path]:
+    if (folder / PICKLED).exists():
+        return [folder / PICKLED]
+    if (folder / PICKLED_INDEX).exists():
+        names = set(json.loads((folder / PICKLED_INDEX).read_text())["weight_map"].values())
+        return [folder / Path(name).name for name in sorted(names)]
+    return []
+
+
+def _read_pickles(folder: Path) -> MemoryStore:
+    tensors: dict[str, torch.Tensor] = {}
+    for path in _pickles(folder):
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except Exception as error:  # unpickling refuses in many ways, all of them final
+            raise CheckpointError(
+                f"weights file {path}",
+                found=f"torch's weights_only loader refuses it ({str(error).strip().splitlines()[0]})",
+                do="Do not load it; ask the author for safetensors",
+            ) from error
+        tensors |= {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
+    return MemoryStore(None, tensors)
+
+
+def _is_transformers(module: nn.Module) -> bool:
+    return hasattr(module, "config") and hasattr(module, "save_pretrained")
+
+
+def require_real(module: nn.Module) -> None:
+    """Raise TraceError where a module given in Python still lies on the meta device."""
+    for name, parameter in module.named_parameters():
+        if parameter.is_meta:
+            raise TraceError(
+                f"pruning {type(module).__name__}",
+                found=f"parameter {name} is on the meta device and holds no numbers",
+                do="Load the weights, or give the model's folder instead of the module",
+            )

@@ -1,0 +1,244 @@
+"""Parameters of a captured model, read from and written to the tensors of its checkpoint.
+
+A checkpoint often names or cuts its tensors otherwise than the running model: Mixtral stores each expert apart, ViT
+renames its projections. ``transformers`` knows the conversions; this file applies them to one parameter at a time,
+forwards to read and backwards to write, so that nothing but that parameter is in memory.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsify.checkpoint import TensorStore
+from sparsify.errors import CheckpointError, near
+
+
+@dataclass
+class Conversion:
+    """Checkpoint tensors that together become parameters, by way of a ``transformers`` converter.
+
+    ``sources`` are (checkpoint name, converter's pattern); ``targets`` are parameter names.
+    """
+
+    converter: Any
+    sources: list[tuple[str, str]]
+    targets: list[str] = field(default_factory=list)
+
+
+class Weights:
+    """Read and write parameters by their name in the model (its fully qualified name).
+
+    Args:
+        store: where the checkpoint's tensors lie.
+        renamed: parameter name to checkpoint name, for those that are one tensor.
+        converted: parameter name to its conversion, for the others.
+        aliases: parameter name to the parameter that it is tied to.
+        model: the module on the meta device, needed to convert backwards.
+    """
+
+    def __init__(
+        self,
+        store: TensorStore,
+        renamed: Mapping[str, str],
+        converted: Mapping[str, Conversion] | None = None,
+        aliases: Mapping[str, str] | None = None,
+        model: nn.Module | None = None,
+    ) -> None:
+        self.store = store
+        self.aliases = dict(aliases or {})
+        self._renamed = dict(renamed)
+        self._converted = dict(converted or {})
+        self._model = model
+
+    def on(self, store: TensorStore) -> Weights:
+        """The same parameters over another store with the same tensors."""
+        return Weights(store, self._renamed, self._converted, self.aliases, self._model)
+
+    def canonical(self, name: str) -> str:
+        return self.aliases.get(name, name)
+
+    def __contains__(self, name: str) -> bool:
+        name = self.canonical(name)
+        return name in self._renamed or name in self._converted
+
+    def sources(self, name: str) -> list[str]:
+        """Names of the checkpoint tensors that hold parameter ``name``."""
+        name = self.canonical(name)
+        if name in self._converted:
+            return [source for source, _ in self._converted[name].sources]
+        return [self._renamed[name]]
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The dtype in which the checkpoint stores parameter ``name``."""
+        return self.store.dtype(self.sources(name)[0])
+
+    def read(self, name: str) -> Tensor:
+        """Return parameter ``name`` as stored, in the checkpoint's dtype."""
+        name = self.canonical(name)
+        if name in self._converted:
+            return self._convert(self._converted[name])[name]
+        return self.store.read(self._renamed[name])
+
+    def write(self, name: str, tensor: Tensor, only: set[str] | None = None) -> None:
+        """Store parameter ``name``; of several checkpoint tensors, only those named in ``only``.
+
+        Raises:
+            CheckpointError: the conversion cannot be reversed exactly.
+        """
+        name = self.canonical(name)
+        if name not in self._converted:
+            self.store.write(self._renamed[name], tensor)
+            return
+        conversion = self._converted[name]
+        parts = {name: tensor}
+        if len(conversion.targets) > 1:
+            parts = self._convert(conversion) | parts
+        from transformers.core_model_loading import revert_weight_conversion
+
+        reverted = revert_weight_conversion(self._model, parts)
+        known = {source for source, _ in conversion.sources}
+        if reverted.keys() != known:
+            raise CheckpointError(
+                f"writing {name}",
+                found=f"transformers turns it back into {sorted(reverted)[:3]}…, the folder holds {sorted(known)[:3]}…",
+                do="Save the model again with this version of transformers, then prune that folder",
+            )
+        for source, value in reverted.items():
+            if only is None or source in only:
+                self.store.write(source, value.to(self.store.dtype(source)).contiguous())
+        if only is None and not torch.equal(self.read(name), tensor):
+            raise CheckpointError(
+                f"writing {name}",
+                found="reading it back gives other values",
+                do="This conversion does not reverse; ignore this parameter with --ignore",
+            )
+
+    def _convert(self, conversion: Conversion) -> dict[str, Tensor]:
+        return run_converter(conversion, {name: self.store.read(name) for name, _ in conversion.sources}, self._model)
+
+
+def run_converter(
+    conversion: Conversion, tensors: Mapping[str, Tensor], model: nn.Module | None
+) -> dict[str, Tensor]:
+    """Apply a conversion to the tensors of its sources; the result is keyed by parameter name."""
+    converter = copy.deepcopy(conversion.converter)
+    for name, pattern in conversion.sources:
+        converter.add_tensor(conversion.targets[0], name, pattern, tensors[name])
+    config = getattr(model, "config", None)
+    result = converter.convert(conversion.targets[0], model=model, config=config)
+    return {name: value[0] if isinstance(value, list) else value for name, value in result.items()}
+
+
+def tied_names(model: nn.Module) -> dict[str, str]:
+    """Each parameter or buffer name that is another's tensor, with the first name of that tensor."""
+    first: dict[int, str] = {}
+    aliases = {}
+    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    for name, tensor in named:
+        if first.setdefault(id(tensor), name) != name:
+            aliases[name] = first[id(tensor)]
+    return aliases
+
+
+def weights_of_module(model: nn.Module) -> Weights:
+    """The parameters of a module in memory, whose tensors are read and never changed."""
+    from sparsify.checkpoint import MemoryStore
+
+    aliases = tied_names(model)
+    own = {n: p.detach() for n, p in model.named_parameters() if n not in aliases}
+    own |= {n: b.detach() for n, b in model.named_buffers() if n not in aliases}
+    return Weights(MemoryStore(MemoryStore(None, own)), {name: name for name in own}, aliases=aliases)
+
+
+def weights_of_checkpoint(model: nn.Module, store: TensorStore) -> Weights:
+    """Match the tensors of ``store`` to the parameters of a ``transformers`` model on the meta device.
+
+    Raises:
+        CheckpointError: a tensor that the config has no place for, a parameter without a tensor, or a shape that
+            disagrees.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+
+    transforms = get_model_conversion_mapping(model)
+    renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
+    converters = [t for t in transforms if isinstance(t, WeightConverter)]
+    by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
+    aliases = tied_names(model)
+    wanted = model.state_dict()
+    prefix = getattr(model, "base_model_prefix", "")
+
+    renamed: dict[str, str] = {}
+    groups: dict[str, Conversion] = {}
+    unexpected = []
+    for key in sorted(store.names(), key=dot_natural_key):
+        name, pattern = rename_source_key(key, renamings, converters, prefix, wanted)
+        if name not in wanted and key in wanted:
+            name, pattern = rename_source_key(key, [], [], base_model_prefix=prefix, meta_state_dict=wanted)
+        if name not in wanted:
+            unexpected.append(key)
+        elif pattern is None:
+            renamed[aliases.get(name, name)] = key
+        else:
+            group = groups.setdefault(name, Conversion(by_pattern[pattern], [], [name]))
+            group.sources.append((key, pattern))
+
+    shapes = {name: store.shape(key) for name, key in renamed.items()}
+    converted: dict[str, Conversion] = {}
+    for conversion in groups.values():
+        dry = {key: torch.empty(store.shape(key), device="meta") for key, _ in conversion.sources}
+        result = run_converter(conversion, dry, model)
+        conversion.targets = sorted(result, key=lambda name: name != conversion.targets[0])
+        for name, tensor in result.items():
+            name = aliases.get(name, name)
+            converted[name], shapes[name] = conversion, tensor.shape
+    _check_complete(model, wanted, shapes, unexpected, aliases, len(list(store.names())))
+    # What transformers remembers after loading: the conversions to undo when a parameter is written back.
+    model._weight_conversions = [t for t in transforms if t.was_used()]  # type: ignore[assignment]
+    return Weights(store, renamed, converted, aliases, model)
+
+
+def _check_complete(
+    model: nn.Module,
+    wanted: Mapping[str, Tensor],
+    shapes: Mapping[str, torch.Size],
+    unexpected: list[str],
+    aliases: Mapping[str, str],
+    total: int,
+) -> None:
+    allowed = list(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or []) + [r"rotary_emb\.inv_freq"]
+    unexpected = [key for key in unexpected if not any(re.search(pattern, key) for pattern in allowed)]
+    optional = list(getattr(model, "_keys_to_ignore_on_load_missing", None) or [])
+    missing = [
+        name
+        for name in wanted
+        if aliases.get(name, name) not in shapes
+        and not any(re.search(pattern, name) for pattern in optional)
+    ]
+    kind = type(model).__name__
+    if unexpected:
+        raise CheckpointError(
+            f"weights for {kind}",
+            found=f"{len(unexpected)} of {total} tensors have no place in the config's model, first {unexpected[0]}",
+            do=f"Does config.json belong to these weights? {near(unexpected[0], wanted).capitalize()}",
+        )
+    if missing:
+        raise CheckpointError(
+            f"weights for {kind}",
+            found=f"{len(missing)} parameters have no tensor in the folder, first {missing[0]}",
+            do="Does config.json belong to these weights, and is every shard there?",
+        )
+    for name, shape in shapes.items():
+        if wanted[name].shape != shape:
+            raise CheckpointError(
+                f"tensor {name}",
+                found=f"shape {tuple(shape)} in the folder, {tuple(wanted[name].shape)} by config.json",
+                do="Does config.json belong to these weights?",
+            )
