@@ -68,6 +68,10 @@ class Weights:
         name = self.canonical(name)
         return name in self._renamed or name in self._converted
 
+    def parameters(self) -> list[str]:
+        """Names of all parameters, ties counted once."""
+        return [*self._renamed, *self._converted]
+
     def sources(self, name: str) -> list[str]:
         """Names of the checkpoint tensors that hold parameter ``name``."""
         name = self.canonical(name)

@@ -251,10 +251,8 @@ def _left_site(program: Program, node: fx.Node, w: fx.Node, x: object) -> Linear
 
 
 def _convolution_site(program: Program, node: fx.Node) -> LinearSite | str:
-    found = _through(program, node.args[1])
-    if found is None:
-        return "the kernel is computed before it is applied"
-    kernel = found[0].meta["val"].shape[2:]
+    assert isinstance(node.args[1], fx.Node)
+    kernel = node.args[1].meta["val"].shape[2:]
     groups = node.args[6] if len(node.args) > 6 else node.kwargs.get("groups", 1)
     if groups != 1:
         return f"a convolution in {groups} groups"
@@ -263,8 +261,9 @@ def _convolution_site(program: Program, node: fx.Node) -> LinearSite | str:
     strides = node.args[3] if len(node.args) > 3 else node.kwargs.get("stride", 1)
     if any(s != 1 for s in (strides if isinstance(strides, (list, tuple)) else [strides])):
         return "a strided 1×1 convolution, whose input it reads only in part"
-    x = node.args[0]
-    assert isinstance(x, fx.Node)
+    found, x = _through(program, node.args[1]), node.args[0]
+    if found is None or not isinstance(x, fx.Node):
+        return "the kernel is computed before it is applied"
     return _make(program, node, found[0], x, -1 - len(kernel), 0, 1, None, None)
 
 

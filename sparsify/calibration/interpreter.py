@@ -1,0 +1,180 @@
+"""The calibration interpreter: a ``torch.fx.Interpreter`` that runs one region over all batches, then the next.
+
+A weight is loaded when its region begins and freed when the region ends; values that do not depend on the batch are
+computed once; between regions only live values are kept, in an :class:`ActivationStore`. So memory follows the
+largest region and the store's budget, never the depth of the model.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from sparsify.analysis.region import Flow, root_of
+from sparsify.calibration.store import ActivationStore
+from sparsify.errors import TraceError
+from sparsify.program import Program
+
+Watch = Callable[[int, fx.Node, dict[fx.Node, Any]], None]
+
+
+class Interpreter(fx.Interpreter):
+    """Run regions of ``program`` over ``batches`` (input name to tensor), in order, from the first node on."""
+
+    def __init__(
+        self,
+        program: Program,
+        flow: Flow,
+        batches: Sequence[dict[str, Tensor]],
+        store: ActivationStore,
+        device: torch.device,
+    ) -> None:
+        super().__init__(program.graph_module, garbage_collect_values=False)
+        self.program, self.flow, self.batches, self.store, self.device = program, flow, batches, store, device
+        self.resident: dict[fx.Node, Any] = {}
+        self.pinned: set[fx.Node] = set()
+
+    def region(
+        self,
+        start: int,
+        stop: int,
+        end: int,
+        *,
+        watch: set[fx.Node] | None = None,
+        on_value: Watch | None = None,
+        again: bool = False,
+        wanted: set[fx.Node] | None = None,
+        after_batch: Callable[[], None] | None = None,
+    ) -> None:
+        """Run the nodes at positions [start, stop) on every batch.
+
+        Args:
+            end: the last position that will ever run: what only later nodes read is not kept.
+            watch: nodes of interest; ``on_value(batch, node, values)`` is called for each as soon as it is
+                computed, or at the beginning for one that was live already; ``values`` is node to value.
+            again: the region will be run again: live values are kept and nothing is stored for later.
+            wanted: compute only what these nodes need.
+        """
+        flow, watch = self.flow, watch or set()
+        self._enter(start, stop)
+        needed = flow.varying if wanted is None else flow.needs(start, stop, wanted)
+        nodes = [n for n in flow.order[start:stop] if n in needed and n.op == "call_function"]
+        entering = [n for n in flow.live(start, end) if n in watch or flow.read_within(n, start, stop)]
+        leaving = [] if again else [n for n in flow.live(stop, end) if flow.position[n] >= start]
+        dying = self._deaths(nodes, entering, leaving)
+        copied = self._written_inside(entering, start, stop) if again else set()
+        for index, batch in enumerate(self.batches):
+            values: dict[fx.Node, Any] = {
+                node: batch[node.meta["input"]].to(self.device) for node in self.program.inputs
+            }
+            for node in entering:
+                keep = again or flow.read_within(node, stop, end)
+                value = self.store.take(index, node.name, self.device, keep=keep)
+                values[node] = value.clone() if node in copied and isinstance(value, Tensor) else value
+            self.env = {**self.resident, **values}
+            if on_value is not None:
+                for node in watch:
+                    if node in values:
+                        on_value(index, node, self.env)
+            for node in nodes:
+                self.env[node] = self._run(node)
+                if on_value is not None and node in watch:
+                    on_value(index, node, self.env)
+                for dead in dying.get(node, ()):
+                    del self.env[dead]
+            for node in leaving:
+                self.store.put(index, node.name, self.env[node])
+            self.env = {}
+            if after_batch is not None:
+                after_batch()
+        self._leave(stop, again)
+
+    def _deaths(
+        self, nodes: list[fx.Node], entering: list[fx.Node], leaving: list[fx.Node]
+    ) -> dict[fx.Node, list[fx.Node]]:
+        """For each node that runs, the values that are of no more use in this region once it has run."""
+        deaths: dict[fx.Node, list[fx.Node]] = {}
+        kept = set(leaving)
+        positions = [self.flow.position[node] for node in nodes]
+        for value in (*entering, *nodes):
+            if value in kept or not nodes:
+                continue
+            uses = [p for p in self.flow.uses[value] if p <= positions[-1]]
+            last = max(uses, default=self.flow.position[value])
+            # The last node to run at or before that use; a value that is held may outlive its last reader.
+            at = bisect_left(positions, last)
+            at = at if at < len(positions) and positions[at] == last else min(at, len(positions) - 1)
+            deaths.setdefault(nodes[at], []).append(value)
+        return deaths
+
+    def release(self, parameter: str, value: Tensor | None = None) -> None:
+        """Forget what was computed from ``parameter``; with ``value``, go on with that instead."""
+        for node in list(self.resident):
+            if parameter in self.flow.parameters.get(node, ()):
+                del self.resident[node]
+        if value is not None:
+            for node in self.flow.order:
+                name = self.program.parameter(node)
+                if name is not None and self.program.weights.canonical(name) == parameter:
+                    self.resident[node] = value.to(dtype=node.meta["val"].dtype, device=self.device)
+
+    def static(self, node: fx.Node) -> Any:
+        """The value of a node that does not depend on the batch, computed where it is not resident."""
+        if node not in self.resident:
+            if node.op == "get_attr":
+                self.resident[node] = self.program.load(node).to(self.device)
+            else:
+                args = fx.node.map_arg(node.args, self.static)
+                kwargs = fx.node.map_arg(node.kwargs, self.static)
+                self.resident[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+        return self.resident[node]
+
+    def _enter(self, start: int, stop: int) -> None:
+        flow = self.flow
+        for node in flow.order[start:stop]:
+            # In order, because some of these write in place (masks under construction).
+            if node.op == "call_function" and node not in flow.varying:
+                self.static(node)
+        for node in flow.order[start:stop]:
+            if node in flow.varying and node.op == "call_function":
+                for argument in node.all_input_nodes:
+                    if argument not in flow.varying:
+                        self.static(argument)
+
+    def _leave(self, stop: int, again: bool) -> None:
+        if again:
+            return
+        for node in list(self.resident):
+            ended = max(self.flow.uses[node], default=-1) < stop
+            # A weight that is read again is loaded again: few are, and large ones (tied heads) far apart.
+            if ended or (node.op == "get_attr" and node not in self.pinned):
+                del self.resident[node]
+
+    def _written_inside(self, entering: list[fx.Node], start: int, stop: int) -> set[fx.Node]:
+        """Live values that the region writes to: a region that runs twice needs a copy of them each time."""
+        roots = {root for at, root in self.flow.mutations if start <= at < stop}
+        copied = {node for node in entering if root_of(node) in roots}
+        if len({root_of(node) for node in copied}) < len(copied):
+            raise TraceError(
+                f"running {next(iter(copied)).name} twice",
+                found="an in-place operator writes to a value of which two views are alive",
+                do="Use --schedule layer, which runs every node once",
+            )
+        return copied
+
+    def _run(self, node: fx.Node) -> Any:
+        try:
+            return self.run_node(node)
+        except (RuntimeError, IndexError, ValueError, TypeError) as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            place = (node.meta.get("stack_trace") or "").strip().splitlines()
+            raise TraceError(
+                f"running {node.format_node()}",
+                found=str(error).strip().splitlines()[0],
+                do=f"It comes from {' '.join(line.strip() for line in place[-2:]) or 'the model'}",
+            ) from error

@@ -1,0 +1,120 @@
+"""From an activation in the graph to rows [tokens, in_features] with padding left out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from sparsify.analysis.linear import InputGroup
+from sparsify.analysis.region import Flow
+from sparsify.errors import CalibrationError
+from sparsify.program import Program
+
+aten = torch.ops.aten
+
+_ELEMENTWISE_VIEWS = {aten.to, aten.contiguous, aten.clone, aten._to_copy}
+
+
+class RowReader:
+    """Reads the input of a group as rows, honouring attention masks and the routing of experts.
+
+    A token counts unless its attention mask is 0: ``attention_mask`` for what depends on encoder (or the only)
+    inputs, ``decoder_attention_mask`` for what depends on decoder inputs.
+    """
+
+    def __init__(self, program: Program, flow: Flow, groups: Sequence[InputGroup]) -> None:
+        self.program, self.flow = program, flow
+        self._routes = self._find_routes()
+        self.held: set[fx.Node] = set()
+        for group in groups:
+            # Some of these have been read for the last time by the graph before we look at them.
+            for node in self._needed(group):
+                flow.hold(node, flow.position[self.anchor(group)])
+                self.held.add(node)
+
+    def anchor(self, group: InputGroup) -> fx.Node:
+        """The last of the nodes that reading ``group`` needs: once it is computed, all are."""
+        return max(self._needed(group), key=lambda node: self.flow.position[node])
+
+    def _needed(self, group: InputGroup) -> list[fx.Node]:
+        offsets = group.sites[0].offsets
+        nodes = [group.activation, offsets, self._routes.get(offsets) if offsets is not None else None]
+        return [node for node in nodes if node is not None]
+
+    def tokens(self, batch: Mapping[str, Tensor]) -> int:
+        """Tokens of a batch that count, for progress alone."""
+        mask = batch.get("attention_mask")
+        if mask is not None:
+            return int((mask != 0).sum())
+        first = next(iter(batch.values()))
+        return first.shape[0] * (first.shape[1] if first.dim() == 2 else 1)
+
+    def read(
+        self, group: InputGroup, batch: Mapping[str, Tensor], values: Mapping[fx.Node, Any]
+    ) -> tuple[Tensor, Tensor | None]:
+        """Rows of ``group`` in one batch and, for experts, where each expert's rows end.
+
+        Raises:
+            CalibrationError: the attention mask cannot be matched to the activation.
+        """
+        site = group.sites[0]
+        value: Tensor = values[group.activation]
+        moved = value.movedim(group.feature_dim, -1)
+        counted = self._counted(group, batch)
+        if site.expert_axis is not None and site.offsets is None:
+            # One batched product: the first axis is the expert, every expert sees as many rows.
+            rows = moved.reshape(-1, moved.shape[-1])
+            ends = torch.arange(1, site.experts + 1) * moved.shape[1]
+            if counted is not None:
+                raise self._unmatched(group, value, counted)
+            return rows, ends
+        rows = moved.reshape(-1, moved.shape[-1])
+        ends = values[site.offsets].cpu() if site.offsets is not None else None
+        if counted is None:
+            return rows, ends
+        flat = counted.reshape(-1).to(rows.device)
+        if site.offsets is not None and site.offsets in self._routes:
+            flat = flat[values[self._routes[site.offsets]].reshape(-1)]
+        if flat.numel() != len(rows):
+            raise self._unmatched(group, value, counted)
+        if ends is not None:
+            before = torch.cat([torch.zeros(1, dtype=torch.long), flat.cpu().long().cumsum(0)])
+            ends = before[ends.long()]
+        return rows[flat], ends
+
+    def _counted(self, group: InputGroup, batch: Mapping[str, Tensor]) -> Tensor | None:
+        depends = self.flow.inputs[group.activation]
+        decoder = any(name.startswith("decoder_") for name in depends)
+        mask = batch.get("decoder_attention_mask" if decoder else "attention_mask")
+        if mask is None or mask.dim() != 2:
+            return None
+        counted = mask != 0
+        return None if bool(counted.all()) else counted
+
+    def _find_routes(self) -> dict[fx.Node, fx.Node]:
+        """For each offsets node of a stack of experts, the index that gathered its rows from the tokens."""
+        routes = {}
+        for node in self.program.graph.nodes:
+            if node.op != "call_function" or "grouped_mm" not in str(node.target):
+                continue
+            x, offsets = node.args[0], node.args[2]
+            while isinstance(x, fx.Node) and getattr(x.target, "_overloadpacket", None) in _ELEMENTWISE_VIEWS:
+                x = x.args[0]
+            if not isinstance(x, fx.Node):
+                continue
+            packet = getattr(x.target, "_overloadpacket", None)
+            if packet is aten.index and len(x.args[1]) == 1:  # type: ignore[arg-type]
+                routes[offsets] = x.args[1][0]  # type: ignore[index]
+            elif packet is aten.index_select and x.args[1] == 0:
+                routes[offsets] = x.args[2]
+        return routes
+
+    def _unmatched(self, group: InputGroup, value: Tensor, mask: Tensor) -> CalibrationError:
+        return CalibrationError(
+            f"the attention mask {tuple(mask.shape)} at {group.name}",
+            found=f"an activation of shape {tuple(value.shape)}, whose padded rows cannot be told",
+            do="Calibrate with sequences of full length, without padding",
+        )

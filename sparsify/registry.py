@@ -1,0 +1,43 @@
+"""Passes and backends by name, found through entry points, so that other packages plug in without touching us.
+
+Nothing is imported until it is asked for: ``sparsify --help`` stays fast.
+"""
+
+from __future__ import annotations
+
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any
+
+from sparsify.errors import SpecError, near
+
+# The package's own table. Entry points add to it; a checkout that was never installed still works.
+_OWN = {
+    "sparsify.passes": {
+        "magnitude": "sparsify.passes.magnitude:Magnitude",
+        "wanda": "sparsify.passes.wanda:Wanda",
+    },
+    "sparsify.backends": {"hf": "sparsify.backends.hf:HuggingFace"},
+}
+
+
+def registered(group: str) -> dict[str, EntryPoint]:
+    """Entry points of ``sparsify.passes`` or ``sparsify.backends`` by name, unloaded."""
+    own = {name: EntryPoint(name, value, group) for name, value in _OWN[group].items()}
+    return {entry.name: entry for entry in entry_points(group=group)} | own
+
+
+def find(group: str, name: str) -> Any:
+    """Load what ``name`` stands for in ``group``.
+
+    Raises:
+        SpecError: nothing of that name is registered.
+    """
+    known = registered(group)
+    if name not in known:
+        kind = group.rpartition(".")[2].removesuffix("s").removesuffix("e")
+        raise SpecError(
+            f"{'pass' if kind == 'pass' else 'backend'} '{name}'",
+            found="nothing of that name is registered",
+            do=near(name, known).capitalize(),
+        )
+    return known[name].load()

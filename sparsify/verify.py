@@ -1,0 +1,36 @@
+"""Checks after every prune: a pass that breaks its promise is stopped before anything is written."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sparsify.errors import VerifyError
+from sparsify.pattern import NM
+from sparsify.selection import holds
+from sparsify.weight_pass import Pruned, WeightPass
+
+
+def verify_pruned(name: str, weight_pass: WeightPass, before: Tensor, pruned: Pruned) -> None:
+    """Check one matrix [out_features, in_features] against what ``weight_pass`` promises.
+
+    Raises:
+        VerifyError: shapes disagree, a masked weight is not zero, the pattern does not hold, a kept weight moved
+            although the pass promises that it does not, or a weight is not finite.
+    """
+
+    def fail(found: str) -> VerifyError:
+        return VerifyError(f"{weight_pass.name} on {name}", found=found, do="Report this as a bug in the pass")
+
+    weight, mask = pruned.weight, pruned.mask
+    if weight.shape != before.shape or mask.shape != before.shape:
+        raise fail(f"shape {tuple(weight.shape)} for a weight of {tuple(before.shape)}")
+    if not bool(torch.isfinite(weight).all()):
+        raise fail("a weight that is NaN or infinite")
+    if not torch.equal(weight.masked_fill(mask, 0), weight):
+        raise fail("a pruned weight that is not zero")
+    if weight_pass.keeps_weights and not torch.equal(weight, before.masked_fill(mask, 0)):
+        raise fail("a kept weight that changed")
+    exact_counts = isinstance(weight_pass.pattern, NM) or not getattr(weight_pass, "variant", False)
+    if exact_counts and (broken := holds(weight, weight_pass.pattern, weight_pass.comparison)):
+        raise fail(broken)
