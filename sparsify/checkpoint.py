@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,6 +76,8 @@ class Checkpoint:
         self.writable = writable
         self.files = _weight_files(folder)
         self._entries: dict[str, _Entry] = {}
+        # Checksums of what was written, for whoever reads it back.
+        self.written: dict[str, int] = {}
         for path, listed in self.files.items():
             entries = _read_header(path)
             if listed is not None and (missing := sorted(listed - entries.keys())):
@@ -125,13 +128,20 @@ class Checkpoint:
                 found=f"{tuple(tensor.shape)} {tensor.dtype} for {tuple(entry.shape)} {entry.dtype}",
                 do="A pass may not change a tensor's shape or dtype",
             )
+        tensor = tensor.detach().cpu().contiguous()
         with entry.path.open("r+b", buffering=0) as file:
-            _transfer(file.fileno(), tensor.detach().cpu().contiguous(), entry.start, os.pwritev, entry.path)
+            _transfer(file.fileno(), tensor, entry.start, os.pwritev, entry.path)
+        self.written[name] = checksum(tensor)
 
     def span(self, name: str) -> tuple[Path, int, int]:
         """Where the bytes of ``name`` lie: file, offset, length."""
         entry = self._entries[name]
         return entry.path, entry.start, entry.size
+
+
+def checksum(tensor: Tensor) -> int:
+    """CRC-32 of the bytes of ``tensor``."""
+    return zlib.crc32(tensor.contiguous().reshape(-1).view(torch.uint8).numpy()) if tensor.numel() else 0
 
 
 def _transfer(fd: int, tensor: Tensor, offset: int, call: object, path: Path) -> None:

@@ -11,6 +11,7 @@ from sparsify.analysis.linear import LinearSite
 from sparsify.errors import SpecError, near
 from sparsify.pattern import Pattern
 from sparsify.program import Program
+from sparsify.weights import Weights
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ def choose(
     Raises:
         SpecError: a name pattern matches nothing in the model, or no target is left.
     """
-    names = Names(program)
+    names = Names(program.weights)
     chosen, ignored = names.matching(only, "--only"), names.matching(ignore, "--ignore")
     shared = _read_elsewhere(program, sites)
     blocks = any(site.block for site in sites)
@@ -94,10 +95,10 @@ def choose(
 class Names:
     """Every name by which a user may call a parameter: its own, its checkpoint tensors', their modules'."""
 
-    def __init__(self, program: Program) -> None:
+    def __init__(self, weights: Weights) -> None:
         self._of: dict[str, set[str]] = {}
-        for parameter in program.weights.parameters():
-            sources = program.weights.sources(parameter)
+        for parameter in weights.parameters():
+            sources = weights.sources(parameter)
             for source in sources:
                 for name in (source, parameter):
                     for prefix in _prefixes(name):

@@ -1,0 +1,153 @@
+"""An ordinary Hugging Face folder: what was pruned is patched into a copy of the source, all else is as it was.
+
+``AutoModelForCausalLM.from_pretrained(OUT)`` loads it with no code of ours. There is no ``quantization_config``; facts
+about the sparsity are in ``sparsify.json``.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsify.checkpoint import WEIGHTS, Checkpoint, checksum
+from sparsify.errors import BackendError
+from sparsify.program import Program
+from sparsify.source import Source
+from sparsify.staging import Staging, copy_checkpoint
+from sparsify.weights import Weights, weights_of_checkpoint
+
+MANIFEST = "sparsify.json"
+# Weights in other formats are not carried along: they would still be dense.
+_OTHER_WEIGHTS = {".bin", ".safetensors", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx", ".onnx_data", ".ckpt"}
+_CHUNK = 16 << 20
+
+
+@dataclass(frozen=True)
+class HuggingFace:
+    """The backend ``hf``."""
+
+    name: str = "hf"
+
+    def open(self, source: Source, out: Path, *, overwrite: bool) -> HuggingFaceJob:
+        return HuggingFaceJob(source, out, overwrite)
+
+
+class HuggingFaceJob:
+    """One output folder, from a copy of the dense weights to the finished whole.
+
+    Raises:
+        BackendError: the folder exists, has no room, cannot be written, or reads back otherwise than written.
+    """
+
+    def __init__(self, source: Source, out: Path, overwrite: bool) -> None:
+        self.source = source
+        need = sum(p.numel() * p.element_size() for p in source.module.parameters())
+        if source.checkpoint is not None:
+            need = source.checkpoint.nbytes()
+        # A little more for tokenizer, index and manifest.
+        self.staging = Staging(out, overwrite=overwrite, source=source.folder, need=need + (32 << 20))
+        try:
+            self.store = self._dense_copy()
+        except BaseException as error:
+            self.staging.__exit__(type(error), error, None)
+            raise
+        if source.is_transformers:
+            self.weights: Weights = weights_of_checkpoint(source.module, self.store)
+        else:
+            self.weights = source.weights.on(self.store)
+
+    def _dense_copy(self) -> Checkpoint:
+        source, folder = self.source, self.staging.folder
+        if source.folder is not None:
+            for path in source.folder.iterdir():
+                keep = path.is_file() and path.suffix.lower() not in _OTHER_WEIGHTS and not path.name.startswith(".")
+                if keep and not path.name.endswith(".index.json") and path.name != MANIFEST:
+                    shutil.copyfile(path, folder / path.name)
+        if source.checkpoint is not None:
+            return copy_checkpoint(source.checkpoint, folder)
+        if source.is_transformers and source.folder is None:
+            # transformers reports shards on a progress bar and its warnings; neither is about the user's command.
+            quiet = logging.getLogger("transformers")
+            level = quiet.level
+            quiet.setLevel(logging.ERROR)
+            try:
+                source.module.save_pretrained(folder)  # type: ignore[operator]
+            finally:
+                quiet.setLevel(level)
+        else:
+            from safetensors.torch import save_file
+
+            weights = source.weights
+            tensors = {name: weights.store.read(name).contiguous() for name in weights.store.names()}
+            save_file(_without_sharing(tensors), folder / WEIGHTS, metadata={"format": "pt"})
+        return Checkpoint(folder, writable=True)
+
+    def finish(self, program: Program, manifest: dict[str, Any]) -> Path:
+        """Write the manifest, read everything back, and put the folder in place."""
+        self._verify()
+        text = json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
+        (self.staging.folder / MANIFEST).write_text(text, encoding="utf-8")
+        for path in self.staging.folder.iterdir():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        return self.staging.commit()
+
+    def _verify(self) -> None:
+        """Check that what was pruned reads back, and that all else is what it was, bit for bit."""
+        back = Checkpoint(self.staging.folder)
+        for name in back.names():
+            if name in self.store.written:
+                if checksum(back.read(name)) != self.store.written[name]:
+                    raise self._differs(name)
+            elif self.source.checkpoint is not None and not _same_bytes(back, self.source.checkpoint, name):
+                raise self._differs(name)
+
+    def _differs(self, name: str) -> BackendError:
+        return BackendError(
+            f"output {self.staging.out}",
+            found=f"tensor {name} reads back otherwise than it was written",
+            do="Check the disk and run again; nothing was left",
+        )
+
+    def __enter__(self) -> HuggingFaceJob:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.staging.__exit__(*error)
+
+
+def _same_bytes(one: Checkpoint, other: Checkpoint, name: str) -> bool:
+    path, start, size = one.span(name)
+    other_path, other_start, other_size = other.span(name)
+    if size != other_size:
+        return False
+    with path.open("rb") as a, other_path.open("rb") as b:
+        a.seek(start)
+        b.seek(other_start)
+        left = size
+        while left:
+            part = min(left, _CHUNK)
+            if a.read(part) != b.read(part):
+                return False
+            left -= part
+    return True
+
+
+def _without_sharing(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Each tensor in memory of its own, once: safetensors refuses shared memory."""
+    first: dict[int, str] = {}
+    own: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        if first.setdefault(tensor.data_ptr(), name) == name or not tensor.numel():
+            own[name] = tensor
+        else:
+            own[name] = tensor.clone(memory_format=torch.contiguous_format)
+    return own

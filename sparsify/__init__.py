@@ -1,0 +1,35 @@
+"""sparsify: a model-graph compiler over torch.fx that prunes large language models post-training.
+
+``compile`` is the whole of it; :mod:`sparsify.passes` holds the methods. Names are loaded when first used, so that
+importing the package (and ``sparsify --help``) does not import torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sparsify.compiler import Compiled, compile
+    from sparsify.errors import SparsifyError
+    from sparsify.evaluate import perplexity
+    from sparsify.spec import parse_pass
+    from sparsify.weight_pass import Pruned, WeightPass
+
+__all__ = ["Compiled", "Pruned", "SparsifyError", "WeightPass", "compile", "parse_pass", "perplexity"]
+
+_HOME = {
+    "Compiled": "compiler",
+    "compile": "compiler",
+    "SparsifyError": "errors",
+    "parse_pass": "spec",
+    "perplexity": "evaluate",
+    "Pruned": "weight_pass",
+    "WeightPass": "weight_pass",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(import_module(f"sparsify.{_HOME[name]}"), name)
+    raise AttributeError(f"module 'sparsify' has no attribute '{name}'")

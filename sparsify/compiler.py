@@ -1,0 +1,279 @@
+"""``compile()``: the one function behind the command line. Model in; passes in the order given; output out."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsify.analysis import find_sites
+from sparsify.analysis.linear import Opaque
+from sparsify.backend import Backend
+from sparsify.calibration.data import Calibration, example_batch, load_calibration
+from sparsify.capture import capture
+from sparsify.checkpoint import MemoryStore
+from sparsify.engine import Engine, Observer, Schedule, SiteResult, prune_without_data
+from sparsify.errors import CheckpointError, SpecError, near
+from sparsify.manifest import make_manifest
+from sparsify.program import Program
+from sparsify.registry import find
+from sparsify.source import Source, build_skeleton, open_source, require_real
+from sparsify.spec import parse_pass, spec_text
+from sparsify.staging import check_output
+from sparsify.targets import Names, Skipped, Target, choose
+from sparsify.weight_pass import WeightPass
+from sparsify.weights import Weights
+
+SCHEDULES = ("layer", "block", "dense")
+
+
+@dataclass
+class PassRun:
+    """One pass: what it was to prune and, once it ran, what happened."""
+
+    weight_pass: WeightPass
+    schedule: str
+    targets: list[Target]
+    skipped: list[Skipped]
+    sites: list[SiteResult] = field(default_factory=list)
+
+    @property
+    def kept(self) -> float:
+        """Fraction of the weights of the pruned sites that are not zero."""
+        sizes = [_size(site.shape) for site in self.sites]
+        return sum(s.kept * n for s, n in zip(self.sites, sizes, strict=True)) / max(1, sum(sizes))
+
+
+@dataclass
+class Compiled:
+    """The result of :func:`compile`.
+
+    Attributes:
+        runs: one per pass, in order. ``calibration``: None where no data was used. ``opaque``: contractions with
+            a parameter that no pass can prune. ``output``: the folder that was written, or None.
+    """
+
+    source: Source
+    program: Program
+    runs: list[PassRun]
+    calibration: Calibration | None
+    opaque: list[Opaque]
+    seed: int = 0
+    ignore: tuple[str, ...] = ()
+    only: tuple[str, ...] = ()
+    output: Path | None = None
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        return make_manifest(self)
+
+    def weight(self, name: str) -> Tensor:
+        """A parameter as it is after the passes, by its name in the model or in the checkpoint."""
+        weights = self.program.weights
+        if name in weights:
+            return weights.read(name)
+        if name in set(weights.store.names()):
+            return weights.store.read(name)
+        raise SpecError(f"weight {name}", found="no such parameter", do=near(name, weights.parameters()).capitalize())
+
+    @property
+    def model(self) -> nn.Module:
+        """The pruned model: a copy of a module given in Python, sharing what was not pruned; else built anew."""
+        pruned = {target.parameter for run in self.runs for target in run.targets}
+        return materialize(self.source, self.program.weights, pruned)
+
+
+def compile(
+    model: str | Path | nn.Module,
+    passes: Sequence[str | WeightPass] = (),
+    *,
+    calibration: str | Iterable[Any] | None = None,
+    schedule: Schedule = "layer",
+    output: str | Path | None = None,
+    to: str = "hf",
+    samples: int | None = None,
+    sequence_length: int | None = None,
+    seed: int = 0,
+    ignore: Sequence[str] = (),
+    only: Sequence[str] = (),
+    device: str = "auto",
+    memory: int | str = "8GiB",
+    overwrite: bool = False,
+    allow_bin: bool = False,
+    trust_remote_code: bool = False,
+    dry_run: bool = False,
+    observe: Observer = lambda progress: None,
+) -> Compiled:
+    """Prune ``model`` and write the result.
+
+    Args:
+        model: a Hugging Face folder, a hub id, or a module, which is left as it is.
+        passes: specs (``"wanda:2:4"``) or pass objects, run in this order, each on the result of the one before.
+        calibration: a source's name (see README), or an iterable of LongTensors [batch, sequence] or of keyword
+            dictionaries of the model's inputs. None: C4 where the hub answers, else sampled from the model.
+        schedule: ``layer``, ``block`` (the papers') or ``dense``; see :mod:`sparsify.engine`.
+        output: the folder to write; None keeps the result in memory.
+        samples, sequence_length, seed: how sequences are drawn from a named source.
+        ignore, only: names, globs or ``re:`` patterns of parameters or modules.
+        memory: bytes of activations kept in memory, as a number or as "8GiB".
+        dry_run: decide what would be pruned and stop there.
+
+    Raises:
+        SparsifyError: see :mod:`sparsify.errors`; nothing is written then.
+
+    >>> import torch, sparsify
+    >>> net = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+    >>> pruned = sparsify.compile(net, ["wanda:2:4"], calibration=[torch.randn(16, 8)])
+    >>> int((pruned.model[0].weight != 0).sum())
+    32
+    """
+    parsed = [parse_pass(p) if isinstance(p, str) else p for p in passes]
+    if schedule not in SCHEDULES:
+        raise SpecError(f"schedule '{schedule}'", found="no such schedule", do=f"Choose {', '.join(SCHEDULES)}")
+    if not parsed:
+        raise SpecError("compiling without a pass", found="nothing to do", do="Give --pass, e.g. --pass wanda:2:4")
+    backend: Backend = find("sparsify.backends", to)()
+    budget, place = parse_bytes(memory), resolve_device(device)
+    out = Path(output) if output is not None else None
+    if out is not None and not dry_run:
+        local = Path(model) if not isinstance(model, nn.Module) and Path(model).exists() else None
+        check_output(out, overwrite=overwrite, source=local)
+    source = open_source(model, allow_bin=allow_bin, trust_remote_code=trust_remote_code)
+    require_real(source.module) if isinstance(model, nn.Module) else None
+    # Names that match nothing are told before the data is read, which may take minutes.
+    names = Names(source.weights)
+    names.matching(only, "--only"), names.matching(ignore, "--ignore")
+
+    needs_data = any(p.statistics for p in parsed) or calibration is not None
+    data = None
+    if needs_data and (not dry_run or (calibration is not None and not isinstance(calibration, str))):
+        data = load_calibration(
+            calibration, source, samples=samples, sequence_length=sequence_length, seed=seed
+        )
+    program = capture(source, data.batches[0] if data else example_batch(source), place)
+    sites, opaque = find_sites(program)
+    runs = []
+    for weight_pass in parsed:
+        targets, skipped = choose(program, sites, weight_pass.pattern, ignore=ignore, only=only)
+        runs.append(PassRun(weight_pass, schedule if data or needs_data else "none", targets, skipped))
+    compiled = Compiled(source, program, runs, data, opaque, seed, tuple(ignore), tuple(only))
+    if dry_run:
+        return compiled
+
+    with ExitStack() as stack:
+        if out is None:
+            program.weights = source.weights.on(MemoryStore(source.weights.store))
+        else:
+            job = stack.enter_context(backend.open(source, out, overwrite=overwrite))
+            program.weights = job.weights
+        for run in runs:
+            if data is None:
+                run.sites = prune_without_data(program, run.weight_pass, run.targets, observe)
+            else:
+                run.sites = Engine(
+                    program, run.weight_pass, run.targets, data.batches,
+                    schedule=schedule, memory=budget, device=place, observe=observe,
+                ).run()  # fmt: skip
+            program.verify()
+        if out is not None:
+            compiled.output = job.finish(program, make_manifest(compiled))
+            # The folder has its final name only now; read from there from here on.
+            final = open_source(compiled.output, trust_remote_code=trust_remote_code) if source.is_transformers else None
+            if final is not None:
+                program.weights = final.weights
+    return compiled
+
+
+def default_output(source_name: str, passes: Sequence[str]) -> Path:
+    """``NAME-PASS`` in the current folder: ``llama-wanda-2-4``."""
+    spec = "-".join(spec_text(parse_pass(p)) for p in passes)
+    safe = spec.replace("%", "pct")
+    return Path(f"{source_name}-{''.join(c if c.isalnum() or c in '._' else '-' for c in safe)}")
+
+
+def materialize(source: Source, weights: Weights, changed: set[str]) -> nn.Module:
+    """A module with the parameters of ``weights``; of a module in memory only ``changed`` ones are new."""
+    if source.folder is not None:
+        model = build_skeleton(source.folder, source.trust_remote_code)
+        changed = {weights.canonical(n) for n, _ in model.named_parameters()} | {
+            weights.canonical(n) for n, _ in model.named_buffers() if weights.canonical(n) in weights
+        }
+    else:
+        kept = {id(t): t for t in (*source.module.parameters(), *source.module.buffers())}
+        model = copy.deepcopy(source.module, memo=dict(kept))
+    fresh: dict[str, nn.Parameter] = {}
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        for name, old in [*module._parameters.items(), *module._buffers.items()]:
+            full = weights.canonical(f"{prefix}.{name}" if prefix else name)
+            if old is None or full not in changed or full not in weights:
+                continue
+            if full not in fresh:
+                value = weights.read(full).to(device="cpu" if source.folder else old.device, dtype=old.dtype)
+                fresh[full] = nn.Parameter(value, requires_grad=value.is_floating_point() and old.requires_grad)
+            if name in module._parameters:
+                module._parameters[name] = fresh[full]
+            else:
+                module._buffers[name] = fresh[full].data
+    return model
+
+
+def parse_bytes(text: int | str) -> int:
+    """``"8GiB"``, ``"500MB"`` or a number, in bytes.
+
+    Raises:
+        SpecError: not an amount of memory.
+    """
+    if isinstance(text, int):
+        return text
+    units = {"": 1, "B": 1, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40, "KB": 10**3, "MB": 10**6,
+             "GB": 10**9, "TB": 10**12}  # fmt: skip
+    digits = text.strip().rstrip("BbiIKkMmGgTt ")
+    unit = text.strip()[len(digits) :].strip().upper()
+    try:
+        if unit in units and float(digits) >= 0:
+            return int(float(digits) * units[unit])
+    except ValueError:
+        pass
+    raise SpecError(f"memory '{text}'", found="not an amount of memory", do="Write 8GiB or 500MB, say")
+
+
+def resolve_device(text: str) -> torch.device:
+    """``auto`` is CUDA where there is one.
+
+    Raises:
+        SpecError: no such device here.
+    """
+    if text == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(text)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise SpecError(f"device '{text}'", found="no such device on this machine", do="Use auto or cpu") from error
+    return device
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest in an output folder.
+
+    Raises:
+        CheckpointError: there is none, or it is of a newer format.
+    """
+    path = folder / "sparsify.json"
+    if not path.exists():
+        raise CheckpointError(f"manifest of {folder}", found="no sparsify.json", do="Is this an output of sparsify?")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _size(shape: Sequence[int]) -> int:
+    size = 1
+    for length in shape:
+        size *= length
+    return size

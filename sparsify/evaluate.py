@@ -1,0 +1,136 @@
+"""Perplexity by the papers' protocol (algorithms.md, section 1.6), streamed region by region.
+
+The text is tokenised once and cut into disjoint windows; of each window the mean cross-entropy of its L - 1 predictions
+is taken, and perplexity is exp of the mean over windows. Memory follows the largest block, as in pruning.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from sparsify.analysis import Flow, find_sites
+from sparsify.calibration.data import as_inputs, evaluation_windows
+from sparsify.calibration.interpreter import Interpreter
+from sparsify.calibration.store import ActivationStore
+from sparsify.capture import capture
+from sparsify.errors import CalibrationError, TraceError
+from sparsify.program import Program
+from sparsify.source import Source, open_source
+
+# Logits of a window are wide: few windows at a time.
+_TOKENS_AT_ONCE = 1024
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Perplexity over ``windows`` windows of ``sequence_length`` tokens of ``data``."""
+
+    perplexity: float
+    windows: int
+    sequence_length: int
+    data: str
+    seconds: float
+
+
+def evaluate(
+    model: str | Path | nn.Module,
+    data: str,
+    *,
+    sequence_length: int | None = None,
+    windows: int | None = None,
+    device: torch.device | None = None,
+    memory: int = 8 << 30,
+    allow_bin: bool = False,
+    trust_remote_code: bool = False,
+    observe: Callable[[int, int], None] = lambda done, total: None,
+) -> Evaluation:
+    """Perplexity of a causal language model on ``data``.
+
+    Args:
+        data: a source's name; of sources in parts the held-out part is read.
+        windows: evaluate on the first so many windows only.
+        observe: told (regions done, regions).
+
+    Raises:
+        CalibrationError: data that is missing or too short. TraceError: no causal language model.
+    """
+    source = open_source(model, allow_bin=allow_bin, trust_remote_code=trust_remote_code)
+    ids, label = evaluation_windows(data, source, sequence_length, windows)
+    started = time.perf_counter()
+    value = perplexity(source, ids, device=device, memory=memory, observe=observe)
+    return Evaluation(value, len(ids), ids.shape[1], label, time.perf_counter() - started)
+
+
+def perplexity(
+    source: Source,
+    windows: Tensor,
+    *,
+    device: torch.device | None = None,
+    memory: int = 8 << 30,
+    observe: Callable[[int, int], None] = lambda done, total: None,
+) -> float:
+    """Perplexity on ``windows`` [count, length] of token ids."""
+    place = device or torch.device("cpu")
+    count, length = windows.shape
+    vocabulary = source.vocab_size
+    if vocabulary and int(windows.max()) >= vocabulary:
+        raise CalibrationError(
+            f"token id {int(windows.max())}", found=f"a vocabulary of {vocabulary}", do="Give ids of this model's tokenizer"
+        )
+    most = max(1, _TOKENS_AT_ONCE // length)
+    size = max(d for d in range(1, min(most, count) + 1) if count % d == 0)
+    batches = [as_inputs(windows[i : i + size], source) for i in range(0, count, size)]
+    program = capture(source, batches[0], place)
+    logits = _logits(program, source)
+    flow = Flow.of(program)
+    stop = flow.position[logits] + 1
+    cuts = [0, *_block_starts(program, flow), stop]
+    losses: list[Tensor] = []
+
+    def record(index: int, node: fx.Node, values: dict[fx.Node, Any]) -> None:
+        ids = batches[index]["input_ids"].to(values[node].device)
+        flat = nn.functional.cross_entropy(
+            values[node][:, :-1].float().flatten(0, 1), ids[:, 1:].flatten(), reduction="none"
+        )
+        losses.append(flat.view(len(ids), -1).mean(dim=1).double().cpu())
+
+    with ActivationStore(memory) as store, torch.no_grad():
+        runner = Interpreter(program, flow, batches, store, place)
+        for number, (start, end) in enumerate(zip(cuts, cuts[1:], strict=False)):
+            runner.region(start, end, stop, watch={logits} if end == stop else None, on_value=record)
+            observe(number + 1, len(cuts) - 1)
+    mean = float(torch.cat(losses).mean())
+    return math.exp(mean) if mean < 700 else math.inf
+
+
+def _logits(program: Program, source: Source) -> fx.Node:
+    kind = type(source.module).__name__
+    causal = kind.endswith(("ForCausalLM", "LMHeadModel"))
+    output = next(n for n in program.graph.nodes if n.op == "output")
+    leaves = [n for n in fx.node.map_aggregate([output.args[0]], lambda a: a)[0] or ()]  # type: ignore[index,union-attr]
+    if causal and "logits" in program.output_names:
+        node = leaves[program.output_names.index("logits")]
+        if isinstance(node, fx.Node):
+            return node
+    raise TraceError(
+        f"perplexity of {kind}",
+        found="not a causal language model with logits",
+        do="Perplexity is defined for models that predict the next token; evaluate this one with its own task",
+    )
+
+
+def _block_starts(program: Program, flow: Flow) -> list[int]:
+    starts: dict[str, int] = {}
+    for site in find_sites(program, flow)[0]:
+        if site.block is not None:
+            at = flow.position[site.node]
+            starts[site.block] = min(starts.get(site.block, at), at)
+    return sorted(set(starts.values()))
