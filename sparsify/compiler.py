@@ -27,7 +27,7 @@ from sparsify.registry import find
 from sparsify.source import Source, build_skeleton, open_source, require_real
 from sparsify.spec import parse_pass, spec_text
 from sparsify.staging import check_output
-from sparsify.targets import Names, Skipped, Target, choose
+from sparsify.targets import Skipped, Target, choose
 from sparsify.weight_pass import WeightPass
 from sparsify.weights import Weights
 
@@ -81,7 +81,7 @@ class Compiled:
             return weights.read(name)
         if name in set(weights.store.names()):
             return weights.store.read(name)
-        raise SpecError(f"weight {name}", found="no such parameter", do=near(name, weights.parameters()).capitalize())
+        raise SpecError(f"weight {name}", found="no such parameter", do=near(name, weights.parameters()))
 
     @property
     def model(self) -> nn.Module:
@@ -146,23 +146,26 @@ def compile(
         local = Path(model) if not isinstance(model, nn.Module) and Path(model).exists() else None
         check_output(out, overwrite=overwrite, source=local)
     source = open_source(model, allow_bin=allow_bin, trust_remote_code=trust_remote_code)
-    require_real(source.module) if isinstance(model, nn.Module) else None
-    # Names that match nothing are told before the data is read, which may take minutes.
-    names = Names(source.weights)
-    names.matching(only, "--only"), names.matching(ignore, "--ignore")
-
+    if isinstance(model, nn.Module):
+        require_real(model)
     needs_data = any(p.statistics for p in parsed) or calibration is not None
+    named = calibration is None or isinstance(calibration, str)
     data = None
-    if needs_data and (not dry_run or (calibration is not None and not isinstance(calibration, str))):
-        data = load_calibration(
-            calibration, source, samples=samples, sequence_length=sequence_length, seed=seed
-        )
+    if needs_data and not named:
+        data = load_calibration(calibration, source, samples=samples)
     program = capture(source, data.batches[0] if data else example_batch(source), place)
     sites, opaque = find_sites(program)
-    runs = []
-    for weight_pass in parsed:
-        targets, skipped = choose(program, sites, weight_pass.pattern, ignore=ignore, only=only)
-        runs.append(PassRun(weight_pass, schedule if data or needs_data else "none", targets, skipped))
+    schedule_name = schedule if needs_data else "none"
+    runs = [
+        PassRun(p, schedule_name, *choose(program, sites, p.pattern, ignore=ignore, only=only)) for p in parsed
+    ]
+    if needs_data and named and not dry_run:
+        # Only now, when all that can be refused has been: drawing data may take minutes.
+        data = load_calibration(calibration, source, samples=samples, sequence_length=sequence_length, seed=seed)
+        program = capture(source, data.batches[0], place)
+        sites, opaque = find_sites(program)
+        for run in runs:
+            run.targets, run.skipped = choose(program, sites, run.weight_pass.pattern, ignore=ignore, only=only)
     compiled = Compiled(source, program, runs, data, opaque, seed, tuple(ignore), tuple(only))
     if dry_run:
         return compiled

@@ -54,10 +54,10 @@ class VerifyError(SparsifyError):
 
 
 def near(word: str, known: Iterable[str], limit: int = 4) -> str:
-    """Say which of ``known`` look like ``word``, as a clause for an error's ``do``."""
+    """Say which of ``known`` look like ``word``, as a sentence for an error's ``do``."""
     names = sorted(known)
     close = difflib.get_close_matches(word, names, n=limit, cutoff=0.5)
     if close:
-        return "near names: " + ", ".join(close)
+        return "Near names: " + ", ".join(close)
     shown = ", ".join(names[:limit])
-    return f"known names: {shown}{', …' if len(names) > limit else ''}" if names else "there are none"
+    return f"Known names: {shown}{', …' if len(names) > limit else ''}" if names else "There are none"

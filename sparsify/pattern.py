@@ -12,7 +12,7 @@ from fractions import Fraction
 
 from sparsify.errors import PatternError
 
-_FORMS = "write a percentage (50%), a fraction of zeros (0.5), or N:M (2:4 keeps 2 of every 4)"
+_FORMS = "Write a percentage (50%), a fraction of zeros (0.5), or N:M (2:4 keeps 2 of every 4)"
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Unstructured:
             raise PatternError(
                 f"sparsity {sparsity}",
                 found="not strictly between 0 and 1 (0% prunes nothing, 100% leaves nothing)",
-                do=_FORMS.capitalize(),
+                do=_FORMS,
             )
 
     def __str__(self) -> str:
@@ -58,7 +58,7 @@ class NM:
             raise PatternError(
                 f"pattern {self.n}:{self.m}",
                 found="N:M keeps N of every M weights and needs 1 ≤ N < M",
-                do=f"Did you mean {self.m}:{self.n}?" if 1 <= self.m < self.n else _FORMS.capitalize(),
+                do=f"Did you mean {self.m}:{self.n}?" if 1 <= self.m < self.n else _FORMS,
             )
 
     def __str__(self) -> str:
@@ -97,4 +97,4 @@ def parse_pattern(text: str) -> Pattern:
             found="a bare number of 1 or more, or a whole number without %",
             do=f"Write {text}% for a percentage, or a fraction below 1 such as 0.5",
         )
-    raise PatternError(f"pattern '{text}'", found="not a pattern that sparsify knows", do=_FORMS.capitalize())
+    raise PatternError(f"pattern '{text}'", found="not a pattern that sparsify knows", do=_FORMS)

@@ -38,6 +38,6 @@ def find(group: str, name: str) -> Any:
         raise SpecError(
             f"{'pass' if kind == 'pass' else 'backend'} '{name}'",
             found="nothing of that name is registered",
-            do=near(name, known).capitalize(),
+            do=near(name, known),
         )
     return known[name].load()

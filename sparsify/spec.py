@@ -39,7 +39,7 @@ def parse_pass(text: str) -> WeightPass:
         if not equals:
             raise SpecError(f"option '{option}' of {name}", found="no =", do="Options are written key=value")
         if key not in fields:
-            raise SpecError(f"option '{key}' of {name}", found="no such option", do=near(key, fields).capitalize())
+            raise SpecError(f"option '{key}' of {name}", found="no such option", do=near(key, fields))
         if key in values:
             raise SpecError(f"option '{key}' of {name}", found="given twice", do="Give it once")
         values[key] = _value(f"option {key}={value} of {name}", value, hints[key])

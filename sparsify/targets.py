@@ -116,11 +116,11 @@ class Names:
             if not hits:
                 tail = pattern.removeprefix("re:").strip("*")
                 inside = sorted(n for n in self._of if tail and tail in n)[:4]
-                hint = f"names that contain it: {', '.join(inside)}" if inside else near(pattern, self._of)
+                hint = f"Names that contain it: {', '.join(inside)}" if inside else near(pattern, self._of)
                 raise SpecError(
                     f"{flag} {pattern}",
                     found="it matches no parameter or module of this model",
-                    do=f"Write a full name, a glob (*{tail}*) or re:…; {hint}",
+                    do=f"Write a full name, a glob (*{tail}*) or re:…. {hint}",
                 )
             for name in hits:
                 found |= self._of[name]

@@ -231,7 +231,7 @@ def _check_complete(
         raise CheckpointError(
             f"weights for {kind}",
             found=f"{len(unexpected)} of {total} tensors have no place in the config's model, first {unexpected[0]}",
-            do=f"Does config.json belong to these weights? {near(unexpected[0], wanted).capitalize()}",
+            do=f"Does config.json belong to these weights? {near(unexpected[0], wanted)}",
         )
     if missing:
         raise CheckpointError(

@@ -95,6 +95,7 @@ def c4(split: Split) -> list[Document]:
         "calibration": ("train", "en/c4-train.00000-of-01024.json.gz"),
         "heldout": ("validation", "en/c4-validation.00000-of-00008.json.gz"),
     }[split]
+    _require_hub("c4")
     rows = _load_dataset("c4", "allenai/c4", data_files={part: file}, split=part)
     return list(rows["text"])
 
@@ -181,6 +182,18 @@ def _dataset(spec: str, split: Split) -> list[Document]:
             f"data '{spec}'", found=f"columns {', '.join(rows.column_names)}", do=f"Name one: {name}:{config}:{part}:FIELD"
         )
     return [_document(value, spec) for value in rows[field]]
+
+
+def _require_hub(spec: str) -> None:
+    """Ask the hub once, shortly: the loaders themselves retry for half a minute where there is no network."""
+    from huggingface_hub import HfApi
+
+    try:
+        HfApi().dataset_info("allenai/c4", timeout=5)
+    except Exception as error:  # every kind of failure means that it does not answer
+        raise CalibrationError(
+            f"data '{spec}'", found=f"the hub does not answer ({type(error).__name__})", do=f"Name {FORMS}"
+        ) from error
 
 
 def _load_dataset(spec: str, *args: Any, **kwargs: Any) -> Any:

@@ -1,0 +1,139 @@
+"""What a person reads: tables of what will be pruned, of what was, and of a model's sites. Built with rich."""
+
+from __future__ import annotations
+
+import os
+import resource
+import sys
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from sparsify.pattern import Pattern
+from sparsify.spec import spec_text
+
+if TYPE_CHECKING:
+    from sparsify.analysis.linear import LinearSite, Opaque
+    from sparsify.compiler import Compiled, PassRun
+    from sparsify.engine import SiteResult
+    from sparsify.evaluate import Evaluation
+    from sparsify.targets import Skipped, Target
+
+
+def peak_memory() -> int:
+    """Peak resident memory of this process in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def result_report(compiled: Compiled, seconds: float) -> RenderableType:
+    """After a compile: per pass a table by kind of site, then what stayed dense, then the totals."""
+    parts: list[RenderableType] = []
+    for run in compiled.runs:
+        parts += [_result_table(run), *_skipped_lines(run.skipped)]
+        unseen = [(s.name, s.without_data) for s in run.sites if s.without_data]
+        for name, experts in unseen:
+            numbers = ", ".join(map(str, experts))
+            parts.append(Text(f"pruned by magnitude, for no token reached them: {name} experts {numbers}", "yellow"))
+    parts += _opaque_lines(compiled.opaque)
+    parts.append(Text(f"{seconds:.1f} s in all, peak memory {_bytes(peak_memory())}"))
+    return Group(*parts)
+
+
+def plan_report(compiled: Compiled) -> RenderableType:
+    """For a dry run: what each pass would prune, to what, and what stays dense and why."""
+    parts: list[RenderableType] = []
+    for run in compiled.runs:
+        table = Table(title=f"{spec_text(run.weight_pass)} would prune", title_justify="left")
+        for column in ("site", "sites", "out × in", "to"):
+            table.add_column(column, justify="left" if column in ("site", "to") else "right")
+        for kind, targets in _by_kind(run.targets).items():
+            shapes = sorted({_shape(t.site) for t in targets})
+            table.add_row(kind, str(len(targets)), ", ".join(shapes), _zeros(run.weight_pass.pattern))
+        parts += [table, *_skipped_lines(run.skipped)]
+    return Group(*parts, *_opaque_lines(compiled.opaque), Text("dry run: nothing was read, pruned or written"))
+
+
+def evaluation_report(evaluation: Evaluation, name: str) -> RenderableType:
+    return Text(
+        f"{name}: perplexity {evaluation.perplexity:.3f} on {evaluation.windows} windows of "
+        f"{evaluation.sequence_length} tokens of {evaluation.data} ({evaluation.seconds:.1f} s)"
+    )
+
+
+def _result_table(run: PassRun) -> Table:
+    table = Table(
+        title=f"{spec_text(run.weight_pass)}, schedule {run.schedule}", title_justify="left", caption_justify="left"
+    )
+    table.add_column("site", overflow="fold")
+    for column in ("sites", "out × in", "kept", "error", "worst", "time"):
+        table.add_column(column, justify="right", overflow="fold")
+    kinds: dict[str, list[SiteResult]] = {}
+    for site in run.sites:
+        kinds.setdefault(site.kind, []).append(site)
+    prefix = _common_prefix(kinds)
+    for kind, sites in kinds.items():
+        shapes = sorted({"×".join(map(str, s.shape)) for s in sites})
+        table.add_row(kind.removeprefix(prefix), str(len(sites)), ", ".join(shapes), *_figures(sites))
+    table.add_section()
+    table.add_row("all", str(len(run.sites)), "", f"{run.kept:.2%}", *_figures(run.sites)[1:])
+    table.caption = "error: ‖XWᵀ−XŴᵀ‖/‖XWᵀ‖ on the calibration tokens, mean over sites and worst site"
+    if prefix:
+        table.title = f"{table.title}: {prefix}…"
+    return table
+
+
+def _common_prefix(kinds: Iterable[str]) -> str:
+    """What all names begin with, up to a dot; nothing where there is but one."""
+    names = list(kinds)
+    prefix = os.path.commonprefix(names) if len(names) > 1 else ""
+    return prefix[: prefix.rfind(".") + 1]
+
+
+def _figures(sites: Sequence[SiteResult]) -> tuple[str, str, str, str]:
+    kept = sum(s.kept for s in sites) / len(sites)
+    errors = [s.error for s in sites if s.error is not None]
+    mean = f"{sum(errors) / len(errors):.4f}" if errors else "–"
+    worst = f"{max(errors):.4f}" if errors else "–"
+    return f"{kept:.2%}", mean, worst, f"{sum(s.seconds for s in sites):.1f} s"
+
+
+def _by_kind(targets: Iterable[Target]) -> dict[str, list[Target]]:
+    kinds: dict[str, list[Target]] = {}
+    for target in targets:
+        kinds.setdefault(target.site.kind, []).append(target)
+    return kinds
+
+
+def _skipped_lines(skipped: Sequence[Skipped]) -> list[RenderableType]:
+    reasons: dict[str, list[str]] = {}
+    for item in skipped:
+        reasons.setdefault(item.reason, []).append(item.name)
+    return [Text(f"left dense: {_some(names)}: {reason}", "yellow") for reason, names in reasons.items()]
+
+
+def _opaque_lines(opaque: Sequence[Opaque]) -> list[RenderableType]:
+    reasons: dict[str, list[str]] = {}
+    for item in opaque:
+        reasons.setdefault(item.reason, []).append(", ".join(item.parameters))
+    return [Text(f"not prunable: {_some(names)}: {reason}", "yellow") for reason, names in reasons.items()]
+
+
+def _some(names: Sequence[str], most: int = 3) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def _shape(site: LinearSite) -> str:
+    stack = f"{site.experts}×" if site.expert_axis is not None else ""
+    return f"{stack}{site.shape[0]}×{site.shape[1]}"
+
+
+def _zeros(pattern: Pattern) -> str:
+    return f"{pattern} ({float(pattern.sparsity):.1%} zeros)"
+
+
+def _bytes(count: int) -> str:
+    return f"{count / (1 << 30):.2f} GiB" if count >= 1 << 30 else f"{count / (1 << 20):.0f} MiB"

@@ -1,0 +1,114 @@
+"""Time of whole wanda:2:4 runs against one plain forward of the same samples, and of mask selection alone.
+
+    python tools/bench_prune.py [--layers 8] [--samples 32] [--length 512] [--repeat 3]
+
+Prints ratios taken within one run; capture and model load are timed apart. The model is a seeded random Llama.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import time
+from collections.abc import Callable
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from sparsify.analysis import find_sites
+from sparsify.calibration.data import load_calibration
+from sparsify.capture import capture
+from sparsify.checkpoint import MemoryStore
+from sparsify.engine import Engine
+from sparsify.pattern import parse_pattern
+from sparsify.selection import select
+from sparsify.source import open_source
+from sparsify.spec import parse_pass
+from sparsify.targets import choose
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--samples", type=int, default=32)
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--repeat", type=int, default=3)
+    args = parser.parse_args()
+    print(f"{processor()}, {os.cpu_count()} cores, torch {torch.__version__}, {torch.get_num_threads()} threads")
+    whole_runs(args)
+    selection()
+
+
+def whole_runs(args: argparse.Namespace) -> None:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=1024, num_hidden_layers=args.layers, intermediate_size=2816, num_attention_heads=16,
+        vocab_size=8192, max_position_embeddings=2048,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).eval()
+    ids = torch.randint(8192, (args.samples, args.length))
+    source = open_source(model)
+    data = load_calibration([ids], source)
+    size = len(data.batches[0]["input_ids"])
+    began = time.perf_counter()
+    program = capture(source, data.batches[0])
+    print(f"capture {time.perf_counter() - began:.1f} s; {args.samples}×{args.length} tokens, {size} sequences at once")
+    weight_pass = parse_pass("wanda:2:4")
+    targets, _ = choose(program, find_sites(program)[0], weight_pass.pattern)
+
+    def forward(rows: int) -> None:
+        with torch.no_grad():
+            for i in range(0, args.samples, rows):
+                model.model(ids[i : i + rows], use_cache=False)
+
+    def prune(schedule: str) -> None:
+        program.weights = source.weights.on(MemoryStore(source.weights.store))
+        Engine(program, weight_pass, targets, data.batches, schedule=schedule).run()  # type: ignore[arg-type]
+
+    jobs: dict[str, Callable[[], None]] = {
+        "forward, 1 at once": lambda: forward(1),
+        f"forward, {size} at once": lambda: forward(size),
+        "layer": lambda: prune("layer"),
+        "block": lambda: prune("block"),
+        "dense": lambda: prune("dense"),
+    }
+    # Interleaved, best of each: a busy machine slows all of them alike.
+    best = dict.fromkeys(jobs, float("inf"))
+    for _ in range(args.repeat):
+        for name, job in jobs.items():
+            best[name] = min(best[name], timed(job))
+    plain = min(best["forward, 1 at once"], best[f"forward, {size} at once"])
+    for name, seconds in best.items():
+        print(f"{name:20} {seconds:7.2f} s  {seconds / plain:5.2f}× the faster forward")
+
+
+def selection() -> None:
+    torch.manual_seed(0)
+    weight, norms = torch.randn(4096, 4096), torch.rand(4096)
+    scores = weight.abs() * norms
+    product = min(timed(lambda: weight.abs() * norms) for _ in range(3))
+    sort = min(timed(lambda: scores.sort()) for _ in range(3))
+    print(f"4096×4096 float32: |W|·s {product * 1e3:.0f} ms, sort {sort * 1e3:.0f} ms")
+    for text in ("2:4", "4:8", "50%"):
+        pattern = parse_pattern(text)
+        took = min(timed(lambda p=pattern: select(scores, p)) for _ in range(3))  # type: ignore[misc]
+        print(f"select {text:4} {took * 1e3:4.0f} ms  {took / (product + sort):.2f}× (|W|·s + sort), {took / sort:.2f}× sort")
+
+
+def timed(job: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    job()
+    return time.perf_counter() - began
+
+
+def processor() -> str:
+    try:
+        with open("/proc/cpuinfo") as file:
+            return next(line.split(":")[1].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+if __name__ == "__main__":
+    main()
