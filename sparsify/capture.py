@@ -6,6 +6,7 @@ devices named in the graph, wrappers, operators that do nothing, and which tenso
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Mapping
 from contextlib import contextmanager
@@ -55,6 +56,9 @@ def capture(source: Source, batch: Batch, device: torch.device | str = "cpu") ->
         module.train(training)
     program = from_exported(exported, source.weights, device, constants=_real_buffers(module))
     program.source = source
+    del exported
+    # Exporting leaves reference cycles as large as the graph; a second capture would stack on them.
+    gc.collect()
     return program
 
 

@@ -140,7 +140,8 @@ class Engine:
         """
         merged = self._merged_statistics()
         steps = self._steps(self.groups)
-        end = steps[-1].measured
+        # ``block`` looks at the inputs of a block's first group after the cut before it, so they must live till then.
+        end = steps[-1].measured + (self.schedule == "block")
         with ActivationStore(self.memory) as store, torch.no_grad():
             runner = Interpreter(self.program, self.flow, self.batches, store, self.device)
             done: set[str] = set()

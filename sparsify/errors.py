@@ -56,8 +56,7 @@ class VerifyError(SparsifyError):
 def near(word: str, known: Iterable[str], limit: int = 4) -> str:
     """Say which of ``known`` look like ``word``, as a sentence for an error's ``do``."""
     names = sorted(known)
+    if not names:
+        return "There are none"
     close = difflib.get_close_matches(word, names, n=limit, cutoff=0.5)
-    if close:
-        return "Near names: " + ", ".join(close)
-    shown = ", ".join(names[:limit])
-    return f"Known names: {shown}{', …' if len(names) > limit else ''}" if names else "There are none"
+    return "Near names: " + ", ".join(close or difflib.get_close_matches(word, names, n=limit, cutoff=0.0))

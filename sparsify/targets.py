@@ -14,6 +14,9 @@ from sparsify.program import Program
 from sparsify.weights import Weights
 
 
+_NOT_NAMED = "not named by --only"
+
+
 @dataclass(frozen=True)
 class Target:
     """A parameter that will be pruned, with all the sites that read it.
@@ -73,7 +76,7 @@ def choose(
         if parameter in shared:
             reason = f"shared with {shared[parameter]}: pruning it would change that too"
         elif only and not sources & chosen:
-            reason = "not named by --only"
+            reason = _NOT_NAMED
         elif not wanted:
             reason = "named by --ignore"
         elif not only and blocks and site.block is None:
@@ -87,6 +90,8 @@ def choose(
         else:
             targets.append(Target(parameter, tuple(own), None if wanted == sources else wanted))
     if not targets:
+        # What was asked for first: a model has many sites that were not.
+        skipped.sort(key=lambda s: s.reason == _NOT_NAMED)
         reasons = "; ".join(f"{s.name}: {s.reason}" for s in skipped[:3]) or "the model has no linear site"
         raise SpecError(f"pruning to {pattern}", found=f"nothing to prune ({reasons})", do="See sparsify inspect")
     return targets, skipped
@@ -97,10 +102,12 @@ class Names:
 
     def __init__(self, weights: Weights) -> None:
         self._of: dict[str, set[str]] = {}
+        ties: dict[str, list[str]] = {}
+        for alias, parameter in weights.aliases.items():
+            ties.setdefault(parameter, []).append(alias)
         for parameter in weights.parameters():
-            sources = weights.sources(parameter)
-            for source in sources:
-                for name in (source, parameter):
+            for source in weights.sources(parameter):
+                for name in (source, parameter, *ties.get(parameter, ())):
                     for prefix in _prefixes(name):
                         self._of.setdefault(prefix, set()).add(source)
 
@@ -116,7 +123,10 @@ class Names:
             if not hits:
                 tail = pattern.removeprefix("re:").strip("*")
                 inside = sorted(n for n in self._of if tail and tail in n)[:4]
-                hint = f"Names that contain it: {', '.join(inside)}" if inside else near(pattern, self._of)
+                parts = {f"*.{part}" for n in self._of for part in n.split(".") if not part.isdigit()}
+                hint = near(pattern, {*self._of, *parts})
+                if inside:
+                    hint = f"Names that contain it: {', '.join(inside)}"
                 raise SpecError(
                     f"{flag} {pattern}",
                     found="it matches no parameter or module of this model",

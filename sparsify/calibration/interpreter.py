@@ -172,9 +172,15 @@ class Interpreter(fx.Interpreter):
         except (RuntimeError, IndexError, ValueError, TypeError) as error:
             if isinstance(error, torch.OutOfMemoryError):
                 raise
-            place = (node.meta.get("stack_trace") or "").strip().splitlines()
             raise TraceError(
                 f"running {node.format_node()}",
                 found=str(error).strip().splitlines()[0],
-                do=f"It comes from {' '.join(line.strip() for line in place[-2:]) or 'the model'}",
+                do=f"It comes from {_source_line(node)}",
             ) from error
+
+
+def _source_line(node: fx.Node) -> str:
+    """The line of the model's own code that a node was traced from."""
+    lines = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines()]
+    frames = [i for i, line in enumerate(lines) if line.startswith("File ") and "/torch/nn/" not in line]
+    return " ".join(lines[frames[-1] : frames[-1] + 2]) if frames else "the model"

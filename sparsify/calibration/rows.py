@@ -31,8 +31,9 @@ class RowReader:
         self.held: set[fx.Node] = set()
         for group in groups:
             # Some of these have been read for the last time by the graph before we look at them.
+            first = min(flow.position[site.node] for site in group.sites)
             for node in self._needed(group):
-                flow.hold(node, flow.position[self.anchor(group)])
+                flow.hold(node, first)
                 self.held.add(node)
 
     def anchor(self, group: InputGroup) -> fx.Node:

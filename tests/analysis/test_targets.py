@@ -1,0 +1,120 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from families import inputs
+
+from sparsify.analysis import find_sites
+from sparsify.capture import capture
+from sparsify.errors import SpecError
+from sparsify.pattern import parse_pattern
+from sparsify.program import Program
+from sparsify.source import open_source
+from sparsify.targets import choose
+
+
+@pytest.fixture(scope="module")
+def program(folder: Callable[[str], Path]) -> Callable[[str], Program]:
+    return lambda family: capture(open_source(folder(family)), inputs(family))
+
+
+def chosen(program: Program, pattern: str = "2:4", **names: list[str]) -> tuple[list[str], dict[str, str]]:
+    targets, skipped = choose(program, find_sites(program)[0], parse_pattern(pattern), **names)
+    return [t.site.name for t in targets], {s.name: s.reason for s in skipped}
+
+
+def test_by_default_what_is_inside_the_blocks(program: Callable[[str], Program]) -> None:
+    names, skipped = chosen(program("llama"))
+    assert len(names) == 14 and all(name.startswith("model.layers.") for name in names)
+    assert "outside the repeated blocks" in skipped["lm_head"]
+
+
+def test_a_tied_head_is_left_alone_even_when_asked_for(program: Callable[[str], Program]) -> None:
+    _, skipped = chosen(program("opt"))
+    assert "shared with the embedding" in skipped["model.decoder.embed_tokens"]
+    with pytest.raises(SpecError, match=r"nothing to prune.*shared with the embedding"):
+        chosen(program("opt"), only=["lm_head"])
+
+
+def test_an_untied_head_can_be_asked_for(program: Callable[[str], Program]) -> None:
+    assert chosen(program("llama"), only=["lm_head"])[0] == ["lm_head"]
+
+
+def test_routers_are_left_dense_and_named(program: Callable[[str], Program]) -> None:
+    names, skipped = chosen(program("mixtral"))
+    assert "a router" in skipped["model.layers.0.mlp.gate"]
+    assert not any(name.endswith("mlp.gate") for name in names)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "count"),
+    [
+        ("model.layers.0.self_attn.q_proj", 1),
+        ("model.layers.0.self_attn.q_proj.weight", 1),
+        ("model.layers.0", 7),
+        ("model.layers.0.mlp", 3),
+        ("*.q_proj", 2),
+        ("mlp*", 6),
+        ("*layers.1.*", 7),
+        ("re:.*q_proj$", 2),
+        (r"re:.*(gate|up)_proj\.weight", 4),
+        ("re:.*self_attn", 8),
+    ],
+)
+def test_name_patterns(program: Callable[[str], Program], pattern: str, count: int) -> None:
+    assert len(chosen(program("llama"), only=[pattern])[0]) == count
+    assert len(chosen(program("llama"), ignore=[pattern])[0]) == 14 - count
+
+
+def test_only_and_ignore_together(program: Callable[[str], Program]) -> None:
+    names, skipped = chosen(program("llama"), only=["mlp*"], ignore=["*down_proj"])
+    assert len(names) == 4 and skipped["model.layers.0.mlp.down_proj"] == "named by --ignore"
+    assert skipped["model.layers.0.self_attn.q_proj"] == "not named by --only"
+
+
+@pytest.mark.parametrize(
+    ("pattern", "says"),
+    [
+        ("q_proj", "Names that contain it: model.layers.0.self_attn.q_proj"),
+        ("Linera", "Near names"),
+        ("*.k_porj", "*.k_proj"),
+        ("re:[", "not a regular expression"),
+        ("model.layers.7", "matches no parameter"),
+    ],
+)
+@pytest.mark.parametrize("flag", ["only", "ignore"])
+def test_what_matches_nothing_is_an_error(
+    program: Callable[[str], Program], pattern: str, says: str, flag: str
+) -> None:
+    with pytest.raises(SpecError) as caught:
+        chosen(program("llama"), **{flag: [pattern]})
+    assert says in str(caught.value)
+
+
+def test_names_are_the_checkpoints_own(program: Callable[[str], Program]) -> None:
+    """transformers renames and stacks Mixtral's experts; users know the names in the files."""
+    vit = program("vit")
+    assert len(chosen(vit, only=["vit.encoder.layer.0.attention.attention.query"])[0]) == 1
+    mixtral = program("mixtral")
+    targets, _ = choose(
+        mixtral, find_sites(mixtral)[0], parse_pattern("2:4"), only=["model.layers.0.block_sparse_moe.experts.1.w1"]
+    )
+    assert [(t.site.name, t.sources) for t in targets] == [
+        (
+            "model.layers.0.mlp.experts.gate_up_proj",
+            frozenset(["model.layers.0.block_sparse_moe.experts.1.w1.weight"]),
+        )
+    ]
+
+
+def test_sites_that_do_not_fit_are_listed(program: Callable[[str], Program]) -> None:
+    names, skipped = chosen(program("mamba"), "2:4")
+    assert skipped["backbone.layers.0.mixer.dt_proj"] == "in_features 2 is not a multiple of 4"
+    assert "backbone.layers.0.mixer.x_proj" in names
+
+
+def test_nothing_that_fits_is_an_error(program: Callable[[str], Program]) -> None:
+    with pytest.raises(SpecError, match="in_features 32 is not a multiple of 7"):
+        chosen(program("llama"), "3:7")

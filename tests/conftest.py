@@ -1,0 +1,50 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import save
+
+ROOT = Path(__file__).parent.parent
+SHARED = ROOT.parent / "shared"
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """``folder("llama")``: the folder of that family's smallest model, made once per session; do not write to it."""
+    made: dict[str, Path] = {}
+
+    def get(family: str) -> Path:
+        if family not in made:
+            made[family] = save(family, tmp_path_factory.mktemp("models") / family)
+        return made[family]
+
+    return get
+
+
+@pytest.fixture
+def ids() -> torch.Tensor:
+    """Four sequences of 16 tokens."""
+    return torch.randint(3, 60, (4, 16), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="session")
+def stories() -> Path:
+    path = SHARED / "models" / "stories260k"
+    if not path.exists():
+        pytest.skip("shared/models/stories260k is not here")
+    return path
+
+
+@pytest.fixture(scope="session")
+def bundled() -> Path:
+    return ROOT / "models" / "pycode-6m"
+
+
+@pytest.fixture(autouse=True)
+def _offline(monkeypatch: Any) -> None:
+    """No test may reach for the hub."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
