@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.export.graph_signature import InputKind
 from torch.utils import _pytree as pytree
 
-from sparsify.errors import TraceError
+from sparsify.errors import TraceError, first_line
 from sparsify.program import Program, empty_root, inline
 from sparsify.source import Source
 from sparsify.weights import Weights, weights_of_module
@@ -40,20 +40,19 @@ def capture(source: Source, batch: Batch, device: torch.device | str = "cpu") ->
     module = source.module
     args, kwargs = call_arguments(module, {k: torch.zeros_like(v, device="cpu") for k, v in batch.items()})
     training = module.training
-    module.eval()
+    _set_mode(module, training=False)
     try:
         with torch.no_grad(), _quiet():
             exported = torch.export.export(module, args, kwargs, strict=False)
     except Exception as error:  # export raises many kinds; all mean that there is no graph
-        first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise TraceError(
             f"capturing {type(module).__name__}",
-            found=f"torch.export fails: {first}",
+            found=f"torch.export fails: {first_line(error)}",
             do=f"Inputs were {', '.join(f'{k} {tuple(v.shape)}' for k, v in batch.items())}; "
             "see the traceback with --debug",
         ) from error
     finally:
-        module.train(training)
+        _set_mode(module, training=training)
     program = from_exported(exported, source.weights, device, constants=_real_buffers(module))
     program.source = source
     del exported
@@ -125,6 +124,14 @@ def call_arguments(module: nn.Module, batch: Batch) -> tuple[tuple[Tensor, ...],
     if "use_cache" not in kwargs and getattr(config, "use_cache", None) is not None:
         kwargs["use_cache"] = False
     return tuple(batch[k] for k in positional), kwargs
+
+
+def _set_mode(module: nn.Module, *, training: bool) -> None:
+    try:
+        module.train(training)
+    except NotImplementedError:
+        # An exported graph has its mode built in and refuses to be told.
+        return
 
 
 class _StateHolder(nn.Module):

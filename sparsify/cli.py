@@ -19,7 +19,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from sparsify.errors import SparsifyError, SpecError
+from sparsify.errors import SparsifyError, SpecError, first_line
 
 app = typer.Typer(
     help="Prune large language models after training, and write them sparse.",
@@ -221,8 +221,7 @@ def _command(debug: bool, log_level: str) -> Iterator[None]:
     except Exception as error:
         if debug:
             raise
-        first = (str(error).strip().splitlines() or [""])[0]
-        _complain(f"unexpected {type(error).__name__}: {first} (run again with --debug for the traceback)")
+        _complain(f"unexpected {type(error).__name__}: {first_line(error)} (run again with --debug for the traceback)")
         raise SystemExit(1) from None
 
 

@@ -60,3 +60,8 @@ def near(word: str, known: Iterable[str], limit: int = 4) -> str:
         return "There are none"
     close = difflib.get_close_matches(word, names, n=limit, cutoff=0.5)
     return "Near names: " + ", ".join(close or difflib.get_close_matches(word, names, n=limit, cutoff=0.0))
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of another library's error that says something, else its type."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -16,8 +16,11 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sparsify.checkpoint import PICKLED, PICKLED_INDEX, WEIGHTS, Checkpoint, MemoryStore, TensorStore
-from sparsify.errors import CheckpointError, TraceError
+from sparsify.errors import CheckpointError, TraceError, first_line
 from sparsify.weights import Weights, weights_of_checkpoint, weights_of_module
+
+
+_TOKENIZER_FILES = ("tokenizer", "vocab", "spiece", "sentencepiece", "merges", "tekken", "special_tokens")
 
 
 @dataclass
@@ -75,6 +78,13 @@ class Source:
                     found="a module in memory, which has none",
                     do="Give calibration as token ids (LongTensors [batch, sequence])",
                 )
+            if not any(path.name.startswith(_TOKENIZER_FILES) for path in self.folder.iterdir()):
+                # transformers would make an empty one up from the config.
+                raise CheckpointError(
+                    f"a tokenizer for {self.name}",
+                    found=f"no tokenizer files in {self.folder}",
+                    do="Add them, or give token ids in a .safetensors file",
+                )
             try:
                 self._tokenizer = AutoTokenizer.from_pretrained(
                     self.folder, trust_remote_code=self.trust_remote_code, local_files_only=True
@@ -82,7 +92,7 @@ class Source:
             except (OSError, ValueError, KeyError, TypeError) as error:
                 raise CheckpointError(
                     f"a tokenizer for {self.name}",
-                    found=f"none that loads in {self.folder} ({str(error).splitlines()[0]})",
+                    found=f"none that loads in {self.folder} ({first_line(error)})",
                     do="Add its tokenizer files, or give token ids in a .safetensors file",
                 ) from error
         return self._tokenizer
@@ -130,10 +140,10 @@ def build_skeleton(folder: Path, trust_remote_code: bool = False) -> nn.Module:
         raise CheckpointError(f"config.json of {folder}", found="no such file", do="Is this a model folder?")
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError, json.JSONDecodeError) as error:
+    except Exception as error:  # a config's own checks raise whatever they like
         raise CheckpointError(
             f"config.json of {folder}",
-            found=f"transformers cannot read it ({str(error).strip().splitlines()[0]})",
+            found=f"transformers cannot read it ({first_line(error)})",
             do="Check the file; a model with code of its own needs --trust-remote-code",
         ) from error
     if getattr(config, "quantization_config", None) is not None:
@@ -145,10 +155,10 @@ def build_skeleton(folder: Path, trust_remote_code: bool = False) -> nn.Module:
     try:
         with torch.device("meta"):
             model = _model_class(config, trust_remote_code, folder)
-    except (ValueError, TypeError, AttributeError, RuntimeError, KeyError, ZeroDivisionError) as error:
+    except Exception as error:  # so do the constructors of models
         raise CheckpointError(
             f"model of {folder}",
-            found=f"its config.json builds no model ({str(error).strip().splitlines()[0]})",
+            found=f"its config.json builds no model ({first_line(error)})",
             do="Compare config.json with the one that the model was published with",
         ) from error
     _restore_buffers(model)
@@ -234,7 +244,7 @@ def _read_pickles(folder: Path) -> MemoryStore:
         except Exception as error:  # unpickling refuses in many ways, all of them final
             raise CheckpointError(
                 f"weights file {path}",
-                found=f"torch's weights_only loader refuses it ({str(error).strip().splitlines()[0]})",
+                found=f"torch's weights_only loader refuses it ({first_line(error)})",
                 do="Do not load it; ask the author for safetensors",
             ) from error
         tensors |= {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}

@@ -96,8 +96,8 @@ def example_batch(source: Source, rows: int = 1, length: int = 16) -> dict[str, 
         return {"pixel_values": torch.zeros(rows, *_image_shape(source), dtype=_float_dtype(source))}
     raise CalibrationError(
         f"inputs for {type(source.module).__name__}",
-        found=f"its main input is {name!r}",
-        do="Call sparsify.compile in Python with calibration batches as keyword dictionaries",
+        found="a module whose inputs are unknown" if name is None else f"its main input is {name!r}",
+        do="Give batches to sparsify.compile in Python (tensors, tuples or keyword dictionaries); they tell the shapes",
     )
 
 
@@ -173,6 +173,8 @@ def _from_python(data: Iterable[Any], source: Source, samples: int | None) -> li
         ) from error
     if not given:
         raise CalibrationError("calibration", found="no batches", do="Give at least one batch")
+    if empty := next((n for b in given for n, t in b.items() if not t.numel()), None):
+        raise CalibrationError(f"calibration input {empty}", found="an empty tensor", do="Give some tokens")
     if any(batch.keys() != given[0].keys() for batch in given):
         raise CalibrationError(
             "calibration batches",
@@ -245,8 +247,6 @@ def _check_ids(batches: list[dict[str, Tensor]], source: Source) -> None:
     vocabulary = source.vocab_size
     for batch in batches:
         for name, tensor in batch.items():
-            if not tensor.numel():
-                raise CalibrationError(f"calibration input {name}", found="an empty tensor", do="Give some tokens")
             if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
                 raise CalibrationError(f"calibration input {name}", found="NaN or infinity", do="Mend the data")
             if not name.endswith("input_ids"):

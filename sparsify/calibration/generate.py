@@ -24,13 +24,14 @@ def sample_from_model(source: Source, samples: int, length: int, seed: int) -> T
     Raises:
         CalibrationError: the model cannot generate, or would not fit into memory.
     """
-    model = _load(source)
-    if not hasattr(model, "generate") or getattr(model.config, "is_encoder_decoder", False):
+    can_generate = getattr(source.module, "can_generate", lambda: False)()
+    if not can_generate or getattr(source.config, "is_encoder_decoder", False):
         raise CalibrationError(
             "calibration 'self'",
-            found=f"{type(model).__name__} does not generate text from nothing",
+            found=f"{type(source.module).__name__} does not generate text from nothing",
             do="Give --calibration a text file or another source",
         )
+    model = _load(source)
     start = getattr(model.config.get_text_config(), "bos_token_id", None)
     start = start if isinstance(start, int) and 0 <= start < (source.vocab_size or start + 1) else 0
     settings = copy.deepcopy(model.generation_config)
@@ -62,13 +63,6 @@ def _load(source: Source) -> Any:
             found=f"generating needs the whole model ({need / 1e9:.1f} GB) in memory, of which {have / 1e9:.1f} GB is free",
             do="Give --calibration a text file or another source, which needs one block at a time",
         )
-    try:
-        return AutoModelForCausalLM.from_pretrained(
-            source.folder, dtype="auto", trust_remote_code=source.trust_remote_code, local_files_only=True
-        ).eval()
-    except ValueError as error:
-        raise CalibrationError(
-            "calibration 'self'",
-            found=f"{type(source.module).__name__} is no causal language model",
-            do="Give --calibration a text file or another source",
-        ) from error
+    return AutoModelForCausalLM.from_pretrained(
+        source.folder, dtype="auto", trust_remote_code=source.trust_remote_code, local_files_only=True
+    ).eval()

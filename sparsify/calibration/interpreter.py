@@ -16,7 +16,7 @@ from torch import Tensor, fx
 
 from sparsify.analysis.region import Flow, root_of
 from sparsify.calibration.store import ActivationStore
-from sparsify.errors import TraceError
+from sparsify.errors import TraceError, first_line
 from sparsify.program import Program
 
 Watch = Callable[[int, fx.Node, dict[fx.Node, Any]], None]
@@ -174,7 +174,7 @@ class Interpreter(fx.Interpreter):
                 raise
             raise TraceError(
                 f"running {node.format_node()}",
-                found=str(error).strip().splitlines()[0],
+                found=first_line(error),
                 do=f"It comes from {_source_line(node)}",
             ) from error
 

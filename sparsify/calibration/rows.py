@@ -33,6 +33,7 @@ class RowReader:
             # Some of these have been read for the last time by the graph before we look at them.
             first = min(flow.position[site.node] for site in group.sites)
             for node in self._needed(group):
+                flow.hold(node, flow.position[self.anchor(group)])
                 flow.hold(node, first)
                 self.held.add(node)
 

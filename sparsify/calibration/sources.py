@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from sparsify.errors import CalibrationError
+from sparsify.errors import CalibrationError, first_line
 
 Split = Literal["calibration", "heldout"]
 Document = str | Tensor
@@ -74,19 +74,20 @@ def _read(spec: str, split: Split) -> Documents:
 
 
 def python_stdlib(split: Split) -> list[str]:
-    """Source files of the running Python's standard library, split in two by a hash of their names."""
+    """Source files of the running Python's standard library, split in two by a hash of their names.
+
+    Of files with the same text only the first counts, so that the parts have none in common.
+    """
     root = Path(sysconfig.get_paths()["stdlib"])
-    texts = []
+    texts: dict[str, bool] = {}
     for path in sorted(root.rglob("*.py")):
         name = path.relative_to(root).as_posix()
         if any(part in ("site-packages", "dist-packages", "test", "tests", "idle_test") for part in name.split("/")):
             continue
-        heldout = hashlib.sha256(name.encode()).digest()[0] % 2 == 1
-        if heldout == (split == "heldout"):
-            text = path.read_text(encoding="utf-8", errors="ignore")
-            if text.strip():
-                texts.append(text)
-    return texts
+        text = path.read_text(encoding="utf-8", errors="ignore")
+        if text.strip():
+            texts.setdefault(text, hashlib.sha256(name.encode()).digest()[0] % 2 == 1)
+    return [text for text, heldout in texts.items() if heldout == (split == "heldout")]
 
 
 def c4(split: Split) -> list[Document]:
@@ -139,7 +140,7 @@ def _parquet(path: Path, field: str) -> Documents:
         table = pyarrow.parquet.read_table(path, columns=[field])
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise CalibrationError(
-            f"data '{path}:{field}'", found=f"cannot be read ({str(error).splitlines()[0]})", do=f"Name {FORMS}"
+            f"data '{path}:{field}'", found=f"cannot be read ({first_line(error)})", do=f"Name {FORMS}"
         ) from error
     if field not in table.column_names:
         raise CalibrationError(f"data '{path}:{field}'", found=f"no column '{field}'", do=f"Name it: {path}:FIELD")

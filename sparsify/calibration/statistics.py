@@ -73,6 +73,7 @@ class OutputSketch:
         self.size = max(size // experts, 32)
         self.rows = torch.zeros(experts, self.size, features, device=device)
         self._next = [0] * experts
+        self._filled = [0] * experts
         # A generator of its own: the sketch neither reads nor moves the global random state.
         self._signs = torch.Generator().manual_seed(0)
 
@@ -85,11 +86,12 @@ class OutputSketch:
             signs = torch.randint(0, 2, (len(part), 1), generator=self._signs).mul_(2).sub_(1)
             self.rows[expert, at : at + len(part)].addcmul_(part, signs.to(part))
             done += len(part)
+            self._filled[expert] = max(self._filled[expert], at + len(part))
             self._next[expert] = (at + len(part)) % self.size
 
     def error(self, expert: int, before: Tensor, after: Tensor) -> tuple[float, float]:
         """‖X Wᵀ − X Ŵᵀ‖² and ‖X Wᵀ‖² of one expert, estimated; weights are [out_features, in_features]."""
-        rows = self.rows[expert]
+        rows = self.rows[expert, : self._filled[expert]]
         dense = rows @ before.float().t()
         lost = rows @ (before.float() - after.float()).t()
         return float(lost.square().sum(dtype=torch.float64)), float(dense.square().sum(dtype=torch.float64))

@@ -1,0 +1,47 @@
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+from make_checkpoint import make_checkpoint
+
+import sparsify
+from sparsify.checkpoint import Checkpoint
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_a_made_checkpoint_is_sharded_and_prunes(tmp_path: Path) -> None:
+    """What tools/bench_memory.py does at 26 GB, at 300 kB."""
+    total = make_checkpoint(tmp_path / "model", "tiny", shard=100_000)
+    assert len(list((tmp_path / "model").glob("*.safetensors"))) > 2 and total > 200_000
+    result = sparsify.compile(
+        tmp_path / "model", ["wanda:2:4"], calibration="random", samples=2, sequence_length=16, output=tmp_path / "out"
+    )
+    assert result.runs[0].kept == 0.5 and len(list(Checkpoint(tmp_path / "out").names())) == 4 * 9 + 3
+
+
+def sources(*folders: str) -> list[Path]:
+    return [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
+
+
+def test_no_file_is_longer_than_400_lines() -> None:
+    long = {p.name: n for p in sources("sparsify", "passes", "backends", "tools") if (n := len(p.read_text().splitlines())) > 400}
+    assert not long
+
+
+def test_the_core_imports_no_pass_and_no_backend_and_a_pass_no_backend() -> None:
+    for path in sources("sparsify"):
+        text = path.read_text()
+        assert "import sparsify.passes" not in text and "from sparsify.passes" not in text, path
+        assert "from sparsify.backends" not in text, path
+    assert not [p for p in sources("passes") if "sparsify.backends" in p.read_text()]
+
+
+@pytest.mark.parametrize("script", ["bench_prune.py", "bench_memory.py", "bench_quality.py", "make_checkpoint.py"])
+def test_tools_explain_themselves(script: str) -> None:
+    import sys
+
+    done = subprocess.run([sys.executable, ROOT / "tools" / script, "--help"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
