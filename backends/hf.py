@@ -17,16 +17,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsify.checkpoint import WEIGHTS, Checkpoint, checksum
+from sparsify.checkpoint import WEIGHTS, Checkpoint
 from sparsify.errors import BackendError
 from sparsify.program import Program
+from sparsify.raw import checksum
 from sparsify.source import Source
 from sparsify.staging import Staging, copy_checkpoint
 from sparsify.weights import Weights, weights_of_checkpoint
 
 MANIFEST = "sparsify.json"
 # Weights in other formats are not carried along: they would still be dense.
-_OTHER_WEIGHTS = {".bin", ".safetensors", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx", ".onnx_data", ".ckpt"}
+_OTHER_WEIGHTS = {
+    ".bin",
+    ".safetensors",
+    ".pt",
+    ".pth",
+    ".h5",
+    ".msgpack",
+    ".gguf",
+    ".onnx",
+    ".onnx_data",
+    ".ckpt",
+}
 _CHUNK = 16 << 20
 
 

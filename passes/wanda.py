@@ -1,6 +1,7 @@
 """Wanda: prune by weight magnitude times the norm of the input that the weight multiplies.
 
-Source: Sun, Liu, Bair, Kolter, "A Simple and Effective Pruning Approach for Large Language Models" (2306.11695), section 3.
+Source: Sun, Liu, Bair, Kolter, "A Simple and Effective Pruning Approach for Large Language Models" (2306.11695),
+section 3.
 """
 
 from __future__ import annotations
@@ -9,11 +10,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from sparsify.passes.magnitude import Magnitude
 from torch import Tensor
 
 from sparsify.calibration.statistics import InputStatistics
 from sparsify.errors import CalibrationError
-from sparsify.passes.magnitude import Magnitude
 from sparsify.pattern import NM, Unstructured
 from sparsify.selection import select
 from sparsify.weight_pass import Pruned, WeightPass
@@ -71,7 +72,9 @@ def wanda_scores(weight: Tensor, squared_norm: Tensor) -> Tensor:
     """
     if not bool(squared_norm.any()):
         raise CalibrationError(
-            "wanda scores", found="an input that is zero on every calibration token", do="Use other calibration data"
+            "wanda scores",
+            found="an input that is zero on every calibration token",
+            do="Use other calibration data",
         )
     return weight.abs() * squared_norm.sqrt().to(torch.float32)
 

@@ -142,10 +142,10 @@ class _StateHolder(nn.Module):
         self._named = dict(exported.named_parameters())
         self._buffered = dict(exported.named_buffers())
 
-    def named_parameters(self, *_: Any, **__: Any) -> Any:  # type: ignore[override]
+    def named_parameters(self, *_: Any, **__: Any) -> Any:
         return iter(self._named.items())
 
-    def named_buffers(self, *_: Any, **__: Any) -> Any:  # type: ignore[override]
+    def named_buffers(self, *_: Any, **__: Any) -> Any:
         return iter(self._buffered.items())
 
 

@@ -8,8 +8,6 @@ names, order, sharding and every other tensor stay as they were, to the bit.
 from __future__ import annotations
 
 import json
-import os
-import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sparsify.errors import CheckpointError
+from sparsify.raw import checksum, read_into, write_from
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLED, PICKLED_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
@@ -112,9 +111,15 @@ class Checkpoint:
         """Return the tensor ``name``, freshly read into memory of its own."""
         entry = self._entries[name]
         tensor = torch.empty(entry.shape, dtype=entry.dtype)
-        # Plain reads, not a memory map: mapped pages would count as resident memory of this process.
         with entry.path.open("rb", buffering=0) as file:
-            _transfer(file.fileno(), tensor, entry.start, os.preadv, entry.path)
+            try:
+                read_into(file.fileno(), tensor, entry.start)
+            except EOFError as error:
+                raise CheckpointError(
+                    f"reading {name}",
+                    found=f"{entry.path.name} ended early ({error})",
+                    do="Something truncated it while it was read: fetch it again",
+                ) from error
         return tensor
 
     def write(self, name: str, tensor: Tensor) -> None:
@@ -130,31 +135,13 @@ class Checkpoint:
             )
         tensor = tensor.detach().cpu().contiguous()
         with entry.path.open("r+b", buffering=0) as file:
-            _transfer(file.fileno(), tensor, entry.start, os.pwritev, entry.path)
+            write_from(file.fileno(), tensor, entry.start)
         self.written[name] = checksum(tensor)
 
     def span(self, name: str) -> tuple[Path, int, int]:
         """Where the bytes of ``name`` lie: file, offset, length."""
         entry = self._entries[name]
         return entry.path, entry.start, entry.size
-
-
-def checksum(tensor: Tensor) -> int:
-    """CRC-32 of the bytes of ``tensor``."""
-    return zlib.crc32(tensor.contiguous().reshape(-1).view(torch.uint8).numpy()) if tensor.numel() else 0
-
-
-def _transfer(fd: int, tensor: Tensor, offset: int, call: object, path: Path) -> None:
-    """Move all bytes of ``tensor`` with ``os.preadv`` or ``os.pwritev``, which may stop early."""
-    view = memoryview(tensor.reshape(-1).view(torch.uint8).numpy()) if tensor.numel() else memoryview(b"")
-    done = 0
-    while done < len(view):
-        moved = call(fd, [view[done : done + (1 << 30)]], offset + done)  # type: ignore[operator]
-        if moved == 0:
-            raise CheckpointError(
-                f"reading {path.name}", found="the file ended early", do="Something truncated it: fetch it again"
-            )
-        done += moved
 
 
 def _weight_files(folder: Path) -> dict[Path, set[str] | None]:
@@ -173,7 +160,9 @@ def _weight_files(folder: Path) -> dict[Path, set[str] | None]:
                 do="Pass --allow-bin to read it with torch's weights_only loader, or convert it to safetensors",
             )
         raise CheckpointError(
-            f"weights of {folder}", found=f"neither {WEIGHTS} nor {INDEX}", do="Is this a Hugging Face model folder?"
+            f"weights of {folder}",
+            found=f"neither {WEIGHTS} nor {INDEX}",
+            do="Is this a Hugging Face model folder?",
         )
     try:
         weight_map = json.loads((folder / INDEX).read_text())["weight_map"]
@@ -220,9 +209,7 @@ def _read_header(path: Path) -> dict[str, _Entry]:
                 do=f"Known dtypes: {', '.join(_DTYPES)}",
             )
         begin, end = info["data_offsets"]
-        entries[name] = _Entry(
-            path, _DTYPES[info["dtype"]], torch.Size(info["shape"]), 8 + length + begin, end - begin
-        )
+        entries[name] = _Entry(path, _DTYPES[info["dtype"]], torch.Size(info["shape"]), 8 + length + begin, end - begin)
     return entries
 
 

@@ -46,10 +46,15 @@ def compile_command(
     model: Model,
     passes: Annotated[
         list[str] | None,
-        typer.Option("--pass", help="NAME:PATTERN[,OPTION=VALUE]…, e.g. wanda:2:4; several run in order.", metavar="SPEC"),
+        typer.Option(
+            "--pass",
+            help="NAME:PATTERN[,OPTION=VALUE]…, e.g. wanda:2:4; several run in order.",
+            metavar="SPEC",
+        ),
     ] = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Folder to write. [default: NAME-PASS here]", metavar="OUT")
+        Path | None,
+        typer.Option("--output", "-o", help="Folder to write. [default: NAME-PASS here]", metavar="OUT"),
     ] = None,
     to: Annotated[str, typer.Option("--to", help="What to write: hf, an ordinary checkpoint.")] = "hf",
     calibration: Annotated[
@@ -89,7 +94,9 @@ def compile_command(
         from sparsify.progress import ProgressLine
         from sparsify.report import plan_report, result_report
 
-        name = Path(model).expanduser().resolve().name if Path(model).expanduser().exists() else model.rpartition("/")[2]
+        name = (
+            Path(model).expanduser().resolve().name if Path(model).expanduser().exists() else model.rpartition("/")[2]
+        )
         out = output or default_output(name, specs)
         started = time.perf_counter()
         with ProgressLine(console, not quiet) as line:

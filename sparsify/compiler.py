@@ -156,9 +156,7 @@ def compile(
     program = capture(source, data.batches[0] if data else example_batch(source), place)
     sites, opaque = find_sites(program)
     schedule_name = schedule if needs_data else "none"
-    runs = [
-        PassRun(p, schedule_name, *choose(program, sites, p.pattern, ignore=ignore, only=only)) for p in parsed
-    ]
+    runs = [PassRun(p, schedule_name, *choose(program, sites, p.pattern, ignore=ignore, only=only)) for p in parsed]
     if needs_data and named and not dry_run:
         # Only now, when all that can be refused has been: drawing data may take minutes.
         data = load_calibration(calibration, source, samples=samples, sequence_length=sequence_length, seed=seed)
@@ -188,7 +186,9 @@ def compile(
         if out is not None:
             compiled.output = job.finish(program, make_manifest(compiled))
             # The folder has its final name only now; read from there from here on.
-            final = open_source(compiled.output, trust_remote_code=trust_remote_code) if source.is_transformers else None
+            final = (
+                open_source(compiled.output, trust_remote_code=trust_remote_code) if source.is_transformers else None
+            )
             if final is not None:
                 program.weights = final.weights
     return compiled

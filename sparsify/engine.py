@@ -192,9 +192,7 @@ class Engine:
         """
         step = steps[number]
         recording = again or self.schedule != "block"
-        recorders = {
-            (number, i): self._recorder(group) for i, group in enumerate(step.groups) if recording
-        }
+        recorders = {(number, i): self._recorder(group) for i, group in enumerate(step.groups) if recording}
         watch: dict[fx.Node, list[tuple[InputGroup, GroupRecorder]]] = {}
         for (_, i), recorder in recorders.items():
             anchor = self.rows.anchor(step.groups[i])
@@ -226,9 +224,7 @@ class Engine:
 
     def _recorder(self, group: InputGroup) -> GroupRecorder:
         site = group.sites[0]
-        return GroupRecorder(
-            self.weight_pass.statistics, site.experts, site.shape[1], self.device, sketch=True
-        )
+        return GroupRecorder(self.weight_pass.statistics, site.experts, site.shape[1], self.device, sketch=True)
 
     def _merged_statistics(self) -> dict[str, GroupRecorder]:
         """Statistics of parameters that several groups read, over all of them, from a dense forward.
@@ -294,14 +290,18 @@ def _prune_target(
     stored = weights.read(target.parameter).to(device or "cpu")
     if not bool(torch.isfinite(stored).all()):
         raise CalibrationError(
-            f"weight {target.parameter}", found="it holds NaN or infinity", do="Mend the checkpoint before pruning it"
+            f"weight {target.parameter}",
+            found="it holds NaN or infinity",
+            do="Mend the checkpoint before pruning it",
         )
     before = site.matrices(stored)
     after = before.clone()
     unseen = [e for e, s in enumerate(statistics) if weight_pass.statistics and s.tokens == 0]
     if unseen and site.expert_axis is None:
         raise CalibrationError(
-            f"the input of {site.name}", found="no calibration token reaches it", do="Use other calibration data"
+            f"the input of {site.name}",
+            found="no calibration token reaches it",
+            do="Use other calibration data",
         )
     for expert, statistic in enumerate(statistics):
         method = weight_pass.without_data() if expert in unseen else weight_pass

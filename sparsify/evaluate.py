@@ -83,7 +83,9 @@ def perplexity(
     vocabulary = source.vocab_size
     if vocabulary and int(windows.max()) >= vocabulary:
         raise CalibrationError(
-            f"token id {int(windows.max())}", found=f"a vocabulary of {vocabulary}", do="Give ids of this model's tokenizer"
+            f"token id {int(windows.max())}",
+            found=f"a vocabulary of {vocabulary}",
+            do="Give ids of this model's tokenizer",
         )
     most = max(1, _TOKENS_AT_ONCE // length)
     size = max(d for d in range(1, min(most, count) + 1) if count % d == 0)
@@ -115,7 +117,7 @@ def _logits(program: Program, source: Source) -> fx.Node:
     kind = type(source.module).__name__
     causal = kind.endswith(("ForCausalLM", "LMHeadModel"))
     output = next(n for n in program.graph.nodes if n.op == "output")
-    leaves = [n for n in fx.node.map_aggregate([output.args[0]], lambda a: a)[0] or ()]  # type: ignore[index,union-attr]
+    leaves: Any = output.args[0]
     if causal and "logits" in program.output_names:
         node = leaves[program.output_names.index("logits")]
         if isinstance(node, fx.Node):

@@ -1,7 +1,8 @@
 """Weight passes as passes of ``torch.fx``, for other compilers' pipelines.
 
-``Wanda(NM(2, 4)).bind(batches)`` is a ``PassBase``: it runs in ``torch.fx.passes.infra.pass_manager.PassManager`` on any
-GraphModule, and inside a ``torch.compile`` backend. The module given is not changed; the result holds new parameters.
+``Wanda(NM(2, 4)).bind(batches)`` is a ``PassBase``: it runs on any GraphModule in torch's own
+``torch.fx.passes.infra.pass_manager.PassManager``, and inside a ``torch.compile`` backend. The module given is not
+changed; the result holds new parameters.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from sparsify.capture import capture
 from sparsify.checkpoint import MemoryStore
 from sparsify.engine import Engine, Schedule, prune_without_data
 from sparsify.errors import CalibrationError, TraceError
+from sparsify.program import set_tensor
 from sparsify.source import Source
 from sparsify.targets import choose
 from sparsify.weight_pass import WeightPass
@@ -55,8 +57,8 @@ class GraphPrune(PassBase):
 
     def __call__(self, graph_module: fx.GraphModule | torch.export.ExportedProgram) -> PassResult | None:
         if isinstance(graph_module, torch.export.ExportedProgram):
-            graph_module = graph_module.module()  # type: ignore[assignment]
-        return super().__call__(graph_module)  # type: ignore[arg-type]
+            graph_module = graph_module.module()
+        return super().__call__(graph_module)
 
     def requires(self, graph_module: fx.GraphModule) -> None:
         if not isinstance(graph_module, fx.GraphModule):
@@ -80,9 +82,7 @@ class GraphPrune(PassBase):
         targets, _ = choose(program, sites, self.weight_pass.pattern, ignore=self.ignore, only=self.only)
         program.weights = program.weights.on(MemoryStore(program.weights.store))
         if self.weight_pass.statistics:
-            Engine(
-                program, self.weight_pass, targets, batches, schedule=self.schedule, device=self.device
-            ).run()
+            Engine(program, self.weight_pass, targets, batches, schedule=self.schedule, device=self.device).run()
         else:
             prune_without_data(program, self.weight_pass, targets, lambda progress: None)
         pruned = {target.parameter: program.weights.read(target.parameter) for target in targets}
@@ -126,7 +126,7 @@ def _hold_parameters(
     env: dict[fx.Node, fx.Node] = {}
     root = nn.Module()
     for name, value in [*graph_module.named_parameters(), *graph_module.named_buffers()]:
-        _set(root, name, value)
+        set_tensor(root, name, value)
     for name, child in graph_module.named_children():
         root.add_module(name, child)
     names = {}
@@ -134,7 +134,7 @@ def _hold_parameters(
         if isinstance(value, nn.Parameter):
             attribute = _readable(str(node.target))
             names[attribute] = node.name
-            _set(root, attribute, value)
+            set_tensor(root, attribute, value)
             env[node] = graph.get_attr(attribute)
         else:
             env[node] = graph.placeholder(str(node.target))
@@ -155,7 +155,7 @@ def _with_parameters(
         fresh = nn.Parameter(value, requires_grad=False)
         if parameter not in names:
             for name in (parameter, *(a for a, c in aliases.items() if c == parameter)):
-                _set(result, name, fresh)
+                set_tensor(result, name, fresh)
             continue
         # The caller goes on passing the dense parameter; the graph reads ours instead.
         attribute = f"pruned_{names[parameter]}"
@@ -175,16 +175,3 @@ def _readable(placeholder: str) -> str:
     name = re.sub(r"^[Ll]_(self|fn|module)_+", "", placeholder).strip("_")
     name = re.sub(r"(^|_)(modules|parameters)_+", ".", name).strip(".")
     return name or placeholder
-
-
-def _set(root: nn.Module, name: str, value: Any) -> None:
-    owner = root
-    *path, leaf = name.split(".")
-    for part in path:
-        if part not in owner._modules:
-            owner.add_module(part, nn.Module())
-        owner = owner._modules[part]  # type: ignore[assignment]
-    if isinstance(value, nn.Parameter):
-        owner._parameters[leaf] = value
-    else:
-        owner.register_buffer(leaf, value)

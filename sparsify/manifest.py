@@ -60,9 +60,7 @@ def make_manifest(compiled: Compiled) -> dict[str, Any]:
             "seed": compiled.seed,
             "sha256": calibration.digest,
         },
-        "not_understood": [
-            {"tensors": list(opaque.parameters), "reason": opaque.reason} for opaque in compiled.opaque
-        ],
+        "not_understood": [{"tensors": list(opaque.parameters), "reason": opaque.reason} for opaque in compiled.opaque],
     }
 
 

@@ -81,28 +81,46 @@ class Program:
         except RuntimeError as error:
             raise VerifyError("the graph", found=f"it does not lint ({error})", do="Report this as a bug") from error
         for node in self.graph.nodes:
-            devices: list[torch.device] = []
-            fx.node.map_aggregate(
-                (node.args, node.kwargs), lambda a, d=devices: d.append(a) if isinstance(a, torch.device) else None
-            )
-            if any(device.type == "meta" for device in devices):
+            if any(device.type == "meta" for device in _devices(node)):
                 raise VerifyError(f"node {node.name}", found="it names the meta device", do="Report this as a bug")
             if node.op == "get_attr" and node.target not in self.constants and node.target not in self.weights:
                 raise VerifyError(f"node {node.name}", found=f"no tensor {node.target}", do="Report this as a bug")
+
+
+def _devices(node: fx.Node) -> list[torch.device]:
+    """Devices named in the arguments of ``node``."""
+    found: list[torch.device] = []
+
+    def note(value: Any) -> Any:
+        if isinstance(value, torch.device):
+            found.append(value)
+        return value
+
+    fx.node.map_aggregate((node.args, node.kwargs), note)
+    return found
 
 
 def empty_root(tensors: dict[str, Tensor]) -> nn.Module:
     """A tree of bare modules that holds a meta parameter under each dotted name."""
     root = nn.Module()
     for name, tensor in tensors.items():
-        owner = root
-        *path, leaf = name.split(".")
-        for part in path:
-            if part not in owner._modules:
-                owner.add_module(part, nn.Module())
-            owner = owner._modules[part]  # type: ignore[assignment]
-        owner._parameters[leaf] = nn.Parameter(tensor.detach().to("meta"), requires_grad=False)
+        set_tensor(root, name, nn.Parameter(tensor.detach().to("meta"), requires_grad=False))
     return root
+
+
+def set_tensor(root: nn.Module, name: str, value: Tensor) -> None:
+    """Put a parameter (or else a buffer) under a dotted name, making bare modules on the way where none are."""
+    owner = root
+    *path, leaf = name.split(".")
+    for part in path:
+        child = owner._modules.get(part)
+        if child is None:
+            owner.add_module(part, child := nn.Module())
+        owner = child
+    if isinstance(value, nn.Parameter):
+        owner._parameters[leaf] = value
+    else:
+        owner.register_buffer(leaf, value)
 
 
 def inline(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import itertools
 import resource
 import sys
 from collections.abc import Iterable, Sequence
@@ -66,7 +66,9 @@ def evaluation_report(evaluation: Evaluation, name: str) -> RenderableType:
 
 def _result_table(run: PassRun) -> Table:
     table = Table(
-        title=f"{spec_text(run.weight_pass)}, schedule {run.schedule}", title_justify="left", caption_justify="left"
+        title=f"{spec_text(run.weight_pass)}, schedule {run.schedule}",
+        title_justify="left",
+        caption_justify="left",
     )
     table.add_column("site", overflow="fold")
     for column in ("sites", "out × in", "kept", "error", "worst", "time"):
@@ -88,9 +90,11 @@ def _result_table(run: PassRun) -> Table:
 
 def _common_prefix(kinds: Iterable[str]) -> str:
     """What all names begin with, up to a dot; nothing where there is but one."""
-    names = list(kinds)
-    prefix = os.path.commonprefix(names) if len(names) > 1 else ""
-    return prefix[: prefix.rfind(".") + 1]
+    split = [name.split(".")[:-1] for name in kinds]
+    if len(split) < 2:
+        return ""
+    shared = [parts[0] for parts in itertools.takewhile(lambda p: len(set(p)) == 1, zip(*split, strict=False))]
+    return "".join(f"{part}." for part in shared)
 
 
 def _figures(sites: Sequence[SiteResult]) -> tuple[str, str, str, str]:

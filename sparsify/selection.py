@@ -67,8 +67,7 @@ def select(scores: Tensor, pattern: Pattern, comparison: Comparison = Comparison
     if size == 1:
         return _by_rows(scores.t().contiguous(), 1, pattern, comparison.count).t().contiguous()
     parts = [
-        _fraction(part.reshape(1, -1), pattern, comparison.count).view(part.shape)
-        for part in scores.split(size, dim=1)
+        _fraction(part.reshape(1, -1), pattern, comparison.count).view(part.shape) for part in scores.split(size, dim=1)
     ]
     return torch.cat(parts, dim=1)
 

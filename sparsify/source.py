@@ -19,8 +19,7 @@ from sparsify.checkpoint import PICKLED, PICKLED_INDEX, WEIGHTS, Checkpoint, Mem
 from sparsify.errors import CheckpointError, TraceError, first_line
 from sparsify.weights import Weights, weights_of_checkpoint, weights_of_module
 
-
-_TOKENIZER_FILES = ("tokenizer", "vocab", "spiece", "sentencepiece", "merges", "tekken", "special_tokens")
+_TOKENIZER_FILES = ("tokenizer", "vocab", "spiece", "sentencepiece", "merges", "tekken")
 
 
 @dataclass
@@ -98,9 +97,7 @@ class Source:
         return self._tokenizer
 
 
-def open_source(
-    model: str | Path | nn.Module, *, allow_bin: bool = False, trust_remote_code: bool = False
-) -> Source:
+def open_source(model: str | Path | nn.Module, *, allow_bin: bool = False, trust_remote_code: bool = False) -> Source:
     """Open ``model`` without reading its weights.
 
     Args:
@@ -202,7 +199,7 @@ def _fake_parameters(model: nn.Module) -> None:
                     if isinstance(tensor, nn.Parameter):
                         fake = nn.Parameter(fake, requires_grad=False)
                     # One fake per tensor: tied weights stay one object.
-                    tensors[name] = fakes.setdefault(id(tensor), fake)  # type: ignore[arg-type,assignment]
+                    tensors[name] = fakes.setdefault(id(tensor), fake)  # type: ignore[arg-type]
 
 
 def _find_folder(model: str | Path) -> Path:

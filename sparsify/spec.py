@@ -28,9 +28,7 @@ def parse_pass(text: str) -> WeightPass:
     name, _, pattern = head.partition(":")
     kind = find("sparsify.passes", name)
     if not pattern:
-        raise SpecError(
-            f"pass '{text}'", found="no pattern after the name", do=f"Write {name}:2:4 or {name}:50%, say"
-        )
+        raise SpecError(f"pass '{text}'", found="no pattern after the name", do=f"Write {name}:2:4 or {name}:50%, say")
     fields = {f.name: f for f in dataclasses.fields(kind) if f.name != "pattern"}
     hints = typing.get_type_hints(kind)
     values: dict[str, Any] = {}

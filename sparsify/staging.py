@@ -65,7 +65,9 @@ class Staging:
             if old.exists() and not self.out.exists():
                 old.rename(self.out)
             raise BackendError(
-                f"output {self.out}", found=f"cannot be put in place ({error})", do="Choose another place with -o"
+                f"output {self.out}",
+                found=f"cannot be put in place ({error})",
+                do="Choose another place with -o",
             ) from error
         shutil.rmtree(old, ignore_errors=True)
         return self.out
@@ -98,7 +100,9 @@ def check_output(out: Path, *, overwrite: bool, source: Path | None) -> None:
             )
     if out.exists() and not overwrite:
         raise BackendError(
-            f"output {out}", found="it exists already", do="Pass --overwrite to replace it, or choose another -o"
+            f"output {out}",
+            found="it exists already",
+            do="Pass --overwrite to replace it, or choose another -o",
         )
 
 

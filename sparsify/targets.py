@@ -13,7 +13,6 @@ from sparsify.pattern import Pattern
 from sparsify.program import Program
 from sparsify.weights import Weights
 
-
 _NOT_NAMED = "not named by --only"
 
 

@@ -71,7 +71,9 @@ class WeightPass:
                     )
         elif self.comparison.axis == "layer" and self.blocksize != 1:
             raise self._refuse(
-                f"blocksize={self.blocksize}", "group=layer compares all weights of a layer", "Leave blocksize out"
+                f"blocksize={self.blocksize}",
+                "group=layer compares all weights of a layer",
+                "Leave blocksize out",
             )
 
     @property

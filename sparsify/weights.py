@@ -128,9 +128,7 @@ class Weights:
         return run_converter(conversion, {name: self.store.read(name) for name, _ in conversion.sources}, self._model)
 
 
-def run_converter(
-    conversion: Conversion, tensors: Mapping[str, Tensor], model: nn.Module | None
-) -> dict[str, Tensor]:
+def run_converter(conversion: Conversion, tensors: Mapping[str, Tensor], model: nn.Module | None) -> dict[str, Tensor]:
     """Apply a conversion to the tensors of its sources; the result is keyed by parameter name."""
     converter = copy.deepcopy(conversion.converter)
     for name, pattern in conversion.sources:
@@ -169,7 +167,12 @@ def weights_of_checkpoint(model: nn.Module, store: TensorStore) -> Weights:
             disagrees.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+    from transformers.core_model_loading import (
+        WeightConverter,
+        WeightRenaming,
+        dot_natural_key,
+        rename_source_key,
+    )
 
     transforms = get_model_conversion_mapping(model)
     renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
@@ -217,14 +220,13 @@ def _check_complete(
     aliases: Mapping[str, str],
     total: int,
 ) -> None:
-    allowed = list(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or []) + [r"rotary_emb\.inv_freq"]
+    allowed = [*(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or []), r"rotary_emb\.inv_freq"]
     unexpected = [key for key in unexpected if not any(re.search(pattern, key) for pattern in allowed)]
     optional = list(getattr(model, "_keys_to_ignore_on_load_missing", None) or [])
     missing = [
         name
         for name in wanted
-        if aliases.get(name, name) not in shapes
-        and not any(re.search(pattern, name) for pattern in optional)
+        if aliases.get(name, name) not in shapes and not any(re.search(pattern, name) for pattern in optional)
     ]
     kind = type(model).__name__
     if unexpected:

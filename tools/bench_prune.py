@@ -12,6 +12,7 @@ import os
 import platform
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -93,7 +94,10 @@ def selection() -> None:
     for text in ("2:4", "4:8", "50%"):
         pattern = parse_pattern(text)
         took = min(timed(lambda p=pattern: select(scores, p)) for _ in range(3))  # type: ignore[misc]
-        print(f"select {text:4} {took * 1e3:4.0f} ms  {took / (product + sort):.2f}× (|W|·s + sort), {took / sort:.2f}× sort")
+        print(
+            f"select {text:4} {took * 1e3:4.0f} ms  {took / (product + sort):.2f}× (|W|·s + sort), "
+            f"{took / sort:.2f}× sort"
+        )
 
 
 def timed(job: Callable[[], object]) -> float:
@@ -104,7 +108,7 @@ def timed(job: Callable[[], object]) -> float:
 
 def processor() -> str:
     try:
-        with open("/proc/cpuinfo") as file:
+        with Path("/proc/cpuinfo").open() as file:
             return next(line.split(":")[1].strip() for line in file if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()

@@ -60,7 +60,10 @@ def tokens(source: Source, path: Path) -> Tensor:
 
 def table(name: str, source: Source, ids: Tensor, windows: Tensor, patterns: list[str]) -> None:
     assert source.folder is not None
-    print(f"{name}: dense {perplexity(source, windows):.2f} ({len(ids)}×{LENGTH} calibrate, {len(windows)}×{LENGTH} evaluate)\n")
+    print(
+        f"{name}: dense {perplexity(source, windows):.2f} "
+        f"({len(ids)}×{LENGTH} calibrate, {len(windows)}×{LENGTH} evaluate)\n"
+    )
     print("| | " + " | ".join(patterns) + " |\n|---|" + "---|" * len(patterns))
     rows = [("magnitude", "layer")] + [("wanda", schedule) for schedule in ("layer", "block", "dense")]
     for method, schedule in rows:

@@ -135,7 +135,15 @@ def find_sites(program: Program, flow: Flow | None = None) -> tuple[list[LinearS
         if node.op != "call_function" or _short(node) not in _CONTRACTIONS or node not in flow.varying:
             continue
         held = [a for a in node.all_input_nodes if flow.parameters.get(a)]
-        if _short(node) in ("linear", "addmm", "conv1d", "conv2d", "conv3d", "baddbmm", "scaled_dot_product_attention"):
+        if _short(node) in (
+            "linear",
+            "addmm",
+            "conv1d",
+            "conv2d",
+            "conv3d",
+            "baddbmm",
+            "scaled_dot_product_attention",
+        ):
             held = [a for a in held if a is not _addend(node)]
         if not held:
             continue

@@ -59,9 +59,7 @@ class Flow:
         return [
             node
             for node in self.order[:cut]
-            if node in self.varying
-            and node.op != "placeholder"
-            and self.read_within(node, cut, end)
+            if node in self.varying and node.op != "placeholder" and self.read_within(node, cut, end)
         ]
 
     def read_within(self, node: fx.Node, start: int, stop: int) -> bool:
@@ -76,9 +74,7 @@ class Flow:
         """Varying nodes in [cut, end) that ``wanted`` nodes are computed from, themselves included."""
         found: set[fx.Node] = set()
         for node in reversed(self.order[cut:end]):
-            if node in self.varying and (
-                node in wanted or any(user in found for user in node.users) or _written(node)
-            ):
+            if node in self.varying and (node in wanted or any(user in found for user in node.users) or _written(node)):
                 found.add(node)
         return found
 

@@ -169,17 +169,18 @@ def _from_python(data: Iterable[Any], source: Source, samples: int | None) -> li
         given = [_named(item, source) for item in data]
     except TypeError as error:
         raise CalibrationError(
-            f"calibration of type {type(data).__name__}", found="not an iterable of batches", do="Give a list of tensors"
+            f"calibration of type {type(data).__name__}",
+            found="not an iterable of batches",
+            do="Give a list of tensors",
         ) from error
     if not given:
         raise CalibrationError("calibration", found="no batches", do="Give at least one batch")
     if empty := next((n for b in given for n, t in b.items() if not t.numel()), None):
         raise CalibrationError(f"calibration input {empty}", found="an empty tensor", do="Give some tokens")
-    if any(batch.keys() != given[0].keys() for batch in given):
+    if other := next((batch for batch in given if batch.keys() != given[0].keys()), None):
         raise CalibrationError(
             "calibration batches",
-            found=f"inputs {sorted(given[0])} in one and {sorted(next(b for b in given if b.keys() != given[0].keys()))} "
-            "in another",
+            found=f"inputs {sorted(given[0])} in one and {sorted(other)} in another",
             do="Give every batch the same inputs",
         )
     shapes = {name: {tuple(b[name].shape[1:]) for b in given} for name in given[0]}

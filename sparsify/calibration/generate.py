@@ -60,7 +60,7 @@ def _load(source: Source) -> Any:
     if need > 0.8 * have:
         raise CalibrationError(
             "calibration 'self'",
-            found=f"generating needs the whole model ({need / 1e9:.1f} GB) in memory, of which {have / 1e9:.1f} GB is free",
+            found=f"generating needs the whole model in memory ({need / 1e9:.1f} GB; {have / 1e9:.1f} GB are free)",
             do="Give --calibration a text file or another source, which needs one block at a time",
         )
     return AutoModelForCausalLM.from_pretrained(

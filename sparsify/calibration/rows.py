@@ -69,12 +69,11 @@ class RowReader:
         if site.expert_axis is not None and site.offsets is None:
             # One batched product: the first axis is the expert, every expert sees as many rows.
             rows = moved.reshape(-1, moved.shape[-1])
-            ends = torch.arange(1, site.experts + 1) * moved.shape[1]
             if counted is not None:
                 raise self._unmatched(group, value, counted)
-            return rows, ends
+            return rows, torch.arange(1, site.experts + 1) * moved.shape[1]
         rows = moved.reshape(-1, moved.shape[-1])
-        ends = values[site.offsets].cpu() if site.offsets is not None else None
+        ends: Tensor | None = values[site.offsets].cpu() if site.offsets is not None else None
         if counted is None:
             return rows, ends
         flat = counted.reshape(-1).to(rows.device)
@@ -98,7 +97,7 @@ class RowReader:
 
     def _find_routes(self) -> dict[fx.Node, fx.Node]:
         """For each offsets node of a stack of experts, the index that gathered its rows from the tokens."""
-        routes = {}
+        routes: dict[Any, Any] = {}
         for node in self.program.graph.nodes:
             if node.op != "call_function" or "grouped_mm" not in str(node.target):
                 continue

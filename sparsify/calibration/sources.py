@@ -122,7 +122,9 @@ def _jsonl(path: Path, field: str) -> Documents:
                 value = json.loads(line)[field]
             except (ValueError, KeyError, TypeError) as error:
                 raise CalibrationError(
-                    f"data '{path}'", found=f"line {number} has no field '{field}'", do=f"Name it: {path}:FIELD"
+                    f"data '{path}'",
+                    found=f"line {number} has no field '{field}'",
+                    do=f"Name it: {path}:FIELD",
                 ) from error
             documents.append(_document(value, f"{path}, line {number}"))
     return Documents(f"{path}:{field}", documents)
@@ -180,7 +182,9 @@ def _dataset(spec: str, split: Split) -> list[Document]:
     field = field or "text"
     if field not in rows.column_names:
         raise CalibrationError(
-            f"data '{spec}'", found=f"columns {', '.join(rows.column_names)}", do=f"Name one: {name}:{config}:{part}:FIELD"
+            f"data '{spec}'",
+            found=f"columns {', '.join(rows.column_names)}",
+            do=f"Name one: {name}:{config}:{part}:FIELD",
         )
     return [_document(value, spec) for value in rows[field]]
 
@@ -202,7 +206,9 @@ def _load_dataset(spec: str, *args: Any, **kwargs: Any) -> Any:
         import datasets
     except ImportError as error:
         raise CalibrationError(
-            f"data '{spec}'", found="the datasets package is not installed", do="pip install 'sparsify-fx[data]'"
+            f"data '{spec}'",
+            found="the datasets package is not installed",
+            do="pip install 'sparsify-fx[data]'",
         ) from error
     try:
         return datasets.load_dataset(*args, **kwargs)

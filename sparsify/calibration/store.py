@@ -11,6 +11,8 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
+from sparsify.raw import read_into, write_from
+
 
 @dataclass(frozen=True)
 class _Spilled:
@@ -55,10 +57,7 @@ class ActivationStore:
         if isinstance(value, _Spilled):
             tensor = torch.empty(value.shape, dtype=value.dtype)
             assert self._file is not None
-            view = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
-            done = 0
-            while done < len(view):
-                done += os.preadv(self._file, [view[done : done + (1 << 30)]], value.offset + done)
+            read_into(self._file, tensor, value.offset)
             if not keep:
                 self._free.setdefault(value.size, []).append(value.offset)
             return tensor.to(device)
@@ -75,10 +74,7 @@ class ActivationStore:
         places = self._free.get(size)
         offset = places.pop() if places else self._end
         self._end = max(self._end, offset + size)
-        view = memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
-        done = 0
-        while done < len(view):
-            done += os.pwritev(self._file, [view[done : done + (1 << 30)]], offset + done)
+        write_from(self._file, tensor.contiguous(), offset)
         self.spilled = max(self.spilled, self._end)
         return _Spilled(offset, tensor.shape, tensor.dtype, size)
 

@@ -99,7 +99,10 @@ def test_names_are_the_checkpoints_own(program: Callable[[str], Program]) -> Non
     assert len(chosen(vit, only=["vit.encoder.layer.0.attention.attention.query"])[0]) == 1
     mixtral = program("mixtral")
     targets, _ = choose(
-        mixtral, find_sites(mixtral)[0], parse_pattern("2:4"), only=["model.layers.0.block_sparse_moe.experts.1.w1"]
+        mixtral,
+        find_sites(mixtral)[0],
+        parse_pattern("2:4"),
+        only=["model.layers.0.block_sparse_moe.experts.1.w1"],
     )
     assert [(t.site.name, t.sources) for t in targets] == [
         (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
@@ -23,10 +24,8 @@ def prune_blocks_with_hooks(
 
     hook = blocks[0].register_forward_pre_hook(catch, with_kwargs=True)
     for sequence in sequences:
-        try:
+        with contextlib.suppress(Stop):
             model(**sequence, use_cache=False)
-        except Stop:
-            pass
     hook.remove()
 
     names = {module: name for name, module in model.named_modules()}

@@ -25,7 +25,12 @@ def no_encoder(text: str) -> Tensor:
 
 
 @settings(deadline=None, max_examples=50)
-@given(st.lists(st.integers(0, 40), min_size=1, max_size=8), st.integers(1, 12), st.integers(1, 12), st.integers(0, 9))
+@given(
+    st.lists(st.integers(0, 40), min_size=1, max_size=8),
+    st.integers(1, 12),
+    st.integers(1, 12),
+    st.integers(0, 9),
+)
 def test_windows_are_whole_and_from_one_document(lengths, samples, length, seed) -> None:  # type: ignore[no-untyped-def]
     documents = [torch.arange(n) + 100 * i for i, n in enumerate(lengths)]
     try:
@@ -136,7 +141,10 @@ def test_python_batches_of_ids_need_no_tokenizer(llama: Source, ids: Tensor) -> 
 
 def test_batches_of_uneven_size_become_even(llama: Source, ids: Tensor) -> None:
     mask = torch.ones_like(ids)
-    data = [{"input_ids": ids[:3], "attention_mask": mask[:3]}, {"input_ids": ids[3:], "attention_mask": mask[3:]}]
+    data = [
+        {"input_ids": ids[:3], "attention_mask": mask[:3]},
+        {"input_ids": ids[3:], "attention_mask": mask[3:]},
+    ]
     found = load_calibration(data, llama)
     assert len({tuple(b["input_ids"].shape) for b in found.batches}) == 1 and found.sequences == 4
 

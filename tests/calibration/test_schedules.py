@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import sparsify
 
 sys.path.insert(0, str(Path(__file__).parent))
-from reference import prune_blocks_with_hooks  # noqa: E402
+from reference import prune_blocks_with_hooks
 
 
 def pruned_weights(model: Any, batches: Any, spec: str = "wanda:2:4", **options: Any) -> dict[str, Tensor]:
@@ -99,9 +99,7 @@ def test_the_schedules_differ() -> None:
 
 @pytest.mark.parametrize("schedule", ["layer", "block", "dense"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_family_is_pruned_in_every_schedule(
-    family: str, schedule: Any, folder: Callable[[str], Path]
-) -> None:
+def test_every_family_is_pruned_in_every_schedule(family: str, schedule: Any, folder: Callable[[str], Path]) -> None:
     batches = [inputs(family, seed=s) for s in (1, 2)]
     result = sparsify.compile(folder(family), ["wanda:50%"], calibration=batches, schedule=schedule)
     assert result.runs[0].sites
@@ -231,7 +229,10 @@ def test_a_weight_used_repeatedly_is_pruned_once_with_merged_statistics(schedule
 @pytest.mark.parametrize("budget", [0, 3000, 1 << 30])
 @pytest.mark.parametrize("schedule", ["layer", "block"])
 def test_the_memory_budget_changes_no_mask(budget: int, schedule: Any) -> None:
-    model, ids = build("llama"), torch.randint(3, 60, (6, 512 // 8), generator=torch.Generator().manual_seed(0))
+    model, ids = (
+        build("llama"),
+        torch.randint(3, 60, (6, 512 // 8), generator=torch.Generator().manual_seed(0)),
+    )
     batches = [{"input_ids": row[None]} for row in ids]
     usual = pruned_weights(model, batches, schedule=schedule)
     tight = pruned_weights(model, batches, schedule=schedule, memory=budget)

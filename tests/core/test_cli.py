@@ -24,7 +24,9 @@ def sparsify(*words: object, cwd: Path | None = None) -> subprocess.CompletedPro
 
 
 def test_help_does_not_import_torch() -> None:
-    code = "import sys, sparsify.cli as c\ntry: c.app(['--help'])\nexcept SystemExit: pass\nprint('torch' in sys.modules)"
+    code = (
+        "import sys, sparsify.cli as c\ntry: c.app(['--help'])\nexcept SystemExit: pass\nprint('torch' in sys.modules)"
+    )
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout
     assert "compile" in said and said.strip().endswith("False")
 
@@ -103,11 +105,14 @@ def test_debug_shows_the_traceback() -> None:
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_a_killed_run_leaves_no_output_and_the_source_untouched(how: signal.Signals, bundled: Path, tmp_path: Path) -> None:
+def test_a_killed_run_leaves_no_output_and_the_source_untouched(
+    how: signal.Signals, bundled: Path, tmp_path: Path
+) -> None:
     before = {p.name: p.read_bytes() for p in bundled.iterdir()}
     out = tmp_path / "out"
     child = subprocess.Popen(
-        [sys.executable, "-m", "sparsify.cli", "compile", str(bundled), "--pass", "wanda:2:4", "--calibration", "random",
+        [sys.executable, "-m", "sparsify.cli", "compile", str(bundled), "--pass", "wanda:2:4",
+         "--calibration", "random",
          "--samples", "512", "--sequence-length", "512", "-o", str(out)],
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip

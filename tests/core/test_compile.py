@@ -29,9 +29,7 @@ def follows(weight: Tensor, n: int, m: int) -> bool:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_family_is_written_and_loads_again(
-    family: str, folder: Callable[[str], Path], tmp_path: Path
-) -> None:
+def test_every_family_is_written_and_loads_again(family: str, folder: Callable[[str], Path], tmp_path: Path) -> None:
     source = folder(family)
     batches = [inputs(family, seed=s) for s in (1, 2)]
     result = sparsify.compile(source, ["wanda:50%"], calibration=batches, output=tmp_path / "out")
@@ -55,7 +53,13 @@ def test_the_folder_is_an_ordinary_one(bundled: Path, tmp_path: Path) -> None:
     ids = torch.randint(4096, (2, 16))
     result = sparsify.compile(bundled, ["wanda:2:4"], calibration=[ids], output=out)
     assert result.output == out
-    expected = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+    expected = {
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
     assert expected | {"sparsify.json"} <= {p.name for p in out.iterdir()}
     for name in ("config.json", "generation_config.json", "tokenizer.json"):
         assert (out / name).read_bytes() == (bundled / name).read_bytes()
@@ -188,7 +192,9 @@ def test_some_experts_of_a_stack(folder: Callable[[str], Path], tmp_path: Path, 
     assert all(follows(after[name], 2, 4) for name in changed)
 
 
-def test_dry_run_reads_no_weight_and_writes_nothing(folder: Callable[[str], Path], tmp_path: Path, monkeypatch: Any) -> None:
+def test_dry_run_reads_no_weight_and_writes_nothing(
+    folder: Callable[[str], Path], tmp_path: Path, monkeypatch: Any
+) -> None:
     monkeypatch.setattr(Checkpoint, "read", lambda *_: pytest.fail("a weight was read"))
     result = sparsify.compile(folder("llama"), ["wanda:4:8"], dry_run=True, output=tmp_path / "out")
     assert len(result.runs[0].targets) == 14 and not result.runs[0].sites

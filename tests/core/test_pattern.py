@@ -63,7 +63,7 @@ def test_forms(text: str, expected: Unstructured | NM) -> None:
     ],
 )
 def test_refusals_say_what_to_write(text: str, says: str) -> None:
-    with pytest.raises(PatternError, match="(?s).*") as caught:
+    with pytest.raises(PatternError) as caught:
         parse_pattern(text)
     assert says in str(caught.value)
 

@@ -16,7 +16,9 @@ from sparsify.pattern import NM, Unstructured
 from sparsify.selection import Comparison, holds, select, smallest
 
 # Few distinct values, so that ties are the rule.
-tied = hnp.arrays(np.float32, st.tuples(st.integers(1, 7), st.integers(1, 24)), elements=st.sampled_from([0, 1, 2, 3.5]))
+tied = hnp.arrays(
+    np.float32, st.tuples(st.integers(1, 7), st.integers(1, 24)), elements=st.sampled_from([0, 1, 2, 3.5])
+)
 shares = st.integers(1, 99).map(lambda n: Unstructured(Fraction(n, 100)))
 
 
@@ -40,7 +42,13 @@ def slow_groups(rows: int, columns: int, comparison: Comparison) -> list[list[tu
 
 
 @settings(deadline=None, max_examples=60)
-@given(tied, shares, st.sampled_from(["output", "input", "layer"]), st.integers(1, 5), st.sampled_from(["floor", "exact"]))
+@given(
+    tied,
+    shares,
+    st.sampled_from(["output", "input", "layer"]),
+    st.integers(1, 5),
+    st.sampled_from(["floor", "exact"]),
+)
 def test_unstructured_equals_the_rule(scores, pattern, axis, blocksize, count) -> None:  # type: ignore[no-untyped-def]
     comparison = Comparison(axis, 1 if axis == "layer" else blocksize, count)
     mask = select(torch.from_numpy(scores), pattern, comparison)

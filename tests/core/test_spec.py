@@ -3,9 +3,9 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from sparsify.passes import Magnitude, Wanda
 
 from sparsify.errors import SpecError
-from sparsify.passes import Magnitude, Wanda
 from sparsify.pattern import NM, Unstructured
 from sparsify.registry import registered
 from sparsify.spec import describe_passes, parse_pass, spec_text

@@ -1,4 +1,4 @@
-"""What the other tools do to their users (design/peers.md, section a), each asked of sparsify: an error or a right result."""
+"""What other tools do to their users (design/peers.md, section a), asked of sparsify: an error or a right result."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 from families import build
+from sparsify.passes import Wanda
 from torch import Tensor, nn
 
 import sparsify
 from sparsify.errors import SparsifyError, SpecError
-from sparsify.passes import Wanda
 from sparsify.source import open_source
 from sparsify.verify import verify_pruned
 from sparsify.weight_pass import Pruned

@@ -28,5 +28,11 @@ def test_nm_equals_the_official_loop() -> None:
 
 def test_a_row_may_be_the_group() -> None:
     weight = torch.tensor([[1.0, 2, 3, 4], [10, 20, 30, 40]])
-    assert parse_pass("magnitude:50%,group=output").prune(weight, NOTHING).weight.tolist() == [[0, 0, 3, 4], [0, 0, 30, 40]]
-    assert parse_pass("magnitude:50%").prune(weight, NOTHING).weight.tolist() == [[0, 0, 0, 0], [10, 20, 30, 40]]
+    assert parse_pass("magnitude:50%,group=output").prune(weight, NOTHING).weight.tolist() == [
+        [0, 0, 3, 4],
+        [0, 0, 30, 40],
+    ]
+    assert parse_pass("magnitude:50%").prune(weight, NOTHING).weight.tolist() == [
+        [0, 0, 0, 0],
+        [10, 20, 30, 40],
+    ]

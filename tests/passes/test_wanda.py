@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from sparsify.passes.wanda import variant_mask, wanda_scores
 from torch import Tensor
 
 from sparsify.calibration.statistics import InputStatistics
 from sparsify.errors import CalibrationError
-from sparsify.passes.wanda import variant_mask, wanda_scores
 from sparsify.spec import parse_pass
 
 

@@ -17,7 +17,12 @@ def test_a_made_checkpoint_is_sharded_and_prunes(tmp_path: Path) -> None:
     total = make_checkpoint(tmp_path / "model", "tiny", shard=100_000)
     assert len(list((tmp_path / "model").glob("*.safetensors"))) > 2 and total > 200_000
     result = sparsify.compile(
-        tmp_path / "model", ["wanda:2:4"], calibration="random", samples=2, sequence_length=16, output=tmp_path / "out"
+        tmp_path / "model",
+        ["wanda:2:4"],
+        calibration="random",
+        samples=2,
+        sequence_length=16,
+        output=tmp_path / "out",
     )
     assert result.runs[0].kept == 0.5 and len(list(Checkpoint(tmp_path / "out").names())) == 4 * 9 + 3
 
@@ -27,7 +32,11 @@ def sources(*folders: str) -> list[Path]:
 
 
 def test_no_file_is_longer_than_400_lines() -> None:
-    long = {p.name: n for p in sources("sparsify", "passes", "backends", "tools") if (n := len(p.read_text().splitlines())) > 400}
+    long = {
+        p.name: n
+        for p in sources("sparsify", "passes", "backends", "tools")
+        if (n := len(p.read_text().splitlines())) > 400
+    }
     assert not long
 
 
