@@ -68,13 +68,13 @@ class HuggingFaceJob:
         self.staging = Staging(out, overwrite=overwrite, source=source.folder, need=need + (32 << 20))
         try:
             self.store = self._dense_copy()
+            if source.is_transformers:
+                self.weights: Weights = weights_of_checkpoint(source.module, self.store)
+            else:
+                self.weights = source.weights.on(self.store)
         except BaseException as error:
             self.staging.__exit__(type(error), error, None)
             raise
-        if source.is_transformers:
-            self.weights: Weights = weights_of_checkpoint(source.module, self.store)
-        else:
-            self.weights = source.weights.on(self.store)
 
     def _dense_copy(self) -> Checkpoint:
         source, folder = self.source, self.staging.folder

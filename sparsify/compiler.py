@@ -18,7 +18,7 @@ from sparsify.analysis.linear import Opaque
 from sparsify.backend import Backend
 from sparsify.calibration.data import Calibration, example_batch, load_calibration
 from sparsify.capture import capture
-from sparsify.checkpoint import MemoryStore
+from sparsify.checkpoint import Checkpoint, MemoryStore
 from sparsify.engine import Engine, Observer, Schedule, SiteResult, prune_without_data
 from sparsify.errors import CheckpointError, SpecError, near
 from sparsify.manifest import make_manifest
@@ -186,11 +186,7 @@ def compile(
         if out is not None:
             compiled.output = job.finish(program, make_manifest(compiled))
             # The folder has its final name only now; read from there from here on.
-            final = (
-                open_source(compiled.output, trust_remote_code=trust_remote_code) if source.is_transformers else None
-            )
-            if final is not None:
-                program.weights = final.weights
+            program.weights = program.weights.on(Checkpoint(compiled.output))
     return compiled
 
 

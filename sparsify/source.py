@@ -26,8 +26,8 @@ _TOKENIZER_FILES = ("tokenizer", "vocab", "spiece", "sentencepiece", "merges", "
 class Source:
     """An opened model: its structure, its parameters, and where it came from.
 
-    ``module`` is a skeleton (see :func:`build_skeleton`) for a folder and the user's own for a module; ``folder`` is None for
-    a module in memory.
+    ``module`` is a skeleton (see :func:`build_skeleton`) for a folder and the user's own for a module; ``folder`` is
+    None for a module in memory.
     """
 
     name: str
@@ -116,7 +116,8 @@ def open_source(model: str | Path | nn.Module, *, allow_bin: bool = False, trust
         store = _read_pickles(folder)
     else:
         store = Checkpoint(folder)
-    module = build_skeleton(folder, trust_remote_code)
+    stored = (store.dtype(name) for name in store.names())
+    module = build_skeleton(folder, trust_remote_code, next((d for d in stored if d.is_floating_point), None))
     weights = weights_of_checkpoint(module, store)
     checkpoint = store if isinstance(store, Checkpoint) else None
     # The hub's cache names a folder by its commit; the model's own name serves outputs better.
@@ -124,12 +125,12 @@ def open_source(model: str | Path | nn.Module, *, allow_bin: bool = False, trust
     return Source(name, module, weights, folder, checkpoint, trust_remote_code)
 
 
-def build_skeleton(folder: Path, trust_remote_code: bool = False) -> nn.Module:
+def build_skeleton(folder: Path, trust_remote_code: bool = False, dtype: torch.dtype | None = None) -> nn.Module:
     """The model that ``folder``'s config.json describes, in eval mode, with parameters that take no memory.
 
     The parameters are fake tensors that claim to be on the CPU: traced on the plain meta device, literal tensors in
     a model's code (Falcon's index lists) would lose their numbers. Buffers that no checkpoint holds
-    (rotary frequencies) are real and computed.
+    (rotary frequencies) are real and computed. ``dtype`` is used where the config names none.
     """
     from transformers import AutoConfig
 
@@ -151,7 +152,7 @@ def build_skeleton(folder: Path, trust_remote_code: bool = False) -> nn.Module:
         )
     try:
         with torch.device("meta"):
-            model = _model_class(config, trust_remote_code, folder)
+            model = _construct(config, trust_remote_code, getattr(config, "dtype", None) or dtype or torch.float32)
     except Exception as error:  # so do the constructors of models
         raise CheckpointError(
             f"model of {folder}",
@@ -163,10 +164,9 @@ def build_skeleton(folder: Path, trust_remote_code: bool = False) -> nn.Module:
     return model.eval()
 
 
-def _model_class(config: Any, trust_remote_code: bool, folder: Path) -> nn.Module:
+def _construct(config: Any, trust_remote_code: bool, dtype: torch.dtype) -> nn.Module:
     import transformers
 
-    dtype = getattr(config, "dtype", None) or torch.float32
     names = list(getattr(config, "architectures", None) or [])
     kind = getattr(transformers, names[0], None) if names else None
     if kind is not None:

@@ -40,7 +40,7 @@ class Weights:
         renamed: parameter name to checkpoint name, for those that are one tensor.
         converted: parameter name to its conversion, for the others.
         aliases: parameter name to the parameter that it is tied to.
-        model: the module on the meta device, needed to convert backwards.
+        model: the module, needed to convert backwards. ``transforms``: what of transformers' mapping was used.
     """
 
     def __init__(
@@ -50,16 +50,18 @@ class Weights:
         converted: Mapping[str, Conversion] | None = None,
         aliases: Mapping[str, str] | None = None,
         model: nn.Module | None = None,
+        transforms: list[Any] | None = None,
     ) -> None:
         self.store = store
         self.aliases = dict(aliases or {})
         self._renamed = dict(renamed)
         self._converted = dict(converted or {})
         self._model = model
+        self._transforms = transforms
 
     def on(self, store: TensorStore) -> Weights:
         """The same parameters over another store with the same tensors."""
-        return Weights(store, self._renamed, self._converted, self.aliases, self._model)
+        return Weights(store, self._renamed, self._converted, self.aliases, self._model, self._transforms)
 
     def canonical(self, name: str) -> str:
         return self.aliases.get(name, name)
@@ -104,9 +106,7 @@ class Weights:
         parts = {name: tensor}
         if len(conversion.targets) > 1:
             parts = self._convert(conversion) | parts
-        from transformers.core_model_loading import revert_weight_conversion
-
-        reverted = revert_weight_conversion(self._model, parts)
+        reverted = self._revert(parts)
         known = {source for source, _ in conversion.sources}
         if reverted.keys() != known:
             raise CheckpointError(
@@ -123,6 +123,21 @@ class Weights:
                 found="reading it back gives other values",
                 do="This conversion does not reverse; ignore this parameter with --ignore",
             )
+
+    def _revert(self, parts: dict[str, Tensor]) -> dict[str, Tensor]:
+        from transformers.core_model_loading import revert_weight_conversion
+
+        # transformers looks for the conversions of a load on the model; the user's own stays as it was.
+        missing = object()
+        before = getattr(self._model, "_weight_conversions", missing)
+        try:
+            self._model._weight_conversions = self._transforms  # type: ignore[union-attr,assignment]
+            return revert_weight_conversion(self._model, parts)
+        finally:
+            if before is missing:
+                del self._model._weight_conversions  # type: ignore[union-attr]
+            else:
+                self._model._weight_conversions = before  # type: ignore[union-attr,assignment]
 
     def _convert(self, conversion: Conversion) -> dict[str, Tensor]:
         return run_converter(conversion, {name: self.store.read(name) for name, _ in conversion.sources}, self._model)
@@ -207,9 +222,7 @@ def weights_of_checkpoint(model: nn.Module, store: TensorStore) -> Weights:
             name = aliases.get(name, name)
             converted[name], shapes[name] = conversion, tensor.shape
     _check_complete(model, wanted, shapes, unexpected, aliases, len(list(store.names())))
-    # What transformers remembers after loading: the conversions to undo when a parameter is written back.
-    model._weight_conversions = [t for t in transforms if t.was_used()]  # type: ignore[assignment]
-    return Weights(store, renamed, converted, aliases, model)
+    return Weights(store, renamed, converted, aliases, model, [t for t in transforms if t.was_used()])
 
 
 def _check_complete(

@@ -1,8 +1,12 @@
 from __future__ import annotations
 
+import os
+
+# Before anything imports the hub's client: no test may reach for the network, nor a process that it starts.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -42,9 +46,3 @@ def stories() -> Path:
 @pytest.fixture(scope="session")
 def bundled() -> Path:
     return ROOT / "models" / "pycode-6m"
-
-
-@pytest.fixture(autouse=True)
-def _offline(monkeypatch: Any) -> None:
-    """No test may reach for the hub."""
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")

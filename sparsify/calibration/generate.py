@@ -32,6 +32,8 @@ def sample_from_model(source: Source, samples: int, length: int, seed: int) -> T
             do="Give --calibration a text file or another source",
         )
     model = _load(source)
+    training = model.training
+    model.eval()
     start = getattr(model.config.get_text_config(), "bos_token_id", None)
     start = start if isinstance(start, int) and 0 <= start < (source.vocab_size or start + 1) else 0
     settings = copy.deepcopy(model.generation_config)
@@ -39,7 +41,7 @@ def sample_from_model(source: Source, samples: int, length: int, seed: int) -> T
         max_length=length, min_length=length, do_sample=True, temperature=1.0, top_k=0, top_p=0.95, num_beams=1,
         eos_token_id=None, pad_token_id=start, use_cache=True, max_new_tokens=None,
     )  # fmt: skip
-    parts = []
+    parts: list[Tensor] = []
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
         for begin in range(0, samples, _BATCH):
@@ -47,12 +49,13 @@ def sample_from_model(source: Source, samples: int, length: int, seed: int) -> T
             parts.append(
                 model.generate(first, attention_mask=torch.ones_like(first), generation_config=settings)[:, :length]
             )
+    model.train(training)
     return torch.cat(parts)
 
 
 def _load(source: Source) -> Any:
     if source.folder is None:
-        return source.module.eval()
+        return source.module
     from transformers import AutoModelForCausalLM
 
     need = sum(p.numel() * p.element_size() for p in source.module.parameters())
@@ -65,4 +68,4 @@ def _load(source: Source) -> Any:
         )
     return AutoModelForCausalLM.from_pretrained(
         source.folder, dtype="auto", trust_remote_code=source.trust_remote_code, local_files_only=True
-    ).eval()
+    )

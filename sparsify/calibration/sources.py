@@ -96,7 +96,7 @@ def c4(split: Split) -> list[Document]:
         "calibration": ("train", "en/c4-train.00000-of-01024.json.gz"),
         "heldout": ("validation", "en/c4-validation.00000-of-00008.json.gz"),
     }[split]
-    _require_hub("c4")
+    _require_hub("c4", "allenai/c4")
     rows = _load_dataset("c4", "allenai/c4", data_files={part: file}, split=part)
     return list(rows["text"])
 
@@ -178,6 +178,8 @@ def _token_file(path: Path, field: str) -> Documents:
 def _dataset(spec: str, split: Split) -> list[Document]:
     name, config, part, field = (*spec.split(":"), "", "", "", "")[:4]
     part = part or {"calibration": "train", "heldout": "test"}[split]
+    if not Path(name).exists():
+        _require_hub(spec, name)
     rows = _load_dataset(spec, name, config or None, split=part)
     field = field or "text"
     if field not in rows.column_names:
@@ -189,15 +191,17 @@ def _dataset(spec: str, split: Split) -> list[Document]:
     return [_document(value, spec) for value in rows[field]]
 
 
-def _require_hub(spec: str) -> None:
+def _require_hub(spec: str, name: str) -> None:
     """Ask the hub once, shortly: the loaders themselves retry for half a minute where there is no network."""
     from huggingface_hub import HfApi
 
     try:
-        HfApi().dataset_info("allenai/c4", timeout=5)
-    except Exception as error:  # every kind of failure means that it does not answer
+        HfApi().dataset_info(name, timeout=5)
+    except Exception as error:  # the hub's client raises many kinds; all mean that it cannot be had
         raise CalibrationError(
-            f"data '{spec}'", found=f"the hub does not answer ({type(error).__name__})", do=f"Name {FORMS}"
+            f"data '{spec}'",
+            found=f"no such file here, and the hub did not give a data set of that name ({type(error).__name__})",
+            do=f"Check the name and the network, or name {FORMS}",
         ) from error
 
 
@@ -215,8 +219,8 @@ def _load_dataset(spec: str, *args: Any, **kwargs: Any) -> Any:
     except Exception as error:  # datasets and its transports raise dozens of kinds; all mean it cannot be had
         raise CalibrationError(
             f"data '{spec}'",
-            found=f"no such file here, and the hub did not give a data set of that name ({type(error).__name__})",
-            do=f"Check the name and the network, or name {FORMS}",
+            found=f"the data set does not load ({first_line(error)})",
+            do="Check its configuration and split: ID[:config[:split[:field]]]",
         ) from error
 
 

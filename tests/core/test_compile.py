@@ -143,8 +143,9 @@ def test_a_module_with_an_output_writes_the_same_as_its_folder(tmp_path: Path, i
 def test_a_plain_module_is_written_too(tmp_path: Path) -> None:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
-    sparsify.compile(net, ["wanda:2:4"], calibration=[torch.randn(16, 8)], output=tmp_path / "out")
+    result = sparsify.compile(net, ["wanda:2:4"], calibration=[torch.randn(16, 8)], output=tmp_path / "out")
     written = tensors(tmp_path / "out")
+    assert torch.equal(result.weight("0.weight"), written["0.weight"])
     assert written.keys() == net.state_dict().keys() and follows(written["0.weight"], 2, 4)
     fresh = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
     fresh.load_state_dict(written)
@@ -154,6 +155,15 @@ def test_half_precision_keeps_its_dtype(tmp_path: Path, ids: Tensor) -> None:
     build("llama").bfloat16().save_pretrained(tmp_path / "source")
     sparsify.compile(tmp_path / "source", ["wanda:50%"], calibration=[ids], output=tmp_path / "out")
     assert {t.dtype for t in tensors(tmp_path / "out").values()} == {torch.bfloat16}
+
+
+def test_a_config_without_a_dtype_means_that_of_the_file(tmp_path: Path, ids: Tensor) -> None:
+    build("llama").half().save_pretrained(tmp_path / "source")
+    config = json.loads((tmp_path / "source" / "config.json").read_text())
+    del config["dtype"]
+    (tmp_path / "source" / "config.json").write_text(json.dumps(config))
+    result = sparsify.compile(tmp_path / "source", ["wanda:2:4"], calibration=[ids], output=tmp_path / "out")
+    assert result.model.dtype == torch.float16
 
 
 def test_weights_stored_wider_than_the_config_says_stay_exact(tmp_path: Path, ids: Tensor) -> None:

@@ -1,0 +1,40 @@
+# `make demo` and `make test` work on a bare machine with Python 3.10 or newer.
+PYTHON ?= python3
+BIN := .venv/bin
+# A range would let pip fetch gigabytes of CUDA packages where the CPU build serves; set TORCH= to use your own.
+TORCH ?= torch==2.13.0
+
+.PHONY: demo test check clean
+
+.venv/installed: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet $(TORCH)
+	$(BIN)/pip install --quiet --editable .
+	touch $@
+
+.venv/installed-test: .venv/installed
+	$(BIN)/pip install --quiet --editable ".[test]"
+	touch $@
+
+demo: .venv/installed
+	@rm -rf demo-output
+	$(BIN)/sparsify compile models/pycode-6m --pass wanda:2:4 --calibration python-stdlib \
+	    --samples 64 --sequence-length 256 -o demo-output
+	@echo; echo "perplexity on standard-library files that calibration did not see:"
+	@$(BIN)/sparsify eval models/pycode-6m --data python-stdlib --sequence-length 256 --windows 96
+	@$(BIN)/sparsify eval demo-output --data python-stdlib --sequence-length 256 --windows 96
+	@echo; echo "the pruned model is an ordinary Hugging Face folder: demo-output/"
+
+test: .venv/installed-test
+	$(BIN)/python -m pytest
+
+# What CI adds to the tests. The type checker does not follow the mapped folders of an editable install, so it is shown
+# a plain one.
+check: .venv/installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	rm -rf build && $(BIN)/pip install --quiet --no-deps --target build/plain .
+	cd build/plain && ../../$(BIN)/mypy -p sparsify --config-file ../../pyproject.toml
+
+clean:
+	rm -rf .venv demo-output build *.egg-info

@@ -1,0 +1,75 @@
+"""What the documents show is run as it stands."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import re
+import sys
+import types
+from importlib.metadata import EntryPoint
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import sparsify
+from sparsify import registry
+
+ROOT = Path(__file__).parent.parent
+
+
+def blocks(file: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / file).read_text(), flags=re.S)
+
+
+def test_the_worked_example_of_contributing_is_a_pass(monkeypatch: Any) -> None:
+    (code,) = blocks("CONTRIBUTING.md", "python")
+    module = types.ModuleType("worked_example")
+    monkeypatch.setitem(sys.modules, "worked_example", module)
+    exec(compile(code, "CONTRIBUTING.md", "exec"), module.__dict__)
+    entry = EntryPoint("rms", "worked_example:Rms", "sparsify.passes")
+    monkeypatch.setattr(registry, "entry_points", lambda group: [entry] if group == "sparsify.passes" else [])
+
+    made = sparsify.parse_pass("rms:2:4,power=0.5")
+    assert made.power == 0.5  # type: ignore[attr-defined]
+    torch.manual_seed(0)
+    net, x = torch.nn.Sequential(torch.nn.Linear(8, 8)), torch.randn(16, 8)
+    rms = sparsify.compile(net, ["rms:2:4"], calibration=[x]).weight("0.weight")
+    assert torch.equal(rms, sparsify.compile(net, ["wanda:2:4"], calibration=[x]).weight("0.weight"))
+
+
+@pytest.mark.parametrize("module", ["sparsify.compiler", "sparsify.passes.wanda", "sparsify.passes.magnitude"])
+def test_doctests(module: str) -> None:
+    result = doctest.testmod(importlib.import_module(module))
+    assert result.attempted and not result.failed
+
+
+def test_the_python_of_the_readme_runs(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models").symlink_to(ROOT / "models")
+    for code in blocks("README.md", "python"):
+        exec(compile(code, "README.md", "exec"), {})
+    assert (tmp_path / "pruned" / "sparsify.json").exists()
+
+
+def test_the_commands_of_the_readme_parse() -> None:
+    import typer
+
+    from sparsify.cli import app
+
+    command: Any = typer.main.get_command(app)
+    lines = [line for block in blocks("README.md", "sh") for line in block.splitlines() if line.startswith("sparsify ")]
+    assert len(lines) > 5
+    for line in lines:
+        words = line.split("#")[0].split()[1:]
+        sub = command.commands[words[0]]
+        sub.make_context(words[0], words[1:], resilient_parsing=False).close()
+
+
+def test_every_registered_pass_and_backend_is_in_the_readme() -> None:
+    text = (ROOT / "README.md").read_text()
+    for group in ("sparsify.passes", "sparsify.backends"):
+        for name in registry.registered(group):
+            assert f"`{name}`" in text, name
