@@ -138,8 +138,8 @@ def inspect_command(
 
 @app.command("eval")
 def eval_command(
-    model: Model,
-    data: Annotated[str, typer.Option(help="As --calibration; held-out part.", metavar="TEXT")],
+    models: Annotated[list[str], typer.Argument(help="Hugging Face folders or hub ids.", metavar="MODEL...")],
+    data: Annotated[str, typer.Option(help="As --calibration; of sources in parts the held-out one.", metavar="TEXT")],
     sequence_length: Length = None,
     windows: Annotated[int | None, typer.Option(help="Only the first so many windows.", min=1)] = None,
     as_json: AsJson = False,
@@ -151,24 +151,27 @@ def eval_command(
     log_level: LogLevel = "warning",
     debug: Debug = False,
 ) -> None:
-    """Perplexity of MODEL on TEXT by the papers' protocol: disjoint windows, mean loss per window."""
+    """Perplexity of each MODEL on TEXT by the papers' protocol: disjoint windows, mean loss per window."""
     with _command(debug, log_level):
         from sparsify.compiler import parse_bytes, resolve_device
         from sparsify.evaluate import evaluate
         from sparsify.progress import ProgressLine
         from sparsify.report import evaluation_report
 
-        console = Console(quiet=quiet)
-        with ProgressLine(Console(stderr=True), not (quiet or as_json)) as line:
-            result = evaluate(
-                model, data, sequence_length=sequence_length, windows=windows, device=resolve_device(device),
-                memory=parse_bytes(memory), allow_bin=allow_bin, trust_remote_code=trust_remote_code,
-                observe=line.evaluating,
-            )  # fmt: skip
+        results = []
+        for model in models:
+            with ProgressLine(Console(stderr=True), not (quiet or as_json)) as line:
+                result = evaluate(
+                    model, data, sequence_length=sequence_length, windows=windows, device=resolve_device(device),
+                    memory=parse_bytes(memory), allow_bin=allow_bin, trust_remote_code=trust_remote_code,
+                    observe=line.evaluating,
+                )  # fmt: skip
+            results.append((model, result))
         if as_json:
-            print(json.dumps({"model": model, **vars(result)}))
+            rows = [{"model": model, **vars(result)} for model, result in results]
+            print(json.dumps(rows[0] if len(rows) == 1 else rows))
         else:
-            console.print(evaluation_report(result, model))
+            Console(quiet=quiet).print(evaluation_report(results))
 
 
 @app.command("passes")

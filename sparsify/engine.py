@@ -59,7 +59,10 @@ class SiteResult:
 
 @dataclass
 class Progress:
-    """What an observer is told: after a batch of a region (``site`` None), and after each site is pruned."""
+    """What an observer is told: after a batch of a region (``site`` None), and after each site is pruned.
+
+    ``tokens`` are those of the batch that just left a region; every token leaves every region once.
+    """
 
     regions_done: int
     regions: int
@@ -197,7 +200,7 @@ class Engine:
         for (_, i), recorder in recorders.items():
             anchor = self.rows.anchor(step.groups[i])
             watch.setdefault(anchor, []).append((step.groups[i], recorder))
-        label = step.groups[0].block or step.groups[0].name if self.schedule == "block" else str(step.groups[0])
+        label = step.groups[0].block if self.schedule == "block" else None
         finished = iter(self.batch_tokens)
 
         def record(batch: int, node: fx.Node, values: dict[fx.Node, object]) -> None:
@@ -218,7 +221,10 @@ class Engine:
             on_value=record,
             again=again,
             wanted=set(watch) | self.rows.held if again else None,
-            after_batch=lambda: self.observe(Progress(number, len(steps), label, next(finished))),
+            # A block's first sweep is half of its work: its tokens are counted when they leave it.
+            after_batch=lambda: self.observe(
+                Progress(number, len(steps), label or step.groups[0].name, 0 if again else next(finished))
+            ),
         )
         return recorders
 

@@ -45,7 +45,8 @@ class ProgressLine:
     def compiling(self, step: Step) -> None:
         self._started = self._started or time.perf_counter()
         self._tokens += step.tokens
-        rate = self._tokens / max(1e-9, time.perf_counter() - self._started)
+        # Each token passes every region: a share of the regions is that share of the tokens.
+        rate = self._tokens / max(1, step.regions) / max(1e-9, time.perf_counter() - self._started)
         self._show(step.regions_done, step.regions, step.label, f"{rate:,.0f} tokens/s" if self._tokens else "")
 
     def evaluating(self, done: int, total: int) -> None:

@@ -57,11 +57,20 @@ def plan_report(compiled: Compiled) -> RenderableType:
     return Group(*parts, *_opaque_lines(compiled.opaque), Text("dry run: nothing was read, pruned or written"))
 
 
-def evaluation_report(evaluation: Evaluation, name: str) -> RenderableType:
-    return Text(
-        f"{name}: perplexity {evaluation.perplexity:.3f} on {evaluation.windows} windows of "
-        f"{evaluation.sequence_length} tokens of {evaluation.data} ({evaluation.seconds:.1f} s)"
+def evaluation_report(results: Sequence[tuple[str, Evaluation]]) -> RenderableType:
+    """Perplexities side by side, each against the first."""
+    first = results[0][1]
+    table = Table(
+        title=f"perplexity on {first.windows} windows of {first.sequence_length} tokens of {first.data}",
+        title_justify="left",
     )
+    table.add_column("model", overflow="fold")
+    for column in ("perplexity", "against the first", "time"):
+        table.add_column(column, justify="right")
+    for name, result in results:
+        ratio = f"{result.perplexity / first.perplexity:.3f}×"
+        table.add_row(name, f"{result.perplexity:.3f}", ratio, f"{result.seconds:.1f} s")
+    return table
 
 
 def _result_table(run: PassRun) -> Table:

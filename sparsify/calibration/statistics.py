@@ -69,7 +69,7 @@ class OutputSketch:
     where the exact error of a site would cost a second product of its full size.
     """
 
-    def __init__(self, experts: int, features: int, device: torch.device, size: int = 512) -> None:
+    def __init__(self, experts: int, features: int, device: torch.device, size: int = 256) -> None:
         self.size = max(size // experts, 32)
         self.rows = torch.zeros(experts, self.size, features, device=device)
         self._next = [0] * experts

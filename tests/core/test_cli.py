@@ -46,6 +46,8 @@ def test_the_main_job(bundled: Path, tmp_path: Path) -> None:
     assert again.returncode == 1 and "--overwrite" in again.stderr
     evaluated = sparsify("eval", out, "--data", "python-stdlib", "--sequence-length", 64, "--windows", 4, "--json")
     assert json.loads(evaluated.stdout)["windows"] == 4
+    both = sparsify("eval", bundled, out, "--data", "python-stdlib", "--sequence-length", 64, "--windows", 4).stdout
+    assert "1.000×" in both and "pycode-6m" in both and both.count("×") == 2
 
 
 def test_the_defaults_need_nothing_but_a_model_and_a_pass(folder: Callable[[str], Path], tmp_path: Path) -> None:
