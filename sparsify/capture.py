@@ -19,6 +19,7 @@ from torch.export.graph_signature import InputKind
 from torch.utils import _pytree as pytree
 
 from sparsify.errors import TraceError, first_line
+from sparsify.memory import release_freed
 from sparsify.program import Program, empty_root, inline
 from sparsify.source import Source
 from sparsify.weights import Weights, weights_of_module
@@ -58,6 +59,7 @@ def capture(source: Source, batch: Batch, device: torch.device | str = "cpu") ->
     del exported
     # Exporting leaves reference cycles as large as the graph; a second capture would stack on them.
     gc.collect()
+    release_freed()
     return program
 
 

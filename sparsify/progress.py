@@ -16,7 +16,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from sparsify.report import _bytes, peak_memory
+from sparsify.memory import peak_memory
+from sparsify.report import format_bytes
 
 if TYPE_CHECKING:
     from sparsify.engine import Progress as Step
@@ -54,7 +55,7 @@ class ProgressLine:
 
     def _show(self, done: int, total: int, what: str, rate: str) -> None:
         self._progress.update(
-            self._task, completed=done, total=total, description=what, rate=rate, memory=_bytes(peak_memory())
+            self._task, completed=done, total=total, description=what, rate=rate, memory=format_bytes(peak_memory())
         )
 
     def __enter__(self) -> ProgressLine:

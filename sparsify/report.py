@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import resource
-import sys
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
@@ -12,6 +10,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from sparsify.memory import peak_memory
 from sparsify.pattern import Pattern
 from sparsify.spec import spec_text
 
@@ -21,12 +20,6 @@ if TYPE_CHECKING:
     from sparsify.engine import SiteResult
     from sparsify.evaluate import Evaluation
     from sparsify.targets import Skipped, Target
-
-
-def peak_memory() -> int:
-    """Peak resident memory of this process in bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def result_report(compiled: Compiled, seconds: float) -> RenderableType:
@@ -39,7 +32,7 @@ def result_report(compiled: Compiled, seconds: float) -> RenderableType:
             numbers = ", ".join(map(str, experts))
             parts.append(Text(f"pruned by magnitude, for no token reached them: {name} experts {numbers}", "yellow"))
     parts += _opaque_lines(compiled.opaque)
-    parts.append(Text(f"{seconds:.1f} s in all, peak memory {_bytes(peak_memory())}"))
+    parts.append(Text(f"{seconds:.1f} s in all, peak memory {format_bytes(peak_memory())}"))
     return Group(*parts)
 
 
@@ -148,5 +141,5 @@ def _zeros(pattern: Pattern) -> str:
     return f"{pattern} ({float(pattern.sparsity):.1%} zeros)"
 
 
-def _bytes(count: int) -> str:
+def format_bytes(count: int) -> str:
     return f"{count / (1 << 30):.2f} GiB" if count >= 1 << 30 else f"{count / (1 << 20):.0f} MiB"
