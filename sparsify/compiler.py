@@ -17,7 +17,7 @@ from sparsify.analysis import find_sites
 from sparsify.analysis.linear import Opaque
 from sparsify.backend import Backend
 from sparsify.calibration.data import Calibration, example_batch, load_calibration
-from sparsify.capture import capture
+from sparsify.capture import Batch, capture
 from sparsify.checkpoint import Checkpoint, MemoryStore
 from sparsify.engine import Engine, Observer, Schedule, SiteResult, prune_without_data
 from sparsify.errors import CheckpointError, SpecError, near
@@ -90,6 +90,27 @@ class Compiled:
         return materialize(self.source, self.program.weights, pruned)
 
 
+@dataclass(frozen=True)
+class _Plan:
+    """What is to be done to a model, whatever the shape of the batches."""
+
+    source: Source
+    passes: list[WeightPass]
+    schedule: str
+    ignore: tuple[str, ...]
+    only: tuple[str, ...]
+
+    def compiled(self, batch: Batch, device: torch.device, seed: int) -> Compiled:
+        """Trace the model at the shapes of ``batch`` and decide what each pass prunes; nothing has run yet."""
+        program = capture(self.source, batch, device)
+        sites, opaque = find_sites(program)
+        runs = [
+            PassRun(p, self.schedule, *choose(program, sites, p.pattern, ignore=self.ignore, only=self.only))
+            for p in self.passes
+        ]
+        return Compiled(self.source, program, runs, None, opaque, seed, self.ignore, self.only)
+
+
 def compile(
     model: str | Path | nn.Module,
     passes: Sequence[str | WeightPass] = (),
@@ -153,18 +174,16 @@ def compile(
     data = None
     if needs_data and not named:
         data = load_calibration(calibration, source, samples=samples)
-    program = capture(source, data.batches[0] if data else example_batch(source), place)
-    sites, opaque = find_sites(program)
-    schedule_name = schedule if needs_data else "none"
-    runs = [PassRun(p, schedule_name, *choose(program, sites, p.pattern, ignore=ignore, only=only)) for p in parsed]
+    plan = _Plan(source, parsed, schedule if needs_data else "none", tuple(ignore), tuple(only))
+    compiled = plan.compiled(data.batches[0] if data else example_batch(source), place, seed)
     if needs_data and named and not dry_run:
-        # Only now, when all that can be refused has been: drawing data may take minutes.
+        # Only now, when all that can be refused has been: drawing data may take minutes. The graph of the plan goes
+        # before that of the real shapes comes.
+        del compiled
         data = load_calibration(calibration, source, samples=samples, sequence_length=sequence_length, seed=seed)
-        program = capture(source, data.batches[0], place)
-        sites, opaque = find_sites(program)
-        for run in runs:
-            run.targets, run.skipped = choose(program, sites, run.weight_pass.pattern, ignore=ignore, only=only)
-    compiled = Compiled(source, program, runs, data, opaque, seed, tuple(ignore), tuple(only))
+        compiled = plan.compiled(data.batches[0], place, seed)
+    compiled.calibration = data
+    program, runs = compiled.program, compiled.runs
     if dry_run:
         return compiled
 

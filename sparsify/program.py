@@ -7,6 +7,7 @@ the model. Parameters are on the meta device in the graph module; their values c
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -163,8 +164,8 @@ def inline(
             env[node] = env[same]
             continue
         copied = target.node_copy(node, lambda n: env[n])
-        copied.meta = {k: node.meta[k] for k in ("nn_module_stack", "stack_trace") if k in node.meta}
-        copied.meta["val"] = fx.node.map_aggregate(node.meta.get("val"), _as_meta)
+        # A node's whole trace and module stack weigh more than the node; the model's own line is what an error shows.
+        copied.meta = {"stack_trace": sys.intern(source_line(node)), "val": _as_meta_tree(node.meta.get("val"))}
         env[node] = copied
     return None
 
@@ -187,6 +188,17 @@ def _inline_wrapper(
     for placeholder, value in zip(placeholders, node.args[at + 1 :], strict=True):
         inner[placeholder] = env[value] if isinstance(value, fx.Node) else value
     return inline(body.graph, body, target, inner, skip)
+
+
+def source_line(node: fx.Node) -> str:
+    """The line of the model's own code that a node was traced from, as a traceback shows it."""
+    lines = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines()]
+    frames = [i for i, line in enumerate(lines) if line.startswith("File ") and "/torch/nn/" not in line]
+    return "\n".join(lines[frames[-1] : frames[-1] + 2]) if frames else ""
+
+
+def _as_meta_tree(value: Any) -> Any:
+    return fx.node.map_aggregate(value, _as_meta)
 
 
 def _as_meta(value: Any) -> Any:

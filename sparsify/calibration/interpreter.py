@@ -177,12 +177,5 @@ class Interpreter(fx.Interpreter):
             raise TraceError(
                 f"running {node.format_node()}",
                 found=first_line(error),
-                do=f"It comes from {_source_line(node)}",
+                do=f"It comes from {node.meta.get('stack_trace', '').replace(chr(10), ' ') or 'the model'}",
             ) from error
-
-
-def _source_line(node: fx.Node) -> str:
-    """The line of the model's own code that a node was traced from."""
-    lines = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines()]
-    frames = [i for i, line in enumerate(lines) if line.startswith("File ") and "/torch/nn/" not in line]
-    return " ".join(lines[frames[-1] : frames[-1] + 2]) if frames else "the model"
