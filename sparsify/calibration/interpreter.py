@@ -17,7 +17,6 @@ from torch import Tensor, fx
 from sparsify.analysis.region import Flow, root_of
 from sparsify.calibration.store import ActivationStore
 from sparsify.errors import TraceError, first_line
-from sparsify.memory import release_freed
 from sparsify.program import Program
 
 Watch = Callable[[int, fx.Node, dict[fx.Node, Any]], None]
@@ -154,7 +153,6 @@ class Interpreter(fx.Interpreter):
             # A weight that is read again is loaded again: few are, and large ones (tied heads) far apart.
             if ended or (node.op == "get_attr" and node not in self.pinned):
                 del self.resident[node]
-        release_freed()
 
     def _written_inside(self, entering: list[fx.Node], start: int, stop: int) -> set[fx.Node]:
         """Live values that the region writes to: a region that runs twice needs a copy of them each time."""
