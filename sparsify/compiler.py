@@ -219,7 +219,8 @@ def default_output(source_name: str, passes: Sequence[str]) -> Path:
 def materialize(source: Source, weights: Weights, changed: set[str]) -> nn.Module:
     """A module with the parameters of ``weights``; of a module in memory only ``changed`` ones are new."""
     if source.folder is not None:
-        model = build_skeleton(source.folder, source.trust_remote_code)
+        dtype = next((p.dtype for p in source.module.parameters() if p.is_floating_point()), None)
+        model = build_skeleton(source.folder, source.trust_remote_code, dtype)
         changed = {weights.canonical(n) for n, _ in model.named_parameters()} | {
             weights.canonical(n) for n, _ in model.named_buffers() if weights.canonical(n) in weights
         }
