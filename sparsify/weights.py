@@ -131,13 +131,13 @@ class Weights:
         missing = object()
         before = getattr(self._model, "_weight_conversions", missing)
         try:
-            self._model._weight_conversions = self._transforms  # type: ignore[union-attr,assignment]
+            self._model._weight_conversions = self._transforms  # type: ignore[union-attr]
             return revert_weight_conversion(self._model, parts)
         finally:
             if before is missing:
                 del self._model._weight_conversions  # type: ignore[union-attr]
             else:
-                self._model._weight_conversions = before  # type: ignore[union-attr,assignment]
+                self._model._weight_conversions = before  # type: ignore[union-attr]
 
     def _convert(self, conversion: Conversion) -> dict[str, Tensor]:
         return run_converter(conversion, {name: self.store.read(name) for name, _ in conversion.sources}, self._model)
