@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -20,7 +19,7 @@ from sparsify.calibration.data import Calibration, example_batch, load_calibrati
 from sparsify.capture import Batch, capture
 from sparsify.checkpoint import Checkpoint, MemoryStore
 from sparsify.engine import Engine, Observer, Schedule, SiteResult, prune_without_data
-from sparsify.errors import CheckpointError, SpecError, near
+from sparsify.errors import SpecError, near
 from sparsify.manifest import make_manifest
 from sparsify.program import Program
 from sparsify.registry import find
@@ -277,18 +276,6 @@ def resolve_device(text: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise SpecError(f"device '{text}'", found="no such device on this machine", do="Use auto or cpu") from error
     return device
-
-
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest in an output folder.
-
-    Raises:
-        CheckpointError: there is none, or it is of a newer format.
-    """
-    path = folder / "sparsify.json"
-    if not path.exists():
-        raise CheckpointError(f"manifest of {folder}", found="no sparsify.json", do="Is this an output of sparsify?")
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def _size(shape: Sequence[int]) -> int:
