@@ -12,7 +12,7 @@ The three schedules differ only in where regions are cut and whether a region ru
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -21,7 +21,7 @@ from torch import Tensor, fx
 
 from sparsify.analysis.linear import InputGroup, LinearSite, group_by_input
 from sparsify.analysis.region import Flow
-from sparsify.calibration.interpreter import Interpreter
+from sparsify.calibration.interpreter import Interpreter, Watch
 from sparsify.calibration.rows import RowReader
 from sparsify.calibration.statistics import GroupRecorder, InputStatistics
 from sparsify.calibration.store import ActivationStore
@@ -54,7 +54,6 @@ class SiteResult:
     tokens: int
     sources: list[str]
     without_data: list[int] = field(default_factory=list)
-    partial: bool = False
 
 
 @dataclass
@@ -203,6 +202,24 @@ class Engine:
         label = step.groups[0].block if self.schedule == "block" else None
         finished = iter(self.batch_tokens)
 
+        runner.region(
+            start,
+            stop,
+            end,
+            watch=set(watch),
+            on_value=self._recording(watch),
+            again=again,
+            wanted=set(watch) | self.rows.held if again else None,
+            # A block's first sweep is half of its work: its tokens are counted when they leave it.
+            after_batch=lambda: self.observe(
+                Progress(number, len(steps), label or step.groups[0].name, 0 if again else next(finished))
+            ),
+        )
+        return recorders
+
+    def _recording(self, watch: Mapping[fx.Node, Sequence[tuple[InputGroup, GroupRecorder]]]) -> Watch:
+        """What an interpreter calls at each watched node: its rows go to the recorders of the groups that read it."""
+
         def record(batch: int, node: fx.Node, values: dict[fx.Node, object]) -> None:
             for group, recorder in watch[node]:
                 rows, ends = self.rows.read(group, self.batches[batch], values)
@@ -213,20 +230,7 @@ class Engine:
                         do="Look for broken weights before this site, or run in float32",
                     )
 
-        runner.region(
-            start,
-            stop,
-            end,
-            watch=set(watch),
-            on_value=record,
-            again=again,
-            wanted=set(watch) | self.rows.held if again else None,
-            # A block's first sweep is half of its work: its tokens are counted when they leave it.
-            after_batch=lambda: self.observe(
-                Progress(number, len(steps), label or step.groups[0].name, 0 if again else next(finished))
-            ),
-        )
-        return recorders
+        return record
 
     def _recorder(self, group: InputGroup) -> GroupRecorder:
         site = group.sites[0]
@@ -246,23 +250,18 @@ class Engine:
         if not repeated:
             return {}
         merged = {p: self._recorder(gs[0]) for p, gs in repeated.items()}
-        watch: dict[fx.Node, list[tuple[InputGroup, str]]] = {}
+        watch: dict[fx.Node, list[tuple[InputGroup, GroupRecorder]]] = {}
         for parameter, readings in repeated.items():
             for group in readings:
-                watch.setdefault(self.rows.anchor(group), []).append((group, parameter))
+                watch.setdefault(self.rows.anchor(group), []).append((group, merged[parameter]))
         stop = max(self._position(group) for gs in repeated.values() for group in gs)
-
-        def record(batch: int, node: fx.Node, values: dict[fx.Node, object]) -> None:
-            for group, parameter in watch[node]:
-                rows, ends = self.rows.read(group, self.batches[batch], values)
-                merged[parameter].update(rows, ends)
 
         cuts = sorted({p for p in map(self._position, self.groups) if p < stop} | {0, stop})
         with ActivationStore(self.memory) as store, torch.no_grad():
             runner = Interpreter(self.program, self.flow, self.batches, store, self.device)
             for start, cut in zip(cuts, cuts[1:], strict=False):
                 inside = {n for n in watch if start <= self.flow.position[n] < cut}
-                runner.region(start, cut, stop, watch=inside, on_value=record)
+                runner.region(start, cut, stop, watch=inside, on_value=self._recording(watch))
         return merged
 
     def _prune_site(
@@ -341,6 +340,5 @@ def _prune_target(
         tokens=sum(s.tokens for s in statistics),
         sources=sorted(target.sources or weights.sources(target.parameter)),
         without_data=unseen,
-        partial=target.sources is not None,
     )
     return result, (stored, layout)

@@ -17,7 +17,7 @@ from sparsify.source import open_source
 
 @dataclass(frozen=True)
 class Inspection:
-    """What the compiler sees in a model. ``regions`` are the (name, groups) that one schedule step each runs."""
+    """What the compiler sees in a model; ``tensors`` are the checkpoint tensors of each parameter."""
 
     name: str
     architecture: str

@@ -19,7 +19,7 @@ def release_freed() -> None:
     """Hand freed memory back to the system where the C library would keep it.
 
     glibc keeps the small objects of a dropped graph on its heap. Not for a hot path: what is given back has to be
-    asked for again, page by page (after every region it cost a fifth of a run). Does nothing elsewhere.
+    asked for again, page by page: after every region it slowed a whole run visibly. Does nothing elsewhere.
     """
     _trimmer()()
 

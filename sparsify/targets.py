@@ -39,7 +39,6 @@ class Skipped:
 
     name: str
     reason: str
-    shape: tuple[int, ...] = ()
 
 
 def choose(
@@ -85,7 +84,7 @@ def choose(
         else:
             reason = pattern.unfit(site.shape[1])
         if reason:
-            skipped.append(Skipped(site.name, reason, site.shape))
+            skipped.append(Skipped(site.name, reason))
         else:
             targets.append(Target(parameter, tuple(own), None if wanted == sources else wanted))
     if not targets:
