@@ -8,29 +8,39 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor
+from sparsify.passes.scored import ScoredPass
 
 from sparsify.calibration.statistics import InputStatistics
-from sparsify.selection import Axis, select
-from sparsify.weight_pass import Pruned, WeightPass
+from sparsify.pattern import NM
+from sparsify.selection import Axis
+from sparsify.weight_pass import WeightPass
 
 
 @dataclass(frozen=True)
-class Magnitude(WeightPass):
+class Magnitude(ScoredPass):
     """Prune by S = |W|; unstructured patterns compare all weights of a layer (``group=layer``).
 
     ``count=threshold`` is the official code's rule: everything up to and including the score at sorted index
     floor(n·s), which is one weight more than the default, and every tie.
 
-    >>> from sparsify.spec import parse_pass
-    >>> parse_pass("magnitude:2:4")
-    Magnitude(pattern=NM(n=2, m=4), group=None, blocksize=1, count='floor')
+    >>> from sparsify.spec import parse_pass, spec_text
+    >>> spec_text(parse_pass("magnitude:2:4,update=sequential"))
+    'magnitude:2:4,update=sequential'
     """
 
     name: ClassVar[str] = "magnitude"
     summary: ClassVar[str] = "smallest |W|; no data"
     default_group: ClassVar[Axis] = "layer"
 
-    def prune(self, weight: Tensor, statistics: InputStatistics) -> Pruned:
-        mask = select(weight.abs(), self.pattern, self.comparison)
-        return Pruned(weight.masked_fill(mask, 0), mask)
+    def multiplier(self, statistics: InputStatistics) -> None:
+        return None
+
+    def without_data(self) -> WeightPass:
+        return magnitude_like(self)
+
+
+def magnitude_like(other: WeightPass) -> Magnitude:
+    """Plain magnitude with the pattern and the comparison group of ``other``: all that is left where no data is."""
+    if isinstance(other.pattern, NM):
+        return Magnitude(other.pattern)
+    return Magnitude(other.pattern, other.comparison.axis, other.blocksize, other.count)

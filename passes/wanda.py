@@ -7,24 +7,25 @@ section 3.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
-from sparsify.passes.magnitude import Magnitude
+from sparsify.passes.magnitude import magnitude_like
+from sparsify.passes.scored import ScoredPass
 from torch import Tensor
 
 from sparsify.calibration.statistics import InputStatistics
 from sparsify.errors import CalibrationError
 from sparsify.pattern import NM, Unstructured
-from sparsify.selection import select
-from sparsify.weight_pass import Pruned, WeightPass
+from sparsify.weight_pass import WeightPass
 
 
 @dataclass(frozen=True)
-class Wanda(WeightPass):
+class Wanda(ScoredPass):
     """Prune by S_ij = |W_ij| · ‖X_j‖₂ (equation 1), comparing the weights of one output neuron.
 
     Args:
+        norm: of the inputs: ``l2``, or ``l1`` or ``max`` for the ablation.
         variant: choose each row's own sparsity by the share of its score that it loses (the official code's
             ``--use_variant``; algorithms.md, section 3.1). Unstructured patterns only.
 
@@ -37,46 +38,57 @@ class Wanda(WeightPass):
     tensor([[ 4., -1.,  0.,  0.]])
     """
 
+    norm: Literal["l2", "l1", "max"] = "l2"
     variant: bool = False
 
     name: ClassVar[str] = "wanda"
     summary: ClassVar[str] = "smallest |W|·‖X‖ per output neuron; one forward"
-    statistics: ClassVar[tuple[str, ...]] = ("squared_norm",)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.variant and isinstance(self.pattern, NM):
             raise self._refuse("variant=true", "the variant gives rows different sparsities", "Ask for a percentage")
-        if self.variant and (self.group, self.blocksize, self.count) != (None, 1, "floor"):
-            raise self._refuse("variant=true", "it chooses its own counts per row", "Leave group and count out")
+        if self.variant and (self.group, self.blocksize, self.count, self.allocation) != (None, 1, "floor", "uniform"):
+            raise self._refuse("variant=true", "it chooses its own counts", "Leave group, count and allocation out")
+        if self.variant and self.update == "iterative":
+            raise self._refuse("variant=true,update=iterative", "both choose the mask", "Use update=sequential")
 
-    def prune(self, weight: Tensor, statistics: InputStatistics) -> Pruned:
-        scores = wanda_scores(weight, statistics.squared_norm)
+    @property
+    def scored(self) -> tuple[str, ...]:
+        return ({"l2": "squared_norm", "l1": "absolute_sum", "max": "absolute_max"}[self.norm],)
+
+    def multiplier(self, statistics: InputStatistics) -> Tensor:
+        if self.norm == "l2":
+            return input_norm(statistics)
+        return live(statistics.values[self.scored[0]]).to(torch.float32)
+
+    def mask(self, weight: Tensor, statistics: InputStatistics) -> Tensor:
         if self.variant and isinstance(self.pattern, Unstructured):
-            mask = variant_mask(scores, float(self.pattern.sparsity))
-        else:
-            mask = select(scores, self.pattern, self.comparison)
-        return Pruned(weight.masked_fill(mask, 0), mask)
+            return variant_mask(self.scores(weight, statistics), float(self.pattern.sparsity))
+        return super().mask(weight, statistics)
 
     def without_data(self) -> WeightPass:
-        if isinstance(self.pattern, NM):
-            return Magnitude(self.pattern)
-        return Magnitude(self.pattern, self.comparison.axis, self.blocksize, self.count)
+        return magnitude_like(self)
 
 
-def wanda_scores(weight: Tensor, squared_norm: Tensor) -> Tensor:
-    """|W_ij| · ‖X_j‖₂ / √n in float32; ``weight`` [out_features, in_features], ``squared_norm`` [in_features].
+def input_norm(statistics: InputStatistics) -> Tensor:
+    """‖X_j‖₂ / √n, [in_features] float32.
 
     Raises:
-        CalibrationError: every input is zero, so that the scores would order weights by their index alone.
+        CalibrationError: every input is zero, so that scores would order weights by their index alone.
     """
-    if not bool(squared_norm.any()):
+    return live(statistics.squared_norm).sqrt().to(torch.float32)
+
+
+def live(norms: Tensor) -> Tensor:
+    """``norms`` if any is not zero."""
+    if not bool(norms.any()):
         raise CalibrationError(
             "wanda scores",
             found="an input that is zero on every calibration token",
             do="Use other calibration data",
         )
-    return weight.abs() * squared_norm.sqrt().to(torch.float32)
+    return norms
 
 
 def variant_mask(scores: Tensor, sparsity: float) -> Tensor:

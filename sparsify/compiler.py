@@ -16,12 +16,14 @@ from sparsify.analysis import find_sites
 from sparsify.analysis.linear import Opaque
 from sparsify.backend import Backend
 from sparsify.calibration.data import Calibration, example_batch, load_calibration
+from sparsify.calibration.statistics import GRADIENTS
 from sparsify.capture import Batch, capture
 from sparsify.checkpoint import Checkpoint, MemoryStore
-from sparsify.engine import Engine, Observer, Schedule, SiteResult, prune_without_data
+from sparsify.engine import Schedule, prune
 from sparsify.errors import SpecError, near
 from sparsify.manifest import make_manifest
 from sparsify.program import Program
+from sparsify.pruning import Observer, SiteResult
 from sparsify.registry import find
 from sparsify.source import Source, build_skeleton, open_source, require_real
 from sparsify.spec import parse_pass, spec_text
@@ -168,18 +170,21 @@ def compile(
     source = open_source(model, allow_bin=allow_bin, trust_remote_code=trust_remote_code)
     if isinstance(model, nn.Module):
         require_real(model)
-    needs_data = any(p.statistics for p in parsed) or calibration is not None
+    needs_data = any(p.statistics or p.allocation != "uniform" for p in parsed) or calibration is not None
+    one_by_one = any(GRADIENTS & set(p.statistics) for p in parsed)
     named = calibration is None or isinstance(calibration, str)
     data = None
     if needs_data and not named:
-        data = load_calibration(calibration, source, samples=samples)
+        data = load_calibration(calibration, source, samples=samples, one_by_one=one_by_one)
     plan = _Plan(source, parsed, schedule if needs_data else "none", tuple(ignore), tuple(only))
     compiled = plan.compiled(data.batches[0] if data else example_batch(source), place, seed)
     if needs_data and named and not dry_run:
         # Only now, when all that can be refused has been: drawing data may take minutes. The graph of the plan goes
         # before that of the real shapes comes.
         del compiled
-        data = load_calibration(calibration, source, samples=samples, sequence_length=sequence_length, seed=seed)
+        data = load_calibration(
+            calibration, source, samples=samples, sequence_length=sequence_length, seed=seed, one_by_one=one_by_one
+        )
         compiled = plan.compiled(data.batches[0], place, seed)
     compiled.calibration = data
     program, runs = compiled.program, compiled.runs
@@ -193,13 +198,11 @@ def compile(
             job = stack.enter_context(backend.open(source, out, overwrite=overwrite))
             program.weights = job.weights
         for run in runs:
-            if data is None:
-                run.sites = prune_without_data(program, run.weight_pass, run.targets, observe)
-            else:
-                run.sites = Engine(
-                    program, run.weight_pass, run.targets, data.batches,
-                    schedule=schedule, memory=budget, device=place, observe=observe,
-                ).run()  # fmt: skip
+            run.sites = prune(
+                program, run.weight_pass, run.targets, None if data is None else data.batches, schedule=schedule,
+                dense=source.weights, labels=None if data is None else data.labels, memory=budget, device=place,
+                observe=observe,
+            )  # fmt: skip
             program.verify()
         if out is not None:
             compiled.output = job.finish(program, make_manifest(compiled))

@@ -11,66 +11,29 @@ The three schedules differ only in where regions are cut and whether a region ru
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor, fx
 
+from sparsify.allocation import allocate
 from sparsify.analysis.linear import InputGroup, LinearSite, group_by_input
 from sparsify.analysis.region import Flow
-from sparsify.calibration.interpreter import Interpreter, Watch
+from sparsify.calibration.gradients import Gradients, measure_gradients
+from sparsify.calibration.recorder import GroupRecorder, OutputMoments
 from sparsify.calibration.rows import RowReader
-from sparsify.calibration.statistics import GroupRecorder, InputStatistics
-from sparsify.calibration.store import ActivationStore
-from sparsify.errors import CalibrationError, SparsifyError
+from sparsify.calibration.statistics import GRADIENTS, OUTPUTS
+from sparsify.calibration.streams import Streams
+from sparsify.errors import SpecError
 from sparsify.program import Program
+from sparsify.pruning import Observer, Progress, SiteResult, prune_target, prune_without_data
 from sparsify.targets import Target
-from sparsify.verify import verify_pruned
 from sparsify.weight_pass import WeightPass
+from sparsify.weights import Weights
 
 Schedule = Literal["layer", "block", "dense"]
-
-
-@dataclass
-class SiteResult:
-    """What happened at one site.
-
-    Attributes:
-        kept: fraction of weights that are not zero. ``error``: ‖XWᵀ−XŴᵀ‖/‖XWᵀ‖ over the calibration tokens, None
-            where nothing was measured. ``without_data``: experts that no token reached.
-    """
-
-    name: str
-    kind: str
-    parameter: str
-    shape: tuple[int, ...]
-    pattern: str
-    kept: float
-    error: float | None
-    seconds: float
-    tokens: int
-    sources: list[str]
-    without_data: list[int] = field(default_factory=list)
-
-
-@dataclass
-class Progress:
-    """What an observer is told: after a batch of a region (``site`` None), and after each site is pruned.
-
-    ``tokens`` are those of the batch that just left a region; every token leaves every region once.
-    """
-
-    regions_done: int
-    regions: int
-    label: str
-    tokens: int
-    site: SiteResult | None = None
-
-
-Observer = Callable[[Progress], None]
 
 
 @dataclass
@@ -89,41 +52,80 @@ class _Step:
         return self.at[-1]
 
 
-def prune_without_data(
-    program: Program, weight_pass: WeightPass, targets: Sequence[Target], observe: Observer
+def prune(
+    program: Program,
+    weight_pass: WeightPass,
+    targets: Sequence[Target],
+    batches: Sequence[dict[str, Tensor]] | None,
+    *,
+    schedule: Schedule = "layer",
+    dense: Weights | None = None,
+    labels: Sequence[Tensor] | None = None,
+    memory: int = 8 << 30,
+    device: torch.device | None = None,
+    observe: Observer = lambda progress: None,
 ) -> list[SiteResult]:
-    """Prune every target by its weights alone; nothing is run."""
-    results = []
-    for number, target in enumerate(targets):
-        empty = InputStatistics({}, 0, 0)
-        result, _ = _prune_target(program, weight_pass, target, [empty] * target.site.experts, None)
-        results.append(result)
-        observe(Progress(number + 1, len(targets), target.site.name, 0, result))
-    return results
+    """Run ``weight_pass`` over the targets of ``program``: gradients and the allocation first where it asks for them.
+
+    Args:
+        batches: input name to tensor, all of the shapes that the program was captured with; None for a pass that
+            needs no data.
+        dense: weights of the model as it was given, for passes fitted to its outputs.
+        labels: per batch, what a loss compares the outputs with; None where the batch itself tells.
+        memory: bytes of activations kept in memory; more are spilled to a file.
+
+    Raises:
+        SparsifyError: as :class:`Engine`.
+    """
+    if batches is None:
+        return prune_without_data(program, weight_pass, targets, observe)
+    place = device or torch.device("cpu")
+    wanted = GRADIENTS & set(weight_pass.statistics)
+    gradients = Gradients(memory // 4)
+    with gradients:
+        if wanted:
+            measure_gradients(program, targets, batches, labels, wanted, gradients, memory, place, observe)
+        passes = {target.parameter: weight_pass for target in targets}
+        if weight_pass.allocation != "uniform":
+            recorders = Engine(
+                program, passes, targets, batches, schedule="dense", memory=memory, device=place, observe=observe
+            ).measure(("squared_norm",))
+            passes = allocate(
+                program, weight_pass, targets, recorders, sum(len(next(iter(b.values()))) for b in batches), place
+            )
+        return Engine(
+            program, passes, targets, batches, schedule=schedule, dense=dense, gradients=gradients, memory=memory,
+            device=place, observe=observe,
+        ).run()  # fmt: skip
 
 
 class Engine:
     """One calibrated run of a pass over a program.
 
     Args:
-        batches: input name to tensor, all of the shapes that the program was captured with.
-        memory: bytes of activations kept in memory; more are spilled to a file.
+        passes: for each target's parameter, the pass that prunes it; they differ in their patterns at most.
+        others: see :func:`prune`.
     """
 
     def __init__(
         self,
         program: Program,
-        weight_pass: WeightPass,
+        passes: Mapping[str, WeightPass],
         targets: Sequence[Target],
         batches: Sequence[dict[str, Tensor]],
         *,
         schedule: Schedule = "layer",
+        dense: Weights | None = None,
+        gradients: Gradients | None = None,
         memory: int = 8 << 30,
         device: torch.device | None = None,
         observe: Observer = lambda progress: None,
     ) -> None:
-        self.program, self.weight_pass, self.schedule, self.observe = program, weight_pass, schedule, observe
+        self.program, self.passes, self.schedule, self.observe = program, passes, schedule, observe
         self.batches, self.memory, self.device = batches, memory, device or torch.device("cpu")
+        self.gradients = gradients
+        self.wanted = next(iter(passes.values())).statistics
+        self.dense = dense if "cross_gram" in self.wanted else None
         self.flow = Flow.of(program)
         self.targets = {target.parameter: target for target in targets}
         self.sites = [site for target in targets for site in target.sites]
@@ -140,26 +142,50 @@ class Engine:
             CalibrationError: a NaN or infinite activation (the site is named), or statistics that a pass cannot use.
             VerifyError: a pass broke its promise.
         """
+        if "cross_gram" in self.wanted and (self.dense is None or self.schedule == "dense"):
+            raise SpecError(
+                f"fitting to the dense model in schedule {self.schedule}",
+                found="one stream" if self.schedule == "dense" else "no dense weights beside the pruned ones",
+                do="Use --schedule layer",
+            )
         merged = self._merged_statistics()
         steps = self._steps(self.groups)
         # ``block`` looks at the inputs of a block's first group after the cut before it, so they must live till then.
         end = steps[-1].measured + (self.schedule == "block")
-        with ActivationStore(self.memory) as store, torch.no_grad():
-            runner = Interpreter(self.program, self.flow, self.batches, store, self.device)
+        with self._streams(self.dense) as streams, torch.no_grad():
             done: set[str] = set()
-            recorders = self._measure(runner, 0, steps[0].start, end, steps, 0)
+            recorders = self._measure(streams, 0, steps[0].start, end, steps, 0)
             for number, step in enumerate(steps):
                 if self.schedule == "block":
-                    recorders |= self._measure(runner, step.start, step.measured, end, steps, number, again=True)
+                    recorders |= self._measure(streams, step.start, step.measured, end, steps, number, again=True)
                 for index, group in enumerate(step.groups):
                     recorder = recorders.pop((number, index))
                     for site in group.sites:
                         if site.parameter not in done:
-                            self._prune_site(runner, site, merged.get(site.parameter, recorder), number, len(steps))
+                            self._prune_site(streams, site, merged.get(site.parameter, recorder), number, len(steps))
                             done.add(site.parameter)
+                    del recorder
                 if number + 1 < len(steps):
-                    recorders = self._measure(runner, step.start, steps[number + 1].start, end, steps, number + 1)
+                    recorders = self._measure(streams, step.start, steps[number + 1].start, end, steps, number + 1)
         return self.results
+
+    def measure(self, wanted: tuple[str, ...]) -> dict[str, GroupRecorder]:
+        """The statistics of every target's input from one forward, nothing pruned; by parameter."""
+        self.wanted = wanted
+        merged = self._merged_statistics()
+        steps = self._steps(self.groups)
+        found: dict[str, GroupRecorder] = {}
+        with self._streams(None) as streams, torch.no_grad():
+            start = 0
+            for number, step in enumerate(steps):
+                recorders = self._measure(streams, start, step.start, steps[-1].measured, steps, number)
+                start = step.start
+                for (_, index), recorder in recorders.items():
+                    found |= {site.parameter: recorder for site in step.groups[index].sites}
+        return found | merged
+
+    def _streams(self, dense: Weights | None) -> Streams:
+        return Streams(self.program, self.flow, self.rows, self.batches, self.memory, self.device, dense)
 
     def _position(self, group: InputGroup) -> int:
         return min(self.flow.position[site.node] for site in group.sites)
@@ -178,7 +204,7 @@ class Engine:
 
     def _measure(
         self,
-        runner: Interpreter,
+        streams: Streams,
         start: int,
         stop: int,
         end: int,
@@ -202,12 +228,11 @@ class Engine:
         label = step.groups[0].block if self.schedule == "block" else None
         finished = iter(self.batch_tokens)
 
-        runner.region(
+        streams.region(
             start,
             stop,
             end,
-            watch=set(watch),
-            on_value=self._recording(watch),
+            watch,
             again=again,
             wanted=set(watch) | self.rows.held if again else None,
             # A block's first sweep is half of its work: its tokens are counted when they leave it.
@@ -217,24 +242,16 @@ class Engine:
         )
         return recorders
 
-    def _recording(self, watch: Mapping[fx.Node, Sequence[tuple[InputGroup, GroupRecorder]]]) -> Watch:
-        """What an interpreter calls at each watched node: its rows go to the recorders of the groups that read it."""
-
-        def record(batch: int, node: fx.Node, values: dict[fx.Node, object]) -> None:
-            for group, recorder in watch[node]:
-                rows, ends = self.rows.read(group, self.batches[batch], values)
-                if not recorder.update(rows, ends):
-                    raise CalibrationError(
-                        f"the input of {group.name}",
-                        found=f"NaN or infinity in calibration batch {batch}",
-                        do="Look for broken weights before this site, or run in float32",
-                    )
-
-        return record
-
     def _recorder(self, group: InputGroup) -> GroupRecorder:
         site = group.sites[0]
-        return GroupRecorder(self.weight_pass.statistics, site.experts, site.shape[1], self.device, sketch=True)
+        recorder = GroupRecorder(self.wanted, site.experts, site.shape[1], self.device, sketch=True)
+        if OUTPUTS.keys() & set(self.wanted):
+            for own in group.sites:
+                weights = self.program.weights
+                weight = own.matrices(weights.read(own.parameter).to(self.device))
+                bias = None if own.bias is None else weights.read(own.bias).to(self.device)
+                recorder.outputs[own.parameter] = OutputMoments(self.wanted, weight, bias)
+        return recorder
 
     def _merged_statistics(self) -> dict[str, GroupRecorder]:
         """Statistics of parameters that several groups read, over all of them, from a dense forward.
@@ -257,88 +274,25 @@ class Engine:
         stop = max(self._position(group) for gs in repeated.values() for group in gs)
 
         cuts = sorted({p for p in map(self._position, self.groups) if p < stop} | {0, stop})
-        with ActivationStore(self.memory) as store, torch.no_grad():
-            runner = Interpreter(self.program, self.flow, self.batches, store, self.device)
+        with self._streams(None) as streams, torch.no_grad():
             for start, cut in zip(cuts, cuts[1:], strict=False):
-                inside = {n for n in watch if start <= self.flow.position[n] < cut}
-                runner.region(start, cut, stop, watch=inside, on_value=self._recording(watch))
+                streams.region(
+                    start, cut, stop, {n: watch[n] for n in watch if start <= self.flow.position[n] < cut}
+                )  # fmt: skip
         return merged
 
-    def _prune_site(
-        self, runner: Interpreter, site: LinearSite, recorder: GroupRecorder, number: int, steps: int
-    ) -> None:
+    def _prune_site(self, streams: Streams, site: LinearSite, recorder: GroupRecorder, number: int, steps: int) -> None:
         target = self.targets[site.parameter]
-        statistics = [recorder.statistics(e, self.sequences) for e in range(site.experts)]
-        result, (before, after) = _prune_target(
-            self.program, self.weight_pass, target, statistics, recorder, self.device
+        gradients = self.gradients.read(site) if self.gradients is not None else {}
+        result, (before, after) = prune_target(
+            self.program, self.passes[site.parameter], target, recorder, self.sequences, gradients, self.device
         )
-        dense = self.schedule == "dense"
+        runner, dense = streams.runner, self.schedule == "dense"
         runner.release(site.parameter, before if dense else after)
+        if site.bias is not None and not dense:
+            runner.release(site.bias)  # a pass may have changed it
         if dense:
             # The store now holds the pruned weight; later readers must still find the dense one.
             runner.pinned |= {n for n in runner.resident if self.program.parameter(n) == site.parameter}
         self.results.append(result)
         self.observe(Progress(number, steps, site.name, 0, result))
-
-
-def _prune_target(
-    program: Program,
-    weight_pass: WeightPass,
-    target: Target,
-    statistics: Sequence[InputStatistics],
-    recorder: GroupRecorder | None,
-    device: torch.device | None = None,
-) -> tuple[SiteResult, tuple[Tensor, Tensor]]:
-    """Prune one parameter, verify it, store it; returns the result and the weight before and after."""
-    started = time.perf_counter()
-    site, weights = target.site, program.weights
-    stored = weights.read(target.parameter).to(device or "cpu")
-    if not bool(torch.isfinite(stored).all()):
-        raise CalibrationError(
-            f"weight {target.parameter}",
-            found="it holds NaN or infinity",
-            do="Mend the checkpoint before pruning it",
-        )
-    before = site.matrices(stored)
-    after = before.clone()
-    unseen = [e for e, s in enumerate(statistics) if weight_pass.statistics and s.tokens == 0]
-    if unseen and site.expert_axis is None:
-        raise CalibrationError(
-            f"the input of {site.name}",
-            found="no calibration token reaches it",
-            do="Use other calibration data",
-        )
-    for expert, statistic in enumerate(statistics):
-        method = weight_pass.without_data() if expert in unseen else weight_pass
-        try:
-            pruned = method.prune(before[expert], statistic)
-        except SparsifyError as error:
-            raise type(error)(f"{error.asked} of {site.name}", found=error.found, do=error.do) from error
-        verify_pruned(site.name, method, before[expert], pruned)
-        after[expert] = pruned.weight.to(after.dtype)
-    layout = site.layout(after, stored)
-    weights.write(target.parameter, layout.cpu(), set(target.sources) if target.sources is not None else None)
-    if target.sources is not None:
-        # Only some checkpoint tensors of the stack were changed; what counts is what is there now.
-        layout = weights.read(target.parameter).to(stored.device)
-        after = site.matrices(layout)
-    lost = total = 0.0
-    if recorder is not None and recorder.sketch is not None:
-        for expert in range(site.experts):
-            one, other = recorder.sketch.error(expert, before[expert], after[expert])
-            lost, total = lost + one, total + other
-    measured = recorder is not None and recorder.sketch is not None and total > 0
-    result = SiteResult(
-        name=site.name,
-        kind=site.kind,
-        parameter=target.parameter,
-        shape=tuple(stored.shape),
-        pattern=str(weight_pass.pattern),
-        kept=float((after != 0).sum()) / after.numel(),
-        error=(lost / total) ** 0.5 if measured else None,
-        seconds=time.perf_counter() - started,
-        tokens=sum(s.tokens for s in statistics),
-        sources=sorted(target.sources or weights.sources(target.parameter)),
-        without_data=unseen,
-    )
-    return result, (stored, layout)

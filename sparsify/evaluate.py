@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from sparsify.analysis import Flow, find_sites
+from sparsify.analysis import Flow, block_starts
 from sparsify.calibration.data import as_inputs, evaluation_windows
 from sparsify.calibration.interpreter import Interpreter
+from sparsify.calibration.loss import is_causal, logits_node, model_kind
 from sparsify.calibration.store import ActivationStore
 from sparsify.capture import capture
 from sparsify.errors import CalibrationError, TraceError
@@ -91,10 +92,10 @@ def perplexity(
     size = max(d for d in range(1, min(most, count) + 1) if count % d == 0)
     batches = [as_inputs(windows[i : i + size], source) for i in range(0, count, size)]
     program = capture(source, batches[0], place)
-    logits = _logits(program, source)
+    logits = _logits(program)
     flow = Flow.of(program)
     stop = flow.position[logits] + 1
-    cuts = [0, *_block_starts(program, flow), stop]
+    cuts = [0, *block_starts(program, flow), stop]
     losses: list[Tensor] = []
 
     def record(index: int, node: fx.Node, values: dict[fx.Node, Any]) -> None:
@@ -113,26 +114,12 @@ def perplexity(
     return math.exp(mean) if mean < 700 else math.inf
 
 
-def _logits(program: Program, source: Source) -> fx.Node:
-    kind = type(source.module).__name__
-    causal = kind.endswith(("ForCausalLM", "LMHeadModel"))
-    output = next(n for n in program.graph.nodes if n.op == "output")
-    leaves: Any = output.args[0]
-    if causal and "logits" in program.output_names:
-        node = leaves[program.output_names.index("logits")]
-        if isinstance(node, fx.Node):
-            return node
+def _logits(program: Program) -> fx.Node:
+    node = logits_node(program)
+    if node is not None and is_causal(program):
+        return node
     raise TraceError(
-        f"perplexity of {kind}",
+        f"perplexity of {model_kind(program)}",
         found="not a causal language model with logits",
         do="Perplexity is defined for models that predict the next token; evaluate this one with its own task",
     )
-
-
-def _block_starts(program: Program, flow: Flow) -> list[int]:
-    starts: dict[str, int] = {}
-    for site in find_sites(program, flow)[0]:
-        if site.block is not None:
-            at = flow.position[site.node]
-            starts[site.block] = min(starts.get(site.block, at), at)
-    return sorted(set(starts.values()))

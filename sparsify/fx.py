@@ -20,7 +20,7 @@ from sparsify.analysis import find_sites
 from sparsify.calibration.data import load_calibration
 from sparsify.capture import capture
 from sparsify.checkpoint import MemoryStore
-from sparsify.engine import Engine, Schedule, prune_without_data
+from sparsify.engine import Schedule, prune
 from sparsify.errors import CalibrationError, TraceError
 from sparsify.program import set_tensor
 from sparsify.source import Source
@@ -80,11 +80,10 @@ class GraphPrune(PassBase):
         program = capture(source, batches[0], self.device or "cpu")
         sites, _ = find_sites(program)
         targets, _ = choose(program, sites, self.weight_pass.pattern, ignore=self.ignore, only=self.only)
-        program.weights = program.weights.on(MemoryStore(program.weights.store))
-        if self.weight_pass.statistics:
-            Engine(program, self.weight_pass, targets, batches, schedule=self.schedule, device=self.device).run()
-        else:
-            prune_without_data(program, self.weight_pass, targets, lambda progress: None)
+        given = program.weights
+        program.weights = given.on(MemoryStore(given.store))
+        data = batches if self.weight_pass.statistics else None
+        prune(program, self.weight_pass, targets, data, schedule=self.schedule, dense=given, device=self.device)
         pruned = {target.parameter: program.weights.read(target.parameter) for target in targets}
         return PassResult(_with_parameters(graph_module, pruned, names, program.weights.aliases), True)
 

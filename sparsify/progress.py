@@ -20,7 +20,7 @@ from sparsify.memory import peak_memory
 from sparsify.report import format_bytes
 
 if TYPE_CHECKING:
-    from sparsify.engine import Progress as Step
+    from sparsify.pruning import Progress as Step
 
 
 class ProgressLine:

@@ -13,7 +13,14 @@ from sparsify.errors import SpecError, near
 # The package's own table. Entry points add to it; a checkout that was never installed still works.
 _OWN = {
     "sparsify.passes": {
+        "activation": "sparsify.passes.activation:Activation",
+        "alps": "sparsify.passes.alps:ALPS",
+        "apt": "sparsify.passes.apt:APT",
+        "gblm": "sparsify.passes.gblm:GBLM",
+        "gradient": "sparsify.passes.gradient:Gradient",
         "magnitude": "sparsify.passes.magnitude:Magnitude",
+        "sparsegpt": "sparsify.passes.sparsegpt:SparseGPT",
+        "twin": "sparsify.passes.twin:Twin",
         "wanda": "sparsify.passes.wanda:Wanda",
     },
     "sparsify.backends": {"hf": "sparsify.backends.hf:HuggingFace"},

@@ -17,8 +17,8 @@ from sparsify.spec import spec_text
 if TYPE_CHECKING:
     from sparsify.analysis.linear import LinearSite, Opaque
     from sparsify.compiler import Compiled, PassRun
-    from sparsify.engine import SiteResult
     from sparsify.evaluate import Evaluation
+    from sparsify.pruning import SiteResult
     from sparsify.targets import Skipped, Target
 
 

@@ -18,7 +18,7 @@ from sparsify.errors import PatternError
 from sparsify.pattern import NM, Pattern, Unstructured
 
 Axis = Literal["output", "input", "layer"]
-Count = Literal["floor", "exact", "threshold"]
+Count = Literal["floor", "exact", "threshold", "total"]
 
 # Comparing all pairs in a group costs M(M-1)/2 streaming passes; past this a sort of each group is cheaper.
 _PAIRWISE_LIMIT = 8
@@ -35,6 +35,7 @@ class Comparison:
     n weights into a whole number: ``floor`` is the official code's ``int(n * float(s))``, ``exact`` floors
     the exact product (29 rather than 28 of 100 at 29%), and ``threshold`` is the official layer rule, which
     prunes everything up to and including the score at sorted index ``int(n * s)``: one weight more, and all ties.
+    ``total`` prunes ``floor(s · size)`` of the whole matrix exactly, so that groups differ by one weight at most.
     """
 
     axis: Axis = "output"
@@ -59,6 +60,8 @@ def select(scores: Tensor, pattern: Pattern, comparison: Comparison = Comparison
     if isinstance(pattern, NM):
         return _select_nm(scores, pattern)
     rows, columns = scores.shape
+    if comparison.count == "total":
+        return _exact_total(scores, pattern, comparison)
     if comparison.axis == "layer":
         return _fraction(scores.reshape(1, -1), pattern, comparison.count).view(rows, columns)
     size = comparison.blocksize
@@ -118,31 +121,54 @@ def _select_nm(scores: Tensor, pattern: NM) -> Tensor:
     if reason := pattern.unfit(columns):
         raise PatternError(f"pattern {pattern}", found=reason, do="Leave this weight dense or choose another M")
     groups, drop = scores.reshape(-1, pattern.m), pattern.m - pattern.n
-    if pattern.m > _PAIRWISE_LIMIT:
-        order = groups.sort(dim=1, stable=True).indices[:, :drop]
-        return torch.zeros_like(groups, dtype=torch.bool).scatter_(1, order, True).view(rows, columns)
     mask = torch.empty(groups.shape, dtype=torch.bool, device=scores.device)
     for start in range(0, groups.shape[0], _GROUPS_AT_ONCE):
         part = groups[start : start + _GROUPS_AT_ONCE]
-        mask[start : start + _GROUPS_AT_ONCE] = _lowest_by_rank(part, drop)
+        mask[start : start + _GROUPS_AT_ONCE] = lowest(part.t().contiguous(), drop).t()
     return mask.view(rows, columns)
 
 
-def _lowest_by_rank(groups: Tensor, drop: int) -> Tensor:
-    """Mask of the ``drop`` lowest of each row of [groups, m]: those that fewer than ``drop`` members precede.
+def _exact_total(scores: Tensor, pattern: Unstructured, comparison: Comparison) -> Tensor:
+    """Groups in their order each prune what is due up to their end: floor(s · weights so far) less what went before."""
+    rows, columns = scores.shape
+    size = comparison.blocksize
+    if comparison.axis == "layer":
+        return smallest(scores.reshape(1, -1), int(pattern.sparsity * scores.numel())).view(rows, columns)
+    if comparison.axis == "input":
+        turned = Comparison("output", size, "total")
+        return _exact_total(scores.t().contiguous(), pattern, turned).t().contiguous()
+    bounds = [*range(0, rows, size), rows]
+    due = [int(pattern.sparsity * columns * bound) for bound in bounds]
+    mask = torch.empty(rows, columns, dtype=torch.bool, device=scores.device)
+    alike: dict[tuple[int, int], list[int]] = {}
+    for start, stop, before, upto in zip(bounds, bounds[1:], due, due[1:], strict=False):
+        alike.setdefault((stop - start, upto - before), []).append(start)
+    # Few different counts: groups that prune equally many are selected together.
+    for (length, drop), starts in alike.items():
+        index = torch.tensor(starts, device=scores.device).unsqueeze(1) + torch.arange(length, device=scores.device)
+        part = smallest(scores[index.flatten()].view(len(starts), -1), drop)
+        mask[index.flatten()] = part.view(-1, columns)
+    return mask
 
-    Counting predecessors over all pairs replaces a sort of each group: a few comparisons over long
-    vectors. i < j precedes on ``<=``, so that the lower index wins a tie.
+
+def lowest(members: Tensor, drop: int) -> Tensor:
+    """Mask of the ``drop`` lowest of each group of M, for groups side by side: [M, groups].
+
+    Those are the ones that fewer than ``drop`` members precede. Counting predecessors over all pairs replaces a sort
+    of each group: a few comparisons over long vectors. i < j precedes on ``<=``, so that the lower index wins a tie.
     """
-    members = groups.t().contiguous().unbind(0)
     m = len(members)
-    ranks = torch.zeros(m, groups.shape[0], dtype=torch.int8, device=groups.device)
+    if m > _PAIRWISE_LIMIT:
+        order = members.sort(dim=0, stable=True).indices[:drop]
+        return torch.zeros_like(members, dtype=torch.bool).scatter_(0, order, True)
+    rows = members.unbind(0)
+    ranks = torch.zeros(m, members.shape[1], dtype=torch.int8, device=members.device)
     for j in range(1, m):
         for i in range(j):
-            first = members[i] <= members[j]
+            first = rows[i] <= rows[j]
             ranks[j] += first
             ranks[i] += ~first
-    return (ranks < drop).t()
+    return ranks < drop
 
 
 def holds(weight: Tensor, pattern: Pattern, comparison: Comparison = Comparison()) -> str | None:

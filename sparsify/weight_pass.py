@@ -7,8 +7,8 @@ streaming, layouts, experts and progress are the engine's. See CONTRIBUTING.md f
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from torch import Tensor, fx
 
@@ -20,61 +20,105 @@ from sparsify.selection import Axis, Comparison, Count
 if TYPE_CHECKING:
     from sparsify.fx import GraphPrune
 
+Allocation = Literal["uniform", "owl", "error"]
+
 
 @dataclass(frozen=True)
 class Pruned:
     """The result of a pass on one matrix: ``weight`` and ``mask`` are [out_features, in_features].
 
-    ``mask`` is True where a weight was pruned; there ``weight`` is zero.
+    ``mask`` is True where a weight was pruned; there ``weight`` is zero. ``notes`` are what a user should know of
+    this site; ``bias`` [out_features] replaces the site's where the pass changes that too.
     """
 
     weight: Tensor
     mask: Tensor
+    notes: tuple[str, ...] = ()
+    bias: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class WeightPass:
     """Base of all weight passes.
 
+    Args:
+        pattern: which weights go. ``group``, ``blocksize``, ``count``: see :class:`~sparsify.selection.Comparison`.
+        allocation: how an unstructured pattern's zeros are spread over sites, see :mod:`sparsify.allocation`:
+            ``uniform``, ``owl`` (by outliers) or ``error`` (by measured output error).
+        spread: how far a site's sparsity may be from the pattern's under an allocation.
+        outliers: OWL's M: a score above M times the mean of its layer is an outlier.
+
     Class attributes:
         name: how the pass is called in a spec.
-        statistics: names of the input statistics it needs (:mod:`sparsify.calibration.statistics`); none means
-            that it needs no calibration data.
-        keeps_weights: whether weights that are not pruned stay as they were, to the bit; verified after each site.
+        default_group: the comparison group where none is asked for.
     """
 
     pattern: Pattern
     group: Axis | None = None
     blocksize: int = 1
     count: Count = "floor"
+    allocation: Allocation = "uniform"
+    spread: float | None = None
+    outliers: float = 5.0
 
     name: ClassVar[str]
     summary: ClassVar[str] = ""
-    statistics: ClassVar[tuple[str, ...]] = ()
-    keeps_weights: ClassVar[bool] = True
     default_group: ClassVar[Axis] = "output"
+
+    @property
+    def statistics(self) -> tuple[str, ...]:
+        """Names of the statistics it needs (:mod:`sparsify.calibration.statistics`); none means no data."""
+        return ()
+
+    @property
+    def keeps_weights(self) -> bool:
+        """Whether weights that are not pruned stay as they were, to the bit; verified after each site."""
+        return True
 
     def __post_init__(self) -> None:
         if self.blocksize < 1:
             raise self._refuse(f"blocksize={self.blocksize}", "it must be at least 1", "Choose a positive blocksize")
         if isinstance(self.pattern, NM):
-            for option, value, default in (
-                ("group", self.group, None),
-                ("blocksize", self.blocksize, 1),
-                ("count", self.count, "floor"),
-            ):
-                if value != default:
+            for option in ("group", "blocksize", "count"):
+                if self._given(option):
                     raise self._refuse(
-                        f"{option}={value}",
+                        f"{option}={getattr(self, option)}",
                         f"{self.pattern} compares weights within its own groups of {self.pattern.m}",
                         f"Leave {option} out, or ask for a percentage",
                     )
-        elif self.comparison.axis == "layer" and self.blocksize != 1:
+        elif self.comparison.axis == "layer" and self._given("blocksize"):
             raise self._refuse(
                 f"blocksize={self.blocksize}",
                 "group=layer compares all weights of a layer",
                 "Leave blocksize out",
             )
+        self._check_allocation()
+
+    def _check_allocation(self) -> None:
+        if self.allocation == "uniform":
+            self._unused(("spread", "outliers"), "allocation=uniform gives every site the same sparsity")
+            return
+        asked = f"allocation={self.allocation}"
+        if isinstance(self.pattern, NM):
+            raise self._refuse(asked, f"{self.pattern} fixes the zeros of every site", "Ask for a percentage")
+        if self._given("count"):
+            raise self._refuse(f"{asked},count={self.count}", "an allocation fixes all counts", "Leave count out")
+        if self.allocation == "error":
+            self._unused(("outliers",), "it belongs to allocation=owl")
+        if self.spread is not None and not 0 < self.spread < 1:
+            raise self._refuse(f"spread={self.spread:g}", "it must lie between 0 and 1", "Choose 0.08, say")
+        if self.outliers <= 1:
+            raise self._refuse(f"outliers={self.outliers:g}", "an outlier exceeds the mean", "Choose 3 to 10")
+
+    def _given(self, option: str) -> bool:
+        """Whether an option differs from its default."""
+        return bool(getattr(self, option) != next(f.default for f in fields(self) if f.name == option))
+
+    def _unused(self, options: Sequence[str], why: str) -> None:
+        """Refuse options that would do nothing."""
+        for option in options:
+            if self._given(option):
+                raise self._refuse(f"{option}={getattr(self, option)}", why, f"Leave {option} out")
 
     @property
     def comparison(self) -> Comparison:

@@ -45,6 +45,7 @@ class LinearSite:
         out_axis, in_axis, expert_axis: axes of the parameter (expert_axis None for a plain matrix).
         shape: (out_features, in_features); ``experts``: how many such matrices the parameter stacks.
         offsets: for experts, the node that holds where each expert's rows end in the activation.
+        bias: name of the parameter that is added to the output, or None.
         block: name of the repeated block it is in ("model.layers.3"), or None.
         router: True where its output chooses experts.
     """
@@ -59,6 +60,7 @@ class LinearSite:
     shape: tuple[int, int]
     experts: int = 1
     offsets: fx.Node | None = None
+    bias: str | None = None
     block: str | None = None
     router: bool = False
 
@@ -165,6 +167,16 @@ def group_by_input(sites: list[LinearSite]) -> list[InputGroup]:
     return list(groups.values())
 
 
+def block_starts(program: Program, flow: Flow) -> list[int]:
+    """Positions of the first site of each repeated block: where a graph is best cut into regions."""
+    starts: dict[str, int] = {}
+    for site in find_sites(program, flow)[0]:
+        if site.block is not None:
+            at = flow.position[site.node]
+            starts[site.block] = min(starts.get(site.block, at), at)
+    return sorted(set(starts.values()))
+
+
 def block_of(parameter: str) -> str | None:
     """The repeated block that a parameter is in: its name up to the first number under a named container.
 
@@ -188,6 +200,12 @@ def _addend(node: fx.Node) -> object:
     if _short(node) == "scaled_dot_product_attention":
         return node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
     return node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")
+
+
+def _bias(program: Program, node: fx.Node) -> str | None:
+    added = _addend(node) if _short(node) in ("linear", "addmm", "conv1d", "conv2d", "conv3d") else None
+    name = program.parameter(added) if isinstance(added, fx.Node) else None
+    return program.weights.canonical(name) if name else None
 
 
 def _site(program: Program, node: fx.Node) -> LinearSite | str:
@@ -299,6 +317,7 @@ def _make(
         shape=(shape[out], shape[inner]),
         experts=1 if expert is None else shape[expert],
         offsets=offsets if isinstance(offsets, fx.Node) else None,
+        bias=_bias(program, node),
         block=block_of(name),
         router=_chooses_experts(node),
     )

@@ -26,11 +26,13 @@ class Calibration:
     Attributes:
         batches: input name to tensor. ``label``: where they came from, as said to the user.
         digest: sha256 of every tensor, for the manifest.
+        labels: per batch, what a loss compares the outputs with, where the data brought any.
     """
 
     batches: list[dict[str, Tensor]]
     label: str
     digest: str
+    labels: list[Tensor] | None = None
 
     @property
     def sequences(self) -> int:
@@ -49,8 +51,12 @@ def load_calibration(
     samples: int | None = None,
     sequence_length: int | None = None,
     seed: int = 0,
+    one_by_one: bool = False,
 ) -> Calibration:
     """Batches from ``data``: a source's name, an iterable of batches, or None for C4 and, without it, ``self``.
+
+    Args:
+        one_by_one: batches of one sample each, as gradients per sample need them.
 
     Raises:
         CalibrationError: nothing there, too short, ids past the vocabulary, or batches of different kinds.
@@ -64,13 +70,16 @@ def load_calibration(
     else:
         ids, label = _from_name(data, source, samples, sequence_length, seed)
         batches = _rows_to_batches(as_inputs(ids, source), whole=True)
+    if one_by_one:
+        batches = _split(batches)
     _check_ids(batches, source)
     digest = hashlib.sha256()
     for batch in batches:
         for name in sorted(batch):
             digest.update(name.encode())
             digest.update(batch[name].contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return Calibration(batches, label, digest.hexdigest())
+    labels = [batch.pop("labels") for batch in batches] if "labels" in batches[0] else None
+    return Calibration(batches, label, digest.hexdigest(), labels)
 
 
 def evaluation_windows(data: str, source: Source, length: int | None, limit: int | None) -> tuple[Tensor, str]:
@@ -223,7 +232,7 @@ def _named(item: Any, source: Source) -> dict[str, Tensor]:
             return {name: item.cpu()}
         return {"0": item.cpu()}
     if isinstance(item, Mapping):
-        named = {k: v.cpu() for k, v in item.items() if isinstance(v, Tensor) and k != "labels"}
+        named = {k: v.cpu() for k, v in item.items() if isinstance(v, Tensor)}
         return as_inputs(named["input_ids"], source) | named if "input_ids" in named else named
     if isinstance(item, (tuple, list)) and all(isinstance(v, Tensor) for v in item):
         return {str(i): v.cpu() for i, v in enumerate(item)}
@@ -242,6 +251,25 @@ def _rows_to_batches(rows: Mapping[str, Tensor], *, whole: bool) -> list[dict[st
     most = max(1, TOKENS_AT_ONCE // tokens)
     size = max(d for d in range(1, min(most, count) + 1) if count % d == 0)
     return [{n: t[i : i + size].contiguous() for n, t in rows.items()} for i in range(0, count, size)]
+
+
+def _split(batches: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+    """Batches of one row each.
+
+    Raises:
+        CalibrationError: inputs that do not share their first axis.
+    """
+    single = []
+    for batch in batches:
+        rows = {len(t) for t in batch.values()}
+        if len(rows) > 1:
+            raise CalibrationError(
+                "gradients per sample",
+                found=f"inputs whose first axes differ: {sorted(rows)}",
+                do="Give batches whose inputs all have one row per sample",
+            )
+        single += [{n: t[i : i + 1].contiguous() for n, t in batch.items()} for i in range(rows.pop())]
+    return single
 
 
 def _check_ids(batches: list[dict[str, Tensor]], source: Source) -> None:

@@ -47,6 +47,7 @@ class Interpreter(fx.Interpreter):
         watch: set[fx.Node] | None = None,
         on_value: Watch | None = None,
         again: bool = False,
+        retain: bool = False,
         wanted: set[fx.Node] | None = None,
         after_batch: Callable[[], None] | None = None,
     ) -> None:
@@ -57,6 +58,7 @@ class Interpreter(fx.Interpreter):
             watch: nodes of interest; ``on_value(batch, node, values)`` is called for each as soon as it is
                 computed, or at the beginning for one that was live already; ``values`` is node to value.
             again: the region will be run again: live values are kept and nothing is stored for later.
+            retain: live values are kept though no later node reads them, for a run backwards.
             wanted: compute only what these nodes need.
         """
         flow, watch = self.flow, watch or set()
@@ -72,7 +74,7 @@ class Interpreter(fx.Interpreter):
                 node: batch[node.meta["input"]].to(self.device) for node in self.program.inputs
             }
             for node in entering:
-                keep = again or flow.read_within(node, stop, end)
+                keep = again or retain or flow.read_within(node, stop, end)
                 value = self.store.take(index, node.name, self.device, keep=keep)
                 values[node] = value.clone() if node in copied and isinstance(value, Tensor) else value
             self.env = {**self.resident, **values}

@@ -56,8 +56,10 @@ class RowReader:
 
     def read(
         self, group: InputGroup, batch: Mapping[str, Tensor], values: Mapping[fx.Node, Any]
-    ) -> tuple[Tensor, Tensor | None]:
-        """Rows of ``group`` in one batch and, for experts, where each expert's rows end.
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Rows of ``group`` in one batch; for experts, where each expert's rows end and which token each row is.
+
+        The tokens are None where the rows of experts cannot be traced back to them.
 
         Raises:
             CalibrationError: the attention mask cannot be matched to the activation.
@@ -71,20 +73,23 @@ class RowReader:
             rows = moved.reshape(-1, moved.shape[-1])
             if counted is not None:
                 raise self._unmatched(group, value, counted)
-            return rows, torch.arange(1, site.experts + 1) * moved.shape[1]
+            return rows, torch.arange(1, site.experts + 1) * moved.shape[1], None
         rows = moved.reshape(-1, moved.shape[-1])
         ends: Tensor | None = values[site.offsets].cpu() if site.offsets is not None else None
-        if counted is None:
-            return rows, ends
-        flat = counted.reshape(-1).to(rows.device)
+        tokens: Tensor | None = None
         if site.offsets is not None and site.offsets in self._routes:
-            flat = flat[values[self._routes[site.offsets]].reshape(-1)]
+            tokens = values[self._routes[site.offsets]].reshape(-1)
+        if counted is None:
+            return rows, ends, tokens
+        flat = counted.reshape(-1).to(rows.device)
+        if tokens is not None:
+            flat = flat[tokens]
         if flat.numel() != len(rows):
             raise self._unmatched(group, value, counted)
         if ends is not None:
             before = torch.cat([torch.zeros(1, dtype=torch.long), flat.cpu().long().cumsum(0)])
             ends = before[ends.long()]
-        return rows[flat], ends
+        return rows[flat], ends, None if tokens is None else tokens[flat]
 
     def _counted(self, group: InputGroup, batch: Mapping[str, Tensor]) -> Tensor | None:
         depends = self.flow.inputs[group.activation]

@@ -6,12 +6,14 @@ are [tokens, in_features], padding already taken out. For a stack of experts eve
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -19,116 +21,150 @@ class InputStatistics:
     """Statistics of one site's input, as a pass sees them.
 
     Attributes:
-        values: statistic name to tensor; ``squared_norm`` is [in_features] float64, ``‖X_j‖² / sequences``
-            (algorithms.md, section 1.3).
+        values: statistic name to tensor. Of the input X [tokens, in_features], all per sequence (algorithms.md,
+            section 1.3): ``squared_norm`` [in_features] is ‖X_j‖², ``absolute_sum`` ‖X_j‖₁, ``sum`` ΣX_j;
+            ``absolute_max`` ‖X_j‖_∞; ``gram`` [in_features, in_features] is XᵀX. ``cross_gram`` is X₀ᵀX, where X₀ is
+            the same input in the model as it was given and X in the model pruned so far. Of the weight
+            [out_features, in_features]: ``gradient_l1``, ``gradient_l2``, ``gradient_platon`` and ``gradient``, see
+            :mod:`sparsify.calibration.gradients`. Of the outputs y = XWᵀ + b, summed over tokens, [out_features]:
+            ``output_absolute`` Σ|y_i|, ``output_sum``, ``output_square``; ``output_gram`` is YᵀY.
         tokens: rows that were seen; 0 for an expert that no token was routed to.
         sequences: calibration sequences.
+        bias: [out_features] of the site where it has one.
+        derived: what passes computed from these values, kept so that sites that read one input share it.
     """
 
     values: Mapping[str, Tensor]
     tokens: int
     sequences: int
+    bias: Tensor | None = None
+    derived: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def squared_norm(self) -> Tensor:
         return self.values["squared_norm"]
 
+    @property
+    def gram(self) -> Tensor:
+        return self.values["gram"]
+
+    def once(self, key: Any, make: Callable[[], T]) -> T:
+        """``make()``, computed once for all sites that share this input."""
+        if key not in self.derived:
+            self.derived[key] = make()
+        return self.derived[key]  # type: ignore[no-any-return]
+
 
 class Accumulator(Protocol):
     """A statistic under construction for [experts] inputs of one width."""
 
-    def update(self, expert: int, rows: Tensor) -> None: ...
+    def __init__(self, experts: int, features: int, device: torch.device) -> None: ...
+
+    def update(self, expert: int, rows: Tensor, dense: Tensor) -> None: ...
 
     def value(self, expert: int, sequences: int) -> Tensor: ...
 
 
-class SquaredNorm:
-    """Sum of squares of each input feature."""
+class _Vector:
+    """One float64 number per input feature, summed over tokens."""
 
     def __init__(self, experts: int, features: int, device: torch.device) -> None:
         # float64 adds nothing to the cost of one vector per batch; the MPS device has none.
         dtype = torch.float32 if device.type == "mps" else torch.float64
-        self._sum = torch.zeros(experts, features, dtype=dtype, device=device)
+        self.total = torch.zeros(experts, features, dtype=dtype, device=device)
 
-    def update(self, expert: int, rows: Tensor) -> None:
-        self._sum[expert] += rows.float().square().sum(dim=0)
+    def update(self, expert: int, rows: Tensor, dense: Tensor) -> None:
+        self.total[expert] += self.of(rows.float())
+
+    def of(self, rows: Tensor) -> Tensor:
+        raise NotImplementedError
 
     def value(self, expert: int, sequences: int) -> Tensor:
-        return self._sum[expert] / sequences
+        return self.total[expert] / sequences
 
 
-ACCUMULATORS: dict[str, type[SquaredNorm]] = {"squared_norm": SquaredNorm}
+class SquaredNorm(_Vector):
+    """Sum of squares of each input feature."""
+
+    def of(self, rows: Tensor) -> Tensor:
+        return rows.square().sum(dim=0)
 
 
-class OutputSketch:
-    """A few random combinations of all rows, on which output errors are measured.
+class AbsoluteSum(_Vector):
+    """Sum of absolute values of each input feature."""
 
-    Each row is added with a random sign to one of ``size`` rows of the sketch S (CountSketch: Charikar, Chen,
-    Farach-Colton 2002), so E ‖S X Dᵀ‖² = ‖X Dᵀ‖² for any D. Every token counts, outliers too; with no more
-    than ``size`` rows in all, the sketch is X itself and the error exact. It costs one addition per activation
-    where the exact error of a site would cost a second product of its full size.
-    """
+    def of(self, rows: Tensor) -> Tensor:
+        return rows.abs().sum(dim=0)
 
-    def __init__(self, experts: int, features: int, device: torch.device, size: int = 256) -> None:
-        self.size = max(size // experts, 32)
-        self.rows = torch.zeros(experts, self.size, features, device=device)
-        self._next = [0] * experts
-        self._filled = [0] * experts
-        # A generator of its own: the sketch neither reads nor moves the global random state.
-        self._signs = torch.Generator().manual_seed(0)
 
-    def update(self, expert: int, rows: Tensor) -> None:
+class Sum(_Vector):
+    """Sum of each input feature."""
+
+    def of(self, rows: Tensor) -> Tensor:
+        return rows.sum(dim=0)
+
+
+class AbsoluteMax(_Vector):
+    """Largest absolute value of each input feature."""
+
+    def update(self, expert: int, rows: Tensor, dense: Tensor) -> None:
+        self.total[expert] = torch.maximum(self.total[expert], rows.float().abs().amax(dim=0).to(self.total))
+
+    def value(self, expert: int, sequences: int) -> Tensor:
+        return self.total[expert]
+
+
+class Gram:
+    """XᵀX in float32. Only the blocks on and above the diagonal are computed: 5/8 of the products."""
+
+    BLOCKS = 4
+
+    def __init__(self, experts: int, features: int, device: torch.device) -> None:
+        self.features, self.device = features, device
+        self._sums: dict[int, Tensor] = {}  # an expert that sees no token costs nothing
+
+    def update(self, expert: int, rows: Tensor, dense: Tensor) -> None:
+        total = self._of(expert)
         rows = rows.float()
-        done = 0
-        while done < len(rows):
-            at = self._next[expert]
-            part = rows[done : done + self.size - at]
-            signs = torch.randint(0, 2, (len(part), 1), generator=self._signs).mul_(2).sub_(1)
-            self.rows[expert, at : at + len(part)].addcmul_(part, signs.to(part))
-            done += len(part)
-            self._filled[expert] = max(self._filled[expert], at + len(part))
-            self._next[expert] = (at + len(part)) % self.size
+        size = max(64, -(-self.features // self.BLOCKS))
+        for start in range(0, self.features, size):
+            total[start : start + size, start:].addmm_(rows[:, start : start + size].t(), rows[:, start:])
 
-    def error(self, expert: int, before: Tensor, after: Tensor) -> tuple[float, float]:
-        """‖X Wᵀ − X Ŵᵀ‖² and ‖X Wᵀ‖² of one expert, estimated; weights are [out_features, in_features]."""
-        rows = self.rows[expert, : self._filled[expert]]
-        dense = rows @ before.float().t()
-        lost = rows @ (before.float() - after.float()).t()
-        return float(lost.square().sum(dtype=torch.float64)), float(dense.square().sum(dtype=torch.float64))
+    def value(self, expert: int, sequences: int) -> Tensor:
+        total = self._of(expert).triu_()
+        total += total.triu(1).t()
+        return total / sequences
+
+    def _of(self, expert: int) -> Tensor:
+        if expert not in self._sums:
+            self._sums[expert] = torch.zeros(self.features, self.features, device=self.device)
+        return self._sums[expert]
 
 
-class GroupRecorder:
-    """All that is recorded for one input group.
+class CrossGram(Gram):
+    """X₀ᵀX in float32: the same input in the dense and in the pruned model."""
 
-    Args:
-        wanted: names of the statistics.
-        sketch: whether output errors will be asked for.
-    """
+    def update(self, expert: int, rows: Tensor, dense: Tensor) -> None:
+        self._of(expert).addmm_(dense.float().t(), rows.float())
 
-    def __init__(
-        self, wanted: tuple[str, ...], experts: int, features: int, device: torch.device, *, sketch: bool
-    ) -> None:
-        self.experts, self.features = experts, features
-        self.accumulators = {name: ACCUMULATORS[name](experts, features, device) for name in wanted}
-        self.sketch = OutputSketch(experts, features, device) if sketch else None
-        self.tokens = [0] * experts
+    def value(self, expert: int, sequences: int) -> Tensor:
+        return self._of(expert) / sequences
 
-    def update(self, rows: Tensor, ends: Tensor | None = None) -> bool:
-        """Record rows [tokens, in_features], for experts sorted with ``ends`` [experts]; False where not finite."""
-        bounds = [0, len(rows)] if ends is None else [0, *(int(end) for end in ends)]
-        for expert, (start, stop) in enumerate(zip(bounds, bounds[1:], strict=False)):
-            part = rows[start:stop]
-            if not len(part):
-                continue
-            self.tokens[expert] += len(part)
-            for accumulator in self.accumulators.values():
-                accumulator.update(expert, part)
-            if self.sketch is not None:
-                self.sketch.update(expert, part)
-        if "squared_norm" in self.accumulators:
-            return bool(torch.isfinite(self.accumulators["squared_norm"]._sum).all())
-        return bool(torch.isfinite(rows).all())
 
-    def statistics(self, expert: int, sequences: int) -> InputStatistics:
-        values = {name: a.value(expert, sequences) for name, a in self.accumulators.items()}
-        return InputStatistics(values, self.tokens[expert], sequences)
+ACCUMULATORS: dict[str, type[Accumulator]] = {
+    "squared_norm": SquaredNorm,
+    "absolute_sum": AbsoluteSum,
+    "absolute_max": AbsoluteMax,
+    "sum": Sum,
+    "gram": Gram,
+    "cross_gram": CrossGram,
+}
+# Not of the input but of the weight: made by a backward sweep, not by the recorder.
+GRADIENTS = frozenset({"gradient_l1", "gradient_l2", "gradient_platon", "gradient"})
+# Of one site's output: recorded by a product with its weight.
+OUTPUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "output_absolute": lambda y: y.abs().sum(dim=0),
+    "output_sum": lambda y: y.sum(dim=0),
+    "output_square": lambda y: y.square().sum(dim=0),
+    "output_gram": lambda y: y.t() @ y,
+}

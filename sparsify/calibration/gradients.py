@@ -1,0 +1,260 @@
+"""Gradients of the loss with respect to the weights, sample by sample, from the interpreter run backwards.
+
+Forward, region by region, only the values at the cuts are kept; backward, from the last region to the first, each
+region is computed again with its graph of derivatives, for one sample at a time. Memory holds one region's weights and
+derivatives; activations at the cuts and the finished accumulators go to a file past the budget.
+
+Source of the statistics: GBLM-Pruner (2311.04902), section 3; algorithms.md, section 7.1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from sparsify.analysis import Flow, block_starts
+from sparsify.analysis.linear import LinearSite
+from sparsify.calibration.interpreter import Interpreter
+from sparsify.calibration.loss import check_loss, loss, loss_scale
+from sparsify.calibration.store import ActivationStore
+from sparsify.errors import CalibrationError, TraceError
+from sparsify.program import Program
+from sparsify.pruning import Observer, Progress
+from sparsify.targets import Target
+
+
+class Gradients(ActivationStore):
+    """Finished gradient statistics by parameter. A context manager; past its budget they lie in a file."""
+
+    def __init__(self, budget: int) -> None:
+        super().__init__(budget)
+        self._names: dict[str, tuple[str, ...]] = {}
+
+    def keep(self, parameter: str, values: dict[str, Tensor]) -> None:
+        self._names[parameter] = tuple(values)
+        for name, value in values.items():
+            self.put(0, f"{parameter} {name}", value)
+
+    def read(self, site: LinearSite) -> dict[str, Tensor]:
+        """Statistic name to [experts, out_features, in_features] float32; empty where none was measured."""
+        names = self._names.get(site.parameter, ())
+        found: dict[str, Tensor] = {}
+        for name in names:
+            value = self.take(0, f"{site.parameter} {name}", torch.device("cpu"), keep=True)
+            assert isinstance(value, Tensor)
+            found[name] = site.matrices(value)
+        return found
+
+
+def measure_gradients(
+    program: Program,
+    targets: Sequence[Target],
+    batches: Sequence[dict[str, Tensor]],
+    labels: Sequence[Tensor] | None,
+    wanted: frozenset[str] | set[str],
+    into: Gradients,
+    memory: int,
+    device: torch.device,
+    observe: Observer,
+) -> None:
+    """Measure, for every target, over samples s with gradients g_s of their loss:
+
+    ``gradient_l1`` Σ|g_s|, ``gradient_l2`` √Σg_s², ``gradient`` Σg_s, and ``gradient_platon``, the product of the smoothed
+    |g_s| and its smoothed deviation; in float32 and the parameter's own shape.
+
+    Args:
+        batches: one sample each. ``labels``: for each, what is predicted; None: see
+            :func:`sparsify.calibration.loss.loss`.
+        wanted: which of them.
+
+    Raises:
+        TraceError: a model without a loss, or a weight that several regions read.
+        CalibrationError: a gradient that is not finite, or zero everywhere.
+    """
+    logits = check_loss(program, labels is not None)
+    flow = Flow.of(program)
+    stop = flow.position[logits] + 1
+    cuts = [0, *block_starts(program, flow), stop]
+    regions = list(zip(cuts, cuts[1:], strict=False))
+    with ActivationStore(memory) as store, ActivationStore(memory // 4) as backward:
+        runner = _Backward(program, flow, batches, store, device, backward)
+        with torch.no_grad():
+            for number, (start, end) in enumerate(regions):
+                runner.region(
+                    start, end, stop, retain=True,
+                    after_batch=lambda n=number: observe(Progress(n, 2 * len(regions), "gradients, forward", 0)),
+                )  # fmt: skip
+                runner.resident.clear()
+        parameters = {target.parameter for target in targets}
+        seen: set[str] = set()
+        for number, (start, end) in enumerate(reversed(regions)):
+            own = runner.parameters(start, end) & parameters
+            if twice := own & seen:
+                raise TraceError(
+                    f"gradients of {sorted(twice)[0]}",
+                    found="a weight that several blocks share",
+                    do="Leave it out with --ignore, or use a pass without gradients",
+                )
+            seen |= own
+            sums = {p: _Sums(wanted) for p in own}
+            for index in range(len(batches)):
+                label = None if labels is None else labels[index]
+                for parameter, gradient in runner.backward_region(start, end, stop, index, own, logits, label):
+                    sums[parameter].add(gradient)
+                observe(Progress(len(regions) + number, 2 * len(regions), "gradients, backward", 0))
+            for parameter, total in sums.items():
+                into.keep(parameter, total.finished(parameter))
+            runner.resident.clear()
+
+
+class _Sums:
+    """The statistics of one parameter over the samples seen so far."""
+
+    def __init__(self, wanted: frozenset[str] | set[str]) -> None:
+        self.values: dict[str, Tensor] = {}
+        self.wanted = wanted
+        self._smooth: tuple[Tensor, Tensor] | None = None
+
+    def add(self, gradient: Tensor) -> None:
+        made = {"gradient_l1": gradient.abs, "gradient_l2": gradient.square, "gradient": gradient.clone}
+        for name in self.wanted & made.keys():
+            if name in self.values:
+                self.values[name] += made[name]()
+            else:
+                self.values[name] = made[name]()
+        if "gradient_platon" in self.wanted:
+            # Sensitivity and uncertainty without |w|, which is constant here (PLATON, equations 6 to 8).
+            size = gradient.abs()
+            mean, deviation = self._smooth or (torch.zeros_like(size), torch.zeros_like(size))
+            mean = 0.85 * mean + 0.15 * size
+            deviation = 0.95 * deviation + 0.05 * (size - mean).abs()
+            self._smooth = mean, deviation
+            self.values["gradient_platon"] = mean * deviation
+
+    def finished(self, parameter: str) -> dict[str, Tensor]:
+        if not self.values or not any(bool(v.any()) for v in self.values.values()):
+            raise CalibrationError(
+                f"gradients of {parameter}",
+                found="zero on every calibration sample",
+                do="Leave it out with --ignore, or use a pass without gradients",
+            )
+        if "gradient_l2" in self.values:
+            self.values["gradient_l2"].sqrt_()
+        if not all(bool(torch.isfinite(v).all()) for v in self.values.values()):
+            raise CalibrationError(
+                f"gradients of {parameter}",
+                found="NaN or infinity",
+                do="Run in float32 or bfloat16 (float16 overflows)",
+            )
+        return self.values
+
+
+class _Backward(Interpreter):
+    """An interpreter that can also run one region backwards for one batch."""
+
+    def __init__(
+        self,
+        program: Program,
+        flow: Flow,
+        batches: Sequence[dict[str, Tensor]],
+        store: ActivationStore,
+        device: torch.device,
+        gradients: ActivationStore,
+    ) -> None:
+        super().__init__(program, flow, batches, store, device)
+        self.gradients = gradients
+        self._known: set[tuple[int, str]] = set()
+
+    def parameters(self, start: int, stop: int) -> set[str]:
+        """Names of the parameters that the region reads."""
+        read: set[str] = set()
+        for node in self.flow.order[start:stop]:
+            if node in self.flow.varying:
+                for argument in node.all_input_nodes:
+                    read |= self.flow.parameters.get(argument, frozenset())
+        return read
+
+    def backward_region(
+        self, start: int, stop: int, end: int, index: int, own: set[str], logits: fx.Node, label: Tensor | None
+    ) -> list[tuple[str, Tensor]]:
+        """Gradients of the loss of batch ``index`` for the parameters ``own``, each in float32.
+
+        What flows to the regions before is left in the store of gradients.
+        """
+        flow = self.flow
+        with torch.enable_grad():
+            leaves = self._leaves(start, stop, own)
+            entering = [n for n in flow.live(start, end) if flow.read_within(n, start, stop)]
+            copied = self._written_inside(entering, start, stop)
+            batch = self.batches[index]
+            values: dict[fx.Node, Any] = {n: batch[n.meta["input"]].to(self.device) for n in self.program.inputs}
+            inputs: dict[fx.Node, Tensor] = {}
+            for node in entering:
+                value = self.store.take(index, node.name, self.device, keep=True)
+                if isinstance(value, Tensor) and value.is_floating_point():
+                    inputs[node] = value = value.detach().requires_grad_()
+                values[node] = value.clone() if node in copied and isinstance(value, Tensor) else value
+            self.env = {**self.resident, **values}
+            for node in flow.order[start:stop]:
+                if node.op == "call_function" and node in flow.varying:
+                    self.env[node] = self._run(node)
+            outputs, arriving = self._arriving(start, stop, end, index)
+            scale = loss_scale(logits.meta["val"].dtype)
+            if start <= flow.position[logits] < stop:
+                outputs.append(scale * loss(self.program, self.env[logits], batch, label))
+                arriving.append(None)
+            self.env = {}
+            wanted = [*leaves.values(), *inputs.values()]
+            found: Sequence[Tensor | None] = [None] * len(wanted)
+            if outputs and wanted:
+                # The transposes of a weight are computed once for all batches: their derivatives must stay.
+                found = torch.autograd.grad(outputs, wanted, arriving, allow_unused=True, retain_graph=True)
+        for node, gradient in zip(inputs, found[len(leaves) :], strict=True):
+            if gradient is not None:
+                self._pass_back(index, node, gradient)
+        pairs = zip(leaves, found[: len(leaves)], strict=True)
+        return [(name, gradient.float() / scale) for name, gradient in pairs if gradient is not None]
+
+    def _leaves(self, start: int, stop: int, own: set[str]) -> dict[str, Tensor]:
+        """The parameters of a region as leaves of the graph of derivatives; all that is computed from them follows."""
+        leaves: dict[str, Tensor] = {}
+        for node in self.flow.order:
+            name = self.program.parameter(node)
+            canonical = self.program.weights.canonical(name) if name is not None else None
+            if canonical not in own or canonical is None:
+                continue
+            if node not in self.resident:
+                self.resident[node] = leaves.get(
+                    canonical, self.program.load(node).to(self.device).detach()
+                ).requires_grad_()
+            leaves[canonical] = self.resident[node]
+        self._enter(start, stop)
+        return leaves
+
+    def _arriving(self, start: int, stop: int, end: int, index: int) -> tuple[list[Tensor], list[Tensor | None]]:
+        """Values that leave the region and whose gradients are known, with those."""
+        outputs: list[Tensor] = []
+        gradients: list[Tensor | None] = []
+        for node in self.flow.live(stop, end):
+            key = (index, node.name)
+            if self.flow.position[node] < start or key not in self._known:
+                continue
+            gradient = self.gradients.take(index, node.name, self.device)
+            self._known.discard(key)
+            value = self.env[node]
+            if isinstance(value, Tensor) and value.requires_grad and isinstance(gradient, Tensor):
+                outputs.append(value)
+                gradients.append(gradient)
+        return outputs, gradients
+
+    def _pass_back(self, index: int, node: fx.Node, gradient: Tensor) -> None:
+        key = (index, node.name)
+        if key in self._known:
+            before = self.gradients.take(index, node.name, self.device)
+            assert isinstance(before, Tensor)
+            gradient = before + gradient
+        self._known.add(key)
+        self.gradients.put(index, node.name, gradient)

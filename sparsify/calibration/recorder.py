@@ -1,0 +1,143 @@
+"""What one input group records while its batches run: the statistics that a pass wants, and a sketch for errors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from sparsify.calibration.statistics import ACCUMULATORS, GRADIENTS, OUTPUTS, InputStatistics
+
+
+class OutputSketch:
+    """A few random combinations of all rows, on which output errors are measured.
+
+    Each row is added with a random sign to one of ``size`` rows of the sketch S (CountSketch: Charikar, Chen,
+    Farach-Colton 2002), so E ‖S X Dᵀ‖² = ‖X Dᵀ‖² for any D. Every token counts, outliers too; with no more
+    than ``size`` rows in all, the sketch is X itself and the error exact. It costs one addition per activation
+    where the exact error of a site would cost a second product of its full size.
+
+    Args:
+        twin: keep the same combinations of the dense model's rows too; errors are then against its outputs.
+    """
+
+    def __init__(
+        self, experts: int, features: int, device: torch.device, size: int = 256, *, twin: bool = False
+    ) -> None:
+        self.size = max(size // experts, 32)
+        self.rows = torch.zeros(experts, self.size, features, device=device)
+        self.dense = torch.zeros_like(self.rows) if twin else self.rows
+        self._next = [0] * experts
+        self._filled = [0] * experts
+        # A generator of its own: the sketch neither reads nor moves the global random state.
+        self._signs = torch.Generator().manual_seed(0)
+
+    def update(self, expert: int, rows: Tensor, dense: Tensor) -> None:
+        rows, dense = rows.float(), dense.float()
+        done = 0
+        while done < len(rows):
+            at = self._next[expert]
+            part = rows[done : done + self.size - at]
+            signs = torch.randint(0, 2, (len(part), 1), generator=self._signs).mul_(2).sub_(1).to(part)
+            self.rows[expert, at : at + len(part)].addcmul_(part, signs)
+            if self.dense is not self.rows:
+                self.dense[expert, at : at + len(part)].addcmul_(dense[done : done + len(part)], signs)
+            done += len(part)
+            self._filled[expert] = max(self._filled[expert], at + len(part))
+            self._next[expert] = (at + len(part)) % self.size
+
+    def error(self, expert: int, before: Tensor, after: Tensor) -> tuple[float, float]:
+        """‖X₀ Wᵀ − X Ŵᵀ‖² and ‖X₀ Wᵀ‖² of one expert, estimated; weights are [out_features, in_features].
+
+        X₀ is X unless the sketch has a twin.
+        """
+        filled = self._filled[expert]
+        rows, original = self.rows[expert, :filled], self.dense[expert, :filled]
+        dense = original @ before.float().t()
+        # One stream: the product of the difference rather than the difference of products, which would cancel.
+        one = self.dense is self.rows
+        lost = rows @ (before.float() - after.float()).t() if one else dense - rows @ after.float().t()
+        return float(lost.square().sum(dtype=torch.float64)), float(dense.square().sum(dtype=torch.float64))
+
+
+class OutputMoments:
+    """Moments of one site's outputs over the calibration tokens: the statistics of ``OUTPUTS``.
+
+    Args:
+        weight: [experts, out_features, in_features], as it is before it is pruned. ``bias``: [out_features].
+    """
+
+    def __init__(self, wanted: Sequence[str], weight: Tensor, bias: Tensor | None) -> None:
+        self.weight, self.bias, self.wanted = weight.float(), bias, [name for name in wanted if name in OUTPUTS]
+        self.sums: dict[tuple[int, str], Tensor] = {}
+
+    def update(self, expert: int, rows: Tensor) -> None:
+        outputs = rows.float() @ self.weight[expert].t()
+        if self.bias is not None:
+            outputs += self.bias.float()
+        for name in self.wanted:
+            added = OUTPUTS[name](outputs).double()
+            self.sums[expert, name] = self.sums.get((expert, name), 0) + added
+
+    def values(self, expert: int) -> dict[str, Tensor]:
+        return {name: self.sums[expert, name] for name in self.wanted if (expert, name) in self.sums}
+
+
+class GroupRecorder:
+    """All that is recorded for one input group.
+
+    Args:
+        wanted: names of the statistics.
+        sketch: whether output errors will be asked for.
+
+    Attributes:
+        outputs: by parameter, what is recorded of the outputs of a site that reads this input; often nothing.
+    """
+
+    def __init__(
+        self, wanted: Sequence[str], experts: int, features: int, device: torch.device, *, sketch: bool
+    ) -> None:
+        self.experts, self.features = experts, features
+        self.outputs: dict[str, OutputMoments] = {}
+        names = [name for name in wanted if name not in GRADIENTS and name not in OUTPUTS]
+        self.accumulators = {name: ACCUMULATORS[name](experts, features, device) for name in names}
+        twin = "cross_gram" in names
+        self.sketch = OutputSketch(experts, features, device, twin=twin) if sketch else None
+        self.tokens = [0] * experts
+        self._shared: InputStatistics | None = None
+
+    def update(self, rows: Tensor, ends: Tensor | None = None, dense: Tensor | None = None) -> bool:
+        """Record one batch; False where it is not finite.
+
+        Args:
+            rows: [tokens, in_features], for experts sorted by expert with ``ends`` [experts].
+            dense: the same rows in the dense model, where there are two; else the rows themselves.
+        """
+        dense = rows if dense is None else dense
+        bounds = [0, len(rows)] if ends is None else [0, *(int(end) for end in ends)]
+        for expert, (start, stop) in enumerate(zip(bounds, bounds[1:], strict=False)):
+            part, twin = rows[start:stop], dense[start:stop]
+            if not len(part):
+                continue
+            self.tokens[expert] += len(part)
+            for accumulator in self.accumulators.values():
+                accumulator.update(expert, part, twin)
+            for moments in self.outputs.values():
+                moments.update(expert, part)
+            if self.sketch is not None:
+                self.sketch.update(expert, part, twin)
+        finite = torch.isfinite(rows.sum(dtype=torch.float32)) and torch.isfinite(dense.sum(dtype=torch.float32))
+        # A sum of large numbers may overflow where no row is infinite.
+        return bool(finite) or bool(torch.isfinite(rows).all() and torch.isfinite(dense).all())
+
+    def statistics(self, expert: int, sequences: int) -> InputStatistics:
+        """What was recorded for ``expert``. Sites that read one input share the object, and what is derived from it."""
+        if self._shared is not None:
+            return self._shared
+        values = {name: a.value(expert, sequences) for name, a in self.accumulators.items()}
+        made = InputStatistics(values, self.tokens[expert], sequences)
+        if self.experts == 1:
+            self._shared = made
+            self.accumulators.clear()
+        return made

@@ -1,0 +1,158 @@
+"""Calibration batches through the graph, once with the weights as they are pruned and, where a pass asks, once dense.
+
+The dense stream runs the same regions over the same batches a moment before the pruned one, so that every statistic of
+two inputs (``cross_gram``) sees the same token in both models. Of the dense stream only rows are kept, in a store
+with a budget; both streams follow the memory of one region.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from sparsify.analysis.linear import InputGroup
+from sparsify.analysis.region import Flow
+from sparsify.calibration.interpreter import Interpreter
+from sparsify.calibration.recorder import GroupRecorder
+from sparsify.calibration.rows import RowReader
+from sparsify.calibration.store import ActivationStore
+from sparsify.errors import CalibrationError
+from sparsify.program import Program
+from sparsify.weights import Weights
+
+Recorders = Mapping[fx.Node, Sequence[tuple[InputGroup, GroupRecorder]]]
+
+
+class Streams:
+    """The pruned stream and, with ``dense`` weights, the dense one beside it. A context manager.
+
+    Args:
+        memory: bytes of activations kept in memory, over both streams.
+        dense: weights of the dense model; None for one stream.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        flow: Flow,
+        rows: RowReader,
+        batches: Sequence[dict[str, Tensor]],
+        memory: int,
+        device: torch.device,
+        dense: Weights | None = None,
+    ) -> None:
+        self.batches, self.rows, self.device = batches, rows, device
+        self._stack = ExitStack()
+        share = memory if dense is None else memory // 3
+        store, self._kept = ActivationStore(share), ActivationStore(share)
+        self._stores = [store, self._kept]
+        self.runner = Interpreter(program, flow, batches, store, device)
+        self.dense: Interpreter | None = None
+        if dense is not None:
+            self._stores.append(ActivationStore(share))
+            original = dataclasses.replace(program, weights=dense)
+            self.dense = Interpreter(original, flow, batches, self._stores[-1], device)
+
+    def __enter__(self) -> Streams:
+        for store in self._stores:
+            self._stack.enter_context(store)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.__exit__(kind, error, trace)
+
+    def region(
+        self,
+        start: int,
+        stop: int,
+        end: int,
+        recorders: Recorders,
+        *,
+        again: bool = False,
+        wanted: set[fx.Node] | None = None,
+        after_batch: Callable[[], None] | None = None,
+    ) -> None:
+        """Run the nodes at positions [start, stop) on every batch; rows at the nodes of ``recorders`` are recorded.
+
+        Raises:
+            CalibrationError: an input that is not finite (the site is named), or rows that cannot be read.
+        """
+        watch = set(recorders)
+        if self.dense is not None:
+            self.dense.region(
+                start, stop, end, watch=watch, on_value=self._keep(recorders), again=again, wanted=wanted
+            )  # fmt: skip
+        self.runner.region(
+            start, stop, end, watch=watch, on_value=self._record(recorders), again=again, wanted=wanted,
+            after_batch=after_batch,
+        )  # fmt: skip
+
+    def _keep(self, recorders: Recorders) -> Callable[[int, fx.Node, dict[fx.Node, Any]], None]:
+        def keep(batch: int, node: fx.Node, values: dict[fx.Node, Any]) -> None:
+            for group, _ in recorders[node]:
+                found = self.rows.read(group, self.batches[batch], values)
+                for name, value in zip(("rows", "ends", "tokens"), found, strict=True):
+                    self._kept.put(batch, f"{group.name} {name}", value)
+
+        return keep
+
+    def _record(self, recorders: Recorders) -> Callable[[int, fx.Node, dict[fx.Node, Any]], None]:
+        def record(batch: int, node: fx.Node, values: dict[fx.Node, Any]) -> None:
+            for group, recorder in recorders[node]:
+                rows, ends, tokens = self.rows.read(group, self.batches[batch], values)
+                dense = None
+                if self.dense is not None:
+                    names = [f"{group.name} {name}" for name in ("rows", "ends", "tokens")]
+                    kept: list[Any] = [self._kept.take(batch, name, self.device) for name in names]
+                    dense = paired(group.name, (rows, ends, tokens), (kept[0], kept[1], kept[2]))
+                if not recorder.update(rows, ends, dense):
+                    raise CalibrationError(
+                        f"the input of {group.name}",
+                        found=f"NaN or infinity in calibration batch {batch}",
+                        do="Look for broken weights before this site, or run in float32",
+                    )
+
+        return record
+
+
+Read = tuple[Tensor, Tensor | None, Tensor | None]
+
+
+def paired(name: str, pruned: Read, dense: Read) -> Tensor:
+    """The dense model's row for each row of the pruned model: [tokens, in_features].
+
+    Experts are chosen by each model for itself. A token that both send to one expert is paired there; one that
+    only the pruned model sends there has no dense row, and stands for itself.
+
+    Raises:
+        CalibrationError: the rows of an expert cannot be told apart by token.
+    """
+    rows, ends, tokens = pruned
+    other, other_ends, other_tokens = dense
+    if ends is None or other_ends is None or (torch.equal(ends.cpu(), other_ends.cpu()) and tokens is None):
+        return other
+    if tokens is None or other_tokens is None:
+        raise CalibrationError(
+            f"target=dense at {name}",
+            found="experts whose rows cannot be traced back to tokens",
+            do="Leave these experts out with --ignore, or use target=pruned",
+        )
+    span = int(max(tokens.max(), other_tokens.max())) + 1
+    keys = _expert_of(ends, len(rows)).to(tokens) * span + tokens
+    known = _expert_of(other_ends, len(other)).to(other_tokens) * span + other_tokens
+    order = known.argsort()
+    at = torch.searchsorted(known[order], keys).clamp(max=len(known) - 1)
+    found = order[at]
+    return torch.where((known[found] == keys).unsqueeze(1), other[found], rows)
+
+
+def _expert_of(ends: Tensor, rows: int) -> Tensor:
+    return torch.searchsorted(ends.cpu(), torch.arange(rows), right=True)
