@@ -216,7 +216,10 @@ def _errors(
     for level in levels:
         lost = whole = 0.0
         for expert, (weight, scores) in enumerate(pairs):
-            mask = select(scores, Unstructured(level), Comparison(count="total")) if 0 < level < 1 else scores < level
+            if 0 < level < 1:
+                mask = select(scores, Unstructured(level), Comparison(count="total"))
+            else:
+                mask = torch.full_like(scores, level == 1, dtype=torch.bool)
             one, other = recorder.sketch.error(expert, weight, weight.masked_fill(mask, 0))
             lost, whole = lost + one, whole + other
         errors.append(lost / whole if whole else 0.0)

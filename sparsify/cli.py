@@ -1,4 +1,4 @@
-"""The command line: ``sparsify compile | inspect | eval | passes``. Thin: words in, one function called, tables out.
+"""The command line: ``sparsify compile | compare | inspect | eval | passes``. Thin: words in, one function called, tables out.
 
 Nothing heavy is imported before a command runs, so that ``--help`` answers at once.
 """
@@ -172,6 +172,58 @@ def eval_command(
             print(json.dumps(rows[0] if len(rows) == 1 else rows))
         else:
             Console(quiet=quiet).print(evaluation_report(results))
+
+
+@app.command("compare")
+def compare_command(
+    model: Model,
+    passes: Annotated[
+        str, typer.Option("--passes", help="Specs with commas between: wanda:2:4,sparsegpt:2:4,…", metavar="SPECS")
+    ],
+    data: Annotated[
+        str | None, typer.Option(help="Held-out text for perplexity, as for eval. [default: none]", metavar="TEXT")
+    ] = None,
+    calibration: Annotated[str | None, typer.Option(help="As for compile.", metavar="DATA")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder for table, JSON and picture.", metavar="OUT")
+    ] = None,
+    schedule: Annotated[str, typer.Option(help="layer, block or dense.")] = "layer",
+    samples: Annotated[int | None, typer.Option(help="Calibration sequences.")] = None,
+    sequence_length: Length = None,
+    windows: Annotated[int | None, typer.Option(help="Evaluate the first so many windows.", min=1)] = None,
+    seed: Annotated[int, typer.Option(help="Seed for drawing sequences.")] = 0,
+    device: Device = "auto",
+    memory: Memory = "8GiB",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")] = False,
+    as_json: AsJson = False,
+    allow_bin: AllowBin = False,
+    trust_remote_code: Trust = False,
+    quiet: Quiet = False,
+    log_level: LogLevel = "warning",
+    debug: Debug = False,
+) -> None:
+    """Prune MODEL by each pass on the same calibration tokens; one table and one picture."""
+    with _command(debug, log_level):
+        from sparsify.comparison import compare, split_specs
+        from sparsify.progress import ProgressLine
+        from sparsify.report import comparison_report
+
+        specs = split_specs(passes)
+        _check_words(specs, schedule, "hf")
+        with ProgressLine(Console(stderr=True), not (quiet or as_json)) as line:
+            result = compare(
+                model, specs, data=data, calibration=calibration, windows=windows, samples=samples,
+                sequence_length=sequence_length, seed=seed, schedule=schedule, output=output,  # type: ignore[arg-type]
+                overwrite=overwrite, device=device, memory=memory, allow_bin=allow_bin,
+                trust_remote_code=trust_remote_code, observe=line.compiling,
+            )  # fmt: skip
+        if as_json:
+            print(json.dumps(result.as_dict()))
+            return
+        console = Console(quiet=quiet)
+        console.print(comparison_report(result))
+        if result.output is not None:
+            console.print(f"wrote {result.output}")
 
 
 @app.command("passes")

@@ -43,6 +43,7 @@ def make_manifest(compiled: Compiled) -> dict[str, Any]:
                         "kept": site.kept,
                         "error": site.error,
                         "tokens": site.tokens,
+                        **({"notes": site.notes} if site.notes else {}),
                         **({"experts_without_tokens": site.without_data} if site.without_data else {}),
                     }
                     for site in run.sites

@@ -7,12 +7,31 @@ import functools
 import resource
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 
 def peak_memory() -> int:
     """Peak resident memory of this process in bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def reset_peak() -> bool:
+    """Begin a new peak for :func:`recent_peak`; False where the system cannot (only Linux can)."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def recent_peak() -> int | None:
+    """Peak resident memory in bytes since :func:`reset_peak`; None where the system does not say."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), None)
 
 
 def release_freed() -> None:

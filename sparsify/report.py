@@ -16,6 +16,7 @@ from sparsify.spec import spec_text
 
 if TYPE_CHECKING:
     from sparsify.analysis.linear import LinearSite, Opaque
+    from sparsify.comparison import Comparison
     from sparsify.compiler import Compiled, PassRun
     from sparsify.evaluate import Evaluation
     from sparsify.pruning import SiteResult
@@ -31,6 +32,11 @@ def result_report(compiled: Compiled, seconds: float) -> RenderableType:
         for name, experts in unseen:
             numbers = ", ".join(map(str, experts))
             parts.append(Text(f"pruned by magnitude, for no token reached them: {name} experts {numbers}", "yellow"))
+        notes: dict[str, list[str]] = {}
+        for site in run.sites:
+            for note in site.notes:
+                notes.setdefault(note, []).append(site.name)
+        parts += [Text(f"{_some(names)}: {note}", "yellow") for note, names in notes.items()]
     parts += _opaque_lines(compiled.opaque)
     parts.append(Text(f"{seconds:.1f} s in all, peak memory {format_bytes(peak_memory())}"))
     return Group(*parts)
@@ -66,6 +72,28 @@ def evaluation_report(results: Sequence[tuple[str, Evaluation]]) -> RenderableTy
     return table
 
 
+def comparison_report(comparison: Comparison) -> RenderableType:
+    """One line per pass: perplexity, error, time, memory."""
+    table = Table(title=f"{comparison.model}, schedule {comparison.schedule}", title_justify="left")
+    table.add_column("pass", overflow="fold")
+    for column in ("perplexity", "error", "kept", "time", "peak memory"):
+        table.add_column(column, justify="right")
+    for row in comparison.rows:
+        table.add_row(
+            row.name,
+            "–" if row.perplexity is None else f"{row.perplexity:.3f}",
+            "–" if row.error is None else f"{row.error:.4f}",
+            f"{row.kept:.2%}",
+            f"{row.seconds:.1f} s" if row.errors or row.seconds else "–",
+            "–" if row.memory is None else format_bytes(row.memory),
+        )
+    lines: list[RenderableType] = [table, Text(f"calibration: {comparison.calibration}")]
+    if comparison.data is not None:
+        lines.append(Text(f"perplexity: {comparison.data}"))
+    notes = [f"{row.name}: {note}" for row in comparison.rows for note in row.notes]
+    return Group(*lines, *(Text(note, "yellow") for note in notes))
+
+
 def _result_table(run: PassRun) -> Table:
     table = Table(
         title=f"{spec_text(run.weight_pass)}, schedule {run.schedule}",
@@ -84,7 +112,9 @@ def _result_table(run: PassRun) -> Table:
         table.add_row(kind.removeprefix(prefix), str(len(sites)), ", ".join(shapes), *_figures(sites))
     table.add_section()
     table.add_row("all", str(len(run.sites)), "", f"{run.kept:.2%}", *_figures(run.sites)[1:])
-    table.caption = "error: ‖XWᵀ−XŴᵀ‖/‖XWᵀ‖ on the calibration tokens, mean over sites and worst site"
+    twin = "cross_gram" in run.weight_pass.statistics
+    what = "‖X₀Wᵀ−XŴᵀ‖/‖X₀Wᵀ‖, X₀ the dense model's input," if twin else "‖XWᵀ−XŴᵀ‖/‖XWᵀ‖"
+    table.caption = f"error: {what} on the calibration tokens, mean over sites and worst site"
     if prefix:
         table.title = f"{table.title}: {prefix}…"
     return table

@@ -45,7 +45,7 @@ class Calibration:
 
 
 def load_calibration(
-    data: str | Iterable[Any] | None,
+    data: str | Iterable[Any] | Calibration | None,
     source: Source,
     *,
     samples: int | None = None,
@@ -61,6 +61,8 @@ def load_calibration(
     Raises:
         CalibrationError: nothing there, too short, ids past the vocabulary, or batches of different kinds.
     """
+    if isinstance(data, Calibration):
+        return data
     if samples is not None and samples < 1:
         raise CalibrationError(f"{samples} samples", found="fewer than one", do="Give --samples 1 or more")
     if sequence_length is not None and sequence_length < 2:

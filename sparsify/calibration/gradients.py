@@ -10,6 +10,7 @@ Source of the statistics: GBLM-Pruner (2311.04902), section 3; algorithms.md, se
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -85,7 +86,7 @@ def measure_gradients(
             for number, (start, end) in enumerate(regions):
                 runner.region(
                     start, end, stop, retain=True,
-                    after_batch=lambda n=number: observe(Progress(n, 2 * len(regions), "gradients, forward", 0)),
+                    after_batch=partial(observe, Progress(number, 2 * len(regions), "gradients, forward", 0)),
                 )  # fmt: skip
                 runner.resident.clear()
         parameters = {target.parameter for target in targets}

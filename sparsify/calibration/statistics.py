@@ -52,7 +52,7 @@ class InputStatistics:
         """``make()``, computed once for all sites that share this input."""
         if key not in self.derived:
             self.derived[key] = make()
-        return self.derived[key]  # type: ignore[no-any-return]
+        return self.derived[key]
 
 
 class Accumulator(Protocol):
