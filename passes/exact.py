@@ -50,7 +50,7 @@ def solve_rows(goal: Tensor, gram: Tensor, mask: Tensor) -> Tensor:
 
 
 def conjugate_gradients(
-    goal: Tensor, gram: Tensor, mask: Tensor, start: Tensor, *, rank: int = 64, tolerance: float = 1e-5, most: int = 60
+    goal: Tensor, gram: Tensor, mask: Tensor, start: Tensor, *, rank: int = 64, tolerance: float = 3e-6, most: int = 60
 ) -> Tensor:
     """The same minimum for all rows at once, by preconditioned conjugate gradients on the kept weights, in float32.
 
@@ -64,7 +64,7 @@ def conjugate_gradients(
     """
     goal, gram = goal.float(), gram.float()
     keep = (~mask).to(goal)
-    precondition = _low_rank_inverse(gram, keep, min(rank, gram.shape[0] // 2))
+    precondition = _low_rank_inverse(gram, keep, min(rank, max(1, gram.shape[0] // 2)))
     weight = start.float() * keep
     apart = weight - goal
     residual = -(apart @ gram)

@@ -210,7 +210,6 @@ def _errors(
     levels: Sequence[Fraction],
 ) -> list[float]:
     """Relative squared output error of a site at each sparsity."""
-    assert recorder.sketch is not None
     pairs = _scores(program, site, recorder, sequences, device)
     errors = []
     for level in levels:

@@ -1,4 +1,4 @@
-"""The command line: ``sparsify compile | compare | inspect | eval | passes``. Thin: words in, one function called, tables out.
+"""The command line: ``sparsify compile | compare | inspect | eval | passes``. Words in, one function, tables out.
 
 Nothing heavy is imported before a command runs, so that ``--help`` answers at once.
 """
@@ -61,7 +61,7 @@ def compile_command(
         str | None,
         typer.Option(
             help="Text file, FILE.jsonl[:field], FILE.parquet[:field], FILE.safetensors of ids, python-stdlib, c4, a "
-            "data set id, self, or random. [default: c4, else self]",
+            "data set id, self, random; for vision models a folder of images. [default: c4, else self]",
             metavar="DATA",
         ),
     ] = None,
@@ -112,7 +112,7 @@ def compile_command(
         if compiled.calibration is not None:
             data = compiled.calibration
             style = "bold red" if "NOT text" in data.label else None
-            console.print(f"calibrated on {data.sequences} × {data.sequence_length} tokens: {data.label}", style=style)
+            console.print(f"calibrated on {data.size}: {data.label}", style=style)
         console.print(result_report(compiled, time.perf_counter() - started))
         console.print(f"wrote {compiled.output}")
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from sparsify.calibration.data import evaluation_windows, load_calibration
 from sparsify.calibration.statistics import GRADIENTS
 from sparsify.compiler import compile, parse_bytes, resolve_device
-from sparsify.engine import Schedule
+from sparsify.engine import Engine, Schedule
 from sparsify.errors import SpecError
 from sparsify.evaluate import perplexity
 from sparsify.memory import recent_peak, reset_peak
@@ -31,8 +31,10 @@ class Row:
     """One pass of a comparison.
 
     Attributes:
-        perplexity: on the held-out text; None where none was given. ``error``: mean of the sites' output errors.
-        errors: of each site, in the order of the model. ``kept``: fraction of the pruned sites' weights.
+        perplexity: on the held-out text; None where none was given.
+        errors: ‖X₀Wᵀ−XŴᵀ‖/‖X₀Wᵀ‖ of each site over the calibration tokens, in the order of the model: its output in
+            the pruned model against that in the dense one, what earlier sites lost included. ``error``: their mean.
+            ``kept``: fraction of the pruned sites' weights.
         seconds: tracing, calibration, pruning and writing. ``memory``: peak resident bytes meanwhile, None where
             the system does not say.
     """
@@ -138,7 +140,10 @@ def compare(
             )  # fmt: skip
             seconds, peak = time.perf_counter() - started, recent_peak() if reset else None
             sites: list[SiteResult] = made.runs[0].sites
-            errors = {site.name: site.error for site in sites if site.error is not None}
+            errors = Engine(
+                made.program, {t.parameter: parse_pass(spec) for t in made.runs[0].targets}, made.runs[0].targets,
+                shared.batches, dense=source.weights, memory=budget, device=place,
+            ).drift()  # fmt: skip
             rows.append(
                 Row(
                     name=spec,
@@ -153,7 +158,7 @@ def compare(
             )
         after(rows[-1])
     result = Comparison(
-        source.name, f"{shared.sequences} × {shared.sequence_length} tokens: {shared.label}",
+        source.name, f"{shared.size}: {shared.label}",
         None if text is None else f"{len(text[0])} windows of {text[0].shape[1]} tokens of {text[1]}", schedule, rows,
     )  # fmt: skip
     if output is not None:

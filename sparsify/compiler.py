@@ -139,7 +139,8 @@ def compile(
         model: a Hugging Face folder, a hub id, or a module, which is left as it is.
         passes: specs (``"wanda:2:4"``) or pass objects, run in this order, each on the result of the one before.
         calibration: a source's name (see README), or an iterable of LongTensors [batch, sequence] or of keyword
-            dictionaries of the model's inputs, or what :func:`load_calibration` returned. None: C4 where the hub answers, else sampled from the model.
+            dictionaries of the model's inputs, or what :func:`load_calibration` returned. None: C4 where the hub
+            answers, else sampled from the model.
         schedule: ``layer``, ``block`` (the papers') or ``dense``; see :mod:`sparsify.engine`.
         output: the folder to write; None keeps the result in memory.
         samples, sequence_length, seed: how sequences are drawn from a named source.

@@ -11,7 +11,7 @@ The three schedules differ only in where regions are cut and whether a region ru
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -125,7 +125,7 @@ class Engine:
         self.batches, self.memory, self.device = batches, memory, device or torch.device("cpu")
         self.gradients = gradients
         self.wanted = next(iter(passes.values())).statistics
-        self.dense = dense if "cross_gram" in self.wanted else None
+        self.dense = dense
         self.flow = Flow.of(program)
         self.targets = {target.parameter: target for target in targets}
         self.sites = [site for target in targets for site in target.sites]
@@ -152,7 +152,7 @@ class Engine:
         steps = self._steps(self.groups)
         # ``block`` looks at the inputs of a block's first group after the cut before it, so they must live till then.
         end = steps[-1].measured + (self.schedule == "block")
-        with self._streams(self.dense) as streams, torch.no_grad():
+        with self._streams(self.dense if "cross_gram" in self.wanted else None) as streams, torch.no_grad():
             done: set[str] = set()
             recorders = self._measure(streams, 0, steps[0].start, end, steps, 0)
             for number, step in enumerate(steps):
@@ -172,17 +172,39 @@ class Engine:
     def measure(self, wanted: tuple[str, ...]) -> dict[str, GroupRecorder]:
         """The statistics of every target's input from one forward, nothing pruned; by parameter."""
         self.wanted = wanted
-        merged = self._merged_statistics()
-        steps = self._steps(self.groups)
         found: dict[str, GroupRecorder] = {}
-        with self._streams(None) as streams, torch.no_grad():
+        for group, recorder in self._observed(None):
+            found |= {site.parameter: recorder for site in group.sites}
+        return found | self._merged_statistics()
+
+    def drift(self) -> dict[str, float]:
+        """‖X₀Wᵀ − XŴᵀ‖/‖X₀Wᵀ‖ of every site by its name: this model against ``dense``, nothing pruned."""
+        if self.dense is None:
+            raise SpecError("the error against the dense model", found="no dense weights", do="Give dense")
+        self.wanted = ()
+        found: dict[str, float] = {}
+        for group, recorder in self._observed(self.dense):
+            for site in group.sites:
+                pair = [
+                    site.matrices(w.read(site.parameter)).to(self.device) for w in (self.dense, self.program.weights)
+                ]
+                parts = [recorder.sketch.error(e, pair[0][e], pair[1][e]) for e in range(site.experts)]
+                whole = sum(dense for _, dense in parts)
+                found[site.name] = (sum(lost for lost, _ in parts) / whole) ** 0.5 if whole else 0.0
+        return found
+
+    def _observed(self, dense: Weights | None) -> Iterator[tuple[InputGroup, GroupRecorder]]:
+        """Every group with what one forward records of its input."""
+        steps = self._steps(self.groups)
+        with self._streams(dense) as streams, torch.no_grad():
             start = 0
             for number, step in enumerate(steps):
-                recorders = self._measure(streams, start, step.start, steps[-1].measured, steps, number)
+                recorders = self._measure(
+                    streams, start, step.start, steps[-1].measured, steps, number, dense is not None
+                )
                 start = step.start
                 for (_, index), recorder in recorders.items():
-                    found |= {site.parameter: recorder for site in step.groups[index].sites}
-        return found | merged
+                    yield step.groups[index], recorder
 
     def _streams(self, dense: Weights | None) -> Streams:
         return Streams(self.program, self.flow, self.rows, self.batches, self.memory, self.device, dense)
@@ -210,6 +232,7 @@ class Engine:
         end: int,
         steps: list[_Step],
         number: int,
+        twin: bool = False,
         *,
         again: bool = False,
     ) -> dict[tuple[int, int], GroupRecorder]:
@@ -220,7 +243,7 @@ class Engine:
         """
         step = steps[number]
         recording = again or self.schedule != "block"
-        recorders = {(number, i): self._recorder(group) for i, group in enumerate(step.groups) if recording}
+        recorders = {(number, i): self._recorder(group, twin) for i, group in enumerate(step.groups) if recording}
         watch: dict[fx.Node, list[tuple[InputGroup, GroupRecorder]]] = {}
         for (_, i), recorder in recorders.items():
             anchor = self.rows.anchor(step.groups[i])
@@ -242,9 +265,9 @@ class Engine:
         )
         return recorders
 
-    def _recorder(self, group: InputGroup) -> GroupRecorder:
+    def _recorder(self, group: InputGroup, twin: bool = False) -> GroupRecorder:
         site = group.sites[0]
-        recorder = GroupRecorder(self.wanted, site.experts, site.shape[1], self.device, sketch=True)
+        recorder = GroupRecorder(self.wanted, site.experts, site.shape[1], self.device, twin=twin)
         if OUTPUTS.keys() & set(self.wanted):
             for own in group.sites:
                 weights = self.program.weights

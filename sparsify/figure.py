@@ -60,18 +60,18 @@ def _bars(
 
 
 def _errors(axes: Any, rows: list[Row]) -> None:
-    axes.set_title("output error of each site, in the order of the model", fontsize=10)
+    axes.set_title("output of each site against the dense model's, relative error", fontsize=10)
     drawn = False
     for i, row in enumerate(rows):
         if row.errors:
             line = _LINES[i // len(_COLOURS) % len(_LINES)]
             axes.plot(
-                list(row.errors.values()), label=row.name, color=_COLOURS[i % len(_COLOURS)], linestyle=line, marker=".",
-                linewidth=1.2, markersize=4,
+                list(row.errors.values()), label=row.name, color=_COLOURS[i % len(_COLOURS)], linestyle=line,
+                marker=".", linewidth=1.2, markersize=4,
             )  # fmt: skip
             drawn = True
     axes.set_ylim(bottom=0)
-    axes.set_xlabel("site", fontsize=8)
+    axes.set_xlabel("site, in the order of the model", fontsize=8)
     axes.spines[["top", "right"]].set_visible(False)
     if drawn:
         axes.legend(fontsize=7, frameon=False)

@@ -128,10 +128,9 @@ def prune_target(
         layout = weights.read(target.parameter).to(stored.device)
         after = site.matrices(layout)
     lost = total = 0.0
-    sketch = None if recorder is None else recorder.sketch
-    if sketch is not None:
+    if recorder is not None:
         for expert in range(site.experts):
-            one, other = sketch.error(expert, before[expert], after[expert])
+            one, other = recorder.sketch.error(expert, before[expert], after[expert])
             lost, total = lost + one, total + other
     result = SiteResult(
         name=site.name,

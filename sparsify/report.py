@@ -87,6 +87,8 @@ def comparison_report(comparison: Comparison) -> RenderableType:
             f"{row.seconds:.1f} s" if row.errors or row.seconds else "–",
             "–" if row.memory is None else format_bytes(row.memory),
         )
+    table.caption = "error: outputs against the dense model's, ‖X₀Wᵀ−XŴᵀ‖/‖X₀Wᵀ‖, mean over sites"
+    table.caption_justify = "left"
     lines: list[RenderableType] = [table, Text(f"calibration: {comparison.calibration}")]
     if comparison.data is not None:
         lines.append(Text(f"perplexity: {comparison.data}"))

@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from sparsify.calibration.images import read_images
 from sparsify.calibration.sources import FORMS, Documents, read_documents
 from sparsify.calibration.windows import disjoint_windows, random_windows
 from sparsify.errors import CalibrationError, SparsifyError
@@ -37,6 +39,12 @@ class Calibration:
     @property
     def sequences(self) -> int:
         return sum(len(next(iter(batch.values()))) for batch in self.batches)
+
+    @property
+    def size(self) -> str:
+        """How much there is, in words."""
+        text = next(iter(self.batches[0].values())).dim() == 2
+        return f"{self.sequences} × {self.sequence_length} tokens" if text else f"{self.sequences} samples"
 
     @property
     def sequence_length(self) -> int:
@@ -69,6 +77,10 @@ def load_calibration(
         raise CalibrationError(f"sequence length {sequence_length}", found="fewer than two tokens", do="Give 2 or more")
     if data is not None and not isinstance(data, str):
         batches, label = _from_python(data, source, samples), "batches given in Python"
+    elif getattr(source.module, "main_input_name", None) == "pixel_values" and data and Path(data).is_dir():
+        images = read_images(Path(data), source, samples or 128, seed)
+        rows = {"pixel_values": images.pixels} | ({} if images.labels is None else {"labels": images.labels})
+        batches, label = _rows_to_batches(rows, whole=False), images.note
     else:
         ids, label = _from_name(data, source, samples, sequence_length, seed)
         batches = _rows_to_batches(as_inputs(ids, source), whole=True)
@@ -129,7 +141,7 @@ def _from_name(
         raise CalibrationError(
             f"calibration '{data or 'c4'}' for {type(source.module).__name__}",
             found=f"the model reads {name}, not text",
-            do="Call sparsify.compile in Python with batches as keyword dictionaries",
+            do="Name a folder of images" if name == "pixel_values" else "Give batches as keyword dictionaries in Python",
         )
     if not source.is_transformers:
         raise CalibrationError(
@@ -249,7 +261,8 @@ def _rows_to_batches(rows: Mapping[str, Tensor], *, whole: bool) -> list[dict[st
     """Equal batches of rows: as many at once as TOKENS_AT_ONCE allows and divides them."""
     first = next(iter(rows.values()))
     count = len(first)
-    tokens = first.shape[1] if whole and first.dim() == 2 else TOKENS_AT_ONCE
+    # An image is some 200 patches; what other inputs are worth is unknown.
+    tokens = first.shape[1] if whole and first.dim() == 2 else 256 if "pixel_values" in rows else TOKENS_AT_ONCE
     most = max(1, TOKENS_AT_ONCE // tokens)
     size = max(d for d in range(1, min(most, count) + 1) if count % d == 0)
     return [{n: t[i : i + size].contiguous() for n, t in rows.items()} for i in range(0, count, size)]

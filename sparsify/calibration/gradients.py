@@ -63,8 +63,8 @@ def measure_gradients(
 ) -> None:
     """Measure, for every target, over samples s with gradients g_s of their loss:
 
-    ``gradient_l1`` Σ|g_s|, ``gradient_l2`` √Σg_s², ``gradient`` Σg_s, and ``gradient_platon``, the product of the smoothed
-    |g_s| and its smoothed deviation; in float32 and the parameter's own shape.
+    ``gradient_l1`` Σ|g_s|, ``gradient_l2`` √Σg_s², ``gradient`` Σg_s, and ``gradient_platon``, the product of the
+    smoothed |g_s| and its smoothed deviation; in float32 and the parameter's own shape.
 
     Args:
         batches: one sample each. ``labels``: for each, what is predicted; None: see

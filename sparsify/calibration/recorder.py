@@ -89,21 +89,20 @@ class GroupRecorder:
 
     Args:
         wanted: names of the statistics.
-        sketch: whether output errors will be asked for.
+        twin: whether rows of the dense model come beside those of the pruned one.
 
     Attributes:
         outputs: by parameter, what is recorded of the outputs of a site that reads this input; often nothing.
     """
 
     def __init__(
-        self, wanted: Sequence[str], experts: int, features: int, device: torch.device, *, sketch: bool
+        self, wanted: Sequence[str], experts: int, features: int, device: torch.device, *, twin: bool = False
     ) -> None:
         self.experts, self.features = experts, features
         self.outputs: dict[str, OutputMoments] = {}
         names = [name for name in wanted if name not in GRADIENTS and name not in OUTPUTS]
         self.accumulators = {name: ACCUMULATORS[name](experts, features, device) for name in names}
-        twin = "cross_gram" in names
-        self.sketch = OutputSketch(experts, features, device, twin=twin) if sketch else None
+        self.sketch = OutputSketch(experts, features, device, twin=twin or "cross_gram" in names)
         self.tokens = [0] * experts
         self._shared: InputStatistics | None = None
 
@@ -117,16 +116,15 @@ class GroupRecorder:
         dense = rows if dense is None else dense
         bounds = [0, len(rows)] if ends is None else [0, *(int(end) for end in ends)]
         for expert, (start, stop) in enumerate(zip(bounds, bounds[1:], strict=False)):
-            part, twin = rows[start:stop], dense[start:stop]
+            part, other = rows[start:stop], dense[start:stop]
             if not len(part):
                 continue
             self.tokens[expert] += len(part)
             for accumulator in self.accumulators.values():
-                accumulator.update(expert, part, twin)
+                accumulator.update(expert, part, other)
             for moments in self.outputs.values():
                 moments.update(expert, part)
-            if self.sketch is not None:
-                self.sketch.update(expert, part, twin)
+            self.sketch.update(expert, part, other)
         finite = torch.isfinite(rows.sum(dtype=torch.float32)) and torch.isfinite(dense.sum(dtype=torch.float32))
         # A sum of large numbers may overflow where no row is infinite.
         return bool(finite) or bool(torch.isfinite(rows).all() and torch.isfinite(dense).all())
