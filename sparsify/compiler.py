@@ -87,7 +87,7 @@ class Compiled:
     @property
     def model(self) -> nn.Module:
         """The pruned model: a copy of a module given in Python, sharing what was not pruned; else built anew."""
-        pruned = {target.parameter for run in self.runs for target in run.targets}
+        pruned = {name for run in self.runs for site in run.sites for name in site.written}
         return materialize(self.source, self.program.weights, pruned)
 
 

@@ -28,6 +28,7 @@ class SiteResult:
             where nothing was measured; of a pass fitted to the dense model ‖X₀Wᵀ−XŴᵀ‖/‖X₀Wᵀ‖, X₀ the
             dense model's input.
         ``without_data``: experts that no token reached. ``notes``: what a pass had to do that a user should know.
+        ``written``: the parameters that changed, the bias among them where the pass changed that too.
     """
 
     name: str
@@ -42,6 +43,7 @@ class SiteResult:
     sources: list[str]
     without_data: list[int] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    written: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -108,7 +110,7 @@ def prune_target(
             do="Use other calibration data",
         )
     bias = weights.read(site.bias).to(stored.device) if site.bias is not None else None
-    notes: list[str] = []
+    notes, written = list[str](), [target.parameter]
     for expert in range(site.experts):
         method = weight_pass.without_data() if expert in unseen else weight_pass
         statistics = _statistics(recorder, expert, sequences, gradients, bias, site.parameter)
@@ -121,6 +123,7 @@ def prune_target(
         notes += [f"expert {expert}: {note}" if site.experts > 1 else note for note in pruned.notes]
         if pruned.bias is not None and site.bias is not None and bias is not None and target.sources is None:
             weights.write(site.bias, pruned.bias.to(bias.dtype).cpu(), None)
+            written.append(site.bias)
     layout = site.layout(after, stored)
     weights.write(target.parameter, layout.cpu(), set(target.sources) if target.sources is not None else None)
     if target.sources is not None:
@@ -145,6 +148,7 @@ def prune_target(
         sources=sorted(target.sources or weights.sources(target.parameter)),
         without_data=unseen,
         notes=notes,
+        written=written,
     )
     return result, (stored, layout)
 

@@ -141,7 +141,9 @@ def _from_name(
         raise CalibrationError(
             f"calibration '{data or 'c4'}' for {type(source.module).__name__}",
             found=f"the model reads {name}, not text",
-            do="Name a folder of images" if name == "pixel_values" else "Give batches as keyword dictionaries in Python",
+            do="Name a folder of images"
+            if name == "pixel_values"
+            else "Give batches as keyword dictionaries in Python",
         )
     if not source.is_transformers:
         raise CalibrationError(

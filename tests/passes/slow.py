@@ -61,7 +61,13 @@ Scores = Callable[[Tensor, int, Tensor], Tensor]
 
 
 def column_by_column(
-    weight: Tensor, h: Tensor, dead: Tensor, pattern: str, scores: Scores, mask: Tensor | None = None, blocksize: int = 128
+    weight: Tensor,
+    h: Tensor,
+    dead: Tensor,
+    pattern: str,
+    scores: Scores,
+    mask: Tensor | None = None,
+    blocksize: int = 128,
 ) -> tuple[Tensor, Tensor]:
     """The official SparseGPT loop; ``scores(columns, first, U_jj)`` ranks, ``mask`` given means update only."""
     w = weight.double().clone()
@@ -131,7 +137,9 @@ def best_removal(weight: Tensor, h: Tensor, kept: int, m: int) -> Tensor:
     return mask
 
 
-def twin_goal(weight: Tensor, pruned: Tensor, dense: Tensor, blend: float, damping: float, sequences: int = 8) -> Tensor:
+def twin_goal(
+    weight: Tensor, pruned: Tensor, dense: Tensor, blend: float, damping: float, sequences: int = 8
+) -> Tensor:
     """W* of ‖P Wᵀ − (a·X + (1−a)·P) W₀ᵀ‖² + λ‖W − W₀‖², by least squares on stacked equations."""
     size = weight.shape[1]
     left = torch.cat([pruned / sequences**0.5, damping**0.5 * torch.eye(size, dtype=torch.float64)])

@@ -108,7 +108,9 @@ def test_the_order_of_compensations(kind: str, pattern: str) -> None:
     goal = weight.double().masked_fill(dead, 0)
     found = {}
     for method in ("none", "sweep", "block", "exact"):
-        pruned = parse_pass(f"apt:{pattern},mask=magnitude,compensation={method}").prune(weight, slow.statistics(inputs))
+        pruned = parse_pass(f"apt:{pattern},mask=magnitude,compensation={method}").prune(
+            weight, slow.statistics(inputs)
+        )
         found[method] = slow.objective(pruned.weight, goal, h)
     assert found["exact"] <= found["sweep"] * (1 + 1e-6) and found["exact"] <= found["block"] * (1 + 1e-6)
     assert found["sweep"] < found["none"] and found["block"] < found["none"]
@@ -265,7 +267,7 @@ def test_broken_gram_matrices_are_refused() -> None:
     with pytest.raises(CalibrationError, match="zero on every calibration token"):
         SparseGPT(NM(2, 4)).prune(weight, slow.statistics(torch.zeros(8, 64, dtype=torch.float64)))
     hopeless = slow.statistics(inputs)
-    hopeless.gram.copy_(-torch.eye(64) * 1e30 + torch.randn(64, 64) * 1e33)
+    hopeless.gram.copy_(-torch.eye(64))
     with pytest.raises(CalibrationError, match="does not factor"):
         SparseGPT(NM(2, 4)).prune(weight, hopeless)
 
