@@ -19,10 +19,10 @@ from sparsify.passes.magnitude import magnitude_like
 from torch import Tensor
 
 from sparsify.calibration.statistics import InputStatistics
-from sparsify.errors import SpecError
+from sparsify.errors import PatternError, SpecError
 from sparsify.pattern import NM
 from sparsify.registry import find
-from sparsify.selection import select
+from sparsify.selection import holds, select
 from sparsify.weight_pass import Pruned, WeightPass
 
 
@@ -32,8 +32,9 @@ class MaskedPass(FittingPass):
 
     Args:
         mask: ``S`` ranks by w_j² / [H⁻¹]_jj, the loss of removing one weight; ``M`` takes, in each group of N:M, the
-            candidates whose joint removal loses least, ½ w_P ([H⁻¹]_PP)⁻¹ w_Pᵀ; any other name is a pass whose mask is
-            used (``wanda``, ``sparsegpt``, …).
+            candidates whose joint removal loses least, ½ w_P ([H⁻¹]_PP)⁻¹ w_Pᵀ; ``zeros`` keeps the zeros that an
+            earlier pass made, and takes W from the model as it was given; any other name is a pass whose mask is used
+            (``wanda``, ``sparsegpt``, …).
     """
 
     mask: str | None = None
@@ -54,7 +55,7 @@ class MaskedPass(FittingPass):
 
     @cached_property
     def _chooser(self) -> WeightPass | None:
-        if self._mask in ("S", "M"):
+        if self._mask in ("S", "M", "zeros"):
             return None
         kind = find("sparsify.passes", self._mask)
         if issubclass(kind, MaskedPass):
@@ -69,7 +70,8 @@ class MaskedPass(FittingPass):
     @property
     def statistics(self) -> tuple[str, ...]:
         own = () if self._chooser is None else self._chooser.statistics
-        return (*dict.fromkeys((*own, *self.fitted)),)
+        given = ("dense_weight",) if self._mask == "zeros" else ()
+        return (*dict.fromkeys((*own, *self.fitted, *given)),)
 
     def choose(self, weight: Tensor, statistics: InputStatistics, problem: Problem) -> Tensor:
         """The mask for ``weight`` [out_features, in_features]."""
@@ -81,6 +83,16 @@ class MaskedPass(FittingPass):
             return multiple_removal_mask(weight.float().masked_fill(problem.gram.dead, 0), problem.gram, self.pattern)
         scores = weight.float().masked_fill(problem.gram.dead, 0).square() / problem.gram.inverse_diagonal
         return select(scores, self.pattern, self.comparison)
+
+    def _zeros(self, weight: Tensor) -> Tensor:
+        """The zeros of ``weight``, which must have the pattern."""
+        if broken := holds(weight, self.pattern, self.comparison):
+            raise PatternError(
+                f"{self.name}:{self.pattern},mask=zeros",
+                found=broken,
+                do=f"Prune before it: --pass wanda:{self.pattern} --pass {self.name}:{self.pattern},mask=zeros",
+            )
+        return weight == 0
 
     def without_data(self) -> WeightPass:
         """Magnitude: an expert that saw no token has no Gram matrix."""
@@ -114,7 +126,7 @@ class APT(MaskedPass):
 
     def prune(self, weight: Tensor, statistics: InputStatistics) -> Pruned:
         problem = self._problem(weight, statistics)
-        mask = self.choose(weight, statistics, problem)
+        mask = self._zeros(weight) if self._mask == "zeros" else self.choose(weight, statistics, problem)
         return problem.finished(problem.solved(mask, self.compensation, self.solver), mask)
 
 

@@ -69,7 +69,8 @@ class FittingPass(WeightPass):
     @property
     def fitted(self) -> tuple[str, ...]:
         """The statistics that the problem needs."""
-        return ("squared_norm", "gram", "cross_gram") if self.target == "dense" else ("squared_norm", "gram")
+        own = ("squared_norm", "gram")
+        return (*own, "cross_gram", "dense_weight") if self.target == "dense" else own
 
     def choose(self, weight: Tensor, statistics: InputStatistics, problem: Problem) -> Tensor:
         """This method's mask for ``weight`` [out_features, in_features], the kept weights left aside."""
@@ -86,7 +87,8 @@ class FittingPass(WeightPass):
 
     def _problem(self, weight: Tensor, statistics: InputStatistics) -> Problem:
         gram = damped_gram(statistics, self.percdamp)
-        goal = weight.float()
+        # After earlier passes ``weight`` is no longer the dense model's.
+        goal = statistics.values.get("dense_weight", weight).float()
         if self.target == "dense":
             goal = goal + self.blend * (
                 goal @ statistics.once(("drift", self.percdamp), lambda: _drift(statistics, gram))

@@ -24,7 +24,7 @@ from sparsify.analysis.region import Flow
 from sparsify.calibration.gradients import Gradients, measure_gradients
 from sparsify.calibration.recorder import GroupRecorder, OutputMoments
 from sparsify.calibration.rows import RowReader
-from sparsify.calibration.statistics import GRADIENTS, OUTPUTS
+from sparsify.calibration.statistics import DENSE, GRADIENTS, OUTPUTS
 from sparsify.calibration.streams import Streams
 from sparsify.errors import SpecError
 from sparsify.program import Program
@@ -142,10 +142,12 @@ class Engine:
             CalibrationError: a NaN or infinite activation (the site is named), or statistics that a pass cannot use.
             VerifyError: a pass broke its promise.
         """
-        if "cross_gram" in self.wanted and (self.dense is None or self.schedule == "dense"):
+        if DENSE & set(self.wanted) and (
+            self.dense is None or ("cross_gram" in self.wanted and self.schedule == "dense")
+        ):
             raise SpecError(
                 f"fitting to the dense model in schedule {self.schedule}",
-                found="one stream" if self.schedule == "dense" else "no dense weights beside the pruned ones",
+                found="one stream" if self.dense is not None else "no dense weights beside the pruned ones",
                 do="Use --schedule layer",
             )
         merged = self._merged_statistics()
@@ -306,9 +308,11 @@ class Engine:
 
     def _prune_site(self, streams: Streams, site: LinearSite, recorder: GroupRecorder, number: int, steps: int) -> None:
         target = self.targets[site.parameter]
-        gradients = self.gradients.read(site) if self.gradients is not None else {}
+        own = self.gradients.read(site) if self.gradients is not None else {}
+        if "dense_weight" in self.wanted and self.dense is not None:
+            own["dense_weight"] = site.matrices(self.dense.read(site.parameter).to(self.device))
         result, (before, after) = prune_target(
-            self.program, self.passes[site.parameter], target, recorder, self.sequences, gradients, self.device
+            self.program, self.passes[site.parameter], target, recorder, self.sequences, own, self.device
         )
         runner, dense = streams.runner, self.schedule == "dense"
         runner.release(site.parameter, before if dense else after)

@@ -81,14 +81,14 @@ def prune_target(
     target: Target,
     recorder: GroupRecorder | None = None,
     sequences: int = 0,
-    gradients: Mapping[str, Tensor] | None = None,
+    own: Mapping[str, Tensor] | None = None,
     device: torch.device | None = None,
 ) -> tuple[SiteResult, tuple[Tensor, Tensor]]:
     """Prune one parameter, verify it, store it; returns the result and the parameter before and after.
 
     Args:
         recorder: what was recorded of the input; None without data.
-        gradients: statistic name to [experts, out_features, in_features].
+        own: statistics of the weight itself by name, [experts, out_features, in_features].
     """
     started = time.perf_counter()
     site, weights = target.site, program.weights
@@ -113,7 +113,7 @@ def prune_target(
     notes, written = list[str](), [target.parameter]
     for expert in range(site.experts):
         method = weight_pass.without_data() if expert in unseen else weight_pass
-        statistics = _statistics(recorder, expert, sequences, gradients, bias, site.parameter)
+        statistics = _statistics(recorder, expert, sequences, own, bias, site.parameter)
         try:
             pruned = method.prune(before[expert], statistics)
         except SparsifyError as error:
@@ -157,13 +157,13 @@ def _statistics(
     recorder: GroupRecorder | None,
     expert: int,
     sequences: int,
-    gradients: Mapping[str, Tensor] | None,
+    own: Mapping[str, Tensor] | None,
     bias: Tensor | None,
     parameter: str,
 ) -> InputStatistics:
     found = InputStatistics({}, 0, 0) if recorder is None else recorder.statistics(expert, sequences)
-    own = {name: value[expert] for name, value in (gradients or {}).items()}
+    values = {name: value[expert] for name, value in (own or {}).items()}
     if recorder is not None and parameter in recorder.outputs:
-        own |= recorder.outputs[parameter].values(expert)
+        values |= recorder.outputs[parameter].values(expert)
     # ``derived`` stays the same object: what one site derives from the input, its siblings find.
-    return dataclasses.replace(found, values={**found.values, **own}, bias=bias)
+    return dataclasses.replace(found, values={**found.values, **values}, bias=bias)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sparsify.calibration.statistics import ACCUMULATORS, GRADIENTS, OUTPUTS, InputStatistics
+from sparsify.calibration.statistics import ACCUMULATORS, OUTPUTS, InputStatistics
 
 
 class OutputSketch:
@@ -100,7 +100,7 @@ class GroupRecorder:
     ) -> None:
         self.experts, self.features = experts, features
         self.outputs: dict[str, OutputMoments] = {}
-        names = [name for name in wanted if name not in GRADIENTS and name not in OUTPUTS]
+        names = [name for name in wanted if name in ACCUMULATORS]
         self.accumulators = {name: ACCUMULATORS[name](experts, features, device) for name in names}
         self.sketch = OutputSketch(experts, features, device, twin=twin or "cross_gram" in names)
         self.tokens = [0] * experts

@@ -27,7 +27,8 @@ class InputStatistics:
             the same input in the model as it was given and X in the model pruned so far. Of the weight
             [out_features, in_features]: ``gradient_l1``, ``gradient_l2``, ``gradient_platon`` and ``gradient``, see
             :mod:`sparsify.calibration.gradients`. Of the outputs y = XWᵀ + b, summed over tokens, [out_features]:
-            ``output_absolute`` Σ|y_i|, ``output_sum``, ``output_square``; ``output_gram`` is YᵀY.
+            ``output_absolute`` Σ|y_i|, ``output_sum``, ``output_square``; ``output_gram`` is YᵀY. ``dense_weight``
+            [out_features, in_features] is the weight in the model as it was given, before any pass.
         tokens: rows that were seen; 0 for an expert that no token was routed to.
         sequences: calibration sequences.
         bias: [out_features] of the site where it has one.
@@ -161,6 +162,8 @@ ACCUMULATORS: dict[str, type[Accumulator]] = {
 }
 # Not of the input but of the weight: made by a backward sweep, not by the recorder.
 GRADIENTS = frozenset({"gradient_l1", "gradient_l2", "gradient_platon", "gradient"})
+# What only the model as it was given can tell.
+DENSE = frozenset({"cross_gram", "dense_weight"})
 # Of one site's output: recorded by a product with its weight.
 OUTPUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "output_absolute": lambda y: y.abs().sum(dim=0),

@@ -330,4 +330,4 @@ def test_patterns_hold_after_every_method() -> None:
             groups = (pruned.weight != 0).view(-1, pattern.m).sum(dim=1)
             assert int(groups.max()) <= pattern.n, (spec, text)
     assert Wanda(NM(2, 4)).keeps_weights and not Wanda(NM(2, 4), update="exact").keeps_weights
-    assert Twin(NM(2, 4)).statistics == ("squared_norm", "gram", "cross_gram")
+    assert Twin(NM(2, 4)).statistics == ("squared_norm", "gram", "cross_gram", "dense_weight")
