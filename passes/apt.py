@@ -142,7 +142,7 @@ def multiple_removal_mask(weight: Tensor, gram: DampedGram, pattern: NM) -> Tens
         select(weight, pattern)  # raises the error that says so
     groups = columns // size
     # Blocks of H⁻¹ = UᵀU on the diagonal: [groups, M, M].
-    parts = gram.factor.view(columns, groups, size)
+    parts = gram.inverse_root.view(columns, groups, size)
     inverse = torch.einsum("kgi,kgj->gij", parts, parts).double()
     candidates = [list(c) for c in combinations(range(size), drop)]
     mask = torch.empty(rows, groups, size, dtype=torch.bool, device=weight.device)

@@ -17,11 +17,12 @@ from typing import Literal
 
 from sparsify.passes.exact import Solver, conjugate_gradients, solve_rows
 from sparsify.passes.gram import DampedGram, damped_gram
-from sparsify.passes.sweep import Chooser, block_update, fixed, sweep
+from sparsify.passes.sweep import Chooser, block_update, sweep
 from torch import Tensor
 
 from sparsify.calibration.statistics import InputStatistics
 from sparsify.errors import CalibrationError
+from sparsify.finite import all_finite
 from sparsify.pattern import NM, Pattern
 from sparsify.selection import Comparison, Count, lowest, select, smallest
 from sparsify.weight_pass import Pruned, WeightPass
@@ -93,7 +94,9 @@ class FittingPass(WeightPass):
             goal = goal + self.blend * (
                 goal @ statistics.once(("drift", self.percdamp), lambda: _drift(statistics, gram))
             )
-        return Problem(weight, goal.masked_fill(gram.dead, 0), gram, self.dead == "keep")
+        if gram.dead.any():
+            goal = goal.masked_fill(gram.dead, 0)
+        return Problem(weight, goal, gram, self.dead == "keep")
 
 
 @dataclass(frozen=True)
@@ -105,31 +108,32 @@ class Problem:
     gram: DampedGram
     keep_dead: bool
 
-    def swept(self, choose: Chooser, width: int) -> tuple[Tensor, Tensor]:
-        return sweep(self.goal, self.gram.factor, choose, width)
+    def swept(self, choose: Chooser | Tensor, width: int) -> tuple[Tensor, Tensor]:
+        return sweep(self.goal, self.gram.root, choose, width)
 
     def solved(self, mask: Tensor, method: Method, solver: Solver = "auto", start: Tensor | None = None) -> Tensor:
         """The kept weights under ``mask``; ``start`` is a sweep's result for it, where there is one already."""
         if method == "none":
             return self.goal.masked_fill(mask, 0)
         if method == "block":
-            return block_update(self.goal, self.gram.factor, mask)
+            return block_update(self.goal, self.gram.inverse_root, mask)
         if method == "exact" and (solver == "cholesky" or (solver == "auto" and mask.shape[1] <= _CHOLESKY_UP_TO)):
             return solve_rows(self.goal, self.gram.matrix, mask).float()
         if start is None:
-            start, _ = self.swept(fixed(mask), mask.shape[1])
+            start, _ = self.swept(mask, mask.shape[1])
         return start if method == "sweep" else conjugate_gradients(self.goal, self.gram.matrix, mask, start)
 
     def finished(self, weight: Tensor, mask: Tensor) -> Pruned:
-        """``weight`` in the dtype of W, dead inputs as asked."""
+        """``weight``, zero under ``mask``, in the dtype of W; dead inputs as asked."""
         dead = self.gram.dead
-        if self.keep_dead:
-            weight = weight.where(~dead, self.weight.float())
-        else:
-            mask = mask | dead
+        if dead.any():
+            if self.keep_dead:
+                weight = weight.where(~dead, self.weight.float()).masked_fill(mask, 0)
+            else:
+                mask = mask | dead
         notes = () if self.gram.note is None else (self.gram.note,)
-        result = weight.masked_fill(mask, 0).to(self.weight.dtype)
-        if not bool(result.isfinite().all()):
+        result = weight.to(self.weight.dtype).contiguous()
+        if not all_finite(result):
             raise CalibrationError(
                 "the updated weight",
                 found=f"values past what {result.dtype} holds",
@@ -140,7 +144,8 @@ class Problem:
 
 def _drift(statistics: InputStatistics, gram: DampedGram) -> Tensor:
     """(XᵀP − PᵀP) H⁻¹, [in_features, in_features]."""
-    return ((statistics.values["cross_gram"] - statistics.gram) @ gram.factor.t()) @ gram.factor
+    apart = statistics.values["cross_gram"] - statistics.gram
+    return (apart @ gram.inverse_root.t()) @ gram.inverse_root
 
 
 def adaptive(

@@ -64,7 +64,10 @@ class ScoredPass(FittingPass):
     def scores(self, weight: Tensor, statistics: InputStatistics) -> Tensor:
         """S = |W| · M, [out_features, in_features]: |W| in the weight's dtype, M in float32."""
         multiplier = self.multiplier(statistics)
-        return weight.abs() if multiplier is None else weight.abs() * multiplier
+        if multiplier is None:
+            return weight.abs()
+        # In place where |W| already has the dtype of the product.
+        return weight.abs().mul_(multiplier) if weight.dtype == multiplier.dtype else weight.abs() * multiplier
 
     def choose(self, weight: Tensor, statistics: InputStatistics, problem: Problem) -> Tensor:
         return self.mask(weight, statistics)

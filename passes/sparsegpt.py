@@ -22,7 +22,8 @@ from sparsify.weight_pass import Pruned, WeightPass
 
 @dataclass(frozen=True)
 class SparseGPT(FittingPass):
-    """Prune by w_j² / U_jj² inside the sweep; unstructured patterns compare all weights of ``blocksize`` columns.
+    """Prune by w_j² / U_jj² = (w_j·M_jj)² inside the sweep; unstructured patterns compare all weights of
+    ``blocksize`` columns.
 
     Args:
         compensation: how the kept weights move: by the ``sweep`` itself, or, once the sweep has chosen the mask, by a
@@ -62,10 +63,11 @@ class SparseGPT(FittingPass):
 
     def sweep(self, problem: Problem) -> tuple[Tensor, Tensor]:
         """The sweep with its adaptive mask: the new weight and the mask, [out_features, in_features]."""
-        scale = problem.gram.factor.diagonal().square().unsqueeze(1)
+        # 1 / U_jj² of the paper is M_jj².
+        scale = problem.gram.root.diagonal().square().unsqueeze(1)
 
         def scores(columns: Tensor, start: int) -> Tensor:
-            return columns.square() / scale[start : start + len(columns)]
+            return columns.square() * scale[start : start + len(columns)]
 
         return problem.swept(*adaptive(self.pattern, self.count, self.blocksize, scores))
 

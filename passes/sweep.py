@@ -1,6 +1,10 @@
 """The sweep of optimal brain surgery over columns: prune one, compensate on those to its right, go on.
 
-Source: SparseGPT (2301.00774), algorithm 1; algorithms.md, section 5.2.
+Source: SparseGPT (2301.00774), algorithm 1; algorithms.md, section 5.2. The paper carries the factor of H⁻¹ along and
+updates all columns to the right of one that was pruned. Here the same numbers come from the factor of H itself: with
+H = MMᵀ, M upper triangular, a row's loss is ‖δM‖², whose entry j is δ_j·M_jj plus what columns to the left put there.
+Given those, column j is at its optimum where the entry is zero: w_j = g_j − Σ_{i<j} δ_i·M_ij / M_jj. No inverse of H is
+needed; only where several columns are ranked together, their joint optimum takes a triangular solve of their own size.
 """
 
 from __future__ import annotations
@@ -10,68 +14,84 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+# Blocks up to this width are inverted all at once beforehand.
+_SMALL = 16
+
 Chooser = Callable[[Tensor, int], Tensor]
 
 
-def sweep(weight: Tensor, factor: Tensor, choose: Chooser, width: int) -> tuple[Tensor, Tensor]:
-    """Prune the columns of ``weight`` from left to right.
+def sweep(weight: Tensor, root: Tensor, choose: Chooser | Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """Prune the columns of ``weight`` from left to right, each from its optimum given all before it.
 
-    Column j loses e_j = w_j / U_jj where its mask is set, and every column k to the right is compensated by
-    −e_j·U_jk. Updates wait until they are needed and are then applied as one matrix product: columns are halved
-    again and again down to single ones, which gives what column-by-column updates give in another order of summation.
+    Updates wait until they are needed and are then applied as one matrix product: columns are halved again and again
+    down to single ones, which gives what column-by-column updates give in another order of summation.
 
     Args:
-        weight: [out_features, in_features] float32. ``factor``: U of :class:`~sparsify.passes.gram.DampedGram`.
-        choose: given the current weights of ``width`` columns, transposed [≤ width, out_features], and the index of
-            the first, their mask, likewise. Called as soon as all columns before them are done.
+        weight: [out_features, in_features] float32. ``root``: M of :class:`~sparsify.passes.gram.DampedGram`.
+        choose: a mask that is known already, [out_features, in_features]; or a function that, given the weights of
+            ``width`` columns at their optimum after all columns before them, transposed [≤ width, out_features], and
+            the index of the first, returns their mask, likewise.
 
     Returns:
         The new weight and the mask, [out_features, in_features].
     """
-    # A column of the weight is a contiguous row here.
+    # A column of the weight is a contiguous row here. ``changes`` holds −g until a column is done, then δ.
     columns = weight.t().contiguous()
-    errors = torch.empty_like(columns)
+    changes = columns.neg()
     mask = torch.empty(columns.shape, dtype=torch.bool, device=columns.device)
-    scale = factor.diagonal().tolist()
+    root = root / root.diagonal()
+    inverses = _block_inverses(root, width) if width <= _SMALL else root
+    rows = list(zip(columns.unbind(0), mask.unbind(0), changes.unbind(0), strict=True))
 
     def run(start: int, stop: int, chosen: bool) -> None:
         if not chosen and stop - start <= width:
-            mask[start:stop] = choose(columns[start:stop], start)
+            # Their joint optimum δ solves δ·M̃ = what the columns before them put there.
+            shift = columns[start:stop] + changes[start:stop]
+            if stop - start == width <= _SMALL:
+                shift = inverses[start // width] @ shift
+            else:
+                inner = root[start:stop, start:stop].t()
+                shift = torch.linalg.solve_triangular(inner, shift, upper=False, unitriangular=True)
+            mask[start:stop] = choose(shift - changes[start:stop], start)
             chosen = True
         if stop - start == 1:
-            torch.mul(columns[start], mask[start], out=errors[start])
-            columns[start] -= errors[start]
-            errors[start] /= scale[start]
+            column, gone, change = rows[start]
+            change.add_(column.masked_fill_(gone, 0))
             return
         unit = 1 if chosen else width
         half = start + -(-(stop - start) // (2 * unit)) * unit
         run(start, half, chosen)
-        columns[half:stop].addmm_(factor[start:half, half:stop].t(), errors[start:half], alpha=-1)
+        columns[half:stop].addmm_(root[start:half, half:stop].t(), changes[start:half], alpha=-1)
         run(half, stop, chosen)
 
-    run(0, len(columns), False)
+    if isinstance(choose, Tensor):
+        mask.copy_(choose.t())
+    run(0, len(columns), isinstance(choose, Tensor))
     return columns.t(), mask.t()
 
 
-def fixed(mask: Tensor) -> Chooser:
-    """A chooser for a mask that is known already, [out_features, in_features]."""
-    transposed = mask.t()
-    return lambda columns, start: transposed[start : start + len(columns)]
+def _block_inverses(root: Tensor, width: int) -> Tensor:
+    """Transposed inverses of the blocks on the diagonal of ``root``, [blocks, width, width]."""
+    whole = len(root) // width
+    index = torch.arange(whole * width, device=root.device).view(whole, width)
+    blocks = root[index.unsqueeze(2), index.unsqueeze(1)]
+    unit = torch.eye(width, dtype=root.dtype, device=root.device).expand_as(blocks)
+    return torch.linalg.solve_triangular(blocks, unit, upper=True, unitriangular=True).mT.contiguous()
 
 
-def block_update(weight: Tensor, factor: Tensor, mask: Tensor, blocksize: int = 128) -> Tensor:
+def block_update(weight: Tensor, inverse_root: Tensor, mask: Tensor, blocksize: int = 128) -> Tensor:
     """Remove the masked weights of ``blocksize`` columns jointly, then go on with the next; columns behind stay.
 
     With G the inverse of H restricted to this block and all columns right of it, the pruned weights w_P of a row ask
     for the change −w_P (G_PP)⁻¹ G_{P,:}; G is U_subᵀU_sub (algorithms.md, section 8.2, "block").
 
     Args:
-        weight, mask: [out_features, in_features]. ``factor``: U.
+        weight, mask: [out_features, in_features]. ``inverse_root``: U with H⁻¹ = UᵀU.
     """
     weight = weight.clone()
     for start in range(0, weight.shape[1], blocksize):
         stop = min(start + blocksize, weight.shape[1])
-        own = factor[start:stop, start:stop]
+        own = inverse_root[start:stop, start:stop]
         pruned = mask[:, start:stop].to(weight)
         inverse = own.t() @ own
         for rows in torch.arange(len(weight), device=weight.device).split(1024):
@@ -82,5 +102,5 @@ def block_update(weight: Tensor, factor: Tensor, mask: Tensor, blocksize: int = 
             lower = torch.linalg.cholesky(system.double())
             right = (weight[rows, start:stop] * gone).double().unsqueeze(2)
             share = torch.cholesky_solve(right, lower).squeeze(2).float()
-            weight[rows, start:] -= (share @ own.t()) @ factor[start:stop, start:]
+            weight[rows, start:] -= (share @ own.t()) @ inverse_root[start:stop, start:]
     return weight.masked_fill(mask, 0)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from sparsify.errors import PatternError
+from sparsify.finite import all_finite
 from sparsify.pattern import NM, Pattern, Unstructured
 
 Axis = Literal["output", "input", "layer"]
@@ -24,6 +25,8 @@ Count = Literal["floor", "exact", "threshold", "total"]
 _PAIRWISE_LIMIT = 8
 # Pairs are compared over this many groups at a time, so that the working set stays in the cache.
 _GROUPS_AT_ONCE = 1 << 16
+# How many values guess where the k-th of a long row lies.
+_SAMPLE = 1 << 13
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,7 @@ def select(scores: Tensor, pattern: Pattern, comparison: Comparison = Comparison
     Raises:
         PatternError: N:M does not divide in_features, or a score is not finite.
     """
-    if not bool(torch.isfinite(scores.sum(dtype=torch.float64))) and not bool(torch.isfinite(scores).all()):
+    if not all_finite(scores):
         raise PatternError(
             f"a {pattern} mask", found="scores that are NaN or infinite", do="Look for NaN in the weight"
         )
@@ -105,7 +108,7 @@ def smallest(groups: Tensor, k: int) -> Tensor:
     """
     if k <= 0:
         return torch.zeros_like(groups, dtype=torch.bool)
-    kth = groups.kthvalue(k, dim=1, keepdim=True).values
+    kth = _kth_of_long(groups, k) if len(groups) == 1 else groups.kthvalue(k, dim=1, keepdim=True).values
     mask = groups <= kth
     tied = (mask.sum(dim=1) > k).nonzero().flatten()
     if tied.numel():
@@ -114,6 +117,21 @@ def smallest(groups: Tensor, k: int) -> Tensor:
         room = k - below.sum(dim=1, keepdim=True)
         mask[tied] = below | (equal & (equal.cumsum(dim=1) <= room))
     return mask
+
+
+def _kth_of_long(row: Tensor, k: int) -> Tensor:
+    """The k-th smallest of one long row [1, members]: selected among the few that a sample cannot rule out."""
+    values = row.flatten()
+    if len(values) < _SAMPLE * 8:
+        return values.kthvalue(k).values.view(1, 1)
+    sample = values[:: len(values) // _SAMPLE].sort().values
+    at = k * len(sample) // len(values)
+    low, high = sample[max(0, at - _SAMPLE // 32)], sample[min(len(sample) - 1, at + _SAMPLE // 32)]
+    below = int((values < low).sum())
+    middle = values[(values >= low) & (values <= high)]
+    if below < k <= below + len(middle):
+        return middle.kthvalue(k - below).values.view(1, 1)
+    return values.kthvalue(k).values.view(1, 1)
 
 
 def _select_nm(scores: Tensor, pattern: NM) -> Tensor:

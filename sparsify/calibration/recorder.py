@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sparsify.calibration.statistics import ACCUMULATORS, OUTPUTS, InputStatistics
+from sparsify.finite import all_finite
 
 
 class OutputSketch:
@@ -125,9 +126,7 @@ class GroupRecorder:
             for moments in self.outputs.values():
                 moments.update(expert, part)
             self.sketch.update(expert, part, other)
-        finite = torch.isfinite(rows.sum(dtype=torch.float32)) and torch.isfinite(dense.sum(dtype=torch.float32))
-        # A sum of large numbers may overflow where no row is infinite.
-        return bool(finite) or bool(torch.isfinite(rows).all() and torch.isfinite(dense).all())
+        return all_finite(rows) and (dense is rows or all_finite(dense))
 
     def statistics(self, expert: int, sequences: int) -> InputStatistics:
         """What was recorded for ``expert``. Sites that read one input share the object, and what is derived from it."""

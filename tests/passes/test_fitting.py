@@ -15,8 +15,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 import slow
 from sparsify.passes import APT, SparseGPT, Twin, Wanda
 from sparsify.passes.exact import conjugate_gradients, solve_rows
-from sparsify.passes.gram import damped_gram, inverse_factor
-from sparsify.passes.sweep import fixed, sweep
+from sparsify.passes.gram import damped_gram, upper_root
+from sparsify.passes.sweep import sweep
 
 from sparsify.errors import CalibrationError, SpecError
 from sparsify.pattern import NM, Unstructured, parse_pattern
@@ -209,9 +209,9 @@ def test_the_sweep_is_the_column_loop_for_any_width(columns: int, rows: int, wid
     inputs = torch.randn(80, columns, generator=generator).double()
     h = inputs.T @ inputs + torch.eye(columns, dtype=torch.float64)
     mask = torch.rand(rows, columns, generator=generator) < 0.5
-    factor = inverse_factor(h)
-    assert factor is not None
-    ours, found = sweep(weight, factor.float(), fixed(mask), width)
+    root = upper_root(h)
+    assert root is not None
+    ours, found = sweep(weight, root.float(), mask, width)
     reference, _ = slow.column_by_column(weight, h, h.diagonal() == 0, "50%", slow.obs_scores, mask=mask)
     assert torch.equal(found, mask) and float((ours - reference).norm()) <= 1e-4 * (1 + float(reference.norm()))
 
@@ -220,7 +220,7 @@ def test_siblings_share_one_factorisation(monkeypatch: pytest.MonkeyPatch) -> No
     import sparsify.passes.gram as gram
 
     calls = []
-    monkeypatch.setattr(gram, "inverse_factor", lambda matrix: calls.append(1) or inverse_factor(matrix))
+    monkeypatch.setattr(gram, "upper_root", lambda matrix: calls.append(1) or upper_root(matrix))
     weight, inputs = slow.problem("random")
     stats = slow.statistics(inputs)
     for w in (weight, weight + 1, weight[:4]):
