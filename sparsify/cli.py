@@ -232,7 +232,7 @@ def passes_command() -> None:
     from sparsify.spec import describe_passes
 
     for name, summary, options in describe_passes():
-        print(f"{name}:PATTERN  {summary}")
+        print(f"{name}:PATTERN  {summary}" if summary else f"{name} has")
         for option, meaning in options.items():
             print(f"    {option}={meaning}")
 

@@ -171,7 +171,7 @@ def compile(
     source = open_source(model, allow_bin=allow_bin, trust_remote_code=trust_remote_code)
     if isinstance(model, nn.Module):
         require_real(model)
-    needs_data = any(p.statistics or p.allocation != "uniform" for p in parsed) or calibration is not None
+    needs_data = any(p.needs_data for p in parsed) or calibration is not None
     one_by_one = any(GRADIENTS & set(p.statistics) for p in parsed)
     named = calibration is None or isinstance(calibration, str)
     data = None

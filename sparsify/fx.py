@@ -82,7 +82,7 @@ class GraphPrune(PassBase):
         targets, _ = choose(program, sites, self.weight_pass.pattern, ignore=self.ignore, only=self.only)
         given = program.weights
         program.weights = given.on(MemoryStore(given.store))
-        data = batches if self.weight_pass.statistics else None
+        data = batches if self.weight_pass.needs_data else None
         sites = prune(program, self.weight_pass, targets, data, schedule=self.schedule, dense=given, device=self.device)
         pruned = {name: program.weights.read(name) for site in sites for name in site.written}
         return PassResult(_with_parameters(graph_module, pruned, names, program.weights.aliases), True)

@@ -55,18 +55,24 @@ def spec_text(weight_pass: WeightPass) -> str:
 
 
 def describe_passes() -> list[tuple[str, str, dict[str, str]]]:
-    """Name, one-line summary and options with their defaults of every registered pass."""
+    """Name, one-line summary and options with their defaults of every registered pass.
+
+    Options that all passes have stand once, at the end, under the name "every pass".
+    """
     rows = []
+    common = {f.name: f.default for f in dataclasses.fields(WeightPass)}
     for name in sorted(registered("sparsify.passes")):
         kind = find("sparsify.passes", name)
         hints = typing.get_type_hints(kind)
         options = {
             f.name: f"{_choices(hints[f.name])} (default {f.default})"
             for f in dataclasses.fields(kind)
-            if f.name != "pattern"
+            if f.name != "pattern" and (f.name not in common or f.default != common[f.name])
         }
         rows.append((name, kind.summary, options))
-    return rows
+    hints = typing.get_type_hints(WeightPass)
+    shared = {n: f"{_choices(hints[n])} (default {default})" for n, default in common.items() if n != "pattern"}
+    return [*rows, ("every pass", "", shared)]
 
 
 def _value(what: str, text: str, hint: Any) -> Any:

@@ -71,6 +71,11 @@ class WeightPass:
         return ()
 
     @property
+    def needs_data(self) -> bool:
+        """Whether it needs calibration: for statistics, or to spread its zeros over sites."""
+        return bool(self.statistics) or self.allocation != "uniform"
+
+    @property
     def keeps_weights(self) -> bool:
         """Whether weights that are not pruned stay as they were, to the bit; verified after each site."""
         return True

@@ -43,20 +43,24 @@ def main() -> None:
     args = parser.parse_args()
     print(f"{processor()}, {os.cpu_count()} cores")
     with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
-        depth(Path(scratch))
+        depth(Path(scratch), "wanda:2:4", "8GiB")
+        # Gradients and activations past the budget lie in a file.
+        depth(Path(scratch), "gblm:2:4", "100MiB")
         trace(Path(scratch))
         if args.large:
             large(args.large, Path(scratch))
 
 
-def depth(scratch: Path) -> None:
+def depth(scratch: Path, spec: str, memory: str) -> None:
     """Peak memory of a whole command with 8 and with 32 layers of the same width."""
     peaks = {}
     for layers in (8, 32):
         folder = scratch / f"layers-{layers}"
         make_checkpoint(folder, "1k", layers=layers)
-        peaks[layers], seconds, _ = compile_in_child(folder, scratch / "out", samples=8, length=256)
-        print(f"{layers:3} layers: peak {peaks[layers] / 2**20:.0f} MiB, {seconds:.0f} s")
+        peaks[layers], seconds, _ = compile_in_child(
+            folder, scratch / "out", spec, "--memory", memory, samples=8, length=256
+        )
+        print(f"{spec} --memory {memory}, {layers:3} layers: peak {peaks[layers] / 2**20:.0f} MiB, {seconds:.0f} s")
         shutil.rmtree(folder)
     print(f"32 against 8 layers: {peaks[32] / peaks[8]:.3f}×")
 
@@ -71,15 +75,19 @@ def trace(scratch: Path) -> None:
 def large(folder: Path, scratch: Path) -> None:
     if not folder.exists():
         print(f"{folder}: {make_checkpoint(folder, '13b') / 1e9:.1f} GB made")
-    peak, seconds, _ = compile_in_child(folder, folder.parent / f"{folder.name}-pruned", samples=2, length=128)
+    peak, seconds, _ = compile_in_child(
+        folder, folder.parent / f"{folder.name}-pruned", "wanda:2:4", samples=2, length=128
+    )
     size = sum(p.stat().st_size for p in folder.glob("*.safetensors"))
     print(f"{folder.name} ({size / 1e9:.1f} GB), 2×128 tokens: peak {peak / 2**30:.2f} GiB, {seconds:.0f} s")
 
 
-def compile_in_child(folder: Path, out: Path, *, samples: int, length: int) -> tuple[int, float, str]:
+def compile_in_child(
+    folder: Path, out: Path, spec: str, *more: str, samples: int, length: int
+) -> tuple[int, float, str]:
     command = [
-        sys.executable, "-m", "sparsify.cli", "compile", str(folder), "--pass", "wanda:2:4", "--calibration", "random",
-        "--samples", str(samples), "--sequence-length", str(length), "-o", str(out), "--overwrite",
+        sys.executable, "-m", "sparsify.cli", "compile", str(folder), "--pass", spec, "--calibration", "random",
+        "--samples", str(samples), "--sequence-length", str(length), "-o", str(out), "--overwrite", *more,
     ]  # fmt: skip
     result = in_child(command)
     shutil.rmtree(out)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from families import FAMILIES, build, inputs
+from rich.console import Console
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -17,6 +18,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "passes"))
 import slow
 
 import sparsify
+from sparsify.errors import CalibrationError
+from sparsify.report import result_report
 
 METHODS = [
     "sparsegpt:2:4", "sparsegpt:50%,compensation=block", "apt:2:4", "apt:50%", "alps:2:4", "twin:2:4", "gblm:2:4",
@@ -95,3 +98,23 @@ def test_the_recorded_gram_matrix_is_the_inputs_own() -> None:
             torch.testing.assert_close(stats.gram.double(), x.T @ x / 4, rtol=1e-5, atol=1e-4)
             torch.testing.assert_close(stats.values["cross_gram"].double(), y.T @ x / 4, rtol=1e-5, atol=1e-4)
             torch.testing.assert_close(stats.values["sum"], x.sum(dim=0) / 4, rtol=1e-5, atol=1e-5)
+
+
+def test_a_gram_matrix_that_overflows_names_its_site() -> None:
+    net = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    with pytest.raises(CalibrationError, match=r"Gram matrix of 0.*NaN or infinity"):
+        sparsify.compile(net, ["sparsegpt:2:4"], calibration=[torch.randn(16, 8) * 1e25])
+
+
+def test_raised_damping_reaches_the_report(tmp_path: Path) -> None:
+    """Equal features and no damping: the site is named in the result, the manifest and the table."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(8, 8))
+    x = torch.randn(64, 1).expand(64, 8).contiguous()
+    result = sparsify.compile(net, ["sparsegpt:2:4,percdamp=0"], calibration=[x])
+    site = result.runs[0].sites[0]
+    assert len(site.notes) == 1 and site.notes[0].startswith("damping raised from 0 to ")
+    assert result.manifest["passes"][0]["sites"][0]["notes"] == site.notes
+    console = Console(width=200, record=True)
+    console.print(result_report(result, 1.0))
+    assert site.notes[0] in console.export_text()

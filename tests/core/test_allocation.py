@@ -142,3 +142,18 @@ def test_count_total_is_exact_and_even(rows: int, columns: int, share: Fraction,
         assert int(counts.max() - counts.min()) <= 1
         for row, gone in zip(scores, mask, strict=True):
             assert not gone.any() or gone.all() or row[gone].max() <= row[~gone].min()
+
+
+def test_an_allocation_in_a_pass_manager_is_not_dropped() -> None:
+    from sparsify.spec import parse_pass
+
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(32, 32), torch.nn.Linear(32, 32))
+    with torch.no_grad():
+        net[0].weight[8:] *= 1e-3
+        net[0].bias[8:] *= 1e-3
+    bound = parse_pass("magnitude:50%,allocation=error,spread=0.2").bind([torch.randn(256, 32)])
+    done = bound(torch.fx.symbolic_trace(net))
+    assert done is not None
+    shares = [float((p == 0).float().mean()) for n, p in done.graph_module.named_parameters() if "weight" in n]
+    assert shares == pytest.approx([0.3, 0.7], abs=0.01)

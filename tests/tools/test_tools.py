@@ -48,7 +48,17 @@ def test_the_core_imports_no_pass_and_no_backend_and_a_pass_no_backend() -> None
     assert not [p for p in sources("passes") if "sparsify.backends" in p.read_text()]
 
 
-@pytest.mark.parametrize("script", ["bench_prune.py", "bench_memory.py", "bench_quality.py", "make_checkpoint.py"])
+@pytest.mark.parametrize(
+    "script",
+    [
+        "bench_prune.py",
+        "bench_memory.py",
+        "bench_quality.py",
+        "bench_passes.py",
+        "bench_methods.py",
+        "make_checkpoint.py",
+    ],
+)
 def test_tools_explain_themselves(script: str) -> None:
     import sys
 
