@@ -36,7 +36,7 @@ def sweep(weight: Tensor, root: Tensor, choose: Chooser | Tensor, width: int) ->
         The new weight and the mask, [out_features, in_features].
     """
     # A column of the weight is a contiguous row here. ``changes`` holds −g until a column is done, then δ.
-    columns = weight.t().contiguous()
+    columns = weight.t().clone(memory_format=torch.contiguous_format)
     changes = columns.neg()
     mask = torch.empty(columns.shape, dtype=torch.bool, device=columns.device)
     root = root / root.diagonal()

@@ -79,6 +79,8 @@ def choose(
             reason = "named by --ignore"
         elif not only and blocks and site.block is None:
             reason = "outside the repeated blocks (head or projection); name it with --only to prune it"
+        elif not only and site.window is not None:
+            reason = "a convolution with a kernel; name it with --only to prune it"
         elif not only and site.router:
             reason = "a router, which chooses experts; name it with --only to prune it"
         else:

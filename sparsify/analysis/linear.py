@@ -8,13 +8,15 @@ reported as :class:`Opaque` with the reason, never passed over.
 
 from __future__ import annotations
 
+import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, fx
 
 from sparsify.analysis.region import Flow
+from sparsify.analysis.window import Window, window_of
 from sparsify.program import Program
 
 aten = torch.ops.aten
@@ -45,6 +47,8 @@ class LinearSite:
         out_axis, in_axis, expert_axis: axes of the parameter (expert_axis None for a plain matrix).
         shape: (out_features, in_features); ``experts``: how many such matrices the parameter stacks.
         offsets: for experts, the node that holds where each expert's rows end in the activation.
+        window: for a convolution with a kernel, how it is laid over the input; in_features are then the inputs that
+            it sees at one place, and a depth-wise one is a stack of [1, size] matrices, one per channel.
         bias: name of the parameter that is added to the output, or None.
         block: name of the repeated block it is in ("model.layers.3"), or None.
         router: True where its output chooses experts.
@@ -60,6 +64,7 @@ class LinearSite:
     shape: tuple[int, int]
     experts: int = 1
     offsets: fx.Node | None = None
+    window: Window | None = None
     bias: str | None = None
     block: str | None = None
     router: bool = False
@@ -162,7 +167,7 @@ def group_by_input(sites: list[LinearSite]) -> list[InputGroup]:
     """Sites by (block, activation), ordered by the first site of each group."""
     groups: dict[tuple[object, ...], InputGroup] = {}
     for site in sites:
-        key = (site.block, site.activation, site.feature_dim, site.experts, site.offsets)
+        key = (site.block, site.activation, site.feature_dim, site.experts, site.offsets, site.window)
         groups.setdefault(key, InputGroup(site.activation, site.feature_dim)).sites.append(site)
     return list(groups.values())
 
@@ -278,19 +283,24 @@ def _left_site(program: Program, node: fx.Node, w: fx.Node, x: object) -> Linear
 
 def _convolution_site(program: Program, node: fx.Node) -> LinearSite | str:
     assert isinstance(node.args[1], fx.Node)
-    kernel = node.args[1].meta["val"].shape[2:]
-    groups = node.args[6] if len(node.args) > 6 else node.kwargs.get("groups", 1)
-    if groups != 1:
-        return f"a convolution in {groups} groups"
-    if any(k != 1 for k in kernel):
-        return f"a {'×'.join(map(str, kernel))} convolution (only 1×1 is a linear site)"
-    strides = node.args[3] if len(node.args) > 3 else node.kwargs.get("stride", 1)
-    if any(s != 1 for s in (strides if isinstance(strides, (list, tuple)) else [strides])):
-        return "a strided 1×1 convolution, whose input it reads only in part"
+    window = window_of(node)
+    if isinstance(window, str):
+        return window
     found, x = _through(program, node.args[1]), node.args[0]
     if found is None or not isinstance(x, fx.Node):
         return "the kernel is computed before it is applied"
-    return _make(program, node, found[0], x, -1 - len(kernel), 0, 1, None, None)
+    if found[1] != list(range(len(window.kernel) + 2)):
+        return "the kernel's axes are permuted before it is applied"
+    pointwise = all(k == 1 for k in window.kernel) and all(s == 1 for s in window.stride) and not window.depthwise
+    if pointwise and not any(window.padding):
+        return _make(program, node, found[0], x, -1 - len(window.kernel), 0, 1, None, None)
+    if x.meta["val"].dim() != len(window.kernel) + 2:
+        return "a convolution of an input without a batch axis"
+    axes = (1, 2, 0) if window.depthwise else (0, 1, None)
+    site = _make(program, node, found[0], x, 1, axes[0], axes[1], axes[2], None)
+    shape = found[0].meta["val"].shape
+    size = math.prod(window.kernel)
+    return replace(site, window=window, shape=(1, size) if window.depthwise else (shape[0], shape[1] * size))
 
 
 def _make(

@@ -66,8 +66,15 @@ class RowReader:
         """
         site = group.sites[0]
         value: Tensor = values[group.activation]
-        moved = value.movedim(group.feature_dim, -1)
         counted = self._counted(group, batch)
+        if site.window is not None:
+            if counted is not None:
+                raise self._unmatched(group, value, counted)
+            rows = site.window.rows(value)
+            if not site.window.depthwise:
+                return rows, None, None
+            return rows.flatten(0, 1), torch.arange(1, site.experts + 1) * rows.shape[1], None
+        moved = value.movedim(group.feature_dim, -1)
         if site.expert_axis is not None and site.offsets is None:
             # One batched product: the first axis is the expert, every expert sees as many rows.
             rows = moved.reshape(-1, moved.shape[-1])

@@ -216,6 +216,18 @@ def test_the_sweep_is_the_column_loop_for_any_width(columns: int, rows: int, wid
     assert torch.equal(found, mask) and float((ours - reference).norm()) <= 1e-4 * (1 + float(reference.norm()))
 
 
+@pytest.mark.parametrize("rows", [1, 2, 24])
+@pytest.mark.parametrize(
+    "spec",
+    ["sparsegpt:2:4", "apt:2:4", "apt:50%,compensation=block", "alps:50%", "twin:2:4", "wanda:2:4,update=iterative"],
+)
+def test_the_weight_given_is_left_alone(spec: str, rows: int) -> None:
+    weight, inputs = slow.problem("random", rows=rows)
+    before = weight.clone()
+    parse_pass(spec).prune(weight, slow.statistics(inputs, inputs))
+    assert torch.equal(weight, before)
+
+
 def test_siblings_share_one_factorisation(monkeypatch: pytest.MonkeyPatch) -> None:
     import sparsify.passes.gram as gram
 
