@@ -1,10 +1,11 @@
 """Perplexity and time of every method on the bundled model, as Markdown tables.
 
-    python tools/bench_methods.py [seeds] [samples]
+    python tools/bench_methods.py [seeds] [samples] [stories]
 
 ``seeds``: patterns 50%, 60%, 4:8, 2:4, calibration sequences drawn with three seeds, mean and deviation. ``samples``:
 50% and 2:4 with 1, 8, 32 and 128 sequences (the Wanda paper's figure 2). Sequences are 256 tokens of the standard
 library; evaluated are 64 windows of 256 tokens of its held-out half. Seconds are those of pruning alone, tracing apart.
+``stories``: every variant on stories260k, where ``--stories`` holds it.
 """
 
 from __future__ import annotations
@@ -16,9 +17,13 @@ from pathlib import Path
 
 import torch
 from bench_prune import processor
+from bench_quality import tokens
 
 import sparsify
 from sparsify.calibration.data import evaluation_windows, load_calibration
+from sparsify.calibration.sources import Documents
+from sparsify.calibration.windows import random_windows
+from sparsify.engine import Schedule
 from sparsify.evaluate import perplexity
 from sparsify.source import Source, open_source
 
@@ -53,6 +58,7 @@ class Bench:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("parts", nargs="*", default=["seeds", "samples"])
+    parser.add_argument("--stories", type=Path, default=Path(__file__).parents[2] / "shared")
     args = parser.parse_args()
     bench = Bench()
     dense = perplexity(bench.source, bench.windows)
@@ -61,6 +67,8 @@ def main() -> None:
         seeds(bench)
     if "samples" in args.parts:
         counts(bench)
+    if "stories" in args.parts:
+        stories(args.stories)
 
 
 def seeds(bench: Bench) -> None:
@@ -90,6 +98,38 @@ def counts(bench: Bench) -> None:
             cells = " | ".join(f"{value:.2f}" for value, _ in found)
             print(f"| {method} | {cells} | {found[-1][1]:.1f} |", flush=True)
         print()
+
+
+STORIES = (
+    "magnitude:P", "wanda:P", "gblm:P", "gblm:P,reduction=mean", "sparsegpt:P", "wanda:P,update=iterative",
+    "wanda:P,update=exact", "sparsegpt:P,compensation=exact", "apt:P", "alps:P", "wanda:P,update=exact,target=dense",
+    "twin:P,mask=sparsegpt", "twin:P,mask=wanda", "twin:P", "twin:P,blend=1",
+)  # fmt: skip
+SPREAD = ("wanda:60%", "wanda:60%,allocation=owl", "wanda:60%,allocation=error", "twin:60%", "twin:60%,allocation=owl",
+          "twin:60%,allocation=error", "gradient:50%", "gradient:50%,metric=platon", "activation:25%")  # fmt: skip
+
+
+def stories(shared: Path) -> None:
+    """The same protocol as tools/bench_quality.py's, on stories260k."""
+    source = open_source(shared / "models" / "stories260k")
+    folder = source.folder
+    assert folder is not None
+    stream = Documents("stories", [tokens(source, shared / "data" / "stories" / "calibration.txt")])
+    ids = random_windows(stream, lambda text: torch.empty(0), 64, LENGTH, 0)
+    held = tokens(source, shared / "data" / "stories" / "heldout.txt")
+    windows = held[: len(held) // LENGTH * LENGTH].view(-1, LENGTH)
+
+    def run(spec: str, schedule: Schedule = "layer") -> str:
+        result = sparsify.compile(folder, [spec], calibration=[ids], schedule=schedule)
+        return f"{perplexity(Source('pruned', source.module, result.program.weights), windows):.2f}"
+
+    print(f"stories260k, dense {perplexity(source, windows):.2f}\n\n| | 50% | 2:4 |\n|---|---|---|")
+    for text in STORIES:
+        cells = [run(text.replace("P", pattern)) for pattern in ("50%", "2:4")]
+        print(f"| {text.replace(':P', '')} | " + " | ".join(cells) + " |", flush=True)
+    print(f"| twin, block schedule | {run('twin:50%', 'block')} | {run('twin:2:4', 'block')} |\n\n| | |\n|---|---|")
+    for text in SPREAD:
+        print(f"| {text} | {run(text)} |", flush=True)
 
 
 if __name__ == "__main__":
