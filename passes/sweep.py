@@ -43,8 +43,12 @@ def sweep(weight: Tensor, root: Tensor, choose: Chooser | Tensor, width: int) ->
     inverses = _block_inverses(root, width) if width <= _SMALL else root
     rows = list(zip(columns.unbind(0), mask.unbind(0), changes.unbind(0), strict=True))
 
+    chooser = None if isinstance(choose, Tensor) else choose
+    if isinstance(choose, Tensor):
+        mask.copy_(choose.t())
+
     def run(start: int, stop: int, chosen: bool) -> None:
-        if not chosen and stop - start <= width:
+        if not chosen and chooser is not None and stop - start <= width:
             # Their joint optimum δ solves δ·M̃ = what the columns before them put there.
             shift = columns[start:stop] + changes[start:stop]
             if stop - start == width <= _SMALL:
@@ -52,7 +56,7 @@ def sweep(weight: Tensor, root: Tensor, choose: Chooser | Tensor, width: int) ->
             else:
                 inner = root[start:stop, start:stop].t()
                 shift = torch.linalg.solve_triangular(inner, shift, upper=False, unitriangular=True)
-            mask[start:stop] = choose(shift - changes[start:stop], start)
+            mask[start:stop] = chooser(shift - changes[start:stop], start)
             chosen = True
         if stop - start == 1:
             column, gone, change = rows[start]
@@ -64,9 +68,7 @@ def sweep(weight: Tensor, root: Tensor, choose: Chooser | Tensor, width: int) ->
         columns[half:stop].addmm_(root[start:half, half:stop].t(), changes[start:half], alpha=-1)
         run(half, stop, chosen)
 
-    if isinstance(choose, Tensor):
-        mask.copy_(choose.t())
-    run(0, len(columns), isinstance(choose, Tensor))
+    run(0, len(columns), chooser is None)
     return columns.t(), mask.t()
 
 

@@ -83,8 +83,8 @@ class GraphPrune(PassBase):
         given = program.weights
         program.weights = given.on(MemoryStore(given.store))
         data = batches if self.weight_pass.needs_data else None
-        sites = prune(program, self.weight_pass, targets, data, schedule=self.schedule, dense=given, device=self.device)
-        pruned = {name: program.weights.read(name) for site in sites for name in site.written}
+        done = prune(program, self.weight_pass, targets, data, schedule=self.schedule, dense=given, device=self.device)
+        pruned = {name: program.weights.read(name) for site in done for name in site.written}
         return PassResult(_with_parameters(graph_module, pruned, names, program.weights.aliases), True)
 
     def _batches(self, lifted: fx.GraphModule, source: Source) -> list[dict[str, Tensor]]:
