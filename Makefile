@@ -4,7 +4,7 @@ BIN := .venv/bin
 # A range would let pip fetch gigabytes of CUDA packages where the CPU build serves; set TORCH= to use your own.
 TORCH ?= torch==2.13.0
 
-.PHONY: demo test check clean
+.PHONY: demo test slow check clean
 
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -25,7 +25,11 @@ demo: .venv/installed
 	@echo; echo "the pruned model is an ordinary Hugging Face folder: demo-output/"
 
 test: .venv/installed-test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not slow"
+
+# Every method on every family, and the figures of real models: some minutes more.
+slow: .venv/installed-test
+	$(BIN)/python -m pytest -m slow
 
 # What CI adds to the tests. The type checker does not follow the mapped folders of an editable install, so it is shown
 # a plain one.

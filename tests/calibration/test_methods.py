@@ -28,6 +28,7 @@ METHODS = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_method_on_every_family(family: str, tmp_path: Path) -> None:
     """One after the other on one graph; the last pattern still holds in the folder that is written."""
