@@ -13,13 +13,12 @@ from typing import ClassVar
 
 import torch
 from sparsify.passes.fitting import FittingPass, Problem
-from sparsify.passes.magnitude import magnitude_like
 from torch import Tensor
 
 from sparsify.calibration.statistics import InputStatistics
 from sparsify.pattern import Pattern
 from sparsify.selection import Comparison, select
-from sparsify.weight_pass import Pruned, WeightPass
+from sparsify.weight_pass import Pruned
 
 # ρ relative to the unit diagonal: chosen on stories260k and pycode-6m (docs/benchmarks.md), where twice as many steps
 # gain less than 2% of the objective.
@@ -49,9 +48,6 @@ class ALPS(FittingPass):
 
     def choose(self, weight: Tensor, statistics: InputStatistics, problem: Problem) -> Tensor:
         return alps_mask(problem.goal, problem.gram.matrix, self.pattern, self.comparison)
-
-    def without_data(self) -> WeightPass:
-        return magnitude_like(self)
 
 
 def alps_mask(goal: Tensor, gram: Tensor, pattern: Pattern, comparison: Comparison) -> Tensor:

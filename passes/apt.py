@@ -15,7 +15,6 @@ from typing import ClassVar, Literal
 import torch
 from sparsify.passes.fitting import FittingPass, Problem
 from sparsify.passes.gram import DampedGram
-from sparsify.passes.magnitude import magnitude_like
 from torch import Tensor
 
 from sparsify.calibration.statistics import InputStatistics
@@ -75,6 +74,8 @@ class MaskedPass(FittingPass):
 
     def choose(self, weight: Tensor, statistics: InputStatistics, problem: Problem) -> Tensor:
         """The mask for ``weight`` [out_features, in_features]."""
+        if self._mask == "zeros":
+            return self._zeros(problem.weight)
         if isinstance(self._chooser, FittingPass):
             return self._chooser.choose(weight, statistics, problem)
         if self._chooser is not None:
@@ -93,10 +94,6 @@ class MaskedPass(FittingPass):
                 do=f"Prune before it: --pass wanda:{self.pattern} --pass {self.name}:{self.pattern},mask=zeros",
             )
         return weight == 0
-
-    def without_data(self) -> WeightPass:
-        """Magnitude: an expert that saw no token has no Gram matrix."""
-        return magnitude_like(self)
 
 
 @dataclass(frozen=True)
@@ -126,7 +123,7 @@ class APT(MaskedPass):
 
     def prune(self, weight: Tensor, statistics: InputStatistics) -> Pruned:
         problem = self._problem(weight, statistics)
-        mask = self._zeros(weight) if self._mask == "zeros" else self.choose(weight, statistics, problem)
+        mask = self.choose(weight, statistics, problem)
         return problem.finished(problem.solved(mask, self.compensation, self.solver), mask)
 
 

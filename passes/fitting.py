@@ -73,6 +73,12 @@ class FittingPass(WeightPass):
         own = ("squared_norm", "gram")
         return (*own, "cross_gram", "dense_weight") if self.target == "dense" else own
 
+    def without_data(self) -> WeightPass:
+        """Plain magnitude: an expert that saw no token has no statistics to go by."""
+        from sparsify.passes.magnitude import magnitude_like  # magnitude is built on this file
+
+        return magnitude_like(self)
+
     def choose(self, weight: Tensor, statistics: InputStatistics, problem: Problem) -> Tensor:
         """This method's mask for ``weight`` [out_features, in_features], the kept weights left aside."""
         raise NotImplementedError

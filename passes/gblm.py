@@ -9,13 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from sparsify.passes.magnitude import magnitude_like
 from sparsify.passes.scored import ScoredPass
 from sparsify.passes.wanda import input_norm
 from torch import Tensor
 
 from sparsify.calibration.statistics import InputStatistics
-from sparsify.weight_pass import WeightPass
 
 
 @dataclass(frozen=True)
@@ -54,6 +52,3 @@ class GBLM(ScoredPass):
         if self.reduction == "mean":
             gradient = gradient / statistics.sequences ** (0.5 if self.norm == "l2" else 1.0)
         return input_norm(statistics) + self.alpha * gradient
-
-    def without_data(self) -> WeightPass:
-        return magnitude_like(self)

@@ -29,13 +29,12 @@ class DampedGram:
         root: M, upper triangular with H = MMᵀ, float32. A change δ of one row of weights costs ‖δM‖², and entry j of
             δM holds the changes of columns up to j alone.
         dead: [in_features], inputs that were zero on every token.
-        damping: λ. ``note``: what had to be done to factor H, or None.
+        note: what had to be done to factor H, or None.
     """
 
     matrix: Tensor
     root: Tensor
     dead: Tensor
-    damping: float
     note: str | None = None
 
     @cached_property
@@ -68,7 +67,7 @@ def _damped(gram: Tensor, percdamp: float) -> DampedGram:
             "the Gram matrix", found="an input that is zero on every calibration token", do="Use other calibration data"
         )
     # float64: a Gram matrix of few tokens is rank-deficient, and its factor decides masks.
-    matrix = gram.double()
+    matrix = gram.to(torch.float64, copy=True)
     matrix.diagonal()[dead] = 1
     mean = float(matrix.diagonal().mean())
     share, root = percdamp, None
@@ -83,7 +82,7 @@ def _damped(gram: Tensor, percdamp: float) -> DampedGram:
             "the Gram matrix", found=f"it does not factor with damping up to {_MOST:g}", do="Use other calibration data"
         )
     raised = f"damping raised from {percdamp:g} to {share:g}: its Gram matrix would not factor"
-    return DampedGram(matrix.float(), root.float(), dead, share * mean, None if share == percdamp else raised)
+    return DampedGram(matrix.float(), root.float(), dead, None if share == percdamp else raised)
 
 
 def upper_root(matrix: Tensor) -> Tensor | None:

@@ -35,9 +35,6 @@ class Magnitude(ScoredPass):
     def multiplier(self, statistics: InputStatistics) -> None:
         return None
 
-    def without_data(self) -> WeightPass:
-        return magnitude_like(self)
-
 
 def magnitude_like(other: WeightPass) -> Magnitude:
     """Plain magnitude with the pattern and the comparison group of ``other``: all that is left where no data is."""

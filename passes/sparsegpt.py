@@ -12,12 +12,11 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from sparsify.passes.fitting import FittingPass, Problem, adaptive
-from sparsify.passes.magnitude import magnitude_like
 from torch import Tensor
 
 from sparsify.calibration.statistics import InputStatistics
 from sparsify.selection import Axis
-from sparsify.weight_pass import Pruned, WeightPass
+from sparsify.weight_pass import Pruned
 
 
 @dataclass(frozen=True)
@@ -70,6 +69,3 @@ class SparseGPT(FittingPass):
             return columns.square() * scale[start : start + len(columns)]
 
         return problem.swept(*adaptive(self.pattern, self.count, self.blocksize, scores))
-
-    def without_data(self) -> WeightPass:
-        return magnitude_like(self)

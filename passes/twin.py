@@ -45,5 +45,5 @@ class Twin(MaskedPass):
 
     def prune(self, weight: Tensor, statistics: InputStatistics) -> Pruned:
         problem = self._problem(weight, statistics)
-        mask = self._zeros(weight) if self._mask == "zeros" else self.choose(problem.goal, statistics, problem)
+        mask = self.choose(problem.goal, statistics, problem)
         return problem.finished(problem.solved(mask, "exact", self.solver), mask)

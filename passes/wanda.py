@@ -10,14 +10,12 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
-from sparsify.passes.magnitude import magnitude_like
 from sparsify.passes.scored import ScoredPass
 from torch import Tensor
 
 from sparsify.calibration.statistics import InputStatistics
 from sparsify.errors import CalibrationError
 from sparsify.pattern import NM, Unstructured
-from sparsify.weight_pass import WeightPass
 
 
 @dataclass(frozen=True)
@@ -66,9 +64,6 @@ class Wanda(ScoredPass):
         if self.variant and isinstance(self.pattern, Unstructured):
             return variant_mask(self.scores(weight, statistics), float(self.pattern.sparsity))
         return super().mask(weight, statistics)
-
-    def without_data(self) -> WeightPass:
-        return magnitude_like(self)
 
 
 def input_norm(statistics: InputStatistics) -> Tensor:
