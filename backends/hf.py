@@ -12,15 +12,14 @@ import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from sparsify.checkpoint import WEIGHTS, Checkpoint
+from sparsify.checkpoint import WEIGHTS, Checkpoint, TensorStore
 from sparsify.errors import BackendError
 from sparsify.program import Program
-from sparsify.raw import checksum
 from sparsify.source import Source
 from sparsify.staging import Staging, copy_checkpoint
 from sparsify.weights import Weights, weights_of_checkpoint
@@ -46,9 +45,10 @@ _CHUNK = 16 << 20
 class HuggingFace:
     """The backend ``hf``."""
 
-    name: str = "hf"
+    name: ClassVar[str] = "hf"
+    needs_pass: ClassVar[bool] = True
 
-    def open(self, source: Source, out: Path, *, overwrite: bool) -> HuggingFaceJob:
+    def open(self, source: Source, out: Path, *, overwrite: bool, program: Program) -> HuggingFaceJob:
         return HuggingFaceJob(source, out, overwrite)
 
 
@@ -102,9 +102,16 @@ class HuggingFaceJob:
             save_file(_without_sharing(tensors), folder / WEIGHTS, metadata={"format": "pt"})
         return Checkpoint(folder, writable=True)
 
-    def finish(self, program: Program, manifest: dict[str, Any]) -> Path:
-        """Write the manifest, read everything back, and put the folder in place."""
-        self._verify()
+    def finish(self, program: Program, manifest: dict[str, Any]) -> tuple[Path, TensorStore]:
+        """Read everything back, write the manifest, and put the folder in place."""
+        out = self.seal(manifest | {"checksums": self.verify()})
+        return out, Checkpoint(out)
+
+    def notes(self) -> list[str]:
+        return []
+
+    def seal(self, manifest: dict[str, Any]) -> Path:
+        """Write the manifest beside what is there, and put the folder in place."""
         text = json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
         (self.staging.folder / MANIFEST).write_text(text, encoding="utf-8")
         for path in self.staging.folder.iterdir():
@@ -112,15 +119,19 @@ class HuggingFaceJob:
                 os.fsync(file.fileno())
         return self.staging.commit()
 
-    def _verify(self) -> None:
-        """Check that what was pruned reads back, and that all else is what it was, bit for bit."""
+    def verify(self) -> dict[str, int]:
+        """Check that what was pruned reads back, and that all else is what it was; the CRC-32 of every tensor."""
         back = Checkpoint(self.staging.folder)
+        sums = {}
         for name in back.names():
+            sums[name] = back.checksum(name)
+            dense = self.source.checkpoint
             if name in self.store.written:
-                if checksum(back.read(name)) != self.store.written[name]:
+                if sums[name] != self.store.written[name]:
                     raise self._differs(name)
-            elif self.source.checkpoint is not None and not _same_bytes(back, self.source.checkpoint, name):
+            elif dense is not None and not _same_bytes(back, dense, name):
                 raise self._differs(name)
+        return sums
 
     def _differs(self, name: str) -> BackendError:
         return BackendError(

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
+from sparsify.checkpoint import TensorStore
 from sparsify.program import Program
 from sparsify.source import Source
 from sparsify.weights import Weights
@@ -19,7 +20,13 @@ class Job(Protocol):
 
     weights: Weights
 
-    def finish(self, program: Program, manifest: dict[str, Any]) -> Path: ...
+    def finish(self, program: Program, manifest: dict[str, Any]) -> tuple[Path, TensorStore]:
+        """Put the output in place; where it lies, and its tensors by their names in the checkpoint."""
+        ...
+
+    def notes(self) -> list[str]:
+        """What the user should know of what was written, beside its path."""
+        ...
 
     def __enter__(self) -> Job: ...
 
@@ -27,8 +34,12 @@ class Job(Protocol):
 
 
 class Backend(Protocol):
-    """Turns a finished program into files."""
+    """Turns a finished program into files: a frozen dataclass whose fields are its options.
 
-    name: str
+    ``needs_pass``: whether it has nothing to write where nothing was pruned.
+    """
 
-    def open(self, source: Source, out: Path, *, overwrite: bool) -> Job: ...
+    name: ClassVar[str]
+    needs_pass: ClassVar[bool]
+
+    def open(self, source: Source, out: Path, *, overwrite: bool, program: Program) -> Job: ...

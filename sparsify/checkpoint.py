@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sparsify.errors import CheckpointError
-from sparsify.raw import checksum, read_into, write_from
+from sparsify.raw import checksum, checksum_of_span, read_into, write_from
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLED, PICKLED_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
@@ -137,6 +137,20 @@ class Checkpoint:
         with entry.path.open("r+b", buffering=0) as file:
             write_from(file.fileno(), tensor, entry.start)
         self.written[name] = checksum(tensor)
+
+    def checksum(self, name: str) -> int:
+        """CRC-32 of the bytes of ``name``, read in pieces.
+
+        Raises:
+            CheckpointError: the file ends before the tensor does.
+        """
+        entry = self._entries[name]
+        try:
+            return checksum_of_span(entry.path, entry.start, entry.size)
+        except EOFError as error:
+            raise CheckpointError(
+                f"reading {name}", found=f"{entry.path.name} ended early ({error})", do="Fetch it again"
+            ) from error
 
     def span(self, name: str) -> tuple[Path, int, int]:
         """Where the bytes of ``name`` lie: file, offset, length."""

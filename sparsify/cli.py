@@ -1,4 +1,5 @@
-"""The command line: ``sparsify compile | compare | inspect | eval | passes``. Words in, one function, tables out.
+"""The command line: ``sparsify compile | compare | inspect | eval | passes`` and the backends' own commands.
+
 
 Nothing heavy is imported before a command runs, so that ``--help`` answers at once.
 """
@@ -56,7 +57,7 @@ def compile_command(
         Path | None,
         typer.Option("--output", "-o", help="Folder to write. [default: NAME-PASS here]", metavar="OUT"),
     ] = None,
-    to: Annotated[str, typer.Option("--to", help="What to write: hf, an ordinary checkpoint.")] = "hf",
+    to: Annotated[str, typer.Option("--to", help="What to write: hf, an ordinary checkpoint; onnx[:OPTION=VALUE,…].", metavar="BACKEND")] = "hf",
     calibration: Annotated[
         str | None,
         typer.Option(
@@ -84,11 +85,9 @@ def compile_command(
     debug: Debug = False,
 ) -> None:
     """Prune MODEL with the given passes and write the result to OUT."""
-    with _command(debug, log_level):
+    with command_errors(debug, log_level):
         console = Console(quiet=quiet, soft_wrap=False)
         specs = passes or []
-        if not specs:
-            raise SpecError("compile", found="no --pass", do="Give one, e.g. --pass wanda:2:4; see sparsify passes")
         _check_words(specs, schedule, to)
         from sparsify.compiler import compile, default_output
         from sparsify.progress import ProgressLine
@@ -97,7 +96,7 @@ def compile_command(
         name = (
             Path(model).expanduser().resolve().name if Path(model).expanduser().exists() else model.rpartition("/")[2]
         )
-        out = output or default_output(name, specs)
+        out = output or default_output(name, specs, to)
         started = time.perf_counter()
         with ProgressLine(console, not quiet) as line:
             compiled = compile(
@@ -114,6 +113,8 @@ def compile_command(
             style = "bold red" if "NOT text" in data.label else None
             console.print(f"calibrated on {data.size}: {data.label}", style=style)
         console.print(result_report(compiled, time.perf_counter() - started))
+        for note in compiled.notes:
+            console.print(note)
         console.print(f"wrote {compiled.output}")
 
 
@@ -127,7 +128,7 @@ def inspect_command(
     debug: Debug = False,
 ) -> None:
     """Show what the compiler sees in MODEL: linear sites, input groups, shapes, regions. Reads no weights."""
-    with _command(debug, "error"):
+    with command_errors(debug, "error"):
         from sparsify.inspection import inspect
 
         found = inspect(model, allow_bin=allow_bin, trust_remote_code=trust_remote_code)
@@ -152,7 +153,7 @@ def eval_command(
     debug: Debug = False,
 ) -> None:
     """Perplexity of each MODEL on TEXT by the papers' protocol: disjoint windows, mean loss per window."""
-    with _command(debug, log_level):
+    with command_errors(debug, log_level):
         from sparsify.compiler import parse_bytes, resolve_device
         from sparsify.evaluate import evaluate
         from sparsify.progress import ProgressLine
@@ -203,7 +204,7 @@ def compare_command(
     debug: Debug = False,
 ) -> None:
     """Prune MODEL by each pass on the same calibration tokens; one table and one picture."""
-    with _command(debug, log_level):
+    with command_errors(debug, log_level):
         from sparsify.comparison import compare, split_specs
         from sparsify.progress import ProgressLine
         from sparsify.report import comparison_report
@@ -249,21 +250,30 @@ def root(
 
 
 def main() -> None:
+    add_commands()
     app()
+
+
+def add_commands() -> None:
+    """Add the commands that backends bring."""
+    from sparsify.registry import registered
+
+    for name, entry in registered("sparsify.commands").items():
+        app.command(name)(entry.load())
 
 
 def _check_words(specs: list[str], schedule: str, to: str) -> None:
     """Check the words of the command before anything large is imported or read."""
-    from sparsify.registry import find
-    from sparsify.spec import parse_pass
+    from sparsify.spec import parse_backend, parse_pass
 
     for spec in specs:
         parse_pass(spec)
-    find("sparsify.backends", to)
+    if parse_backend(to).needs_pass and not specs:
+        raise SpecError("compile", found="no --pass", do="Give one, e.g. --pass wanda:2:4; see sparsify passes")
 
 
 @contextlib.contextmanager
-def _command(debug: bool, log_level: str) -> Iterator[None]:
+def command_errors(debug: bool, log_level: str) -> Iterator[None]:
     """Errors as sentences with the right exit code; a terminated process cleans up like an interrupted one."""
     _set_logging(log_level)
     with contextlib.suppress(ValueError):  # not in the main thread

@@ -18,15 +18,14 @@ from sparsify.backend import Backend
 from sparsify.calibration.data import Calibration, example_batch, load_calibration
 from sparsify.calibration.statistics import GRADIENTS
 from sparsify.capture import Batch, capture
-from sparsify.checkpoint import Checkpoint, MemoryStore
+from sparsify.checkpoint import MemoryStore
 from sparsify.engine import Schedule, prune
 from sparsify.errors import SpecError, near
 from sparsify.manifest import make_manifest
 from sparsify.program import Program
 from sparsify.pruning import Observer, SiteResult
-from sparsify.registry import find
 from sparsify.source import Source, build_skeleton, open_source, require_real
-from sparsify.spec import parse_pass, spec_text
+from sparsify.spec import parse_backend, parse_pass, spec_text
 from sparsify.staging import check_output
 from sparsify.targets import Skipped, Target, choose
 from sparsify.weight_pass import WeightPass
@@ -58,7 +57,8 @@ class Compiled:
 
     Attributes:
         runs: one per pass, in order. ``calibration``: None where no data was used. ``opaque``: contractions with
-            a parameter that no pass can prune. ``output``: the folder that was written, or None.
+            a parameter that no pass can prune. ``output``: the folder that was written, or None; ``notes``: what the backend
+            says of it.
     """
 
     source: Source
@@ -70,6 +70,7 @@ class Compiled:
     ignore: tuple[str, ...] = ()
     only: tuple[str, ...] = ()
     output: Path | None = None
+    notes: list[str] = field(default_factory=list)
 
     @property
     def manifest(self) -> dict[str, Any]:
@@ -119,7 +120,7 @@ def compile(
     calibration: str | Iterable[Any] | Calibration | None = None,
     schedule: Schedule = "layer",
     output: str | Path | None = None,
-    to: str = "hf",
+    to: str | Backend = "hf",
     samples: int | None = None,
     sequence_length: int | None = None,
     seed: int = 0,
@@ -142,6 +143,7 @@ def compile(
             dictionaries of the model's inputs, or what :func:`load_calibration` returned. None: C4 where the hub
             answers, else sampled from the model.
         schedule: ``layer``, ``block`` (the papers') or ``dense``; see :mod:`sparsify.engine`.
+        to: the backend, as a spec (``"onnx:weights=packed"``) or an object: what to write.
         output: the folder to write; None keeps the result in memory.
         samples, sequence_length, seed: how sequences are drawn from a named source.
         ignore, only: names, globs or ``re:`` patterns of parameters or modules.
@@ -160,9 +162,9 @@ def compile(
     parsed = [parse_pass(p) if isinstance(p, str) else p for p in passes]
     if schedule not in SCHEDULES:
         raise SpecError(f"schedule '{schedule}'", found="no such schedule", do=f"Choose {', '.join(SCHEDULES)}")
-    if not parsed:
+    backend = parse_backend(to) if isinstance(to, str) else to
+    if not parsed and backend.needs_pass:
         raise SpecError("compiling without a pass", found="nothing to do", do="Give --pass, e.g. --pass wanda:2:4")
-    backend: Backend = find("sparsify.backends", to)()
     budget, place = parse_bytes(memory), resolve_device(device)
     out = Path(output) if output is not None else None
     if out is not None and not dry_run:
@@ -196,7 +198,7 @@ def compile(
         if out is None:
             program.weights = source.weights.on(MemoryStore(source.weights.store))
         else:
-            job = stack.enter_context(backend.open(source, out, overwrite=overwrite))
+            job = stack.enter_context(backend.open(source, out, overwrite=overwrite, program=program))
             program.weights = job.weights
         for run in runs:
             run.sites = prune(
@@ -206,15 +208,17 @@ def compile(
             )  # fmt: skip
             program.verify()
         if out is not None:
-            compiled.output = job.finish(program, make_manifest(compiled))
+            compiled.output, store = job.finish(program, make_manifest(compiled))
+            compiled.notes = job.notes()
             # The folder has its final name only now; read from there from here on.
-            program.weights = program.weights.on(Checkpoint(compiled.output))
+            program.weights = program.weights.on(store)
     return compiled
 
 
-def default_output(source_name: str, passes: Sequence[str]) -> Path:
-    """``NAME-PASS`` in the current folder: ``llama-wanda-2-4``."""
-    spec = "-".join(spec_text(parse_pass(p)) for p in passes)
+def default_output(source_name: str, passes: Sequence[str], to: str = "hf") -> Path:
+    """``NAME-PASS[-BACKEND]`` in the current folder: ``llama-wanda-2-4``, ``llama-onnx``."""
+    backend = parse_backend(to).name
+    spec = "-".join([spec_text(parse_pass(p)) for p in passes] + ([backend] if backend != "hf" else []))
     safe = spec.replace("%", "pct")
     return Path(f"{source_name}-{''.join(c if c.isalnum() or c in '._' else '-' for c in safe)}")
 

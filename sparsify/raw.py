@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import os
 import zlib
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 # The kernel moves at most 2 GiB in one call.
 _AT_ONCE = 1 << 30
+_PIECE = 16 << 20
 
 
 def as_bytes(tensor: Tensor) -> memoryview:
@@ -47,3 +49,21 @@ def write_from(fd: int, tensor: Tensor, offset: int) -> None:
 def checksum(tensor: Tensor) -> int:
     """CRC-32 of the bytes of ``tensor``."""
     return zlib.crc32(as_bytes(tensor.contiguous()))
+
+
+def checksum_of_span(path: Path, start: int, size: int) -> int:
+    """CRC-32 of ``size`` bytes of a file from ``start`` on.
+
+    Raises:
+        EOFError: the file ends before.
+    """
+    total = 0
+    with path.open("rb") as file:
+        file.seek(start)
+        while size:
+            part = file.read(min(size, _PIECE))
+            if not part:
+                raise EOFError(f"{size} bytes are missing")
+            total = zlib.crc32(part, total)
+            size -= len(part)
+    return total

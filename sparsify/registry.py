@@ -23,12 +23,21 @@ _OWN = {
         "twin": "sparsify.passes.twin:Twin",
         "wanda": "sparsify.passes.wanda:Wanda",
     },
-    "sparsify.backends": {"hf": "sparsify.backends.hf:HuggingFace"},
+    "sparsify.backends": {
+        "hf": "sparsify.backends.hf:HuggingFace",
+        "onnx": "sparsify.backends.onnx.backend:ONNX",
+    },
+    # Functions with typer's annotations; each is imported when a command line is parsed, so they import nothing heavy.
+    "sparsify.commands": {
+        "run": "sparsify.backends.onnx.commands:run",
+        "verify": "sparsify.backends.onnx.commands:verify",
+        "expand": "sparsify.backends.onnx.commands:expand",
+    },
 }
 
 
 def registered(group: str) -> dict[str, EntryPoint]:
-    """Entry points of ``sparsify.passes`` or ``sparsify.backends`` by name, unloaded."""
+    """Entry points of ``sparsify.passes``, ``sparsify.backends`` or ``sparsify.commands`` by name, unloaded."""
     own = {name: EntryPoint(name, value, group) for name, value in _OWN[group].items()}
     return {entry.name: entry for entry in entry_points(group=group)} | own
 

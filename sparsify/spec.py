@@ -1,4 +1,4 @@
-"""Spec text to passes and back: ``wanda:2:4``, ``wanda:50%,group=input,blocksize=128``.
+"""Spec text to passes and back, and to backends: ``wanda:2:4``, ``wanda:50%,group=input,blocksize=128``.
 
 The grammar is NAME:PATTERN[,OPTION=VALUE]…; options are the fields of the pass's dataclass and are checked
 against their types. ``parse_pass(str(spec_text(p))) == p`` for every pass, so a printed spec is a runnable one.
@@ -11,6 +11,7 @@ import types
 import typing
 from typing import Any
 
+from sparsify.backend import Backend
 from sparsify.errors import SpecError, near
 from sparsify.pattern import parse_pattern
 from sparsify.registry import find, registered
@@ -29,6 +30,32 @@ def parse_pass(text: str) -> WeightPass:
     kind = find("sparsify.passes", name)
     if not pattern:
         raise SpecError(f"pass '{text}'", found="no pattern after the name", do=f"Write {name}:2:4 or {name}:50%, say")
+    return kind(parse_pattern(pattern), **_options(kind, name, options))
+
+
+def parse_backend(text: str) -> Backend:
+    """Return the backend that ``text`` spells: NAME[:OPTION=VALUE[,OPTION=VALUE]…].
+
+    Raises:
+        SpecError: an unknown backend or option, a value of the wrong type, options that contradict each other.
+    """
+    name, _, options = text.strip().partition(":")
+    kind = find("sparsify.backends", name)
+    return kind(**_options(kind, name, options.split(",") if options else []))
+
+
+def spec_text(weight_pass: WeightPass) -> str:
+    """The shortest spec that parses to ``weight_pass``."""
+    text = f"{weight_pass.name}:{weight_pass.pattern}"
+    for f in dataclasses.fields(weight_pass):
+        value = getattr(weight_pass, f.name)
+        if f.name != "pattern" and value != f.default:
+            text += f",{f.name}={str(value).lower() if isinstance(value, bool) else value}"
+    return text
+
+
+def _options(kind: type, name: str, options: list[str]) -> dict[str, Any]:
+    """Values of the fields of ``kind`` that ``options`` (KEY=VALUE) give."""
     fields = {f.name: f for f in dataclasses.fields(kind) if f.name != "pattern"}
     hints = typing.get_type_hints(kind)
     values: dict[str, Any] = {}
@@ -41,17 +68,7 @@ def parse_pass(text: str) -> WeightPass:
         if key in values:
             raise SpecError(f"option '{key}' of {name}", found="given twice", do="Give it once")
         values[key] = _value(f"option {key}={value} of {name}", value, hints[key])
-    return kind(parse_pattern(pattern), **values)
-
-
-def spec_text(weight_pass: WeightPass) -> str:
-    """The shortest spec that parses to ``weight_pass``."""
-    text = f"{weight_pass.name}:{weight_pass.pattern}"
-    for f in dataclasses.fields(weight_pass):
-        value = getattr(weight_pass, f.name)
-        if f.name != "pattern" and value != f.default:
-            text += f",{f.name}={str(value).lower() if isinstance(value, bool) else value}"
-    return text
+    return values
 
 
 def describe_passes() -> list[tuple[str, str, dict[str, str]]]:

@@ -81,6 +81,10 @@ class Weights:
             return [source for source, _ in self._converted[name].sources]
         return [self._renamed[name]]
 
+    def conversion(self, name: str) -> Conversion | None:
+        """How parameter ``name`` is made of several checkpoint tensors; None where it is one of them."""
+        return self._converted.get(self.canonical(name))
+
     def dtype(self, name: str) -> torch.dtype:
         """The dtype in which the checkpoint stores parameter ``name``."""
         return self.store.dtype(self.sources(name)[0])

@@ -1,0 +1,343 @@
+"""``sparsify verify``: what an exported folder really holds, weight by weight, and what each runtime gains from it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsify.backends.hf import MANIFEST
+from sparsify.backends.onnx.axis import Contraction, contractions
+from sparsify.backends.onnx.compare import Behaviour, behave, runtime_weights, torch_model
+from sparsify.backends.onnx.runner import find_onnx
+from sparsify.backends.onnx.store import GraphStore
+from sparsify.checkpoint import INDEX, WEIGHTS, Checkpoint, TensorStore
+from sparsify.errors import BackendError, CheckpointError, SparsifyError, first_line
+from sparsify.pattern import NM, Pattern, parse_pattern
+from sparsify.raw import checksum
+
+# Patterns that are looked for where none is promised.
+_KNOWN = (NM(1, 4), NM(2, 4), NM(4, 8))
+# Of the logits' own size; the arithmetic is the same, its order is not.
+_TOLERANCE = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
+
+
+@dataclass
+class WeightCheck:
+    """One weight that a contraction reads.
+
+    Attributes:
+        axis: the axis summed over, of ``shape``. ``zeros``: their share. ``pattern``: the N:M that holds along it.
+        equal: whether onnxruntime gives the checkpoint's values, bit for bit; None where there is nothing to compare.
+        tensorrt: None where its sparse kernels may take it, else the condition that fails.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    format: str
+    operator: str
+    axis: int
+    zeros: float
+    pattern: str | None
+    equal: bool | None = None
+    tensorrt: str | None = None
+
+
+@dataclass
+class Verification:
+    """The result: sound where ``problems`` is empty. ``unchecked`` says what could not be looked at, and why."""
+
+    file: Path
+    weights: list[WeightCheck] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    unchecked: list[str] = field(default_factory=list)
+    opset: int = 0
+    compared: int = 0
+    behaviour: Behaviour | None = None
+    packed: bool = False
+
+    @property
+    def sound(self) -> bool:
+        return not self.problems
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "file": str(self.file), "sound": self.sound}
+
+
+def verify_onnx(
+    folder: Path,
+    *,
+    against: Path | None = None,
+    pattern: str | None = None,
+    run: bool = True,
+    observe: Callable[[str], None] = lambda stage: None,
+) -> Verification:
+    """Check an ONNX file or folder, ours or not.
+
+    Args:
+        against: a checkpoint folder to compare with; the folder's own where None.
+        pattern: what every pruned weight must hold; else what ``sparsify.json`` promises for each.
+        run: compare outputs and greedy tokens with torch, for which the whole model is loaded.
+
+    Raises:
+        CheckpointError: no ONNX file there. What is wrong with the file itself is in ``problems``.
+    """
+    file = find_onnx(folder)
+    store = GraphStore(file)
+    result = Verification(file, opset=store.model.opset_imports.get("", 0), packed=bool(store.packed))
+    manifest = _manifest(file.parent)
+    observe("checking the file")
+    _check_file(result, store)
+    observe("reading the weights")
+    readable = _check_patterns(result, store, manifest, parse_pattern(pattern) if pattern else None)
+    checkpoint = _checkpoint(against or file.parent, result)
+    if not readable:
+        result.unchecked.append("runtime: some weights cannot be read, so nothing was run")
+        return result
+    observe("comparing weights with onnxruntime's")
+    _check_equal(result, store, manifest, checkpoint)
+    if run and not result.problems:
+        observe("running onnxruntime and torch")
+        _check_behaviour(result, store, checkpoint, against or file.parent, manifest)
+    elif run:
+        result.unchecked.append("outputs: not compared, for the weights are already known to be wrong")
+    return result
+
+
+def _check_file(result: Verification, store: GraphStore) -> None:
+    import onnx
+
+    try:
+        onnx.checker.check_model(str(store.file), full_check=True)
+    except Exception as error:  # the checker's kinds are its own
+        result.problems.append(f"{store.file.name}: onnx.checker refuses it: {first_line(error)}")
+    links = [p.name for p in store.file.parent.iterdir() if p.is_symlink() or (p.is_file() and p.stat().st_nlink > 1)]
+    if links:
+        result.problems.append(f"links in the folder, which runtimes refuse: {', '.join(sorted(links)[:3])}")
+    strange = sorted({n.domain for n in store.model.graph.all_nodes() if n.domain not in ("", "ai.onnx")})
+    if strange:
+        result.unchecked.append(f"operators of {', '.join(strange)}: only runtimes that know these load the file")
+
+
+def _check_patterns(
+    result: Verification, store: GraphStore, manifest: dict[str, Any], asked: Pattern | None
+) -> bool:
+    """Fill in ``result.weights``; whether every tensor could be read."""
+    promised = _promises(manifest)
+    found, lost = contractions(store.model, store.packed)
+    result.unchecked += [f"{what}" for what in lost]
+    readable, seen = True, set()
+    names = set(store.names())
+    for contraction in found:
+        name = contraction.name
+        if name not in names:
+            continue
+        seen.add(name)
+        shape, dtype = store.shape(name), store.dtype(name)
+        if not dtype.is_floating_point or len(shape) < 2:
+            continue
+        try:
+            weight = store.read(name)
+        except CheckpointError as error:
+            result.problems.append(str(error))
+            readable = False
+            continue
+        result.weights.append(_judge(result, contraction, weight, store, promised.get(name), asked))
+    for name in names - seen:
+        try:
+            store.read(name)
+        except CheckpointError as error:
+            result.problems.append(str(error))
+            readable = False
+    missing = sorted(promised.keys() - seen)
+    if missing:
+        result.problems.append(f"{missing[0]}: {MANIFEST} says it was pruned, and no contraction of the graph reads it")
+    return readable
+
+
+def _judge(
+    result: Verification, at: Contraction, weight: Tensor, store: GraphStore, promise: _Promise | None, asked: Pattern | None
+) -> WeightCheck:
+    moved = weight.movedim(at.axis, -1)
+    zeros = float((weight == 0).float().mean())
+    held = next((p for p in _KNOWN if zeros > 0.25 and _holds(moved, p)), None)
+    expected = asked if asked is not None and zeros > 0.05 else promise.pattern if promise is not None else None
+    check = WeightCheck(
+        at.name, tuple(weight.shape), str(weight.dtype).removeprefix("torch."), store.packed.get(at.name, "dense"),
+        at.operator, at.axis, zeros, str(held) if held else None, tensorrt=_tensorrt(at, moved, held),
+    )  # fmt: skip
+    if isinstance(expected, NM):
+        if not _holds(moved, expected):
+            other = _other_axis(weight, at.axis, expected)
+            result.problems.append(
+                f"{at.name}: {expected} does not hold along axis {at.axis}, which {at.operator} sums over"
+                + (f"; it holds along axis {other}: pruned along the wrong axis" if other is not None else "")
+            )
+        else:
+            check.pattern = str(expected)
+    elif promise is not None and zeros + 1e-6 < 1 - promise.kept:
+        result.problems.append(f"{at.name}: {zeros:.4%} zeros, {MANIFEST} says {1 - promise.kept:.4%}")
+    elif expected is None and held is None and zeros > 0.25:
+        for known in _KNOWN:
+            if (other := _other_axis(weight, at.axis, known)) is not None:
+                result.problems.append(
+                    f"{at.name}: {known} holds along axis {other}, but {at.operator} sums over axis {at.axis}: "
+                    "pruned along the wrong axis"
+                )
+                break
+    return check
+
+
+def _holds(moved: Tensor, pattern: NM) -> bool:
+    """Whether each group of M along the last axis keeps at most N."""
+    if moved.shape[-1] % pattern.m:
+        return False
+    return bool(((moved.reshape(-1, pattern.m) != 0).sum(1) <= pattern.n).all())
+
+
+def _other_axis(weight: Tensor, axis: int, pattern: NM) -> int | None:
+    return next((a for a in range(weight.dim()) if a != axis and _holds(weight.movedim(a, -1), pattern)), None)
+
+
+def _tensorrt(at: Contraction, moved: Tensor, held: NM | None) -> str | None:
+    if held is None or (held.n * 4 > 2 * held.m) or held.m > 4:
+        return "not 2:4"
+    if not at.flat:
+        return f"{at.operator} of more than two dimensions"
+    outputs, inputs = moved.reshape(-1, moved.shape[-1]).shape
+    if inputs % 16 or outputs % 8:
+        return f"{inputs} inputs × {outputs} outputs are not multiples of 16 and 8"
+    return None
+
+
+def _check_equal(
+    result: Verification, store: GraphStore, manifest: dict[str, Any], checkpoint: TensorStore | None
+) -> None:
+    sums = manifest.get("checksums", {})
+    known = set(checkpoint.names()) if checkpoint is not None else set()
+    rows = {row.name: row for row in result.weights}
+    for name in [n for n in store.names() if n in sums]:
+        if checksum(store.read(name)) not in (sums[name], None):
+            turned = store.read(name)
+            if turned.dim() == 2 and checksum(turned.t()) == sums[name]:
+                continue
+            result.problems.append(f"{name}: its bytes are not those that were written (checksum of {MANIFEST})")
+            if name in rows:
+                rows[name].equal = False
+    digests: dict[int, str] | None = None
+    try:
+        for name, got in runtime_weights(store, store.names()):
+            if name in known:
+                assert checkpoint is not None
+                want: Tensor | None = checkpoint.read(name)
+            elif checkpoint is not None and got.dim() >= 2:
+                # A file that is not ours names weights as it likes: find them by their values.
+                digests = digests if digests is not None else _digests(checkpoint)
+                match = digests.get(checksum(got)) or (digests.get(checksum(got.t())) if got.dim() == 2 else None)
+                want = None
+                if match is not None:
+                    result.compared += 1
+                    if name in rows:
+                        rows[name].equal = True
+                    continue
+            elif name in sums:
+                want = store.read(name)
+            else:
+                want = None
+            if want is None:
+                if name in rows:
+                    result.unchecked.append(f"{name}: no tensor of that name or with these values in the checkpoint")
+                continue
+            equal = _same(got, want)
+            result.compared += 1
+            if name in rows and rows[name].equal is not False:
+                rows[name].equal = equal
+            if not equal:
+                result.problems.append(f"{name}: onnxruntime gives other values than the checkpoint holds")
+    except SparsifyError as error:
+        result.problems.append(str(error))
+
+
+def _same(got: Tensor, want: Tensor) -> bool:
+    """Bit for bit after the graph's own cast; a MatMul's weight may be stored transposed."""
+    want = want.to(got.dtype)
+    if got.shape != want.shape and got.dim() == 2 and got.t().shape == want.shape:
+        got = got.t()
+    if got.shape != want.shape:
+        return False
+    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[got.element_size()]
+    equal = torch.equal(got.contiguous().view(bits), want.contiguous().view(bits))
+    if not equal and got.dim() == 2 and got.shape[0] == got.shape[1]:
+        equal = torch.equal(got.t().contiguous().view(bits), want.contiguous().view(bits))
+    return equal
+
+
+def _digests(checkpoint: TensorStore) -> dict[int, str]:
+    return {checksum(checkpoint.read(name)): name for name in checkpoint.names()}
+
+
+def _check_behaviour(
+    result: Verification, store: GraphStore, checkpoint: TensorStore | None, folder: Path, manifest: dict[str, Any]
+) -> None:
+    if not (folder / "config.json").is_file():
+        result.unchecked.append("outputs: no config.json, so there is no torch model to compare with")
+        return
+    compute = str(manifest.get("onnx", {}).get("compute", "float32"))
+    try:
+        model = torch_model(folder, checkpoint or store, getattr(torch, compute))
+        result.behaviour = behave(store.file, model)
+    except BackendError as error:
+        result.problems.append(str(error))
+        return
+    except Exception as error:  # a graph with inputs of its own, which is no fault of its weights
+        result.unchecked.append(f"outputs: not compared ({first_line(error)})")
+        return
+    if result.behaviour.difference > _TOLERANCE[compute]:
+        result.problems.append(
+            f"outputs: they differ from torch's by {result.behaviour.difference:.1e} of their size, "
+            f"more than {_TOLERANCE[compute]:.0e}"
+        )
+
+
+@dataclass(frozen=True)
+class _Promise:
+    pattern: Pattern
+    kept: float
+
+
+def _promises(manifest: dict[str, Any]) -> dict[str, _Promise]:
+    """What the manifest says each checkpoint tensor holds, by the last pass that pruned it."""
+    promised = {}
+    for run in manifest.get("passes", []):
+        for site in run["sites"]:
+            for tensor in site["tensors"]:
+                # A site of several tensors (experts) has one kept share for all: each may differ.
+                kept = site["kept"] if len(site["tensors"]) == 1 else 1.0
+                promised[tensor] = _Promise(parse_pattern(site["pattern"]), kept)
+    return promised
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    try:
+        content = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        return content if isinstance(content, dict) else {}
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise CheckpointError(f"{folder / MANIFEST}", found=f"not JSON ({error})", do="Compile again") from error
+
+
+def _checkpoint(folder: Path, result: Verification) -> Checkpoint | None:
+    if not (folder / WEIGHTS).exists() and not (folder / INDEX).exists():
+        return None
+    try:
+        return Checkpoint(folder)
+    except CheckpointError as error:
+        result.problems.append(str(error))
+        return None

@@ -1,0 +1,82 @@
+"""The commands that come with ONNX: ``sparsify run``, ``verify`` and ``expand``. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from sparsify.cli import AsJson, Debug, command_errors
+
+Folder = Annotated[Path, typer.Argument(help="Folder with model.onnx, or an ONNX file.", metavar="OUT")]
+
+
+def run(
+    folder: Folder,
+    prompt: Annotated[str, typer.Argument(help="Text to go on from.")],
+    tokens: Annotated[int, typer.Option(help="How many tokens to write at most.", min=1)] = 64,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.", min=0)] = 0.0,
+    top_k: Annotated[int, typer.Option(help="Draw from so many of the likeliest; 0: all.", min=0)] = 0,
+    seed: Annotated[int, typer.Option(help="Seed for drawing.")] = 0,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    threads: Annotated[int, typer.Option(help="0: as many as onnxruntime likes.", min=0)] = 0,
+    debug: Debug = False,
+) -> None:
+    """Write text with OUT in onnxruntime, token by token."""
+    with command_errors(debug, "error"):
+        from sparsify.backends.onnx.talk import talk
+
+        for piece in talk(folder, prompt, tokens=tokens, temperature=temperature, top_k=top_k, seed=seed,
+                          device=device, threads=threads):  # fmt: skip
+            print(piece.text, end="", flush=True)
+        print()
+        Console(stderr=True).print(
+            f"{piece.count} tokens, {piece.rate:.1f} a second after the first (the prompt took {piece.first:.2f} s)",
+            style="dim",
+        )
+
+
+def verify(
+    folder: Annotated[Path, typer.Argument(help="A folder or an ONNX file, written by sparsify or not.", metavar="OUT")],
+    against: Annotated[
+        Path | None, typer.Option(help="Checkpoint to compare with. [default: OUT's own]", metavar="MODEL")
+    ] = None,
+    pattern: Annotated[
+        str | None, typer.Option(help="What the pruned weights must hold. [default: as sparsify.json says]")
+    ] = None,
+    weights_only: Annotated[bool, typer.Option("--weights-only", help="Do not load the model into torch.")] = False,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Check OUT: the sparsity along the axis that is summed over, every weight's bits, the outputs against torch."""
+    with command_errors(debug, "error"):
+        from sparsify.backends.onnx.check import verify_onnx
+        from sparsify.backends.onnx.report import verification_report
+
+        console = Console()
+        with Console(stderr=True).status("") as status:
+            result = verify_onnx(folder, against=against, pattern=pattern, run=not weights_only, observe=status.update)
+        if as_json:
+            print(json.dumps(result.as_dict()))
+        else:
+            console.print(verification_report(result))
+        if not result.sound:
+            raise SystemExit(1)
+
+
+def expand(
+    folder: Folder,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder to write. [default: in place]", metavar="DENSE")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace DENSE if it exists.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Unpack OUT, written with onnx:weights=packed: dense safetensors, and model.onnx pointing into them."""
+    with command_errors(debug, "error"):
+        from sparsify.backends.onnx.expand import expand as unpack_folder
+
+        print(f"wrote {unpack_folder(folder, output, overwrite=overwrite)}")

@@ -1,0 +1,240 @@
+"""What the exported graph takes and gives: a flat wrapper around a model, with names, examples and dynamic dimensions.
+
+Decoders follow the names of optimum and onnxruntime-genai: ``input_ids``, ``attention_mask``, ``position_ids``,
+``past_key_values.{i}.key/.value`` in; ``logits``, ``present.{i}.key/.value`` out. State-space models are one step:
+``past_conv.{i}``, ``past_recurrent.{i}`` in, ``present_…`` out. All else is a plain graph of the model's own inputs.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from sparsify.errors import BackendError, first_line
+
+BATCH, SEQUENCE, PAST, TOTAL = "batch_size", "sequence_length", "past_sequence_length", "total_sequence_length"
+Kind = Literal["decoder", "step", "plain"]
+
+
+@dataclass(frozen=True)
+class Contract:
+    """A module to export, and how its inputs and outputs are called.
+
+    Attributes:
+        kind: ``decoder`` (key-value cache), ``step`` (recurrent states, one token) or ``plain``.
+        wrapper: takes a dictionary of tensors and a list of tuples of states; its ``model`` is the model.
+        inputs, states: example tensors; ``dims`` names their dimensions and those of the outputs, ints being fixed.
+        outputs: names, in order.
+    """
+
+    kind: Kind
+    wrapper: nn.Module
+    inputs: dict[str, Tensor]
+    states: list[tuple[Tensor, Tensor]]
+    outputs: list[str]
+    dims: dict[str, list[str | int]] = field(default_factory=dict)
+
+    @property
+    def input_names(self) -> list[str]:
+        return [*self.inputs, *self.state_names("past")]
+
+    @property
+    def output_names(self) -> list[str]:
+        return [*self.outputs, *self.state_names("present")]
+
+    def state_names(self, when: Literal["past", "present"]) -> list[str]:
+        if self.kind == "step":
+            return [f"{when}_{part}.{i}" for i in range(len(self.states)) for part in ("conv", "recurrent")]
+        stem = "past_key_values" if when == "past" else "present"
+        return [f"{stem}.{i}.{part}" for i in range(len(self.states)) for part in ("key", "value")]
+
+
+class _Decoder(nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, inputs: dict[str, Tensor], states: list[tuple[Tensor, Tensor]]) -> Any:
+        from transformers import DynamicCache
+
+        # Made without the config: the mask then applies a sliding window, and the cache keeps every token.
+        cache = DynamicCache([tuple(pair) for pair in states])
+        out = self.model(**inputs, past_key_values=cache, use_cache=True)
+        return out.logits, [(layer.keys, layer.values) for layer in out.past_key_values.layers]
+
+
+class _Step(nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, inputs: dict[str, Tensor], states: list[tuple[Tensor, Tensor]]) -> Any:
+        from transformers import DynamicCache
+
+        model = cast(Any, self.model)
+        cache = DynamicCache(config=model.config)
+        for layer, (conv, recurrent) in zip(cache.layers, states, strict=True):
+            # Layers write their states in place, and a graph may not write its inputs.
+            layer.conv_states[0], layer.recurrent_states[0] = conv.clone(), recurrent.clone()
+            for flags in (layer.is_conv_states_initialized, layer.is_recurrent_states_initialized):
+                flags[0] = True
+            layer.has_previous_state[0], layer.conv_kernel_size[0] = True, conv.shape[-1]
+        out = model(input_ids=inputs["input_ids"], cache_params=cache, use_cache=True)
+        # A padded row keeps the state of one that has seen nothing, which is what the padded prefill computes.
+        mask = inputs["attention_mask"]
+        return out.logits, [
+            (_masked(layer.conv_states[0], mask), _masked(layer.recurrent_states[0], mask)) for layer in cache.layers
+        ]
+
+
+def _masked(state: Tensor, mask: Tensor) -> Tensor:
+    return state * mask.reshape(-1, *[1] * (state.dim() - 1)).to(state.dtype)
+
+
+class _Plain(nn.Module):
+    def __init__(self, model: nn.Module, positional: bool) -> None:
+        super().__init__()
+        self.model, self.positional = model, positional
+
+    def forward(self, inputs: dict[str, Tensor], states: list[tuple[Tensor, Tensor]]) -> Any:
+        if self.positional:
+            out = self.model(*inputs.values())
+        else:
+            more = {} if getattr(getattr(self.model, "config", None), "use_cache", None) is None else {"use_cache": False}
+            out = self.model(**inputs, **more)
+        return tuple(_tensors(out).values()), []
+
+
+def _tensors(output: Any) -> dict[str, Tensor]:
+    """The tensors of a model's output that a deployed graph gives, by name."""
+    if isinstance(output, Tensor):
+        return {"output": output}
+    if isinstance(output, Mapping):
+        names = ("logits", "last_hidden_state", "pooler_output")
+        named = {n: output[n] for n in names if isinstance(output.get(n), Tensor)}
+        return named or {n: v for n, v in output.items() if isinstance(v, Tensor)}
+    return {f"output_{i}": value for i, value in enumerate(output) if isinstance(value, Tensor)}
+
+
+def contract_for(model: nn.Module, run: Callable[[Callable[[], Any]], Any], batch: Mapping[str, Tensor]) -> Contract:
+    """The contract for ``model``.
+
+    Args:
+        model: a module whose parameters take no memory. ``run`` calls a function where they can be computed with.
+        batch: example inputs of a plain model, name to tensor; digits name positional inputs.
+
+    Raises:
+        BackendError: the model generates, but its cache is of a kind that no exported graph can hold.
+    """
+    config = getattr(model, "config", None)
+    generates = getattr(model, "can_generate", bool)() and not getattr(config, "is_encoder_decoder", False)
+    if not generates:
+        return _plain(model, run, batch)
+    parameters = inspect.signature(model.forward).parameters
+    if "past_key_values" in parameters:
+        return _decoder(model, run, parameters)
+    if "cache_params" in parameters:
+        return _step(model, run)
+    raise _no_cache(model, "its forward takes neither past_key_values nor cache_params")
+
+
+def _decoder(model: Any, run: Callable[[Callable[[], Any]], Any], parameters: Mapping[str, Any]) -> Contract:
+    from transformers import DynamicCache
+
+    # No dimension is 0 or 1, which tracing would take for a constant, and no two are alike.
+    rows, length, past = 2, 3, 4
+    ids = torch.zeros(rows, length, dtype=torch.long)
+    try:
+        cache = run(lambda: model(input_ids=ids, past_key_values=DynamicCache(), use_cache=True).past_key_values)
+        shapes = [(layer.keys.shape, layer.values.shape) for layer in cache.layers]
+        dtype = cache.layers[0].keys.dtype
+    except Exception as error:  # a model's own code raises whatever it likes
+        raise _no_cache(model, f"it does not run with a plain key-value cache ({first_line(error)})") from error
+    if any(len(shape) != 4 for pair in shapes for shape in pair):
+        raise _no_cache(model, f"a layer's cache has shape {tuple(shapes[0][0])}")
+    inputs = {"input_ids": ids}
+    dims: dict[str, list[str | int]] = {"input_ids": [BATCH, SEQUENCE], "logits": [BATCH, SEQUENCE, -1]}
+    if "attention_mask" in parameters:
+        inputs["attention_mask"] = torch.ones(rows, past + length, dtype=torch.long)
+        # A mask of ones alone lets models drop it while they are traced.
+        inputs["attention_mask"][0, 0] = 0
+        dims["attention_mask"] = [BATCH, TOTAL]
+    if "position_ids" in parameters:
+        inputs["position_ids"] = torch.arange(past, past + length).expand(rows, length).clone()
+        dims["position_ids"] = [BATCH, SEQUENCE]
+    states = []
+    for i, pair in enumerate(shapes):
+        key, value = (torch.zeros(rows, s[1], past, s[3], dtype=dtype) for s in pair)
+        states.append((key, value))
+        for part, s in zip(("key", "value"), pair, strict=True):
+            dims[f"past_key_values.{i}.{part}"] = [BATCH, int(s[1]), PAST, int(s[3])]
+            dims[f"present.{i}.{part}"] = [BATCH, int(s[1]), TOTAL, int(s[3])]
+    return Contract("decoder", _Decoder(model), inputs, states, ["logits"], dims)
+
+
+def _step(model: Any, run: Callable[[Callable[[], Any]], Any]) -> Contract:
+    rows = 2
+    ids = torch.zeros(rows, 1, dtype=torch.long)
+    try:
+        cache = run(lambda: model(input_ids=ids, use_cache=True).cache_params)
+        pairs = [(layer.conv_states[0], layer.recurrent_states[0]) for layer in cache.layers]
+        states = [tuple(torch.zeros(s.shape, dtype=s.dtype) for s in pair) for pair in pairs]
+    except Exception as error:  # hybrid caches have layers of several kinds
+        raise _no_cache(model, f"its cache is not one of recurrent states alone ({first_line(error)})") from error
+    inputs = {"input_ids": ids, "attention_mask": torch.ones(rows, 1, dtype=torch.long)}
+    dims: dict[str, list[str | int]] = {"input_ids": [BATCH, 1], "attention_mask": [BATCH, 1], "logits": [BATCH, 1, -1]}
+    for i, pair in enumerate(states):
+        for part, state in zip(("conv", "recurrent"), pair, strict=True):
+            dims[f"past_{part}.{i}"] = dims[f"present_{part}.{i}"] = [BATCH, *map(int, state.shape[1:])]
+    return Contract("step", _Step(model), inputs, cast(Any, states), ["logits"], dims)
+
+
+def _plain(model: Any, run: Callable[[Callable[[], Any]], Any], batch: Mapping[str, Tensor]) -> Contract:
+    positional = all(name.isdigit() for name in batch)
+    rows = 2
+    inputs, dims = {}, {}
+    for name, value in batch.items():
+        # Two rows whatever the batch had, and of tokens more than one.
+        value = torch.zeros(rows, *value.shape[1:], dtype=value.dtype) if value.dim() else value
+        named = f"input_{name}" if positional else name
+        inputs[named] = value
+        dims[named] = [BATCH, *map(int, value.shape[1:])]
+        if value.dim() == 2 and not value.is_floating_point():
+            inputs[named] = torch.zeros(rows, 7 if name.startswith("decoder") else 5, dtype=value.dtype)
+            dims[named] = [BATCH, f"decoder_{SEQUENCE}" if name.startswith("decoder") else SEQUENCE]
+    if "input_ids" in inputs and "attention_mask" not in inputs and not positional:
+        if "attention_mask" in inspect.signature(model.forward).parameters:
+            mask = torch.ones_like(inputs["input_ids"])
+            mask[0, -1] = 0
+            inputs["attention_mask"], dims["attention_mask"] = mask, [BATCH, SEQUENCE]
+    wrapper = _Plain(model, positional)
+    try:
+        outputs = run(lambda: _tensors(_call_plain(wrapper, inputs)))
+    except Exception as error:
+        raise BackendError(
+            f"exporting {type(model).__name__} to ONNX",
+            found=f"it does not run on {', '.join(f'{k} {list(v.shape)}' for k, v in inputs.items())} "
+            f"({first_line(error)})",
+            do="Give calibration batches with the inputs that the model needs",
+        ) from error
+    return Contract("plain", wrapper, inputs, [], list(outputs), cast(Any, dims))
+
+
+def _call_plain(wrapper: _Plain, inputs: dict[str, Tensor]) -> Any:
+    if wrapper.positional:
+        return wrapper.model(*inputs.values())
+    more = {} if getattr(getattr(wrapper.model, "config", None), "use_cache", None) is None else {"use_cache": False}
+    return wrapper.model(**inputs, **more)
+
+
+def _no_cache(model: Any, found: str) -> BackendError:
+    return BackendError(
+        f"exporting {type(model).__name__} to ONNX as a decoder",
+        found=found,
+        do="Only key-value caches and caches of recurrent states can be inputs of the graph; use --to hf",
+    )

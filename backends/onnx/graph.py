@@ -1,0 +1,188 @@
+"""From an ExportedProgram to an ONNX graph whose parameters keep their names and layouts.
+
+The optimiser would fold, merge, transpose and rename weights. It never sees them here: while it runs every parameter
+is a graph input, so no byte of a weight is needed, and what comes out has the parameters that went in.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import onnx_ir as ir
+import onnx_ir.passes.common as common
+import torch
+from onnxscript import opset18 as op
+from onnxscript.optimizer import fold_constants_ir
+from onnxscript.rewriter import RewritePass, onnx_fusions
+from onnxscript.rewriter.rules import common as rules
+
+from sparsify.backends.onnx.trace import quiet
+from sparsify.errors import BackendError, first_line
+
+Linear = Literal["gemm", "matmul"]
+OPSETS = tuple(range(18, 25))
+
+aten = torch.ops.aten
+
+# The single-output rules of onnxscript's default set. Its rules with several outputs try all pairs of nodes: cubic.
+_RULES = [
+    rules.add_0_rule,
+    rules.sub_0_rule,
+    rules.mul_by_1_rule,
+    rules.div_by_1_rule,
+    rules.one_reshape_matmul_reshape_rule,
+    rules.two_reshapes_matmul_reshape_rule,
+    rules.cast_constant_of_shape_rule,
+    rules.cast_constant_of_shape_without_value_rule,
+    rules.collapse_slice_rule,
+    rules.collapse_slice2_rule,
+    rules.materialize_reshape_shape_rule,
+    rules.cast_cast_rule,
+    rules.no_op_cast_rule,
+    rules.no_op_expand_rule,
+    rules.flatten_to_reshape_rule,
+    rules.reshape_reshape_rule,
+    rules.no_op_transpose_rule,
+    rules.transpose_transpose_rule,
+    rules.unsqueeze_unsqueeze_rule,
+    rules.squeeze_reshape_1d_rule,
+]
+
+
+def to_graph(
+    exported: torch.export.ExportedProgram,
+    input_names: list[str],
+    output_names: list[str],
+    *,
+    opset: int,
+    linear: Linear,
+) -> tuple[ir.Model, dict[str, ir.Value]]:
+    """Translate and optimise ``exported``.
+
+    Returns:
+        The model, and its parameters and saved buffers by their names in ``exported.state_dict``: values without
+        numbers, for whoever knows where these lie. They are neither inputs nor initializers of the graph.
+
+    Raises:
+        BackendError: an operator has no ONNX translation.
+    """
+    table: dict[Callable[..., Any], Callable[..., Any]] = {}
+    if linear == "gemm":
+        table[aten.linear.default] = _linear_as_gemm
+    _share_heads(exported)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), quiet():
+            program = torch.onnx.export(
+                exported,
+                input_names=input_names,
+                output_names=output_names,
+                optimize=False,
+                opset_version=opset,
+                custom_translation_table=table,
+            )
+    except Exception as error:  # the exporter wraps whatever goes wrong in errors of its own
+        raise _untranslated(error, opset) from error
+    assert program is not None
+    model = program.model
+    parameters = _detach(model, set(exported.state_dict))
+    _optimise(model)
+    for value in parameters.values():
+        model.graph.inputs.remove(value)
+    _check_domains(model)
+    return model, {name: value for name, value in parameters.items() if value.uses()}
+
+
+def _linear_as_gemm(x: Any, weight: Any, bias: Any = None) -> Any:
+    """``aten.linear`` as one 2-D Gemm on the weight as it is stored, [out_features, in_features]."""
+    out_features, in_features = int(weight.shape[0]), int(weight.shape[1])
+    flat = op.Reshape(x, op.Constant(value_ints=[-1, in_features]))
+    product = op.Gemm(flat, weight, transB=1) if bias is None else op.Gemm(flat, weight, bias, transB=1)
+    shape = op.Concat(op.Shape(x, start=0, end=-1), op.Constant(value_ints=[out_features]), axis=0)
+    return op.Reshape(product, shape)
+
+
+def _share_heads(exported: torch.export.ExportedProgram) -> None:
+    """Give attention as many key and value heads as query heads where it relies on broadcasting one head to all."""
+    graph = exported.graph
+    for node in graph.find_nodes(op="call_function", target=aten.scaled_dot_product_attention.default):
+        heads = node.args[0].meta["val"].shape[1]
+        for at in (1, 2):
+            old = node.args[at]
+            if old.meta["val"].shape[1] == 1 and heads != 1:
+                with graph.inserting_before(node):
+                    new = graph.call_function(aten.expand.default, (old, [-1, heads, -1, -1]))
+                shape = list(old.meta["val"].shape)
+                new.meta["val"] = old.meta["val"].expand(shape[0], heads, *shape[2:])
+                node.update_arg(at, new)
+
+
+def _detach(model: ir.Model, names: set[str]) -> dict[str, ir.Value]:
+    """Make graph inputs of the initializers ``names``, so that no pass reads, merges or renames them."""
+    graph, found = model.graph, {}
+    for name in names & set(graph.initializers):
+        value = graph.initializers.pop(name)
+        value.const_value = None
+        graph.inputs.append(value)
+        found[name] = value
+    return found
+
+
+def _optimise(model: ir.Model) -> None:
+    with quiet():
+        common.InlinePass()(model)
+        for _ in range(2):
+            fold_constants_ir(model, onnx_shape_inference=True)
+            RewritePass(_RULES)(model)
+            common.RemoveUnusedNodesPass()(model)
+        onnx_fusions.fuse(model)
+        for tidy in (
+            common.RemoveUnusedNodesPass(),
+            common.RemoveUnusedFunctionsPass(),
+            common.RemoveUnusedOpsetsPass(),
+            common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+            common.LiftSubgraphInitializersToMainGraphPass(),
+            common.DeduplicateInitializersPass(),
+            common.CommonSubexpressionEliminationPass(),
+            common.RemoveUnusedNodesPass(),
+            common.OutputFixPass(),
+            common.NameFixPass(),
+            common.ClearMetadataAndDocStringPass(),
+        ):
+            tidy(model)
+    model.producer_name = "sparsify"
+    model.producer_version = None
+
+
+def _check_domains(model: ir.Model) -> None:
+    strange = sorted({f"{n.domain}::{n.op_type}" for n in model.graph.all_nodes() if n.domain not in ("", "ai.onnx")})
+    if strange:
+        raise BackendError(
+            "exporting to ONNX", found=f"operators outside the ai.onnx domain: {', '.join(strange)}",
+            do="No runtime would load them; report the model",
+        )  # fmt: skip
+
+
+def name_dimensions(model: ir.Model, dims: Mapping[str, list[str | int]]) -> None:
+    """Give inputs and outputs the dimension names of their contract; -1 stands for what is there."""
+    for value in (*model.graph.inputs, *model.graph.outputs):
+        if value.name in dims and value.shape is not None:
+            named = [value.shape[i] if dim == -1 else dim for i, dim in enumerate(dims[value.name])]
+            value.shape = ir.Shape(named)
+
+
+def _untranslated(error: Exception, opset: int) -> BackendError:
+    cause: BaseException | None = error
+    lines = []
+    while cause is not None:
+        lines.append(first_line(cause))
+        cause = cause.__cause__ or cause.__context__
+    # The innermost error names the operator; the outer ones only that there was one.
+    found = next((line for line in lines if "No ONNX function" in line or "No decompositions" in line), lines[-1])
+    return BackendError(
+        f"exporting to ONNX at opset {opset}",
+        found=found,
+        do="That operator has no ONNX translation; use --to hf, or another opset (18 to 24) if it is an old one",
+    )
