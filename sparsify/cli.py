@@ -57,7 +57,12 @@ def compile_command(
         Path | None,
         typer.Option("--output", "-o", help="Folder to write. [default: NAME-PASS here]", metavar="OUT"),
     ] = None,
-    to: Annotated[str, typer.Option("--to", help="What to write: hf, an ordinary checkpoint; onnx[:OPTION=VALUE,…].", metavar="BACKEND")] = "hf",
+    to: Annotated[
+        str,
+        typer.Option(
+            "--to", help="What to write: hf, an ordinary checkpoint; onnx[:OPTION=VALUE,…].", metavar="BACKEND"
+        ),
+    ] = "hf",
     calibration: Annotated[
         str | None,
         typer.Option(

@@ -57,8 +57,8 @@ class Compiled:
 
     Attributes:
         runs: one per pass, in order. ``calibration``: None where no data was used. ``opaque``: contractions with
-            a parameter that no pass can prune. ``output``: the folder that was written, or None; ``notes``: what the backend
-            says of it.
+            a parameter that no pass can prune. ``output``: the folder that was written, or None; ``notes``: what the
+            backend says of it.
     """
 
     source: Source

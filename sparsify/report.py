@@ -108,7 +108,7 @@ def _result_table(run: PassRun) -> Table:
     kinds: dict[str, list[SiteResult]] = {}
     for site in run.sites:
         kinds.setdefault(site.kind, []).append(site)
-    prefix = _common_prefix(kinds)
+    prefix = shared_prefix(kinds)
     for kind, sites in kinds.items():
         shapes = sorted({"×".join(map(str, s.shape)) for s in sites})
         table.add_row(kind.removeprefix(prefix), str(len(sites)), ", ".join(shapes), *_figures(sites))
@@ -122,7 +122,7 @@ def _result_table(run: PassRun) -> Table:
     return table
 
 
-def _common_prefix(kinds: Iterable[str]) -> str:
+def shared_prefix(kinds: Iterable[str]) -> str:
     """What all names begin with, up to a dot; nothing where there is but one."""
     split = [name.split(".")[:-1] for name in kinds]
     if len(split) < 2:

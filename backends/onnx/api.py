@@ -8,11 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.export import Dim, ExportedProgram
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
-
 from sparsify.backends.onnx.backend import FILE, ONNX, storage_notes, write_graph
 from sparsify.backends.onnx.contract import Contract
 from sparsify.backends.onnx.folder import genai_config, uniform_heads, write_json
@@ -20,6 +15,11 @@ from sparsify.backends.onnx.graph import name_dimensions, to_graph
 from sparsify.backends.onnx.store import GraphStore
 from sparsify.backends.onnx.trace import export, fake_copy, quiet, trace_model
 from sparsify.backends.onnx.weights import StoredWeight
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.export import Dim, ExportedProgram
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
 from sparsify.checkpoint import WEIGHTS, Checkpoint
 from sparsify.compiler import compile
 from sparsify.errors import BackendError, TraceError, first_line
@@ -136,7 +136,11 @@ def check_fresh(exported: ExportedProgram) -> None:
     inputs = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
     for placeholder, name in inputs.items():
         traced, now = placeholders.get(placeholder), exported.state_dict.get(name)
-        if isinstance(traced, Tensor) and isinstance(now, Tensor) and (traced.shape, traced.dtype) != (now.shape, now.dtype):
+        if (
+            isinstance(traced, Tensor)
+            and isinstance(now, Tensor)
+            and (traced.shape, traced.dtype) != (now.shape, now.dtype)
+        ):
             raise BackendError(
                 f"exporting {name}",
                 found=f"it is {list(now.shape)} {now.dtype}, and the graph was traced with {list(traced.shape)} "
@@ -150,14 +154,14 @@ def _retrace(graph: fx.GraphModule, example: Any, traced: TracedModel | None, ba
     if traced is not None:
         mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
         contract = traced.contract
-        fresh = Contract(contract.kind, fake_copy(graph, mode), contract.inputs, contract.states, contract.outputs, contract.dims)
+        fresh = Contract(
+            contract.kind, fake_copy(graph, mode), contract.inputs, contract.states, contract.outputs, contract.dims
+        )
         with quiet():
             return _in_order(lambda: export(fresh), graph)
     args, kwargs, shapes = _arguments(graph, example)
     with torch.no_grad(), quiet():
-        return _in_order(
-            lambda: torch.export.export(graph, args, kwargs, dynamic_shapes=shapes, strict=False), graph
-        )
+        return _in_order(lambda: torch.export.export(graph, args, kwargs, dynamic_shapes=shapes, strict=False), graph)
 
 
 def _in_order(function: Any, graph: fx.GraphModule) -> ExportedProgram:
@@ -193,7 +197,7 @@ def _arguments(graph: fx.GraphModule, example: Any) -> tuple[tuple[Any, ...], di
         symbolic = [axis for axis, n in enumerate(value.shape) if not isinstance(n, int)]
         shape = [n if isinstance(n, int) else 2 + number % 3 for n in value.shape]
         real.append(torch.zeros(shape, dtype=value.dtype))
-        dynamic.append({axis: Dim.DYNAMIC for axis in symbolic})
+        dynamic.append(dict.fromkeys(symbolic, Dim.DYNAMIC))
     args, kwargs = pytree.tree_unflatten(real, graph._in_spec)
     shapes = pytree.tree_unflatten(dynamic, graph._in_spec)
     return args, kwargs, {**shapes[1]} if kwargs else shapes[0]
@@ -237,7 +241,7 @@ def _fill(module: fx.GraphModule, tensors: Mapping[str, Tensor]) -> None:
             for name in list(table):
                 full = f"{prefix}.{name}" if prefix else name
                 if full in tensors:
-                    table[name] = tensors[full]  # type: ignore[assignment]
+                    table[name] = tensors[full]
 
 
 def _example(model: nn.Module) -> dict[str, Tensor]:

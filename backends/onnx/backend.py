@@ -11,7 +11,6 @@ from typing import Any, ClassVar, Literal
 
 import onnx_ir as ir
 import torch
-
 from sparsify.backends.hf import HuggingFaceJob
 from sparsify.backends.onnx.contract import Contract
 from sparsify.backends.onnx.folder import genai_config, uniform_heads, write_json
@@ -19,6 +18,7 @@ from sparsify.backends.onnx.graph import OPSETS, Linear, name_dimensions, to_gra
 from sparsify.backends.onnx.store import GraphStore
 from sparsify.backends.onnx.trace import trace_model
 from sparsify.backends.onnx.weights import DATA, Attachment, Mode, StoredWeight
+
 from sparsify.checkpoint import INDEX, Checkpoint, TensorStore
 from sparsify.errors import BackendError, SpecError
 from sparsify.program import Program
@@ -81,7 +81,9 @@ class ONNXJob:
         self.backend, self.source = backend, source
         self.hf = HuggingFaceJob(source, out, overwrite)
         try:
-            batch = {n.meta["input"]: torch.zeros(n.meta["val"].shape, dtype=n.meta["val"].dtype) for n in program.inputs}
+            batch = {
+                n.meta["input"]: torch.zeros(n.meta["val"].shape, dtype=n.meta["val"].dtype) for n in program.inputs
+            }
             self.graph, self.parameters, self.contract = build_graph(source.module, batch, backend)
         except BaseException as error:
             self.hf.__exit__(type(error), error, None)
@@ -106,8 +108,8 @@ class ONNXJob:
             "kind": self.contract.kind,
             "file_bytes": sum(p.stat().st_size for p in folder.iterdir() if p.is_file()),
         }
-        if backend.dtype is None:
-            manifest["checksums"] = sums
+        # A link has every tensor of the checkpoint, other files only those that the graph reads, as they are stored.
+        manifest["checksums"] = sums if backend.weights == "link" else {w.name: w.checksum for w in self.stored}
         path = self.hf.seal(manifest)
         return path, Checkpoint(path) if backend.weights == "link" else GraphStore(path / FILE)
 
@@ -133,7 +135,12 @@ def build_graph(module: Any, batch: Any, backend: ONNX) -> tuple[ir.Model, dict[
 
 
 def write_graph(
-    model: ir.Model, parameters: dict[str, ir.Value], weights: Weights, folder: Path, backend: ONNX, prefix: str = "model."
+    model: ir.Model,
+    parameters: dict[str, ir.Value],
+    weights: Weights,
+    folder: Path,
+    backend: ONNX,
+    prefix: str = "model.",
 ) -> list[StoredWeight]:
     """Attach the weights and write ``model.onnx``.
 
@@ -166,8 +173,8 @@ def storage_notes(backend: ONNX, stored: list[StoredWeight], contract: Contract)
         packed = [w for w in stored if w.format != "dense"]
         need = sum(w.unpacking or w.dense_bytes for w in stored)
         notes.append(
-            f"packed: {len(packed)} weights at {total / dense:.3f} of {format_bytes(dense)}; the price: onnxruntime needs "
-            f"some {format_bytes(need)} while it loads, and several times longer; sparsify expand makes it dense"
+            f"packed: {len(packed)} weights at {total / dense:.3f} of {format_bytes(dense)}; the price: onnxruntime "
+            f"needs some {format_bytes(need)} while it loads, and several times longer; sparsify expand makes it dense"
         )
         if not packed:
             notes.append("packed: no weight has enough zeros to gain from it")
@@ -178,8 +185,9 @@ def storage_notes(backend: ONNX, stored: list[StoredWeight], contract: Contract)
     large = [w.name for w in stored if _count(w) * 4 > 1 << 30 and w.dtype != getattr(torch, backend.compute)]
     if large:
         notes.append(
-            f"{', '.join(large[:3])}: over 1 GiB in {backend.compute}, past what onnxruntime folds by default; sparsify "
-            "run raises optimization.constant_folding_max_output_size_in_bytes, other users of the folder must too"
+            f"{', '.join(large[:3])}: over 1 GiB in {backend.compute}, past what onnxruntime folds by default; "
+            "sparsify run and genai_config.json raise that (optimization.constant_folding_max_output_size_in_bytes), "
+            "other programs must too"
         )
     return notes
 

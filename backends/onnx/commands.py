@@ -40,7 +40,9 @@ def run(
 
 
 def verify(
-    folder: Annotated[Path, typer.Argument(help="A folder or an ONNX file, written by sparsify or not.", metavar="OUT")],
+    folder: Annotated[
+        Path, typer.Argument(help="A folder or an ONNX file, written by sparsify or not.", metavar="OUT")
+    ],
     against: Annotated[
         Path | None, typer.Option(help="Checkpoint to compare with. [default: OUT's own]", metavar="MODEL")
     ] = None,

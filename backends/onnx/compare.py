@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import torch
-from torch import Tensor
-
 from sparsify.backends.onnx.runner import Runner, open_session
 from sparsify.backends.onnx.store import GraphStore
+from torch import Tensor
+
 from sparsify.checkpoint import TensorStore
 from sparsify.compiler import materialize
 from sparsify.source import Source, build_skeleton
@@ -50,7 +50,8 @@ def _ask(store: GraphStore, names: list[str]) -> Iterator[tuple[str, Tensor]]:
     model = ir.load(store.file)
     graph = model.graph
     by_name = {v.name: v for n in graph for v in n.outputs} | dict(graph.initializers)
-    outputs, asked = [], {}
+    outputs: list[ir.Value] = []
+    asked: dict[str, str] = {}
     for name in names:
         value = by_name[name]
         cast = next((c for c in value.consumers() if c.op_type == "Cast" and value.dtype == ir.DataType.BFLOAT16), None)

@@ -105,7 +105,9 @@ class _Plain(nn.Module):
         if self.positional:
             out = self.model(*inputs.values())
         else:
-            more = {} if getattr(getattr(self.model, "config", None), "use_cache", None) is None else {"use_cache": False}
+            more = (
+                {} if getattr(getattr(self.model, "config", None), "use_cache", None) is None else {"use_cache": False}
+            )
             out = self.model(**inputs, **more)
         return tuple(_tensors(out).values()), []
 
@@ -207,11 +209,11 @@ def _plain(model: Any, run: Callable[[Callable[[], Any]], Any], batch: Mapping[s
         if value.dim() == 2 and not value.is_floating_point():
             inputs[named] = torch.zeros(rows, 7 if name.startswith("decoder") else 5, dtype=value.dtype)
             dims[named] = [BATCH, f"decoder_{SEQUENCE}" if name.startswith("decoder") else SEQUENCE]
-    if "input_ids" in inputs and "attention_mask" not in inputs and not positional:
-        if "attention_mask" in inspect.signature(model.forward).parameters:
-            mask = torch.ones_like(inputs["input_ids"])
-            mask[0, -1] = 0
-            inputs["attention_mask"], dims["attention_mask"] = mask, [BATCH, SEQUENCE]
+    takes_mask = "attention_mask" in inspect.signature(model.forward).parameters
+    if takes_mask and "input_ids" in inputs and "attention_mask" not in inputs:
+        mask = torch.ones_like(inputs["input_ids"])
+        mask[0, -1] = 0
+        inputs["attention_mask"], dims["attention_mask"] = mask, [BATCH, SEQUENCE]
     wrapper = _Plain(model, positional)
     try:
         outputs = run(lambda: _tensors(_call_plain(wrapper, inputs)))

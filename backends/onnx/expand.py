@@ -10,13 +10,13 @@ from pathlib import Path
 import onnx_ir as ir
 import onnx_ir.passes.common as common
 import torch
-from torch import Tensor
-
 from sparsify.backends.hf import MANIFEST
 from sparsify.backends.onnx.folder import write_json
 from sparsify.backends.onnx.runner import find_onnx
 from sparsify.backends.onnx.store import GraphStore
 from sparsify.backends.onnx.weights import DATA, external
+from torch import Tensor
+
 from sparsify.checkpoint import WEIGHTS, Checkpoint
 from sparsify.errors import BackendError
 from sparsify.raw import checksum, write_from

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsify.backends.onnx.contract import Contract
+from sparsify.backends.onnx.runner import FOLD_LIMIT
 
 # What onnxruntime-genai calls the families it knows; any other plain decoder is its "decoder".
 _GENAI_TYPES = {"llama", "mistral", "qwen2", "qwen3", "gemma2", "phi3"}
@@ -25,7 +26,11 @@ def genai_config(config: Any, contract: Contract) -> dict[str, Any]:
         eos = tokens["eos_token_id"]
         tokens["pad_token_id"] = eos[0] if isinstance(eos, list) else eos
     context = next(
-        (v for n in ("max_position_embeddings", "n_positions", "seq_length") if isinstance(v := getattr(text, n, None), int)),
+        (
+            v
+            for n in ("max_position_embeddings", "n_positions", "seq_length")
+            if isinstance(v := getattr(text, n, None), int)
+        ),
         2048,
     )
     family = str(getattr(config, "model_type", ""))
@@ -34,7 +39,7 @@ def genai_config(config: Any, contract: Contract) -> dict[str, Any]:
             **{name: value for name, value in tokens.items() if value is not None},
             "context_length": context,
             "decoder": {
-                "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
+                "session_options": {FOLD_LIMIT: str(1 << 40), "log_id": "onnxruntime-genai", "provider_options": []},
                 "filename": "model.onnx",
                 "head_size": int(key.shape[3]),
                 "hidden_size": text.hidden_size,

@@ -23,7 +23,7 @@ _UNSIGNED = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 @dataclass(frozen=True)
 class Packed:
-    """``codes`` are uint8; ``values`` [groups, 2] for 2:4 and [number of values] for a bitmask, in the matrix's dtype."""
+    """``codes``: uint8; ``values``: [groups, 2] for 2:4, [number of values] for a bitmask, in the matrix's dtype."""
 
     format: Format
     shape: tuple[int, ...]
@@ -36,7 +36,7 @@ class Packed:
 
 
 def best_format(weight: Tensor) -> Format:
-    """The format that stores ``weight`` in the fewest bytes; 2:4 before a bitmask of the same size, dense where none pays."""
+    """The format of the fewest bytes for ``weight``; 2:4 before a bitmask of the same size, dense where none pays."""
     if weight.dim() < 2 or not weight.is_floating_point():
         return "dense"
     kept = nonzero_bits(weight)

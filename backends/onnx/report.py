@@ -7,8 +7,9 @@ import re
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
-
 from sparsify.backends.onnx.check import Verification, WeightCheck
+
+from sparsify.report import shared_prefix
 
 
 def verification_report(result: Verification) -> RenderableType:
@@ -27,13 +28,19 @@ def verification_report(result: Verification) -> RenderableType:
 
 
 def _weights(result: Verification) -> Table:
-    table = Table(title=f"opset {result.opset}: weights by kind", title_justify="left")
-    table.add_column("weight", overflow="fold")
-    for column in ("number", "shape", "stored", "summed over", "zeros", "N:M", "equal", "TensorRT 2:4"):
-        table.add_column(column, justify="right", overflow="fold")
     kinds: dict[str, list[WeightCheck]] = {}
     for weight in result.weights:
-        kinds.setdefault(re.sub(r"(?<=\.)\d+(?=\.)", "*", weight.name), []).append(weight)
+        kinds.setdefault(re.sub(r"(?<=\.)\d+(?=\.)", "*", weight.name.removesuffix(".weight")), []).append(weight)
+    blocks = [kind for kind in kinds if ".*." in kind]
+    prefix = shared_prefix(blocks)
+    title = f"opset {result.opset}: weights by kind" + (f" ({prefix}…)" if prefix else "")
+    table = Table(title=title, title_justify="left", caption_justify="left")
+    table.caption = (
+        "axis: the one summed over; =: onnxruntime gives the checkpoint's bits; TRT: TensorRT's 2:4 kernels may take it"
+    )
+    table.add_column("weight", overflow="fold")
+    for column in ("n", "shape", "stored", "axis", "zeros", "N:M", "=", "TRT"):
+        table.add_column(column, justify="right", overflow="fold")
     for kind, rows in kinds.items():
         shapes = sorted({"×".join(map(str, r.shape)) for r in rows})
         zeros = [r.zeros for r in rows]
@@ -42,11 +49,16 @@ def _weights(result: Verification) -> Table:
         states = sorted({equal[r.equal] for r in rows})
         able = sum(r.tensorrt is None for r in rows)
         table.add_row(
-            kind, str(len(rows)), ", ".join(shapes), ", ".join(sorted({f"{r.format} {r.dtype}" for r in rows})),
-            ", ".join(sorted({f"axis {r.axis} ({r.operator})" for r in rows})), spread,
-            ", ".join(sorted({r.pattern or "–" for r in rows})), ", ".join(states), f"{able} of {len(rows)}",
+            kind.removeprefix(prefix), str(len(rows)), ", ".join(shapes), ", ".join(sorted({_stored(r) for r in rows})),
+            ", ".join(sorted({str(r.axis) for r in rows})), spread,
+            ", ".join(sorted({r.pattern or "–" for r in rows})), ", ".join(states), f"{able}/{len(rows)}",
         )  # fmt: skip
     return table
+
+
+def _stored(row: WeightCheck) -> str:
+    short = row.dtype.replace("bfloat", "bf").replace("float", "f")
+    return short if row.format == "dense" else f"{row.format} {short}"
 
 
 def _runtimes(result: Verification) -> Table:
@@ -56,17 +68,23 @@ def _runtimes(result: Verification) -> Table:
     table = Table(title="who gains what from the zeros", title_justify="left")
     table.add_column("runtime")
     table.add_column("gain", overflow="fold")
-    disk = "a smaller file, unpacked to dense when a session is made" if result.packed else "none: same file, same speed"
+    disk = (
+        "a smaller file, unpacked to dense when a session is made" if result.packed else "none: same file, same speed"
+    )
     table.add_row("onnxruntime, CPU and CUDA", f"{disk}; its MatMul and Gemm take as long with zeros as without")
     trt = f"{able} of {sparse} sparse weights are 2:4 along the summed axis, 2-D and aligned"
     if why:
         trt += f"; the others: {'; '.join(why[:2])}"
-    trt += ". With --sparsity=enable (trt_sparsity_enable) its builder may pick sparse kernels, only where they are faster"
+    trt += (
+        ". With --sparsity=enable (trt_sparsity_enable) its builder may pick sparse kernels, only where they are faster"
+    )
     if result.packed:
         trt += "; run sparsify expand first"
     table.add_row("TensorRT", trt if able else "none: no weight that its sparse kernels take")
     table.add_row("transformers, optimum, genai", "none: dense speed" if sparse else "none")
-    table.add_row("transport (zstd, zip)", "zeros compress: about 0.55 to 0.6 of the size at half zeros" if sparse else "none")
+    table.add_row(
+        "transport (zstd, zip)", "zeros compress: about 0.55 to 0.6 of the size at half zeros" if sparse else "none"
+    )
     return table
 
 

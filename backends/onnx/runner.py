@@ -17,12 +17,12 @@ Ids = npt.NDArray[np.int64]
 
 _NUMPY = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(double)": np.float64,
           "tensor(int64)": np.int64, "tensor(int32)": np.int32, "tensor(bool)": np.bool_}  # fmt: skip
-_FOLD_LIMIT = "optimization.constant_folding_max_output_size_in_bytes"
+FOLD_LIMIT = "optimization.constant_folding_max_output_size_in_bytes"
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen: the likeliest at temperature 0, else drawn from the ``top_k`` likeliest (0: all)."""
+    """The next token: the likeliest at temperature 0, else drawn from the ``top_k`` likeliest (0: from all)."""
 
     temperature: float = 0.0
     top_k: int = 0
@@ -50,12 +50,14 @@ def open_session(file: Path | bytes, *, device: str = "cpu", threads: int = 0, f
     # Errors come as exceptions; the rest is about onnxruntime.
     options.log_severity_level = 4
     # Above its default of 1 GiB a cast or packed weight would be converted again at every token.
-    options.add_session_config_entry(_FOLD_LIMIT, str(1 << 40))
+    options.add_session_config_entry(FOLD_LIMIT, str(1 << 40))
     if folder is not None:
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
     try:
         source = str(file) if isinstance(file, Path) else file
-        return ort.InferenceSession(source, options, providers=list(dict.fromkeys([providers[device], providers["cpu"]])))
+        return ort.InferenceSession(
+            source, options, providers=list(dict.fromkeys([providers[device], providers["cpu"]]))
+        )
     except Exception as error:  # onnxruntime's own kinds are not importable by name
         name = file if isinstance(file, Path) else "the graph"
         raise BackendError(

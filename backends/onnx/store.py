@@ -7,10 +7,10 @@ from pathlib import Path
 
 import onnx_ir as ir
 import torch
-from torch import Tensor
-
 from sparsify.backends.onnx.pack import Format, Packed, unpack
 from sparsify.backends.onnx.weights import TYPES
+from torch import Tensor
+
 from sparsify.errors import CheckpointError, first_line
 from sparsify.raw import read_into
 

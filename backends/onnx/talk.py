@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-
 from sparsify.backends.onnx.runner import Runner, Sampling, stop_tokens
+
 from sparsify.errors import CheckpointError, SpecError, first_line
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Text that became certain with one more token; ``rate``: tokens a second after the first, ``first``: its seconds."""
+    """Text that one more token made certain; ``rate``: tokens a second after the first, ``first``: its seconds."""
 
     text: str
     count: int
@@ -42,9 +42,9 @@ def talk(
     shown = tokenizer.decode(written, skip_special_tokens=True)
     yield Piece(shown, 0, 0.0, 0.0)
     start = time.perf_counter()
-    first, count = 0.0, 0
-    for chosen in runner.generate(ids, tokens=tokens, sampling=Sampling(temperature, top_k, seed)):
-        count += 1
+    first = 0.0
+    steps = runner.generate(ids, tokens=tokens, sampling=Sampling(temperature, top_k, seed))
+    for count, chosen in enumerate(steps, 1):
         first = first or time.perf_counter() - start
         token = int(chosen[0])
         ended = token in stop

@@ -6,15 +6,15 @@ import copy
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 
 import torch
+from sparsify.backends.onnx.contract import Contract, contract_for
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from sparsify.backends.onnx.contract import Contract, contract_for
 from sparsify.errors import BackendError, first_line
 
 
@@ -71,7 +71,7 @@ def _dynamic(dims: list[str | int]) -> dict[int, Any]:
 
 
 def fake_copy(module: nn.Module, mode: FakeTensorMode, dtype: torch.dtype | None = None) -> nn.Module:
-    """A copy of ``module`` whose parameters and saved buffers have shapes and no numbers, one per tensor of the original.
+    """A copy of ``module`` whose parameters and saved buffers have shapes and no numbers; tied ones stay one.
 
     Buffers that are in no checkpoint (rotary frequencies) keep their values: the graph holds them as constants.
     """
@@ -92,7 +92,10 @@ def _choose_implementations(model: Any) -> None:
     """Attention that ONNX has an operator for, and experts without loops over data."""
     if hasattr(model, "set_attn_implementation") and getattr(model, "_supports_sdpa", False):
         model.set_attn_implementation("sdpa")
-    if hasattr(model, "set_experts_implementation") and getattr(model, "_can_set_experts_implementation", lambda: True)():
+    if (
+        hasattr(model, "set_experts_implementation")
+        and getattr(model, "_can_set_experts_implementation", lambda: True)()
+    ):
         model.set_experts_implementation("batched_mm")
 
 

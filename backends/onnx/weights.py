@@ -10,12 +10,12 @@ from typing import Any, Literal
 import numpy as np
 import onnx_ir as ir
 import torch
+from sparsify.backends.onnx.pack import Format, best_format, pack, unpacking_bytes
 from torch import Tensor
 
-from sparsify.backends.onnx.pack import Format, best_format, pack, unpacking_bytes
 from sparsify.checkpoint import Checkpoint
 from sparsify.errors import BackendError
-from sparsify.raw import as_bytes
+from sparsify.raw import as_bytes, checksum
 from sparsify.weights import Conversion, Weights
 
 Mode = Literal["link", "external", "packed"]
@@ -37,7 +37,10 @@ TYPES = {
 
 @dataclass(frozen=True)
 class StoredWeight:
-    """One tensor of the checkpoint in the graph: how it is stored, in how many bytes, and at what price."""
+    """One tensor of the checkpoint in the graph: how it is stored, in how many bytes, and at what price.
+
+    ``checksum`` is the CRC-32 of its dense bytes in ``dtype`` and the checkpoint's layout; None where it is a link.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -46,31 +49,32 @@ class StoredWeight:
     nbytes: int
     dense_bytes: int
     unpacking: int = 0
+    checksum: int | None = None
 
 
 class DataFile:
     """``model.onnx.data``: tensors one after the other, each written when it is known and then forgotten."""
 
-    # What memory maps on every system begin at.
-    ALIGN = 4096
+    ALIGN = 64
 
     def __init__(self, path: Path) -> None:
         self.path, self.end = path, 0
 
     def append(self, name: str, tensor: Tensor) -> ir.ExternalTensor:
         tensor = tensor.detach().cpu().contiguous()
-        start = -(-self.end // self.ALIGN) * self.ALIGN if tensor.numel() * tensor.element_size() >= self.ALIGN else self.end
+        start = -(-self.end // self.ALIGN) * self.ALIGN
         size = tensor.numel() * tensor.element_size()
         with self.path.open("r+b" if self.path.exists() else "w+b") as file:
             file.truncate(start)
             file.seek(start)
             file.write(as_bytes(tensor))
-        # Whatever follows keeps the alignment that its own type needs.
-        self.end = -(-(start + size) // 8) * 8
+        self.end = start + size
         return external(self.path, start, size, tensor.dtype, tuple(tensor.shape), name)
 
 
-def external(path: Path, start: int, size: int, dtype: torch.dtype, shape: Sequence[int], name: str) -> ir.ExternalTensor:
+def external(
+    path: Path, start: int, size: int, dtype: torch.dtype, shape: Sequence[int], name: str
+) -> ir.ExternalTensor:
     """A tensor that lies in a file beside the graph."""
     return ir.ExternalTensor(
         path.name, start, size, TYPES[dtype], shape=ir.Shape(tuple(shape)), name=name, base_dir=str(path.parent)
@@ -154,20 +158,21 @@ class Attachment:
             self.stored[key] = StoredWeight(key, shape, source, "dense", length, length)
             return self._initializer(key, external(path, start, length, source, shape, key))
         tensor = store.read(key).to(kept)
+        crc = checksum(tensor)
         if transposed:
             tensor = tensor.t()
         form: Format = best_format(tensor) if self.mode == "packed" else "dense"
         if form == "dense":
-            self.stored[key] = StoredWeight(key, shape, kept, form, size, size)
+            self.stored[key] = StoredWeight(key, shape, kept, form, size, size, checksum=crc)
             return self._initializer(key, self.data.append(key, tensor))
-        return self._packed(key, tensor, form, wanted)
+        return self._packed(key, tensor, form, wanted, crc)
 
-    def _packed(self, key: str, tensor: Tensor, form: Format, wanted: ir.DataType) -> ir.Value:
+    def _packed(self, key: str, tensor: Tensor, form: Format, wanted: ir.DataType, crc: int) -> ir.Value:
         packed = pack(tensor, form)
         count, values = tensor.numel(), packed.values.numel()
         self.stored[key] = StoredWeight(
             key, packed.shape, tensor.dtype, form, packed.nbytes, count * tensor.element_size(),
-            unpacking_bytes(form, count, values, wanted.itemsize if wanted.itemsize else 4),
+            unpacking_bytes(form, count, values, int(wanted.itemsize)), crc,
         )  # fmt: skip
         stored = self._initializer(f"{key}.values", self.data.append(f"{key}.values", packed.values))
         codes = self._initializer(f"{key}.codes", self.data.append(f"{key}.codes", packed.codes.view(-1, 1)))
@@ -202,11 +207,13 @@ class Attachment:
         # The declared shape lets onnxruntime fold it: it folds only what it can tell the size of.
         x = self._node("NonZero", [x], f"{key}/nonzero", [1, kept], ir.DataType.INT64)
         x = self._reshape(x, [kept], f"{key}/positions")
-        x = self._node("ScatterElements", [self._zeros([size], wanted), x, values], f"{key}/row", [size], wanted, axis=0)
+        x = self._node(
+            "ScatterElements", [self._zeros([size], wanted), x, values], f"{key}/row", [size], wanted, axis=0
+        )
         return self._reshape(x, list(shape), key)
 
     def _converted(self, parameter: str, conversion: Conversion, wanted: ir.DataType) -> ir.Value:
-        """A parameter that transformers joins from several tensors, joined by the graph: names stay the checkpoint's."""
+        """A parameter that transformers joins from several tensors, joined by the graph instead."""
         parts: dict[str, Any] = {}
         for key, pattern in conversion.sources:
             parts.setdefault(pattern, []).append(self._leaf(key, wanted))
@@ -317,5 +324,3 @@ def _count(shape: Sequence[int]) -> int:
     for length in shape:
         count *= length
     return count
-
-
