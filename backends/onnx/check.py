@@ -91,7 +91,7 @@ def verify_onnx(
     file = find_onnx(folder)
     store = GraphStore(file)
     result = Verification(file, opset=store.model.opset_imports.get("", 0), packed=bool(store.packed))
-    manifest = _manifest(file.parent)
+    manifest = read_manifest(file.parent)
     observe("checking the file")
     _check_file(result, store)
     observe("reading the weights")
@@ -127,11 +127,11 @@ def _check_file(result: Verification, store: GraphStore) -> None:
 
 def _check_patterns(result: Verification, store: GraphStore, manifest: dict[str, Any], asked: Pattern | None) -> bool:
     """Fill in ``result.weights``; whether every tensor could be read."""
-    promised = _promises(manifest)
+    promised = promises(manifest)
     found, lost = contractions(store.model, store.packed)
     result.unchecked += [f"{what}" for what in lost]
     readable, seen = True, set()
-    names = set(store.names())
+    names = {*store.names(), *store.inline()}
     for contraction in found:
         name = contraction.name
         if name not in names:
@@ -146,7 +146,7 @@ def _check_patterns(result: Verification, store: GraphStore, manifest: dict[str,
             result.problems.append(str(error))
             readable = False
             continue
-        result.weights.append(_judge(result, contraction, weight, store, promised.get(name), asked))
+        result.weights.append(judge(result, contraction, weight, store.packed.get(name, "dense"), promised.get(name), asked))
     for name in names - seen:
         try:
             store.read(name)
@@ -159,20 +159,21 @@ def _check_patterns(result: Verification, store: GraphStore, manifest: dict[str,
     return readable
 
 
-def _judge(
+def judge(
     result: Verification,
     at: Contraction,
     weight: Tensor,
-    store: GraphStore,
-    promise: _Promise | None,
+    stored: str,
+    promise: Promise | None,
     asked: Pattern | None,
 ) -> WeightCheck:
+    """Check one weight along the axis that is summed over; what is wrong goes to ``result.problems``."""
     moved = weight.movedim(at.axis, -1)
     zeros = float((weight == 0).float().mean())
     held = next((p for p in _KNOWN if zeros > 0.25 and _holds(moved, p)), None)
     expected = asked if asked is not None and zeros > 0.05 else promise.pattern if promise is not None else None
     check = WeightCheck(
-        at.name, tuple(weight.shape), str(weight.dtype).removeprefix("torch."), store.packed.get(at.name, "dense"),
+        at.name, tuple(weight.shape), str(weight.dtype).removeprefix("torch."), stored,
         at.operator, at.axis, zeros, str(held) if held else None, tensorrt=_tensorrt(at, moved, held),
     )  # fmt: skip
     if isinstance(expected, NM):
@@ -237,7 +238,7 @@ def _check_equal(
     digests: dict[int, str] | None = None
     unknown: list[str] = []
     try:
-        for name, got in runtime_weights(store, store.names()):
+        for name, got in runtime_weights(store, [*store.names(), *store.inline()]):
             if name in known:
                 assert checkpoint is not None
                 want: Tensor | None = checkpoint.read(name)
@@ -316,12 +317,14 @@ def _check_behaviour(
 
 
 @dataclass(frozen=True)
-class _Promise:
+class Promise:
+    """What ``sparsify.json`` says of one tensor."""
+
     pattern: Pattern
     kept: float
 
 
-def _promises(manifest: dict[str, Any]) -> dict[str, _Promise]:
+def promises(manifest: dict[str, Any]) -> dict[str, Promise]:
     """What the manifest says each checkpoint tensor holds, by the last pass that pruned it."""
     promised = {}
     for run in manifest.get("passes", []):
@@ -329,11 +332,12 @@ def _promises(manifest: dict[str, Any]) -> dict[str, _Promise]:
             for tensor in site["tensors"]:
                 # A site of several tensors (experts) has one kept share for all: each may differ.
                 kept = site["kept"] if len(site["tensors"]) == 1 else 1.0
-                promised[tensor] = _Promise(parse_pattern(site["pattern"]), kept)
+                promised[tensor] = Promise(parse_pattern(site["pattern"]), kept)
     return promised
 
 
-def _manifest(folder: Path) -> dict[str, Any]:
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """``sparsify.json`` of ``folder``; empty where there is none."""
     try:
         content = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         return content if isinstance(content, dict) else {}

@@ -41,7 +41,7 @@ def run(
 
 def verify(
     folder: Annotated[
-        Path, typer.Argument(help="A folder or an ONNX file, written by sparsify or not.", metavar="OUT")
+        Path, typer.Argument(help="A folder (ONNX or checkpoint) or an ONNX file, ours or not.", metavar="OUT")
     ],
     against: Annotated[
         Path | None, typer.Option(help="Checkpoint to compare with. [default: OUT's own]", metavar="MODEL")
@@ -56,11 +56,15 @@ def verify(
     """Check OUT: the sparsity along the axis that is summed over, every weight's bits, the outputs against torch."""
     with command_errors(debug, "error"):
         from sparsify.backends.onnx.check import verify_onnx
+        from sparsify.backends.onnx.checkpoint_check import verify_checkpoint
         from sparsify.backends.onnx.report import verification_report
 
         console = Console()
         with Console(stderr=True).status("") as status:
-            result = verify_onnx(folder, against=against, pattern=pattern, run=not weights_only, observe=status.update)
+            if (folder / "config.json").is_file() and not any(folder.glob("*.onnx")):
+                result = verify_checkpoint(folder, pattern=pattern)
+            else:
+                result = verify_onnx(folder, against=against, pattern=pattern, run=not weights_only, observe=status.update)
         if as_json:
             print(json.dumps(result.as_dict()))
         else:

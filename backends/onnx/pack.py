@@ -41,7 +41,7 @@ def best_format(weight: Tensor) -> Format:
         return "dense"
     kept = nonzero_bits(weight)
     width, size = weight.shape[-1], weight.element_size()
-    mask_bytes = -(-weight.numel() // 8) + int(kept.sum()) * size
+    mask_bytes = -(-weight.numel() // 8) + max(1, int(kept.sum())) * size
     best: Format = "bitmask" if mask_bytes < weight.numel() * size else "dense"
     if width % 8 == 0 and bool((kept.view(-1, 4).sum(1) <= 2).all()):
         pair_bytes = weight.numel() // 8 + weight.numel() // 2 * size

@@ -20,7 +20,8 @@ def verification_report(result: Verification) -> RenderableType:
         seen = result.behaviour
         same = f", {seen.agreeing} of {seen.tokens} greedy tokens the same" if seen.tokens else ""
         parts.append(Text(f"outputs: within {seen.difference:.1e} of torch's, relative to their size{same}"))
-    parts.append(Text(f"weights: {result.compared} compared bit for bit with what onnxruntime gives back"))
+    what = "with what onnxruntime gives back" if result.opset else "with the checksums of sparsify.json"
+    parts.append(Text(f"weights: {result.compared} compared bit for bit {what}"))
     parts += [Text(problem, "bold red") for problem in _few(result.problems, 10)]
     verdict = f"{result.file}: sound" if result.sound else f"{result.file}: {len(result.problems)} problems"
     parts.append(Text(verdict, "green" if result.sound else "bold red"))
@@ -33,7 +34,8 @@ def _weights(result: Verification) -> Table:
         kinds.setdefault(re.sub(r"(?<=\.)\d+(?=\.)", "*", weight.name.removesuffix(".weight")), []).append(weight)
     blocks = [kind for kind in kinds if ".*." in kind]
     prefix = shared_prefix(blocks)
-    title = f"opset {result.opset}: weights by kind" + (f" ({prefix}…)" if prefix else "")
+    opset = f"opset {result.opset}: " if result.opset else ""
+    title = f"{opset}weights by kind" + (f" ({prefix}…)" if prefix else "")
     table = Table(title=title, title_justify="left", caption_justify="left")
     table.caption = (
         "axis: the one summed over; =: onnxruntime gives the checkpoint's bits; TRT: TensorRT's 2:4 kernels may take it"

@@ -14,6 +14,9 @@ from torch import Tensor
 from sparsify.errors import CheckpointError, first_line
 from sparsify.raw import read_into
 
+_FLOATS = {ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE}
+# Smaller ones are tables that the graph computes with.
+_MATRIX = 256
 _TORCH = {onnx: kind for kind, onnx in TYPES.items()}
 
 
@@ -46,10 +49,21 @@ class GraphStore:
         self._shapes[stem] = torch.Size(int(n) for n in value.shape)
 
     def names(self) -> Iterable[str]:
-        """Names of the weights: initializers beside those that unpacking and shapes need."""
+        """Names of the weights that lie beside the graph, dense and packed."""
         parts = {f"{stem}.{part}" for stem in self.packed for part in ("values", "codes")}
         dense = [n for n in self._initializers if n not in parts and isinstance(self._tensor(n), ir.ExternalTensor)]
         return [*dense, *self.packed]
+
+    def inline(self) -> list[str]:
+        """Matrices that lie in the graph file itself, as other exporters leave them there."""
+        return [
+            name
+            for name, value in self._initializers.items()
+            if not isinstance(self._tensor(name), ir.ExternalTensor)
+            and value.const_value.dtype in _FLOATS
+            and len(value.const_value.shape) >= 2
+            and value.const_value.size >= _MATRIX
+        ]
 
     def shape(self, name: str) -> torch.Size:
         return self._shapes[name] if name in self.packed else torch.Size(self._tensor(name).shape.numpy())

@@ -1,0 +1,63 @@
+"""``sparsify verify`` of a folder without a graph: the patterns of an ordinary checkpoint, along the axes of its model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from sparsify.analysis import find_sites
+from sparsify.analysis.linear import LinearSite
+from sparsify.backends.hf import MANIFEST
+from sparsify.backends.onnx.axis import Contraction
+from sparsify.backends.onnx.check import Verification, judge, promises, read_manifest
+from sparsify.calibration.data import example_batch
+from sparsify.capture import capture
+from sparsify.checkpoint import Checkpoint
+from sparsify.errors import CheckpointError
+from sparsify.pattern import parse_pattern
+from sparsify.source import open_source
+
+
+def verify_checkpoint(folder: Path, *, pattern: str | None = None) -> Verification:
+    """Check a Hugging Face folder: every tensor's checksum, and each pruned one's pattern.
+
+    Raises:
+        CheckpointError, TraceError: no sound folder, or no graph to find the axes in.
+    """
+    manifest: dict[str, Any] = read_manifest(folder)
+    result = Verification(folder)
+    store = Checkpoint(folder)
+    for name, crc in manifest.get("checksums", {}).items():
+        if name not in set(store.names()):
+            result.problems.append(f"{name}: {MANIFEST} names it, and no file holds it")
+        elif store.checksum(name) != crc:
+            result.problems.append(f"{name}: its bytes are not those that were written (checksum of {MANIFEST})")
+        else:
+            result.compared += 1
+    if not manifest.get("checksums"):
+        result.unchecked.append(f"bytes: no {MANIFEST} with checksums to compare with")
+    source = open_source(folder)
+    program = capture(source, example_batch(source))
+    sites, opaque = find_sites(program)
+    promised = promises(manifest)
+    asked = parse_pattern(pattern) if pattern else None
+    result.unchecked += [f"{', '.join(o.parameters)}: {o.reason}" for o in opaque]
+    for site in {site.parameter: site for site in sites}.values():
+        if site.window is not None:
+            result.unchecked.append(f"{site.name}: a convolution with a kernel has no one axis of inputs")
+            continue
+        for name in program.weights.sources(site.parameter):
+            try:
+                weight = store.read(name)
+            except CheckpointError as error:
+                result.problems.append(str(error))
+                continue
+            at = Contraction(name, _axis(site, weight.dim()), "linear", site.expert_axis is None)
+            result.weights.append(judge(result, at, weight, "dense", promised.get(name), asked))
+    return result
+
+
+def _axis(site: LinearSite, rank: int) -> int:
+    """The axis of inputs in a checkpoint tensor: experts that lie apart there have no axis of experts."""
+    apart = site.expert_axis is not None and rank == 2
+    return site.in_axis - int(apart and site.expert_axis is not None and site.expert_axis < site.in_axis)
