@@ -91,6 +91,15 @@ def _follow(value: ir.Value | None, axis: int, stored: set[str]) -> list[tuple[s
             if at <= axis < at + rank:
                 return []
             axis = axis if axis < at else axis - rank + 1
+        elif kind == "GatherND":
+            index = node.inputs[1]
+            if index is None or index.shape is None or not isinstance(index.shape[-1], int):
+                return []
+            # The index picks a point in the leading axes; those that it does not name follow its own.
+            lead = len(index.shape) - 1
+            if axis < lead:
+                return []
+            axis = axis - lead + index.shape[-1]
         elif kind == "Unsqueeze":
             added = _integers(node.inputs[1])
             if added is None or value.shape is None:

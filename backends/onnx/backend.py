@@ -182,6 +182,11 @@ def storage_notes(backend: ONNX, stored: list[StoredWeight], contract: Contract)
         notes.append("weights are cast to float32 when a session is made: memory is that of float32")
     if backend.weights != "link":
         notes.append("this folder has no safetensors: transformers cannot load it; weights=link writes one that it can")
+    if contract.kind == "decoder" and not uniform_heads(contract):
+        notes.append(
+            "layers or keys and values differ in their cache's shape: onnxruntime and sparsify run take it, "
+            "optimum and onnxruntime-genai cannot; no genai_config.json was written"
+        )
     large = [w.name for w in stored if _count(w) * 4 > 1 << 30 and w.dtype != getattr(torch, backend.compute)]
     if large:
         notes.append(

@@ -146,7 +146,9 @@ def _check_patterns(result: Verification, store: GraphStore, manifest: dict[str,
             result.problems.append(str(error))
             readable = False
             continue
-        result.weights.append(judge(result, contraction, weight, store.packed.get(name, "dense"), promised.get(name), asked))
+        result.weights.append(
+            judge(result, contraction, weight, store.packed.get(name, "dense"), promised.get(name), asked)
+        )
     for name in names - seen:
         try:
             store.read(name)

@@ -1,15 +1,16 @@
-"""``sparsify verify`` of a folder without a graph: the patterns of an ordinary checkpoint, along the axes of its model."""
+"""``sparsify verify`` of a folder without a graph: a checkpoint's patterns, along the axes of its model."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from sparsify.analysis import find_sites
-from sparsify.analysis.linear import LinearSite
 from sparsify.backends.hf import MANIFEST
 from sparsify.backends.onnx.axis import Contraction
 from sparsify.backends.onnx.check import Verification, judge, promises, read_manifest
+
+from sparsify.analysis import find_sites
+from sparsify.analysis.linear import LinearSite
 from sparsify.calibration.data import example_batch
 from sparsify.capture import capture
 from sparsify.checkpoint import Checkpoint

@@ -64,7 +64,9 @@ def verify(
             if (folder / "config.json").is_file() and not any(folder.glob("*.onnx")):
                 result = verify_checkpoint(folder, pattern=pattern)
             else:
-                result = verify_onnx(folder, against=against, pattern=pattern, run=not weights_only, observe=status.update)
+                result = verify_onnx(
+                    folder, against=against, pattern=pattern, run=not weights_only, observe=status.update
+                )
         if as_json:
             print(json.dumps(result.as_dict()))
         else:

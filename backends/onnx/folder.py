@@ -68,8 +68,8 @@ def genai_config(config: Any, contract: Contract) -> dict[str, Any]:
 
 
 def uniform_heads(contract: Contract) -> bool:
-    """Whether all layers' caches have one shape, as genai's config can only say."""
-    return len({(k.shape[1], k.shape[3], v.shape[1], v.shape[3]) for k, v in contract.states}) == 1
+    """Whether all keys and values of all layers have one shape, which is all that genai and optimum can say."""
+    return len({(s.shape[1], s.shape[3]) for pair in contract.states for s in pair}) == 1
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

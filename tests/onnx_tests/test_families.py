@@ -12,19 +12,29 @@ from families import inputs, run
 from onnx_tests.models import endless, export, greedy, logits, padded
 from sparsify.backends.onnx.backend import ONNX
 from sparsify.backends.onnx.runner import Runner, open_session
-from sparsify.checkpoint import Checkpoint
 
 import sparsify
+from sparsify.checkpoint import Checkpoint
 
 DECODERS = ["llama", "qwen2", "opt", "gpt2", "gemma3", "mixtral", "mamba"]
-OTHERS = ["bloom", "deepseek_v3", "falcon", "gemma2", "gpt_neox", "gpt_oss", "mamba2", "mistral", "phi3", "qwen3", "qwen3_moe"]
+OTHERS = [
+    "bloom",
+    "deepseek_v3",
+    "falcon",
+    "gemma2",
+    "gpt_neox",
+    "gpt_oss",
+    "mamba2",
+    "mistral",
+    "phi3",
+    "qwen3",
+    "qwen3_moe",
+]
 QUICK = [("llama", 23), ("mixtral", 20), ("mamba", 23)]
 SLOW = [(f, o) for f in DECODERS for o in (20, 23) if (f, o) not in QUICK] + [(f, 23) for f in OTHERS]
 
 
-@pytest.mark.parametrize(
-    ("family", "opset"), QUICK + [pytest.param(*case, marks=pytest.mark.slow) for case in SLOW]
-)
+@pytest.mark.parametrize(("family", "opset"), QUICK + [pytest.param(*case, marks=pytest.mark.slow) for case in SLOW])
 def test_a_decoder_gives_the_tokens_and_logits_of_transformers(family: str, opset: int, tmp_path: Path) -> None:
     model, folder = export(family, tmp_path, opset=opset)
     runner = Runner(folder)

@@ -105,8 +105,12 @@ def test_onnxruntime_unpacks_to_the_same_bits_and_outputs(dtype: str, tmp_path: 
     from sparsify.backends.onnx.runner import open_session
 
     net, kind = Layers(), getattr(torch, dtype)
-    export_onnx(net, tmp_path / "packed", backend=ONNX(weights="packed", dtype=dtype), example_inputs=[torch.randn(2, 64)])
-    export_onnx(net, tmp_path / "dense", backend=ONNX(weights="external", dtype=dtype), example_inputs=[torch.randn(2, 64)])
+    export_onnx(
+        net, tmp_path / "packed", backend=ONNX(weights="packed", dtype=dtype), example_inputs=[torch.randn(2, 64)]
+    )
+    export_onnx(
+        net, tmp_path / "dense", backend=ONNX(weights="external", dtype=dtype), example_inputs=[torch.randn(2, 64)]
+    )
     store = GraphStore(tmp_path / "packed" / "model.onnx")
     assert store.packed["pairs.weight"] == "2:4" and store.packed["halved.weight"] == "bitmask"
     want = {name: parameter.detach().to(kind) for name, parameter in net.named_parameters()}

@@ -1,0 +1,234 @@
+"""ONNX export: time against depth, memory of a large checkpoint, packed files, and decoding against onnxruntime-genai.
+
+    python tools/bench_onnx.py [layers] [memory] [packed] [decode] [zeros]    # all where none is named
+
+Every figure is a ratio within one run, or bytes. Models are random, made by tools/make_checkpoint.py; the packed and
+decode parts prune them 2:4 by magnitude. Measurements of memory and of load times are processes of their own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from bench_prune import processor
+from make_checkpoint import make_checkpoint
+
+import sparsify
+
+STAGES = """
+import json, sys, time
+from pathlib import Path
+import torch
+from sparsify.backends.onnx import graph as g
+from sparsify.backends.onnx.trace import trace_model
+from sparsify.source import open_source
+source, times, last = open_source(sys.argv[1]), {}, time.perf_counter()
+def lap(name):
+    global last
+    times[name], last = time.perf_counter() - last, time.perf_counter()
+exported, contract = trace_model(source.module, {}, torch.float32)
+lap("trace")
+whole = g._optimise
+def optimise(model):
+    lap("translate")
+    whole(model)
+    lap("optimise")
+g._optimise = optimise
+model, _ = g.to_graph(exported, contract.input_names, contract.output_names, opset=23, linear="gemm")
+print(json.dumps(times | {"nodes": len(model.graph)}))
+"""
+
+MEMORY = """
+import sys
+import torch, transformers, torch.onnx, onnx, onnxruntime
+import sparsify.backends.onnx.api
+def status(key):
+    return next(int(line.split()[1]) / 1024 for line in open("/proc/self/status") if line.startswith(key))
+before = status("VmRSS")
+import sparsify
+sparsify.compile(sys.argv[1], to="onnx", output=sys.argv[2])
+# Not ru_maxrss, which a process inherits from the one that started it.
+print(before, status("VmHWM"))
+"""
+
+LOAD = """
+import json, sys, time
+from pathlib import Path
+from sparsify.backends.onnx.runner import open_session
+import onnxruntime
+def status(key):
+    return next(int(line.split()[1]) / 1024 for line in open("/proc/self/status") if line.startswith(key))
+before = status("VmRSS")
+began = time.perf_counter()
+session = open_session(Path(sys.argv[1]) / "model.onnx")
+took = time.perf_counter() - began
+print(json.dumps({"seconds": took, "peak": status("VmHWM") - before}))
+"""
+
+
+def main() -> None:
+    parts: dict[str, Callable[[Path], None]] = {
+        "layers": layers, "memory": memory, "packed": packed, "decode": decode, "zeros": zeros,
+    }  # fmt: skip
+    parser = argparse.ArgumentParser()
+    parser.add_argument("parts", nargs="*", choices=[*parts, []], default=[])
+    args = parser.parse_args()
+    print(f"{processor()}, {os.cpu_count()} cores")
+    for name in args.parts or parts:
+        with tempfile.TemporaryDirectory() as scratch:
+            parts[name](Path(scratch))
+
+
+def child(code: str, *words: object) -> str:
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code, *map(str, words)], capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(done.stderr)
+    return done.stdout.strip().splitlines()[-1]
+
+
+def layers(scratch: Path) -> None:
+    """Seconds of each stage at 8, 16 and 32 layers."""
+    times: dict[int, dict[str, float]] = {}
+    for depth in (8, 16, 32):
+        make_checkpoint(scratch / str(depth), "tiny", layers=depth)
+        times[depth] = json.loads(child(STAGES, scratch / str(depth)))
+        total = sum(v for k, v in times[depth].items() if k != "nodes")
+        stages = ", ".join(f"{k} {v:.1f}" for k, v in times[depth].items() if k != "nodes")
+        print(f"{depth} layers: {total:.1f} s ({stages}), {times[depth]['nodes']:.0f} nodes")
+    for stage in ("trace", "translate", "optimise"):
+        print(f"16 to 32 layers, {stage}: {times[32][stage] / times[16][stage]:.2f}×")
+
+
+def memory(scratch: Path) -> None:
+    """How far a link export of a checkpoint over 2 GiB raises the resident memory over that of the imports."""
+    total = make_checkpoint(scratch / "large", "13b", layers=4, shard=1_000_000_000)
+    before, peak = map(float, child(MEMORY, scratch / "large", scratch / "out").split())
+    graph = (scratch / "out" / "model.onnx").stat().st_size
+    extra = sum(p.stat().st_size for p in (scratch / "out").iterdir()) - sum(
+        p.stat().st_size for p in (scratch / "large").iterdir()
+    )
+    print(
+        f"link, {total / (1 << 30):.2f} GiB checkpoint: {peak - before:.0f} MiB over the imports' {before:.0f}; "
+        f"model.onnx {graph / 1024:.0f} KiB, the folder {extra / 1024:.0f} KiB larger than the checkpoint"
+    )
+
+
+def packed(scratch: Path) -> None:
+    """File size, time to open and peak memory of packed against dense files of the same weights."""
+    make_checkpoint(scratch / "model", "1k", layers=8)
+    for dtype in ("float32", "float16"):
+        for spec in ("magnitude:2:4", "magnitude:50%", "magnitude:75%"):
+            sizes, loads = {}, {}
+            for mode in ("external", "packed"):
+                out = scratch / f"{spec.replace(':', '-')}-{dtype}-{mode}"
+                result = sparsify.compile(scratch / "model", [spec], to=f"onnx:weights={mode},dtype={dtype}", output=out)
+                sizes[mode] = (out / "model.onnx.data").stat().st_size
+                loads[mode] = min((json.loads(child(LOAD, out)) for _ in range(3)), key=lambda r: r["seconds"])
+            pruned = sum(np.prod(s.shape) for s in result.runs[0].sites) * (4 if dtype == "float32" else 2)
+            rest = sizes["external"] - pruned
+            kept = result.runs[0].kept
+            theory = kept + 1 / (32 if dtype == "float32" else 16)
+            ratio = (sizes["packed"] - rest) / pruned
+            print(
+                f"{spec} {dtype}: pruned weights {ratio:.4f} of dense (theory {theory:.4f}), open "
+                f"{loads['packed']['seconds'] / loads['external']['seconds']:.1f}×, peak memory "
+                f"{loads['packed']['peak'] / loads['external']['peak']:.1f}×"
+            )
+
+
+def decode(scratch: Path) -> None:
+    """Tokens a second: sparsify's runner, genai on the same folder, genai on the file of its own builder."""
+    import onnxruntime_genai as og
+
+    make_checkpoint(scratch / "model", "1k", layers=6)
+    _lend_tokenizer(scratch / "model")
+    sparsify.compile(scratch / "model", ["magnitude:2:4"], output=scratch / "pruned")
+    sparsify.compile(scratch / "pruned", to="onnx", output=scratch / "ours")
+    done = subprocess.run(
+        [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", scratch / "pruned", "-o", scratch / "theirs",
+         "-p", "fp32", "-e", "cpu", "-c", scratch / "cache"], capture_output=True, text=True,
+    )  # fmt: skip
+    if done.returncode:
+        sys.exit(done.stderr)
+    from sparsify.backends.onnx.runner import Runner
+
+    runner = Runner(scratch / "ours")
+    prompt = np.arange(5, 21)[None]
+
+    def ours(count: int) -> float:
+        times = []
+        last = time.perf_counter()
+        for _ in runner.generate(prompt, tokens=count):
+            now = time.perf_counter()
+            times.append(now - last)
+            last = now
+        return 1 / statistics.median(times[1:])
+
+    def genai(folder: Path) -> Callable[[int], float]:
+        model = og.Model(str(folder))
+
+        def run(count: int) -> float:
+            params = og.GeneratorParams(model)
+            params.set_search_options(max_length=prompt.shape[1] + count, min_length=prompt.shape[1] + count, do_sample=False)
+            generator = og.Generator(model, params)
+            generator.append_tokens(prompt.astype(np.int32))
+            times = []
+            for _ in range(count):
+                began = time.perf_counter()
+                generator.generate_next_token()
+                times.append(time.perf_counter() - began)
+            return 1 / statistics.median(times[1:])
+
+        return run
+
+    jobs = {"sparsify run": ours, "genai, our folder": genai(scratch / "ours"), "genai, its own": genai(scratch / "theirs")}
+    rates: dict[str, list[float]] = {name: [] for name in jobs}
+    for _ in range(5):
+        for name, job in jobs.items():
+            rates[name].append(job(64))
+    base = max(rates["genai, its own"])
+    for name, values in rates.items():
+        print(f"decode, {name}: {max(values):.1f} tokens/s, {max(values) / base:.2f}× genai's own export")
+
+
+def _lend_tokenizer(folder: Path) -> None:
+    bundled = Path(__file__).parents[1] / "models" / "pycode-6m"
+    for path in bundled.glob("tokenizer*"):
+        (folder / path.name).write_bytes(path.read_bytes())
+    config: dict[str, Any] = json.loads((folder / "config.json").read_text())
+    config |= {"eos_token_id": 0, "bos_token_id": 0, "pad_token_id": 0}
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def zeros(scratch: Path) -> None:
+    """Time of one token with dense and with 2:4 weights: what stock onnxruntime gains from zeros."""
+    from sparsify.backends.onnx.runner import Runner
+
+    make_checkpoint(scratch / "model", "1k", layers=4)
+    sparsify.compile(scratch / "model", to="onnx", output=scratch / "dense")
+    sparsify.compile(scratch / "model", ["magnitude:2:4"], to="onnx", output=scratch / "sparse")
+    # One thread each: the idle session would spin on the other core.
+    runners = {name: Runner(scratch / name, threads=1) for name in ("dense", "sparse")}
+    ids = np.ones((1, 1), np.int64)
+    times: dict[str, list[float]] = {name: [] for name in runners}
+    for _ in range(100):
+        for name, runner in runners.items():
+            began = time.perf_counter()
+            runner.forward(ids, ids, runner.empty(1))
+            times[name].append(time.perf_counter() - began)
+    print(f"zeros: a token with 2:4 weights takes {min(times['sparse']) / min(times['dense']):.2f}× one with dense weights")
+
+
+if __name__ == "__main__":
+    main()
