@@ -4,7 +4,7 @@ BIN := .venv/bin
 # A range would let pip fetch gigabytes of CUDA packages where the CPU build serves; set TORCH= to use your own.
 TORCH ?= torch==2.13.0
 
-.PHONY: demo test slow check clean
+.PHONY: demo test slow optimum check clean
 
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -31,6 +31,10 @@ test: .venv/installed-test
 slow: .venv/installed-test
 	$(BIN)/python -m pytest -m slow
 
+# optimum needs an older transformers: tools/check_optimum.py makes an environment for it.
+optimum: .venv/installed-test
+	$(BIN)/python -W ignore tools/check_optimum.py
+
 # What CI adds to the tests. The type checker does not follow the mapped folders of an editable install, so it is shown
 # a plain one.
 check: .venv/installed-test
@@ -40,4 +44,4 @@ check: .venv/installed-test
 	cd build/plain && ../../$(BIN)/mypy -p sparsify --config-file ../../pyproject.toml
 
 clean:
-	rm -rf .venv demo-output build *.egg-info
+	rm -rf .venv .venv-optimum demo-output build *.egg-info

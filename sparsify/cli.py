@@ -1,6 +1,5 @@
 """The command line: ``sparsify compile | compare | inspect | eval | passes`` and the backends' own commands.
 
-
 Nothing heavy is imported before a command runs, so that ``--help`` answers at once.
 """
 
@@ -255,16 +254,18 @@ def root(
 
 
 def main() -> None:
-    add_commands()
-    app()
+    application()()
 
 
-def add_commands() -> None:
-    """Add the commands that backends bring."""
+def application() -> typer.Typer:
+    """The commands of this file and those that backends bring."""
     from sparsify.registry import registered
 
+    known = {command.name for command in app.registered_commands}
     for name, entry in registered("sparsify.commands").items():
-        app.command(name)(entry.load())
+        if name not in known:
+            app.command(name)(entry.load())
+    return app
 
 
 def _check_words(specs: list[str], schedule: str, to: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import doctest
 import importlib
 import re
+import shlex
 import sys
 import types
 from importlib.metadata import EntryPoint
@@ -57,13 +58,13 @@ def test_the_python_of_the_readme_runs(tmp_path: Path, monkeypatch: Any) -> None
 def test_the_commands_of_the_readme_parse() -> None:
     import typer
 
-    from sparsify.cli import app
+    from sparsify.cli import application
 
-    command: Any = typer.main.get_command(app)
+    command: Any = typer.main.get_command(application())
     lines = [line for block in blocks("README.md", "sh") for line in block.splitlines() if line.startswith("sparsify ")]
     assert len(lines) > 5
     for line in lines:
-        words = line.split("#")[0].split()[1:]
+        words = shlex.split(line, comments=True)[1:]
         sub = command.commands[words[0]]
         sub.make_context(words[0], words[1:], resilient_parsing=False).close()
 

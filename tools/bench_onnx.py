@@ -91,7 +91,8 @@ def main() -> None:
 
 
 def child(code: str, *words: object) -> str:
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code, *map(str, words)], capture_output=True, text=True)
+    command = [sys.executable, "-W", "ignore", "-c", code, *map(str, words)]
+    done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         sys.exit(done.stderr)
     return done.stdout.strip().splitlines()[-1]
@@ -132,7 +133,8 @@ def packed(scratch: Path) -> None:
             sizes, loads = {}, {}
             for mode in ("external", "packed"):
                 out = scratch / f"{spec.replace(':', '-')}-{dtype}-{mode}"
-                result = sparsify.compile(scratch / "model", [spec], to=f"onnx:weights={mode},dtype={dtype}", output=out)
+                to = f"onnx:weights={mode},dtype={dtype}"
+                result = sparsify.compile(scratch / "model", [spec], to=to, output=out)
                 sizes[mode] = (out / "model.onnx.data").stat().st_size
                 loads[mode] = min((json.loads(child(LOAD, out)) for _ in range(3)), key=lambda r: r["seconds"])
             pruned = sum(np.prod(s.shape) for s in result.runs[0].sites) * (4 if dtype == "float32" else 2)
@@ -180,7 +182,8 @@ def decode(scratch: Path) -> None:
 
         def run(count: int) -> float:
             params = og.GeneratorParams(model)
-            params.set_search_options(max_length=prompt.shape[1] + count, min_length=prompt.shape[1] + count, do_sample=False)
+            length = prompt.shape[1] + count
+            params.set_search_options(max_length=length, min_length=length, do_sample=False)
             generator = og.Generator(model, params)
             generator.append_tokens(prompt.astype(np.int32))
             times = []
@@ -192,7 +195,11 @@ def decode(scratch: Path) -> None:
 
         return run
 
-    jobs = {"sparsify run": ours, "genai, our folder": genai(scratch / "ours"), "genai, its own": genai(scratch / "theirs")}
+    jobs = {
+        "sparsify run": ours,
+        "genai, our folder": genai(scratch / "ours"),
+        "genai, its own": genai(scratch / "theirs"),
+    }
     rates: dict[str, list[float]] = {name: [] for name in jobs}
     for _ in range(5):
         for name, job in jobs.items():
@@ -227,7 +234,8 @@ def zeros(scratch: Path) -> None:
             began = time.perf_counter()
             runner.forward(ids, ids, runner.empty(1))
             times[name].append(time.perf_counter() - began)
-    print(f"zeros: a token with 2:4 weights takes {min(times['sparse']) / min(times['dense']):.2f}× one with dense weights")
+    ratio = min(times["sparse"]) / min(times["dense"])
+    print(f"zeros: a token with 2:4 weights takes {ratio:.2f}× one with dense weights")
 
 
 if __name__ == "__main__":
