@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,6 @@ from sparsify.backends.onnx.folder import genai_config, uniform_heads, write_jso
 from sparsify.backends.onnx.graph import name_dimensions, to_graph
 from sparsify.backends.onnx.store import GraphStore
 from sparsify.backends.onnx.trace import export, fake_copy, quiet, trace_model
-from sparsify.backends.onnx.weights import StoredWeight
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim, ExportedProgram
@@ -29,10 +28,9 @@ from sparsify.weights import Weights
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What was written: the folder, each stored weight, and sentences for the user."""
+    """What was written: the folder, and sentences for the user about what is in it."""
 
     output: Path
-    weights: list[StoredWeight]
     notes: list[str]
 
 
@@ -86,12 +84,18 @@ def export_onnx(
         return _export_graph(model.graph_module, Path(out), backend, None, overwrite, model)
     if isinstance(model, (fx.GraphModule, ExportedProgram)):
         return _export_graph(graph, Path(out), backend, example_inputs, overwrite, None)
+    if not isinstance(model, (str, Path, nn.Module)):
+        raise BackendError(
+            f"exporting a {type(model).__name__}",
+            found="neither a model nor a graph of torch",
+            do="Give a folder, a module, a GraphModule or an ExportedProgram; of a Compiled its output or its model",
+        )
     batches = None
     if example_inputs is not None:
         batches = [dict(example_inputs) if isinstance(example_inputs, Mapping) else tuple(example_inputs)]
     result = compile(graph, [], calibration=batches, to=backend, output=out, overwrite=overwrite)
     assert result.output is not None
-    return ExportReport(result.output, [], result.notes)
+    return ExportReport(result.output, result.notes)
 
 
 def _export_graph(
@@ -121,8 +125,7 @@ def _export_graph(
         # Read back what was written, so that a full disk is found here and not by the user.
         GraphStore(staging.folder / FILE)
         staging.commit()
-    fallback = Contract("plain", nn.Identity(), {}, [], [])
-    return ExportReport(out, stored, storage_notes(backend, stored, contract or fallback))
+    return ExportReport(out, storage_notes(backend, stored, contract))
 
 
 def check_fresh(exported: ExportedProgram) -> None:
@@ -158,13 +161,13 @@ def _retrace(graph: fx.GraphModule, example: Any, traced: TracedModel | None, ba
             contract.kind, fake_copy(graph, mode), contract.inputs, contract.states, contract.outputs, contract.dims
         )
         with quiet():
-            return _in_order(lambda: export(fresh), graph)
+            return _run_again(lambda: export(fresh))
     args, kwargs, shapes = _arguments(graph, example)
     with torch.no_grad(), quiet():
-        return _in_order(lambda: torch.export.export(graph, args, kwargs, dynamic_shapes=shapes, strict=False), graph)
+        return _run_again(lambda: torch.export.export(graph, args, kwargs, dynamic_shapes=shapes, strict=False))
 
 
-def _in_order(function: Any, graph: fx.GraphModule) -> ExportedProgram:
+def _run_again(function: Callable[[], ExportedProgram]) -> ExportedProgram:
     try:
         return function()
     except Exception as error:  # an operator whose shapes no longer agree, or whatever else a pass left

@@ -103,15 +103,17 @@ class ONNXJob:
                 path.unlink(missing_ok=True)
             if backend.dtype is not None:
                 _restate_dtype(folder / "config.json", backend.dtype)
+        turned = [w.name for w in self.stored if w.transposed]
         manifest["onnx"] = {
             **dataclasses.asdict(backend),
             "kind": self.contract.kind,
+            "transposed": turned,
             "file_bytes": sum(p.stat().st_size for p in folder.iterdir() if p.is_file()),
         }
         # A link has every tensor of the checkpoint, other files only those that the graph reads, as they are stored.
         manifest["checksums"] = sums if backend.weights == "link" else {w.name: w.checksum for w in self.stored}
         path = self.hf.seal(manifest)
-        return path, Checkpoint(path) if backend.weights == "link" else GraphStore(path / FILE)
+        return path, Checkpoint(path) if backend.weights == "link" else GraphStore(path / FILE, turned)
 
     def notes(self) -> list[str]:
         """What a user should know of the graph that was written."""
@@ -163,10 +165,12 @@ def write_graph(
     return stored
 
 
-def storage_notes(backend: ONNX, stored: list[StoredWeight], contract: Contract) -> list[str]:
+def storage_notes(backend: ONNX, stored: list[StoredWeight], contract: Contract | None) -> list[str]:
+    """What the user should know of a graph that was written; ``contract`` is None for a graph of the user's own."""
     total, dense = sum(w.nbytes for w in stored), sum(w.dense_bytes for w in stored)
+    kind = contract.kind if contract is not None else "graph"
     notes = [
-        f"model.onnx: opset {backend.opset}, {contract.kind}, {len(stored)} weights, {format_bytes(total)} "
+        f"model.onnx: opset {backend.opset}, {kind}, {len(stored)} weights, {format_bytes(total)} "
         + ("in the safetensors beside it" if backend.weights == "link" else f"in {DATA}")
     ]
     if backend.weights == "packed":
@@ -182,7 +186,7 @@ def storage_notes(backend: ONNX, stored: list[StoredWeight], contract: Contract)
         notes.append("weights are cast to float32 when a session is made: memory is that of float32")
     if backend.weights != "link":
         notes.append("this folder has no safetensors: transformers cannot load it; weights=link writes one that it can")
-    if contract.kind == "decoder" and not uniform_heads(contract):
+    if contract is not None and contract.kind == "decoder" and not uniform_heads(contract):
         notes.append(
             "layers or keys and values differ in their cache's shape: onnxruntime and sparsify run take it, "
             "optimum and onnxruntime-genai cannot; no genai_config.json was written"

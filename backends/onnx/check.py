@@ -303,7 +303,8 @@ def _check_behaviour(
         return
     compute = str(manifest.get("onnx", {}).get("compute", "float32"))
     try:
-        model = torch_model(folder, checkpoint or store, getattr(torch, compute))
+        stored = GraphStore(store.file, manifest.get("onnx", {}).get("transposed", ()))
+        model = torch_model(folder, checkpoint or stored, getattr(torch, compute))
         result.behaviour = behave(store.file, model)
     except BackendError as error:
         result.problems.append(str(error))

@@ -44,8 +44,6 @@ def runtime_weights(store: GraphStore, names: Iterable[str]) -> Iterator[tuple[s
 
 
 def _ask(store: GraphStore, names: list[str]) -> Iterator[tuple[str, Tensor]]:
-    import onnx
-
     # A fresh graph, for the nodes are moved out of it; its weights stay where they are, in the folder.
     model = ir.load(store.file)
     graph = model.graph
@@ -86,13 +84,9 @@ def _ask(store: GraphStore, names: list[str]) -> Iterator[tuple[str, Tensor]]:
     used = {v.name for n in needed for v in n.inputs if v is not None}
     for name in [n for n in graph.initializers if n not in used]:
         graph.initializers.pop(name)
-    session = open_session(onnx_bytes(model, onnx), folder=store.file.parent)
+    session = open_session(ir.to_proto(model).SerializeToString(), folder=store.file.parent)
     for out_name, array in zip(asked, session.run(list(asked), {}), strict=True):
         yield asked[out_name], torch.from_numpy(array)
-
-
-def onnx_bytes(model: ir.Model, onnx: Any) -> bytes:
-    return bytes(ir.to_proto(model).SerializeToString())
 
 
 def torch_model(folder: Path, store: TensorStore, compute: torch.dtype) -> Any:

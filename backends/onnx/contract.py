@@ -102,14 +102,14 @@ class _Plain(nn.Module):
         self.model, self.positional = model, positional
 
     def forward(self, inputs: dict[str, Tensor], states: list[tuple[Tensor, Tensor]]) -> Any:
+        return tuple(self.outputs(inputs).values()), []
+
+    def outputs(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What the model makes of ``inputs``, by name."""
         if self.positional:
-            out = self.model(*inputs.values())
-        else:
-            more = (
-                {} if getattr(getattr(self.model, "config", None), "use_cache", None) is None else {"use_cache": False}
-            )
-            out = self.model(**inputs, **more)
-        return tuple(_tensors(out).values()), []
+            return _tensors(self.model(*inputs.values()))
+        cached = getattr(getattr(self.model, "config", None), "use_cache", None) is not None
+        return _tensors(self.model(**inputs, **({"use_cache": False} if cached else {})))
 
 
 def _tensors(output: Any) -> dict[str, Tensor]:
@@ -216,7 +216,7 @@ def _plain(model: Any, run: Callable[[Callable[[], Any]], Any], batch: Mapping[s
         inputs["attention_mask"], dims["attention_mask"] = mask, [BATCH, SEQUENCE]
     wrapper = _Plain(model, positional)
     try:
-        outputs = run(lambda: _tensors(_call_plain(wrapper, inputs)))
+        outputs = run(lambda: wrapper.outputs(inputs))
     except Exception as error:
         raise BackendError(
             f"exporting {type(model).__name__} to ONNX",
@@ -225,13 +225,6 @@ def _plain(model: Any, run: Callable[[Callable[[], Any]], Any], batch: Mapping[s
             do="Give calibration batches with the inputs that the model needs",
         ) from error
     return Contract("plain", wrapper, inputs, [], list(outputs), cast(Any, dims))
-
-
-def _call_plain(wrapper: _Plain, inputs: dict[str, Tensor]) -> Any:
-    if wrapper.positional:
-        return wrapper.model(*inputs.values())
-    more = {} if getattr(getattr(wrapper.model, "config", None), "use_cache", None) is None else {"use_cache": False}
-    return wrapper.model(**inputs, **more)
 
 
 def _no_cache(model: Any, found: str) -> BackendError:

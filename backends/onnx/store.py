@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 import onnx_ir as ir
@@ -23,14 +23,15 @@ _TORCH = {onnx: kind for kind, onnx in TYPES.items()}
 class GraphStore:
     """Tensors of the graph ``file`` by name, read one at a time.
 
-    ``packed`` maps the names of packed tensors to their formats.
+    ``packed`` maps the names of packed tensors to their formats; ``transposed`` are matrices that the file holds the
+    other way round than the checkpoint, and that are read the checkpoint's way.
 
     Raises:
         CheckpointError: the file is no ONNX model, or data that it points to is missing or cut short.
     """
 
-    def __init__(self, file: Path) -> None:
-        self.file = file
+    def __init__(self, file: Path, transposed: Collection[str] = ()) -> None:
+        self.file, self.transposed = file, frozenset(transposed)
         self.model = load_graph(file)
         self._initializers = dict(self.model.graph.initializers)
         self.packed: dict[str, Format] = {}
@@ -66,14 +67,15 @@ class GraphStore:
         ]
 
     def shape(self, name: str) -> torch.Size:
-        return self._shapes[name] if name in self.packed else torch.Size(self._tensor(name).shape.numpy())
+        shape = self._shapes[name] if name in self.packed else torch.Size(self._tensor(name).shape.numpy())
+        return torch.Size(reversed(shape)) if name in self.transposed else shape
 
     def dtype(self, name: str) -> torch.dtype:
         return _TORCH[self._tensor(f"{name}.values" if name in self.packed else name).dtype]
 
     def read(self, name: str) -> Tensor:
         if name not in self.packed:
-            return self._read(name)
+            return self._read(name).t().contiguous() if name in self.transposed else self._read(name)
         codes, values = self._read(f"{name}.codes").view(-1), self._read(f"{name}.values")
         return unpack(Packed(self.packed[name], tuple(self._shapes[name]), values, codes))
 

@@ -93,10 +93,7 @@ def _choose_implementations(model: Any) -> None:
     """Attention that ONNX has an operator for, and experts without loops over data."""
     if hasattr(model, "set_attn_implementation") and getattr(model, "_supports_sdpa", False):
         model.set_attn_implementation("sdpa")
-    if (
-        hasattr(model, "set_experts_implementation")
-        and getattr(model, "_can_set_experts_implementation", lambda: True)()
-    ):
+    if getattr(model, "_can_set_experts_implementation", bool)():
         model.set_experts_implementation("batched_mm")
 
 

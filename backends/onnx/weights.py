@@ -40,6 +40,7 @@ class StoredWeight:
     """One tensor of the checkpoint in the graph: how it is stored, in how many bytes, and at what price.
 
     ``checksum`` is the CRC-32 of its dense bytes in ``dtype`` and the checkpoint's layout; None where it is a link.
+    ``transposed``: the file holds the other layout.
     """
 
     name: str
@@ -50,6 +51,7 @@ class StoredWeight:
     dense_bytes: int
     unpacking: int = 0
     checksum: int | None = None
+    transposed: bool = False
 
 
 class DataFile:
@@ -163,7 +165,7 @@ class Attachment:
             tensor = tensor.t()
         form: Format = best_format(tensor) if self.mode == "packed" else "dense"
         if form == "dense":
-            self.stored[key] = StoredWeight(key, shape, kept, form, size, size, checksum=crc)
+            self.stored[key] = StoredWeight(key, shape, kept, form, size, size, checksum=crc, transposed=transposed)
             return self._initializer(key, self.data.append(key, tensor))
         return self._packed(key, tensor, form, wanted, crc)
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import sparsify
 from sparsify.checkpoint import Checkpoint
 from sparsify.errors import BackendError, CheckpointError, SpecError, TraceError
+from sparsify.raw import checksum
 
 
 def tensors(folder: Path) -> dict[str, Tensor]:
@@ -98,7 +99,10 @@ def test_the_manifest_says_what_was_done(folder: Callable[[str], Path], tmp_path
         ignore=["*o_proj"],
     )  # fmt: skip
     manifest = json.loads((tmp_path / "out" / "sparsify.json").read_text())
+    sums = manifest.pop("checksums")
     assert manifest == json.loads(json.dumps(result.manifest))
+    written = Checkpoint(tmp_path / "out")
+    assert sums == {name: checksum(written.read(name)) for name in written.names()}
     (one,) = manifest["passes"]
     assert (one["spec"], one["schedule"], one["ignore"]) == ("wanda:2:4", "block", ["*o_proj"])
     assert one["options"]["pattern"] == "2:4" and manifest["calibration"]["seed"] == 7

@@ -82,7 +82,8 @@ def test_other_models_are_plain_graphs_with_a_dynamic_batch(family: str, folder,
         assert np.abs(got - run(build(family), batch).numpy()).max() <= 2e-6
 
 
-@pytest.mark.parametrize("opset", [18, pytest.param(24, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("opset", [18, 24])
 def test_the_oldest_and_newest_opsets(opset: int, tmp_path: Path) -> None:
     model, folder = export("llama", tmp_path, opset=opset)
     assert ir.load(folder / "model.onnx").opset_imports == {"": opset}
