@@ -36,6 +36,7 @@ _OTHER_WEIGHTS = {
     ".gguf",
     ".onnx",
     ".onnx_data",
+    ".data",
     ".ckpt",
 }
 _CHUNK = 16 << 20

@@ -213,16 +213,15 @@ def _errors(
     pairs = _scores(program, site, recorder, sequences, device)
     errors = []
     for level in levels:
-        lost = whole = 0.0
-        for expert, (weight, scores) in enumerate(pairs):
-            if 0 < level < 1:
-                mask = select(scores, Unstructured(level), Comparison(count="total"))
-            else:
-                mask = torch.full_like(scores, level == 1, dtype=torch.bool)
-            one, other = recorder.sketch.error(expert, weight, weight.masked_fill(mask, 0))
-            lost, whole = lost + one, whole + other
-        errors.append(lost / whole if whole else 0.0)
+        pruned = (weight.masked_fill(_mask(scores, level), 0) for weight, scores in pairs)
+        errors.append((recorder.sketch.relative_error((weight for weight, _ in pairs), pruned) or 0.0) ** 2)
     return errors
+
+
+def _mask(scores: Tensor, level: Fraction) -> Tensor:
+    if 0 < level < 1:
+        return select(scores, Unstructured(level), Comparison(count="total"))
+    return torch.full_like(scores, level == 1, dtype=torch.bool)
 
 
 def _hull(points: Sequence[int], errors: Sequence[float]) -> list[int]:

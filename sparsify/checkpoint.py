@@ -176,7 +176,9 @@ def _weight_files(folder: Path) -> dict[Path, set[str] | None]:
         raise CheckpointError(
             f"weights of {folder}",
             found=f"neither {WEIGHTS} nor {INDEX}",
-            do="Is this a Hugging Face model folder?",
+            do="Its weights are in the ONNX files: sparsify expand makes safetensors of packed ones"
+            if any(folder.glob("*.onnx"))
+            else "Is this a Hugging Face model folder?",
         )
     try:
         weight_map = json.loads((folder / INDEX).read_text())["weight_map"]

@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from sparsify.calibration.data import evaluation_windows, load_calibration
@@ -96,7 +95,6 @@ def compare(
     allow_bin: bool = False,
     trust_remote_code: bool = False,
     observe: Observer = lambda progress: None,
-    after: Callable[[Row], None] = lambda row: None,
 ) -> Comparison:
     """Prune ``model`` by each of ``passes`` on the same calibration tokens, and evaluate each on ``data``.
 
@@ -104,7 +102,6 @@ def compare(
         data: held-out text for perplexity, as for :func:`sparsify.evaluate.evaluate`; None for none.
         windows: evaluate on the first so many windows only.
         output: folder for ``compare.json``, ``compare.md``, ``compare.png`` and ``compare.svg``; None writes nothing.
-        after: told each row as soon as it is there.
         others: as for :func:`sparsify.compile`.
 
     Raises:
@@ -129,19 +126,19 @@ def compare(
         return None if text is None else perplexity(pruned, text[0], device=place, memory=budget)
 
     rows = [Row("dense", quality(source), None, 1.0, 0.0, None)]
-    after(rows[0])
     for spec in passes:
-        reset = reset_peak()
+        reset = reset_peak(place)
         started = time.perf_counter()
         with tempfile.TemporaryDirectory(prefix="sparsify-compare-") as folder:
             made = compile(
                 model, [spec], calibration=shared, schedule=schedule, output=Path(folder) / "pruned", device=device,
                 memory=memory, allow_bin=allow_bin, trust_remote_code=trust_remote_code, observe=observe,
             )  # fmt: skip
-            seconds, peak = time.perf_counter() - started, recent_peak() if reset else None
-            sites: list[SiteResult] = made.runs[0].sites
+            seconds, peak = time.perf_counter() - started, recent_peak(place) if reset else None
+            run = made.runs[0]
+            sites: list[SiteResult] = run.sites
             errors = Engine(
-                made.program, {t.parameter: parse_pass(spec) for t in made.runs[0].targets}, made.runs[0].targets,
+                made.program, {t.parameter: run.weight_pass for t in run.targets}, run.targets,
                 shared.batches, dense=source.weights, memory=budget, device=place,
             ).drift()  # fmt: skip
             rows.append(
@@ -149,14 +146,13 @@ def compare(
                     name=spec,
                     perplexity=quality(Source(source.name, source.module, made.program.weights)),
                     error=sum(errors.values()) / len(errors) if errors else None,
-                    kept=made.runs[0].kept,
+                    kept=run.kept,
                     seconds=seconds,
-                    memory=peak if place.type == "cpu" else torch.cuda.max_memory_allocated(place),
+                    memory=peak,
                     errors=errors,
                     notes=[f"{site.name}: {note}" for site in sites for note in site.notes],
                 )
             )
-        after(rows[-1])
     result = Comparison(
         source.name, f"{shared.size}: {shared.label}",
         None if text is None else f"{len(text[0])} windows of {text[0].shape[1]} tokens of {text[1]}", schedule, rows,

@@ -187,12 +187,10 @@ class Engine:
         found: dict[str, float] = {}
         for group, recorder in self._observed(self.dense):
             for site in group.sites:
-                pair = [
+                before, after = (
                     site.matrices(w.read(site.parameter)).to(self.device) for w in (self.dense, self.program.weights)
-                ]
-                parts = [recorder.sketch.error(e, pair[0][e], pair[1][e]) for e in range(site.experts)]
-                whole = sum(dense for _, dense in parts)
-                found[site.name] = (sum(lost for lost, _ in parts) / whole) ** 0.5 if whole else 0.0
+                )
+                found[site.name] = recorder.sketch.relative_error(before, after) or 0.0
         return found
 
     def _observed(self, dense: Weights | None) -> Iterator[tuple[InputGroup, GroupRecorder]]:

@@ -9,6 +9,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+
 
 def peak_memory() -> int:
     """Peak resident memory of this process in bytes."""
@@ -16,8 +18,13 @@ def peak_memory() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def reset_peak() -> bool:
-    """Begin a new peak for :func:`recent_peak`; False where the system cannot (only Linux can)."""
+def reset_peak(device: torch.device) -> bool:
+    """Begin a new peak for :func:`recent_peak`; False where that cannot be done (on CPUs only Linux can)."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return True
+    if device.type != "cpu":
+        return False
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
@@ -25,8 +32,10 @@ def reset_peak() -> bool:
     return True
 
 
-def recent_peak() -> int | None:
-    """Peak resident memory in bytes since :func:`reset_peak`; None where the system does not say."""
+def recent_peak(device: torch.device) -> int | None:
+    """Peak memory in bytes since :func:`reset_peak`: resident, or allocated on a GPU; None where nothing says."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:

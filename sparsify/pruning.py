@@ -13,6 +13,7 @@ from torch import Tensor
 from sparsify.calibration.recorder import GroupRecorder
 from sparsify.calibration.statistics import InputStatistics
 from sparsify.errors import CalibrationError, SparsifyError
+from sparsify.finite import all_finite
 from sparsify.program import Program
 from sparsify.targets import Target
 from sparsify.verify import verify_pruned
@@ -93,7 +94,7 @@ def prune_target(
     started = time.perf_counter()
     site, weights = target.site, program.weights
     stored = weights.read(target.parameter).to(device or "cpu")
-    if not bool(torch.isfinite(stored).all()):
+    if not all_finite(stored):
         raise CalibrationError(
             f"weight {target.parameter}",
             found="it holds NaN or infinity",
@@ -130,11 +131,6 @@ def prune_target(
         # Only some checkpoint tensors of the stack were changed; what counts is what is there now.
         layout = weights.read(target.parameter).to(stored.device)
         after = site.matrices(layout)
-    lost = total = 0.0
-    if recorder is not None:
-        for expert in range(site.experts):
-            one, other = recorder.sketch.error(expert, before[expert], after[expert])
-            lost, total = lost + one, total + other
     result = SiteResult(
         name=site.name,
         kind=site.kind,
@@ -142,7 +138,7 @@ def prune_target(
         shape=tuple(stored.shape),
         pattern=str(weight_pass.pattern),
         kept=float((after != 0).sum()) / after.numel(),
-        error=(lost / total) ** 0.5 if total > 0 else None,
+        error=None if recorder is None else recorder.sketch.relative_error(before, after),
         seconds=time.perf_counter() - started,
         tokens=sum(tokens),
         sources=sorted(target.sources or weights.sources(target.parameter)),

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from sparsify.errors import VerifyError
+from sparsify.finite import all_finite
 from sparsify.pattern import NM
 from sparsify.selection import holds
 from sparsify.weight_pass import Pruned, WeightPass
@@ -29,7 +30,7 @@ def verify_pruned(name: str, weight_pass: WeightPass, before: Tensor, pruned: Pr
         # The weight before was finite and the mask is zero in the result: one comparison says it all.
         if not torch.equal(weight, before.masked_fill(mask, 0)):
             raise fail(_difference(weight, before, mask))
-    elif not bool(torch.isfinite(weight).all()):
+    elif not all_finite(weight):
         raise fail("a weight that is NaN or infinite")
     elif bool(weight[mask].any()):
         raise fail("a pruned weight that is not zero")
@@ -39,7 +40,7 @@ def verify_pruned(name: str, weight_pass: WeightPass, before: Tensor, pruned: Pr
 
 
 def _difference(weight: Tensor, before: Tensor, mask: Tensor) -> str:
-    if not bool(torch.isfinite(weight).all()):
+    if not all_finite(weight):
         return "a weight that is NaN or infinite"
     if bool(weight[mask].any()):
         return "a pruned weight that is not zero"

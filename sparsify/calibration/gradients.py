@@ -22,6 +22,7 @@ from sparsify.calibration.interpreter import Interpreter
 from sparsify.calibration.loss import check_loss, loss, loss_scale
 from sparsify.calibration.store import ActivationStore
 from sparsify.errors import CalibrationError, TraceError
+from sparsify.finite import all_finite
 from sparsify.program import Program
 from sparsify.pruning import Observer, Progress
 from sparsify.targets import Target
@@ -144,7 +145,7 @@ class _Sums:
             )
         if "gradient_l2" in self.values:
             self.values["gradient_l2"].sqrt_()
-        if not all(bool(torch.isfinite(v).all()) for v in self.values.values()):
+        if not all(all_finite(v) for v in self.values.values()):
             raise CalibrationError(
                 f"gradients of {parameter}",
                 found="NaN or infinity",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -60,6 +60,14 @@ class OutputSketch:
         one = self.dense is self.rows
         lost = rows @ (before.float() - after.float()).t() if one else dense - rows @ after.float().t()
         return float(lost.square().sum(dtype=torch.float64)), float(dense.square().sum(dtype=torch.float64))
+
+    def relative_error(self, before: Iterable[Tensor], after: Iterable[Tensor]) -> float | None:
+        """‖X₀ Wᵀ − X Ŵᵀ‖ / ‖X₀ Wᵀ‖ over all experts; None where every output is zero."""
+        lost = whole = 0.0
+        for expert, (one, other) in enumerate(zip(before, after, strict=True)):
+            part, of = self.error(expert, one, other)
+            lost, whole = lost + part, whole + of
+        return (lost / whole) ** 0.5 if whole > 0 else None
 
 
 class OutputMoments:

@@ -30,7 +30,7 @@ OTHERS = [
     "qwen3",
     "qwen3_moe",
 ]
-QUICK = [("llama", 23), ("mixtral", 20), ("mamba", 23)]
+QUICK = [("llama", 23), ("gpt2", 20), ("mamba", 23)]
 SLOW = [(f, o) for f in DECODERS for o in (20, 23) if (f, o) not in QUICK] + [(f, 23) for f in OTHERS]
 
 

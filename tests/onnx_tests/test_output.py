@@ -234,25 +234,35 @@ def test_a_hybrid_cache_is_refused_by_name(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_a_full_disk_leaves_nothing(
-    folder: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def net() -> torch.nn.Module:
+    layer = torch.nn.Linear(64, 64)
+    with torch.no_grad():
+        layer.weight.view(-1, 4)[:, :2] = 0
+    return layer
+
+
+def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("sparsify.backends.onnx.backend.ir.save", full)
     with pytest.raises(SparsifyError, match="No space left"):
-        sparsify.compile(folder("llama"), to="onnx", output=tmp_path / "out")
+        export_onnx(net(), tmp_path / "out", example_inputs=[torch.randn(2, 64)])
     assert not list(tmp_path.iterdir())
 
 
 def test_packed_weights_that_would_not_fit_in_memory_are_refused(
-    folder: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sparsify.backends.onnx.backend._physical_memory", lambda: 100_000)
+    monkeypatch.setattr("sparsify.backends.onnx.backend._physical_memory", lambda: 10_000)
     with pytest.raises(SparsifyError, match=r"onnxruntime would need some .* to unpack it"):
-        sparsify.compile(folder("llama"), ["magnitude:2:4"], to="onnx:weights=packed", output=tmp_path / "out")
+        export_onnx(net(), tmp_path / "out", weights="packed", example_inputs=[torch.randn(2, 64)])
     assert not list(tmp_path.iterdir())
+
+
+def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(SparsifyError, match="neither a model nor a graph"):
+        export_onnx(42, tmp_path / "out")  # type: ignore[arg-type]
 
 
 def test_no_pass_and_no_backend_that_does_without_one(folder: Callable[[str], Path], tmp_path: Path) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import onnx
 import pytest
 import torch
+from families import FAMILIES
 from onnx_tests.models import endless
 from safetensors.torch import load_file, save_file
 from sparsify.backends.onnx.backend import ONNX
@@ -197,3 +199,17 @@ def test_expand_gives_the_dense_bytes_and_a_folder_for_transformers(folders: dic
         expand(packed)
     with pytest.raises(SparsifyError, match="exists already"):
         expand(folders["packed"], dense)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_is_sound_after_pruning(family: str, folder: Callable[[str], Path], tmp_path: Path) -> None:
+    """The axis of every pruned weight is found in the graph, whatever the architecture."""
+    result = sparsify.compile(folder(family), ["magnitude:2:4"], to="onnx", output=tmp_path / "out")
+    checked = verify_onnx(tmp_path / "out")
+    assert checked.sound and not checked.unchecked, (checked.problems, checked.unchecked)
+    assert all(w.equal for w in checked.weights)
+    pruned = {source for site in result.runs[0].sites for source in site.sources}
+    assert {w.name for w in checked.weights if w.pattern == "2:4"} >= pruned
+    seen = checked.behaviour
+    assert seen is not None and seen.difference < 1e-5 and seen.agreeing == seen.tokens
