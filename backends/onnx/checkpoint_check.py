@@ -28,13 +28,15 @@ def verify_checkpoint(folder: Path, *, pattern: str | None = None) -> Verificati
     manifest: dict[str, Any] = read_manifest(folder)
     result = Verification(folder)
     store = Checkpoint(folder)
+    equal: dict[str, bool] = {}
     for name, crc in manifest.get("checksums", {}).items():
         if name not in set(store.names()):
             result.problems.append(f"{name}: {MANIFEST} names it, and no file holds it")
-        elif store.checksum(name) != crc:
+            continue
+        equal[name] = store.checksum(name) == crc
+        result.compared += 1
+        if not equal[name]:
             result.problems.append(f"{name}: its bytes are not those that were written (checksum of {MANIFEST})")
-        else:
-            result.compared += 1
     if not manifest.get("checksums"):
         result.unchecked.append(f"bytes: no {MANIFEST} with checksums to compare with")
     source = open_source(folder)
@@ -54,7 +56,9 @@ def verify_checkpoint(folder: Path, *, pattern: str | None = None) -> Verificati
                 result.problems.append(str(error))
                 continue
             at = Contraction(name, _axis(site, weight.dim()), "linear", site.expert_axis is None)
-            result.weights.append(judge(result, at, weight, "dense", promised.get(name), asked))
+            check = judge(result, at, weight, "dense", promised.get(name), asked)
+            check.equal = equal.get(name)
+            result.weights.append(check)
     return result
 
 

@@ -37,9 +37,8 @@ def _weights(result: Verification) -> Table:
     opset = f"opset {result.opset}: " if result.opset else ""
     title = f"{opset}weights by kind" + (f" ({prefix}…)" if prefix else "")
     table = Table(title=title, title_justify="left", caption_justify="left")
-    table.caption = (
-        "axis: the one summed over; =: onnxruntime gives the checkpoint's bits; TRT: TensorRT's 2:4 kernels may take it"
-    )
+    given = "onnxruntime gives the checkpoint's bits" if result.opset else "the bits that were written"
+    table.caption = f"axis: the one summed over; =: {given}; TRT: TensorRT's 2:4 kernels may take it"
     table.add_column("weight", overflow="fold")
     for column in ("n", "shape", "stored", "axis", "zeros", "N:M", "=", "TRT"):
         table.add_column(column, justify="right", overflow="fold")
