@@ -23,7 +23,8 @@ from sparsify.raw import checksum, checksum_of_span, read_into, write_from
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLED, PICKLED_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 
-_DTYPES = {
+# Names of the safetensors format.
+DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -218,14 +219,14 @@ def _read_header(path: Path) -> dict[str, _Entry]:
     for name, info in header.items():
         if name == "__metadata__":
             continue
-        if info["dtype"] not in _DTYPES:
+        if info["dtype"] not in DTYPES:
             raise CheckpointError(
                 f"tensor {name} in {path.name}",
                 found=f"dtype {info['dtype']}, which has no torch equivalent here",
-                do=f"Known dtypes: {', '.join(_DTYPES)}",
+                do=f"Known dtypes: {', '.join(DTYPES)}",
             )
         begin, end = info["data_offsets"]
-        entries[name] = _Entry(path, _DTYPES[info["dtype"]], torch.Size(info["shape"]), 8 + length + begin, end - begin)
+        entries[name] = _Entry(path, DTYPES[info["dtype"]], torch.Size(info["shape"]), 8 + length + begin, end - begin)
     return entries
 
 

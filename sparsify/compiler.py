@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -47,7 +48,7 @@ class PassRun:
     @property
     def kept(self) -> float:
         """Fraction of the weights of the pruned sites that are not zero."""
-        sizes = [_size(site.shape) for site in self.sites]
+        sizes = [math.prod(site.shape) for site in self.sites]
         return sum(s.kept * n for s, n in zip(self.sites, sizes, strict=True)) / max(1, sum(sizes))
 
 
@@ -284,10 +285,3 @@ def resolve_device(text: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise SpecError(f"device '{text}'", found="no such device on this machine", do="Use auto or cpu") from error
     return device
-
-
-def _size(shape: Sequence[int]) -> int:
-    size = 1
-    for length in shape:
-        size *= length
-    return size

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from sparsify.backends.onnx.backend import FILE, ONNX, storage_notes, write_graph
 from sparsify.backends.onnx.contract import Contract
-from sparsify.backends.onnx.folder import genai_config, uniform_heads, write_json
+from sparsify.backends.onnx.folder import write_genai_config
 from sparsify.backends.onnx.graph import name_dimensions, to_graph
 from sparsify.backends.onnx.store import GraphStore
 from sparsify.backends.onnx.trace import export, fake_copy, quiet, trace_model
@@ -102,7 +102,7 @@ def _export_graph(
     graph: fx.GraphModule | ExportedProgram, out: Path, backend: ONNX, example: Any, overwrite: bool,
     traced: TracedModel | None,
 ) -> ExportReport:  # fmt: skip
-    exported = graph if isinstance(graph, ExportedProgram) else _retrace(graph, example, traced, backend)
+    exported = graph if isinstance(graph, ExportedProgram) else _retrace(graph, example, traced)
     check_fresh(exported)
     state = {name: tensor for name, tensor in _state(graph).items() if name in exported.state_dict}
     contract = traced.contract if traced is not None else None
@@ -118,10 +118,9 @@ def _export_graph(
         stored = write_graph(model, parameters, weights, staging.folder, backend, prefix)
         if backend.weights != "link":
             (staging.folder / WEIGHTS).unlink()
-        if traced is not None and contract is not None and traced.config is not None:
+        if traced is not None and traced.config is not None:
             traced.config.save_pretrained(staging.folder)
-            if contract.kind == "decoder" and uniform_heads(contract):
-                write_json(staging.folder / "genai_config.json", genai_config(traced.config, contract))
+            write_genai_config(staging.folder, traced.config, traced.contract)
         # Read back what was written, so that a full disk is found here and not by the user.
         GraphStore(staging.folder / FILE)
         staging.commit()
@@ -152,7 +151,7 @@ def check_fresh(exported: ExportedProgram) -> None:
             )
 
 
-def _retrace(graph: fx.GraphModule, example: Any, traced: TracedModel | None, backend: ONNX) -> ExportedProgram:
+def _retrace(graph: fx.GraphModule, example: Any, traced: TracedModel | None) -> ExportedProgram:
     """Export an edited graph again, so that every shape in it is what the edited weights make it."""
     if traced is not None:
         mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())

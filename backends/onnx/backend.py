@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ import onnx_ir as ir
 import torch
 from sparsify.backends.hf import HuggingFaceJob
 from sparsify.backends.onnx.contract import Contract
-from sparsify.backends.onnx.folder import genai_config, uniform_heads, write_json
+from sparsify.backends.onnx.folder import uniform_heads, write_genai_config, write_json
 from sparsify.backends.onnx.graph import OPSETS, Linear, name_dimensions, to_graph
 from sparsify.backends.onnx.store import GraphStore
 from sparsify.backends.onnx.trace import trace_model
@@ -79,15 +80,10 @@ class ONNXJob:
 
     def __init__(self, backend: ONNX, source: Source, out: Path, overwrite: bool, program: Program) -> None:
         self.backend, self.source = backend, source
+        batch = {n.meta["input"]: torch.zeros(n.meta["val"].shape, dtype=n.meta["val"].dtype) for n in program.inputs}
+        self.graph, self.parameters, self.contract = build_graph(source.module, batch, backend)
+        # Only now: it copies the weights.
         self.hf = HuggingFaceJob(source, out, overwrite)
-        try:
-            batch = {
-                n.meta["input"]: torch.zeros(n.meta["val"].shape, dtype=n.meta["val"].dtype) for n in program.inputs
-            }
-            self.graph, self.parameters, self.contract = build_graph(source.module, batch, backend)
-        except BaseException as error:
-            self.hf.__exit__(type(error), error, None)
-            raise
         self.weights: Weights = self.hf.weights
         self.stored: list[StoredWeight] = []
 
@@ -96,8 +92,7 @@ class ONNXJob:
         backend, folder = self.backend, self.hf.staging.folder
         sums = self.hf.verify()
         self.stored = write_graph(self.graph, self.parameters, self.weights, folder, backend)
-        if self.contract.kind == "decoder" and self.source.is_transformers and uniform_heads(self.contract):
-            write_json(folder / "genai_config.json", genai_config(self.source.config, self.contract))
+        write_genai_config(folder, self.source.config, self.contract)
         if backend.weights != "link":
             for path in [*self.hf.store.files, folder / INDEX]:
                 path.unlink(missing_ok=True)
@@ -191,7 +186,7 @@ def storage_notes(backend: ONNX, stored: list[StoredWeight], contract: Contract 
             "layers or keys and values differ in their cache's shape: onnxruntime and sparsify run take it, "
             "optimum and onnxruntime-genai cannot; no genai_config.json was written"
         )
-    large = [w.name for w in stored if _count(w) * 4 > 1 << 30 and w.dtype != getattr(torch, backend.compute)]
+    large = [w.name for w in stored if math.prod(w.shape) * 4 > 1 << 30 and w.dtype != getattr(torch, backend.compute)]
     if large:
         notes.append(
             f"{', '.join(large[:3])}: over 1 GiB in {backend.compute}, past what onnxruntime folds by default; "
@@ -199,10 +194,6 @@ def storage_notes(backend: ONNX, stored: list[StoredWeight], contract: Contract 
             "other programs must too"
         )
     return notes
-
-
-def _count(weight: StoredWeight) -> int:
-    return weight.dense_bytes // max(1, weight.dtype.itemsize)
 
 
 def _restate_dtype(path: Path, dtype: str) -> None:

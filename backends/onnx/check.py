@@ -12,6 +12,7 @@ import torch
 from sparsify.backends.hf import MANIFEST
 from sparsify.backends.onnx.axis import Contraction, contractions
 from sparsify.backends.onnx.compare import Behaviour, behave, runtime_weights, torch_model
+from sparsify.backends.onnx.pack import as_bits
 from sparsify.backends.onnx.runner import find_onnx
 from sparsify.backends.onnx.store import GraphStore
 from torch import Tensor
@@ -286,10 +287,9 @@ def _same(got: Tensor, want: Tensor) -> bool:
         got = got.t()
     if got.shape != want.shape:
         return False
-    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[got.element_size()]
-    equal = torch.equal(got.contiguous().view(bits), want.contiguous().view(bits))
+    equal = torch.equal(as_bits(got), as_bits(want))
     if not equal and got.dim() == 2 and got.shape[0] == got.shape[1]:
-        equal = torch.equal(got.t().contiguous().view(bits), want.contiguous().view(bits))
+        equal = torch.equal(as_bits(got.t()), as_bits(want))
     return equal
 
 
@@ -307,7 +307,7 @@ def _check_behaviour(
     try:
         stored = GraphStore(store.file, manifest.get("onnx", {}).get("transposed", ()))
         model = torch_model(folder, checkpoint or stored, getattr(torch, compute))
-        result.behaviour = behave(store.file, model)
+        result.behaviour = behave(store, model)
     except BackendError as error:
         result.problems.append(str(error))
         return

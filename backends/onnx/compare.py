@@ -113,19 +113,18 @@ class Behaviour:
     agreeing: int
 
 
-def behave(file: Path, model: Any, tokens: int = 16) -> Behaviour:
+def behave(store: GraphStore, model: Any, tokens: int = 16) -> Behaviour:
     """Run both on the same seeded input: a left-padded batch of two for decoders."""
-    session = open_session(file)
-    if any(i.name.startswith("past") for i in session.get_inputs()):
-        del session
-        return _decode(Runner(file), model, tokens)
+    if any(value.name.startswith("past") for value in store.model.graph.inputs):
+        return _decode(Runner(store.file), model, tokens)
+    session = open_session(store.file)
     feed = _inputs(session, model)
-    got = session.run(None, {k: v.numpy() for k, v in feed.items()})
+    names = [o.name for o in session.get_outputs()]
+    got = dict(zip(names, session.run(names, {k: v.numpy() for k, v in feed.items()}), strict=True))
     with torch.no_grad():
         given = {k: v for k, v in feed.items() if not k.startswith("input_") or k == "input_ids"}
         out = model(**given, **({"use_cache": False} if getattr(model.config, "use_cache", None) is not None else {}))
-    want = [getattr(out, o.name) for o in session.get_outputs() if hasattr(out, o.name)]
-    return Behaviour(max(_relative(a, b.numpy()) for a, b in zip(got, want, strict=False)), 0, 0)
+    return Behaviour(max(_relative(got[name], out[name].numpy()) for name in names if name in out), 0, 0)
 
 
 def _decode(runner: Runner, model: Any, tokens: int) -> Behaviour:

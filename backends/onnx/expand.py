@@ -9,7 +9,6 @@ from pathlib import Path
 
 import onnx_ir as ir
 import onnx_ir.passes.common as common
-import torch
 from sparsify.backends.hf import MANIFEST
 from sparsify.backends.onnx.folder import write_json
 from sparsify.backends.onnx.runner import find_onnx
@@ -17,15 +16,12 @@ from sparsify.backends.onnx.store import GraphStore
 from sparsify.backends.onnx.weights import DATA, external
 from torch import Tensor
 
-from sparsify.checkpoint import WEIGHTS, Checkpoint
+from sparsify.checkpoint import DTYPES, WEIGHTS, Checkpoint
 from sparsify.errors import BackendError
 from sparsify.raw import checksum, write_from
 from sparsify.staging import Staging
 
-_NAMES = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
-    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
-}  # fmt: skip
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def expand(folder: Path, out: Path | None = None, *, overwrite: bool = False) -> Path:

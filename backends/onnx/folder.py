@@ -67,6 +67,12 @@ def genai_config(config: Any, contract: Contract) -> dict[str, Any]:
     }
 
 
+def write_genai_config(folder: Path, config: Any, contract: Contract) -> None:
+    """Write ``genai_config.json`` where the graph is one that genai can hold."""
+    if contract.kind == "decoder" and uniform_heads(contract):
+        write_json(folder / "genai_config.json", genai_config(config, contract))
+
+
 def uniform_heads(contract: Contract) -> bool:
     """Whether all keys and values of all layers have one shape, which is all that genai and optimum can say."""
     return len({(s.shape[1], s.shape[3]) for pair in contract.states for s in pair}) == 1

@@ -10,6 +10,7 @@ A weight counts as zero where all its bits are zero: -0.0 is kept as a value, so
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,7 +19,7 @@ from torch import Tensor
 
 Format = Literal["2:4", "bitmask", "dense"]
 
-_UNSIGNED = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,12 @@ def best_format(weight: Tensor) -> Format:
 
 def nonzero_bits(weight: Tensor) -> Tensor:
     """Where a value has any bit set: bool, of ``weight``'s shape."""
-    return weight.contiguous().view(_UNSIGNED[weight.element_size()]) != 0
+    return as_bits(weight) != 0
+
+
+def as_bits(tensor: Tensor) -> Tensor:
+    """The bits of ``tensor`` as integers of its size, which tell -0.0 from 0.0 and one NaN from another."""
+    return tensor.contiguous().view(_INTEGERS[tensor.element_size()])
 
 
 def pack(weight: Tensor, form: Format) -> Packed:
@@ -76,9 +82,7 @@ def pack(weight: Tensor, form: Format) -> Packed:
 
 def unpack(packed: Packed) -> Tensor:
     """The matrix that was packed, of shape ``packed.shape``."""
-    size = 1
-    for length in packed.shape:
-        size *= length
+    size = math.prod(packed.shape)
     if packed.format == "bitmask":
         flat = torch.zeros(size, dtype=packed.values.dtype)
         flat[unpack_bits(packed.codes)[:size]] = packed.values

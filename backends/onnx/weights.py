@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,8 +127,9 @@ class Attachment:
                         node.outputs[0].replace_all_uses_with(joined)
                         self.graph.remove(node, safe=True)
                     continue
-                if self._gathered_only(value) and self._stored_type(key) != value.dtype:
-                    self._cast_after_gather(key, value)
+                raw = self._raw(key, value.dtype)
+                if raw.dtype != value.dtype and self._gathered_only(value):
+                    self._cast_after_gather(raw, value)
                     continue
                 joined = self._leaf(key, value.dtype)
             value.replace_all_uses_with(joined)
@@ -153,7 +155,7 @@ class Attachment:
         kept = self.dtype if self.dtype is not None and source.is_floating_point else source
         if source not in TYPES:
             raise BackendError(f"exporting {key} to ONNX", found=f"dtype {source}", do="Convert the checkpoint first")
-        size = _count(shape) * kept.itemsize
+        size = math.prod(shape) * kept.itemsize
         if self.mode == "link":
             assert isinstance(store, Checkpoint), "a link needs a file to point into"
             path, start, length = store.span(key)
@@ -181,13 +183,13 @@ class Attachment:
         if stored.dtype != wanted:
             # Before the values are spread out, when they are few; and bfloat16 cannot be scattered on a CPU.
             stored = self._node("Cast", [stored], f"{key}/cast", stored.shape, wanted, to=wanted)
-        u8, spread = ir.DataType.UINT8, self._spread_24 if form == "2:4" else self._spread_mask
-        return spread(key, packed.shape, stored, codes, u8, wanted)
+        spread = self._spread_24 if form == "2:4" else self._spread_mask
+        return spread(key, packed.shape, stored, codes, wanted)
 
     def _spread_24(
-        self, key: str, shape: tuple[int, ...], values: ir.Value, codes: ir.Value, u8: ir.DataType, wanted: ir.DataType
+        self, key: str, shape: tuple[int, ...], values: ir.Value, codes: ir.Value, wanted: ir.DataType
     ) -> ir.Value:
-        groups, i32 = _count(shape) // 4, ir.DataType.INT32
+        groups, u8, i32 = math.prod(shape) // 4, ir.DataType.UINT8, ir.DataType.INT32
         x = self._node("BitShift", [codes, self._constant("shifts", np.array([0, 2, 4, 6], np.uint8))],
                        f"{key}/shifted", [groups // 2, 4], u8, direction="RIGHT")  # fmt: skip
         x = self._node("BitwiseAnd", [x, self._constant("three", np.array(3, np.uint8))], f"{key}/masked",
@@ -199,12 +201,12 @@ class Attachment:
         return self._reshape(x, list(shape), key)
 
     def _spread_mask(
-        self, key: str, shape: tuple[int, ...], values: ir.Value, codes: ir.Value, u8: ir.DataType, wanted: ir.DataType
+        self, key: str, shape: tuple[int, ...], values: ir.Value, codes: ir.Value, wanted: ir.DataType
     ) -> ir.Value:
         assert codes.shape is not None and values.shape is not None
-        size, width, kept = _count(shape), int(codes.shape[0]), int(values.shape[0])
+        size, width, kept = math.prod(shape), int(codes.shape[0]), int(values.shape[0])
         bits = self._constant("bits", (1 << np.arange(8)).astype(np.uint8)[None])
-        x = self._node("BitwiseAnd", [codes, bits], f"{key}/bits", [width, 8], u8)
+        x = self._node("BitwiseAnd", [codes, bits], f"{key}/bits", [width, 8], ir.DataType.UINT8)
         x = self._reshape(x, [width * 8], f"{key}/flat")
         # The declared shape lets onnxruntime fold it: it folds only what it can tell the size of.
         x = self._node("NonZero", [x], f"{key}/nonzero", [1, kept], ir.DataType.INT64)
@@ -254,13 +256,8 @@ class Attachment:
     def _gathered_only(self, value: ir.Value) -> bool:
         return all(use.node.op_type == "Gather" and use.idx == 0 for use in value.uses())
 
-    def _stored_type(self, key: str) -> ir.DataType | None:
-        source = self.weights.store.dtype(key)
-        return TYPES.get(self.dtype if self.dtype is not None and source.is_floating_point else source)
-
-    def _cast_after_gather(self, key: str, value: ir.Value) -> None:
+    def _cast_after_gather(self, stored: ir.Value, value: ir.Value) -> None:
         """Look embeddings up as stored and convert the rows alone: the table is never held twice."""
-        stored = self._raw(key, self._stored_type(key) or ir.DataType.FLOAT)
         wanted = value.dtype
         assert wanted is not None
         for use in list(value.uses()):
@@ -319,10 +316,3 @@ def _transposes(value: ir.Value) -> list[ir.Node]:
     nodes = [use.node for use in value.uses()]
     plain = all(n.op_type == "Transpose" and list(n.attributes["perm"].as_ints()) == [1, 0] for n in nodes)
     return nodes if plain else []
-
-
-def _count(shape: Sequence[int]) -> int:
-    count = 1
-    for length in shape:
-        count *= length
-    return count

@@ -150,3 +150,15 @@ def test_nothing_of_the_unpacking_is_left_in_a_session(tmp_path: Path) -> None:
     ort.InferenceSession(tmp_path / "out" / "model.onnx", options, providers=["CPUExecutionProvider"])
     kinds = {node.op_type for node in onnx.load(tmp_path / "optimised.onnx", load_external_data=False).graph.node}
     assert not kinds & {"ScatterElements", "NonZero", "BitShift", "BitwiseAnd"}
+
+
+def test_a_sparse_bfloat16_embedding_is_unpacked_where_a_cpu_can(tmp_path: Path) -> None:
+    from sparsify.backends.onnx.runner import open_session
+
+    net = torch.nn.Sequential(torch.nn.Embedding(32, 16), torch.nn.Linear(16, 4)).to(torch.bfloat16)
+    with torch.no_grad():
+        net[0].weight[torch.rand(32, 16) < 0.6] = 0
+    export_onnx(net, tmp_path / "out", weights="packed", example_inputs=[torch.zeros(2, 5, dtype=torch.long)])
+    ids = torch.randint(32, (3, 7))
+    got = open_session(tmp_path / "out" / "model.onnx").run(None, {"input_0": ids.numpy()})[0]
+    assert torch.allclose(torch.from_numpy(got), net.float()(ids), atol=1e-5)
