@@ -54,40 +54,45 @@ class Contract:
         return [f"{stem}.{i}.{part}" for i in range(len(self.states)) for part in ("key", "value")]
 
 
-class _Decoder(nn.Module):
+class _Cached(nn.Module):
+    """A model that takes and gives a cache, under the name that its forward has for it."""
+
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
 
+    def run(self, cache: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, Any]:
+        """Logits, and the cache as the model leaves it; None makes one of its own."""
+        name = cache_argument(self.model)
+        out = self.model(**inputs, **{str(name): cache}, use_cache=True)
+        return out.logits, getattr(out, str(name))
+
+
+class _Decoder(_Cached):
     def forward(self, inputs: dict[str, Tensor], states: list[tuple[Tensor, Tensor]]) -> Any:
         from transformers import DynamicCache
 
         # Made without the config: the mask then applies a sliding window, and the cache keeps every token.
         cache = DynamicCache([tuple(pair) for pair in states])
-        out = self.model(**inputs, past_key_values=cache, use_cache=True)
-        return out.logits, [(layer.keys, layer.values) for layer in out.past_key_values.layers]
+        logits, cache = self.run(cache, inputs)
+        return logits, [(layer.keys, layer.values) for layer in cache.layers]
 
 
-class _Step(nn.Module):
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
+class _Step(_Cached):
     def forward(self, inputs: dict[str, Tensor], states: list[tuple[Tensor, Tensor]]) -> Any:
         from transformers import DynamicCache
 
-        model = cast(Any, self.model)
-        cache = DynamicCache(config=model.config)
+        cache = DynamicCache(config=cast(Any, self.model).config)
         for layer, (conv, recurrent) in zip(cache.layers, states, strict=True):
             # Layers write their states in place, and a graph may not write its inputs.
             layer.conv_states[0], layer.recurrent_states[0] = conv.clone(), recurrent.clone()
             for flags in (layer.is_conv_states_initialized, layer.is_recurrent_states_initialized):
                 flags[0] = True
             layer.has_previous_state[0], layer.conv_kernel_size[0] = True, conv.shape[-1]
-        out = model(input_ids=inputs["input_ids"], cache_params=cache, use_cache=True)
+        logits, cache = self.run(cache, {"input_ids": inputs["input_ids"]})
         # A padded row keeps the state of one that has seen nothing, which is what the padded prefill computes.
         mask = inputs["attention_mask"]
-        return out.logits, [
+        return logits, [
             (_masked(layer.conv_states[0], mask), _masked(layer.recurrent_states[0], mask)) for layer in cache.layers
         ]
 
@@ -137,22 +142,40 @@ def contract_for(model: nn.Module, run: Callable[[Callable[[], Any]], Any], batc
     generates = getattr(model, "can_generate", bool)() and not getattr(config, "is_encoder_decoder", False)
     if not generates:
         return _plain(model, run, batch)
+    name = cache_argument(model)
+    if name is None:
+        raise _no_cache(model, f"its forward takes none of {', '.join(_CACHES)}")
+    recurrent = name == "cache_params" or (name == "cache" and _is_recurrent(config))
+    return _step(model, run) if recurrent else _decoder(model, run)
+
+
+# Before transformers 5.24 key-value caches and recurrent states had a name each.
+_CACHES = ("cache", "past_key_values", "cache_params")
+
+
+def cache_argument(model: nn.Module) -> str | None:
+    """The name under which ``model`` takes its cache, and gives it back."""
     parameters = inspect.signature(model.forward).parameters
-    if "past_key_values" in parameters:
-        return _decoder(model, run, parameters)
-    if "cache_params" in parameters:
-        return _step(model, run)
-    raise _no_cache(model, "its forward takes neither past_key_values nor cache_params")
+    return next((name for name in _CACHES if name in parameters), None)
 
 
-def _decoder(model: Any, run: Callable[[Callable[[], Any]], Any], parameters: Mapping[str, Any]) -> Contract:
+def _is_recurrent(config: Any) -> bool:
     from transformers import DynamicCache
 
+    layers = DynamicCache(config=config).layers
+    return bool(layers) and all(hasattr(layer, "recurrent_states") for layer in layers)
+
+
+def _decoder(model: Any, run: Callable[[Callable[[], Any]], Any]) -> Contract:
+    from transformers import DynamicCache
+
+    parameters = inspect.signature(model.forward).parameters
+    wrapper = _Decoder(model)
     # No dimension is 0 or 1, which tracing would take for a constant, and no two are alike.
     rows, length, past = 2, 3, 4
     ids = torch.zeros(rows, length, dtype=torch.long)
     try:
-        cache = run(lambda: model(input_ids=ids, past_key_values=DynamicCache(), use_cache=True).past_key_values)
+        _, cache = run(lambda: wrapper.run(DynamicCache(), {"input_ids": ids}))
         shapes = [(layer.keys.shape, layer.values.shape) for layer in cache.layers]
         dtype = cache.layers[0].keys.dtype
     except Exception as error:  # a model's own code raises whatever it likes
@@ -176,14 +199,15 @@ def _decoder(model: Any, run: Callable[[Callable[[], Any]], Any], parameters: Ma
         for part, s in zip(("key", "value"), pair, strict=True):
             dims[f"past_key_values.{i}.{part}"] = [BATCH, int(s[1]), PAST, int(s[3])]
             dims[f"present.{i}.{part}"] = [BATCH, int(s[1]), TOTAL, int(s[3])]
-    return Contract("decoder", _Decoder(model), inputs, states, ["logits"], dims)
+    return Contract("decoder", wrapper, inputs, states, ["logits"], dims)
 
 
 def _step(model: Any, run: Callable[[Callable[[], Any]], Any]) -> Contract:
     rows = 2
     ids = torch.zeros(rows, 1, dtype=torch.long)
+    wrapper = _Step(model)
     try:
-        cache = run(lambda: model(input_ids=ids, use_cache=True).cache_params)
+        _, cache = run(lambda: wrapper.run(None, {"input_ids": ids}))
         pairs = [(layer.conv_states[0], layer.recurrent_states[0]) for layer in cache.layers]
         states = [tuple(torch.zeros(s.shape, dtype=s.dtype) for s in pair) for pair in pairs]
     except Exception as error:  # hybrid caches have layers of several kinds
@@ -193,7 +217,7 @@ def _step(model: Any, run: Callable[[Callable[[], Any]], Any]) -> Contract:
     for i, pair in enumerate(states):
         for part, state in zip(("conv", "recurrent"), pair, strict=True):
             dims[f"past_{part}.{i}"] = dims[f"present_{part}.{i}"] = [BATCH, *map(int, state.shape[1:])]
-    return Contract("step", _Step(model), inputs, cast(Any, states), ["logits"], dims)
+    return Contract("step", wrapper, inputs, cast(Any, states), ["logits"], dims)
 
 
 def _plain(model: Any, run: Callable[[Callable[[], Any]], Any], batch: Mapping[str, Tensor]) -> Contract:
