@@ -7,7 +7,6 @@ about the sparsity are in ``sparsify.json``.
 from __future__ import annotations
 
 import json
-import logging
 import os
 import shutil
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from sparsify.capture import quiet
 from sparsify.checkpoint import WEIGHTS, Checkpoint, TensorStore
 from sparsify.errors import BackendError
 from sparsify.program import Program
@@ -87,20 +87,15 @@ class HuggingFaceJob:
         if source.checkpoint is not None:
             return copy_checkpoint(source.checkpoint, folder)
         if source.is_transformers and source.folder is None:
-            # transformers reports shards on a progress bar and its warnings; neither is about the user's command.
-            quiet = logging.getLogger("transformers")
-            level = quiet.level
-            quiet.setLevel(logging.ERROR)
-            try:
+            # transformers reports shards in its warnings, which are not about the user's command.
+            with quiet():
                 source.module.save_pretrained(folder)  # type: ignore[operator]
-            finally:
-                quiet.setLevel(level)
         else:
             from safetensors.torch import save_file
 
             weights = source.weights
             tensors = {name: weights.store.read(name).contiguous() for name in weights.store.names()}
-            save_file(_without_sharing(tensors), folder / WEIGHTS, metadata={"format": "pt"})
+            save_file(without_sharing(tensors), folder / WEIGHTS, metadata={"format": "pt"})
         return Checkpoint(folder, writable=True)
 
     def finish(self, program: Program, manifest: dict[str, Any]) -> tuple[Path, TensorStore]:
@@ -165,7 +160,7 @@ def _same_bytes(one: Checkpoint, other: Checkpoint, name: str) -> bool:
     return True
 
 
-def _without_sharing(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def without_sharing(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Each tensor in memory of its own, once: safetensors refuses shared memory."""
     first: dict[int, str] = {}
     own: dict[str, Tensor] = {}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -43,7 +43,7 @@ def capture(source: Source, batch: Batch, device: torch.device | str = "cpu") ->
     training = module.training
     _set_mode(module, training=False)
     try:
-        with torch.no_grad(), _quiet():
+        with torch.no_grad(), quiet():
             exported = torch.export.export(module, args, kwargs, strict=False)
     except Exception as error:  # export raises many kinds; all mean that there is no graph
         raise TraceError(
@@ -214,9 +214,9 @@ def _drop_unread(module: fx.GraphModule) -> None:
 
 
 @contextmanager
-def _quiet() -> Any:
-    """Silence what torch and transformers say while tracing; errors still surface as exceptions."""
-    loggers = [logging.getLogger(name) for name in ("torch.export", "transformers", "torch.fx")]
+def quiet(*more: str) -> Iterator[None]:
+    """Silence what torch, transformers and the loggers ``more`` say meanwhile; errors still surface as exceptions."""
+    loggers = [logging.getLogger(name) for name in ("torch.export", "transformers", "torch.fx", *more)]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from sparsify.backends.hf import without_sharing
 from sparsify.backends.onnx.backend import FILE, ONNX, storage_notes, write_graph
 from sparsify.backends.onnx.contract import Contract
 from sparsify.backends.onnx.folder import write_genai_config
@@ -21,7 +22,8 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from sparsify.checkpoint import WEIGHTS, Checkpoint
 from sparsify.compiler import compile
-from sparsify.errors import BackendError, TraceError, first_line
+from sparsify.errors import BackendError, SpecError, TraceError, first_line
+from sparsify.program import set_tensor
 from sparsify.staging import Staging
 from sparsify.weights import Weights
 
@@ -52,7 +54,9 @@ def trace_onnx(model: nn.Module) -> TracedModel:
     exported, contract = trace_model(model, _example(model), None)
     own = {f"model.{name}": tensor for name, tensor in model.state_dict(keep_vars=True).items()}
     module = exported.module(check_guards=False)
-    _fill(module, own)
+    for name in module.state_dict():
+        if name in own:
+            set_tensor(module, name, own[name])
     return TracedModel(module, contract, getattr(model, "config", None))
 
 
@@ -102,6 +106,12 @@ def _export_graph(
     graph: fx.GraphModule | ExportedProgram, out: Path, backend: ONNX, example: Any, overwrite: bool,
     traced: TracedModel | None,
 ) -> ExportReport:  # fmt: skip
+    if backend.compute != ONNX.compute:
+        raise SpecError(
+            f"onnx:compute={backend.compute} for a graph",
+            found="a graph computes in the dtype that it was traced with",
+            do="Convert the model before it is traced, or export the model itself",
+        )
     exported = graph if isinstance(graph, ExportedProgram) else _retrace(graph, example, traced)
     check_fresh(exported)
     state = {name: tensor for name, tensor in _state(graph).items() if name in exported.state_dict}
@@ -231,19 +241,9 @@ def _save_state(state: Mapping[str, Tensor], prefix: str, folder: Path) -> Weigh
         if first.setdefault(id(tensor), name) != name:
             aliases[name] = first[id(tensor)]
             continue
-        own[name] = tensor.detach().contiguous().clone()
-    save_file(own, folder / WEIGHTS, metadata={"format": "pt"})
+        own[name] = tensor.detach().contiguous()
+    save_file(without_sharing(own), folder / WEIGHTS, metadata={"format": "pt"})
     return Weights(Checkpoint(folder), {name: name for name in own}, aliases=aliases)
-
-
-def _fill(module: fx.GraphModule, tensors: Mapping[str, Tensor]) -> None:
-    """Put real tensors where the traced module has ones without numbers."""
-    for prefix, owner in module.named_modules(remove_duplicate=False):
-        for table in (owner._parameters, owner._buffers):
-            for name in list(table):
-                full = f"{prefix}.{name}" if prefix else name
-                if full in tensors:
-                    table[name] = tensors[full]
 
 
 def _example(model: nn.Module) -> dict[str, Tensor]:

@@ -131,37 +131,40 @@ def _check_patterns(result: Verification, store: GraphStore, manifest: dict[str,
     promised = promises(manifest)
     found, lost = contractions(store.model, store.packed)
     result.unchecked += [f"{what}" for what in lost]
-    readable, seen = True, set()
-    names = {*store.names(), *store.inline()}
+    sums = manifest.get("checksums", {})
+    readers: dict[str, list[Contraction]] = {}
     for contraction in found:
-        name = contraction.name
-        if name not in names:
-            continue
-        seen.add(name)
-        shape, dtype = store.shape(name), store.dtype(name)
-        if not dtype.is_floating_point or len(shape) < 2:
-            continue
+        readers.setdefault(contraction.name, []).append(contraction)
+    names = {*store.names(), *store.inline()}
+    readable = True
+    # What contractions read first, in their order: that of the report.
+    for name in dict.fromkeys([*(n for n in readers if n in names), *sorted(names)]):
         try:
             weight = store.read(name)
         except CheckpointError as error:
             result.problems.append(str(error))
             readable = False
             continue
-        result.weights.append(
-            judge(result, contraction, weight, store.packed.get(name, "dense"), promised.get(name), asked)
-        )
-    for name in names - seen:
-        try:
-            store.read(name)
-        except CheckpointError as error:
-            result.problems.append(str(error))
-            readable = False
+        written = name not in sums or _sum_is(weight, sums[name])
+        if not written:
+            result.problems.append(f"{name}: its bytes are not those that were written (checksum of {MANIFEST})")
+        if weight.is_floating_point() and weight.dim() >= 2:
+            for at in readers.get(name, ()):
+                check = judge(result, at, weight, store.packed.get(name, "dense"), promised.get(name), asked)
+                check.equal = None if written else False
+                result.weights.append(check)
+    seen = readers.keys() & names
     for name in sorted(promised.keys() - seen):
         if name in names:
             result.unchecked.append(f"{name}: the graph does not show one axis that it is summed over")
         else:
             result.problems.append(f"{name}: {MANIFEST} says it was pruned, and the graph does not hold it")
     return readable
+
+
+def _sum_is(weight: Tensor, crc: int) -> bool:
+    """Whether ``weight`` has that checksum; a MatMul's weight may lie transposed."""
+    return checksum(weight) == crc or (weight.dim() == 2 and checksum(weight.t()) == crc)
 
 
 def judge(
@@ -231,15 +234,6 @@ def _check_equal(
     sums = manifest.get("checksums", {})
     known = set(checkpoint.names()) if checkpoint is not None else set()
     rows = {row.name: row for row in result.weights}
-    for name in [n for n in store.names() if n in sums]:
-        tensor = store.read(name)
-        if checksum(tensor) != sums[name]:
-            # A MatMul's weight may lie transposed.
-            if tensor.dim() == 2 and checksum(tensor.t()) == sums[name]:
-                continue
-            result.problems.append(f"{name}: its bytes are not those that were written (checksum of {MANIFEST})")
-            if name in rows:
-                rows[name].equal = False
     digests: dict[int, str] | None = None
     unknown: list[str] = []
     try:

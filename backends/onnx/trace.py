@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
+from sparsify import capture
 from sparsify.errors import BackendError, first_line
 
 
@@ -105,16 +105,7 @@ def _match_inputs(contract: Contract, compute: torch.dtype) -> None:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silence what torch, transformers and onnxscript say while tracing; errors still surface as exceptions."""
-    names = ("torch.export", "torch.onnx", "torch.fx", "transformers", "onnxscript", "onnx_ir", "torch._inductor")
-    loggers = [logging.getLogger(name) for name in names]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+    """Silence what torch, transformers and onnxscript say while exporting; errors still surface as exceptions."""
+    with warnings.catch_warnings(), capture.quiet("torch.onnx", "onnxscript", "onnx_ir", "torch._inductor"):
+        warnings.simplefilter("ignore")
+        yield
