@@ -1,0 +1,370 @@
+// AVX-512 with BF16 and VBMI2 (Zen 4, Sapphire Rapids and later). bfloat16 products are vdpbf16ps: sums in float, subnormal
+// bfloat16 numbers count as zero. Everything else is float arithmetic.
+#pragma once
+#include "common.h"
+#ifdef SPARSIFY_X86
+#define T512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512vbmi2,avx512bf16,fma,f16c,popcnt,bmi,bmi2")))
+
+// On Zen 4 vpexpand waits for the old value of its destination even where it zeroes what the mask leaves out: a freshly
+// zeroed register (free) makes it and the product after it 2.4 cycles instead of 6.4.
+T512 INLINE __m512i fresh_zero() { __m512i z; __asm__("vpxor %x0,%x0,%x0" : "=x"(z)); return z; }
+T512 INLINE __m512i expand16(u32 mask, const void* p) {
+  return _mm512_mask_expand_epi16(fresh_zero(), mask, _mm512_loadu_si512(p));
+}
+T512 INLINE __m512 expand32(u32 mask, const float* p) {
+  return _mm512_castsi512_ps(_mm512_mask_expand_epi32(fresh_zero(), (__mmask16)mask, _mm512_loadu_si512(p)));
+}
+T512 INLINE void prefetch(const void* p, int distance) {
+  if (distance) _mm_prefetch((const char*)p + distance, _MM_HINT_T0);
+}
+
+// ---- what a step of the two arithmetics is: 64 columns of bfloat16, 32 columns of float
+
+struct Pair { __m512 lo, hi; };   // 32 floats
+
+template <int KIND> T512 INLINE Pair expand_floats(u32 mask, const void* values, i64& at) {
+  if (KIND == F32) {
+    const float* v = (const float*)values + at;
+    int low = __builtin_popcount(mask & 0xffff);
+    at += __builtin_popcount(mask);
+    return {expand32(mask & 0xffff, v), expand32(mask >> 16, v + low)};
+  }
+  __m512i w = expand16(mask, (const u16*)values + at);
+  at += __builtin_popcount(mask);
+  return {_mm512_cvtph_ps(_mm512_castsi512_si256(w)), _mm512_cvtph_ps(_mm512_extracti64x4_epi64(w, 1))};
+}
+
+// ---- bitmask, few tokens: R rows and M tokens at a time, U sums for each pair of them
+
+template <int R, int M, int U, int AHEAD>
+T512 static void mask_bf16(const Matrix& w, const u16* x, const void* bias, void* y, i64 rows, i64 from, i64 to) {
+  const i64 K = w.columns, G = K / 32;
+  const u16* values = (const u16*)w.values;
+  for (i64 n = from; n < to; n += R) {
+    const u16* v[R];
+    const u32* bits[R];
+    __m512 sum[R][M][U];
+    UNROLL for (int r = 0; r < R; r++) {
+      i64 row = n + r < to ? n + r : to - 1;
+      v[r] = values + w.rowptr[row];
+      bits[r] = w.mask + row * G;
+      UNROLL for (int m = 0; m < M; m++) UNROLL for (int u = 0; u < U; u++) sum[r][m][u] = _mm512_setzero_ps();
+    }
+    i64 g = 0;
+    for (; g + U <= G; g += U)
+      UNROLL for (int u = 0; u < U; u++) {
+        __m512bh part[R];
+        UNROLL for (int r = 0; r < R; r++) {
+          u32 b = bits[r][g + u];
+          part[r] = (__m512bh)expand16(b, v[r]);
+          if ((u & 1) == 0) prefetch(v[r], AHEAD);
+          v[r] += __builtin_popcount(b);
+        }
+        UNROLL for (int m = 0; m < M; m++) {
+          __m512bh xs = (__m512bh)_mm512_loadu_si512(x + m * K + (g + u) * 32);
+          UNROLL for (int r = 0; r < R; r++) sum[r][m][u] = _mm512_dpbf16_ps(sum[r][m][u], part[r], xs);
+        }
+      }
+    for (; g < G; g++)
+      UNROLL for (int r = 0; r < R; r++) {
+        u32 b = bits[r][g];
+        __m512bh part = (__m512bh)expand16(b, v[r]);
+        v[r] += __builtin_popcount(b);
+        UNROLL for (int m = 0; m < M; m++)
+          sum[r][m][0] = _mm512_dpbf16_ps(sum[r][m][0], part, (__m512bh)_mm512_loadu_si512(x + m * K + g * 32));
+      }
+    UNROLL for (int r = 0; r < R; r++)
+      if (n + r < to)
+        UNROLL for (int m = 0; m < M; m++) {
+          UNROLL for (int u = 1; u < U; u++) sum[r][m][0] = _mm512_add_ps(sum[r][m][0], sum[r][m][u]);
+          float s = _mm512_reduce_add_ps(sum[r][m][0]);
+          store(BF16, y, m * rows + n + r, bias ? s + load(BF16, bias, n + r) : s);
+        }
+  }
+}
+
+template <int KIND, int R, int M, int U, int AHEAD>
+T512 static void mask_float(const Matrix& w, const float* x, const void* bias, void* y, i64 rows, i64 from, i64 to) {
+  const i64 K = w.columns, G = K / 32;
+  for (i64 n = from; n < to; n += R) {
+    i64 at[R];
+    const u32* bits[R];
+    __m512 sum[R][M][U];
+    UNROLL for (int r = 0; r < R; r++) {
+      i64 row = n + r < to ? n + r : to - 1;
+      at[r] = w.rowptr[row];
+      bits[r] = w.mask + row * G;
+      UNROLL for (int m = 0; m < M; m++) UNROLL for (int u = 0; u < U; u++) sum[r][m][u] = _mm512_setzero_ps();
+    }
+    auto step = [&](int u, i64 g) T512 {
+      Pair part[R];
+      UNROLL for (int r = 0; r < R; r++) {
+        prefetch((const char*)w.values + at[r] * (KIND == F32 ? 4 : 2), AHEAD);
+        part[r] = expand_floats<KIND>(bits[r][g], w.values, at[r]);
+      }
+      UNROLL for (int m = 0; m < M; m++) {
+        __m512 x0 = _mm512_loadu_ps(x + m * K + g * 32), x1 = _mm512_loadu_ps(x + m * K + g * 32 + 16);
+        UNROLL for (int r = 0; r < R; r++) {
+          sum[r][m][u] = _mm512_fmadd_ps(part[r].lo, x0, sum[r][m][u]);
+          sum[r][m][(u + 1) % U] = _mm512_fmadd_ps(part[r].hi, x1, sum[r][m][(u + 1) % U]);
+        }
+      }
+    };
+    i64 g = 0;
+    for (; g + U <= G; g += U) UNROLL for (int u = 0; u < U; u++) step(u, g + u);
+    for (; g < G; g++) step(0, g);
+    UNROLL for (int r = 0; r < R; r++)
+      if (n + r < to)
+        UNROLL for (int m = 0; m < M; m++) {
+          UNROLL for (int u = 1; u < U; u++) sum[r][m][0] = _mm512_add_ps(sum[r][m][0], sum[r][m][u]);
+          float s = _mm512_reduce_add_ps(sum[r][m][0]);
+          store(KIND, y, m * rows + n + r, bias ? s + load(KIND, bias, n + r) : s);
+        }
+  }
+}
+
+// ---- packed24: values stay packed, and x is permuted to them
+
+template <int R, int M, int U, int AHEAD>
+T512 static void pair_bf16(const Matrix& w, const u16* x, const void* bias, void* y, i64 rows, i64 from, i64 to) {
+  // Value j of 32 meets column 4 * (j / 2) + its two bits; the multishift brings those two bits to the bottom of word j.
+  alignas(64) u16 first[32];
+  alignas(64) u8 shifts[64];
+  for (int j = 0; j < 32; j++) { first[j] = (u16)(4 * (j / 2)); shifts[2 * j] = shifts[2 * j + 1] = (u8)(2 * j); }
+  const __m512i base = _mm512_load_si512(first), shift = _mm512_load_si512(shifts), three = _mm512_set1_epi16(3);
+  const i64 K = w.columns, G = K / 64;
+  const u16* values = (const u16*)w.values;
+  const u64* meta = (const u64*)w.meta;
+  for (i64 n = from; n < to; n += R) {
+    const u16* v[R];
+    const u64* q[R];
+    __m512 sum[R][M][U];
+    UNROLL for (int r = 0; r < R; r++) {
+      i64 row = n + r < to ? n + r : to - 1;
+      v[r] = values + row * (K / 2);
+      q[r] = meta + row * G;
+      UNROLL for (int m = 0; m < M; m++) UNROLL for (int u = 0; u < U; u++) sum[r][m][u] = _mm512_setzero_ps();
+    }
+    auto step = [&](int u, i64 g) T512 {
+      __m512i column[R], part[R];
+      UNROLL for (int r = 0; r < R; r++) {
+        u64 word;
+        memcpy(&word, q[r] + g, 8);
+        __m512i bits = _mm512_multishift_epi64_epi8(shift, _mm512_set1_epi64((long long)word));
+        column[r] = _mm512_ternarylogic_epi64(bits, three, base, 0xEA);   // (bits & three) | base
+        part[r] = _mm512_loadu_si512(v[r] + g * 32);
+        prefetch(v[r] + g * 32, AHEAD);
+      }
+      UNROLL for (int m = 0; m < M; m++) {
+        __m512i x0 = _mm512_loadu_si512(x + m * K + g * 64), x1 = _mm512_loadu_si512(x + m * K + g * 64 + 32);
+        UNROLL for (int r = 0; r < R; r++)
+          sum[r][m][u] = _mm512_dpbf16_ps(sum[r][m][u], (__m512bh)part[r],
+                                          (__m512bh)_mm512_permutex2var_epi16(x0, column[r], x1));
+      }
+    };
+    i64 g = 0;
+    for (; g + U <= G; g += U) UNROLL for (int u = 0; u < U; u++) step(u, g + u);
+    for (; g < G; g++) step(0, g);
+    UNROLL for (int r = 0; r < R; r++)
+      if (n + r < to)
+        UNROLL for (int m = 0; m < M; m++) {
+          UNROLL for (int u = 1; u < U; u++) sum[r][m][0] = _mm512_add_ps(sum[r][m][0], sum[r][m][u]);
+          float s = _mm512_reduce_add_ps(sum[r][m][0]);
+          store(BF16, y, m * rows + n + r, bias ? s + load(BF16, bias, n + r) : s);
+        }
+  }
+}
+
+template <int KIND, int R, int M, int U, int AHEAD>
+T512 static void pair_float(const Matrix& w, const float* x, const void* bias, void* y, i64 rows, i64 from, i64 to) {
+  alignas(64) u32 first[16], shifts[16];
+  for (int j = 0; j < 16; j++) { first[j] = 4 * (j / 2); shifts[j] = 2 * j; }
+  const __m512i base = _mm512_load_si512(first), shift = _mm512_load_si512(shifts), three = _mm512_set1_epi32(3);
+  const i64 K = w.columns, G = K / 32;
+  for (i64 n = from; n < to; n += R) {
+    i64 at[R];
+    const u8* q[R];
+    __m512 sum[R][M][U];
+    UNROLL for (int r = 0; r < R; r++) {
+      i64 row = n + r < to ? n + r : to - 1;
+      at[r] = row * (K / 2);
+      q[r] = w.meta + row * (K / 8);
+      UNROLL for (int m = 0; m < M; m++) UNROLL for (int u = 0; u < U; u++) sum[r][m][u] = _mm512_setzero_ps();
+    }
+    auto step = [&](int u, i64 g) T512 {
+      __m512i column[R];
+      __m512 part[R];
+      UNROLL for (int r = 0; r < R; r++) {
+        i32 word;
+        memcpy(&word, q[r] + g * 4, 4);
+        column[r] = _mm512_ternarylogic_epi32(_mm512_srlv_epi32(_mm512_set1_epi32(word), shift), three, base, 0xEA);
+        i64 i = at[r] + g * 16;
+        if (KIND == F32) part[r] = _mm512_loadu_ps((const float*)w.values + i);
+        else part[r] = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)((const u16*)w.values + i)));
+        prefetch((const char*)w.values + i * (KIND == F32 ? 4 : 2), AHEAD);
+      }
+      UNROLL for (int m = 0; m < M; m++) {
+        __m512 x0 = _mm512_loadu_ps(x + m * K + g * 32), x1 = _mm512_loadu_ps(x + m * K + g * 32 + 16);
+        UNROLL for (int r = 0; r < R; r++)
+          sum[r][m][u] = _mm512_fmadd_ps(part[r], _mm512_permutex2var_ps(x0, column[r], x1), sum[r][m][u]);
+      }
+    };
+    i64 g = 0;
+    for (; g + U <= G; g += U) UNROLL for (int u = 0; u < U; u++) step(u, g + u);
+    for (; g < G; g++) step(0, g);
+    UNROLL for (int r = 0; r < R; r++)
+      if (n + r < to)
+        UNROLL for (int m = 0; m < M; m++) {
+          UNROLL for (int u = 1; u < U; u++) sum[r][m][0] = _mm512_add_ps(sum[r][m][0], sum[r][m][u]);
+          float s = _mm512_reduce_add_ps(sum[r][m][0]);
+          store(KIND, y, m * rows + n + r, bias ? s + load(KIND, bias, n + r) : s);
+        }
+  }
+}
+
+// ---- dense, one token: what a kernel of the same care reaches on weights that were not pruned
+
+T512 static void dense_bf16(const u16* w, const u16* x, const void* bias, void* y, i64 K, i64 from, i64 to) {
+  for (i64 n = from; n < to; n++) {
+    const u16* row = w + n * K;
+    __m512 sum[4];
+    UNROLL for (int u = 0; u < 4; u++) sum[u] = _mm512_setzero_ps();
+    i64 k = 0;
+    for (; k + 128 <= K; k += 128)
+      UNROLL for (int u = 0; u < 4; u++)
+        sum[u] = _mm512_dpbf16_ps(sum[u], (__m512bh)_mm512_loadu_si512(row + k + 32 * u),
+                                  (__m512bh)_mm512_loadu_si512(x + k + 32 * u));
+    for (; k < K; k += 32) {
+      __mmask32 left = K - k >= 32 ? ~0u : (1u << (K - k)) - 1;
+      sum[0] = _mm512_dpbf16_ps(sum[0], (__m512bh)_mm512_maskz_loadu_epi16(left, row + k),
+                                (__m512bh)_mm512_maskz_loadu_epi16(left, x + k));
+    }
+    float s = _mm512_reduce_add_ps(_mm512_add_ps(_mm512_add_ps(sum[0], sum[1]), _mm512_add_ps(sum[2], sum[3])));
+    store(BF16, y, n, bias ? s + load(BF16, bias, n) : s);
+  }
+}
+
+template <int KIND>
+T512 static void dense_float(const void* w, const float* x, const void* bias, void* y, i64 K, i64 from, i64 to) {
+  auto part = [&](i64 i, __mmask16 left) T512 {
+    if (KIND == F32) return _mm512_maskz_loadu_ps(left, (const float*)w + i);
+    return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(left, (const u16*)w + i));
+  };
+  for (i64 n = from; n < to; n++) {
+    __m512 sum[4];
+    UNROLL for (int u = 0; u < 4; u++) sum[u] = _mm512_setzero_ps();
+    i64 k = 0;
+    for (; k + 64 <= K; k += 64)
+      UNROLL for (int u = 0; u < 4; u++)
+        sum[u] = _mm512_fmadd_ps(part(n * K + k + 16 * u, 0xffff), _mm512_loadu_ps(x + k + 16 * u), sum[u]);
+    for (; k < K; k += 16) {
+      __mmask16 left = (__mmask16)(K - k >= 16 ? 0xffff : (1u << (K - k)) - 1);
+      sum[0] = _mm512_fmadd_ps(part(n * K + k, left), _mm512_maskz_loadu_ps(left, x + k), sum[0]);
+    }
+    float s = _mm512_reduce_add_ps(_mm512_add_ps(_mm512_add_ps(sum[0], sum[1]), _mm512_add_ps(sum[2], sum[3])));
+    store(KIND, y, n, bias ? s + load(KIND, bias, n) : s);
+  }
+}
+
+// ---- many tokens: four rows are unpacked, BLOCK columns at a time, and meet all tokens while they are in the first cache
+
+// Both return how many values they read. Loads are masked: packed24 has nothing after its last value.
+T512 static i64 unpack_bits512(const u16* values, const u32* mask, i64 words, u16* out) {
+  i64 at = 0;
+  for (i64 g = 0; g < words; g++) {
+    u32 count = (u32)__builtin_popcount(mask[g]);
+    __m512i v = _mm512_maskz_loadu_epi16((__mmask32)_bzhi_u32(~0u, count), values + at);
+    _mm512_storeu_si512(out + g * 32, _mm512_mask_expand_epi16(fresh_zero(), mask[g], v));
+    at += count;
+  }
+  return at;
+}
+
+template <int KIND> T512 static i64 unpack_floats512(const void* values, const u32* mask, i64 words, float* out) {
+  i64 at = 0;
+  for (i64 g = 0; g < words * 2; g++) {
+    __mmask16 bits = (__mmask16)(mask[g / 2] >> (g % 2 * 16));
+    u32 count = (u32)__builtin_popcount(bits);
+    __mmask16 left = (__mmask16)_bzhi_u32(0xffff, count);
+    __m512 v;
+    if (KIND == F32) v = _mm512_maskz_loadu_ps(left, (const float*)values + at);
+    else v = _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(left, (const u16*)values + at));
+    v = _mm512_castsi512_ps(_mm512_mask_expand_epi32(fresh_zero(), bits, _mm512_castps_si512(v)));
+    _mm512_storeu_ps(out + g * 16, v);
+    at += count;
+  }
+  return at;
+}
+
+// Sums of R unpacked rows and M tokens over `columns`, added to those of the columns before.
+template <int R, int M>
+T512 INLINE void tile_bf16(const u16* part, const u16* x, i64 K, i64 columns, __m512* sums) {
+  __m512 sum[R][M];
+  UNROLL for (int r = 0; r < R; r++) UNROLL for (int m = 0; m < M; m++) sum[r][m] = sums[r * M + m];
+  for (i64 k = 0; k < columns; k += 32) {
+    __m512bh rows[R];
+    UNROLL for (int r = 0; r < R; r++) rows[r] = (__m512bh)_mm512_load_si512(part + r * BLOCK + k);
+    UNROLL for (int m = 0; m < M; m++) {
+      __m512bh xs = (__m512bh)_mm512_loadu_si512(x + m * K + k);
+      UNROLL for (int r = 0; r < R; r++) sum[r][m] = _mm512_dpbf16_ps(sum[r][m], rows[r], xs);
+    }
+  }
+  UNROLL for (int r = 0; r < R; r++) UNROLL for (int m = 0; m < M; m++) sums[r * M + m] = sum[r][m];
+}
+
+template <int R, int M>
+T512 INLINE void tile_float(const float* part, const float* x, i64 K, i64 columns, __m512* sums) {
+  __m512 sum[R][M];
+  UNROLL for (int r = 0; r < R; r++) UNROLL for (int m = 0; m < M; m++) sum[r][m] = sums[r * M + m];
+  for (i64 k = 0; k < columns; k += 16) {
+    __m512 rows[R];
+    UNROLL for (int r = 0; r < R; r++) rows[r] = _mm512_load_ps(part + r * BLOCK + k);
+    UNROLL for (int m = 0; m < M; m++) {
+      __m512 xs = _mm512_loadu_ps(x + m * K + k);
+      UNROLL for (int r = 0; r < R; r++) sum[r][m] = _mm512_fmadd_ps(rows[r], xs, sum[r][m]);
+    }
+  }
+  UNROLL for (int r = 0; r < R; r++) UNROLL for (int m = 0; m < M; m++) sums[r * M + m] = sum[r][m];
+}
+
+// `scratch` holds 4 unpacked rows of BLOCK columns, the mask of as many, and 4 vectors per token.
+template <int KIND>
+T512 static void many512(const Matrix& w, const void* x, const void* bias, void* y, i64 tokens, i64 rows, i64 from,
+                         i64 to, u8* scratch) {
+  const int R = 4, M = 4;
+  const i64 K = w.columns, size = KIND == BF16 ? 2 : 4;
+  u8* part = scratch;
+  u32* mask = (u32*)(scratch + R * BLOCK * size);
+  __m512* sums = (__m512*)(scratch + R * BLOCK * size + BLOCK / 8);
+  for (i64 n = from; n < to; n += R) {
+    i64 at[R];
+    for (int r = 0; r < R; r++) at[r] = first_value(w, n + r < to ? n + r : to - 1);
+    for (i64 i = 0; i < R * tokens; i++) sums[i] = _mm512_setzero_ps();
+    for (i64 k = 0; k < K; k += BLOCK) {
+      i64 columns = K - k < BLOCK ? K - k : BLOCK, words = columns / 32;
+      for (int r = 0; r < R; r++) {
+        row_mask(w, n + r < to ? n + r : to - 1, k / 32, words, mask);
+        const u8* values = (const u8*)w.values + at[r] * (KIND == F32 ? 4 : 2);
+        if (KIND == BF16) at[r] += unpack_bits512((const u16*)values, mask, words, (u16*)part + r * BLOCK);
+        else at[r] += unpack_floats512<KIND>(values, mask, words, (float*)part + r * BLOCK);
+      }
+      i64 m = 0;
+      for (; m + M <= tokens; m += M) {
+        if (KIND == BF16) tile_bf16<R, M>((u16*)part, (const u16*)x + m * K + k, K, columns, sums + m * R);
+        else tile_float<R, M>((float*)part, (const float*)x + m * K + k, K, columns, sums + m * R);
+      }
+      for (; m < tokens; m++) {
+        if (KIND == BF16) tile_bf16<R, 1>((u16*)part, (const u16*)x + m * K + k, K, columns, sums + m * R);
+        else tile_float<R, 1>((float*)part, (const float*)x + m * K + k, K, columns, sums + m * R);
+      }
+    }
+    for (i64 m = 0; m < tokens; m++)
+      for (int r = 0; r < R && n + r < to; r++) {
+        i64 tail = tokens - tokens % M;
+        __m512 sum = m < tail ? sums[m / M * M * R + r * M + m % M] : sums[m * R + r];
+        float s = _mm512_reduce_add_ps(sum);
+        store(KIND, y, m * rows + n + r, bias ? s + load(KIND, bias, n + r) : s);
+      }
+  }
+}
+#endif

@@ -1,0 +1,102 @@
+// Types, conversions and helpers that every instruction set shares. No header of torch or Python is used: the library
+// is a plain C ABI, so one build serves every version of both.
+#pragma once
+#include <cstdint>
+#include <cstring>
+
+#if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
+#include <immintrin.h>
+#define SPARSIFY_X86 1
+#endif
+
+typedef uint8_t u8;
+typedef uint16_t u16;
+typedef uint32_t u32;
+typedef uint64_t u64;
+typedef int32_t i32;
+typedef int64_t i64;
+
+#define INLINE static inline __attribute__((always_inline))
+#if defined(__clang__)
+#define UNROLL _Pragma("clang loop unroll(full)")
+#else
+#define UNROLL _Pragma("GCC unroll 16")
+#endif
+
+enum Kind { F32 = 0, BF16 = 1, F16 = 2 };   // dtype of values, x, bias and y
+enum Isa { SCALAR = 0, AVX2 = 1, AVX512 = 2 };
+const i64 UNIT = 64;     // columns are padded to a multiple of this many
+const i64 PADDING = 64;   // values after the last one of a bitmask
+const i64 BLOCK = 1024;   // columns that are unpacked at a time where many tokens share the unpacking
+
+// One matrix [rows, columns], columns a multiple of UNIT, in either layout.
+struct Matrix {
+  const void* values;
+  const u8* meta;       // packed24: a nibble per group of four columns; else null
+  const u32* mask;      // bitmask: a bit per column; else null
+  const i64* rowptr;    // bitmask: the first value of each row
+  i64 columns;
+  i64 readable;         // values that there are, padding included
+};
+
+INLINE float from_bf16(u16 b) { u32 u = (u32)b << 16; float f; memcpy(&f, &u, 4); return f; }
+
+INLINE u16 to_bf16(float f) {
+  u32 u;
+  memcpy(&u, &f, 4);
+  if ((u & 0x7fffffff) > 0x7f800000) return (u16)((u >> 16) | 0x40);   // NaN stays NaN
+  return (u16)((u + 0x7fff + ((u >> 16) & 1)) >> 16);   // to nearest, ties to even
+}
+
+INLINE float from_f16(u16 h) {
+  u32 sign = (u32)(h & 0x8000) << 16, exponent = h >> 10 & 31, fraction = h & 1023, u;
+  if (exponent == 31) u = sign | 0x7f800000 | fraction << 13;
+  else if (exponent) u = sign | (exponent + 112) << 23 | fraction << 13;
+  else if (!fraction) u = sign;
+  else {
+    exponent = 113;
+    while (!(fraction & 1024)) { fraction <<= 1; exponent--; }
+    u = sign | exponent << 23 | (fraction & 1023) << 13;
+  }
+  float f;
+  memcpy(&f, &u, 4);
+  return f;
+}
+
+INLINE u16 to_f16(float f) {
+  u32 u;
+  memcpy(&u, &f, 4);
+  u32 sign = u >> 16 & 0x8000, rest = u & 0x7fffffff;
+  if (rest > 0x7f800000) return (u16)(sign | 0x7e00);
+  if (rest >= 0x477ff000) return (u16)(sign | 0x7c00);   // rounds past the largest number
+  if (rest < 0x33000001) return (u16)sign;   // rounds to zero
+  u32 exponent = rest >> 23, fraction = (rest & 0x7fffff) | 0x800000;
+  u32 shift = exponent > 112 ? 13 : 126 - exponent;
+  u32 kept = fraction >> shift, lost = fraction & ((1u << shift) - 1), half = 1u << (shift - 1);
+  if (lost > half || (lost == half && (kept & 1))) kept++;
+  return (u16)(sign | (exponent > 112 ? kept + ((exponent - 113) << 10) : kept));
+}
+
+INLINE float load(int kind, const void* p, i64 i) {
+  if (kind == F32) return ((const float*)p)[i];
+  return kind == BF16 ? from_bf16(((const u16*)p)[i]) : from_f16(((const u16*)p)[i]);
+}
+
+INLINE void store(int kind, void* p, i64 i, float f) {
+  if (kind == F32) ((float*)p)[i] = f;
+  else ((u16*)p)[i] = kind == BF16 ? to_bf16(f) : to_f16(f);
+}
+
+// Where the values of a row begin.
+INLINE i64 first_value(const Matrix& w, i64 row) { return w.mask ? w.rowptr[row] : row * (w.columns / 2); }
+
+// A bit per column of `words` * 32 columns from `word` on, of one row. A nibble idx0 | idx1 << 2 sets two of four bits.
+INLINE void row_mask(const Matrix& w, i64 row, i64 word, i64 words, u32* out) {
+  if (w.mask) { memcpy(out, w.mask + row * (w.columns / 32) + word, words * 4); return; }
+  const u8* meta = w.meta + row * (w.columns / 8) + word * 4;
+  u8* bytes = (u8*)out;
+  for (i64 i = 0; i < words * 4; i++) {
+    u8 m = meta[i];
+    bytes[i] = (u8)(1 << (m & 3) | 1 << (m >> 2 & 3) | 16 << (m >> 4 & 3) | 16 << (m >> 6));
+  }
+}
