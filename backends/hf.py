@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from sparsify.capture import quiet
-from sparsify.checkpoint import WEIGHTS, Checkpoint, TensorStore
+from sparsify.checkpoint import WEIGHTS, Checkpoint
 from sparsify.errors import BackendError
 from sparsify.program import Program
 from sparsify.source import Source
@@ -98,10 +98,10 @@ class HuggingFaceJob:
             save_file(without_sharing(tensors), folder / WEIGHTS, metadata={"format": "pt"})
         return Checkpoint(folder, writable=True)
 
-    def finish(self, program: Program, manifest: dict[str, Any]) -> tuple[Path, TensorStore]:
+    def finish(self, program: Program, manifest: dict[str, Any]) -> tuple[Path, Weights]:
         """Read everything back, write the manifest, and put the folder in place."""
         out = self.seal(manifest | {"checksums": self.verify()})
-        return out, Checkpoint(out)
+        return out, self.weights.on(Checkpoint(out))
 
     def notes(self) -> list[str]:
         return []

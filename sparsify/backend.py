@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
-from sparsify.checkpoint import TensorStore
 from sparsify.program import Program
 from sparsify.source import Source
 from sparsify.weights import Weights
@@ -20,8 +19,8 @@ class Job(Protocol):
 
     weights: Weights
 
-    def finish(self, program: Program, manifest: dict[str, Any]) -> tuple[Path, TensorStore]:
-        """Put the output in place; where it lies, and its tensors by their names in the checkpoint."""
+    def finish(self, program: Program, manifest: dict[str, Any]) -> tuple[Path, Weights]:
+        """Put the output in place; where it lies, and the parameters as it holds them."""
         ...
 
     def notes(self) -> list[str]:

@@ -38,13 +38,28 @@ def capture(source: Source, batch: Batch, device: torch.device | str = "cpu") ->
     Raises:
         TraceError: the model cannot be exported, or needs values that only a run could give.
     """
-    module = source.module
+    exported = export(source.module, batch)
+    program = from_exported(exported, source.weights, device, constants=_real_buffers(source.module))
+    program.source = source
+    del exported
+    # Exporting leaves reference cycles as large as the graph; a second capture would stack on them.
+    gc.collect()
+    release_freed()
+    return program
+
+
+def export(module: nn.Module, batch: Batch) -> torch.export.ExportedProgram:
+    """``module`` as torch exports it at the shapes of ``batch``.
+
+    Raises:
+        TraceError: it cannot be exported.
+    """
     args, kwargs = call_arguments(module, {k: torch.zeros_like(v, device="cpu") for k, v in batch.items()})
     training = module.training
     _set_mode(module, training=False)
     try:
         with torch.no_grad(), quiet():
-            exported = torch.export.export(module, args, kwargs, strict=False)
+            return torch.export.export(module, args, kwargs, strict=False)
     except Exception as error:  # export raises many kinds; all mean that there is no graph
         raise TraceError(
             f"capturing {type(module).__name__}",
@@ -54,13 +69,6 @@ def capture(source: Source, batch: Batch, device: torch.device | str = "cpu") ->
         ) from error
     finally:
         _set_mode(module, training=training)
-    program = from_exported(exported, source.weights, device, constants=_real_buffers(module))
-    program.source = source
-    del exported
-    # Exporting leaves reference cycles as large as the graph; a second capture would stack on them.
-    gc.collect()
-    release_freed()
-    return program
 
 
 def from_exported(

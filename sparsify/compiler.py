@@ -209,10 +209,9 @@ def compile(
             )  # fmt: skip
             program.verify()
         if out is not None:
-            compiled.output, store = job.finish(program, make_manifest(compiled))
+            # The folder has its final name only now; weights are read from there from here on.
+            compiled.output, program.weights = job.finish(program, make_manifest(compiled))
             compiled.notes = job.notes()
-            # The folder has its final name only now; read from there from here on.
-            program.weights = program.weights.on(store)
     return compiled
 
 

@@ -26,18 +26,23 @@ _OWN = {
     "sparsify.backends": {
         "hf": "sparsify.backends.hf:HuggingFace",
         "onnx": "sparsify.backends.onnx.backend:ONNX",
+        "packed": "sparsify.backends.packed.backend:PackedBackend",
     },
     # Functions with typer's annotations; each is imported when a command line is parsed, so they import nothing heavy.
     "sparsify.commands": {
         "run": "sparsify.backends.onnx.commands:run",
         "verify": "sparsify.backends.onnx.commands:verify",
         "expand": "sparsify.backends.onnx.commands:expand",
+        "unpack": "sparsify.backends.packed.commands:unpack",
+        "bench": "sparsify.backends.packed.commands:bench",
     },
+    # Loading one registers it with transformers.
+    "sparsify.quantizers": {"sparsify": "sparsify.backends.packed.quantizer:SparsifyQuantizer"},
 }
 
 
 def registered(group: str) -> dict[str, EntryPoint]:
-    """Entry points of ``sparsify.passes``, ``sparsify.backends`` or ``sparsify.commands`` by name, unloaded."""
+    """Entry points of a group (``sparsify.passes``, ``sparsify.backends``, …) by name, unloaded."""
     own = {name: EntryPoint(name, value, group) for name, value in _OWN[group].items()}
     return {entry.name: entry for entry in entry_points(group=group)} | own
 

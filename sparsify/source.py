@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sparsify.checkpoint import PICKLED, PICKLED_INDEX, WEIGHTS, Checkpoint, MemoryStore, TensorStore
 from sparsify.errors import CheckpointError, TraceError, first_line
+from sparsify.packed.site import METHOD
+from sparsify.packed.store import open_packed
 from sparsify.weights import Weights, weights_of_checkpoint, weights_of_module
 
 _TOKENIZER_FILES = ("tokenizer", "vocab", "spiece", "sentencepiece", "merges", "tekken")
@@ -115,7 +118,7 @@ def open_source(model: str | Path | nn.Module, *, allow_bin: bool = False, trust
     if allow_bin and not (folder / WEIGHTS).exists() and _pickles(folder):
         store = _read_pickles(folder)
     else:
-        store = Checkpoint(folder)
+        store = open_packed(folder) or Checkpoint(folder)
     stored = (store.dtype(name) for name in store.names())
     module = build_skeleton(folder, trust_remote_code, next((d for d in stored if d.is_floating_point), None))
     weights = weights_of_checkpoint(module, store)
@@ -125,12 +128,18 @@ def open_source(model: str | Path | nn.Module, *, allow_bin: bool = False, trust
     return Source(name, module, weights, folder, checkpoint, trust_remote_code)
 
 
-def build_skeleton(folder: Path, trust_remote_code: bool = False, dtype: torch.dtype | None = None) -> nn.Module:
+def build_skeleton(
+    folder: Path,
+    trust_remote_code: bool = False,
+    dtype: torch.dtype | None = None,
+    edit: Callable[[nn.Module], None] = lambda model: None,
+) -> nn.Module:
     """The model that ``folder``'s config.json describes, in eval mode, with parameters that take no memory.
 
     The parameters are fake tensors that claim to be on the CPU: traced on the plain meta device, literal tensors in
     a model's code (Falcon's index lists) would lose their numbers. Buffers that no checkpoint holds
-    (rotary frequencies) are real and computed. ``dtype`` is used where the config names none.
+    (rotary frequencies) are real and computed. ``dtype`` is used where the config names none; ``edit`` changes the
+    model while it is on the meta device.
     """
     from transformers import AutoConfig
 
@@ -144,7 +153,11 @@ def build_skeleton(folder: Path, trust_remote_code: bool = False, dtype: torch.d
             found=f"transformers cannot read it ({first_line(error)})",
             do="Check the file; a model with code of its own needs --trust-remote-code",
         ) from error
-    if getattr(config, "quantization_config", None) is not None:
+    quantization = getattr(config, "quantization_config", None)
+    if isinstance(quantization, dict) and quantization.get("quant_method") == METHOD:
+        # Its store gives the weights dense; so is the model.
+        del config.quantization_config
+    elif quantization is not None:
         raise CheckpointError(
             f"model {folder}",
             found="a quantized checkpoint (quantization_config in config.json)",
@@ -153,6 +166,7 @@ def build_skeleton(folder: Path, trust_remote_code: bool = False, dtype: torch.d
     try:
         with torch.device("meta"):
             model = _construct(config, trust_remote_code, getattr(config, "dtype", None) or dtype or torch.float32)
+            edit(model)
     except Exception as error:  # so do the constructors of models
         raise CheckpointError(
             f"model of {folder}",

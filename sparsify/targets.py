@@ -60,7 +60,7 @@ def choose(
     """
     names = Names(program.weights)
     chosen, ignored = names.matching(only, "--only"), names.matching(ignore, "--ignore")
-    shared = _read_elsewhere(program, sites)
+    shared = read_elsewhere(program, sites)
     blocks = any(site.block for site in sites)
     by_parameter: dict[str, list[LinearSite]] = {}
     for site in sites:
@@ -156,7 +156,7 @@ def _matches(pattern: str, name: str, flag: str) -> bool:
     return name == pattern
 
 
-def _read_elsewhere(program: Program, sites: Sequence[LinearSite]) -> dict[str, str]:
+def read_elsewhere(program: Program, sites: Sequence[LinearSite]) -> dict[str, str]:
     """Parameters that something other than a linear site reads, with what it is."""
     own = {site.parameter for site in sites}
     found = {}

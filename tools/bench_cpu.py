@@ -109,7 +109,7 @@ def measure(case: Case, rounds: int) -> dict[str, Any]:
         "F.linear": [lambda w=w: functional.linear(x, w) for w in dense],  # type: ignore[misc]
         "F.linear without oneDNN": [lambda w=w: without_onednn(w) for w in dense],  # type: ignore[misc]
     }
-    if case.dtype != "fp16":
+    if case.dtype == "fp32" or (case.dtype == "bf16" and native.isa() == 2):
         reordered = [torch.ops.mkldnn._reorder_linear_weight(w, case.tokens) for w in dense]
         pointwise = torch.ops.mkldnn._linear_pointwise
         candidates["oneDNN, packed before"] = [
@@ -205,6 +205,7 @@ def main() -> None:
     torch.set_grad_enabled(False)
     torch.set_num_threads(1)
     only = set(filter(None, options.only.split(",")))
+    assert native.library() is not None, "no kernels to measure"
     print(f"{processor()}, one thread, torch {torch.__version__}, kernels {native.ISAS[native.isa()]}")
     results = []
     for case in cases(options.avx2):

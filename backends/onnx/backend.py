@@ -87,7 +87,7 @@ class ONNXJob:
         self.weights: Weights = self.hf.weights
         self.stored: list[StoredWeight] = []
 
-    def finish(self, program: Program, manifest: dict[str, Any]) -> tuple[Path, TensorStore]:
+    def finish(self, program: Program, manifest: dict[str, Any]) -> tuple[Path, Weights]:
         """Write the graph and the files beside it, check them, and put the folder in place."""
         backend, folder = self.backend, self.hf.staging.folder
         sums = self.hf.verify()
@@ -108,7 +108,8 @@ class ONNXJob:
         # A link has every tensor of the checkpoint, other files only those that the graph reads, as they are stored.
         manifest["checksums"] = sums if backend.weights == "link" else {w.name: w.checksum for w in self.stored}
         path = self.hf.seal(manifest)
-        return path, Checkpoint(path) if backend.weights == "link" else GraphStore(path / FILE, turned)
+        store: TensorStore = Checkpoint(path) if backend.weights == "link" else GraphStore(path / FILE, turned)
+        return path, self.weights.on(store)
 
     def notes(self) -> list[str]:
         """What a user should know of the graph that was written."""

@@ -55,7 +55,7 @@ class Library:
         self.linear_24 = library.sparsify_linear_24
         self.linear_24.argtypes = [small, small, *[pointer] * 5, *[number] * 5, small]
         self.linear_bitmask = library.sparsify_linear_bitmask
-        self.linear_bitmask.argtypes = [small, small, *[pointer] * 6, *[number] * 5, small]
+        self.linear_bitmask.argtypes = [small, small, pointer, number, *[pointer] * 5, *[number] * 5, small]
         self.linear_dense = library.sparsify_linear_dense
         self.linear_dense.argtypes = [small, small, *[pointer] * 4, number, number, small]
         self.unpack = library.sparsify_unpack

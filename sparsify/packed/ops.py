@@ -1,53 +1,73 @@
-"""The operators that a lowered graph calls: ``sparsify::linear_24``, ``sparsify::linear_bitmask``, ``sparsify::linear_dense``.
+"""The operators that a lowered graph calls, ``torch.ops.sparsify.*``:
 
-Any leading dimensions, any number of tokens, bias or none. On CPUs they run the kernels of :mod:`sparsify.packed.native`; on every
-other device a plain reference, until a backend registers better. They are defined by schema and not by ``custom_op``, which
-costs some ten microseconds a call.
+- ``linear_24``, ``linear_bitmask``: y = x Wᵀ + b with W packed (:mod:`sparsify.packed.layout`);
+- ``experts_24``, ``experts_bitmask``: the same for a stack of W, tokens sorted by expert, as ``grouped_mm`` does it;
+- ``linear_dense``: a dense product whose case of one token runs our own kernel.
+
+Any leading dimensions, any number of tokens, bias or none, for inference: no gradient is defined. On CPUs they run the kernels
+of :mod:`sparsify.packed.native`; on every other device a plain reference, until a backend registers better. They are
+defined by schema and not by ``custom_op``, which costs some ten microseconds a call.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.library import Library, register_fake
+from torch.nn.functional import linear
 
 from sparsify.errors import BackendError
 from sparsify.packed import native
-from sparsify.packed.layout import PADDING, Packed, unpack
+from sparsify.packed.layout import Packed, unpack
 
 # Up to FEW tokens are multiplied with weights that stay packed; up to MANY with four rows at a time unpacked inside the
 # kernel; above, PANEL rows at a time are unpacked into a buffer that all panels share, for a dense product.
-FEW_24, FEW_BITMASK = 16, 4
+FEW_24, FEW_BITMASK = 16, 8
 MANY = 64
 PANEL = 512
 
-_library = Library("sparsify", "DEF")
-_library.define("linear_24(Tensor x, Tensor values, Tensor meta, Tensor? bias=None) -> Tensor")
-_library.define("linear_bitmask(Tensor x, Tensor values, Tensor mask, Tensor rowptr, Tensor? bias=None) -> Tensor")
-_library.define("linear_dense(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor")
-
-
-def _reference(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
-    return torch.nn.functional.linear(x, unpack(packed), bias)
-
 
 def _reference_24(x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None = None) -> Tensor:
-    return _reference(x, Packed("packed24", (values.shape[0], x.shape[-1]), values, meta), bias)
+    return linear(x, unpack(Packed("packed24", (values.shape[0], x.shape[-1]), values, meta)), bias)
 
 
 def _reference_bitmask(x: Tensor, values: Tensor, mask: Tensor, rowptr: Tensor, bias: Tensor | None = None) -> Tensor:
-    return _reference(x, Packed("bitmask", (mask.shape[0], x.shape[-1]), values, mask), bias)
+    return linear(x, unpack(Packed("bitmask", (mask.shape[0], x.shape[-1]), values, mask)), bias)
+
+
+def _reference_experts_24(x: Tensor, values: Tensor, meta: Tensor, offsets: Tensor) -> Tensor:
+    return _by_expert(x, values.shape[1], offsets, lambda e, rows: _reference_24(rows, values[e], meta[e]))
+
+
+def _reference_experts_bitmask(x: Tensor, values: Tensor, mask: Tensor, rowptr: Tensor, offsets: Tensor) -> Tensor:
+    experts, rows = mask.shape[:2]
+    full = unpack(Packed("bitmask", (experts * rows, x.shape[-1]), values, mask.flatten(0, 1))).view(experts, rows, -1)
+    return _by_expert(x, rows, offsets, lambda e, part: linear(part, full[e]))
+
+
+def _by_expert(x: Tensor, rows: int, offsets: Tensor, product: Callable[[int, Tensor], Tensor]) -> Tensor:
+    """``product(e, tokens of expert e)``, put together. Tokens past the last offset belong to no expert: zeros."""
+    y = x.new_zeros(x.shape[0], rows)
+    start = 0
+    for expert, end in enumerate(offsets.tolist()):
+        if end > start:
+            y[start:end] = product(expert, x[start:end])
+        start = max(start, end)
+    return y
 
 
 def _cpu_24(x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None = None) -> Tensor:
     library = native.library()
     if library is None:
         return _reference_24(x, values, meta, bias)
-    rows, columns = values.shape[0], values.shape[1] * 2
-    width = x.shape[-1]
-    tokens = x.numel() // width
-    values, meta, x = values.contiguous(), meta.contiguous(), x.contiguous()
+    rows, columns, width = values.shape[0], values.shape[1] * 2, x.shape[-1]
     kind = _kind(x, values, bias)
+    if meta.shape[0] != rows or meta.shape[1] * 8 != columns or meta.dtype is not torch.uint8:
+        raise _disagreement(x, values, meta)
+    values, meta, x = values.contiguous(), meta.contiguous(), x.contiguous()
+    tokens = x.numel() // width
     if tokens > MANY:
         return _by_panels(x, values, meta, None, rows, columns, bias)
     y = x.new_empty((*x.shape[:-1], rows))
@@ -55,41 +75,65 @@ def _cpu_24(x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None = None)
         native.isa(), kind, values.data_ptr(), meta.data_ptr(), x.data_ptr(), _pointer(bias), y.data_ptr(),
         tokens, rows, width, columns, FEW_24, torch.get_num_threads(),
     )  # fmt: skip
-    return y if not failed else _refuse(failed, x, [rows, columns])
+    if failed:
+        raise _failure(failed, x, values, meta)
+    return y
 
 
 def _cpu_bitmask(x: Tensor, values: Tensor, mask: Tensor, rowptr: Tensor, bias: Tensor | None = None) -> Tensor:
     library = native.library()
     if library is None:
         return _reference_bitmask(x, values, mask, rowptr, bias)
-    rows, columns = mask.shape[0], mask.shape[1] * 32
-    width = x.shape[-1]
-    tokens = x.numel() // width
-    values, mask, x = values.contiguous(), mask.contiguous(), x.contiguous()
+    rows, columns, width = mask.shape[0], mask.shape[1] * 32, x.shape[-1]
     kind = _kind(x, values, bias)
+    if mask.dtype is not torch.int32 or rowptr.dtype is not torch.int64 or rowptr.numel() != rows + 1:
+        raise _disagreement(x, values, mask)
+    values, mask, rowptr, x = values.contiguous(), mask.contiguous(), rowptr.contiguous(), x.contiguous()
+    tokens = x.numel() // width
     if tokens > MANY:
         return _by_panels(x, values, mask, rowptr, rows, columns, bias)
     y = x.new_empty((*x.shape[:-1], rows))
     failed = library.linear_bitmask(
-        native.isa(), kind, values.data_ptr(), mask.data_ptr(), rowptr.data_ptr(), x.data_ptr(), _pointer(bias),
-        y.data_ptr(), tokens, rows, width, columns, FEW_BITMASK, torch.get_num_threads(),
+        native.isa(), kind, values.data_ptr(), values.numel(), mask.data_ptr(), rowptr.data_ptr(), x.data_ptr(),
+        _pointer(bias), y.data_ptr(), tokens, rows, width, columns, FEW_BITMASK, torch.get_num_threads(),
     )  # fmt: skip
-    return y if not failed else _refuse(failed, x, [rows, columns])
+    if failed:
+        raise _failure(failed, x, values, mask)
+    return y
+
+
+def _cpu_experts_24(x: Tensor, values: Tensor, meta: Tensor, offsets: Tensor) -> Tensor:
+    return _by_expert(x, values.shape[1], offsets, lambda e, rows: _cpu_24(rows, values[e], meta[e]))
+
+
+def _cpu_experts_bitmask(x: Tensor, values: Tensor, mask: Tensor, rowptr: Tensor, offsets: Tensor) -> Tensor:
+    if native.library() is None:
+        return _reference_experts_bitmask(x, values, mask, rowptr, offsets)
+    rows = mask.shape[1]
+
+    def product(expert: int, part: Tensor) -> Tensor:
+        return _cpu_bitmask(part, values, mask[expert], rowptr[expert * rows : (expert + 1) * rows + 1])
+
+    return _by_expert(x, rows, offsets, product)
 
 
 def _cpu_dense(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     library = native.library()
-    isa = native.isa()
     columns = weight.shape[1]
-    if library is None or isa == 0 or x.numel() != columns or not weight.is_contiguous():
-        return torch.nn.functional.linear(x, weight, bias)
-    kind, x = _kind(x, weight, bias), x.contiguous()
+    if library is None or x.numel() != columns or x.dtype not in native.KINDS or not weight.is_contiguous():
+        return linear(x, weight, bias)
+    kind, isa = _kind(x, weight, bias), native.isa()
+    if isa == 0:
+        return linear(x, weight, bias)
+    x = x.contiguous()
     y = x.new_empty((*x.shape[:-1], weight.shape[0]))
     failed = library.linear_dense(
         isa, kind, weight.data_ptr(), x.data_ptr(), _pointer(bias), y.data_ptr(), weight.shape[0], columns,
         torch.get_num_threads(),
     )  # fmt: skip
-    return y if not failed else _refuse(failed, x, list(weight.shape))
+    if failed:
+        raise _failure(failed, x, weight, weight)
+    return y
 
 
 def _by_panels(
@@ -97,6 +141,8 @@ def _by_panels(
 ) -> Tensor:
     """The product with PANEL rows at a time unpacked: the memory of one panel, whatever the matrix."""
     width = x.shape[-1]
+    if not columns - 64 < width <= columns:
+        raise _disagreement(x, values, codes)
     x2 = x.reshape(-1, width)
     y = x.new_empty(x2.shape[0], rows)
     panel = values.new_empty(min(PANEL, rows), columns)
@@ -104,7 +150,7 @@ def _by_panels(
         count = min(PANEL, rows - first)
         _unpack_rows(values, codes, rowptr, panel, first, count)
         part = None if bias is None else bias[first : first + count]
-        y[:, first : first + count] = torch.nn.functional.linear(x2, panel[:count, :width], part)
+        y[:, first : first + count] = linear(x2, panel[:count, :width], part)
     return y.view(*x.shape[:-1], rows)
 
 
@@ -117,7 +163,7 @@ def _unpack_rows(values: Tensor, codes: Tensor, rowptr: Tensor | None, out: Tens
         out.data_ptr(), first, count, out.shape[1], torch.get_num_threads(),
     )  # fmt: skip
     if failed:
-        _refuse(failed, values, [count, out.shape[1]])
+        raise _failure(failed, out, values, codes)
 
 
 def unpacked(packed: Packed, rowptr: Tensor | None = None) -> Tensor:
@@ -150,9 +196,19 @@ def _pointer(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def _refuse(code: int, x: Tensor, shape: list[int]) -> Tensor:
-    found = "not enough memory" if code == 2 else f"a matrix {shape}, which the layout does not have"
-    raise BackendError(f"a product of x {list(x.shape)} with packed weights", found=found, do="Pack the weights again")
+def _disagreement(x: Tensor, values: Tensor, codes: Tensor) -> BackendError:
+    return BackendError(
+        f"a product of x {list(x.shape)} with packed weights",
+        found=f"values {list(values.shape)} and codes {list(codes.shape)} of {codes.dtype}, which do not belong together "
+        "or to x",
+        do="Give the tensors of one packed matrix, and x of its inputs",
+    )
+
+
+def _failure(code: int, x: Tensor, values: Tensor, codes: Tensor) -> BackendError:
+    if code != 2:
+        return _disagreement(x, values, codes)
+    return BackendError("a product with packed weights", found="not enough memory", do="Free some, or use fewer tokens")
 
 
 def _fake_24(x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -165,26 +221,39 @@ def _fake_bitmask(x: Tensor, values: Tensor, mask: Tensor, rowptr: Tensor, bias:
     return x.new_empty((*x.shape[:-1], mask.shape[0]))
 
 
+def _fake_experts_24(x: Tensor, values: Tensor, meta: Tensor, offsets: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], values.shape[1])
+
+
+def _fake_experts_bitmask(x: Tensor, values: Tensor, mask: Tensor, rowptr: Tensor, offsets: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], mask.shape[1])
+
+
 def _fake_dense(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     torch._check(x.shape[-1] == weight.shape[1], lambda: f"x {x.shape} for weights {weight.shape}")
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
-_library.impl("linear_24", _reference_24, "CompositeExplicitAutograd")
-_library.impl("linear_bitmask", _reference_bitmask, "CompositeExplicitAutograd")
-_library.impl("linear_dense", torch.nn.functional.linear, "CompositeExplicitAutograd")
-_library.impl("linear_24", _cpu_24, "CPU")
-_library.impl("linear_bitmask", _cpu_bitmask, "CPU")
-_library.impl("linear_dense", _cpu_dense, "CPU")
-register_fake("sparsify::linear_24", _fake_24, lib=_library)
-register_fake("sparsify::linear_bitmask", _fake_bitmask, lib=_library)
-register_fake("sparsify::linear_dense", _fake_dense, lib=_library)
+# Operators are torch's own registry; this object only keeps them alive.
+_library = Library("sparsify", "DEF")
+for _schema, _reference, _cpu, _fake in (
+    ("linear_24(Tensor x, Tensor values, Tensor meta, Tensor? bias=None) -> Tensor", _reference_24, _cpu_24, _fake_24),
+    ("linear_bitmask(Tensor x, Tensor values, Tensor mask, Tensor rowptr, Tensor? bias=None) -> Tensor",
+     _reference_bitmask, _cpu_bitmask, _fake_bitmask),
+    ("experts_24(Tensor x, Tensor values, Tensor meta, Tensor offsets) -> Tensor",
+     _reference_experts_24, _cpu_experts_24, _fake_experts_24),
+    ("experts_bitmask(Tensor x, Tensor values, Tensor mask, Tensor rowptr, Tensor offsets) -> Tensor",
+     _reference_experts_bitmask, _cpu_experts_bitmask, _fake_experts_bitmask),
+    ("linear_dense(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor", linear, _cpu_dense, _fake_dense),
+):  # fmt: skip
+    _name = _schema.partition("(")[0]
+    _library.define(_schema)
+    _library.impl(_name, _reference, "CompositeExplicitAutograd")
+    _library.impl(_name, _cpu, "CPU")
+    register_fake(f"sparsify::{_name}", _fake, lib=_library)
 
-linear_24 = torch.ops.sparsify.linear_24
-linear_bitmask = torch.ops.sparsify.linear_bitmask
-linear_dense = torch.ops.sparsify.linear_dense
-
-
-def padding_is_there(values: Tensor, rowptr: Tensor) -> bool:
-    """Whether a bitmask's values are as many as its rows say, the padding included."""
-    return values.numel() == int(rowptr[-1]) + PADDING
+linear_24 = torch.ops.sparsify.linear_24.default
+linear_bitmask = torch.ops.sparsify.linear_bitmask.default
+experts_24 = torch.ops.sparsify.experts_24.default
+experts_bitmask = torch.ops.sparsify.experts_bitmask.default
+linear_dense = torch.ops.sparsify.linear_dense.default

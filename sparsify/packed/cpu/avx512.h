@@ -268,40 +268,83 @@ T512 static void dense_float(const void* w, const float* x, const void* bias, vo
 
 // ---- many tokens: four rows are unpacked, BLOCK columns at a time, and meet all tokens while they are in the first cache
 
-// Both return how many values they read. Loads are masked: packed24 has nothing after its last value.
-T512 static i64 unpack_bits512(const u16* values, const u32* mask, i64 words, u16* out) {
+// The masks of `words` * 32 columns of one row, as row_mask gives them, 512 columns at a time.
+T512 static void row_mask512(const Matrix& w, i64 row, i64 word, i64 words, u32* out) {
+  if (w.mask) { memcpy(out, w.mask + row * (w.columns / 32) + word, words * 4); return; }
+  alignas(16) u8 low[16], high[16];
+  for (int code = 0; code < 16; code++) {
+    low[code] = (u8)(1 << (code & 3) | 1 << (code >> 2));
+    high[code] = (u8)(low[code] << 4);
+  }
+  const __m512i lows = _mm512_broadcast_i32x4(_mm_load_si128((const __m128i*)low));
+  const __m512i highs = _mm512_broadcast_i32x4(_mm_load_si128((const __m128i*)high));
+  const __m512i four = _mm512_set1_epi8(15);
+  const u8* meta = w.meta + row * (w.columns / 8) + word * 4;
+  for (i64 i = 0; i < words * 4; i += 64) {
+    __mmask64 here = words * 4 - i >= 64 ? ~0ull : (1ull << (words * 4 - i)) - 1;
+    __m512i m = _mm512_maskz_loadu_epi8(here, meta + i);
+    __m512i bits = _mm512_or_si512(_mm512_shuffle_epi8(lows, _mm512_and_si512(m, four)),
+                                   _mm512_shuffle_epi8(highs, _mm512_and_si512(_mm512_srli_epi16(m, 4), four)));
+    _mm512_mask_storeu_epi8((u8*)out + i, here, bits);
+  }
+}
+
+// Both return how many values they read. HALF: packed24, where every 32 columns have 16 values and nothing lies after the
+// last; a bitmask has PADDING to read into.
+template <bool HALF> T512 INLINE i64 unpack_bits512(const u16* values, const u32* mask, i64 words, u16* out) {
   i64 at = 0;
   for (i64 g = 0; g < words; g++) {
-    u32 count = (u32)__builtin_popcount(mask[g]);
-    __m512i v = _mm512_maskz_loadu_epi16((__mmask32)_bzhi_u32(~0u, count), values + at);
+    __m512i v = HALF ? _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i*)(values + at))) : _mm512_loadu_si512(values + at);
     _mm512_storeu_si512(out + g * 32, _mm512_mask_expand_epi16(fresh_zero(), mask[g], v));
-    at += count;
+    at += HALF ? 16 : __builtin_popcount(mask[g]);
   }
   return at;
 }
 
-template <int KIND> T512 static i64 unpack_floats512(const void* values, const u32* mask, i64 words, float* out) {
+template <int KIND, bool HALF>
+T512 INLINE i64 unpack_floats512(const void* values, const u32* mask, i64 words, float* out) {
   i64 at = 0;
   for (i64 g = 0; g < words * 2; g++) {
     __mmask16 bits = (__mmask16)(mask[g / 2] >> (g % 2 * 16));
-    u32 count = (u32)__builtin_popcount(bits);
-    __mmask16 left = (__mmask16)_bzhi_u32(0xffff, count);
     __m512 v;
-    if (KIND == F32) v = _mm512_maskz_loadu_ps(left, (const float*)values + at);
-    else v = _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(left, (const u16*)values + at));
+    if (KIND == F32 && HALF) v = _mm512_castps256_ps512(_mm256_loadu_ps((const float*)values + at));
+    else if (KIND == F32) v = _mm512_loadu_ps((const float*)values + at);
+    else if (HALF) v = _mm512_castps256_ps512(_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)((const u16*)values + at))));
+    else v = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)((const u16*)values + at)));
     v = _mm512_castsi512_ps(_mm512_mask_expand_epi32(fresh_zero(), bits, _mm512_castps_si512(v)));
     _mm512_storeu_ps(out + g * 16, v);
-    at += count;
+    at += HALF ? 8 : __builtin_popcount(bits);
   }
   return at;
 }
 
+// One row back to dense, bit for bit.
+template <class T> T512 static void unpack_row512(const Matrix& w, i64 row, const T* values, u32* mask, T* out) {
+  const i64 words = w.columns / 32;
+  row_mask512(w, row, 0, words, mask);
+  if (sizeof(T) == 2 && w.mask) unpack_bits512<false>((const u16*)values, mask, words, (u16*)out);
+  else if (sizeof(T) == 2) unpack_bits512<true>((const u16*)values, mask, words, (u16*)out);
+  else if (w.mask) unpack_floats512<F32, false>(values, mask, words, (float*)out);
+  else unpack_floats512<F32, true>(values, mask, words, (float*)out);
+}
+
+// What comes next is asked for while the sums of what is here are taken: no hardware prefetcher follows four rows in pieces.
+struct Ahead {
+  const char* at[4];
+  i64 lines, done;
+  T512 inline __attribute__((always_inline)) void some(i64 count) {
+    for (; count > 0 && done < lines * 4; count--, done++) _mm_prefetch(at[done & 3] + (done >> 2) * 64, _MM_HINT_T0);
+  }
+};
+
 // Sums of R unpacked rows and M tokens over `columns`, added to those of the columns before.
 template <int R, int M>
-T512 INLINE void tile_bf16(const u16* part, const u16* x, i64 K, i64 columns, __m512* sums) {
+T512 INLINE void tile_bf16(const u16* part, const u16* x, i64 K, i64 columns, __m512* sums,
+                            Ahead& ahead, i64 pace) {
   __m512 sum[R][M];
   UNROLL for (int r = 0; r < R; r++) UNROLL for (int m = 0; m < M; m++) sum[r][m] = sums[r * M + m];
   for (i64 k = 0; k < columns; k += 32) {
+    ahead.some(pace);
     __m512bh rows[R];
     UNROLL for (int r = 0; r < R; r++) rows[r] = (__m512bh)_mm512_load_si512(part + r * BLOCK + k);
     UNROLL for (int m = 0; m < M; m++) {
@@ -313,10 +356,12 @@ T512 INLINE void tile_bf16(const u16* part, const u16* x, i64 K, i64 columns, __
 }
 
 template <int R, int M>
-T512 INLINE void tile_float(const float* part, const float* x, i64 K, i64 columns, __m512* sums) {
+T512 INLINE void tile_float(const float* part, const float* x, i64 K, i64 columns, __m512* sums,
+                            Ahead& ahead, i64 pace) {
   __m512 sum[R][M];
   UNROLL for (int r = 0; r < R; r++) UNROLL for (int m = 0; m < M; m++) sum[r][m] = sums[r * M + m];
   for (i64 k = 0; k < columns; k += 16) {
+    ahead.some(pace);
     __m512 rows[R];
     UNROLL for (int r = 0; r < R; r++) rows[r] = _mm512_load_ps(part + r * BLOCK + k);
     UNROLL for (int m = 0; m < M; m++) {
@@ -328,39 +373,48 @@ T512 INLINE void tile_float(const float* part, const float* x, i64 K, i64 column
 }
 
 // `scratch` holds 4 unpacked rows of BLOCK columns, the mask of as many, and 4 vectors per token.
-template <int KIND>
+template <int KIND, bool HALF>
 T512 static void many512(const Matrix& w, const void* x, const void* bias, void* y, i64 tokens, i64 rows, i64 from,
                          i64 to, u8* scratch) {
   const int R = 4, M = 4;
-  const i64 K = w.columns, size = KIND == BF16 ? 2 : 4;
+  const i64 K = w.columns, size = KIND == BF16 ? 2 : 4, stored = KIND == F32 ? 4 : 2;
   u8* part = scratch;
   u32* mask = (u32*)(scratch + R * BLOCK * size);
   __m512* sums = (__m512*)(scratch + R * BLOCK * size + BLOCK / 8);
+  const i64 tail = tokens - tokens % M;
   for (i64 n = from; n < to; n += R) {
     i64 at[R];
     for (int r = 0; r < R; r++) at[r] = first_value(w, n + r < to ? n + r : to - 1);
     for (i64 i = 0; i < R * tokens; i++) sums[i] = _mm512_setzero_ps();
     for (i64 k = 0; k < K; k += BLOCK) {
       i64 columns = K - k < BLOCK ? K - k : BLOCK, words = columns / 32;
+      Ahead ahead;
+      ahead.done = ahead.lines = 0;
       for (int r = 0; r < R; r++) {
-        row_mask(w, n + r < to ? n + r : to - 1, k / 32, words, mask);
-        const u8* values = (const u8*)w.values + at[r] * (KIND == F32 ? 4 : 2);
-        if (KIND == BF16) at[r] += unpack_bits512((const u16*)values, mask, words, (u16*)part + r * BLOCK);
-        else at[r] += unpack_floats512<KIND>(values, mask, words, (float*)part + r * BLOCK);
+        row_mask512(w, n + r < to ? n + r : to - 1, k / 32, words, mask);
+        const u8* values = (const u8*)w.values + at[r] * stored;
+        i64 count = KIND == BF16 ? unpack_bits512<HALF>((const u16*)values, mask, words, (u16*)part + r * BLOCK)
+                                 : unpack_floats512<KIND == BF16 ? F32 : KIND, HALF>(values, mask, words, (float*)part + r * BLOCK);
+        at[r] += count;
+        // As many values as this block had, of the same row or, after its last block, of the row four further on.
+        ahead.lines = count * stored / 64 > ahead.lines ? count * stored / 64 : ahead.lines;
+        bool last = k + BLOCK >= K;
+        i64 next = last ? (n + R + r < to ? first_value(w, n + R + r) : at[r]) : at[r];
+        ahead.at[r] = (const char*)w.values + next * stored;
       }
+      i64 steps = (tokens + M - 1) / M * (columns / (KIND == BF16 ? 32 : 16)), pace = ahead.lines * 4 / steps + 1;
       i64 m = 0;
       for (; m + M <= tokens; m += M) {
-        if (KIND == BF16) tile_bf16<R, M>((u16*)part, (const u16*)x + m * K + k, K, columns, sums + m * R);
-        else tile_float<R, M>((float*)part, (const float*)x + m * K + k, K, columns, sums + m * R);
+        if (KIND == BF16) tile_bf16<R, M>((u16*)part, (const u16*)x + m * K + k, K, columns, sums + m * R, ahead, pace);
+        else tile_float<R, M>((float*)part, (const float*)x + m * K + k, K, columns, sums + m * R, ahead, pace);
       }
       for (; m < tokens; m++) {
-        if (KIND == BF16) tile_bf16<R, 1>((u16*)part, (const u16*)x + m * K + k, K, columns, sums + m * R);
-        else tile_float<R, 1>((float*)part, (const float*)x + m * K + k, K, columns, sums + m * R);
+        if (KIND == BF16) tile_bf16<R, 1>((u16*)part, (const u16*)x + m * K + k, K, columns, sums + m * R, ahead, pace);
+        else tile_float<R, 1>((float*)part, (const float*)x + m * K + k, K, columns, sums + m * R, ahead, pace);
       }
     }
     for (i64 m = 0; m < tokens; m++)
       for (int r = 0; r < R && n + r < to; r++) {
-        i64 tail = tokens - tokens % M;
         __m512 sum = m < tail ? sums[m / M * M * R + r * M + m % M] : sums[m * R + r];
         float s = _mm512_reduce_add_ps(sum);
         store(KIND, y, m * rows + n + r, bias ? s + load(KIND, bias, n + r) : s);

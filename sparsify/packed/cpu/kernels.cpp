@@ -78,7 +78,8 @@ bool linear_avx512(const Matrix& w, const void* x, const void* bias, void* y, i6
   const i64 size = KIND == F32 ? 4 : 2, K = w.columns, part = KIND == BF16 ? 2 : 4;
   const i64 scratch = tokens <= few ? 0 : 4 * BLOCK * part + BLOCK / 8 + 4 * 64 * tokens;
   return over_rows(rows, threads, scratch, [&](i64 from, i64 to, u8* buffer) {
-    if (tokens > few) return many512<KIND>(w, x, bias, y, tokens, rows, from, to, buffer);
+    if (tokens > few && w.mask) return many512<KIND, false>(w, x, bias, y, tokens, rows, from, to, buffer);
+    if (tokens > few) return many512<KIND, true>(w, x, bias, y, tokens, rows, from, to, buffer);
     if (KIND == BF16) {
       const u16* in = (const u16*)x;
       if (w.mask)
@@ -174,16 +175,12 @@ int linear(int isa, int kind, const Matrix& w, const void* x, const void* bias, 
 template <class T> void unpack_rows(int isa, const Matrix& w, i64 first, i64 from, i64 to, T* out, u32* mask) {
   const i64 K = w.columns, words = K / 32;
   for (i64 n = from; n < to; n++) {
-    row_mask(w, first + n, 0, words, mask);
     const T* values = (const T*)w.values + first_value(w, first + n);
 #ifdef SPARSIFY_X86
-    if (isa == AVX512) {
-      if (sizeof(T) == 2) unpack_bits512((const u16*)values, mask, words, (u16*)out + n * K);
-      else unpack_floats512<F32>(values, mask, words, (float*)out + n * K);
-      continue;
-    }
+    if (isa == AVX512) { unpack_row512(w, first + n, values, mask, out + n * K); continue; }
 #endif
     (void)isa;
+    row_mask(w, first + n, 0, words, mask);
     unpack_bits(values, mask, words, out + n * K);
   }
 }
@@ -219,9 +216,10 @@ EXPORT int sparsify_linear_24(int isa, int kind, const void* values, const u8* m
   return linear(isa, kind, Matrix{values, meta, nullptr, nullptr, columns, rows * columns / 2}, x, bias, y, tokens, rows, width, few, threads);
 }
 
-EXPORT int sparsify_linear_bitmask(int isa, int kind, const void* values, const u32* mask, const i64* rowptr, const void* x,
-                            const void* bias, void* y, i64 tokens, i64 rows, i64 width, i64 columns, i64 few,
-                            int threads) {
+EXPORT int sparsify_linear_bitmask(int isa, int kind, const void* values, i64 count, const u32* mask, const i64* rowptr,
+                                   const void* x, const void* bias, void* y, i64 tokens, i64 rows, i64 width, i64 columns,
+                                   i64 few, int threads) {
+  if (rowptr[0] < 0 || rowptr[rows] < rowptr[0] || rowptr[rows] + PADDING > count) return 1;
   return linear(isa, kind, Matrix{values, nullptr, mask, rowptr, columns, rowptr[rows] + PADDING}, x, bias, y, tokens, rows,
                 width, few, threads);
 }

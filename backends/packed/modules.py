@@ -1,0 +1,165 @@
+"""Modules of a transformers model whose weights stay packed, under the names that the dense ones have."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsify.errors import CheckpointError
+from sparsify.packed.layout import Packed, row_starts
+from sparsify.packed.ops import experts_24, experts_bitmask, linear_24, linear_bitmask, linear_dense
+from sparsify.packed.site import CODES, PackedSite
+
+# Linear layers by the name of their class: exactly these forwards are y = x Wᵀ + b and nothing else.
+LINEAR_CLASSES = ("Linear", "Conv1D", "FalconLinear")
+
+
+class PackedLinear(nn.Module):
+    """A linear layer over a packed weight.
+
+    ``weight`` holds the packed values, in the model's dtype: code that asks a layer's weight for its dtype or device is
+    answered; code that multiplies with it itself fails by its shape.
+    """
+
+    def __init__(self, site: PackedSite, bias: nn.Parameter | None, dtype: torch.dtype, device: Any) -> None:
+        super().__init__()
+        self.site, self.in_features, self.out_features = site, site.columns, site.rows
+        _hold(self, "weight", site, dtype, device)
+        self.register_parameter("bias", bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.site.layout == "packed24":
+            return linear_24(x, self.weight, self.weight_meta, self.bias)
+        return linear_bitmask(x, self.weight, self.weight_mask, self.weight_starts, self.bias)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, layout={self.site.layout}"
+
+
+class FastLinear(nn.Linear):
+    """A dense linear layer of which one token runs our kernel: given to layers for which that was measured faster."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear_dense(x, self.weight, self.bias)
+
+
+@cache
+def packed_experts(kind: type[nn.Module]) -> type[nn.Module]:
+    """A class of transformers' experts whose stacks may be packed."""
+    return type(f"Packed{kind.__name__}", (kind,), {"forward": _experts_forward, "sites": {}})
+
+
+def _hold(module: nn.Module, name: str, site: PackedSite, dtype: torch.dtype, device: Any) -> None:
+    """Give ``module`` the tensors of a packed parameter: values under its name, codes beside it."""
+    values = torch.empty(site.values_shape, dtype=dtype, device=device)
+    module.register_parameter(name, nn.Parameter(values, requires_grad=False))
+    codes = torch.zeros(site.codes_shape, dtype=site.codes_dtype, device=device)
+    module.register_buffer(f"{name}_{CODES[site.layout]}", codes)
+    if site.layout == "bitmask":
+        # Counted from the mask when that is there: no file holds it.
+        starts = torch.zeros(site.height + 1, dtype=torch.int64, device=device)
+        module.register_buffer(f"{name}_starts", starts, persistent=False)
+
+
+def _experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """Experts by transformers' own interface (``integrations.moe``), tokens sorted by expert.
+
+    Args:
+        hidden_states: [tokens, hidden]. ``top_k_index``, ``top_k_weights``: [tokens, k].
+    """
+    tokens, chosen = top_k_index.shape
+    experts, order = torch.sort(top_k_index.reshape(-1), stable=True)
+    numbers = torch.arange(self.num_experts, device=experts.device)
+    offsets = torch.searchsorted(experts, numbers, right=True)
+    first = "gate_up_proj" if self.has_gate else "up_proj"
+    x = _stack_product(self, first, hidden_states[order // chosen], experts, offsets)
+    x = self._apply_gate(x) if self.has_gate else self.act_fn(x)
+    x = _stack_product(self, "down_proj", x, experts, offsets)
+    if self.has_post_expert_norm:
+        x = self.post_expert_norm(x)
+    weighted = x * top_k_weights.reshape(-1)[order].unsqueeze(-1)
+    back = torch.empty_like(weighted)
+    back[order] = weighted
+    return back.view(tokens, chosen, -1).sum(1).to(hidden_states.dtype)
+
+
+def _stack_product(module: Any, name: str, x: Tensor, experts: Tensor, offsets: Tensor) -> Tensor:
+    weight = getattr(module, name)
+    x = x.to(weight.dtype)
+    site = module.sites.get(name)
+    if site is None:
+        from transformers.integrations.moe import _grouped_mm
+
+        y = _grouped_mm(x, weight if module.is_transposed else weight.transpose(-2, -1), offs=offsets.int())
+    elif site.layout == "packed24":
+        y = experts_24(x, weight, getattr(module, f"{name}_meta"), offsets)
+    else:
+        y = experts_bitmask(x, weight, getattr(module, f"{name}_mask"), getattr(module, f"{name}_starts"), offsets)
+    return y + getattr(module, f"{name}_bias")[experts] if module.has_bias else y
+
+
+def unfit(model: nn.Module, parameter: str) -> str | None:
+    """Why a packed ``parameter`` could not be run by a module of ``model``, or None where it can."""
+    path, _, leaf = parameter.rpartition(".")
+    try:
+        owner = model.get_submodule(path)
+    except AttributeError:
+        return f"no module {path} in the model"
+    kind = type(owner).__name__
+    if leaf == "weight" and kind in LINEAR_CLASSES:
+        return None
+    stack = leaf in ("gate_up_proj", "up_proj", "down_proj")
+    if stack and hasattr(owner, "_apply_gate") and hasattr(owner, "has_gate") and hasattr(owner, "is_transposed"):
+        return None
+    return f"{kind} computes with its weight in its own way"
+
+
+def pack_modules(model: nn.Module, sites: Mapping[str, PackedSite]) -> None:
+    """Replace the modules that own the parameters ``sites`` by packed ones, empty, where the dense weights lie.
+
+    Raises:
+        CheckpointError: a parameter that the model has not, or whose module cannot run packed.
+    """
+    for name, site in sites.items():
+        reason = unfit(model, name)
+        if reason is None and model.get_parameter(name).shape != site.shape:
+            reason = f"it is {list(site.shape)} there and {list(model.get_parameter(name).shape)} by config.json"
+        if reason is not None:
+            raise CheckpointError(
+                f"packed parameter {name}", found=reason, do="Do config.json and the weights belong to one model?"
+            )
+        path, _, leaf = name.rpartition(".")
+        owner: Any = model.get_submodule(path)
+        dense = getattr(owner, leaf)
+        if leaf == "weight":
+            parent, _, child = path.rpartition(".")
+            packed = PackedLinear(site, owner.bias, dense.dtype, dense.device)
+            model.get_submodule(parent)._modules[child] = packed.train(owner.training)
+            continue
+        if "sites" not in vars(owner):
+            owner.__class__ = packed_experts(type(owner))
+            owner.sites = {}
+        owner.sites[leaf] = site
+        delattr(owner, leaf)
+        _hold(owner, leaf, site, dense.dtype, dense.device)
+
+
+def packed_of(model: nn.Module, name: str, site: PackedSite) -> Packed:
+    """The packed matrix of parameter ``name`` as it lies in ``model``."""
+    path, _, leaf = name.rpartition(".")
+    owner = model.get_submodule(path)
+    return site.packed(getattr(owner, leaf).data, getattr(owner, f"{leaf}_{CODES[site.layout]}"))
+
+
+def count_rows(model: nn.Module, sites: Mapping[str, PackedSite]) -> None:
+    """Fill in where each row of a bitmask begins, now that the masks are there."""
+    for name, site in sites.items():
+        if site.layout == "bitmask":
+            path, _, leaf = name.rpartition(".")
+            owner = model.get_submodule(path)
+            mask = getattr(owner, f"{leaf}_mask").flatten(0, -2)
+            owner.register_buffer(f"{leaf}_starts", row_starts(mask), persistent=False)

@@ -1,0 +1,156 @@
+"""Which weights of a model are packed, in which layout, and why the others are not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from sparsify.backends.packed.modules import unfit
+from torch import nn
+
+from sparsify.analysis import find_sites
+from sparsify.analysis.linear import LinearSite
+from sparsify.packed.layout import DTYPES, Layout, holds_24, pack, packed_bytes, row_starts
+from sparsify.packed.site import PackedSite, pack_parameter
+from sparsify.packed.timing import Stopwatch, Timing
+from sparsify.program import Program
+from sparsify.report import format_bytes
+from sparsify.targets import read_elsewhere
+from sparsify.weights import Weights
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What becomes of one weight that the graph multiplies with: packed as ``site``, or dense for ``reason``.
+
+    ``zeros``: their share; ``dense_bytes``, ``nbytes``: what it takes dense, and as it is stored.
+    """
+
+    name: str
+    linear: LinearSite
+    zeros: float
+    dense_bytes: int
+    nbytes: int
+    site: PackedSite | None = None
+    timing: Timing | None = None
+    reason: str | None = None
+
+    @property
+    def layout(self) -> str:
+        return self.site.layout if self.site is not None else "dense"
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "shape": [*([self.linear.experts] if self.linear.expert_axis is not None else []), *self.linear.shape],
+            "layout": self.layout,
+            "zeros": round(self.zeros, 4),
+            "dense_bytes": self.dense_bytes,
+            "bytes": self.nbytes,
+            "timing": None if self.timing is None else self.timing.as_dict(),
+            "reason": self.reason,
+        }
+
+
+def decide(program: Program, weights: Weights, model: nn.Module, layout: str, choice: str) -> list[Decision]:
+    """One decision per parameter that a linear site reads, in topological order.
+
+    Args:
+        layout, choice: the options of the backend.
+    """
+    sites, _ = find_sites(program)
+    shared, watch = read_elsewhere(program, sites), Stopwatch()
+    readers: dict[str, list[LinearSite]] = {}
+    for site in sites:
+        readers.setdefault(site.parameter, []).append(site)
+    found = []
+    for name, own in readers.items():
+        if name in shared:
+            reason: str | None = f"shared with {shared[name]}"
+        else:
+            reason = next((r for site in own if (r := _unfit_site(site))), None) or unfit(model, name)
+        found.append(_decide(name, own[0], weights, reason, layout, choice, watch))
+    return found
+
+
+def _unfit_site(site: LinearSite) -> str | None:
+    if site.window is not None or site.feature_dim != -1:
+        return "not a product with the last axis of its input"
+    if site.expert_axis not in (None, 0):
+        return "a stack of experts along another axis than the first"
+    return None
+
+
+def _decide(
+    name: str, linear: LinearSite, weights: Weights, reason: str | None, layout: str, choice: str, watch: Stopwatch
+) -> Decision:
+    stored = weights.read(name)
+    matrices = linear.matrices(stored)
+    dense_bytes = stored.nbytes
+    zeros = 1 - int(torch.count_nonzero(matrices)) / max(1, matrices.numel())
+
+    def dense(why: str, timing: Timing | None = None) -> Decision:
+        return Decision(name, linear, zeros, dense_bytes, dense_bytes, None, timing, why)
+
+    if reason is not None:
+        return dense(reason)
+    if stored.dtype not in DTYPES:
+        return dense(f"of {stored.dtype}, which no packed kernel has")
+    flat = matrices.reshape(-1, matrices.shape[-1])
+    if bool(flat.isnan().any()):
+        return dense("it holds NaN")
+    pairs = holds_24(flat)
+    if layout == "packed24" and not pairs:
+        return dense("not 2:4 along its inputs")
+    chosen: Layout = "packed24" if layout == "packed24" or (layout == "auto" and pairs) else "bitmask"
+    if layout == "auto" and pairs and packed_bytes(flat, "packed24") >= dense_bytes:
+        chosen = "bitmask"
+    if packed_bytes(flat, chosen) >= dense_bytes:
+        return dense(f"{zeros:.0%} zeros, too few to make it smaller" if zeros else "no zeros")
+    timing = None
+    if choice == "measured":
+        # Experts are alike: one tells the time of all.
+        one = pack(matrices[0], chosen)
+        timing = watch.packed(matrices[0], one, row_starts(one.codes) if chosen == "bitmask" else None)
+        if not timing.pays:
+            return dense(f"dense is faster here ({chosen} takes {_ratio(timing):.2f}× its time)", timing)
+    site, values, codes = pack_parameter(
+        matrices, chosen, stacked=linear.expert_axis is not None, transposed=linear.out_axis > linear.in_axis
+    )
+    return Decision(name, linear, zeros, dense_bytes, values.nbytes + codes.nbytes, site, timing)
+
+
+def _ratio(timing: Timing) -> float:
+    assert timing.packed is not None
+    return timing.packed / timing.best_dense
+
+
+def summary(decisions: Iterable[Decision]) -> list[str]:
+    """Sentences for whoever packed a model."""
+    decisions = list(decisions)
+    packed = [d for d in decisions if d.site is not None]
+    kinds = {layout: sum(d.layout == layout for d in packed) for layout in ("packed24", "bitmask")}
+    small, large = sum(d.nbytes for d in packed), sum(d.dense_bytes for d in packed)
+    counts = ", ".join(f"{count} as {layout}" for layout, count in kinds.items() if count)
+    text = f"packed: {counts}; {format_bytes(small)} where dense took {format_bytes(large)} ({small / large:.3f}×)"
+    timed = [d.timing for d in packed if d.timing is not None]
+    if timed:
+        spent = sum(t.packed or 0.0 for t in timed)
+        best, stock = sum(t.best_dense for t in timed), sum(t.torch for t in timed)
+        text += (
+            f"; one token through them, {timed[0].threads} threads: {spent * 1e3:.2f} ms, "
+            f"{best / spent:.2f}× faster than the best dense kernel and {stock / spent:.2f}× than F.linear"
+        )
+    notes = [text]
+    reasons: dict[str, list[str]] = {}
+    for d in decisions:
+        # What was never pruned is dense as a matter of course.
+        if d.reason is not None and d.zeros >= 0.05:
+            reasons.setdefault(d.reason, []).append(d.name)
+    for reason, names in reasons.items():
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        notes.append(f"left dense: {', '.join(names[:3])}{more}: {reason}")
+    notes.append("load it with `import sparsify` before transformers' from_pretrained; sparsify bench OUT measures it")
+    return notes

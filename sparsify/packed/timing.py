@@ -1,0 +1,107 @@
+"""Measure whether packing pays: one token through a matrix, packed and dense, as token by token generation does it.
+
+Weights come from memory, not from a cache: what a large model does between two uses of one matrix is imitated by reading a
+buffer larger than the caches before every call.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from sparsify.packed.layout import Packed
+from sparsify.packed.ops import linear_24, linear_bitmask, linear_dense
+
+# A matrix stays dense where packing it would make a token slower than this share of the dense speed.
+LEAST = 0.95
+_ROUNDS = 7
+_FLUSH = 64 << 20
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds that one token takes: through ``F.linear``, through our dense kernel, and packed (None: not measured)."""
+
+    torch: float
+    dense: float
+    packed: float | None
+    threads: int
+
+    @property
+    def best_dense(self) -> float:
+        return min(self.torch, self.dense)
+
+    @property
+    def pays(self) -> bool:
+        """Whether the packed product is not slower than the best dense one by more than LEAST allows."""
+        return self.packed is not None and self.packed * LEAST <= self.best_dense
+
+    def as_dict(self) -> dict[str, float | int | None]:
+        def micro(seconds: float | None) -> float | None:
+            return None if seconds is None else round(seconds * 1e6, 2)
+
+        return {
+            "torch_us": micro(self.torch),
+            "dense_us": micro(self.dense),
+            "packed_us": micro(self.packed),
+            "threads": self.threads,
+        }
+
+
+class Stopwatch:
+    """Times each distinct shape, dtype, layout, share of zeros (in tenths) and number of threads once, and remembers it."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[object, ...], Timing] = {}
+        self._flush: Tensor | None = None
+
+    def packed(self, weight: Tensor, packed: Packed, starts: Tensor | None) -> Timing:
+        """Time ``weight`` [out_features, in_features] against itself packed.
+
+        Args:
+            starts: ``row_starts`` of a bitmask; None for packed24.
+        """
+        rows, columns = packed.shape
+        tenths = round(10 * packed.values.numel() / max(1, rows * columns))
+        key = (packed.layout, rows, columns, weight.dtype, tenths, torch.get_num_threads())
+        if key not in self._known:
+            values, codes = packed.values, packed.codes
+
+            def product(x: Tensor) -> Tensor:
+                return linear_24(x, values, codes) if starts is None else linear_bitmask(x, values, codes, starts)
+
+            self._known[key] = self._time(weight, product)
+        return self._known[key]
+
+    def dense(self, weight: Tensor) -> Timing:
+        """Time a weight that is not packed: whether our kernel serves it better than torch's."""
+        key = ("dense", *weight.shape, weight.dtype, torch.get_num_threads())
+        if key not in self._known:
+            self._known[key] = self._time(weight, None)
+        return self._known[key]
+
+    @torch.inference_mode()
+    def _time(self, weight: Tensor, product: Callable[[Tensor], Tensor] | None) -> Timing:
+        x = torch.randn(1, weight.shape[1]).to(weight.dtype)
+        weight = weight.contiguous()
+        calls: list[Callable[[], Tensor]] = [lambda: linear(x, weight), lambda: linear_dense(x, weight)]
+        if product is not None:
+            calls.append(lambda: product(x))
+        if self._flush is None:
+            self._flush = torch.zeros(_FLUSH // 4)
+        spent: list[list[float]] = [[] for _ in calls]
+        for _ in range(_ROUNDS):
+            for call, times in zip(calls, spent, strict=True):
+                # A small matrix's call is over before the clock has moved; the first call after the flush reads memory.
+                self._flush.add_(1)
+                start = time.perf_counter()
+                call()
+                times.append(time.perf_counter() - start)
+        medians = [statistics.median(times) for times in spent]
+        return Timing(medians[0], medians[1], medians[2] if product is not None else None, torch.get_num_threads())
