@@ -131,7 +131,7 @@ def _hold_parameters(
     names = {}
     for node, value in zip(placeholders, example_inputs, strict=True):
         if isinstance(value, nn.Parameter):
-            attribute = _readable(str(node.target))
+            attribute = readable(str(node.target))
             names[attribute] = node.name
             set_tensor(root, attribute, value)
             env[node] = graph.get_attr(attribute)
@@ -169,7 +169,7 @@ def _with_parameters(
     return result
 
 
-def _readable(placeholder: str) -> str:
+def readable(placeholder: str) -> str:
     """``L_self_modules_layers_modules_0_parameters_weight_`` as ``layers.0.weight``."""
     name = re.sub(r"^[Ll]_(self|fn|module)_+", "", placeholder).strip("_")
     name = re.sub(r"(^|_)(modules|parameters)_+", ".", name).strip(".")

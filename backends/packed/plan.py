@@ -12,9 +12,10 @@ from torch import nn
 
 from sparsify.analysis import find_sites
 from sparsify.analysis.linear import LinearSite
-from sparsify.packed.layout import DTYPES, Layout, holds_24, pack, packed_bytes, row_starts
+from sparsify.packed.layout import choose_layout
 from sparsify.packed.site import PackedSite, pack_parameter
 from sparsify.packed.timing import Stopwatch, Timing
+from sparsify.packed.weight import PackedWeight
 from sparsify.program import Program
 from sparsify.report import format_bytes
 from sparsify.targets import read_elsewhere
@@ -96,35 +97,19 @@ def _decide(
 
     if reason is not None:
         return dense(reason)
-    if stored.dtype not in DTYPES:
-        return dense(f"of {stored.dtype}, which no packed kernel has")
-    flat = matrices.reshape(-1, matrices.shape[-1])
-    if bool(flat.isnan().any()):
-        return dense("it holds NaN")
-    pairs = holds_24(flat)
-    if layout == "packed24" and not pairs:
-        return dense("not 2:4 along its inputs")
-    chosen: Layout = "packed24" if layout == "packed24" or (layout == "auto" and pairs) else "bitmask"
-    if layout == "auto" and pairs and packed_bytes(flat, "packed24") >= dense_bytes:
-        chosen = "bitmask"
-    if packed_bytes(flat, chosen) >= dense_bytes:
-        return dense(f"{zeros:.0%} zeros, too few to make it smaller" if zeros else "no zeros")
+    chosen, why = choose_layout(matrices.reshape(-1, matrices.shape[-1]), layout)
+    if chosen is None:
+        return dense(why)
     timing = None
     if choice == "measured":
         # Experts are alike: one tells the time of all.
-        one = pack(matrices[0], chosen)
-        timing = watch.packed(matrices[0], one, row_starts(one.codes) if chosen == "bitmask" else None)
+        timing = watch.packed(matrices[0].contiguous(), PackedWeight.of(matrices[0], chosen))
         if not timing.pays:
-            return dense(f"dense is faster here ({chosen} takes {_ratio(timing):.2f}× its time)", timing)
+            return dense(f"dense is faster here ({chosen} takes {timing.ratio:.2f}× its time)", timing)
     site, values, codes = pack_parameter(
         matrices, chosen, stacked=linear.expert_axis is not None, transposed=linear.out_axis > linear.in_axis
     )
     return Decision(name, linear, zeros, dense_bytes, values.nbytes + codes.nbytes, site, timing)
-
-
-def _ratio(timing: Timing) -> float:
-    assert timing.packed is not None
-    return timing.packed / timing.best_dense
 
 
 def summary(decisions: Iterable[Decision]) -> list[str]:

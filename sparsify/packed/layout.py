@@ -68,12 +68,31 @@ def packed_bytes(weight: Tensor, layout: Layout) -> int:
     return (int(torch.count_nonzero(weight)) + PADDING) * size + cells // 8
 
 
-def best_layout(weight: Tensor) -> Layout | None:
-    """The layout that suits ``weight``: packed24 where the pattern holds, else a bitmask; None where none saves memory."""
-    # A 2:4 matrix of many more zeros would be smaller as a bitmask; it is faster so, whatever the processor.
-    layouts: tuple[Layout, ...] = ("packed24", "bitmask") if holds_24(weight) else ("bitmask",)
+def choose_layout(weight: Tensor, asked: str = "auto") -> tuple[Layout | None, str]:
+    """The layout of ``weight`` [rows, columns], or None and why it is better left dense.
+
+    Args:
+        asked: ``auto`` takes packed24 where the pattern holds: a 2:4 matrix of many more zeros would be smaller as a
+            bitmask, and is faster so, whatever the processor.
+    """
+    if weight.dtype not in DTYPES:
+        return None, f"of {weight.dtype}, which no packed kernel has"
+    zeros = 1 - int(torch.count_nonzero(weight)) / max(1, weight.numel())
+    if zeros == 0:
+        return None, "no zeros"
+    if bool(weight.isnan().any()):
+        return None, "it holds NaN"
+    pairs = asked != "bitmask" and holds_24(weight)
+    if asked == "packed24" and not pairs:
+        return None, "not 2:4 along its inputs"
+    layouts: tuple[Layout, ...] = ("packed24", "bitmask") if pairs else ("bitmask",)
+    if asked != "auto":
+        layouts = layouts[:1]
     dense = weight.numel() * weight.element_size()
-    return next((layout for layout in layouts if packed_bytes(weight, layout) < dense), None)
+    for layout in layouts:
+        if packed_bytes(weight, layout) < dense:
+            return layout, ""
+    return None, f"{zeros:.0%} zeros, too few to make it smaller"
 
 
 def pack(weight: Tensor, layout: Layout) -> Packed:

@@ -6,17 +6,18 @@ buffer larger than the caches before every call.
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from sparsify.packed.layout import Packed
-from sparsify.packed.ops import linear_24, linear_bitmask, linear_dense
+from sparsify.packed.ops import linear_dense
+from sparsify.packed.weight import PackedWeight
 
 # A matrix stays dense where packing it would make a token slower than this share of the dense speed.
 LEAST = 0.95
@@ -40,7 +41,12 @@ class Timing:
     @property
     def pays(self) -> bool:
         """Whether the packed product is not slower than the best dense one by more than LEAST allows."""
-        return self.packed is not None and self.packed * LEAST <= self.best_dense
+        return self.ratio * LEAST <= 1
+
+    @property
+    def ratio(self) -> float:
+        """The packed time by that of the best dense product."""
+        return math.inf if self.packed is None else self.packed / self.best_dense
 
     def as_dict(self) -> dict[str, float | int | None]:
         def micro(seconds: float | None) -> float | None:
@@ -61,22 +67,12 @@ class Stopwatch:
         self._known: dict[tuple[object, ...], Timing] = {}
         self._flush: Tensor | None = None
 
-    def packed(self, weight: Tensor, packed: Packed, starts: Tensor | None) -> Timing:
-        """Time ``weight`` [out_features, in_features] against itself packed.
-
-        Args:
-            starts: ``row_starts`` of a bitmask; None for packed24.
-        """
-        rows, columns = packed.shape
-        tenths = round(10 * packed.values.numel() / max(1, rows * columns))
-        key = (packed.layout, rows, columns, weight.dtype, tenths, torch.get_num_threads())
+    def packed(self, weight: Tensor, packed: PackedWeight) -> Timing:
+        """Time ``weight`` [out_features, in_features] against itself packed."""
+        tenths = round(10 * packed.packed.values.numel() / max(1, weight.numel()))
+        key = (packed.packed.layout, *weight.shape, weight.dtype, tenths, torch.get_num_threads())
         if key not in self._known:
-            values, codes = packed.values, packed.codes
-
-            def product(x: Tensor) -> Tensor:
-                return linear_24(x, values, codes) if starts is None else linear_bitmask(x, values, codes, starts)
-
-            self._known[key] = self._time(weight, product)
+            self._known[key] = self._time(weight, packed.linear)
         return self._known[key]
 
     def dense(self, weight: Tensor) -> Timing:
@@ -86,22 +82,25 @@ class Stopwatch:
             self._known[key] = self._time(weight, None)
         return self._known[key]
 
-    @torch.inference_mode()
     def _time(self, weight: Tensor, product: Callable[[Tensor], Tensor] | None) -> Timing:
         x = torch.randn(1, weight.shape[1]).to(weight.dtype)
         weight = weight.contiguous()
-        calls: list[Callable[[], Tensor]] = [lambda: linear(x, weight), lambda: linear_dense(x, weight)]
+        calls: list[Callable[[], object]] = [lambda: linear(x, weight), lambda: linear_dense(x, weight)]
         if product is not None:
             calls.append(lambda: product(x))
+        spent = self.race(calls)
+        return Timing(spent[0], spent[1], spent[2] if product is not None else None, torch.get_num_threads())
+
+    @torch.inference_mode()
+    def race(self, calls: Sequence[Callable[[], object]]) -> list[float]:
+        """Seconds of each of ``calls``, taken in turns: medians."""
         if self._flush is None:
             self._flush = torch.zeros(_FLUSH // 4)
         spent: list[list[float]] = [[] for _ in calls]
         for _ in range(_ROUNDS):
             for call, times in zip(calls, spent, strict=True):
-                # A small matrix's call is over before the clock has moved; the first call after the flush reads memory.
                 self._flush.add_(1)
                 start = time.perf_counter()
                 call()
                 times.append(time.perf_counter() - start)
-        medians = [statistics.median(times) for times in spent]
-        return Timing(medians[0], medians[1], medians[2] if product is not None else None, torch.get_num_threads())
+        return [statistics.median(times) for times in spent]

@@ -1,0 +1,223 @@
+"""``sparsify bench``: a packed folder against the dense model, in one process and in turns."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from sparsify.backends.packed.loading import Loading, load_model, measure_loading
+from sparsify.backends.packed.modules import FastLinear, packed_of
+from torch import nn
+
+from sparsify.checkpoint import Checkpoint
+from sparsify.errors import CheckpointError, SpecError
+from sparsify.machine import processor
+from sparsify.packed.site import PackedSite, sites_of
+from sparsify.packed.timing import Stopwatch, Timing
+from sparsify.packed.weight import PackedWeight
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Tokens a second of the dense and the packed model, medians of rounds, and the median of the rounds' own ratios."""
+
+    dense: float
+    packed: float
+    ratio: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, tokens: int, seconds: list[tuple[float, float]]) -> Speed:
+        """From (dense, packed) seconds of each round."""
+        ratios = [d / p for d, p in seconds]
+        dense, packed = (statistics.median(tokens / pair[i] for pair in seconds) for i in (0, 1))
+        return cls(dense, packed, statistics.median(ratios), min(ratios), max(ratios))
+
+
+@dataclass(frozen=True)
+class SiteSpeed:
+    """Linear layers of one kind and shape: what runs them, and what one token through one of them takes."""
+
+    kind: str
+    count: int
+    shape: tuple[int, ...]
+    layout: str
+    kernel: str
+    timing: Timing | None
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """What was measured; ``against`` is the dense model's name, or says that the folder itself was unpacked."""
+
+    folder: str
+    against: str
+    processor: str
+    threads: int
+    dtype: str
+    prompt: int
+    tokens: int
+    rounds: int
+    prefill: Speed
+    decode: Speed | None
+    same_tokens: bool | None
+    file_bytes: tuple[int, int]
+    loading: tuple[Loading, Loading] | None
+    sites: list[SiteSpeed]
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def bench(
+    folder: Path, against: str | None = None, *, prompt: int = 128, tokens: int = 64, rounds: int = 5, loading: bool = True,
+    trust_remote_code: bool = False, observe: Callable[[str], None] = lambda stage: None,
+) -> Benchmark:  # fmt: skip
+    """Measure a packed folder.
+
+    Args:
+        against: the dense folder or hub id; None unpacks the folder's own weights.
+        prompt, tokens: tokens of the prompt, and tokens to generate greedily after it.
+        loading: also load both in processes of their own, for seconds and memory.
+
+    Raises:
+        CheckpointError: no packed folder, or one that does not load. SpecError: a prompt longer than the context.
+    """
+    sites = _sites(folder)
+    dense_folder = against or str(folder)
+    loads = None
+    if loading and against is not None:
+        observe("loading the dense model in a process of its own")
+        dense_load = measure_loading(against, trust_remote_code=trust_remote_code)
+        observe("loading the packed model in a process of its own")
+        loads = (dense_load, measure_loading(folder, trust_remote_code=trust_remote_code))
+    observe("loading both")
+    dense, packed = (load_model(f, trust_remote_code=trust_remote_code) for f in (dense_folder, folder))
+    if against is None:
+        dense = dense.dequantize()
+    inputs = _inputs(packed, prompt, tokens)
+    with torch.inference_mode():
+        observe("prefill")
+        prefill, outputs = _prefill(dense, packed, inputs, rounds)
+        decode, same = None, None
+        if packed.can_generate() and "input_ids" in inputs:
+            observe("decode")
+            decode, same = _decode(dense, packed, inputs["input_ids"], tokens, rounds)
+        observe("every layer")
+        table = _site_speeds(packed, sites)
+    size = Checkpoint(folder).nbytes()
+    dense_size = sum(p.numel() * p.element_size() for p in dense.parameters())
+    if against is not None and Path(against).is_dir():
+        dense_size = Checkpoint(Path(against)).nbytes()
+    return Benchmark(
+        str(folder), against or "the same weights unpacked", processor(), torch.get_num_threads(),
+        str(packed.dtype).removeprefix("torch."), outputs, tokens, rounds, prefill, decode, same, (dense_size, size),
+        loads, table,
+    )  # fmt: skip
+
+
+def _sites(folder: Path) -> dict[str, PackedSite]:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise CheckpointError(f"bench {folder}", found="no config.json there", do="Name a folder of --to packed")
+    sites = sites_of(json.loads(path.read_text(encoding="utf-8")), str(folder))
+    if sites is None:
+        raise CheckpointError(
+            f"bench {folder}", found="not a packed folder", do="Make one: sparsify compile MODEL --pass … --to packed"
+        )
+    return sites
+
+
+def _inputs(model: Any, prompt: int, tokens: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    config = model.config.get_text_config()
+    if getattr(config, "vocab_size", None) is None:
+        size = model.config.image_size
+        side = (size, size) if isinstance(size, int) else tuple(size)
+        channels = getattr(model.config, "num_channels", 3)
+        return {"pixel_values": torch.randn(1, channels, *side, generator=generator).to(model.dtype)}
+    context = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+    if isinstance(context, int) and context > 0 and prompt + tokens > context:
+        raise SpecError(
+            f"a prompt of {prompt} and {tokens} tokens more", found=f"a context of {context}",
+            do=f"Give --prompt {context // 2} --tokens {context // 2}, say",
+        )  # fmt: skip
+    ids = torch.randint(config.vocab_size, (1, prompt), generator=generator)
+    return {"input_ids": ids} | ({"decoder_input_ids": ids} if model.config.is_encoder_decoder else {})
+
+
+def _prefill(dense: Any, packed: Any, inputs: dict[str, torch.Tensor], rounds: int) -> tuple[Speed, int]:
+    length = inputs["input_ids"].shape[1] if "input_ids" in inputs else 1
+    times = _in_turns(lambda m: m(**inputs), dense, packed, rounds)
+    return Speed.of(length, times), length
+
+
+def _decode(
+    dense: Any, packed: Any, ids: torch.Tensor, tokens: int, rounds: int
+) -> tuple[Speed, bool]:
+    """Greedy generation: the time of tokens + 1 less that of one, which is the prompt's."""
+    mask = torch.ones_like(ids)
+
+    def generate(model: Any, count: int) -> torch.Tensor:
+        out: torch.Tensor = model.generate(
+            ids, attention_mask=mask, do_sample=False, min_new_tokens=count, max_new_tokens=count, pad_token_id=0
+        )
+        return out
+
+    same = bool(torch.equal(generate(dense, tokens), generate(packed, tokens)))
+    whole = _in_turns(lambda m: generate(m, tokens + 1), dense, packed, rounds)
+    first = _in_turns(lambda m: generate(m, 1), dense, packed, rounds)
+    return Speed.of(tokens, [(a[0] - b[0], a[1] - b[1]) for a, b in zip(whole, first, strict=True)]), same
+
+
+def _in_turns(call: Callable[[Any], object], dense: Any, packed: Any, rounds: int) -> list[tuple[float, float]]:
+    """Seconds of (dense, packed) in each round, after one that does not count."""
+    times = []
+    for number in range(rounds + 1):
+        pair = []
+        for model in (dense, packed):
+            start = time.perf_counter()
+            call(model)
+            pair.append(time.perf_counter() - start)
+        if number:
+            times.append((pair[0], pair[1]))
+    return times
+
+
+def _site_speeds(model: nn.Module, sites: dict[str, PackedSite]) -> list[SiteSpeed]:
+    """Every kind of linear layer once, the packed ones and the dense ones."""
+    watch = Stopwatch()
+    found: dict[tuple[Any, ...], list[Any]] = {}
+    for name, site in sites.items():
+        shape = (site.rows, site.columns) if site.experts is None else (site.experts, site.rows, site.columns)
+        key = (_kind(name), shape, site.layout)
+        found.setdefault(key, [0, name, site])[0] += 1
+    rows = []
+    for (kind, shape, layout), (count, name, site) in found.items():
+        packed = PackedWeight.holding(packed_of(model, name, site))
+        timing = None
+        if site.experts is None:
+            from sparsify.packed.ops import unpacked
+
+            timing = watch.packed(unpacked(packed.packed, packed.starts), packed)
+        rows.append(SiteSpeed(kind, count, shape, layout, "packed", timing))
+    dense: dict[tuple[Any, ...], list[Any]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            kernel = "ours, dense" if isinstance(module, FastLinear) else "torch"
+            key = (_kind(f"{name}.weight"), tuple(module.weight.shape), kernel)
+            dense.setdefault(key, [0, module.weight])[0] += 1
+    for (kind, shape, kernel), (count, weight) in dense.items():
+        rows.append(SiteSpeed(kind, count, shape, "dense", kernel, watch.dense(weight.detach())))
+    return rows
+
+
+def _kind(name: str) -> str:
+    return ".".join("*" if part.isdigit() else part for part in name.removesuffix(".weight").split("."))

@@ -1,0 +1,67 @@
+"""The commands that come with packed folders: ``sparsify unpack`` and ``bench``. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from sparsify.cli import AsJson, Debug, Trust, command_errors
+
+Folder = Annotated[Path, typer.Argument(help="Folder that compile --to packed wrote.", metavar="OUT")]
+
+
+def unpack(
+    folder: Folder,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.", metavar="DENSE")],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace DENSE if it exists.")] = False,
+    trust_remote_code: Trust = False,
+    debug: Debug = False,
+) -> None:
+    """Write the packed OUT as the dense checkpoint that it was made from, bit for bit."""
+    with command_errors(debug, "error"):
+        from sparsify.backends.packed.unpack import unpack_folder
+
+        print(f"wrote {unpack_folder(folder, output, overwrite=overwrite, trust_remote_code=trust_remote_code)}")
+
+
+def bench(
+    folder: Folder,
+    against: Annotated[
+        str | None, typer.Option(help="Dense folder or hub id. [default: OUT's own weights, unpacked]", metavar="MODEL")
+    ] = None,
+    prompt: Annotated[int, typer.Option(help="Tokens of the prompt.", min=1)] = 128,
+    tokens: Annotated[int, typer.Option(help="Tokens to generate.", min=1)] = 64,
+    rounds: Annotated[int, typer.Option(help="Rounds; medians count.", min=1)] = 5,
+    threads: Annotated[int, typer.Option(help="0: as many as torch takes.", min=0)] = 0,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder for bench.json and bench.png.", metavar="DIR")
+    ] = None,
+    as_json: AsJson = False,
+    trust_remote_code: Trust = False,
+    debug: Debug = False,
+) -> None:
+    """Measure OUT against the dense model: prefill and decode, size, loading, memory, and every layer."""
+    with command_errors(debug, "error"):
+        import torch
+        from sparsify.backends.packed.bench import bench as measure
+        from sparsify.backends.packed.report import benchmark_report, write_report
+
+        if threads:
+            torch.set_num_threads(threads)
+        with Console(stderr=True).status("") as status:
+            result = measure(
+                folder, against, prompt=prompt, tokens=tokens, rounds=rounds, trust_remote_code=trust_remote_code,
+                observe=status.update,
+            )  # fmt: skip
+        if output is not None:
+            write_report(result, output)
+        if as_json:
+            print(json.dumps(result.as_dict()))
+            return
+        Console().print(benchmark_report(result))
+        if output is not None:
+            print(f"wrote {output / 'bench.json'} and {output / 'bench.png'}")

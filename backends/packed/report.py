@@ -1,0 +1,122 @@
+"""``sparsify bench`` on a terminal, as JSON and as a picture."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from sparsify.report import format_bytes, shared_prefix
+
+if TYPE_CHECKING:
+    from sparsify.backends.packed.bench import Benchmark, SiteSpeed
+
+
+def benchmark_report(result: Benchmark) -> RenderableType:
+    """Two tables: the model as a whole, and its layers by kind."""
+    whole = Table(title=f"{result.folder} against {result.against}", title_justify="left", caption_justify="left")
+    for column in ("", "dense", "packed", "packed to dense"):
+        whole.add_column(column, justify="left" if not column else "right")
+    speeds = [(f"prefill of {result.prompt}, tokens/s", result.prefill)]
+    if result.decode is not None:
+        speeds.append((f"decode of {result.tokens}, tokens/s", result.decode))
+    for label, speed in speeds:
+        ratio = f"{speed.ratio:.2f}× ({speed.low:.2f} … {speed.high:.2f})"
+        whole.add_row(label, f"{speed.dense:.1f}", f"{speed.packed:.1f}", ratio)
+    dense, packed = result.file_bytes
+    whole.add_row("weight files", format_bytes(dense), format_bytes(packed), f"{packed / dense:.3f}×")
+    if result.loading is not None:
+        a, b = result.loading
+        whole.add_row("loading, seconds", f"{a.seconds:.2f}", f"{b.seconds:.2f}", f"{b.seconds / a.seconds:.2f}×")
+        whole.add_row("memory that loading adds", format_bytes(a.added), format_bytes(b.added), f"{b.added / a.added:.2f}×")
+    whole.caption = f"{result.processor}, {result.threads} threads, {result.dtype}, medians of {result.rounds} rounds"
+    parts: list[RenderableType] = [whole, _sites(result)]
+    if result.same_tokens is not None:
+        parts.append(
+            Text("both generate the same tokens")
+            if result.same_tokens
+            else Text("they generate other tokens: another model, or sums that differ in their last bits", "yellow")
+        )
+    return Group(*parts)
+
+
+def _sites(result: Benchmark) -> Table:
+    prefix = shared_prefix({s.kind: None for s in result.sites})
+    table = Table(title="one token through one layer", title_justify="left", caption_justify="left")
+    table.add_column("layer", overflow="fold")
+    for column in ("layers", "out × in", "runs", "F.linear", "our dense", "packed", "gain"):
+        table.add_column(column, justify="right")
+    for site in result.sites:
+        table.add_row(site.kind.removeprefix(prefix), str(site.count), "×".join(map(str, site.shape)), _runs(site), *_times(site))
+    table.caption = "microseconds, weights read from memory; gain: of what runs over F.linear"
+    return table
+
+
+def _runs(site: SiteSpeed) -> str:
+    return site.layout if site.layout != "dense" else f"dense, {site.kernel}".replace("dense, ours, dense", "dense, ours")
+
+
+def _times(site: SiteSpeed) -> tuple[str, ...]:
+    t = site.timing
+    if t is None:
+        return ("–", "–", "–", "–")
+    runs = t.packed if t.packed is not None else (t.torch if site.kernel == "torch" else t.dense)
+    packed = "–" if t.packed is None else f"{t.packed * 1e6:.0f}"
+    return f"{t.torch * 1e6:.0f}", f"{t.dense * 1e6:.0f}", packed, f"{t.torch / runs:.2f}×"
+
+
+def write_report(result: Benchmark, folder: Path) -> None:
+    """``bench.json`` and ``bench.png`` into ``folder``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "bench.json").write_text(json.dumps(result.as_dict(), indent=2) + "\n", encoding="utf-8")
+    draw(result, folder / "bench.png")
+
+
+def draw(result: Benchmark, path: Path) -> None:
+    """Ratios of the whole model on the left, times of its layers on the right."""
+    from matplotlib.figure import Figure
+
+    sites = [s for s in result.sites if s.timing is not None]
+    figure = Figure(figsize=(11, 2.2 + 0.42 * max(4, len(sites))), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(1, 2))
+    bars = {"prefill": result.prefill.ratio}
+    if result.decode is not None:
+        bars["decode"] = result.decode.ratio
+    bars["size"] = result.file_bytes[1] / result.file_bytes[0]
+    if result.loading is not None:
+        bars["loading time"] = result.loading[1].seconds / result.loading[0].seconds
+        bars["loading memory"] = result.loading[1].added / result.loading[0].added
+    left.barh(list(bars), list(bars.values()), color="#3b6ea5")
+    left.axvline(1, color="#444444", linewidth=1)
+    left.invert_yaxis()
+    left.set_title("packed to dense", loc="left")
+    for i, value in enumerate(bars.values()):
+        left.text(value, i, f" {value:.2f}×", va="center")
+    left.set_xlim(0, max(1.2, *bars.values()) * 1.25)
+    prefix = shared_prefix({s.kind: None for s in sites})
+    labels = [f"{s.kind.removeprefix(prefix)} {'×'.join(map(str, s.shape))}" for s in sites]
+    places = range(len(sites))
+    right.barh([p - 0.2 for p in places], [s.timing.torch * 1e6 for s in sites if s.timing], 0.4, color="#b9b9b9", label="F.linear")
+    runs = [float(_runs_seconds(s)) * 1e6 for s in sites]
+    right.barh([p + 0.2 for p in places], runs, 0.4, color="#3b6ea5", label="what runs")
+    right.set_yticks(list(places), [f"{label}\n{_runs(s)}" for label, s in zip(labels, sites, strict=True)], fontsize=8)
+    right.invert_yaxis()
+    right.set_xlabel("microseconds for one token")
+    right.set_title("layers", loc="left")
+    right.legend(frameon=False)
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(f"{result.processor}, {result.threads} threads, {result.dtype}", fontsize=9, x=0.01, ha="left")
+    figure.savefig(path, dpi=120)
+
+
+def _runs_seconds(site: SiteSpeed) -> float:
+    t = site.timing
+    assert t is not None, "only timed layers are drawn"
+    if t.packed is not None:
+        return t.packed
+    return t.torch if site.kernel == "torch" else t.dense

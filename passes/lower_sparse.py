@@ -1,0 +1,257 @@
+"""Lower a graph to packed weights: contractions with a pruned weight become ``sparsify::linear_24`` or ``linear_bitmask``.
+
+For graphs of any compiler: ``LowerSparse()(graph_module)`` on what ``torch.fx.symbolic_trace`` or ``torch.export`` gave, or
+``torch.compile(model, backend="sparsify")``, which runs it in front of Inductor.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.passes.infra.pass_base import PassResult
+
+from sparsify.analysis.contraction import Contraction, NotUnderstood, find_contractions
+from sparsify.errors import BackendError, TraceError
+from sparsify.packed.layout import choose_layout
+from sparsify.packed.rewrite import Rewriter
+from sparsify.packed.timing import LEAST, Stopwatch, Timing
+from sparsify.packed.weight import PackedWeight
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """What became of one contraction: ``layout`` is packed24, bitmask or dense; ``reason``: why it is dense.
+
+    ``kernel``: what runs it; ``merged``: the other weights that one packed matrix holds with it.
+    """
+
+    name: str
+    node: str
+    shape: tuple[int, ...]
+    layout: str
+    kernel: str
+    reason: str | None = None
+    timing: Timing | None = None
+    merged: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class LowerSparse:
+    """A pass of ``torch.fx``: the graph with its pruned weights packed.
+
+    The result's ``graph_module.meta["sparsify"]`` lists a :class:`Lowered` for every contraction with a constant weight.
+
+    Attributes:
+        layout: ``auto`` takes packed24 where a weight is 2:4 along its inputs and a bitmask elsewhere.
+        choice: ``measured`` keeps a weight dense where a token is measured to take longer packed, once per shape, dtype,
+            layout and number of threads; ``smallest`` packs whatever becomes smaller, and measures nothing.
+        merge: join siblings that read one input (q/k/v, gate/up) into one packed matrix where that is measured faster.
+        dense: give weights that stay dense our kernel for one token where that is measured faster (needs ``measured``).
+    """
+
+    layout: Literal["auto", "packed24", "bitmask"] = "auto"
+    choice: Literal["measured", "smallest"] = "measured"
+    merge: bool = True
+    dense: bool = True
+
+    name: ClassVar[str] = "lower-sparse"
+
+    def bind(self, *, example_inputs: Sequence[Any] | None = None) -> Callable[..., PassResult]:
+        """This pass with what a ``torch.compile`` backend is given beside the graph."""
+        return functools.partial(self, example_inputs=example_inputs)
+
+    def __call__(
+        self,
+        graph_module: fx.GraphModule | torch.export.ExportedProgram,
+        example_inputs: Sequence[Any] | None = None,
+    ) -> PassResult:
+        """Return the lowered graph; the one given is not changed.
+
+        Args:
+            example_inputs: values of all placeholders, among which those that are ``nn.Parameter`` are weights.
+
+        Raises:
+            TraceError: no graph, or example inputs that are not its own.
+        """
+        graph: Any = graph_module
+        if isinstance(graph, torch.export.ExportedProgram):
+            graph = graph.module()
+        if not isinstance(graph, fx.GraphModule):
+            raise TraceError(
+                f"pass {self.name}",
+                found=f"a {type(graph).__name__}",
+                do="Give a torch.fx.GraphModule or an ExportedProgram; of a module torch.compile(backend='sparsify')",
+            )
+        shared = {id(t): t for t in (*graph.parameters(), *graph.buffers())}
+        result = copy.deepcopy(graph, memo=dict(shared))
+        given = _parameters(result, example_inputs)
+        found, lost = find_contractions(result, given)
+        lowering = _Lowering(self, Rewriter(result, given))
+        lowering.lower(found)
+        modified = lowering.rewriter.finish()
+        records = [*lowering.records, *(_dense(item, item.reason) for item in lost)]
+        order = {item.node.name: i for i, item in enumerate([*found, *lost])}
+        result.meta["sparsify"] = sorted(records, key=lambda r: order[r.node])
+        return PassResult(result, modified)
+
+
+@dataclass
+class _Lowering:
+    """One run of the pass over one graph."""
+
+    options: LowerSparse
+    rewriter: Rewriter
+    watch: Stopwatch = field(default_factory=Stopwatch)
+    records: list[Lowered] = field(default_factory=list)
+    _packed: dict[tuple[Any, ...], PackedWeight | str] = field(default_factory=dict)
+    _timings: dict[tuple[Any, ...], Timing] = field(default_factory=dict)
+
+    def lower(self, contractions: list[Contraction]) -> None:
+        chosen: list[tuple[Contraction, PackedWeight]] = []
+        for c in contractions:
+            packed = self._pack(c.weight)
+            if isinstance(packed, str):
+                self._stay_dense(c, packed)
+            else:
+                chosen.append((c, packed))
+        for group in self._groups(chosen):
+            sites, weights = [c for c, _ in group], [w for _, w in group]
+            joined = self._join(sites, weights)
+            for c, weight in group:
+                others = tuple(o.name for o in sites if joined is not None and o is not c)
+                self.records.append(
+                    Lowered(
+                        c.name, c.node.name, tuple(c.weight.shape), weight.packed.layout, str(weight.operator), None,
+                        self._timings.get(_key(c.weight)), others,
+                    )
+                )  # fmt: skip
+                if joined is None:
+                    self.rewriter.pack(c, weight)
+            if joined is not None:
+                self.rewriter.merge(sites, weights, joined)
+
+    def _pack(self, weight: Tensor) -> PackedWeight | str:
+        """The weight packed, or why it stays dense; one that several nodes read is packed once."""
+        key = _key(weight)
+        if key not in self._packed:
+            self._packed[key] = self._packed_or_reason(weight)
+        return self._packed[key]
+
+    def _packed_or_reason(self, weight: Tensor) -> PackedWeight | str:
+        if weight.device.type != "cpu":
+            return f"on {weight.device}, where there are no packed kernels"
+        layout, reason = choose_layout(weight.reshape(-1, weight.shape[-1]), self.options.layout)
+        if layout is None:
+            return reason
+        packed = PackedWeight.of(weight, layout)
+        if self.options.choice == "measured":
+            # Experts are alike: one tells the time of all.
+            one = packed if weight.dim() == 2 else PackedWeight.of(weight[0], layout)
+            timing = self.watch.packed(weight if weight.dim() == 2 else weight[0], one)
+            self._timings[_key(weight)] = timing
+            if not timing.pays:
+                return f"dense is faster here ({layout} takes {timing.ratio:.2f}× its time)"
+        return packed
+
+    def _groups(
+        self, chosen: list[tuple[Contraction, PackedWeight]]
+    ) -> list[list[tuple[Contraction, PackedWeight]]]:
+        """Siblings that could be one product, together."""
+        groups: dict[tuple[Any, ...], list[tuple[Contraction, PackedWeight]]] = {}
+        for c, weight in chosen:
+            alone = c.offsets is not None or (c.bias is not None and self.rewriter.known_bias(c) is None)
+            apart = c.node if alone or not self.options.merge or self.options.choice != "measured" else None
+            key = (c.x, weight.packed.layout, weight.packed.shape[1], weight.packed.values.dtype, apart)
+            groups.setdefault(key, []).append((c, weight))
+        return list(groups.values())
+
+    def _join(self, sites: list[Contraction], weights: list[PackedWeight]) -> PackedWeight | None:
+        """The siblings as one matrix, where one product with it is measured faster than one with each."""
+        distinct = len({id(w) for w in weights}) == len(weights)
+        if len(weights) < 2 or not distinct or self.rewriter.written_between(sites):
+            return None
+        joined = PackedWeight.joined(weights)
+        x = torch.randn(1, joined.packed.shape[1]).to(joined.packed.values.dtype)
+        sizes = [w.rows for w in weights]
+        apart, together = self.watch.race([
+            lambda: [w.linear(x) for w in weights],
+            lambda: torch.split_with_sizes_copy(joined.linear(x), sizes, -1),
+        ])  # fmt: skip
+        return joined if together < LEAST * apart else None
+
+    def _stay_dense(self, c: Contraction, reason: str) -> None:
+        weight = c.weight
+        timing = self._timings.get(_key(weight))
+        plain = weight.dim() == 2 and weight.is_contiguous() and c.node.op != "call_module"
+        kernel = "as it was"
+        measured = self.options.choice == "measured" and self.options.dense
+        if measured and plain and weight.device.type == "cpu" and weight.is_floating_point():
+            timing = timing or self.watch.dense(weight)
+            if timing.dense < LEAST * timing.torch:
+                self.rewriter.dense(c)
+                kernel = "sparsify.linear_dense.default"
+        self.records.append(Lowered(c.name, c.node.name, tuple(weight.shape), "dense", kernel, reason, timing))
+
+
+def dynamo_backend(
+    graph_module: fx.GraphModule, example_inputs: Sequence[Any], *, mode: str | None = None,
+    options: dict[str, Any] | None = None,
+) -> Any:  # fmt: skip
+    """``torch.compile(model, backend="sparsify")``: pruned weights packed, the rest compiled by Inductor.
+
+    The packed copies are taken when the model is compiled: change its weights, and it has to be compiled again.
+
+    Raises:
+        BackendError: compiled where gradients are wanted.
+    """
+    from torch._inductor import list_mode_options
+    from torch._inductor.compile_fx import compile_fx
+
+    lowered = LowerSparse()(graph_module, example_inputs)
+    records: list[Lowered] = lowered.graph_module.meta["sparsify"]
+    packed = [r for r in records if r.layout != "dense"]
+    if packed and torch.is_grad_enabled() and any(getattr(v, "requires_grad", False) for v in example_inputs):
+        raise BackendError(
+            "torch.compile(backend='sparsify')",
+            found="gradients are on, and packed weights have none",
+            do="Run the model under torch.no_grad() or torch.inference_mode()",
+        )
+    if records and not packed:
+        reasons = sorted({r.reason for r in records if r.reason is not None})
+        warnings.warn(
+            f"torch.compile(backend='sparsify'): none of {len(records)} weights was packed ({'; '.join(reasons[:3])})",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    patches = {**(list_mode_options(mode) if mode and mode != "default" else {}), **(options or {})}
+    return compile_fx(lowered.graph_module, list(example_inputs), config_patches=patches or None)
+
+
+def _parameters(module: fx.GraphModule, example_inputs: Sequence[Any] | None) -> dict[fx.Node, Tensor]:
+    """Placeholders that are parameters, with their values."""
+    if example_inputs is None:
+        return {}
+    placeholders = [n for n in module.graph.nodes if n.op == "placeholder"]
+    if len(placeholders) != len(example_inputs):
+        raise TraceError(
+            "example_inputs of a graph",
+            found=f"{len(example_inputs)} values for {len(placeholders)} placeholders",
+            do="Pass on exactly what torch.compile gave the backend",
+        )
+    pairs = zip(placeholders, example_inputs, strict=True)
+    return {node: value.detach() for node, value in pairs if isinstance(value, nn.Parameter)}
+
+
+def _key(weight: Tensor) -> tuple[Any, ...]:
+    return (weight.data_ptr(), tuple(weight.shape), weight.stride(), weight.dtype)
+
+
+def _dense(item: NotUnderstood, reason: str) -> Lowered:
+    return Lowered(item.name, item.node.name, tuple(item.weight.shape), "dense", "as it was", reason)
