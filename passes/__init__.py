@@ -1,8 +1,8 @@
 """Pruning methods, one per file; each is mathematics only and knows no graph, file or device.
 
 What several share is in ``gram`` (damped Gram matrix and factor), ``sweep`` (column by column), ``exact`` (all at
-once), ``fitting`` (the problem that those solve) and ``scored`` (scores with an optional update). ``lower_sparse`` prunes nothing: it
-rewrites a graph whose weights were pruned.
+once), ``fitting`` (the problem that those solve) and ``scored`` (scores with an optional update). ``lower_sparse``
+prunes nothing: it rewrites a graph whose weights were pruned.
 """
 
 from sparsify.passes.activation import Activation

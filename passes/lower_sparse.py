@@ -1,7 +1,7 @@
-"""Lower a graph to packed weights: contractions with a pruned weight become ``sparsify::linear_24`` or ``linear_bitmask``.
+"""Lower a graph to packed weights: products with a pruned weight become ``sparsify::linear_24`` or ``linear_bitmask``.
 
-For graphs of any compiler: ``LowerSparse()(graph_module)`` on what ``torch.fx.symbolic_trace`` or ``torch.export`` gave, or
-``torch.compile(model, backend="sparsify")``, which runs it in front of Inductor.
+For graphs of any compiler: ``LowerSparse()(graph_module)`` on what ``torch.fx.symbolic_trace`` or ``torch.export``
+gave, or ``torch.compile(model, backend="sparsify")``, which runs it in front of Inductor.
 """
 
 from __future__ import annotations
@@ -46,11 +46,13 @@ class Lowered:
 class LowerSparse:
     """A pass of ``torch.fx``: the graph with its pruned weights packed.
 
-    The result's ``graph_module.meta["sparsify"]`` lists a :class:`Lowered` for every contraction with a constant weight.
+    The result's ``graph_module.meta["sparsify"]`` lists a :class:`Lowered` for every contraction with a constant
+    weight.
 
     Attributes:
         layout: ``auto`` takes packed24 where a weight is 2:4 along its inputs and a bitmask elsewhere.
-        choice: ``measured`` keeps a weight dense where a token is measured to take longer packed, once per shape, dtype,
+        choice: ``measured`` keeps a weight dense where a token is measured to take longer packed, once per shape,
+        dtype,
             layout and number of threads; ``smallest`` packs whatever becomes smaller, and measures nothing.
         merge: join siblings that read one input (q/k/v, gate/up) into one packed matrix where that is measured faster.
         dense: give weights that stay dense our kernel for one token where that is measured faster (needs ``measured``).
@@ -97,7 +99,8 @@ class LowerSparse:
         lowering.lower(found)
         modified = lowering.rewriter.finish()
         records = [*lowering.records, *(_dense(item, item.reason) for item in lost)]
-        order = {item.node.name: i for i, item in enumerate([*found, *lost])}
+        items: list[Contraction | NotUnderstood] = [*found, *lost]
+        order = {item.node.name: i for i, item in enumerate(items)}
         result.meta["sparsify"] = sorted(records, key=lambda r: order[r.node])
         return PassResult(result, modified)
 
@@ -160,9 +163,7 @@ class _Lowering:
                 return f"dense is faster here ({layout} takes {timing.ratio:.2f}× its time)"
         return packed
 
-    def _groups(
-        self, chosen: list[tuple[Contraction, PackedWeight]]
-    ) -> list[list[tuple[Contraction, PackedWeight]]]:
+    def _groups(self, chosen: list[tuple[Contraction, PackedWeight]]) -> list[list[tuple[Contraction, PackedWeight]]]:
         """Siblings that could be one product, together."""
         groups: dict[tuple[Any, ...], list[tuple[Contraction, PackedWeight]]] = {}
         for c, weight in chosen:

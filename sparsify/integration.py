@@ -17,7 +17,7 @@ _QUANTIZERS = "transformers.quantizers.auto"
 
 
 def register_with_transformers() -> None:
-    """Add ``quant_method: sparsify`` to transformers, now or as soon as it is imported. Calling it again does nothing."""
+    """Add ``quant_method: sparsify`` to transformers, now or as soon as it is imported; again does nothing."""
     if _QUANTIZERS in sys.modules:
         _register()
     elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
@@ -25,9 +25,12 @@ def register_with_transformers() -> None:
 
 
 def _register() -> None:
-    from sparsify.registry import find
+    from sparsify.registry import registered
 
-    find("sparsify.quantizers", "sparsify")
+    for entry in registered("sparsify.quantizers").values():
+        # One that is being imported already, and so imported transformers, registers itself when it gets there.
+        if entry.module not in sys.modules:
+            entry.load()
 
 
 class _Finder(MetaPathFinder):

@@ -2,10 +2,10 @@
 
     python tools/bench_cpu.py [--only C1,C2] [--rounds 11] [--json FILE]
 
-One thread and its own CPU time (what the machine's other work takes is not counted), candidates interleaved call by call,
-weights rotated over more than 130 MB of packed buffers, one ratio per round, the median of the rounds and their range. The
-dense baseline is in each round the fastest of ``F.linear``, ``F.linear`` without oneDNN and oneDNN with weights packed
-beforehand; ``ours, dense`` is our own dense kernel, which shows what the packing itself gains.
+One thread and its own CPU time (what the machine's other work takes is not counted), candidates interleaved call by
+call, weights rotated over more than 130 MB of packed buffers, one ratio per round, the median of the rounds and their
+range. The dense baseline is in each round the fastest of ``F.linear``, ``F.linear`` without oneDNN and oneDNN with
+weights packed beforehand; ``ours, dense`` is our own dense kernel, which shows what the packing itself gains.
 """
 
 from __future__ import annotations
@@ -113,11 +113,12 @@ def measure(case: Case, rounds: int) -> dict[str, Any]:
         reordered = [torch.ops.mkldnn._reorder_linear_weight(w, case.tokens) for w in dense]
         pointwise = torch.ops.mkldnn._linear_pointwise
         candidates["oneDNN, packed before"] = [
-            lambda w=w: pointwise(x, w, None, "none", [], "") for w in reordered  # type: ignore[misc]
+            lambda w=w: pointwise(x, w, None, "none", [], "")
+            for w in reordered  # type: ignore[misc]
         ]
     if case.tokens == 1:
         candidates["ours, dense"] = [lambda w=w: ops.linear_dense(x, w) for w in dense]  # type: ignore[misc]
-    if case.tokens > 4 and case.dtype == "fp16" or case.tokens > 1 and case.dtype != "fp32":
+    if (case.tokens > 4 and case.dtype == "fp16") or (case.tokens > 1 and case.dtype != "fp32"):
         # Some hundred times slower than the others with several tokens: no candidate for the fastest.
         del candidates["F.linear without oneDNN"]
 
@@ -130,7 +131,8 @@ def measure(case: Case, rounds: int) -> dict[str, Any]:
     medians = {name: statistics.median(values) for name, values in times.items()}
     best = min(baselines, key=lambda n: medians[n])
     result = {
-        "case": case.name, "label": case.label, "ratio": statistics.median(ratios), "low": ratios[0], "high": ratios[-1],
+        "case": case.name, "label": case.label,
+        "ratio": statistics.median(ratios), "low": ratios[0], "high": ratios[-1],
         "bar": case.bar, "best_dense": best, "bytes": weight.nbytes / packed.nbytes, "error": error,
         "gigabytes_per_second": packed.nbytes / medians["packed"] / 1e9,
         "milliseconds": {name: 1e3 * value for name, value in medians.items()},

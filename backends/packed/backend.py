@@ -23,6 +23,9 @@ from sparsify.safetensors_file import lay_out, layout_of, layout_to_json
 from sparsify.source import Source, build_skeleton
 from sparsify.weights import Weights
 
+# What transformers prints where it does not know the method leads to config.json.
+NOTE = "packed by sparsify: pip install sparsify-fx, and `import sparsify` before from_pretrained"
+
 
 @dataclass(frozen=True)
 class PackedBackend:
@@ -87,7 +90,9 @@ class PackedJob:
             path.rename(folder / path.name)
         inside.rmdir()
         entries = {name: site.as_dict() for name, site in sites.items()}
-        _add_to_config(folder / "config.json", {"quant_method": METHOD, "format": FORMAT, "sites": entries})
+        _add_to_config(
+            folder / "config.json", {"quant_method": METHOD, "note": NOTE, "format": FORMAT, "sites": entries}
+        )
         manifest["packed"] = {
             "format": FORMAT,
             **asdict(self.backend),

@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sparsify.backends.packed.loading import Loading, load_model, measure_loading
+from sparsify.backends.packed.loading import Loading, first_inputs, load_model, measure_loading
 from sparsify.backends.packed.modules import FastLinear, packed_of
 from torch import nn
 
 from sparsify.checkpoint import Checkpoint
 from sparsify.errors import CheckpointError, SpecError
 from sparsify.machine import processor
+from sparsify.packed.ops import unpacked
 from sparsify.packed.site import PackedSite, sites_of
 from sparsify.packed.timing import Stopwatch, Timing
 from sparsify.packed.weight import PackedWeight
@@ -25,7 +26,7 @@ from sparsify.packed.weight import PackedWeight
 
 @dataclass(frozen=True)
 class Speed:
-    """Tokens a second of the dense and the packed model, medians of rounds, and the median of the rounds' own ratios."""
+    """Tokens a second of the dense and the packed model, medians of rounds, and the median of the rounds' ratios."""
 
     dense: float
     packed: float
@@ -77,8 +78,8 @@ class Benchmark:
 
 
 def bench(
-    folder: Path, against: str | None = None, *, prompt: int = 128, tokens: int = 64, rounds: int = 5, loading: bool = True,
-    trust_remote_code: bool = False, observe: Callable[[str], None] = lambda stage: None,
+    folder: Path, against: str | None = None, *, prompt: int = 128, tokens: int = 64, rounds: int = 5,
+    loading: bool = True, trust_remote_code: bool = False, observe: Callable[[str], None] = lambda stage: None,
 ) -> Benchmark:  # fmt: skip
     """Measure a packed folder.
 
@@ -136,21 +137,14 @@ def _sites(folder: Path) -> dict[str, PackedSite]:
 
 
 def _inputs(model: Any, prompt: int, tokens: int) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(0)
     config = model.config.get_text_config()
-    if getattr(config, "vocab_size", None) is None:
-        size = model.config.image_size
-        side = (size, size) if isinstance(size, int) else tuple(size)
-        channels = getattr(model.config, "num_channels", 3)
-        return {"pixel_values": torch.randn(1, channels, *side, generator=generator).to(model.dtype)}
     context = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
-    if isinstance(context, int) and context > 0 and prompt + tokens > context:
+    if getattr(config, "vocab_size", None) and isinstance(context, int) and context > 0 and prompt + tokens > context:
         raise SpecError(
             f"a prompt of {prompt} and {tokens} tokens more", found=f"a context of {context}",
             do=f"Give --prompt {context // 2} --tokens {context // 2}, say",
         )  # fmt: skip
-    ids = torch.randint(config.vocab_size, (1, prompt), generator=generator)
-    return {"input_ids": ids} | ({"decoder_input_ids": ids} if model.config.is_encoder_decoder else {})
+    return first_inputs(model, prompt)
 
 
 def _prefill(dense: Any, packed: Any, inputs: dict[str, torch.Tensor], rounds: int) -> tuple[Speed, int]:
@@ -159,9 +153,7 @@ def _prefill(dense: Any, packed: Any, inputs: dict[str, torch.Tensor], rounds: i
     return Speed.of(length, times), length
 
 
-def _decode(
-    dense: Any, packed: Any, ids: torch.Tensor, tokens: int, rounds: int
-) -> tuple[Speed, bool]:
+def _decode(dense: Any, packed: Any, ids: torch.Tensor, tokens: int, rounds: int) -> tuple[Speed, bool]:
     """Greedy generation: the time of tokens + 1 less that of one, which is the prompt's."""
     mask = torch.ones_like(ids)
 
@@ -204,20 +196,21 @@ def _site_speeds(model: nn.Module, sites: dict[str, PackedSite]) -> list[SiteSpe
         packed = PackedWeight.holding(packed_of(model, name, site))
         timing = None
         if site.experts is None:
-            from sparsify.packed.ops import unpacked
-
             timing = watch.packed(unpacked(packed.packed, packed.starts), packed)
         rows.append(SiteSpeed(kind, count, shape, layout, "packed", timing))
     dense: dict[tuple[Any, ...], list[Any]] = {}
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
-            kernel = "ours, dense" if isinstance(module, FastLinear) else "torch"
-            key = (_kind(f"{name}.weight"), tuple(module.weight.shape), kernel)
-            dense.setdefault(key, [0, module.weight])[0] += 1
+            kernel = "ours" if isinstance(module, FastLinear) else "torch"
+            place = (_kind(f"{name}.weight"), tuple(module.weight.shape), kernel)
+            dense.setdefault(place, [0, module.weight])[0] += 1
     for (kind, shape, kernel), (count, weight) in dense.items():
         rows.append(SiteSpeed(kind, count, shape, "dense", kernel, watch.dense(weight.detach())))
     return rows
 
 
 def _kind(name: str) -> str:
-    return ".".join("*" if part.isdigit() else part for part in name.removesuffix(".weight").split("."))
+    """What a layer is called in every block: ``self_attn.q_proj``."""
+    parts = name.removesuffix(".weight").split(".")
+    last = max((i for i, part in enumerate(parts) if part.isdigit()), default=-1)
+    return ".".join(parts[last + 1 :])

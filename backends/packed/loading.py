@@ -17,9 +17,15 @@ from sparsify.memory import peak_memory, recent_peak, reset_peak
 
 @dataclass(frozen=True)
 class Loading:
-    """Seconds of ``from_pretrained``; resident bytes before it, and at most until it was done."""
+    """What it takes until a model answers: transformers maps files and reads them only when they are used.
+
+    Attributes:
+        seconds: of ``from_pretrained``. ``first``: until the output of a first token, loading included.
+        before, peak: resident bytes before, and at most until then.
+    """
 
     seconds: float
+    first: float
     before: int
     peak: int
 
@@ -65,20 +71,39 @@ def measure_loading(folder: str | Path, *, trust_remote_code: bool = False) -> L
     return Loading(**json.loads(done.stdout.strip().splitlines()[-1]))
 
 
+def first_inputs(model: Any, length: int = 1) -> dict[str, Any]:
+    """Seeded inputs for one forward: ``length`` tokens, or an image."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    config = model.config.get_text_config()
+    if getattr(config, "vocab_size", None) is None:
+        size = model.config.image_size
+        side = (size, size) if isinstance(size, int) else tuple(size)
+        channels = getattr(model.config, "num_channels", 3)
+        return {"pixel_values": torch.randn(1, channels, *side, generator=generator).to(model.dtype)}
+    ids = torch.randint(config.vocab_size, (1, length), generator=generator)
+    return {"input_ids": ids} | ({"decoder_input_ids": ids} if model.config.is_encoder_decoder else {})
+
+
 def main() -> None:
     import torch
     import transformers.modeling_utils
 
+    folder, trust = sys.argv[1], "--trust-remote-code" in sys.argv
     transformers.utils.logging.disable_progress_bar()
-    # The quantizer and the model's own code are imported before the measurement, as they are in the dense process.
-    transformers.AutoConfig.from_pretrained(sys.argv[1], trust_remote_code="--trust-remote-code" in sys.argv)
+    # What both processes import, they import before the measurement.
+    transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust)
     cpu = torch.device("cpu")
     fresh = reset_peak(cpu)
     before = (recent_peak(cpu) if fresh else None) or peak_memory()
     start = time.perf_counter()
-    load_model(sys.argv[1], trust_remote_code="--trust-remote-code" in sys.argv)
+    model = load_model(folder, trust_remote_code=trust)
     seconds = time.perf_counter() - start
-    print(json.dumps(asdict(Loading(seconds, before, (recent_peak(cpu) if fresh else None) or peak_memory()))))
+    with torch.inference_mode():
+        model(**first_inputs(model))
+    first = time.perf_counter() - start
+    print(json.dumps(asdict(Loading(seconds, first, before, (recent_peak(cpu) if fresh else None) or peak_memory()))))
 
 
 if __name__ == "__main__":

@@ -141,7 +141,8 @@ def pack_modules(model: nn.Module, sites: Mapping[str, PackedSite]) -> None:
             model.get_submodule(parent)._modules[child] = packed.train(owner.training)
             continue
         if "sites" not in vars(owner):
-            owner.__class__ = packed_experts(type(owner))
+            kind: type[nn.Module] = type(owner)
+            owner.__class__ = packed_experts(kind)
             owner.sites = {}
         owner.sites[leaf] = site
         delattr(owner, leaf)

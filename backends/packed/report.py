@@ -10,7 +10,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from sparsify.report import format_bytes, shared_prefix
+from sparsify.report import format_bytes
 
 if TYPE_CHECKING:
     from sparsify.backends.packed.bench import Benchmark, SiteSpeed
@@ -31,8 +31,11 @@ def benchmark_report(result: Benchmark) -> RenderableType:
     whole.add_row("weight files", format_bytes(dense), format_bytes(packed), f"{packed / dense:.3f}×")
     if result.loading is not None:
         a, b = result.loading
-        whole.add_row("loading, seconds", f"{a.seconds:.2f}", f"{b.seconds:.2f}", f"{b.seconds / a.seconds:.2f}×")
-        whole.add_row("memory that loading adds", format_bytes(a.added), format_bytes(b.added), f"{b.added / a.added:.2f}×")
+        whole.add_row("loading, s", f"{a.seconds:.2f}", f"{b.seconds:.2f}", f"{b.seconds / a.seconds:.2f}×")
+        whole.add_row("until the first token, s", f"{a.first:.2f}", f"{b.first:.2f}", f"{b.first / a.first:.2f}×")
+        whole.add_row(
+            "memory added until then", format_bytes(a.added), format_bytes(b.added), f"{b.added / a.added:.2f}×"
+        )
     whole.caption = f"{result.processor}, {result.threads} threads, {result.dtype}, medians of {result.rounds} rounds"
     parts: list[RenderableType] = [whole, _sites(result)]
     if result.same_tokens is not None:
@@ -45,19 +48,20 @@ def benchmark_report(result: Benchmark) -> RenderableType:
 
 
 def _sites(result: Benchmark) -> Table:
-    prefix = shared_prefix({s.kind: None for s in result.sites})
     table = Table(title="one token through one layer", title_justify="left", caption_justify="left")
-    table.add_column("layer", overflow="fold")
-    for column in ("layers", "out × in", "runs", "F.linear", "our dense", "packed", "gain"):
-        table.add_column(column, justify="right")
+    for column in ("layer", "out × in", "runs"):
+        table.add_column(column, no_wrap=True)
+    for column in ("torch", "dense", "packed", "gain"):
+        table.add_column(column, justify="right", no_wrap=True)
     for site in result.sites:
-        table.add_row(site.kind.removeprefix(prefix), str(site.count), "×".join(map(str, site.shape)), _runs(site), *_times(site))
-    table.caption = "microseconds, weights read from memory; gain: of what runs over F.linear"
+        name = f"{site.kind} ×{site.count}" if site.count > 1 else site.kind
+        table.add_row(name, "×".join(map(str, site.shape)), _runs(site), *_times(site))
+    table.caption = "µs, weights from memory: by F.linear, by our dense kernel, packed; gain of what runs over F.linear"
     return table
 
 
 def _runs(site: SiteSpeed) -> str:
-    return site.layout if site.layout != "dense" else f"dense, {site.kernel}".replace("dense, ours, dense", "dense, ours")
+    return site.layout if site.layout != "dense" else f"dense ({site.kernel})"
 
 
 def _times(site: SiteSpeed) -> tuple[str, ...]:
@@ -88,8 +92,8 @@ def draw(result: Benchmark, path: Path) -> None:
         bars["decode"] = result.decode.ratio
     bars["size"] = result.file_bytes[1] / result.file_bytes[0]
     if result.loading is not None:
-        bars["loading time"] = result.loading[1].seconds / result.loading[0].seconds
-        bars["loading memory"] = result.loading[1].added / result.loading[0].added
+        bars["first token"] = result.loading[1].first / result.loading[0].first
+        bars["memory"] = result.loading[1].added / result.loading[0].added
     left.barh(list(bars), list(bars.values()), color="#3b6ea5")
     left.axvline(1, color="#444444", linewidth=1)
     left.invert_yaxis()
@@ -97,10 +101,15 @@ def draw(result: Benchmark, path: Path) -> None:
     for i, value in enumerate(bars.values()):
         left.text(value, i, f" {value:.2f}×", va="center")
     left.set_xlim(0, max(1.2, *bars.values()) * 1.25)
-    prefix = shared_prefix({s.kind: None for s in sites})
-    labels = [f"{s.kind.removeprefix(prefix)} {'×'.join(map(str, s.shape))}" for s in sites]
+    labels = [f"{s.kind} {'×'.join(map(str, s.shape))}" for s in sites]
     places = range(len(sites))
-    right.barh([p - 0.2 for p in places], [s.timing.torch * 1e6 for s in sites if s.timing], 0.4, color="#b9b9b9", label="F.linear")
+    right.barh(
+        [p - 0.2 for p in places],
+        [s.timing.torch * 1e6 for s in sites if s.timing],
+        0.4,
+        color="#b9b9b9",
+        label="F.linear",
+    )
     runs = [float(_runs_seconds(s)) * 1e6 for s in sites]
     right.barh([p + 0.2 for p in places], runs, 0.4, color="#3b6ea5", label="what runs")
     right.set_yticks(list(places), [f"{label}\n{_runs(s)}" for label, s in zip(labels, sites, strict=True)], fontsize=8)

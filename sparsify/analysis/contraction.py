@@ -1,6 +1,7 @@
 """Contractions with a constant weight in any FX graph: as torch functions, methods, modules or ATen operators.
 
-Where :mod:`sparsify.analysis.linear` reads a captured :class:`Program`, this reads graphs of other compilers as they are,
+Where :mod:`sparsify.analysis.linear` reads a captured :class:`Program`, this reads graphs of other compilers as they
+are,
 dynamic shapes and all: what ``torch.fx.symbolic_trace``, ``torch.compile`` and ``torch.export`` give.
 """
 
@@ -17,8 +18,8 @@ from torch import Tensor, fx, nn
 aten = torch.ops.aten
 
 # By name, whatever the spelling: a function of torch, a method of Tensor, an ATen operator.
-_VIEWS = {"t", "numpy_T", "transpose", "permute", "contiguous", "detach", "alias", "select", "getitem", "getattr", "unsqueeze",
-          "squeeze", "clone"}  # fmt: skip
+_VIEWS = {"t", "numpy_T", "transpose", "permute", "contiguous", "detach", "alias", "select", "getitem", "getattr",
+          "unsqueeze", "squeeze", "clone"}  # fmt: skip
 _ATTRIBUTES = {"T", "mT", "data"}
 _LINEAR = {"linear"}
 _PRODUCTS = {"matmul", "mm", "addmm"}
@@ -79,7 +80,9 @@ def find_contractions(
             # A subclass may compute otherwise; hooks are code of the user's.
             if type(module) is nn.Linear and not module._forward_hooks and not module._forward_pre_hooks:
                 found.append(
-                    Contraction(node, f"{node.target}.weight", _first(node), module.weight.detach(), _detached(module.bias))
+                    Contraction(
+                        node, f"{node.target}.weight", _first(node), module.weight.detach(), _detached(module.bias)
+                    )
                 )
         elif node.op in ("call_function", "call_method"):
             view = _view(node, known)

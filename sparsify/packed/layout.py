@@ -99,7 +99,8 @@ def pack(weight: Tensor, layout: Layout) -> Packed:
     """Pack ``weight`` [rows, columns].
 
     Raises:
-        PatternError: no matrix, a dtype that kernels do not have, a NaN, or for packed24 a group of more than two values.
+        PatternError: no matrix, a dtype that kernels do not have, a NaN, or for packed24 a group of more than two
+        values.
     """
     if weight.dim() != 2 or weight.dtype not in DTYPES:
         raise PatternError(

@@ -1,17 +1,14 @@
 """The compiled CPU kernels: found beside this file, or else compiled once into the user's cache folder.
 
-They are a plain C library over pointers, loaded with ctypes: no build of torch or Python is tied to it, and its OpenMP threads
-are torch's own where both name the same libgomp.
+They are a plain C library over pointers, loaded with ctypes: no build of torch or Python is tied to it, and its OpenMP
+threads are torch's own where both name the same libgomp.
 """
 
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import os
-import shutil
 import subprocess
-import sys
 import tempfile
 import warnings
 from functools import cache
@@ -20,22 +17,11 @@ from pathlib import Path
 import torch
 
 from sparsify.errors import SpecError
+from sparsify.packed.kernel_build import compile_command, find_compiler, source_hash
 
-SOURCES = Path(__file__).parent / "cpu"
+# What a wheel's build calls the library.
+BUILT = "_cpu"
 ISAS = ("scalar", "avx2", "avx512")
-FLAGS = ["-O3", "-std=c++17", "-fPIC", "-shared", "-fvisibility=hidden"]
-_OPENMP = [] if sys.platform == "darwin" else ["-fopenmp"]
-
-
-def source_hash() -> str:
-    """What a library must have been built from to be the one of this package."""
-    text = b"".join(path.read_bytes() for path in sorted(SOURCES.iterdir()) if path.suffix in (".h", ".cpp"))
-    return hashlib.sha256(text).hexdigest()[:16]
-
-
-def compile_command(compiler: str, target: Path, extra: tuple[str, ...] = ()) -> list[str]:
-    name = f'-DSPARSIFY_SOURCE="{source_hash()}"'
-    return [compiler, *FLAGS, *_OPENMP, name, *extra, "-o", str(target), str(SOURCES / "kernels.cpp")]
 
 
 class Library:
@@ -65,7 +51,7 @@ class Library:
 @cache
 def library() -> Library | None:
     """The kernels of this machine, or None, with one warning, where there are none and no compiler makes them."""
-    for path in sorted(Path(__file__).parent.glob("_cpu*.so")):
+    for path in sorted(Path(__file__).parent.glob(f"{BUILT}*")):
         try:
             found = Library(path)
         except (OSError, AttributeError):
@@ -93,7 +79,7 @@ def cache_folder() -> Path:
 
 def _cached() -> Library | str:
     """The library in the cache folder, compiled now where it is not there yet; or why not."""
-    compiler = os.environ.get("CXX") or next((c for c in ("c++", "g++", "clang++") if shutil.which(c)), None)
+    compiler = find_compiler()
     target = cache_folder() / f"cpu-{source_hash()}.so"
     try:
         if target.exists():

@@ -4,9 +4,9 @@
 - ``experts_24``, ``experts_bitmask``: the same for a stack of W, tokens sorted by expert, as ``grouped_mm`` does it;
 - ``linear_dense``: a dense product whose case of one token runs our own kernel.
 
-Any leading dimensions, any number of tokens, bias or none, for inference: no gradient is defined. On CPUs they run the kernels
-of :mod:`sparsify.packed.native`; on every other device a plain reference, until a backend registers better. They are
-defined by schema and not by ``custom_op``, which costs some ten microseconds a call.
+Any leading dimensions, any number of tokens, bias or none, for inference: no gradient is defined. On CPUs they run the
+kernels of :mod:`sparsify.packed.native`; on every other device a plain reference, until a backend registers better.
+They are defined by schema and not by ``custom_op``, which costs some ten microseconds a call.
 """
 
 from __future__ import annotations
@@ -199,8 +199,7 @@ def _pointer(tensor: Tensor | None) -> int:
 def _disagreement(x: Tensor, values: Tensor, codes: Tensor) -> BackendError:
     return BackendError(
         f"a product of x {list(x.shape)} with packed weights",
-        found=f"values {list(values.shape)} and codes {list(codes.shape)} of {codes.dtype}, which do not belong together "
-        "or to x",
+        found=f"values {list(values.shape)} and codes {list(codes.shape)} of {codes.dtype}: not one matrix for x",
         do="Give the tensors of one packed matrix, and x of its inputs",
     )
 

@@ -62,7 +62,7 @@ class Rewriter:
             self._replace(c, self._with_bias(c, ops.linear_dense, [c.x, self.graph.get_attr(name)], c.weight.shape[0]))
 
     def known_bias(self, c: Contraction) -> Tensor | None:
-        """The bias of ``c`` where its value is known and it is one number per output neuron; None also where it has none."""
+        """The bias of ``c`` where it is known and one number per output neuron; None also where it has none."""
         value = c.bias if isinstance(c.bias, Tensor) else None
         if isinstance(c.bias, fx.Node):
             value = self.values.get(c.bias)
@@ -143,7 +143,9 @@ def _may_write(node: fx.Node) -> bool:
     if schema is not None:
         return bool(schema.is_mutable)
     name = operator_name(node)
-    in_place = node.op == "call_function" and getattr(node.target, "__module__", "") == "_operator" and name.startswith("i")
+    in_place = (
+        node.op == "call_function" and getattr(node.target, "__module__", "") == "_operator" and name.startswith("i")
+    )
     return (name.endswith("_") and not name.endswith("__")) or in_place or name == "setitem"
 
 

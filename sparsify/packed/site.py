@@ -1,7 +1,7 @@
 """How one parameter of a model is packed: what ``quantization_config`` of a packed folder says of it.
 
-    "quantization_config": {"quant_method": "sparsify", "format": 1, "sites": {PARAMETER: {
-        "layout": "packed24", "rows": 64, "columns": 64, "experts": null, "transposed": false, "values": 2048}}}
+"quantization_config": {"quant_method": "sparsify", "format": 1, "sites": {PARAMETER: {
+    "layout": "packed24", "rows": 64, "columns": 64, "experts": null, "transposed": false, "values": 2048}}}
 """
 
 from __future__ import annotations
@@ -64,7 +64,9 @@ class PackedSite:
             found = f"{dict(entry)}"
         if found is not None:
             raise CheckpointError(
-                f"packed parameter {name}", found=found, do="config.json is damaged or not of this format: pack it again"
+                f"packed parameter {name}",
+                found=found,
+                do="config.json is damaged or not of this format: pack it again",
             )
         site = cls(**entry)
         cells = site.height * padded(site.columns)

@@ -1,7 +1,7 @@
 """Measure whether packing pays: one token through a matrix, packed and dense, as token by token generation does it.
 
-Weights come from memory, not from a cache: what a large model does between two uses of one matrix is imitated by reading a
-buffer larger than the caches before every call.
+Weights come from memory, not from a cache: what a large model does between two uses of one matrix is imitated by
+reading a buffer larger than the caches before every call.
 """
 
 from __future__ import annotations
@@ -61,11 +61,15 @@ class Timing:
 
 
 class Stopwatch:
-    """Times each distinct shape, dtype, layout, share of zeros (in tenths) and number of threads once, and remembers it."""
+    """Times each distinct shape, dtype, layout, tenth of zeros and number of threads once, and remembers it.
 
-    def __init__(self) -> None:
+    Args:
+        flush: read a buffer larger than the caches before every call, so that weights come from memory.
+    """
+
+    def __init__(self, *, flush: bool = True) -> None:
         self._known: dict[tuple[object, ...], Timing] = {}
-        self._flush: Tensor | None = None
+        self._flush = torch.zeros(_FLUSH // 4 if flush else 1)
 
     def packed(self, weight: Tensor, packed: PackedWeight) -> Timing:
         """Time ``weight`` [out_features, in_features] against itself packed."""
@@ -94,8 +98,6 @@ class Stopwatch:
     @torch.inference_mode()
     def race(self, calls: Sequence[Callable[[], object]]) -> list[float]:
         """Seconds of each of ``calls``, taken in turns: medians."""
-        if self._flush is None:
-            self._flush = torch.zeros(_FLUSH // 4)
         spent: list[list[float]] = [[] for _ in calls]
         for _ in range(_ROUNDS):
             for call, times in zip(calls, spent, strict=True):

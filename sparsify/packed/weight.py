@@ -30,7 +30,9 @@ class PackedWeight:
         Raises:
             PatternError: as :func:`pack`.
         """
-        return cls.holding(pack(weight.reshape(-1, weight.shape[-1]), layout), weight.shape[0] if weight.dim() == 3 else None)
+        return cls.holding(
+            pack(weight.reshape(-1, weight.shape[-1]), layout), weight.shape[0] if weight.dim() == 3 else None
+        )
 
     @classmethod
     def holding(cls, packed: Packed, experts: int | None = None) -> PackedWeight:

@@ -1,0 +1,64 @@
+"""Compiles the CPU kernels into the wheel; all else is in pyproject.toml.
+
+The library is plain C behind ctypes: a wheel fits every Python 3 and every torch. Where there is no compiler the wheel
+is built without it, and the kernels are compiled when they are first used.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_py import build_py
+
+HERE = Path(__file__).parent
+
+
+def compile_kernels(target: Path) -> bool:
+    """Compile ``sparsify/packed/cpu`` to ``target``; False, and a line that says why, where that fails."""
+    # Loaded by its path: the package itself cannot be imported while it is built.
+    spec = importlib.util.spec_from_file_location("kernel_build", HERE / "sparsify" / "packed" / "kernel_build.py")
+    assert spec is not None and spec.loader is not None
+    build = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(build)
+    compiler = build.find_compiler()
+    if compiler is None:
+        print("sparsify: no C++ compiler; the wheel is built without CPU kernels", file=sys.stderr)
+        return False
+    done = subprocess.run(build.compile_command(compiler, target), capture_output=True, text=True, check=False)
+    if done.returncode:
+        print(f"sparsify: {compiler} failed, the wheel is built without CPU kernels:\n{done.stderr}", file=sys.stderr)
+    return done.returncode == 0
+
+
+class BuildWithKernels(build_py):
+    """Python files as ever, and the library beside them."""
+
+    def run(self) -> None:
+        super().run()
+        # A checkout compiles into the cache folder instead: its sources change.
+        if not self.editable_mode:
+            folder = Path(self.build_lib) / "sparsify" / "packed"
+            folder.mkdir(parents=True, exist_ok=True)
+            compile_kernels(folder / "_cpu.so")
+
+
+class PlatformWheel(bdist_wheel):
+    """One wheel per platform, for every Python 3."""
+
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        if shutil.which("c++") or shutil.which("g++") or shutil.which("clang++"):
+            self.root_is_pure = False
+
+    def get_tag(self) -> tuple[str, str, str]:
+        python, abi, platform = super().get_tag()
+        return ("py3", "none", platform) if not self.root_is_pure else (python, abi, platform)
+
+
+setup(cmdclass={"build_py": BuildWithKernels, "bdist_wheel": PlatformWheel})
