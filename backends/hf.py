@@ -19,6 +19,8 @@ from torch import Tensor
 from sparsify.capture import quiet
 from sparsify.checkpoint import WEIGHTS, Checkpoint
 from sparsify.errors import BackendError
+from sparsify.packed.site import drop_from_config
+from sparsify.packed.store import PackedStore
 from sparsify.program import Program
 from sparsify.source import Source
 from sparsify.staging import Staging, copy_checkpoint
@@ -84,6 +86,8 @@ class HuggingFaceJob:
                 keep = path.is_file() and path.suffix.lower() not in _OTHER_WEIGHTS and not path.name.startswith(".")
                 if keep and not path.name.endswith(".index.json") and path.name != MANIFEST:
                     shutil.copyfile(path, folder / path.name)
+            if isinstance(source.weights.store, PackedStore):
+                drop_from_config(folder / "config.json")
         if source.checkpoint is not None:
             return copy_checkpoint(source.checkpoint, folder)
         if source.is_transformers and source.folder is None:

@@ -15,6 +15,7 @@ from sparsify.calibration.data import example_batch
 from sparsify.capture import capture
 from sparsify.checkpoint import Checkpoint
 from sparsify.errors import CheckpointError
+from sparsify.packed.store import open_packed
 from sparsify.pattern import parse_pattern
 from sparsify.source import open_source
 
@@ -27,13 +28,16 @@ def verify_checkpoint(folder: Path, *, pattern: str | None = None) -> Verificati
     """
     manifest: dict[str, Any] = read_manifest(folder)
     result = Verification(folder)
-    store = Checkpoint(folder)
+    files = Checkpoint(folder)
+    packed = open_packed(folder)
+    # Checksums are of what lies in the files, patterns of the weights that a packed folder unpacks to.
+    store = packed or files
     equal: dict[str, bool] = {}
     for name, crc in manifest.get("checksums", {}).items():
-        if name not in set(store.names()):
+        if name not in set(files.names()):
             result.problems.append(f"{name}: {MANIFEST} names it, and no file holds it")
             continue
-        equal[name] = store.checksum(name) == crc
+        equal[name] = files.checksum(name) == crc
         result.compared += 1
         if not equal[name]:
             result.problems.append(f"{name}: its bytes are not those that were written (checksum of {MANIFEST})")
@@ -56,7 +60,8 @@ def verify_checkpoint(folder: Path, *, pattern: str | None = None) -> Verificati
                 result.problems.append(str(error))
                 continue
             at = Contraction(name, _axis(site, weight.dim()), "linear", site.expert_axis is None)
-            check = judge(result, at, weight, "dense", promised.get(name), asked)
+            form = packed.sites[name].layout if packed is not None and name in packed.sites else "dense"
+            check = judge(result, at, weight, form, promised.get(name), asked)
             check.equal = equal.get(name)
             result.weights.append(check)
     return result

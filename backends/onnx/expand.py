@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 
 import onnx_ir as ir
@@ -14,14 +13,11 @@ from sparsify.backends.onnx.folder import write_json
 from sparsify.backends.onnx.runner import find_onnx
 from sparsify.backends.onnx.store import GraphStore
 from sparsify.backends.onnx.weights import DATA, external
-from torch import Tensor
 
-from sparsify.checkpoint import DTYPES, WEIGHTS, Checkpoint
+from sparsify.checkpoint import WEIGHTS, Checkpoint
 from sparsify.errors import BackendError
-from sparsify.raw import checksum, write_from
+from sparsify.safetensors_file import lay_out_files
 from sparsify.staging import Staging
-
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def expand(folder: Path, out: Path | None = None, *, overwrite: bool = False) -> Path:
@@ -47,40 +43,18 @@ def expand(folder: Path, out: Path | None = None, *, overwrite: bool = False) ->
         for path in folder.iterdir():
             if path.is_file() and path.name not in (file.name, DATA, MANIFEST):
                 shutil.copyfile(path, staging.folder / path.name)
-        sums = write_safetensors(staging.folder / WEIGHTS, store, names)
+        # One file, whatever its size: the graph points into it.
+        layout = {WEIGHTS: {name: (store.dtype(name), list(store.shape(name))) for name in names}}
+        dense = lay_out_files(staging.folder, layout)
+        for name in names:
+            dense.write(name, store.read(name))
         _relink(store, staging.folder, file.name)
         if (folder / MANIFEST).is_file():
             manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-            manifest["checksums"] = sums
+            manifest["checksums"] = dense.written
             manifest.get("onnx", {}).update(weights="link", dtype=None)
             write_json(staging.folder / MANIFEST, manifest)
         return staging.commit()
-
-
-def write_safetensors(path: Path, store: GraphStore, names: Sequence[str]) -> dict[str, int]:
-    """Write the tensors ``names`` of ``store`` one after the other; the CRC-32 of each.
-
-    The library would hold all of them at once.
-    """
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name in names:
-        shape, dtype = store.shape(name), store.dtype(name)
-        size = shape.numel() * dtype.itemsize
-        header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [end, end + size]}
-        end += size
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    sums = {}
-    with path.open("wb", buffering=0) as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        at = 8 + len(text)
-        for name in names:
-            tensor: Tensor = store.read(name).contiguous()
-            write_from(file.fileno(), tensor, at)
-            sums[name] = checksum(tensor)
-            at += tensor.numel() * tensor.element_size()
-    return sums
 
 
 def _relink(store: GraphStore, folder: Path, name: str) -> None:

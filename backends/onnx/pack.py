@@ -17,6 +17,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from sparsify.packed.layout import pack_bits, pack_pairs, unpack_bits, unpack_pairs
+
 Format = Literal["2:4", "bitmask", "dense"]
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -69,14 +71,9 @@ def pack(weight: Tensor, form: Format) -> Packed:
         if not bool(kept.any()):
             # One zero is stored as a value: onnxruntime reads an empty dimension as "copy it from the input".
             kept.view(-1)[0] = True
-        return Packed(form, tuple(weight.shape), weight.contiguous().view(-1)[kept.view(-1)], pack_bits(kept.view(-1)))
-    groups, kept = weight.contiguous().view(-1, 4), kept.view(-1, 4)
-    # Kept positions first, each kind in order; a group of fewer than two is filled with zeros of its own.
-    order = torch.argsort((~kept).to(torch.uint8), dim=1, stable=True)[:, :2]
-    order = order.sort(dim=1).values
-    values = groups.gather(1, order)
-    positions = order.to(torch.uint8).view(-1, 4)
-    codes = positions[:, 0] | positions[:, 1] << 2 | positions[:, 2] << 4 | positions[:, 3] << 6
+        flat = kept.view(-1)
+        return Packed(form, tuple(weight.shape), weight.contiguous().view(-1)[flat], pack_bits(flat))
+    values, codes = pack_pairs(weight.contiguous().view(-1, 4), kept.view(-1, 4))
     return Packed(form, tuple(weight.shape), values, codes)
 
 
@@ -87,23 +84,7 @@ def unpack(packed: Packed) -> Tensor:
         flat = torch.zeros(size, dtype=packed.values.dtype)
         flat[unpack_bits(packed.codes)[:size]] = packed.values
         return flat.view(packed.shape)
-    shifts = torch.tensor([0, 2, 4, 6], dtype=torch.uint8)
-    positions = (packed.codes[:, None] >> shifts & 3).view(-1, 2).long()
-    groups = torch.zeros(size // 4, 4, dtype=packed.values.dtype)
-    return groups.scatter_(1, positions, packed.values.view(-1, 2)).view(packed.shape)
-
-
-def pack_bits(bits: Tensor) -> Tensor:
-    """Booleans [n] as uint8 [ceil(n / 8)], least significant bit first."""
-    padded = torch.zeros(-(-bits.numel() // 8) * 8, dtype=torch.uint8)
-    padded[: bits.numel()] = bits
-    weights = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8)
-    return (padded.view(-1, 8) * weights).sum(1, dtype=torch.uint8)
-
-
-def unpack_bits(codes: Tensor) -> Tensor:
-    weights = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8)
-    return (codes[:, None] & weights).ne(0).view(-1)
+    return unpack_pairs(packed.values, packed.codes).view(packed.shape)
 
 
 def unpacking_bytes(packed_format: Format, numel: int, values: int, size: int) -> int:

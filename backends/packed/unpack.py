@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from sparsify.checkpoint import INDEX, Checkpoint
 from sparsify.errors import CheckpointError
 from sparsify.packed.layout import Packed
-from sparsify.packed.site import PackedSite
+from sparsify.packed.site import PackedSite, drop_from_config
 from sparsify.packed.store import PackedStore, open_packed
 from sparsify.safetensors_file import Layout, lay_out, lay_out_files, layout_from_json
 from sparsify.source import build_skeleton
@@ -46,7 +46,7 @@ def unpack_folder(folder: Path, out: Path, *, overwrite: bool = False, trust_rem
         for path in folder.iterdir():
             if path.is_file() and path.suffix != ".safetensors" and path.name not in (INDEX, MANIFEST):
                 shutil.copyfile(path, staging.folder / path.name)
-        _drop_from_config(staging.folder / "config.json")
+        drop_from_config(staging.folder / "config.json")
         if files is not None:
             dense = lay_out_files(staging.folder, files)
             _write_converted(store, dense, staging.folder, trust_remote_code)
@@ -122,9 +122,3 @@ def _dense_files(manifest: Mapping[str, Any]) -> dict[str, Layout] | None:
             f"{MANIFEST} of a packed folder", found=f"dense_files that cannot be read ({error!r})",
             do="Remove sparsify.json to unpack under the model's own names, or pack again",
         ) from error  # fmt: skip
-
-
-def _drop_from_config(path: Path) -> None:
-    config = json.loads(path.read_text(encoding="utf-8"))
-    config.pop("quantization_config", None)
-    path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -217,7 +217,9 @@ def unpack_pairs(values: Tensor, codes: Tensor) -> Tensor:
 
 
 def pack_bits(bits: Tensor) -> Tensor:
-    """Booleans [..., n] as uint8 [..., n / 8], the first in the lowest bit. ``n`` must be a multiple of eight."""
+    """Booleans [..., n] as uint8 [..., ceil(n / 8)], the first in the lowest bit."""
+    if left := -bits.shape[-1] % 8:
+        bits = torch.cat([bits, bits.new_zeros(*bits.shape[:-1], left)], dim=-1)
     weights = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=bits.device)
     return (bits.reshape(*bits.shape[:-1], -1, 8).to(torch.uint8) * weights).sum(-1, dtype=torch.uint8)
 

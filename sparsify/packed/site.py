@@ -6,9 +6,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -142,6 +144,14 @@ def pack_parameter(
     values = packed.values.numel() - (PADDING if layout == "bitmask" else 0)
     site = PackedSite(layout, rows, columns, experts if stacked else None, transposed, values)
     return site, packed.values.view(site.values_shape), packed.codes.view(site.codes_shape)
+
+
+def drop_from_config(path: Path) -> None:
+    """Take what speaks of packing out of a config.json whose weights are dense again."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    if config.get("quantization_config", {}).get("quant_method") == METHOD:
+        del config["quantization_config"]
+        path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def sites_of(config: Mapping[str, Any], where: str) -> dict[str, PackedSite] | None:
