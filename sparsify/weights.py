@@ -174,7 +174,9 @@ def weights_of_module(model: nn.Module) -> Weights:
 
     aliases = tied_names(model)
     own = {n: p.detach() for n, p in model.named_parameters() if n not in aliases}
-    own |= {n: b.detach() for n, b in model.named_buffers() if n not in aliases}
+    # What no checkpoint of it would hold (rotary frequencies) is a constant of the graph.
+    unsaved = {f"{p}.{n}" if p else n for p, m in model.named_modules() for n in m._non_persistent_buffers_set}
+    own |= {n: b.detach() for n, b in model.named_buffers() if n not in aliases and n not in unsaved}
     return Weights(MemoryStore(MemoryStore(None, own)), {name: name for name in own}, aliases=aliases)
 
 

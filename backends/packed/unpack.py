@@ -65,6 +65,10 @@ def unpack_folder(folder: Path, out: Path, *, overwrite: bool = False, trust_rem
 def _write_converted(store: PackedStore, dense: Checkpoint, folder: Path, trust_remote_code: bool) -> None:
     """Every parameter of ``store`` into the tensors of the original checkpoint, converted back where it has to be."""
     weights = weights_of_checkpoint(build_skeleton(folder, trust_remote_code), dense)
+    if missing := sorted({*weights.parameters()} - {*store.names()}):
+        raise CheckpointError(
+            f"unpacking {store.checkpoint.folder}", found=f"it does not hold {missing[0]}", do="Fetch the folder again"
+        )
     for name in weights.parameters():
         weights.write(name, store.read(name))
     for name in dense.names():

@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 aten = torch.ops.aten
 
 # By name, whatever the spelling: a function of torch, a method of Tensor, an ATen operator.
-_VIEWS = {"t", "numpy_T", "transpose", "permute", "contiguous", "detach", "alias", "select", "getitem", "getattr",
+VIEWS = {"t", "numpy_T", "transpose", "permute", "contiguous", "detach", "alias", "select", "getitem", "getattr",
           "unsqueeze", "squeeze", "clone"}  # fmt: skip
 _ATTRIBUTES = {"T", "mT", "data"}
 _LINEAR = {"linear"}
@@ -143,7 +143,7 @@ def _contraction(node: fx.Node, known: Mapping[fx.Node, tuple[str, Tensor]]) -> 
 
 def _view(node: fx.Node, known: Mapping[fx.Node, tuple[str, Tensor]]) -> tuple[str, Tensor] | None:
     """The value of a node that only looks at a constant in another way; computed on the constant itself."""
-    if operator_name(node) not in _VIEWS or not node.args or node.args[0] not in known:
+    if operator_name(node) not in VIEWS or not node.args or node.args[0] not in known:
         return None
     if any(isinstance(a, fx.Node) and a not in known for a in node.all_input_nodes):
         return None

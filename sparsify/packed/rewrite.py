@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from sparsify.analysis.contraction import Contraction, operator_name
+from sparsify.analysis.contraction import VIEWS, Contraction, operator_name
 from sparsify.packed import ops
 from sparsify.packed.weight import PackedWeight
 from sparsify.program import set_tensor
@@ -28,6 +28,8 @@ class Rewriter:
         self.module, self.graph, self.values = module, module.graph, values
         self.modified = False
         self._stored: dict[int, list[str]] = {}
+        # A contraction may read another one that has been replaced already.
+        self._replaced: dict[fx.Node, fx.Node] = {}
         self._order = {node: i for i, node in enumerate(self.graph.nodes)}
 
     def pack(self, c: Contraction, weight: PackedWeight) -> None:
@@ -35,16 +37,20 @@ class Rewriter:
         with self.graph.inserting_before(c.node):
             tensors = [self.graph.get_attr(name) for name in self._store(weight, c.name)]
             if c.offsets is not None:
-                self._replace(c, self.graph.call_function(weight.operator, (c.x, *tensors, c.offsets)))
+                self._replace(
+                    c, self.graph.call_function(weight.operator, (self._now(c.x), *tensors, self._now(c.offsets)))
+                )
                 return
-            self._replace(c, self._with_bias(c, weight.operator, [c.x, *tensors], weight.rows))
+            self._replace(c, self._with_bias(c, weight.operator, [self._now(c.x), *tensors], weight.rows))
 
     def merge(self, group: Sequence[Contraction], weights: Sequence[PackedWeight], joined: PackedWeight) -> None:
         """Let one product with ``joined`` serve all of ``group``, which read one input and have known biases."""
         first = min((c.node for c in group), key=self._order.__getitem__)
         with self.graph.inserting_before(first):
             tensors = [self.graph.get_attr(name) for name in self._store(joined, group[0].name)]
-            y = self.graph.call_function(joined.operator, (group[0].x, *tensors, self._joined_bias(group, weights)))
+            y = self.graph.call_function(
+                joined.operator, (self._now(group[0].x), *tensors, self._joined_bias(group, weights))
+            )
             sizes = [w.rows for w in weights]
             # Copies, so that each is contiguous as the sibling's own output was; of one token they are small.
             parts = self.graph.call_function(aten.split_with_sizes_copy.default, (y, sizes, -1))
@@ -59,7 +65,9 @@ class Rewriter:
             # A view of the graph's own tensor: nothing is copied.
             set_tensor(self.module, name, c.weight)
             self._stored[id(c)] = [name]
-            self._replace(c, self._with_bias(c, ops.linear_dense, [c.x, self.graph.get_attr(name)], c.weight.shape[0]))
+            self._replace(
+                c, self._with_bias(c, ops.linear_dense, [self._now(c.x), self.graph.get_attr(name)], c.weight.shape[0])
+            )
 
     def known_bias(self, c: Contraction) -> Tensor | None:
         """The bias of ``c`` where it is known and one number per output neuron; None also where it has none."""
@@ -84,7 +92,10 @@ class Rewriter:
     def finish(self) -> bool:
         """Drop what nothing reads any more, and check the graph; whether anything was changed."""
         if self.modified:
-            self.graph.eliminate_dead_code(lambda n: n.op in ("placeholder", "output") or n.is_impure())
+            # Only what led to weights: torch's own sweep would take methods that write in place (``x.mul_(2)``) too.
+            for node in reversed(list(self.graph.nodes)):
+                if not node.users and (node.op == "get_attr" or operator_name(node) in VIEWS):
+                    self.graph.erase_node(node)
             self.module.delete_all_unused_submodules()
             _drop_unread_tensors(self.module)
             self.graph.lint()
@@ -100,6 +111,7 @@ class Rewriter:
             name = f"{PLACE}.bias_{self._order[c.node]}"
             set_tensor(self.module, name, bias)
             bias = self.graph.get_attr(name)
+        bias = self._now(bias)
         if not c.added or self.known_bias(c) is not None:
             return self.graph.call_function(operator, (*args, bias))
         return self.graph.call_function(aten.add.Tensor, (self.graph.call_function(operator, tuple(args)), bias))
@@ -119,7 +131,11 @@ class Rewriter:
         node.meta = dict(c.node.meta)
         c.node.replace_all_uses_with(node)
         self.graph.erase_node(c.node)
+        self._replaced[c.node] = node
         self.modified = True
+
+    def _now(self, node: fx.Node) -> fx.Node:
+        return self._replaced.get(node, node)
 
     def _store(self, weight: PackedWeight, name: str) -> list[str]:
         """Hold the tensors of ``weight`` in the module, once; their names."""
