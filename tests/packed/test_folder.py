@@ -20,7 +20,7 @@ from sparsify.backends.packed.unpack import unpack_folder
 
 import sparsify
 from sparsify.checkpoint import Checkpoint
-from sparsify.errors import BackendError, CheckpointError
+from sparsify.errors import BackendError
 from sparsify.evaluate import perplexity
 from sparsify.packed.timing import Stopwatch
 from sparsify.source import open_source

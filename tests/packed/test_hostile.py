@@ -111,7 +111,7 @@ def test_a_truncated_file(sound: tuple[Path, str], tmp_path: Path, cut: int) -> 
     path.write_bytes(path.read_bytes()[:-cut])
     with pytest.raises(CheckpointError, match="safetensors"):
         open_source(folder)
-    with pytest.raises(Exception, match="safetensors|Safetensor|incomplete|header"):
+    with pytest.raises(Exception, match=r"safetensors|Safetensor|incomplete|header"):
         transformers.LlamaForCausalLM.from_pretrained(folder)
 
 

@@ -82,7 +82,7 @@ def test_every_layout_is_found_packed_and_right(kind: str) -> None:
     assert ops["linear_24"] == 4 and ops["linear_bitmask"] == 1
     assert not ops.keys() & {"linear", "addmm", "mm", "matmul", "lin", "bare"}
     held = result.graph_module.state_dict()
-    assert not any(tuple(t.shape) in ((64, 64), (64, 128), (96, 128), (3, 96, 64)) for t in held.values()), "dense gone"
+    assert {k for k in held if not k.startswith("sparsify_packed")} <= {"lin.bias", "conv1d_bias"}, "dense gone"
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items()), "the module given is not changed"
 
 
@@ -255,7 +255,7 @@ def test_after_wanda_in_one_pass_manager() -> None:
         pruned_net = sparsify.compile(net, ["wanda:2:4"], calibration=[x]).model
         torch.testing.assert_close(lowered(x), pruned_net(x), rtol=1e-4, atol=1e-4)
     assert ops_of(lowered)["linear_24"] == 2
-    with pytest.raises(TraceError, match="torch.compile"):
+    with pytest.raises(TraceError, match=r"torch\.compile"):
         SMALLEST(net)  # type: ignore[arg-type]
     with pytest.raises(TraceError, match="placeholders"):
         SMALLEST(fx.symbolic_trace(net), [x, x])
