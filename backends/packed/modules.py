@@ -142,7 +142,7 @@ def pack_modules(model: nn.Module, sites: Mapping[str, PackedSite]) -> None:
             continue
         if "sites" not in vars(owner):
             kind: type[nn.Module] = type(owner)
-            owner.__class__ = packed_experts(kind)
+            owner.__class__ = packed_experts(kind)  # type: ignore[arg-type]
             owner.sites = {}
         owner.sites[leaf] = site
         delattr(owner, leaf)

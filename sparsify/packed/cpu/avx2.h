@@ -60,7 +60,7 @@ T256 static void mask_avx2(const Matrix& w, const float* x, const void* bias, vo
         __m256 part = expand8<KIND>(w.values, at, bits);
         at += __builtin_popcount(bits);
         UNROLL for (int m = 0; m < M; m++)
-          sum[m][u] = _mm256_fmadd_ps(part, _mm256_loadu_ps(x + m * K + (b + u) * 8), sum[m][u]);
+          sum[m][u] = _mm256_fmadd_ps(part, _mm256_loadu_ps(x + m * w.stride + (b + u) * 8), sum[m][u]);
       }
     UNROLL for (int m = 0; m < M; m++) {
       float s = sum8(_mm256_add_ps(sum[m][0], sum[m][1]));
@@ -93,7 +93,7 @@ T256 static void pair_avx2(const Matrix& w, const float* x, const void* bias, vo
         else
           part = widen<KIND>(_mm_shuffle_epi32(_mm_loadu_si128((const __m128i*)((const u16*)w.values + i)), 0xD8));
         UNROLL for (int m = 0; m < M; m++) {
-          const float* xs = x + m * K + g * 32 + 16 * u;
+          const float* xs = x + m * w.stride + g * 32 + 16 * u;
           __m256 low = _mm256_permutevar_ps(_mm256_loadu_ps(xs), column);
           __m256 high = _mm256_permutevar_ps(_mm256_loadu_ps(xs + 8), column);
           sum[m][u] = _mm256_fmadd_ps(part, _mm256_blend_ps(low, high, 0xCC), sum[m][u]);
@@ -126,14 +126,14 @@ T256 static void dense_avx2(const void* w, const float* x, const void* bias, voi
   }
 }
 
-template <int R, int M> T256 INLINE void tile_avx2(const float* part, const float* x, i64 K, i64 columns, __m256* sums) {
+template <int R, int M> T256 INLINE void tile_avx2(const float* part, const float* x, i64 stride, i64 columns, __m256* sums) {
   __m256 sum[R][M];
   UNROLL for (int r = 0; r < R; r++) UNROLL for (int m = 0; m < M; m++) sum[r][m] = sums[r * M + m];
   for (i64 k = 0; k < columns; k += 8) {
     __m256 rows[R];
     UNROLL for (int r = 0; r < R; r++) rows[r] = _mm256_load_ps(part + r * BLOCK + k);
     UNROLL for (int m = 0; m < M; m++) {
-      __m256 xs = _mm256_loadu_ps(x + m * K + k);
+      __m256 xs = _mm256_loadu_ps(x + m * stride + k);
       UNROLL for (int r = 0; r < R; r++) sum[r][m] = _mm256_fmadd_ps(rows[r], xs, sum[r][m]);
     }
   }
@@ -173,8 +173,8 @@ T256 static void many_avx2(const Matrix& w, const float* x, const void* bias, vo
         }
       }
       i64 m = 0;
-      for (; m < tail; m += M) tile_avx2<R, M>(part, x + m * K + k, K, columns, sums + m * R);
-      for (; m < tokens; m++) tile_avx2<R, 1>(part, x + m * K + k, K, columns, sums + m * R);
+      for (; m < tail; m += M) tile_avx2<R, M>(part, x + m * w.stride + k, w.stride, columns, sums + m * R);
+      for (; m < tokens; m++) tile_avx2<R, 1>(part, x + m * w.stride + k, w.stride, columns, sums + m * R);
     }
     for (i64 m = 0; m < tokens; m++)
       for (int r = 0; r < R && n + r < to; r++) {

@@ -61,7 +61,7 @@ T512 static void mask_bf16(const Matrix& w, const u16* x, const void* bias, void
           v[r] += __builtin_popcount(b);
         }
         UNROLL for (int m = 0; m < M; m++) {
-          __m512bh xs = (__m512bh)_mm512_loadu_si512(x + m * K + (g + u) * 32);
+          __m512bh xs = (__m512bh)_mm512_loadu_si512(x + m * w.stride + (g + u) * 32);
           UNROLL for (int r = 0; r < R; r++) sum[r][m][u] = _mm512_dpbf16_ps(sum[r][m][u], part[r], xs);
         }
       }
@@ -71,7 +71,7 @@ T512 static void mask_bf16(const Matrix& w, const u16* x, const void* bias, void
         __m512bh part = (__m512bh)expand16(b, v[r]);
         v[r] += __builtin_popcount(b);
         UNROLL for (int m = 0; m < M; m++)
-          sum[r][m][0] = _mm512_dpbf16_ps(sum[r][m][0], part, (__m512bh)_mm512_loadu_si512(x + m * K + g * 32));
+          sum[r][m][0] = _mm512_dpbf16_ps(sum[r][m][0], part, (__m512bh)_mm512_loadu_si512(x + m * w.stride + g * 32));
       }
     UNROLL for (int r = 0; r < R; r++)
       if (n + r < to)
@@ -103,7 +103,7 @@ T512 static void mask_float(const Matrix& w, const float* x, const void* bias, v
         part[r] = expand_floats<KIND>(bits[r][g], w.values, at[r]);
       }
       UNROLL for (int m = 0; m < M; m++) {
-        __m512 x0 = _mm512_loadu_ps(x + m * K + g * 32), x1 = _mm512_loadu_ps(x + m * K + g * 32 + 16);
+        __m512 x0 = _mm512_loadu_ps(x + m * w.stride + g * 32), x1 = _mm512_loadu_ps(x + m * w.stride + g * 32 + 16);
         UNROLL for (int r = 0; r < R; r++) {
           sum[r][m][u] = _mm512_fmadd_ps(part[r].lo, x0, sum[r][m][u]);
           sum[r][m][(u + 1) % U] = _mm512_fmadd_ps(part[r].hi, x1, sum[r][m][(u + 1) % U]);
@@ -156,7 +156,7 @@ T512 static void pair_bf16(const Matrix& w, const u16* x, const void* bias, void
         prefetch(v[r] + g * 32, AHEAD);
       }
       UNROLL for (int m = 0; m < M; m++) {
-        __m512i x0 = _mm512_loadu_si512(x + m * K + g * 64), x1 = _mm512_loadu_si512(x + m * K + g * 64 + 32);
+        __m512i x0 = _mm512_loadu_si512(x + m * w.stride + g * 64), x1 = _mm512_loadu_si512(x + m * w.stride + g * 64 + 32);
         UNROLL for (int r = 0; r < R; r++)
           sum[r][m][u] = _mm512_dpbf16_ps(sum[r][m][u], (__m512bh)part[r],
                                           (__m512bh)_mm512_permutex2var_epi16(x0, column[r], x1));
@@ -204,7 +204,7 @@ T512 static void pair_float(const Matrix& w, const float* x, const void* bias, v
         prefetch((const char*)w.values + i * (KIND == F32 ? 4 : 2), AHEAD);
       }
       UNROLL for (int m = 0; m < M; m++) {
-        __m512 x0 = _mm512_loadu_ps(x + m * K + g * 32), x1 = _mm512_loadu_ps(x + m * K + g * 32 + 16);
+        __m512 x0 = _mm512_loadu_ps(x + m * w.stride + g * 32), x1 = _mm512_loadu_ps(x + m * w.stride + g * 32 + 16);
         UNROLL for (int r = 0; r < R; r++)
           sum[r][m][u] = _mm512_fmadd_ps(part[r], _mm512_permutex2var_ps(x0, column[r], x1), sum[r][m][u]);
       }
@@ -339,7 +339,7 @@ struct Ahead {
 
 // Sums of R unpacked rows and M tokens over `columns`, added to those of the columns before.
 template <int R, int M>
-T512 INLINE void tile_bf16(const u16* part, const u16* x, i64 K, i64 columns, __m512* sums,
+T512 INLINE void tile_bf16(const u16* part, const u16* x, i64 stride, i64 columns, __m512* sums,
                             Ahead& ahead, i64 pace) {
   __m512 sum[R][M];
   UNROLL for (int r = 0; r < R; r++) UNROLL for (int m = 0; m < M; m++) sum[r][m] = sums[r * M + m];
@@ -348,7 +348,7 @@ T512 INLINE void tile_bf16(const u16* part, const u16* x, i64 K, i64 columns, __
     __m512bh rows[R];
     UNROLL for (int r = 0; r < R; r++) rows[r] = (__m512bh)_mm512_load_si512(part + r * BLOCK + k);
     UNROLL for (int m = 0; m < M; m++) {
-      __m512bh xs = (__m512bh)_mm512_loadu_si512(x + m * K + k);
+      __m512bh xs = (__m512bh)_mm512_loadu_si512(x + m * stride + k);
       UNROLL for (int r = 0; r < R; r++) sum[r][m] = _mm512_dpbf16_ps(sum[r][m], rows[r], xs);
     }
   }
@@ -356,7 +356,7 @@ T512 INLINE void tile_bf16(const u16* part, const u16* x, i64 K, i64 columns, __
 }
 
 template <int R, int M>
-T512 INLINE void tile_float(const float* part, const float* x, i64 K, i64 columns, __m512* sums,
+T512 INLINE void tile_float(const float* part, const float* x, i64 stride, i64 columns, __m512* sums,
                             Ahead& ahead, i64 pace) {
   __m512 sum[R][M];
   UNROLL for (int r = 0; r < R; r++) UNROLL for (int m = 0; m < M; m++) sum[r][m] = sums[r * M + m];
@@ -365,7 +365,7 @@ T512 INLINE void tile_float(const float* part, const float* x, i64 K, i64 column
     __m512 rows[R];
     UNROLL for (int r = 0; r < R; r++) rows[r] = _mm512_load_ps(part + r * BLOCK + k);
     UNROLL for (int m = 0; m < M; m++) {
-      __m512 xs = _mm512_loadu_ps(x + m * K + k);
+      __m512 xs = _mm512_loadu_ps(x + m * stride + k);
       UNROLL for (int r = 0; r < R; r++) sum[r][m] = _mm512_fmadd_ps(rows[r], xs, sum[r][m]);
     }
   }
@@ -405,12 +405,12 @@ T512 static void many512(const Matrix& w, const void* x, const void* bias, void*
       i64 steps = (tokens + M - 1) / M * (columns / (KIND == BF16 ? 32 : 16)), pace = ahead.lines * 4 / steps + 1;
       i64 m = 0;
       for (; m + M <= tokens; m += M) {
-        if (KIND == BF16) tile_bf16<R, M>((u16*)part, (const u16*)x + m * K + k, K, columns, sums + m * R, ahead, pace);
-        else tile_float<R, M>((float*)part, (const float*)x + m * K + k, K, columns, sums + m * R, ahead, pace);
+        if (KIND == BF16) tile_bf16<R, M>((u16*)part, (const u16*)x + m * w.stride + k, w.stride, columns, sums + m * R, ahead, pace);
+        else tile_float<R, M>((float*)part, (const float*)x + m * w.stride + k, w.stride, columns, sums + m * R, ahead, pace);
       }
       for (; m < tokens; m++) {
-        if (KIND == BF16) tile_bf16<R, 1>((u16*)part, (const u16*)x + m * K + k, K, columns, sums + m * R, ahead, pace);
-        else tile_float<R, 1>((float*)part, (const float*)x + m * K + k, K, columns, sums + m * R, ahead, pace);
+        if (KIND == BF16) tile_bf16<R, 1>((u16*)part, (const u16*)x + m * w.stride + k, w.stride, columns, sums + m * R, ahead, pace);
+        else tile_float<R, 1>((float*)part, (const float*)x + m * w.stride + k, w.stride, columns, sums + m * R, ahead, pace);
       }
     }
     for (i64 m = 0; m < tokens; m++)

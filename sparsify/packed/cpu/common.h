@@ -37,6 +37,7 @@ struct Matrix {
   const i64* rowptr;    // bitmask: the first value of each row
   i64 columns;
   i64 readable;         // values that there are, padding included
+  i64 stride;           // of x, from one token to the next
 };
 
 INLINE float from_bf16(u16 b) { u32 u = (u32)b << 16; float f; memcpy(&f, &u, 4); return f; }

@@ -75,7 +75,7 @@ template <class F4, class F2, class F1> inline void few_tokens(i64 tokens, i64 f
 template <int KIND>
 bool linear_avx512(const Matrix& w, const void* x, const void* bias, void* y, i64 tokens, i64 rows, int threads,
                    i64 few) {
-  const i64 size = KIND == F32 ? 4 : 2, K = w.columns, part = KIND == BF16 ? 2 : 4;
+  const i64 size = KIND == F32 ? 4 : 2, part = KIND == BF16 ? 2 : 4;
   const i64 scratch = tokens <= few ? 0 : 4 * BLOCK * part + BLOCK / 8 + 4 * 64 * tokens;
   return over_rows(rows, threads, scratch, [&](i64 from, i64 to, u8* buffer) {
     if (tokens > few && w.mask) return many512<KIND, false>(w, x, bias, y, tokens, rows, from, to, buffer);
@@ -84,75 +84,79 @@ bool linear_avx512(const Matrix& w, const void* x, const void* bias, void* y, i6
       const u16* in = (const u16*)x;
       if (w.mask)
         few_tokens(tokens, from, to,
-            [&](i64 m, i64 a, i64 b) { mask_bf16<4, 4, 1, 512>(w, in + m * K, bias, OFFSET(y, m), rows, a, b); },
-            [&](i64 m, i64 a, i64 b) { mask_bf16<4, 2, 1, 512>(w, in + m * K, bias, OFFSET(y, m), rows, a, b); },
-            [&](i64 m, i64 a, i64 b) { mask_bf16<1, 1, 4, 0>(w, in + m * K, bias, OFFSET(y, m), rows, a, b); });
+            [&](i64 m, i64 a, i64 b) { mask_bf16<4, 4, 1, 512>(w, in + m * w.stride, bias, OFFSET(y, m), rows, a, b); },
+            [&](i64 m, i64 a, i64 b) { mask_bf16<4, 2, 1, 512>(w, in + m * w.stride, bias, OFFSET(y, m), rows, a, b); },
+            [&](i64 m, i64 a, i64 b) { mask_bf16<1, 1, 4, 0>(w, in + m * w.stride, bias, OFFSET(y, m), rows, a, b); });
       else
         few_tokens(tokens, from, to,
-            [&](i64 m, i64 a, i64 b) { pair_bf16<4, 4, 1, 512>(w, in + m * K, bias, OFFSET(y, m), rows, a, b); },
-            [&](i64 m, i64 a, i64 b) { pair_bf16<1, 2, 2, 1024>(w, in + m * K, bias, OFFSET(y, m), rows, a, b); },
-            [&](i64 m, i64 a, i64 b) { pair_bf16<1, 1, 4, 0>(w, in + m * K, bias, OFFSET(y, m), rows, a, b); });
+            [&](i64 m, i64 a, i64 b) { pair_bf16<4, 4, 1, 512>(w, in + m * w.stride, bias, OFFSET(y, m), rows, a, b); },
+            [&](i64 m, i64 a, i64 b) { pair_bf16<1, 2, 2, 1024>(w, in + m * w.stride, bias, OFFSET(y, m), rows, a, b); },
+            [&](i64 m, i64 a, i64 b) { pair_bf16<1, 1, 4, 0>(w, in + m * w.stride, bias, OFFSET(y, m), rows, a, b); });
     } else {
       const int FLOAT = KIND == BF16 ? F32 : KIND;   // the other branch is never instantiated with BF16
       const float* in = (const float*)x;
       if (w.mask)
         few_tokens(tokens, from, to,
-            [&](i64 m, i64 a, i64 b) { mask_float<FLOAT, 4, 4, 1, 512>(w, in + m * K, bias, OFFSET(y, m), rows, a, b); },
-            [&](i64 m, i64 a, i64 b) { mask_float<FLOAT, 4, 2, 1, 512>(w, in + m * K, bias, OFFSET(y, m), rows, a, b); },
-            [&](i64 m, i64 a, i64 b) { mask_float<FLOAT, 1, 1, 8, 0>(w, in + m * K, bias, OFFSET(y, m), rows, a, b); });
+            [&](i64 m, i64 a, i64 b) { mask_float<FLOAT, 4, 4, 1, 512>(w, in + m * w.stride, bias, OFFSET(y, m), rows, a, b); },
+            [&](i64 m, i64 a, i64 b) { mask_float<FLOAT, 4, 2, 1, 512>(w, in + m * w.stride, bias, OFFSET(y, m), rows, a, b); },
+            [&](i64 m, i64 a, i64 b) { mask_float<FLOAT, 1, 1, 8, 0>(w, in + m * w.stride, bias, OFFSET(y, m), rows, a, b); });
       else
         few_tokens(tokens, from, to,
-            [&](i64 m, i64 a, i64 b) { pair_float<FLOAT, 4, 4, 1, 512>(w, in + m * K, bias, OFFSET(y, m), rows, a, b); },
-            [&](i64 m, i64 a, i64 b) { pair_float<FLOAT, 4, 2, 1, 512>(w, in + m * K, bias, OFFSET(y, m), rows, a, b); },
-            [&](i64 m, i64 a, i64 b) { pair_float<FLOAT, 1, 1, KIND == F32 ? 8 : 4, 0>(w, in + m * K, bias, OFFSET(y, m), rows, a, b); });
+            [&](i64 m, i64 a, i64 b) { pair_float<FLOAT, 4, 4, 1, 512>(w, in + m * w.stride, bias, OFFSET(y, m), rows, a, b); },
+            [&](i64 m, i64 a, i64 b) { pair_float<FLOAT, 4, 2, 1, 512>(w, in + m * w.stride, bias, OFFSET(y, m), rows, a, b); },
+            [&](i64 m, i64 a, i64 b) { pair_float<FLOAT, 1, 1, KIND == F32 ? 8 : 4, 0>(w, in + m * w.stride, bias, OFFSET(y, m), rows, a, b); });
     }
   });
 }
 
 template <int KIND>
 bool linear_avx2(const Matrix& w, const float* x, const void* bias, void* y, i64 tokens, i64 rows, int threads, i64 few) {
-  const i64 size = KIND == F32 ? 4 : 2, K = w.columns;
+  const i64 size = KIND == F32 ? 4 : 2;
   const i64 scratch = tokens <= few ? 0 : 3 * BLOCK * 4 + BLOCK / 8 + 3 * 32 * tokens;
   return over_rows(rows, threads, scratch, [&](i64 from, i64 to, u8* buffer) {
     if (tokens > few) return many_avx2<KIND>(w, x, bias, y, tokens, rows, from, to, buffer);
     if (w.mask)
       few_tokens(tokens, from, to,
-          [&](i64 m, i64 a, i64 b) { mask_avx2<KIND, 4>(w, x + m * K, bias, OFFSET(y, m), rows, a, b); },
-          [&](i64 m, i64 a, i64 b) { mask_avx2<KIND, 2>(w, x + m * K, bias, OFFSET(y, m), rows, a, b); },
-          [&](i64 m, i64 a, i64 b) { mask_avx2<KIND, 1>(w, x + m * K, bias, OFFSET(y, m), rows, a, b); });
+          [&](i64 m, i64 a, i64 b) { mask_avx2<KIND, 4>(w, x + m * w.stride, bias, OFFSET(y, m), rows, a, b); },
+          [&](i64 m, i64 a, i64 b) { mask_avx2<KIND, 2>(w, x + m * w.stride, bias, OFFSET(y, m), rows, a, b); },
+          [&](i64 m, i64 a, i64 b) { mask_avx2<KIND, 1>(w, x + m * w.stride, bias, OFFSET(y, m), rows, a, b); });
     else
       few_tokens(tokens, from, to,
-          [&](i64 m, i64 a, i64 b) { pair_avx2<KIND, 4>(w, x + m * K, bias, OFFSET(y, m), rows, a, b); },
-          [&](i64 m, i64 a, i64 b) { pair_avx2<KIND, 2>(w, x + m * K, bias, OFFSET(y, m), rows, a, b); },
-          [&](i64 m, i64 a, i64 b) { pair_avx2<KIND, 1>(w, x + m * K, bias, OFFSET(y, m), rows, a, b); });
+          [&](i64 m, i64 a, i64 b) { pair_avx2<KIND, 4>(w, x + m * w.stride, bias, OFFSET(y, m), rows, a, b); },
+          [&](i64 m, i64 a, i64 b) { pair_avx2<KIND, 2>(w, x + m * w.stride, bias, OFFSET(y, m), rows, a, b); },
+          [&](i64 m, i64 a, i64 b) { pair_avx2<KIND, 1>(w, x + m * w.stride, bias, OFFSET(y, m), rows, a, b); });
   });
 }
 #endif
 
-// x as the kernels want it: padded to the matrix's columns, and float where they calculate in float.
-const void* prepared(int kind, bool as_float, const void* x, i64 tokens, i64 width, i64 columns, const Buffer& buffer) {
+// x as the kernels want it: padded to the matrix's columns, `stride` apart, and float where they calculate in float.
+const void* prepared(int kind, bool as_float, const void* x, i64 tokens, i64 width, i64 stride, const Buffer& buffer) {
   const i64 size = kind == F32 || as_float ? 4 : 2;
   if (!buffer.at) return x;
   for (i64 m = 0; m < tokens; m++) {
-    u8* row = buffer.at + m * columns * size;
+    u8* row = buffer.at + m * stride * size;
     if (as_float && kind != F32)
       for (i64 k = 0; k < width; k++) ((float*)row)[k] = load(kind, x, m * width + k);
     else
       memcpy(row, (const u8*)x + m * width * size, width * size);
-    memset(row + width * size, 0, (columns - width) * size);
+    memset(row + width * size, 0, (stride - width) * size);
   }
   return buffer.at;
 }
 
-int linear(int isa, int kind, const Matrix& w, const void* x, const void* bias, void* y, i64 tokens, i64 rows, i64 width,
+int linear(int isa, int kind, Matrix w, const void* x, const void* bias, void* y, i64 tokens, i64 rows, i64 width,
            i64 few, int threads) {
   if (w.columns % UNIT || width > w.columns || width <= w.columns - UNIT || kind < 0 || kind > 2) return 1;
   if (rows * w.columns * tokens < (1 << 16)) threads = 1;   // less work than it takes to wake a thread
   const bool as_float = !(isa == AVX512 && kind == BF16);
-  const bool copy = width != w.columns || (as_float && kind != F32);
-  Buffer buffer(copy ? tokens * w.columns * (as_float || kind == F32 ? 4 : 2) : 0);
+  const i64 size = as_float || kind == F32 ? 4 : 2;
+  // Tokens a power of two apart would all lie in the same lines of the first cache, and the weights' rows with them.
+  const bool spread = tokens > 2 && w.columns * size % 1024 == 0;
+  const bool copy = spread || width != w.columns || (as_float && kind != F32);
+  w.stride = spread ? w.columns + 64 / size : w.columns;
+  Buffer buffer(copy ? tokens * w.stride * size : 0);
   if (copy && tokens && !buffer.at) return 2;
-  const void* in = prepared(kind, as_float, x, tokens, width, w.columns, buffer);
+  const void* in = prepared(kind, as_float, x, tokens, width, w.stride, buffer);
   bool done = false;
 #ifdef SPARSIFY_X86
   if (isa == AVX512)
@@ -213,14 +217,14 @@ EXPORT int sparsify_isa() {
 // with weights that stay packed; more with rows unpacked into a buffer.
 EXPORT int sparsify_linear_24(int isa, int kind, const void* values, const u8* meta, const void* x, const void* bias, void* y,
                        i64 tokens, i64 rows, i64 width, i64 columns, i64 few, int threads) {
-  return linear(isa, kind, Matrix{values, meta, nullptr, nullptr, columns, rows * columns / 2}, x, bias, y, tokens, rows, width, few, threads);
+  return linear(isa, kind, Matrix{values, meta, nullptr, nullptr, columns, rows * columns / 2, columns}, x, bias, y, tokens, rows, width, few, threads);
 }
 
 EXPORT int sparsify_linear_bitmask(int isa, int kind, const void* values, i64 count, const u32* mask, const i64* rowptr,
                                    const void* x, const void* bias, void* y, i64 tokens, i64 rows, i64 width, i64 columns,
                                    i64 few, int threads) {
   if (rowptr[0] < 0 || rowptr[rows] < rowptr[0] || rowptr[rows] + PADDING > count) return 1;
-  return linear(isa, kind, Matrix{values, nullptr, mask, rowptr, columns, rowptr[rows] + PADDING}, x, bias, y, tokens, rows,
+  return linear(isa, kind, Matrix{values, nullptr, mask, rowptr, columns, rowptr[rows] + PADDING, columns}, x, bias, y, tokens, rows,
                 width, few, threads);
 }
 
@@ -254,7 +258,7 @@ EXPORT int sparsify_linear_dense(int isa, int kind, const void* w, const void* x
 EXPORT int sparsify_unpack(int isa, int size, const void* values, const u8* meta, const u32* mask, const i64* rowptr, void* out,
                     i64 first, i64 count, i64 columns, int threads) {
   if (columns % UNIT || (size != 2 && size != 4)) return 1;
-  Matrix w{values, meta, mask, rowptr, columns, 0};
+  Matrix w{values, meta, mask, rowptr, columns, 0, columns};
   bool done = over_rows(count, threads, columns / 8, [&](i64 from, i64 to, u8* scratch) {
     if (size == 2) unpack_rows(isa, w, first, from, to, (u16*)out, (u32*)scratch);
     else unpack_rows(isa, w, first, from, to, (u32*)out, (u32*)scratch);

@@ -25,7 +25,7 @@ static void linear_scalar(int kind, const Matrix& w, const float* x, const void*
     unpack_scalar(kind, w.values, first_value(w, n), mask, words, scratch);
     for (i64 m = 0; m < tokens; m++) {
       double sum = bias ? load(kind, bias, n) : 0.0;
-      for (i64 k = 0; k < K; k++) sum += (double)scratch[k] * x[m * K + k];
+      for (i64 k = 0; k < K; k++) sum += (double)scratch[k] * x[m * w.stride + k];
       store(kind, y, m * rows + n, (float)sum);
     }
   }
