@@ -3,9 +3,9 @@
     python tools/bench_packed.py [--threads 1,2] [--rounds 7] [--patterns 2:4,50%] [--dtypes bfloat16,float32]
         [--json FILE]
 
-A seeded random Llama of hidden 2048, 4 layers, intermediate 5632, vocabulary 4096, pruned by magnitude; dense is the same
-pruned model as an ordinary folder in stock transformers. Both run in one process, in turns; wall time. Then the bundled
-model, which is small enough that the cost of a call matters.
+A seeded random Llama of hidden 2048, 4 layers, intermediate 5632, vocabulary 4096, pruned by magnitude; dense is the
+same pruned model as an ordinary folder in stock transformers. Both run in one process, in turns; wall time.
+Then the bundled model, which is small enough that the cost of a call matters.
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ def row(label: str, result: Benchmark) -> str:
         f"| {label} | {decode.dense:.1f} | {decode.packed:.1f} | "
         f"{decode.ratio:.2f}× ({decode.low:.2f} … {decode.high:.2f}) | "
         f"{prefill.ratio:.2f}× | {result.file_bytes[1] / result.file_bytes[0]:.3f}× | "
-        f"{packed.seconds / dense.seconds:.2f}× | {packed.first / dense.first:.2f}× | {packed.added / dense.added:.2f}× |"
+        f"{packed.seconds / dense.seconds:.2f}× | {packed.first / dense.first:.2f}× | "
+        f"{packed.added / dense.added:.2f}× |"
     )
 
 
@@ -57,11 +58,8 @@ def main() -> None:
     options = parser.parse_args()
     transformers.utils.logging.disable_progress_bar()
     print(f"{processor()}, torch {torch.__version__}, transformers {transformers.__version__}\n")
-    print(
-        "| model | dense, tokens/s | packed | decode | prefill | files | loading | first token | memory |\n"
-        + "|---" * 9
-        + "|"
-    )
+    print("| model | dense, tokens/s | packed | decode | prefill | files | loading | first token | memory |")
+    print("|---" * 9 + "|")
     results: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as root:
         models = [(f"Llama, {dtype}", llama(Path(root) / dtype, dtype)) for dtype in options.dtypes.split(",")]
