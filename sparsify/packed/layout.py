@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from sparsify.errors import CheckpointError, PatternError
+from sparsify.packed import native
 
 Layout = Literal["packed24", "bitmask"]
 LAYOUTS: tuple[Layout, ...] = ("packed24", "bitmask")
@@ -140,6 +141,11 @@ def unpack(packed: Packed) -> Tensor:
 
 def row_starts(mask: Tensor) -> Tensor:
     """Where each row's values begin in a bitmask's values, and where the last ends: int64 [rows + 1]."""
+    if (library := native.library() if mask.device.type == "cpu" else None) is not None:
+        mask = mask.contiguous()
+        starts = torch.zeros(mask.shape[0] + 1, dtype=torch.int64)
+        library.row_starts(native.isa(), mask.data_ptr(), mask.shape[0], mask.shape[1], starts.data_ptr())
+        return starts
     counts = torch.tensor([i.bit_count() for i in range(256)], dtype=torch.uint8, device=mask.device)
     rows = mask.shape[0]
     starts = torch.zeros(rows + 1, dtype=torch.int64, device=mask.device)
@@ -173,8 +179,7 @@ def check(name: str, packed: Packed) -> None:
     if packed.layout == "packed24":
         if list(values.shape) != [rows, full // 2]:
             raise fail(f"values {list(values.shape)} where {[rows, full // 2]} belong")
-        ascending = ((codes >> 2 & 3) > (codes & 3)) & ((codes >> 6) > (codes >> 4 & 3))
-        if not bool(ascending.all()):
+        if not _ascending(codes):
             raise fail("a code that is not two ascending positions of four")
         if full > columns:
             held = unpack_pairs(values.reshape(-1, 2), codes).view(rows, full)[:, columns:]
@@ -188,6 +193,14 @@ def check(name: str, packed: Packed) -> None:
         raise fail("padding after the values that is not zero")
     if full > columns and bool(unpack_bits(codes.contiguous().view(torch.uint8)).view(rows, full)[:, columns:].any()):
         raise fail("a mask that keeps columns which only pad the matrix")
+
+
+def _ascending(codes: Tensor) -> bool:
+    """Whether every nibble is two ascending positions."""
+    if (library := native.library() if codes.device.type == "cpu" else None) is not None:
+        codes = codes.contiguous()
+        return bool(library.check_24(codes.data_ptr(), codes.numel()))
+    return bool((((codes >> 2 & 3) > (codes & 3)) & ((codes >> 6) > (codes >> 4 & 3))).all())
 
 
 def concatenate(parts: list[Packed]) -> Packed:

@@ -44,6 +44,11 @@ class Library:
         self.linear_bitmask.argtypes = [small, small, pointer, number, *[pointer] * 5, *[number] * 5, small]
         self.linear_dense = library.sparsify_linear_dense
         self.linear_dense.argtypes = [small, small, *[pointer] * 4, number, number, small]
+        self.row_starts = library.sparsify_row_starts
+        self.row_starts.argtypes = [small, pointer, number, number, pointer]
+        self.row_starts.restype = None
+        self.check_24 = library.sparsify_check_24
+        self.check_24.argtypes = [pointer, number]
         self.unpack = library.sparsify_unpack
         self.unpack.argtypes = [small, small, *[pointer] * 5, number, number, number, small]
 

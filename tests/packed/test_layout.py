@@ -191,3 +191,27 @@ def test_every_kind_of_damage_has_a_sentence() -> None:
     kept = int(row_starts(wide)[-1])
     says(Packed("bitmask", (4, 70), torch.cat([torch.ones(kept), torch.zeros(64)]), wide), "only pad the matrix")
     says(Packed("bitmask", (4, 70), mask.values.double(), mask.codes), "float64")
+
+
+def test_kernels_count_and_check_as_plain_torch_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    masks = [pack(pruned(rows, columns, 0.4), "bitmask").codes for rows, columns in ((1, 1), (70, 130), (5, 4000))]
+    every = torch.arange(256, dtype=torch.uint8).view(1, 256).expand(3, -1)
+    good = pack(pruned_24(9, 700), "packed24")
+
+    def seen() -> tuple[list[Tensor], list[bool]]:
+        sound = []
+        for byte in range(256):
+            codes = good.codes.clone()
+            codes[8, 40] = every[0, byte]
+            try:
+                check("w", Packed("packed24", (9, 700), good.values, codes))
+                sound.append(True)
+            except CheckpointError:
+                sound.append(False)
+        return [row_starts(mask) for mask in masks], sound
+
+    starts, sound = seen()
+    monkeypatch.setattr("sparsify.packed.native.library", lambda: None)
+    plain_starts, plain_sound = seen()
+    assert all(torch.equal(a, b) for a, b in zip(starts, plain_starts, strict=True))
+    assert sound == plain_sound and sum(sound) == 36

@@ -23,6 +23,12 @@ struct Tables {
 };
 static const Tables tables;
 
+T256 static i64 count_bits_avx2(const u32* mask, i64 words) {
+  i64 bits = 0;
+  for (i64 i = 0; i < words; i++) bits += __builtin_popcount(mask[i]);
+  return bits;
+}
+
 T256 INLINE float sum8(__m256 v) {
   __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
   s = _mm_add_ps(s, _mm_movehl_ps(s, s));

@@ -254,6 +254,30 @@ EXPORT int sparsify_linear_dense(int isa, int kind, const void* w, const void* x
 #endif
 }
 
+// Where each row of a mask begins in its values, and where the last one ends: starts[rows + 1].
+EXPORT void sparsify_row_starts(int isa, const u32* mask, i64 rows, i64 words, i64* starts) {
+  starts[0] = 0;
+  for (i64 n = 0; n < rows; n++) {
+#ifdef SPARSIFY_X86
+    if (isa > SCALAR) { starts[n + 1] = starts[n] + count_bits_avx2(mask + n * words, words); continue; }
+#endif
+    (void)isa;
+    i64 bits = 0;
+    for (i64 i = 0; i < words; i++) bits += __builtin_popcount(mask[n * words + i]);
+    starts[n + 1] = starts[n] + bits;
+  }
+}
+
+// Whether every nibble of packed24 is two ascending positions.
+EXPORT int sparsify_check_24(const u8* meta, i64 count) {
+  u8 wrong = 0;
+  for (i64 i = 0; i < count; i++) {
+    u8 m = meta[i];
+    wrong |= (u8)((m & 3) >= (m >> 2 & 3)) | (u8)((m >> 4 & 3) >= (m >> 6));
+  }
+  return !wrong;
+}
+
 // Rows [first, first + count) back to dense [count, columns], bit for bit. `size`: bytes of a value, 2 or 4.
 EXPORT int sparsify_unpack(int isa, int size, const void* values, const u8* meta, const u32* mask, const i64* rowptr, void* out,
                     i64 first, i64 count, i64 columns, int threads) {
