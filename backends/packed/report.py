@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -48,7 +49,9 @@ def benchmark_report(result: Benchmark) -> RenderableType:
 
 
 def _sites(result: Benchmark) -> Table:
-    table = Table(title="one token through one layer", title_justify="left", caption_justify="left")
+    # No lines between columns: it is to fit a terminal of 80.
+    table = Table(title="one token through one layer", title_justify="left", caption_justify="left",
+                  box=box.SIMPLE, pad_edge=False)  # fmt: skip
     for column in ("layer", "out × in", "runs"):
         table.add_column(column, no_wrap=True)
     for column in ("torch", "dense", "packed", "gain"):
@@ -61,7 +64,7 @@ def _sites(result: Benchmark) -> Table:
 
 
 def _runs(site: SiteSpeed) -> str:
-    return site.layout if site.layout != "dense" else f"dense ({site.kernel})"
+    return site.layout if site.layout != "dense" else f"dense, {site.kernel}"
 
 
 def _times(site: SiteSpeed) -> tuple[str, ...]:
