@@ -77,7 +77,7 @@ def library() -> Library | None:
 
 
 def cache_folder() -> Path:
-    """Where compiled kernels and timings are kept: ``$SPARSIFY_CACHE``, or ``sparsify`` in the user's cache folder."""
+    """Where compiled kernels are kept: ``$SPARSIFY_CACHE``, or ``sparsify`` in the user's cache folder."""
     own = os.environ.get("SPARSIFY_CACHE")
     return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sparsify"
 
