@@ -19,6 +19,7 @@ from torch.fx.passes.infra.pass_base import PassResult
 
 from sparsify.analysis.contraction import Contraction, NotUnderstood, find_contractions
 from sparsify.errors import BackendError, TraceError
+from sparsify.fx import placeholder_values
 from sparsify.packed.layout import choose_layout
 from sparsify.packed.rewrite import Rewriter
 from sparsify.packed.timing import LEAST, Stopwatch, Timing
@@ -239,15 +240,8 @@ def _parameters(module: fx.GraphModule, example_inputs: Sequence[Any] | None) ->
     """Placeholders that are parameters, with their values."""
     if example_inputs is None:
         return {}
-    placeholders = [n for n in module.graph.nodes if n.op == "placeholder"]
-    if len(placeholders) != len(example_inputs):
-        raise TraceError(
-            "example_inputs of a graph",
-            found=f"{len(example_inputs)} values for {len(placeholders)} placeholders",
-            do="Pass on exactly what torch.compile gave the backend",
-        )
-    pairs = zip(placeholders, example_inputs, strict=True)
-    return {node: value.detach() for node, value in pairs if isinstance(value, nn.Parameter)}
+    values = placeholder_values(module, example_inputs)
+    return {node: value.detach() for node, value in values.items() if isinstance(value, nn.Parameter)}
 
 
 def _key(weight: Tensor) -> tuple[Any, ...]:

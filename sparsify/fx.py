@@ -108,12 +108,12 @@ class GraphPrune(PassBase):
         return load_calibration(full, source).batches
 
 
-def _hold_parameters(
-    graph_module: fx.GraphModule, example_inputs: Sequence[Any] | None
-) -> tuple[fx.GraphModule, dict[str, str]]:
-    """A copy in which placeholders that are parameters became attributes; and attribute to placeholder name."""
-    if example_inputs is None:
-        return graph_module, {}
+def placeholder_values(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> dict[fx.Node, Any]:
+    """What a ``torch.compile`` backend is given for each placeholder.
+
+    Raises:
+        TraceError: another number of values than placeholders.
+    """
     placeholders = [n for n in graph_module.graph.nodes if n.op == "placeholder"]
     if len(placeholders) != len(example_inputs):
         raise TraceError(
@@ -121,6 +121,16 @@ def _hold_parameters(
             found=f"{len(example_inputs)} values for {len(placeholders)} placeholders",
             do="Pass on exactly what torch.compile gave the backend",
         )
+    return dict(zip(placeholders, example_inputs, strict=True))
+
+
+def _hold_parameters(
+    graph_module: fx.GraphModule, example_inputs: Sequence[Any] | None
+) -> tuple[fx.GraphModule, dict[str, str]]:
+    """A copy in which placeholders that are parameters became attributes; and attribute to placeholder name."""
+    if example_inputs is None:
+        return graph_module, {}
+    values = placeholder_values(graph_module, example_inputs)
     graph = fx.Graph()
     env: dict[fx.Node, fx.Node] = {}
     root = nn.Module()
@@ -129,7 +139,7 @@ def _hold_parameters(
     for name, child in graph_module.named_children():
         root.add_module(name, child)
     names = {}
-    for node, value in zip(placeholders, example_inputs, strict=True):
+    for node, value in values.items():
         if isinstance(value, nn.Parameter):
             attribute = readable(str(node.target))
             names[attribute] = node.name
