@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sparsify.capture import quiet
 from sparsify.checkpoint import WEIGHTS, Checkpoint
-from sparsify.errors import BackendError
+from sparsify.errors import BackendError, CheckpointError
 from sparsify.packed.site import drop_from_config
 from sparsify.packed.store import PackedStore
 from sparsify.program import Program
@@ -145,6 +145,17 @@ class HuggingFaceJob:
 
     def __exit__(self, *error: Any) -> None:
         self.staging.__exit__(*error)
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """``sparsify.json`` of ``folder``; empty where there is none."""
+    try:
+        content = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        return content if isinstance(content, dict) else {}
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise CheckpointError(f"{folder / MANIFEST}", found=f"not JSON ({error})", do="Compile again") from error
 
 
 def _same_bytes(one: Checkpoint, other: Checkpoint, name: str) -> bool:

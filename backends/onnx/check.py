@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from sparsify.backends.hf import MANIFEST
+from sparsify.backends.hf import MANIFEST, read_manifest
 from sparsify.backends.onnx.axis import Contraction, contractions
 from sparsify.backends.onnx.compare import Behaviour, behave, runtime_weights, torch_model
 from sparsify.backends.onnx.pack import as_bits
@@ -333,17 +332,6 @@ def promises(manifest: dict[str, Any]) -> dict[str, Promise]:
                 kept = site["kept"] if len(site["tensors"]) == 1 else 1.0
                 promised[tensor] = Promise(parse_pattern(site["pattern"]), kept)
     return promised
-
-
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """``sparsify.json`` of ``folder``; empty where there is none."""
-    try:
-        content = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        return content if isinstance(content, dict) else {}
-    except FileNotFoundError:
-        return {}
-    except ValueError as error:
-        raise CheckpointError(f"{folder / MANIFEST}", found=f"not JSON ({error})", do="Compile again") from error
 
 
 def _checkpoint(folder: Path, result: Verification) -> Checkpoint | None:

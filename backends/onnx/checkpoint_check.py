@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from sparsify.backends.hf import MANIFEST
+from sparsify.backends.hf import MANIFEST, read_manifest
 from sparsify.backends.onnx.axis import Contraction
-from sparsify.backends.onnx.check import Verification, judge, promises, read_manifest
+from sparsify.backends.onnx.check import Verification, judge, promises
 
 from sparsify.analysis import find_sites
 from sparsify.analysis.linear import LinearSite

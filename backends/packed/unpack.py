@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sparsify.backends.hf import MANIFEST
+from sparsify.backends.hf import MANIFEST, read_manifest
 from sparsify.backends.packed.modules import FastLinear, packed_of
 from torch import Tensor, nn
 
@@ -38,7 +38,7 @@ def unpack_folder(folder: Path, out: Path, *, overwrite: bool = False, trust_rem
             f"unpacking {folder}", found="no packed folder (config.json has no quantization_config of sparsify)",
             do="An ordinary checkpoint is dense already; of packed ONNX folders sparsify expand makes dense ones",
         )  # fmt: skip
-    manifest = _manifest(folder)
+    manifest = read_manifest(folder)
     files = _dense_files(manifest)
     names = list(store.names())
     need = sum(store.shape(n).numel() * store.dtype(n).itemsize for n in names)
@@ -103,16 +103,6 @@ def dense_modules(
         if type(module) is FastLinear:
             module.__class__ = nn.Linear  # type: ignore[assignment]
     return model
-
-
-def _manifest(folder: Path) -> dict[str, Any]:
-    try:
-        content = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except ValueError as error:
-        raise CheckpointError(f"{folder / MANIFEST}", found=f"not JSON ({error})", do="Compile again") from error
-    return content if isinstance(content, dict) else {}
 
 
 def _dense_files(manifest: Mapping[str, Any]) -> dict[str, Layout] | None:
