@@ -82,7 +82,7 @@ class PackedJob:
         dense = layout_of(self.hf.store)
         inside = folder / "packed"
         inside.mkdir()
-        sums = self._write(inside, program)
+        sums = self._write(inside)
         self._verify(inside, sums, program)
         for path in [*self.hf.store.files, folder / INDEX]:
             path.unlink(missing_ok=True)
@@ -104,7 +104,7 @@ class PackedJob:
         names = {name: name for name in weights.parameters()}
         return path, Weights(PackedStore(path, sites), names, aliases=weights.aliases, model=self.source.module)
 
-    def _write(self, folder: Path, program: Program) -> dict[str, int]:
+    def _write(self, folder: Path) -> dict[str, int]:
         """Every tensor into ``folder``, parameters under the model's own names; the CRC-32 of each."""
         weights, sites = self.weights, {d.name: d for d in self.decisions if d.site is not None}
         tensors: dict[str, Any] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -54,7 +55,7 @@ class Rewriter:
             sizes = [w.rows for w in weights]
             # Copies, so that each is contiguous as the sibling's own output was; of one token they are small.
             parts = self.graph.call_function(aten.split_with_sizes_copy.default, (y, sizes, -1))
-            items = [self.graph.call_function(_getitem, (parts, i)) for i in range(len(group))]
+            items = [self.graph.call_function(operator.getitem, (parts, i)) for i in range(len(group))]
         for c, item in zip(group, items, strict=True):
             self._replace(c, item)
 
@@ -146,10 +147,6 @@ class Rewriter:
                 set_tensor(self.module, f"{place}.{part}", tensor)
             self._stored[id(weight)] = [f"{place}.{part}" for part in weight.tensors]
         return self._stored[id(weight)]
-
-
-def _getitem(parts: Any, index: int) -> Any:
-    return parts[index]
 
 
 def _may_write(node: fx.Node) -> bool:

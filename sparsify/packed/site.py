@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -121,9 +120,6 @@ class PackedSite:
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
-
-    def nbytes(self, dtype: torch.dtype) -> int:
-        return math.prod(self.values_shape) * dtype.itemsize + math.prod(self.codes_shape) * self.codes_dtype.itemsize
 
 
 def codes_name(parameter: str, layout: Layout) -> str:
