@@ -1,0 +1,95 @@
+// What the kernels need of the device: types, loads, and the sparse tensor core. Needs no header of CUDA, so that NVRTC
+// compiles it where no toolkit is installed. tests/cuda/emulator.h offers the same names to a host compiler.
+#pragma once
+
+typedef unsigned int u32;
+typedef unsigned short u16;
+typedef unsigned long long u64;
+
+#define DEVICE __device__ __forceinline__
+#define KERNEL(name, threads) extern "C" __global__ void __launch_bounds__(threads) name(const Arguments a)
+#define SHARED(name) extern __shared__ __align__(16) unsigned char name[]
+
+DEVICE int thread() { return threadIdx.x; }
+DEVICE int block_x() { return blockIdx.x; }
+DEVICE int block_y() { return blockIdx.y; }
+DEVICE int block_z() { return blockIdx.z; }
+DEVICE void barrier() { __syncthreads(); }
+
+// Weights are read once: they stay out of L1, and L2 is asked for 256 bytes at a time.
+DEVICE uint4 load_weights(const uint4* p) {
+  uint4 r;
+  asm volatile("ld.global.nc.L1::no_allocate.L2::256B.v4.u32 {%0,%1,%2,%3}, [%4];"
+               : "=r"(r.x), "=r"(r.y), "=r"(r.z), "=r"(r.w) : "l"(p));
+  return r;
+}
+
+// Inputs are read by every block: L1 keeps them for the blocks that follow on the same multiprocessor.
+DEVICE uint4 load_input(const void* p) {
+  uint4 r;
+  asm("ld.global.nc.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(r.x), "=r"(r.y), "=r"(r.z), "=r"(r.w) : "l"(p));
+  return r;
+}
+
+DEVICE u16 load_half(const u16* p) { return *p; }
+DEVICE float load_float(const float* p) { return *p; }
+DEVICE void store_half(u16* p, u16 v) { *p = v; }
+DEVICE void store_float(float* p, float v) { *p = v; }
+DEVICE void store_pair(uint2* p, uint2 v) { *p = v; }
+
+DEVICE uint4 load_shared(const unsigned char* p) { return *reinterpret_cast<const uint4*>(p); }
+
+// 16 bytes from global to shared memory without a register on the way; zeros where there is nothing to read.
+DEVICE void copy_async(unsigned char* shared, const void* global, bool there) {
+  const u32 to = (u32)__cvta_generic_to_shared(shared);
+  const int bytes = there ? 16 : 0;
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(global), "r"(bytes));
+}
+DEVICE void commit_copies() { asm volatile("cp.async.commit_group;"); }
+// Until all copies but those of the last `left` commits are there.
+template <int left>
+DEVICE void await_copies() { asm volatile("cp.async.wait_group %0;" ::"n"(left)); }
+
+DEVICE u32 from_neighbour(u32 v) { return __shfl_xor_sync(0xffffffffu, v, 1); }
+DEVICE u32 from_lane(u32 v, int lane) { return __shfl_sync(0xffffffffu, v, lane); }
+
+struct BFloat16 {
+  static DEVICE float wide(u16 v) { return __uint_as_float((u32)v << 16); }
+  static DEVICE u16 narrow(float v) {
+    u16 r;
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(r) : "f"(v));
+    return r;
+  }
+};
+
+struct Float16 {
+  static DEVICE float wide(u16 v) {
+    float r;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(r) : "h"(v));
+    return r;
+  }
+  static DEVICE u16 narrow(float v) {
+    u16 r;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(r) : "f"(v));
+    return r;
+  }
+};
+
+#define MMA_SP(type)                                                                                            \
+  asm volatile("mma.sp::ordered_metadata.sync.aligned.m16n8k32.row.col.f32." type "." type ".f32 "              \
+               "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9,%10,%11}, {%0,%1,%2,%3}, %12, %13;"                        \
+               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                                 \
+               : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b.x), "r"(b.y), "r"(b.z), "r"(b.w), "r"(codes), "n"(pair))
+
+// c[16 rows, 8 tokens] += a[16 rows, 32 columns, half of them stored] b[32 columns, 8 tokens].
+// pair: which lanes of each four hold the codes, 0: the first two, 1: the last two.
+template <class T, int pair>
+struct Sparse;
+template <int pair>
+struct Sparse<BFloat16, pair> {
+  static DEVICE void multiply(float (&c)[4], const uint4& a, const uint4& b, u32 codes) { MMA_SP("bf16"); }
+};
+template <int pair>
+struct Sparse<Float16, pair> {
+  static DEVICE void multiply(float (&c)[4], const uint4& a, const uint4& b, u32 codes) { MMA_SP("f16"); }
+};

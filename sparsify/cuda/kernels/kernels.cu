@@ -1,0 +1,25 @@
+// Every kernel of one dtype (SPARSIFY_TYPE: BFloat16 or Float16), under the names that sparsify/cuda/kernels.py calls.
+#ifdef SPARSIFY_EMULATOR
+#include "emulator.h"
+#else
+#include "device.h"
+#endif
+#include "decode.h"
+#include "tiled.h"
+#include "unpack.h"
+
+#define DECODE(w, r, m) \
+  KERNEL(decode_w##w##_r##r##_m##m, w * 32) { decode<SPARSIFY_TYPE, w, r, m>(a); }
+DECODE(4, 1, 1) DECODE(4, 1, 2)
+DECODE(8, 1, 1) DECODE(8, 1, 2)
+DECODE(16, 1, 1) DECODE(16, 1, 2)
+DECODE(8, 2, 1) DECODE(8, 2, 2)
+
+#define TILED(w, r, m) \
+  KERNEL(tiled_w##w##_r##r##_m##m, w * 32) { tiled<SPARSIFY_TYPE, w, r, m>(a); }
+TILED(4, 1, 4) TILED(4, 1, 8)
+TILED(8, 1, 4) TILED(8, 1, 8)
+TILED(8, 2, 4) TILED(8, 2, 8)
+
+KERNEL(add_splits, 256) { add_splits<SPARSIFY_TYPE>(a); }
+KERNEL(unpack, 32) { unpack_tile(a); }

@@ -1,0 +1,287 @@
+// A multiprocessor of one block, on a CPU: what sparsify/cuda/kernels/device.h offers, under the same names, so that the
+// kernels' own source runs where there is no GPU. A thread is a fiber that runs until it has to wait for others.
+//
+// What it checks: every global access against the buffers that it was told of; copies without a register arrive when
+// they are awaited and not before; shared memory begins as NaN and may not be written past its end; threads that wait
+// for others who never come; and, run in the other order of threads, results that depend on it.
+// Sparse tensor core: PTX ISA, "Matrix fragments for sparse mma.m16n8k32 with .f16 and .bf16 types", lane by lane.
+#pragma once
+#include <ucontext.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <vector>
+
+typedef unsigned int u32;
+typedef unsigned short u16;
+typedef unsigned long long u64;
+struct uint2 { u32 x, y; };
+struct uint4 { u32 x, y, z, w; };
+
+#define DEVICE inline
+#define KERNEL(name, threads) extern "C" void name(const Arguments a)
+#define SHARED(name) unsigned char* name = emulator::shared
+
+namespace emulator {
+
+struct Copy { unsigned char* to; const void* from; bool there; };
+struct Wait { int count = 0; u64 round = 0; };
+struct Thread {
+  ucontext_t context;
+  std::vector<unsigned char> stack;
+  std::vector<std::vector<Copy>> groups;
+  std::vector<Copy> open;
+  bool done = false;
+};
+struct Buffer { const unsigned char* begin; u64 bytes; bool writable; };
+struct Warp {
+  Wait wait;
+  uint4 a[32], b[32];
+  u32 word[32];
+  int lane[32];
+  float c[32][4];
+};
+
+static unsigned char* shared;
+static std::vector<Thread> threads;
+static std::vector<Warp> warps;
+static std::vector<Buffer> buffers;
+static Wait everyone;
+static int current, alive, at_x, at_y, at_z;
+static u64 progress;
+static ucontext_t scheduler;
+static char failure[256];
+
+[[noreturn]] inline void fail(const char* what) {
+  snprintf(failure, sizeof failure, "%s (block %d %d %d, thread %d)", what, at_x, at_y, at_z, current);
+  setcontext(&scheduler);
+  abort();
+}
+inline void yield() { swapcontext(&threads[current].context, &scheduler); }
+
+template <class Last>
+void meet(Wait& wait, int of, Last last) {
+  const u64 round = wait.round;
+  progress++;
+  if (++wait.count == of) {
+    last();
+    wait.count = 0;
+    wait.round++;
+    return;
+  }
+  while (wait.round == round) yield();
+  progress++;
+}
+
+inline void check(const void* p, u64 bytes, bool write) {
+  const unsigned char* at = (const unsigned char*)p;
+  if ((u64)at % bytes) fail("access off its boundary");
+  for (const Buffer& b : buffers)
+    if (at >= b.begin && at + bytes <= b.begin + b.bytes && (b.writable || !write)) return;
+  fail(write ? "write outside of every buffer" : "read outside of every buffer");
+}
+
+inline void deliver(std::vector<Copy>& copies) {
+  for (const Copy& copy : copies)
+    if (copy.there) memcpy(copy.to, copy.from, 16);
+    else memset(copy.to, 0, 16);
+  copies.clear();
+}
+
+}  // namespace emulator
+
+inline int thread() { return emulator::current; }
+inline int block_x() { return emulator::at_x; }
+inline int block_y() { return emulator::at_y; }
+inline int block_z() { return emulator::at_z; }
+inline void barrier() { emulator::meet(emulator::everyone, emulator::alive, [] {}); }
+
+template <class V>
+V read_checked(const void* p) {
+  emulator::check(p, sizeof(V), false);
+  V v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+template <class V>
+void write_checked(void* p, V v) {
+  emulator::check(p, sizeof(V), true);
+  memcpy(p, &v, sizeof v);
+}
+inline uint4 load_weights(const uint4* p) { return read_checked<uint4>(p); }
+inline uint4 load_input(const void* p) { return read_checked<uint4>(p); }
+inline u16 load_half(const u16* p) { return read_checked<u16>(p); }
+inline float load_float(const float* p) { return read_checked<float>(p); }
+inline void store_half(u16* p, u16 v) { write_checked(p, v); }
+inline void store_float(float* p, float v) { write_checked(p, v); }
+inline void store_pair(uint2* p, uint2 v) { write_checked(p, v); }
+inline uint4 load_shared(const unsigned char* p) {
+  if ((p - emulator::shared) % 16) emulator::fail("shared access off its boundary");
+  uint4 v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+
+inline void copy_async(unsigned char* to, const void* from, bool there) {
+  if (there) emulator::check(from, 16, false);
+  // What is on its way must not be taken for what is there.
+  memset(to, 0xff, 16);
+  emulator::threads[emulator::current].open.push_back({to, from, there});
+}
+inline void commit_copies() {
+  auto& self = emulator::threads[emulator::current];
+  self.groups.push_back(self.open);
+  self.open.clear();
+}
+template <int left>
+void await_copies() {
+  auto& groups = emulator::threads[emulator::current].groups;
+  while (groups.size() > left) {
+    emulator::deliver(groups.front());
+    groups.erase(groups.begin());
+  }
+}
+
+inline u32 from_lane(u32 v, int lane) {
+  const int own = emulator::current & 31;
+  emulator::Warp& warp = emulator::warps[emulator::current >> 5];
+  warp.word[own] = v;
+  emulator::meet(warp.wait, 32, [] {});
+  const u32 result = warp.word[lane];
+  emulator::meet(warp.wait, 32, [] {});
+  return result;
+}
+inline u32 from_neighbour(u32 v) { return from_lane(v, (emulator::current & 31) ^ 1); }
+
+struct BFloat16 {
+  static float wide(u16 v) {
+    const u32 bits = (u32)v << 16;
+    float f;
+    memcpy(&f, &bits, 4);
+    return f;
+  }
+  static u16 narrow(float f) {
+    u32 bits;
+    memcpy(&bits, &f, 4);
+    if (f != f) return 0x7fff;
+    return (u16)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+  }
+};
+struct Float16 {
+  static float wide(u16 v) {
+    _Float16 h;
+    memcpy(&h, &v, 2);
+    return (float)h;
+  }
+  static u16 narrow(float f) {
+    const _Float16 h = (_Float16)f;
+    u16 v;
+    memcpy(&v, &h, 2);
+    return v;
+  }
+};
+
+namespace emulator {
+
+inline u16 half_of(const uint4& v, int reg, int i) {
+  const u32 word = reg == 0 ? v.x : reg == 1 ? v.y : reg == 2 ? v.z : v.w;
+  return (u16)(word >> (16 * i));
+}
+
+// The whole warp's product, once all lanes have brought their operands.
+template <class T>
+void tensor_core(Warp& warp, int pair) {
+  static float dense[16][32], inputs[32][8];
+  memset(dense, 0, sizeof dense);
+  for (int row = 0; row < 16; row++)
+    for (int group = 0; group < 8; group++) {
+      // Stored columns 2 t, 2 t + 1 lie in register row / 8 of lane t, those from 8 on in register row / 8 + 2.
+      const int g = row % 8, at = 2 * group, reg = row / 8 + 2 * (at / 8), lane = 4 * g + at % 8 / 2;
+      const u32 codes = warp.word[4 * g + 2 * pair + group / 4] >> (16 * (row / 8) + 4 * (group % 4));
+      const int one = codes & 3, two = codes >> 2 & 3;
+      if (one >= two) fail("codes that do not ascend");
+      dense[row][4 * group + one] = T::wide(half_of(warp.a[lane], reg, 0));
+      dense[row][4 * group + two] = T::wide(half_of(warp.a[lane], reg, 1));
+    }
+  for (int lane = 0; lane < 32; lane++)
+    for (int reg = 0; reg < 4; reg++)
+      for (int i = 0; i < 2; i++)
+        inputs[8 * reg + 2 * (lane % 4) + i][lane / 4] = T::wide(half_of(warp.b[lane], reg, i));
+  for (int lane = 0; lane < 32; lane++)
+    for (int i = 0; i < 4; i++) {
+      const int row = lane / 4 + 8 * (i / 2), token = 2 * (lane % 4) + i % 2;
+      float sum = warp.c[lane][i];
+      for (int k = 0; k < 32; k++) sum += dense[row][k] * inputs[k][token];
+      warp.c[lane][i] = sum;
+    }
+}
+
+}  // namespace emulator
+
+template <class T, int pair>
+struct Sparse {
+  static void multiply(float (&c)[4], const uint4& a, const uint4& b, u32 codes) {
+    const int lane = emulator::current & 31;
+    emulator::Warp& warp = emulator::warps[emulator::current >> 5];
+    warp.a[lane] = a, warp.b[lane] = b, warp.word[lane] = codes;
+    memcpy(warp.c[lane], c, 16);
+    emulator::meet(warp.wait, 32, [&] { emulator::tensor_core<T>(warp, pair); });
+    memcpy(c, warp.c[lane], 16);
+    emulator::meet(warp.wait, 32, [] {});
+  }
+};
+
+struct Arguments;
+namespace emulator {
+typedef void (*Kernel)(const Arguments);
+static Kernel kernel;
+static const void* arguments;
+void run_kernel();  // defined where Arguments is known
+inline void fiber() {
+  run_kernel();
+  threads[current].done = true;
+  alive--;
+  progress++;
+  if (!threads[current].open.empty()) fail("copies that were never committed");
+  yield();
+}
+
+inline bool run_block(int count, u64 shared_bytes, bool backwards) {
+  std::vector<unsigned char> memory(shared_bytes + 4096 + 16, 0xff);
+  shared = memory.data() + (16 - (u64)memory.data() % 16) % 16;
+  threads.assign(count, Thread());
+  warps.assign((count + 31) / 32, Warp());
+  everyone = Wait();
+  alive = count;
+  for (auto& t : threads) {
+    t.stack.resize(128 << 10);
+    getcontext(&t.context);
+    t.context.uc_stack.ss_sp = t.stack.data();
+    t.context.uc_stack.ss_size = t.stack.size();
+    t.context.uc_link = &scheduler;
+    makecontext(&t.context, fiber, 0);
+  }
+  while (alive > 0) {
+    const u64 before = progress;
+    for (int i = 0; i < count && !failure[0]; i++) {
+      current = backwards ? count - 1 - i : i;
+      if (!threads[current].done) swapcontext(&scheduler, &threads[current].context);
+    }
+    if (failure[0]) return false;
+    if (progress == before) {
+      snprintf(failure, sizeof failure, "threads wait for others that never come (block %d %d %d)", at_x, at_y, at_z);
+      return false;
+    }
+  }
+  for (int i = 0; i < 4096; i++)
+    if (shared[shared_bytes + i] != 0xff) {
+      snprintf(failure, sizeof failure, "shared memory written past its end (block %d %d %d)", at_x, at_y, at_z);
+      return false;
+    }
+  return true;
+}
+
+}  // namespace emulator
