@@ -1,4 +1,5 @@
-"""Lower a graph to packed weights: products with a pruned weight become ``sparsify::linear_24`` or ``linear_bitmask``.
+"""Lower a graph to packed weights: products with a pruned weight become ``sparsify::linear_24`` or ``linear_bitmask``,
+and on a GPU ``sparsify::linear_24_prepared``.
 
 For graphs of any compiler: ``LowerSparse()(graph_module)`` on what ``torch.fx.symbolic_trace`` or ``torch.export``
 gave, or ``torch.compile(model, backend="sparsify")``, which runs it in front of Inductor.
@@ -9,7 +10,7 @@ from __future__ import annotations
 import copy
 import functools
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -18,9 +19,11 @@ from torch import Tensor, fx, nn
 from torch.fx.passes.infra.pass_base import PassResult
 
 from sparsify.analysis.contraction import Contraction, NotUnderstood, find_contractions
+from sparsify.cuda.dispatch import Policy
+from sparsify.cuda.weight import PreparedWeight, Target, prepare
 from sparsify.errors import BackendError, TraceError
 from sparsify.fx import placeholder_values
-from sparsify.packed.layout import choose_layout
+from sparsify.packed.layout import choose_layout, concatenate
 from sparsify.packed.rewrite import Rewriter
 from sparsify.packed.timing import LEAST, Stopwatch, Timing
 from sparsify.packed.weight import PackedWeight
@@ -30,7 +33,9 @@ from sparsify.packed.weight import PackedWeight
 class Lowered:
     """What became of one contraction: ``layout`` is packed24, bitmask or dense; ``reason``: why it is dense.
 
-    ``kernel``: what runs it; ``merged``: the other weights that one packed matrix holds with it.
+    ``kernel``: what runs it; ``merged``: the other weights that one packed matrix holds with it. On a GPU ``plan`` says
+    which kernel serves how many tokens (:mod:`sparsify.cuda.dispatch`), and ``gains`` how much faster than cuBLAS it
+    was measured to be, by token count.
     """
 
     name: str
@@ -41,6 +46,8 @@ class Lowered:
     reason: str | None = None
     timing: Timing | None = None
     merged: tuple[str, ...] = ()
+    plan: str | None = None
+    gains: Mapping[int, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -53,16 +60,21 @@ class LowerSparse:
     Attributes:
         layout: ``auto`` takes packed24 where a weight is 2:4 along its inputs and a bitmask elsewhere.
         choice: ``measured`` keeps a weight dense where a token is measured to take longer packed, once per shape,
-        dtype,
-            layout and number of threads; ``smallest`` packs whatever becomes smaller, and measures nothing.
-        merge: join siblings that read one input (q/k/v, gate/up) into one packed matrix where that is measured faster.
+            dtype, layout and number of threads; ``smallest`` packs whatever becomes smaller, and measures nothing.
+        merge: join siblings that read one input (q/k/v, gate/up) into one packed matrix: on a GPU, and on a CPU where
+            that is measured faster.
         dense: give weights that stay dense our kernel for one token where that is measured faster (needs ``measured``).
+        policy: of weights on a GPU: ``decode`` keeps them for few tokens, ``prefill`` for many, ``both`` twice.
+        target: a GPU to lower for, in the place of the device that the weights lie on. Nothing is measured for it, and
+            until the graph is moved there a plain reference runs it.
     """
 
     layout: Literal["auto", "packed24", "bitmask"] = "auto"
     choice: Literal["measured", "smallest"] = "measured"
     merge: bool = True
     dense: bool = True
+    policy: Policy = "decode"
+    target: Target | None = None
 
     name: ClassVar[str] = "lower-sparse"
 
@@ -116,6 +128,8 @@ class _Lowering:
     records: list[Lowered] = field(default_factory=list)
     _packed: dict[tuple[Any, ...], PackedWeight | str] = field(default_factory=dict)
     _timings: dict[tuple[Any, ...], Timing] = field(default_factory=dict)
+    # Kept until the end: the rewriter knows them by their identity.
+    _prepared: list[PreparedWeight] = field(default_factory=list)
 
     def lower(self, contractions: list[Contraction]) -> None:
         chosen: list[tuple[Contraction, PackedWeight]] = []
@@ -126,6 +140,9 @@ class _Lowering:
             else:
                 chosen.append((c, packed))
         for group in self._groups(chosen):
+            if self._target(group[0][0].weight) is not None:
+                self._lower_on_gpu(group)
+                continue
             sites, weights = [c for c, _ in group], [w for _, w in group]
             joined = self._join(sites, weights)
             for c, weight in group:
@@ -139,7 +156,7 @@ class _Lowering:
                 if joined is None:
                     self.rewriter.pack(c, weight)
             if joined is not None:
-                self.rewriter.merge(sites, weights, joined)
+                self.rewriter.merge(sites, joined)
 
     def _pack(self, weight: Tensor) -> PackedWeight | str:
         """The weight packed, or why it stays dense; one that several nodes read is packed once."""
@@ -149,13 +166,20 @@ class _Lowering:
         return self._packed[key]
 
     def _packed_or_reason(self, weight: Tensor) -> PackedWeight | str:
-        if weight.device.type != "cpu":
+        target, asked = self._target(weight), self.options.layout
+        if target is None and weight.device.type != "cpu":
             return f"on {weight.device}, where there are no packed kernels"
-        layout, reason = choose_layout(weight.reshape(-1, weight.shape[-1]), self.options.layout)
+        if target is not None:
+            if weight.dim() != 2:
+                return "a stack of experts, for which there is no GPU kernel"
+            if (unfit := target.unfit(weight.dtype, "bitmask" if asked == "bitmask" else "packed24")) is not None:
+                return unfit
+            asked = "packed24"
+        layout, reason = choose_layout(weight.reshape(-1, weight.shape[-1]), asked)
         if layout is None:
             return reason
         packed = PackedWeight.of(weight, layout)
-        if self.options.choice == "measured":
+        if target is None and self.options.choice == "measured":
             # Experts are alike: one tells the time of all.
             one = packed if weight.dim() == 2 else PackedWeight.of(weight[0], layout)
             timing = self.watch.packed(weight if weight.dim() == 2 else weight[0], one)
@@ -169,7 +193,8 @@ class _Lowering:
         groups: dict[tuple[Any, ...], list[tuple[Contraction, PackedWeight]]] = {}
         for c, weight in chosen:
             alone = c.offsets is not None or (c.bias is not None and self.rewriter.known_bias(c) is None)
-            apart = c.node if alone or not self.options.merge or self.options.choice != "measured" else None
+            unmeasured = self._target(c.weight) is None and self.options.choice != "measured"
+            apart = c.node if alone or unmeasured or not self.options.merge else None
             key = (c.x, weight.packed.layout, weight.packed.shape[1], weight.packed.values.dtype, apart)
             groups.setdefault(key, []).append((c, weight))
         return list(groups.values())
@@ -187,6 +212,40 @@ class _Lowering:
             lambda: torch.split_with_sizes_copy(joined.linear(x), sizes, -1),
         ])  # fmt: skip
         return joined if together < LEAST * apart else None
+
+    def _target(self, weight: Tensor) -> Target | None:
+        """The GPU that ``weight`` is lowered for; None on a CPU."""
+        if self.options.target is not None:
+            return self.options.target
+        return Target.of(weight.device) if weight.device.type == "cuda" else None
+
+    def _lower_on_gpu(self, group: list[tuple[Contraction, PackedWeight]]) -> None:
+        """Siblings become one matrix: a GPU is filled by many rows, and every launch saved counts."""
+        distinct = len({id(w) for _, w in group}) == len(group)
+        whole = len(group) == 1 or (distinct and not self.rewriter.written_between([c for c, _ in group]))
+        for part in [group] if whole else [[one] for one in group]:
+            sites = [c for c, _ in part]
+            packed = part[0][1].packed if len(part) == 1 else concatenate([w.packed for _, w in part])
+            measured = self.options.choice == "measured"
+            weight = prepare(packed, self.options.policy, tune=measured, target=self.options.target)
+            if isinstance(weight, str):
+                for c in sites:
+                    self._stay_dense(c, weight)
+                continue
+            self._prepared.append(weight)
+            if len(part) == 1:
+                self.rewriter.pack(sites[0], weight)
+            else:
+                self.rewriter.merge(sites, weight)
+            gains = {tokens: weight.timings.gain(tokens) for tokens in weight.timings.micro}
+            for c in sites:
+                others = tuple(o.name for o in sites if o is not c)
+                self.records.append(
+                    Lowered(
+                        c.name, c.node.name, tuple(c.weight.shape), weight.layout, str(weight.operator), None, None,
+                        others, str(weight.plan), gains,
+                    )
+                )  # fmt: skip
 
     def _stay_dense(self, c: Contraction, reason: str) -> None:
         weight = c.weight

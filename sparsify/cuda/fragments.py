@@ -1,8 +1,8 @@
 """The layout ``fragments``: a packed24 matrix in the order in which the sparse tensor cores take it.
 
 A lane's 16-byte load is its operand of ``mma.sp.m16n8k32``, with nothing to decode: ``kernels/fragments.h`` has the
-picture. Rows are padded to 16 and columns to 256; 0.5625 of the dense bytes where they are multiples of those. Both ways
-are plain torch, on any device.
+picture. Rows are padded to 16 and columns to 256; 0.5625 of the dense bytes where they are multiples of those. Both
+ways are plain torch, on any device.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ def to_fragments(packed: Packed) -> Tensor:
     values = _filled(packed.values.view(torch.int16), high * TILE_ROWS, wide * TILE_COLUMNS // 2, 0)
     codes = _filled(packed.codes, high * TILE_ROWS, wide * TILE_COLUMNS // 8, _EMPTY_CODES)
     out = torch.empty(high, wide, CHUNKS + 1, LANES, 16, dtype=torch.uint8, device=packed.values.device)
-    # A group's place s in its chunk is 4 pair + 2 o + t1, and its number m there 4 o + 2 t1 + pair: lane 4 g + 2 t1 + pair.
-    #                 rows:  tile  half g  columns: tile, chunk, pair, o, t1, value
+    # A group's place s in its chunk is 4 pair + 2 o + t1, and its number m there 4 o + 2 t1 + pair: lane 4 g + 2 t1 +
+    # pair.                 rows:  tile  half g  columns: tile, chunk, pair, o, t1, value
     source = values.view(high, 2, 8, wide, CHUNKS, 2, 2, 2, 2)
     placed = out[:, :, :CHUNKS].view(torch.int16).unflatten(3, (8, 2, 2)).unflatten(6, (2, 2, 2))
     #      to tile, tile, chunk, g, t1, pair, o, half, value
@@ -52,7 +52,7 @@ def to_fragments(packed: Packed) -> Tensor:
 def from_fragments(fragments: Tensor, dtype: torch.dtype, rows: int, columns: int) -> Packed:
     """Undo :func:`to_fragments`, bit for bit."""
     high, wide = tiles(rows, columns)
-    chunks = fragments.view(high, wide, CHUNKS + 1, LANES, 16)
+    chunks = fragments.view(torch.uint8).view(high, wide, CHUNKS + 1, LANES, 16)
     placed = chunks[:, :, :CHUNKS].contiguous().view(torch.int16).view(high, wide, CHUNKS, 8, 2, 2, 2, 2, 2)
     #   tile, tile, chunk, g, t1, pair, o, half, value  ->  tile, half, g, tile, chunk, pair, o, t1, value
     values = placed.permute(0, 7, 3, 1, 2, 5, 6, 4, 8).reshape(high * TILE_ROWS, -1)

@@ -34,8 +34,8 @@ class Variant:
 
     Attributes:
         kind: ``decode`` (a block's warps split the columns) or ``tiled`` (they split the rows).
-        warps: of a block. row_tiles: of 16 rows, of a block (decode) or a warp (tiled). token_tiles: of 8 tokens, at most
-            (decode) or of a block (tiled).
+        warps: of a block. row_tiles: of 16 rows, of a block (decode) or a warp (tiled). token_tiles: of 8 tokens, at
+            most (decode) or of a block (tiled).
         splits: blocks that share the columns of the same rows; their sums are added by a second kernel.
     """
 

@@ -4,18 +4,33 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, fx, nn
 
 from sparsify.analysis.contraction import VIEWS, Contraction, operator_name
 from sparsify.packed import ops
-from sparsify.packed.weight import PackedWeight
 from sparsify.program import set_tensor
 
 aten = torch.ops.aten
 PLACE = "sparsify_packed"
+
+
+class Weight(Protocol):
+    """What takes the place of a dense weight: :class:`PackedWeight`, or one prepared for a GPU.
+
+    Attributes:
+        operator: called with x, then with what :meth:`arguments` gives, then with a bias or with offsets.
+    """
+
+    @property
+    def operator(self) -> Any: ...
+
+    @property
+    def tensors(self) -> dict[str, Tensor]: ...
+
+    def arguments(self, held: Mapping[str, Any]) -> tuple[Any, ...]: ...
 
 
 class Rewriter:
@@ -33,26 +48,22 @@ class Rewriter:
         self._replaced: dict[fx.Node, fx.Node] = {}
         self._order = {node: i for i, node in enumerate(self.graph.nodes)}
 
-    def pack(self, c: Contraction, weight: PackedWeight) -> None:
+    def pack(self, c: Contraction, weight: Weight) -> None:
         """Let ``c`` multiply with ``weight``."""
         with self.graph.inserting_before(c.node):
-            tensors = [self.graph.get_attr(name) for name in self._store(weight, c.name)]
+            args = [self._now(c.x), *weight.arguments(self._held(weight, c.name))]
             if c.offsets is not None:
-                self._replace(
-                    c, self.graph.call_function(weight.operator, (self._now(c.x), *tensors, self._now(c.offsets)))
-                )
+                self._replace(c, self.graph.call_function(weight.operator, (*args, self._now(c.offsets))))
                 return
-            self._replace(c, self._with_bias(c, weight.operator, [self._now(c.x), *tensors], weight.rows))
+            self._replace(c, self._with_bias(c, weight.operator, args))
 
-    def merge(self, group: Sequence[Contraction], weights: Sequence[PackedWeight], joined: PackedWeight) -> None:
+    def merge(self, group: Sequence[Contraction], joined: Weight) -> None:
         """Let one product with ``joined`` serve all of ``group``, which read one input and have known biases."""
         first = min((c.node for c in group), key=self._order.__getitem__)
         with self.graph.inserting_before(first):
-            tensors = [self.graph.get_attr(name) for name in self._store(joined, group[0].name)]
-            y = self.graph.call_function(
-                joined.operator, (self._now(group[0].x), *tensors, self._joined_bias(group, weights))
-            )
-            sizes = [w.rows for w in weights]
+            args = (self._now(group[0].x), *joined.arguments(self._held(joined, group[0].name)))
+            y = self.graph.call_function(joined.operator, (*args, self._joined_bias(group)))
+            sizes = [c.weight.shape[0] for c in group]
             # Copies, so that each is contiguous as the sibling's own output was; of one token they are small.
             parts = self.graph.call_function(aten.split_with_sizes_copy.default, (y, sizes, -1))
             items = [self.graph.call_function(operator.getitem, (parts, i)) for i in range(len(group))]
@@ -66,9 +77,7 @@ class Rewriter:
             # A view of the graph's own tensor: nothing is copied.
             set_tensor(self.module, name, c.weight)
             self._stored[id(c)] = [name]
-            self._replace(
-                c, self._with_bias(c, ops.linear_dense, [self._now(c.x), self.graph.get_attr(name)], c.weight.shape[0])
-            )
+            self._replace(c, self._with_bias(c, ops.linear_dense, [self._now(c.x), self.graph.get_attr(name)]))
 
     def known_bias(self, c: Contraction) -> Tensor | None:
         """The bias of ``c`` where it is known and one number per output neuron; None also where it has none."""
@@ -103,7 +112,7 @@ class Rewriter:
             self.module.recompile()
         return self.modified
 
-    def _with_bias(self, c: Contraction, operator: Any, args: list[Any], rows: int) -> fx.Node:
+    def _with_bias(self, c: Contraction, operator: Any, args: list[Any]) -> fx.Node:
         """A call with the bias inside where it is a plain one, else added behind."""
         if c.bias is None:
             return self.graph.call_function(operator, tuple(args))
@@ -117,12 +126,11 @@ class Rewriter:
             return self.graph.call_function(operator, (*args, bias))
         return self.graph.call_function(aten.add.Tensor, (self.graph.call_function(operator, tuple(args)), bias))
 
-    def _joined_bias(self, group: Sequence[Contraction], weights: Sequence[PackedWeight]) -> fx.Node | None:
+    def _joined_bias(self, group: Sequence[Contraction]) -> fx.Node | None:
         biases = [self.known_bias(c) for c in group]
         if all(bias is None for bias in biases):
             return None
-        like = weights[0].packed.values
-        parts = [like.new_zeros(w.rows) if b is None else b for b, w in zip(biases, weights, strict=True)]
+        parts = [c.weight.new_zeros(c.weight.shape[0]) if b is None else b for b, c in zip(biases, group, strict=True)]
         name = f"{PLACE}.bias_{self._order[group[0].node]}"
         set_tensor(self.module, name, torch.cat(parts))
         return self.graph.get_attr(name)
@@ -138,15 +146,18 @@ class Rewriter:
     def _now(self, node: fx.Node) -> fx.Node:
         return self._replaced.get(node, node)
 
-    def _store(self, weight: PackedWeight, name: str) -> list[str]:
-        """Hold the tensors of ``weight`` in the module, once; their names."""
+    def _held(self, weight: Weight, name: str) -> dict[str, fx.Node]:
+        """Hold the tensors of ``weight`` in the module, once; a node that reads each."""
+        tensors = weight.tensors
         if id(weight) not in self._stored:
             safe = "".join(ch if ch.isalnum() else "_" for ch in name)
             place = f"{PLACE}.{safe}_{len(self._stored)}"
-            for part, tensor in weight.tensors.items():
+            for part, tensor in tensors.items():
                 set_tensor(self.module, f"{place}.{part}", tensor)
-            self._stored[id(weight)] = [f"{place}.{part}" for part in weight.tensors]
-        return self._stored[id(weight)]
+            self._stored[id(weight)] = [f"{place}.{part}" for part in tensors]
+        return {
+            part: self.graph.get_attr(stored) for part, stored in zip(tensors, self._stored[id(weight)], strict=True)
+        }
 
 
 def _may_write(node: fx.Node) -> bool:

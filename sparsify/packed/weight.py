@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from sparsify.packed import ops
@@ -55,6 +56,22 @@ class PackedWeight:
         if self.starts is None:
             return {"values": stack(self.packed.values), "meta": stack(self.packed.codes)}
         return {"values": self.packed.values, "mask": stack(self.packed.codes), "starts": self.starts}
+
+    @property
+    def layout(self) -> Layout:
+        return self.packed.layout
+
+    @property
+    def columns(self) -> int:
+        return self.packed.shape[1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.packed.values.dtype
+
+    def arguments(self, held: Mapping[str, Any]) -> tuple[Any, ...]:
+        """What the operator takes between ``x`` and the bias, with ``held`` in the place of :attr:`tensors`."""
+        return tuple(held[name] for name in self.tensors)
 
     @property
     def operator(self) -> Any:
