@@ -24,6 +24,7 @@ _OWN = {
         "wanda": "sparsify.passes.wanda:Wanda",
     },
     "sparsify.backends": {
+        "cuda": "sparsify.backends.cuda.backend:CudaBackend",
         "hf": "sparsify.backends.hf:HuggingFace",
         "onnx": "sparsify.backends.onnx.backend:ONNX",
         "packed": "sparsify.backends.packed.backend:PackedBackend",

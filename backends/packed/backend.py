@@ -11,7 +11,8 @@ from typing import Any, ClassVar, Literal
 import torch
 from sparsify.backends.hf import HuggingFaceJob
 from sparsify.backends.packed.modules import pack_modules
-from sparsify.backends.packed.plan import Decision, decide, summary
+from sparsify.backends.packed.plan import Decision, decide, siblings, summary
+from torch import nn
 
 from sparsify.capture import export
 from sparsify.checkpoint import INDEX
@@ -60,24 +61,43 @@ class PackedJob:
         BackendError: nothing in it is worth packing, or the folder cannot be written.
     """
 
-    def __init__(self, backend: PackedBackend, source: Source, out: Path, overwrite: bool) -> None:
+    advice = "Prune it first (--pass wanda:2:4), or take --to packed:choice=smallest to pack for size alone"
+
+    def __init__(self, backend: Any, source: Source, out: Path, overwrite: bool) -> None:
         self.backend, self.source = backend, source
         self.hf = HuggingFaceJob(source, out, overwrite)
         self.weights: Weights = self.hf.weights
         self.decisions: list[Decision] = []
 
+    def decide(self, program: Program) -> list[Decision]:
+        """What becomes of every weight."""
+        return decide(program, self.weights, self.source.module, self.backend.layout, self.backend.choice)
+
+    def extras(self) -> dict[str, Any]:
+        """What config.json says beside the sites."""
+        return {}
+
+    def records(self) -> list[dict[str, Any]]:
+        """What ``sparsify.json`` says of every weight."""
+        return [d.as_dict() for d in self.decisions]
+
+    def edit(self, model: nn.Module) -> None:
+        """Make ``model``, without weights, what a loader makes of it."""
+        sites = {d.name: d.site for d in self.decisions if d.site is not None}
+        pack_modules(model, sites, siblings(self.decisions))
+
     def finish(self, program: Program, manifest: dict[str, Any]) -> tuple[Path, Weights]:
         """Pack, read back, and put the folder in place."""
         folder, weights = self.hf.staging.folder, self.weights
         self.hf.verify()
-        self.decisions = decide(program, weights, self.source.module, self.backend.layout, self.backend.choice)
+        self.decisions = self.decide(program)
         sites = {d.name: d.site for d in self.decisions if d.site is not None}
         if not sites:
             reasons = "; ".join(f"{d.name}: {d.reason}" for d in self.decisions[:3])
             raise BackendError(
                 f"packing {self.source.name}",
                 found=f"no weight is worth packing ({reasons})",
-                do="Prune it first (--pass wanda:2:4), or take --to packed:choice=smallest to pack for size alone",
+                do=self.advice,
             )
         dense = layout_of(self.hf.store)
         inside = folder / "packed"
@@ -90,13 +110,15 @@ class PackedJob:
             path.rename(folder / path.name)
         inside.rmdir()
         entries = {name: site.as_dict() for name, site in sites.items()}
+        quantization = {"quant_method": METHOD, "note": NOTE, "format": FORMAT, "sites": entries}
+        together = siblings(self.decisions)
         _add_to_config(
-            folder / "config.json", {"quant_method": METHOD, "note": NOTE, "format": FORMAT, "sites": entries}
+            folder / "config.json", quantization | ({"siblings": together} if together else {}) | self.extras()
         )
         manifest["packed"] = {
             "format": FORMAT,
             **asdict(self.backend),
-            "sites": [d.as_dict() for d in self.decisions],
+            "sites": self.records(),
             "dense_files": layout_to_json(dense),
         }
         manifest["checksums"] = sums
@@ -155,8 +177,7 @@ class PackedJob:
         source = self.source
         if source.folder is None:
             return
-        sites = {d.name: d.site for d in self.decisions if d.site is not None}
-        module = build_skeleton(source.folder, source.trust_remote_code, edit=lambda model: pack_modules(model, sites))
+        module = build_skeleton(source.folder, source.trust_remote_code, edit=self.edit)
         batch = {n.meta["input"]: torch.zeros(n.meta["val"].shape, dtype=n.meta["val"].dtype) for n in program.inputs}
         try:
             export(module, batch)

@@ -189,7 +189,7 @@ def _site_speeds(model: nn.Module, sites: dict[str, PackedSite]) -> list[SiteSpe
     found: dict[tuple[Any, ...], list[Any]] = {}
     for name, site in sites.items():
         shape = (site.rows, site.columns) if site.experts is None else (site.experts, site.rows, site.columns)
-        key = (_kind(name), shape, site.layout)
+        key = (kind_of(name), shape, site.layout)
         found.setdefault(key, [0, name, site])[0] += 1
     rows = []
     for (kind, shape, layout), (count, name, site) in found.items():
@@ -202,14 +202,14 @@ def _site_speeds(model: nn.Module, sites: dict[str, PackedSite]) -> list[SiteSpe
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
             kernel = "ours" if isinstance(module, FastLinear) else "torch"
-            place = (_kind(f"{name}.weight"), tuple(module.weight.shape), kernel)
+            place = (kind_of(f"{name}.weight"), tuple(module.weight.shape), kernel)
             dense.setdefault(place, [0, module.weight])[0] += 1
     for (kind, shape, kernel), (count, weight) in dense.items():
         rows.append(SiteSpeed(kind, count, shape, "dense", kernel, watch.dense(weight.detach())))
     return rows
 
 
-def _kind(name: str) -> str:
+def kind_of(name: str) -> str:
     """What a layer is called in every block: ``self_attn.q_proj``."""
     parts = name.removesuffix(".weight").split(".")
     last = max((i for i, part in enumerate(parts) if part.isdigit()), default=-1)

@@ -2,42 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from typing import Any
 
 import torch
+from sparsify.backends.packed.linear import PackedLinear, Product, hold
 from torch import Tensor, nn
 
 from sparsify.errors import CheckpointError
 from sparsify.packed.layout import Packed, row_starts
-from sparsify.packed.ops import experts_24, experts_bitmask, linear_24, linear_bitmask, linear_dense
+from sparsify.packed.ops import experts_24, experts_bitmask, linear_dense
 from sparsify.packed.site import CODES, PackedSite
 
 # Linear layers by the name of their class: exactly these forwards are y = x Wᵀ + b and nothing else.
 LINEAR_CLASSES = ("Linear", "Conv1D", "FalconLinear")
-
-
-class PackedLinear(nn.Module):
-    """A linear layer over a packed weight.
-
-    ``weight`` holds the packed values, in the model's dtype: code that asks a layer's weight for its dtype or device is
-    answered; code that multiplies with it itself fails by its shape.
-    """
-
-    def __init__(self, site: PackedSite, bias: nn.Parameter | None, dtype: torch.dtype, device: Any) -> None:
-        super().__init__()
-        self.site, self.in_features, self.out_features = site, site.columns, site.rows
-        _hold(self, "weight", site, dtype, device)
-        self.register_parameter("bias", bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.site.layout == "packed24":
-            return linear_24(x, self.weight, self.weight_meta, self.bias)
-        return linear_bitmask(x, self.weight, self.weight_mask, self.weight_starts, self.bias)
-
-    def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, layout={self.site.layout}"
 
 
 class FastLinear(nn.Linear):
@@ -51,18 +30,6 @@ class FastLinear(nn.Linear):
 def packed_experts(kind: type[nn.Module]) -> type[nn.Module]:
     """A class of transformers' experts whose stacks may be packed."""
     return type(f"Packed{kind.__name__}", (kind,), {"forward": _experts_forward, "sites": {}})
-
-
-def _hold(module: nn.Module, name: str, site: PackedSite, dtype: torch.dtype, device: Any) -> None:
-    """Give ``module`` the tensors of a packed parameter: values under its name, codes beside it."""
-    values = torch.empty(site.values_shape, dtype=dtype, device=device)
-    module.register_parameter(name, nn.Parameter(values, requires_grad=False))
-    codes = torch.zeros(site.codes_shape, dtype=site.codes_dtype, device=device)
-    module.register_buffer(f"{name}_{CODES[site.layout]}", codes)
-    if site.layout == "bitmask":
-        # Counted from the mask when that is there: no file holds it.
-        starts = torch.zeros(site.height + 1, dtype=torch.int64, device=device)
-        module.register_buffer(f"{name}_starts", starts, persistent=False)
 
 
 def _experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -118,8 +85,12 @@ def unfit(model: nn.Module, parameter: str) -> str | None:
     return f"{kind} computes with its weight in its own way"
 
 
-def pack_modules(model: nn.Module, sites: Mapping[str, PackedSite]) -> None:
+def pack_modules(model: nn.Module, sites: Mapping[str, PackedSite], siblings: Iterable[Sequence[str]] = ()) -> None:
     """Replace the modules that own the parameters ``sites`` by packed ones, empty, where the dense weights lie.
+
+    Args:
+        siblings: parameters of linear layers that read one input, in the order in which the model runs them: on a GPU
+            one product serves them all.
 
     Raises:
         CheckpointError: a parameter that the model has not, or whose module cannot run packed.
@@ -146,13 +117,36 @@ def pack_modules(model: nn.Module, sites: Mapping[str, PackedSite]) -> None:
             owner.sites = {}
         owner.sites[leaf] = site
         delattr(owner, leaf)
-        _hold(owner, leaf, site, dense.dtype, dense.device)
+        hold(owner, leaf, site, dense.dtype, dense.device)
+    for group in siblings:
+        join(model, group)
+
+
+def join(model: nn.Module, parameters: Sequence[str]) -> None:
+    """Let one product serve ``parameters`` on a GPU; those that are not 2:4 linear layers of one width stay alone."""
+    owners = [model.get_submodule(name.rpartition(".")[0]) for name in parameters]
+    members = [m for m in owners if isinstance(m, PackedLinear) and m.site.layout == "packed24"]
+    if len(members) > 1 and len({m.in_features for m in members}) == 1:
+        product = Product(members)
+        for member in members:
+            member.product = product
+
+
+def stacks(model: nn.Module) -> Iterator[tuple[str, PackedSite, Tensor]]:
+    """Every packed stack of experts in ``model``: its name, site and values."""
+    for path, module in model.named_modules():
+        sites: Any = getattr(module, "sites", None)
+        if type(module).__name__.startswith("Packed") and isinstance(sites, dict):
+            for leaf, site in sites.items():
+                yield f"{path}.{leaf}", site, getattr(module, leaf)
 
 
 def packed_of(model: nn.Module, name: str, site: PackedSite) -> Packed:
     """The packed matrix of parameter ``name`` as it lies in ``model``."""
     path, _, leaf = name.rpartition(".")
     owner = model.get_submodule(path)
+    if isinstance(owner, PackedLinear):
+        return owner.packed()
     return site.packed(getattr(owner, leaf).data, getattr(owner, f"{leaf}_{CODES[site.layout]}"))
 
 

@@ -76,6 +76,15 @@ def decide(program: Program, weights: Weights, model: nn.Module, layout: str, ch
     return found
 
 
+def siblings(decisions: Iterable[Decision]) -> list[list[str]]:
+    """Packed 2:4 linear layers of one block that read one input (q/k/v, gate/up), in the order in which they run."""
+    groups: dict[tuple[Any, ...], list[str]] = {}
+    for d in decisions:
+        if d.site is not None and d.site.layout == "packed24" and d.site.experts is None:
+            groups.setdefault((d.linear.activation, d.linear.block), []).append(d.name)
+    return [names for names in groups.values() if len(names) > 1]
+
+
 def _unfit_site(site: LinearSite) -> str | None:
     if site.window is not None or site.feature_dim != -1:
         return "not a product with the last axis of its input"

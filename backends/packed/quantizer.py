@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from sparsify.backends.cuda.prepare import prepare
+from sparsify.backends.packed.linear import PackedLinear
 from sparsify.backends.packed.modules import FastLinear, count_rows, pack_modules, packed_of
 from torch import nn
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
@@ -20,7 +22,7 @@ from sparsify.checkpoint import DTYPES
 from sparsify.errors import BackendError, CheckpointError
 from sparsify.packed.layout import check
 from sparsify.packed.ops import unpacked
-from sparsify.packed.site import FORMAT, METHOD, PackedSite, sites_of
+from sparsify.packed.site import FIELDS, FORMAT, METHOD, PackedSite, check_gpu, sites_of
 from sparsify.packed.store import check_tensors
 from sparsify.packed.timing import Stopwatch
 
@@ -29,20 +31,29 @@ from sparsify.packed.timing import Stopwatch
 class SparsifyConfig(QuantizationConfigMixin):
     """``quantization_config`` of a packed folder.
 
+    Args:
+        siblings: groups of parameters that one product serves on a GPU. gpu: how a GPU keeps the weights, {"policy",
+            "tune"} as :func:`sparsify.backends.cuda.prepare` takes them.
+
     Raises:
         CheckpointError: a newer format, or entries that are damaged.
     """
 
-    def __init__(self, sites: dict[str, Any], format: int = FORMAT, quant_method: str = METHOD) -> None:
+    def __init__(
+        self, sites: dict[str, Any], format: int = FORMAT, quant_method: str = METHOD,
+        siblings: list[list[str]] | None = None, gpu: dict[str, Any] | None = None,
+    ) -> None:  # fmt: skip
         self.quant_method: Any = quant_method
         self.format, self.sites = format, sites
+        self.siblings, self.gpu = siblings or [], gpu or {}
         sites_of({"quantization_config": self.__dict__}, "(config.json)")
+        check_gpu(self.siblings, self.gpu, sites)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
         # A newer format may have fields of any kind: its number is looked at before them.
         sites_of({"quantization_config": config_dict}, "(config.json)")
-        known = {k: v for k, v in config_dict.items() if k in ("sites", "format", "quant_method")}
+        known = {k: v for k, v in config_dict.items() if k in FIELDS}
         return super().from_dict(known, return_unused_kwargs=return_unused_kwargs, **kwargs)
 
     def packed_sites(self) -> dict[str, PackedSite]:
@@ -72,7 +83,11 @@ class SparsifyQuantizer(HfQuantizer):
         if checkpoint_files:
             # transformers fills a tensor that is missing with random numbers and goes on.
             check_tensors(sites, _headers(checkpoint_files), str(checkpoint_files[0]))
-        pack_modules(model, sites)
+        pack_modules(model, sites, self.quantization_config.siblings)
+        for module in model.modules():
+            if isinstance(module, PackedLinear):
+                for key, value in self.quantization_config.gpu.items():
+                    setattr(module.product, key, value)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         sites = self.quantization_config.packed_sites()
@@ -81,6 +96,7 @@ class SparsifyQuantizer(HfQuantizer):
             if not packed.values.is_meta:
                 check(name, packed)
         count_rows(model, sites)
+        prepare(model, **self.quantization_config.gpu)
         speed_up_dense(model)
         return model
 

@@ -99,6 +99,11 @@ def dense_modules(
         dense.weight, dense.bias = weight, owner.bias
         parent, _, child = path.rpartition(".")
         model.get_submodule(parent)._modules[child] = dense.train(owner.training)
+        if (hook := getattr(owner, "_hf_hook", None)) is not None:
+            # accelerate brings a layer's inputs to its device by this.
+            from accelerate.hooks import add_hook_to_module
+
+            add_hook_to_module(dense, hook)
     for module in model.modules():
         if type(module) is FastLinear:
             module.__class__ = nn.Linear  # type: ignore[assignment]

@@ -15,11 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparsify.cuda.dispatch import POLICIES
 from sparsify.errors import CheckpointError
 from sparsify.packed.layout import LAYOUTS, PADDING, Layout, Packed, pack, padded
 
 METHOD = "sparsify"
 FORMAT = 1
+# What quantization_config may say beside ``note``.
+FIELDS = ("quant_method", "format", "sites", "siblings", "gpu")
 CODES = {"packed24": "meta", "bitmask": "mask"}
 
 
@@ -172,3 +175,25 @@ def sites_of(config: Mapping[str, Any], where: str) -> dict[str, PackedSite] | N
     if not isinstance(sites, Mapping) or not sites:
         raise CheckpointError(f"packed folder {where}", found="no sites in it", do="config.json is damaged")
     return {str(name): PackedSite.of(str(name), entry) for name, entry in sites.items()}
+
+
+def check_gpu(siblings: Any, gpu: Any, sites: Mapping[str, Any]) -> None:
+    """Check what a config.json says of GPUs.
+
+    Args:
+        siblings: groups of names of ``sites``. gpu: {"policy": …, "tune": …}.
+
+    Raises:
+        CheckpointError: it is of another kind, or names what is not packed.
+    """
+    found = None
+    if not isinstance(siblings, list) or not all(isinstance(group, list) for group in siblings):
+        found = f"siblings {siblings!r}"
+    elif lost := [name for group in siblings for name in group if not isinstance(name, str) or name not in sites]:
+        found = f"a sibling {lost[0]!r} that is not packed"
+    elif not isinstance(gpu, Mapping) or not set(gpu) <= {"policy", "tune"}:
+        found = f"gpu {gpu!r}"
+    elif gpu.get("policy", POLICIES[0]) not in POLICIES or not isinstance(gpu.get("tune", True), bool):
+        found = f"gpu {dict(gpu)!r}"
+    if found is not None:
+        raise CheckpointError("quantization_config of a packed folder", found=found, do="config.json is damaged")

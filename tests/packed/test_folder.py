@@ -15,7 +15,8 @@ import torch
 import transformers
 from families import build, inputs, run, save
 from sparsify.backends.packed.backend import PackedBackend
-from sparsify.backends.packed.modules import FastLinear, PackedLinear
+from sparsify.backends.packed.linear import PackedLinear
+from sparsify.backends.packed.modules import FastLinear
 from sparsify.backends.packed.unpack import unpack_folder
 
 import sparsify

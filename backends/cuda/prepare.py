@@ -1,0 +1,139 @@
+"""Bring a loaded packed model into the layouts of the GPUs that its layers lie on."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+from sparsify.backends.packed.linear import PackedLinear, Product
+from sparsify.backends.packed.modules import stacks
+from sparsify.backends.packed.unpack import dense_modules
+from torch import nn
+
+from sparsify.cuda.dispatch import POLICIES, Policy
+from sparsify.cuda.weight import Target
+from sparsify.errors import BackendError, SpecError
+from sparsify.packed.ops import unpacked
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What became of one matrix of a model.
+
+    Attributes:
+        names: the parameters in it; several where one product serves siblings.
+        shape: (rows, columns), rows of all siblings. nbytes, dense_bytes: what it takes on the GPU, and would take
+            dense.
+        plan: which kernel serves how many tokens (:mod:`sparsify.cuda.dispatch`); None where it has none.
+        gains: dense time by the chosen kernel's, by token count; empty where nothing was measured.
+        reason: why there is no plan.
+    """
+
+    names: tuple[str, ...]
+    shape: tuple[int, ...]
+    dtype: str
+    nbytes: int
+    dense_bytes: int
+    plan: str | None
+    gains: Mapping[int, float] = field(default_factory=dict)
+    reason: str | None = None
+
+
+def prepare(
+    model: nn.Module, policy: Policy = "decode", *, tune: bool = True, target: Target | None = None,
+    observe: Callable[[str], None] = lambda stage: None,
+) -> list[Prepared]:  # fmt: skip
+    """Prepare every packed weight of ``model`` that lies on a GPU, in place; ``from_pretrained`` does it by itself.
+
+    One matrix after the other: beside the model there is never more than one of them twice. What has no kernel there
+    (bitmasks, experts, float32) and what is measured to be faster dense becomes dense, with one warning.
+
+    Args:
+        policy: ``decode`` keeps weights for few tokens, ``prefill`` for many, ``both`` twice.
+        tune: measure every kernel once per shape (kept in ``~/.cache/sparsify``); else built-in defaults choose.
+        target: a GPU to prepare for, in the place of the one that the layers lie on; a plain reference then runs them.
+
+    Raises:
+        SpecError: another policy. BackendError: the kernels do not compile here.
+    """
+    if policy not in POLICIES:
+        raise SpecError(f"the policy {policy!r}", found="no such policy", do=f"Take {', '.join(POLICIES)}")
+    records: list[Prepared] = []
+    dense: dict[str, str] = {}
+    for product, names in _products(model):
+        if len({member.weight.device for member in product.members}) > 1:
+            raise BackendError(
+                f"preparing {', '.join(names)}", found="layers that share one product on several devices",
+                do="Give a device_map that keeps each block on one device",
+            )  # fmt: skip
+        leader = product.members[0]
+        if leader.weight.device.type != "cuda" and target is None:
+            continue
+        # One that was prepared in the same way already, as by `.to("cuda")`, is left as it is.
+        if product.plan is None or (product.policy, product.tune, product.target) != (policy, tune, target):
+            observe(f"preparing {names[0]}")
+            product.policy, product.tune, product.target = policy, tune, target
+            product.prepare()
+        records.append(_record(product, names))
+        # Without NVRTC the Triton kernels run the portable layout.
+        if product.plan is None and product.reason is not None and "NVRTC" not in product.reason:
+            dense |= dict.fromkeys(names, product.reason)
+    for name, site, tensor in stacks(model):
+        if tensor.device.type == "cuda" or target is not None:
+            dense[name] = "a stack of experts, for which there is no GPU kernel"
+            size = site.shape.numel() * tensor.element_size()
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            records.append(Prepared((name,), tuple(site.shape), dtype, size, size, None, {}, dense[name]))
+    if dense:
+        _make_dense(model, dense)
+    return records
+
+
+def _products(model: nn.Module) -> Iterator[tuple[Product, tuple[str, ...]]]:
+    """Every product once, with the names of its parameters."""
+    layers = {id(m): n for n, m in model.named_modules() if isinstance(m, PackedLinear)}
+    seen: set[int] = set()
+    for module in list(model.modules()):
+        if isinstance(module, PackedLinear) and id(module.product) not in seen:
+            seen.add(id(module.product))
+            yield module.product, tuple(f"{layers[id(m)]}.weight" for m in module.product.members)
+
+
+def _record(product: Product, names: tuple[str, ...]) -> Prepared:
+    leader = product.members[0]
+    shape = (sum(product.sizes), leader.in_features)
+    dense = shape[0] * shape[1] * leader.weight.element_size()
+    tensors = (getattr(leader, name, None) for name in ("weight", "weight_compressed", "weight_codes"))
+    held = dense if product.plan is None else sum(t.nbytes for t in tensors if t is not None)
+    gains = {tokens: product.timings.gain(tokens) for tokens in product.timings.micro}
+    dtype = str(leader.weight.dtype).removeprefix("torch.")
+    return Prepared(names, shape, dtype, held, dense, product.plan, gains, product.reason)
+
+
+def _make_dense(model: nn.Module, reasons: Mapping[str, str]) -> None:
+    sites = {}
+    for name in reasons:
+        path, _, leaf = name.rpartition(".")
+        owner = model.get_submodule(path)
+        sites[name] = owner.site if isinstance(owner, PackedLinear) else owner.sites[leaf]  # type: ignore[union-attr,index]
+    dense_modules(model, sites, unpacked)
+    _forget(model, reasons)
+    kinds: dict[str, int] = {}
+    for reason in reasons.values():
+        kinds[reason] = kinds.get(reason, 0) + 1
+    text = "; ".join(f"{count} × {reason}" for reason, count in kinds.items())
+    warnings.warn(f"sparsify: weights made dense on the GPU: {text}", RuntimeWarning, stacklevel=3)
+
+
+def _forget(model: nn.Module, names: Mapping[str, str]) -> None:
+    """Let the model's config speak of the weights that are still packed, so that it is saved as it is."""
+    quantization = getattr(getattr(model, "config", None), "quantization_config", None)
+    if quantization is None or not isinstance(getattr(quantization, "sites", None), dict):
+        return
+    for name in names:
+        quantization.sites.pop(name, None)
+    left = [[n for n in group if n in quantization.sites] for group in quantization.siblings]
+    quantization.siblings = [group for group in left if len(group) > 1]
+    if not quantization.sites and (quantizer := getattr(model, "hf_quantizer", None)) is not None:
+        quantizer.remove_quantization_config(model)

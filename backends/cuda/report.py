@@ -1,0 +1,45 @@
+"""Which kernel serves which layers for how many tokens, in lines for a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+from sparsify.backends.packed.bench import kind_of
+from sparsify.backends.packed.plan import Decision
+
+from sparsify.cuda.dispatch import Plan, Timings
+
+
+def kernels_by_tokens(
+    decisions: Iterable[Decision], groups: Sequence[Sequence[str]], plan_of: Callable[[Decision], str],
+    timings: Mapping[str, Timings],
+) -> list[str]:  # fmt: skip
+    """One line for each kind of layer: its kernels by token count, each with its measured gain over cuBLAS."""
+    by_name = {d.name: d for d in decisions}
+    counted: dict[tuple[str, str, str], int] = {}
+    for group in groups:
+        members = [by_name[name] for name in group]
+        if any(d.site is None for d in members):
+            continue
+        rows, columns = sum(d.linear.shape[0] for d in members), members[0].linear.shape[1]
+        label = " + ".join(kind_of(d.name) for d in members)
+        text = describe(plan_of(members[0]), timings.get(group[0]))
+        counted[label, f"{rows}×{columns}", text] = counted.get((label, f"{rows}×{columns}", text), 0) + 1
+    return [f"{label} ({shape}, {count} of them): {text}" for (label, shape, text), count in counted.items()]
+
+
+def describe(plan: str, timings: Timings | None = None) -> str:
+    """``1-8 tokens decode_w8_r1_m1 (1.52×), …``: the gain is that at the most tokens of its range that were
+    measured.
+    """
+    found = Plan.parse(plan)
+    parts, low = [], 1
+    for limit, kernel in zip([*found.limits, None], found.kernels, strict=True):
+        span = f"{low}+" if limit is None else f"{low}-{limit}" if limit > low else str(low)
+        gain = ""
+        if timings is not None and timings.micro:
+            inside = [t for t in timings.micro if t >= low and (limit is None or t <= limit)]
+            gain = "".join(f" ({timings.gain(t):.2f}×)" for t in inside[-1:])
+        parts.append(f"{span} tokens {kernel}{gain}" if not parts else f"{span} {kernel}{gain}")
+        low = (limit or 0) + 1
+    return ", ".join(parts)
