@@ -14,18 +14,21 @@ def kernels_by_tokens(
     decisions: Iterable[Decision], groups: Sequence[Sequence[str]], plan_of: Callable[[Decision], str],
     timings: Mapping[str, Timings],
 ) -> list[str]:  # fmt: skip
-    """One line for each kind of layer: its kernels by token count, each with its measured gain over cuBLAS."""
+    """One line for each plan: the kernels by token count, each with its measured gain over cuBLAS, and the layers."""
     by_name = {d.name: d for d in decisions}
-    counted: dict[tuple[str, str, str], int] = {}
+    found: dict[str, dict[str, int]] = {}
     for group in groups:
         members = [by_name[name] for name in group]
         if any(d.site is None for d in members):
             continue
         rows, columns = sum(d.linear.shape[0] for d in members), members[0].linear.shape[1]
-        label = " + ".join(kind_of(d.name) for d in members)
-        text = describe(plan_of(members[0]), timings.get(group[0]))
-        counted[label, f"{rows}×{columns}", text] = counted.get((label, f"{rows}×{columns}", text), 0) + 1
-    return [f"{label} ({shape}, {count} of them): {text}" for (label, shape, text), count in counted.items()]
+        label = f"{' + '.join(kind_of(d.name) for d in members)} {rows}×{columns}"
+        layers = found.setdefault(describe(plan_of(members[0]), timings.get(group[0])), {})
+        layers[label] = layers.get(label, 0) + 1
+    return [
+        f"{text}: " + ", ".join(f"{label} (×{count})" for label, count in layers.items())
+        for text, layers in found.items()
+    ]
 
 
 def describe(plan: str, timings: Timings | None = None) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from sparsify.cuda.fragments import tiles
@@ -60,11 +60,12 @@ class Variant:
         Raises:
             ValueError: no variant of that name is compiled.
         """
-        found = next((v for v in VARIANTS if name == v.kernel or name.startswith(f"{v.kernel}_s")), None)
-        splits = name.removeprefix(found.kernel).removeprefix("_s") if found is not None else ""
-        if found is None or (splits and (found.kind != "tiled" or not splits.isdigit() or not 2 <= int(splits) <= 64)):
+        kernel, _, splits = name.partition("_s")
+        found = next((v for v in VARIANTS if v.kernel == kernel), None)
+        split = found is not None and found.kind == "tiled" and splits.isdigit() and 2 <= int(splits) <= MOST_SPLITS
+        if found is None or (name != kernel and not split):
             raise ValueError(f"no kernel {name!r}")
-        return cls(found.kind, found.warps, found.row_tiles, found.token_tiles, int(splits or 1))
+        return replace(found, splits=int(splits)) if split else found
 
     def fits(self, tokens: int, columns: int) -> bool:
         """Whether it takes ``tokens`` at once, and has columns enough to split."""
@@ -82,6 +83,8 @@ class Variant:
 
 # Bytes that kernels/tiled.h stages of a token.
 _STAGE_ROW = 576
+# Of the columns, at most.
+MOST_SPLITS = 64
 # Those that kernels/kernels.cu compiles.
 DECODE = tuple(Variant("decode", w, r, m) for w, r in ((8, 1), (4, 1), (16, 1), (8, 2)) for m in (1, 2))
 TILED = tuple(Variant("tiled", w, r, m) for w, r in ((4, 1), (8, 1), (8, 2)) for m in (4, 8))

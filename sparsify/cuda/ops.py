@@ -12,6 +12,7 @@ Importing this also gives ``linear_24`` its CUDA implementation, for weights tha
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import cache
 from types import ModuleType
@@ -24,7 +25,7 @@ from torch.nn.functional import linear, pad
 from sparsify.cuda import compressed as libraries
 from sparsify.cuda import driver, kernels
 from sparsify.cuda.dispatch import Plan
-from sparsify.cuda.fragments import DTYPES, TILE_ROWS, from_fragments
+from sparsify.cuda.fragments import DTYPES, TILE_BYTES, TILE_ROWS, from_fragments, tiles
 from sparsify.cuda.kernels import Arguments, Variant
 from sparsify.cuda.tune import Weights
 from sparsify.errors import BackendError
@@ -67,6 +68,13 @@ def run(
         return libraries.multiply(x, compressed, codes, bias, algorithm).contiguous()
     if fragments is None:
         raise _missing(kernel, "fragments")
+    if tuple(fragments.shape[:2]) != tiles(rows, x.shape[1]) or fragments.nbytes != math.prod(
+        (*fragments.shape[:2], TILE_BYTES)
+    ):
+        raise BackendError(
+            f"a 2:4 product of {x.shape[1]} columns with {rows} rows", found=f"fragments {list(fragments.shape)}",
+            do="Give the fragments of a matrix of that shape",
+        )  # fmt: skip
     if kernel == "unpack":
         return _unpacked_product(x, fragments, rows, bias)
     if x.shape[1] % _UNIT or x.data_ptr() % 16:

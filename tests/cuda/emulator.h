@@ -31,7 +31,6 @@ struct Copy { unsigned char* to; const void* from; bool there; };
 struct Wait { int count = 0; u64 round = 0; };
 struct Thread {
   ucontext_t context;
-  std::vector<unsigned char> stack;
   std::vector<std::vector<Copy>> groups;
   std::vector<Copy> open;
   bool done = false;
@@ -48,6 +47,7 @@ struct Warp {
 static unsigned char* shared;
 static std::vector<Thread> threads;
 static std::vector<Warp> warps;
+static std::vector<std::vector<unsigned char>> stacks;
 static std::vector<Buffer> buffers;
 static Wait everyone;
 static int current, alive, at_x, at_y, at_z;
@@ -256,13 +256,14 @@ inline bool run_block(int count, u64 shared_bytes, bool backwards) {
   warps.assign((count + 31) / 32, Warp());
   everyone = Wait();
   alive = count;
-  for (auto& t : threads) {
-    t.stack.resize(128 << 10);
-    getcontext(&t.context);
-    t.context.uc_stack.ss_sp = t.stack.data();
-    t.context.uc_stack.ss_size = t.stack.size();
-    t.context.uc_link = &scheduler;
-    makecontext(&t.context, fiber, 0);
+  while ((int)stacks.size() < count) stacks.emplace_back(128 << 10);
+  for (int i = 0; i < count; i++) {
+    ucontext_t& context = threads[i].context;
+    getcontext(&context);
+    context.uc_stack.ss_sp = stacks[i].data();
+    context.uc_stack.ss_size = stacks[i].size();
+    context.uc_link = &scheduler;
+    makecontext(&context, fiber, 0);
   }
   while (alive > 0) {
     const u64 before = progress;
