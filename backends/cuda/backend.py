@@ -15,7 +15,7 @@ from torch import nn
 
 from sparsify.cuda.dispatch import POLICIES, Policy, Timings, default_plan
 from sparsify.cuda.fragments import DTYPES
-from sparsify.cuda.weight import Target, timings_of
+from sparsify.cuda.weight import Target, current_gpu, timings_of
 from sparsify.errors import BackendError, SpecError
 from sparsify.program import Program
 from sparsify.source import Source
@@ -73,8 +73,9 @@ class CudaJob(PackedJob):
         self.groups = siblings(found)
         alone = {d.name for d in found if d.site is not None} - {name for group in self.groups for name in group}
         self.groups += [[d.name] for d in found if d.name in alone]
-        if torch.cuda.is_available() and self.backend.tune:
-            found = self._measured(found)
+        device = current_gpu()
+        if device is not None and self.backend.tune:
+            found = self._measured(found, device)
         return found
 
     def _without_experts(self, d: Decision) -> Decision:
@@ -84,9 +85,8 @@ class CudaJob(PackedJob):
             d, site=None, nbytes=d.dense_bytes, reason="a stack of experts, for which there is no GPU kernel"
         )
 
-    def _measured(self, found: list[Decision]) -> list[Decision]:
+    def _measured(self, found: list[Decision], device: torch.device) -> list[Decision]:
         """What this machine's GPU says of each group's shape: those that it multiplies faster dense stay dense."""
-        device = torch.device("cuda", torch.cuda.current_device())
         target, policy = Target.of(device), self.backend.policy
         library = target.library if policy != "decode" else None
         by_name = {d.name: d for d in found}
@@ -139,7 +139,7 @@ class CudaJob(PackedJob):
         if packed and self.weights.dtype(packed[0]) not in DTYPES:
             lines.append("stored in float32, which no 2:4 kernel takes: load it with dtype=torch.bfloat16")
         if not self.timings:
-            why = "tune=false" if torch.cuda.is_available() else "no GPU here"
+            why = "tune=false" if current_gpu() is not None else "no GPU here"
             later = "measures once per shape" if self.backend.tune else "takes them too"
             lines.append(f"{why}: nothing was measured, these are built-in defaults; a loader on a GPU {later}")
         loading = 'load it with `import sparsify` and from_pretrained(OUT, device_map="cuda")'

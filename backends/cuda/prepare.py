@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
+from sparsify.backends.packed import linear
 from sparsify.backends.packed.linear import PackedLinear, Product
 from sparsify.backends.packed.modules import stacks
 from sparsify.backends.packed.unpack import dense_modules
@@ -68,7 +69,7 @@ def prepare(
                 do="Give a device_map that keeps each block on one device",
             )  # fmt: skip
         leader = product.members[0]
-        if leader.weight.device.type != "cuda" and target is None:
+        if leader.weight.device.type != linear.GPU and target is None:
             continue
         # One that was prepared in the same way already, as by `.to("cuda")`, is left as it is.
         if product.plan is None or (product.policy, product.tune, product.target) != (policy, tune, target):
@@ -80,7 +81,7 @@ def prepare(
         if product.plan is None and product.reason is not None and "NVRTC" not in product.reason:
             dense |= dict.fromkeys(names, product.reason)
     for name, site, tensor in stacks(model):
-        if tensor.device.type == "cuda" or target is not None:
+        if tensor.device.type == linear.GPU or target is not None:
             dense[name] = "a stack of experts, for which there is no GPU kernel"
             size = site.shape.numel() * tensor.element_size()
             dtype = str(tensor.dtype).removeprefix("torch.")
@@ -88,6 +89,11 @@ def prepare(
     if dense:
         _make_dense(model, dense)
     return records
+
+
+def prepared_products(model: nn.Module) -> list[Prepared]:
+    """What :func:`prepare` made of the products that are still packed."""
+    return [_record(product, names) for product, names in _products(model)]
 
 
 def _products(model: nn.Module) -> Iterator[tuple[Product, tuple[str, ...]]]:

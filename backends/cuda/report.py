@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from sparsify.backends.packed.bench import kind_of
 from sparsify.backends.packed.plan import Decision
+from sparsify.backends.packed.report import kind_of
 
 from sparsify.cuda.dispatch import Plan, Timings
 

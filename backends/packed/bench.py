@@ -6,13 +6,15 @@ import json
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from sparsify.backends.packed.loading import Loading, first_inputs, load_model, measure_loading
+from sparsify.backends.cuda.prepare import Prepared, prepared_products
+from sparsify.backends.packed.loading import Loading, first_inputs, load_model, load_on, measure_loading
 from sparsify.backends.packed.modules import FastLinear, packed_of
+from sparsify.backends.packed.report import kind_of
 from torch import nn
 
 from sparsify.checkpoint import Checkpoint
@@ -56,7 +58,14 @@ class SiteSpeed:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """What was measured; ``against`` is the dense model's name, or says that the folder itself was unpacked."""
+    """What was measured.
+
+    Attributes:
+        against: the dense model's name, or says that the folder itself was unpacked.
+        device: ``cpu``, or a GPU; ``processor`` is its name. ``threads``: of a CPU.
+        memory: bytes of all weights on the device, dense and packed.
+        sites: layers on a CPU. products: on a GPU, what its kernels were measured to gain (empty with ``tune=False``).
+    """
 
     folder: str
     against: str
@@ -72,6 +81,9 @@ class Benchmark:
     file_bytes: tuple[int, int]
     loading: tuple[Loading, Loading] | None
     sites: list[SiteSpeed]
+    device: str = "cpu"
+    memory: tuple[int, int] | None = None
+    products: list[Prepared] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -79,31 +91,37 @@ class Benchmark:
 
 def bench(
     folder: Path, against: str | None = None, *, prompt: int = 128, tokens: int = 64, rounds: int = 5,
-    loading: bool = True, trust_remote_code: bool = False, observe: Callable[[str], None] = lambda stage: None,
+    loading: bool = True, device: str = "cpu", tune: bool = True, trust_remote_code: bool = False, observe:
+        Callable[[str], None] = lambda stage: None,
 ) -> Benchmark:  # fmt: skip
     """Measure a packed folder.
 
     Args:
         against: the dense folder or hub id; None unpacks the folder's own weights.
         prompt, tokens: tokens of the prompt, and tokens to generate greedily after it.
-        loading: also load both in processes of their own, for seconds and memory.
+        loading: also load both in processes of their own, for seconds and memory (on a CPU).
+        device: ``cpu``, ``cuda`` or ``cuda:N``. On a GPU the cache is static and every forward pass compiled, as
+            transformers does it by itself. tune: measure the GPU's kernels, if the folder says so too.
 
     Raises:
-        CheckpointError: no packed folder, or one that does not load. SpecError: a prompt longer than the context.
+        CheckpointError: no packed folder, or one that does not load. SpecError: a prompt longer than the context, or a
+            device that is not there.
     """
-    sites = _sites(folder)
+    sites, place = _sites(folder), _device(device)
     dense_folder = against or str(folder)
     loads = None
-    if loading and against is not None:
+    if loading and against is not None and place.type == "cpu":
         observe("loading the dense model in a process of its own")
         dense_load = measure_loading(against, trust_remote_code=trust_remote_code)
         observe("loading the packed model in a process of its own")
         loads = (dense_load, measure_loading(folder, trust_remote_code=trust_remote_code))
     observe("loading both")
-    dense, packed = (load_model(f, trust_remote_code=trust_remote_code) for f in (dense_folder, folder))
+    dense = load_model(dense_folder, trust_remote_code=trust_remote_code)
     if against is None:
         dense = dense.dequantize()
-    inputs = _inputs(packed, prompt, tokens)
+    dense = dense.to(place)
+    packed = load_on(folder, place, tune=tune, trust_remote_code=trust_remote_code)
+    inputs = {name: tensor.to(place) for name, tensor in _inputs(packed, prompt, tokens).items()}
     with torch.inference_mode():
         observe("prefill")
         prefill, outputs = _prefill(dense, packed, inputs, rounds)
@@ -112,15 +130,17 @@ def bench(
             observe("decode")
             decode, same = _decode(dense, packed, inputs["input_ids"], tokens, rounds)
         observe("every layer")
-        table = _site_speeds(packed, sites)
+        table = _site_speeds(packed, sites) if place.type == "cpu" else []
+        products = prepared_products(packed) if place.type == "cuda" else []
     size = Checkpoint(folder).nbytes()
     dense_size = sum(p.numel() * p.element_size() for p in dense.parameters())
     if against is not None and Path(against).is_dir():
         dense_size = Checkpoint(Path(against)).nbytes()
     return Benchmark(
-        str(folder), against or "the same weights unpacked", processor(), torch.get_num_threads(),
+        str(folder), against or "the same weights unpacked",
+        processor() if place.type == "cpu" else torch.cuda.get_device_name(place), torch.get_num_threads(),
         str(packed.dtype).removeprefix("torch."), outputs, tokens, rounds, prefill, decode, same, (dense_size, size),
-        loads, table,
+        loads, table, str(place), (dense.get_memory_footprint(), packed.get_memory_footprint()), products,
     )  # fmt: skip
 
 
@@ -134,6 +154,24 @@ def _sites(folder: Path) -> dict[str, PackedSite]:
             f"bench {folder}", found="not a packed folder", do="Make one: sparsify compile MODEL --pass … --to packed"
         )
     return sites
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise SpecError(f"--device {name}", found="no such device", do="Take cpu, cuda or cuda:0")
+    if device.type == "cpu":
+        return device
+    count = torch.cuda.device_count()
+    if not torch.cuda.is_available() or (device.index or 0) >= count:
+        raise SpecError(
+            f"--device {name}", found=f"no CUDA device {device.index or 0} for this torch ({torch.__version__})",
+            do="Run on a machine with an NVIDIA GPU and a CUDA build of torch",
+        )  # fmt: skip
+    return torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
 
 
 def _inputs(model: Any, prompt: int, tokens: int) -> dict[str, torch.Tensor]:
@@ -156,10 +194,18 @@ def _prefill(dense: Any, packed: Any, inputs: dict[str, torch.Tensor], rounds: i
 def _decode(dense: Any, packed: Any, ids: torch.Tensor, tokens: int, rounds: int) -> tuple[Speed, bool]:
     """Greedy generation: the time of tokens + 1 less that of one, which is the prompt's."""
     mask = torch.ones_like(ids)
+    # transformers compiles a static cache's steps and replays them as CUDA graphs, so that no launch is waited for.
+    cache = {"cache_implementation": "static"} if ids.is_cuda else {}
 
     def generate(model: Any, count: int) -> torch.Tensor:
         out: torch.Tensor = model.generate(
-            ids, attention_mask=mask, do_sample=False, min_new_tokens=count, max_new_tokens=count, pad_token_id=0
+            ids,
+            attention_mask=mask,
+            do_sample=False,
+            min_new_tokens=count,
+            max_new_tokens=count,
+            pad_token_id=0,
+            **cache,
         )
         return out
 
@@ -175,12 +221,20 @@ def _in_turns(call: Callable[[Any], object], dense: Any, packed: Any, rounds: in
     for number in range(rounds + 1):
         pair = []
         for model in (dense, packed):
+            _wait(model)
             start = time.perf_counter()
             call(model)
+            _wait(model)
             pair.append(time.perf_counter() - start)
         if number:
             times.append((pair[0], pair[1]))
     return times
+
+
+def _wait(model: Any) -> None:
+    """Until a GPU has done what it was given."""
+    if model.device.type == "cuda":
+        torch.cuda.synchronize(model.device)
 
 
 def _site_speeds(model: nn.Module, sites: dict[str, PackedSite]) -> list[SiteSpeed]:
@@ -207,10 +261,3 @@ def _site_speeds(model: nn.Module, sites: dict[str, PackedSite]) -> list[SiteSpe
     for (kind, shape, kernel), (count, weight) in dense.items():
         rows.append(SiteSpeed(kind, count, shape, "dense", kernel, watch.dense(weight.detach())))
     return rows
-
-
-def kind_of(name: str) -> str:
-    """What a layer is called in every block: ``self_attn.q_proj``."""
-    parts = name.removesuffix(".weight").split(".")
-    last = max((i for i, part in enumerate(parts) if part.isdigit()), default=-1)
-    return ".".join(parts[last + 1 :])

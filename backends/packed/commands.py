@@ -37,6 +37,8 @@ def bench(
     tokens: Annotated[int, typer.Option(help="Tokens to generate.", min=1)] = 64,
     rounds: Annotated[int, typer.Option(help="Rounds; medians count.", min=1)] = 5,
     threads: Annotated[int, typer.Option(help="0: as many as torch takes.", min=0)] = 0,
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.", metavar="DEVICE")] = "cpu",
+    no_tune: Annotated[bool, typer.Option("--no-tune", help="Built-in defaults for the GPU's kernels.")] = False,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Folder for bench.json and bench.png.", metavar="DIR")
     ] = None,
@@ -54,8 +56,8 @@ def bench(
             torch.set_num_threads(threads)
         with Console(stderr=True).status("") as status:
             result = measure(
-                folder, against, prompt=prompt, tokens=tokens, rounds=rounds, trust_remote_code=trust_remote_code,
-                observe=status.update,
+                folder, against, prompt=prompt, tokens=tokens, rounds=rounds, device=device, tune=not no_tune,
+                trust_remote_code=trust_remote_code, observe=status.update,
             )  # fmt: skip
         if output is not None:
             write_report(result, output)

@@ -15,6 +15,9 @@ from sparsify.packed.layout import Packed, concatenate
 from sparsify.packed.ops import linear_24, linear_bitmask
 from sparsify.packed.site import CODES, PackedSite
 
+# The type of the devices whose layouts are taken.
+GPU = "cuda"
+
 
 def hold(module: nn.Module, name: str, site: PackedSite, dtype: torch.dtype, device: Any) -> None:
     """Give ``module`` the tensors of a packed parameter: values under its name, codes beside it."""
@@ -131,7 +134,7 @@ class Product:
     def settle(self) -> None:
         """Take the layouts of the GPU, where all members lie on one and wait for it."""
         places = {(m.weight.device, m.weight.dtype) for m in self.members}
-        if self.plan is None and len(places) == 1 and next(iter(places))[0].type == "cuda":
+        if self.plan is None and len(places) == 1 and next(iter(places))[0].type == GPU:
             self.prepare()
 
     def prepare(self) -> None:

@@ -8,11 +8,14 @@ import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import sparsify  # noqa: F401 (registers packed folders with transformers)
 from sparsify.errors import CheckpointError, first_line
 from sparsify.memory import peak_memory, recent_peak, reset_peak
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,28 @@ def load_model(folder: str | Path, *, trust_remote_code: bool = False) -> Any:
         raise CheckpointError(
             f"loading {folder}", found=f"transformers refuses it: {first_line(error)}", do="Check the folder"
         ) from error
+
+
+def load_on(folder: str | Path, device: torch.device, *, tune: bool = True, trust_remote_code: bool = False) -> Any:
+    """:func:`load_model`, on ``device``. A packed model takes the layouts of a GPU by what its folder says.
+
+    Args:
+        tune: False: take built-in defaults, whatever the folder says.
+
+    Raises:
+        CheckpointError: it does not load. BackendError: kernels do not compile.
+    """
+    from sparsify.backends.cuda.prepare import prepare
+    from sparsify.backends.packed.linear import PackedLinear
+
+    model = load_model(folder, trust_remote_code=trust_remote_code)
+    for module in model.modules():
+        if isinstance(module, PackedLinear):
+            module.product.tune = module.product.tune and tune
+    gpu = getattr(getattr(model.config, "quantization_config", None), "gpu", {})
+    model = model.to(device)
+    prepare(model, **(gpu | {"tune": gpu.get("tune", True) and tune}))
+    return model
 
 
 def measure_loading(folder: str | Path, *, trust_remote_code: bool = False) -> Loading:

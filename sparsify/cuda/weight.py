@@ -60,6 +60,11 @@ class Target:
         return None
 
 
+def current_gpu() -> torch.device | None:
+    """The GPU in use; None where there is none."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else None
+
+
 @dataclass(frozen=True, eq=False)
 class PreparedWeight:
     """A matrix [rows, columns] on a GPU.
