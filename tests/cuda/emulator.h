@@ -80,7 +80,7 @@ inline void check(const void* p, u64 bytes, bool write) {
   const unsigned char* at = (const unsigned char*)p;
   if ((u64)at % bytes) fail("access off its boundary");
   for (const Buffer& b : buffers)
-    if (at >= b.begin && at + bytes <= b.begin + b.bytes && (b.writable || !write)) return;
+    if (at >= b.begin && (u64)(at - b.begin) + bytes <= b.bytes && (b.writable || !write)) return;
   fail(write ? "write outside of every buffer" : "read outside of every buffer");
 }
 
