@@ -124,11 +124,11 @@ def bench(
     inputs = {name: tensor.to(place) for name, tensor in _inputs(packed, prompt, tokens).items()}
     with torch.inference_mode():
         observe("prefill")
-        prefill, outputs = _prefill(dense, packed, inputs, rounds)
+        prefill, outputs = prefill_speed(dense, packed, inputs, rounds)
         decode, same = None, None
         if packed.can_generate() and "input_ids" in inputs:
             observe("decode")
-            decode, same = _decode(dense, packed, inputs["input_ids"], tokens, rounds)
+            decode, same = decode_speed(dense, packed, inputs["input_ids"], tokens, rounds)
         observe("every layer")
         table = _site_speeds(packed, sites) if place.type == "cpu" else []
         products = prepared_products(packed) if place.type == "cuda" else []
@@ -185,13 +185,13 @@ def _inputs(model: Any, prompt: int, tokens: int) -> dict[str, torch.Tensor]:
     return first_inputs(model, prompt)
 
 
-def _prefill(dense: Any, packed: Any, inputs: dict[str, torch.Tensor], rounds: int) -> tuple[Speed, int]:
+def prefill_speed(dense: Any, packed: Any, inputs: dict[str, torch.Tensor], rounds: int) -> tuple[Speed, int]:
     length = inputs["input_ids"].shape[1] if "input_ids" in inputs else 1
     times = _in_turns(lambda m: m(**inputs), dense, packed, rounds)
     return Speed.of(length, times), length
 
 
-def _decode(dense: Any, packed: Any, ids: torch.Tensor, tokens: int, rounds: int) -> tuple[Speed, bool]:
+def decode_speed(dense: Any, packed: Any, ids: torch.Tensor, tokens: int, rounds: int) -> tuple[Speed, bool]:
     """Greedy generation: the time of tokens + 1 less that of one, which is the prompt's."""
     mask = torch.ones_like(ids)
     # transformers compiles a static cache's steps and replays them as CUDA graphs, so that no launch is waited for.
