@@ -5,6 +5,8 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from importlib.util import find_spec
+from typing import Any
 
 from sparsify.backends.packed import linear
 from sparsify.backends.packed.linear import PackedLinear, Product
@@ -16,6 +18,7 @@ from sparsify.cuda.dispatch import POLICIES, Policy
 from sparsify.cuda.weight import Target
 from sparsify.errors import BackendError, SpecError
 from sparsify.packed.ops import unpacked
+from sparsify.packed.site import PackedSite
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,10 @@ def prepare(
             records.append(Prepared((name,), tuple(site.shape), dtype, size, size, None, {}, dense[name]))
     if dense:
         _make_dense(model, dense)
+    if waiting := sum(r.reason is not None and "NVRTC" in r.reason for r in records):
+        slower = "Triton kernels run them, more slowly" if find_spec("triton") else "every product unpacks its weight"
+        warnings.warn(f"sparsify: {waiting} weights wait for NVRTC (pip install nvidia-cuda-nvrtc); {slower}",
+                      RuntimeWarning, stacklevel=2)  # fmt: skip
     return records
 
 
@@ -118,11 +125,11 @@ def _record(product: Product, names: tuple[str, ...]) -> Prepared:
 
 
 def _make_dense(model: nn.Module, reasons: Mapping[str, str]) -> None:
-    sites = {}
+    sites: dict[str, PackedSite] = {}
     for name in reasons:
         path, _, leaf = name.rpartition(".")
-        owner = model.get_submodule(path)
-        sites[name] = owner.site if isinstance(owner, PackedLinear) else owner.sites[leaf]  # type: ignore[union-attr,index]
+        owner: Any = model.get_submodule(path)
+        sites[name] = owner.site if isinstance(owner, PackedLinear) else owner.sites[leaf]
     dense_modules(model, sites, unpacked)
     _forget(model, reasons)
     kinds: dict[str, int] = {}

@@ -36,7 +36,8 @@ def describe(plan: str, timings: Timings | None = None) -> str:
     measured.
     """
     found = Plan.parse(plan)
-    parts, low = [], 1
+    parts: list[str] = []
+    low = 1
     for limit, kernel in zip([*found.limits, None], found.kernels, strict=True):
         span = f"{low}+" if limit is None else f"{low}-{limit}" if limit > low else str(low)
         gain = ""

@@ -40,6 +40,18 @@ class PackedLinear(nn.Module):
     portable layout.
     """
 
+    weight: nn.Parameter
+    weight_meta: Tensor
+    weight_mask: Tensor
+    weight_starts: Tensor
+    bias: nn.Parameter | None
+    # Of the first of the layers that share a product on a GPU.
+    weight_compressed: Tensor | None
+    weight_codes: Tensor | None
+    joined_bias: Tensor | None
+    site: PackedSite
+    product: Product
+
     def __init__(self, site: PackedSite, bias: nn.Parameter | None, dtype: torch.dtype, device: Any) -> None:
         super().__init__()
         self.site, self.in_features, self.out_features = site, site.columns, site.rows
@@ -58,7 +70,8 @@ class PackedLinear(nn.Module):
         """The packed matrix, in the portable layout."""
         if self.product.plan is not None:
             return self.product.portable(self)
-        return self.site.packed(self.weight.data, getattr(self, f"weight_{CODES[self.site.layout]}"))
+        codes: Tensor = getattr(self, f"weight_{CODES[self.site.layout]}")
+        return self.site.packed(self.weight.data, codes)
 
     def extra_repr(self) -> str:
         layout = self.site.layout if self.product.plan is None else f"{self.site.layout} on a GPU ({self.product.plan})"
@@ -157,7 +170,8 @@ class Product:
         leader = self.members[0]
         self.plan, self.timings, self.reason = str(weight.plan), weight.timings, None
         self._fragments = weight.fragments is not None
-        main = weight.fragments.view(weight.dtype) if weight.fragments is not None else weight.compressed
+        main = weight.compressed if weight.fragments is None else weight.fragments.view(weight.dtype)
+        assert main is not None, "a prepared weight has one copy at least"
         for member in self.members:
             values = main if member is leader else member.weight.new_empty(0)
             member.weight = nn.Parameter(values, requires_grad=False)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -183,7 +183,7 @@ class Cache:
         except OSError:
             pass  # a folder that cannot be written costs the measurement the next time
 
-    def _read(self) -> dict[str, object] | dict[str, dict[str, dict[str, float]]]:
+    def _read(self) -> dict[str, Any]:
         try:
             content = json.loads(self.path.read_text(encoding="utf-8"))
         except (OSError, ValueError):

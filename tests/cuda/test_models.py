@@ -252,7 +252,8 @@ def test_a_bitmask_becomes_dense(tmp_path: Path) -> None:
 
 
 def test_without_nvrtc_layers_stay_portable_for_triton(llama: tuple[Path, Path]) -> None:
-    model, records = prepared(llama[1], target=Target("H200", (9, 0), 132, False, "cusparselt"))
+    with pytest.warns(RuntimeWarning, match="8 weights wait for NVRTC"):
+        model, records = prepared(llama[1], target=Target("H200", (9, 0), 132, False, "cusparselt"))
     assert all(r.plan is None and "NVRTC" in str(r.reason) for r in records) and len(layers(model)) == 14
     assert torch.equal(run(model, inputs("llama")), run(load(llama[1]), inputs("llama")))
 
