@@ -100,7 +100,7 @@ class CudaJob(PackedJob):
             for d in members:
                 self.timings[d.name] = timings
                 if not timings.pays(policy):
-                    why = f"dense is faster on {target.name} (one token: {timings.gain(1):.2f}× of its speed)"
+                    why = f"dense is faster on {target.name} ({timings.verdict(policy)})"
                     by_name[d.name] = replace(d, site=None, nbytes=d.dense_bytes, reason=why)
         return list(by_name.values())
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from sparsify.backends.packed.plan import Decision
-from sparsify.backends.packed.report import kind_of
+from sparsify.backends.packed.report import siblings_label
 
 from sparsify.cuda.dispatch import Plan, Timings
 
@@ -22,7 +22,7 @@ def kernels_by_tokens(
         if any(d.site is None for d in members):
             continue
         rows, columns = sum(d.linear.shape[0] for d in members), members[0].linear.shape[1]
-        label = f"{' + '.join(kind_of(d.name) for d in members)} {rows}×{columns}"
+        label = f"{siblings_label(group)} {rows}×{columns}"
         layers = found.setdefault(describe(plan_of(members[0]), timings.get(group[0])), {})
         layers[label] = layers.get(label, 0) + 1
     return [

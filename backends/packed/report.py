@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -78,8 +79,8 @@ _COUNTS = (1, 8, 16, 64, 256, 2048)
 def _products(result: Benchmark) -> Table:
     """One row for every kind of product on a GPU: what it gains over cuBLAS."""
     table = Table(title="products by number of tokens", title_justify="left", caption_justify="left",
-                  box=box.SIMPLE, pad_edge=False)  # fmt: skip
-    table.add_column("layers")
+                  box=box.SIMPLE, pad_edge=False, padding=(0, 1, 0, 0))  # fmt: skip
+    table.add_column("layers", overflow="fold")
     table.add_column("out × in", no_wrap=True)
     for count in _COUNTS:
         table.add_column(str(count), justify="right", no_wrap=True)
@@ -96,7 +97,7 @@ def products_by_kind(result: Benchmark) -> dict[tuple[str, str], tuple[int, Prep
     """(layers, shape) -> how many there are, and one of them."""
     found: dict[tuple[str, str], tuple[int, Prepared]] = {}
     for product in result.products:
-        key = " + ".join(kind_of(name) for name in product.names), "×".join(map(str, product.shape))
+        key = siblings_label(product.names), "×".join(map(str, product.shape))
         found[key] = found.get(key, (0, product))[0] + 1, product
     return found
 
@@ -119,6 +120,18 @@ def kind_of(name: str) -> str:
     parts = name.removesuffix(".weight").split(".")
     last = max((i for i, part in enumerate(parts) if part.isdigit()), default=-1)
     return ".".join(parts[last + 1 :])
+
+
+def siblings_label(names: Sequence[str]) -> str:
+    """What layers of one product are called together: ``self_attn.q/k/v_proj``."""
+    kinds = [kind_of(name) for name in names]
+    parents, leaves = {kind.rpartition(".")[0] for kind in kinds}, [kind.rpartition(".")[2] for kind in kinds]
+    ends = {leaf.rpartition("_")[2] for leaf in leaves}
+    if len(kinds) == 1 or len(parents) > 1:
+        return " + ".join(kinds)
+    end = f"_{ends.pop()}" if len(ends) == 1 and all("_" in leaf for leaf in leaves) else ""
+    parent = f"{parent}." if (parent := parents.pop()) else ""
+    return parent + "/".join(leaf.removesuffix(end) for leaf in leaves) + end
 
 
 def write_report(result: Benchmark, folder: Path) -> None:

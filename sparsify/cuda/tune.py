@@ -10,6 +10,7 @@ import json
 import re
 import statistics
 import tempfile
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -24,6 +25,7 @@ from sparsify.cuda import compressed, nvrtc
 from sparsify.cuda.dispatch import BUCKETS, DENSE, Timings, check_kernel
 from sparsify.cuda.fragments import tiles
 from sparsify.cuda.kernels import DECODE, TILED, Variant
+from sparsify.errors import BackendError, first_line
 from sparsify.packed.native import cache_folder
 
 # How much more than the L2 cache the copies take together.
@@ -33,9 +35,11 @@ _SPLITS = (1, 2, 4, 8)
 
 
 class Clock(Protocol):
-    """Measures calls; ``copies`` are wanted so that weights do not come from a cache."""
+    """Measures calls."""
 
-    def copies(self, nbytes: int) -> int: ...
+    def copies(self, read: int, held: int) -> int:
+        """How many copies of a weight keep it out of the cache: a call reads ``read`` bytes of ``held`` in all."""
+        ...
 
     def seconds(self, calls: Sequence[Callable[[], object]]) -> float:
         """Of one call, all of ``calls`` done one after the other; the median of several rounds."""
@@ -46,10 +50,11 @@ class Clock(Protocol):
 class GPUClock:
     device: torch.device
 
-    def copies(self, nbytes: int) -> int:
+    def copies(self, read: int, held: int) -> int:
         cache = torch.cuda.get_device_properties(self.device).L2_cache_size
         free = torch.cuda.mem_get_info(self.device)[0]
-        return max(1, min(-(-_TIMES_CACHE * cache // nbytes), int(free / 4 / nbytes), 64))
+        # A model may be there already, and is not to be pushed out.
+        return max(1, min(-(-_TIMES_CACHE * cache // read), free // 2 // held, 256))
 
     def seconds(self, calls: Sequence[Callable[[], object]]) -> float:
         with torch.cuda.device(self.device):
@@ -88,27 +93,35 @@ class Weights:
     compressed: Tensor | None
     codes: Tensor | None
 
+    @property
+    def layouts(self) -> list[int]:
+        """Bytes of each."""
+        both = [t for t in (self.compressed, self.codes) if t is not None]
+        sizes = [self.dense.nbytes, 0 if self.fragments is None else self.fragments.nbytes, sum(t.nbytes for t in both)]
+        return [size for size in sizes if size]
+
     def copy(self) -> Weights:
         return Weights(*(None if t is None else t.clone() for t in vars(self).values()))  # type: ignore[arg-type]
 
 
 @torch.inference_mode()
 def measure(weights: Weights, product: Product, clock: Clock, buckets: Sequence[int] = BUCKETS) -> Timings:
-    """Time every kernel that ``weights`` allow at each of ``buckets``.
+    """Time every kernel that ``weights`` allow at each of ``buckets``. One that fails is left out, with a warning.
 
     Args:
         product: makes the call that runs a kernel: :func:`sparsify.cuda.ops.product`.
     """
     columns = weights.dense.shape[1]
-    smallest = min(t.nbytes for t in vars(weights).values() if t is not None)
     held = [weights]
     found: dict[int, dict[str, float]] = {}
     for tokens in buckets:
         # Where arithmetic bounds the product a cache matters little, and copies would take the time.
-        wanted = clock.copies(smallest) if tokens <= 256 else 2
+        wanted = clock.copies(min(weights.layouts), sum(weights.layouts)) if tokens <= 256 else 2
         held = held[:wanted] + [weights.copy() for _ in range(wanted - len(held))]
         x = torch.randn(tokens, columns, device=weights.dense.device).to(weights.dense.dtype)
-        found[tokens] = _times(held, x, product, clock)
+        times = _times(held, x, product, clock)
+        if len(times) > 1:
+            found[tokens] = times
     return Timings(found)
 
 
@@ -117,7 +130,20 @@ def _times(held: Sequence[Weights], x: Tensor, product: Product, clock: Clock) -
     calls: dict[str, list[Callable[[], object]]] = {DENSE: [partial(linear, x, w.dense) for w in held]}
     for kernel in candidates(tokens, rows, columns, held[0], x):
         calls[kernel] = [partial(product(kernel, w), x) for w in held]
-    return {kernel: round(clock.seconds(run) * 1e6, 3) for kernel, run in calls.items()}
+    found = {}
+    for kernel, run in calls.items():
+        try:
+            found[kernel] = round(clock.seconds(run) * 1e6, 3)
+        except (RuntimeError, BackendError) as error:
+            if kernel == DENSE:
+                raise
+            _left_out(kernel, x, rows, error)
+    return found
+
+
+def _left_out(kernel: str, x: Tensor, rows: int, error: Exception) -> None:
+    where = f"{x.shape[0]} tokens of {rows}×{x.shape[1]}"
+    warnings.warn(f"sparsify: {kernel} is left out for {where}: {first_line(error)}", RuntimeWarning, stacklevel=4)
 
 
 def candidates(tokens: int, rows: int, columns: int, weights: Weights, x: Tensor) -> list[str]:
@@ -135,8 +161,13 @@ def candidates(tokens: int, rows: int, columns: int, weights: Weights, x: Tensor
         names += [v.name for v in own]
         if tokens > 16:
             names.append("unpack")
-    if weights.compressed is not None:
-        names.append("cutlass" if weights.codes is not None else f"cusparselt:{_algorithm(weights.compressed, x)}")
+    if weights.compressed is not None and weights.codes is not None:
+        names.append("cutlass")
+    elif weights.compressed is not None:
+        try:
+            names.append(f"cusparselt:{_algorithm(weights.compressed, x)}")
+        except RuntimeError as error:
+            _left_out("cusparselt", x, rows, error)
     return names
 
 

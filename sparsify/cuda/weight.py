@@ -146,7 +146,7 @@ def prepare(
     if tune and target is None:
         timings = timings_of(rows, columns, dtype, policy, library, device)
         if not timings.pays(policy):
-            return f"dense is faster here (1 token: {timings.gain(1):.2f}× of its speed)"
+            return f"dense is faster here ({timings.verdict(policy)})"
     plan = timings.plan() if timings.micro else default_plan(rows, columns, policy, library, where.multiprocessors)
     fragments = to_fragments(packed) if policy != "prefill" else None
     held, codes = libraries.compress(packed, library) if library is not None else (None, None)

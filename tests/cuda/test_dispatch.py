@@ -88,7 +88,7 @@ class FakeClock:
     def __init__(self, time: Callable[[str, int], float], copies: int = 3) -> None:
         self.time, self.many, self.ran = time, copies, list[tuple[str, int]]()
 
-    def copies(self, nbytes: int) -> int:
+    def copies(self, read: int, held: int) -> int:
         return self.many
 
     def seconds(self, calls: Sequence[Callable[[], Any]]) -> float:
@@ -115,6 +115,25 @@ def test_what_is_raced_and_what_is_made_of_it() -> None:
     assert "tiled_w8_r2_m8_s8" not in sixty
     plan = timings.plan()
     assert plan.kernel(1).startswith("decode") and plan.kernel(32).startswith("tiled") and plan.kernel(64) == "cutlass"
+
+
+def test_a_kernel_that_fails_is_left_out_and_said() -> None:
+    dense = pruned_24(64, 512, torch.bfloat16)
+    prepared = prepare(pack(dense, "packed24"), target=H200)
+    assert isinstance(prepared, PreparedWeight)
+
+    def time(name: str, tokens: int) -> float:
+        if name.startswith("tiled") or (name == "unpack" and tokens == 32):
+            raise RuntimeError(f"{name} cannot run here\nat all")
+        return 1e-5
+
+    weights = tune.Weights(dense, prepared.fragments, None, None)
+    with pytest.warns(
+        RuntimeWarning, match="tiled_w4_r1_m4 is left out for 32 tokens of 64×512: tiled_w4_r1_m4 cannot"
+    ):
+        timings = tune.measure(weights, lambda kernel, w: lambda x: (kernel, x.shape[0]), FakeClock(time), (16, 32, 64))
+    assert {t: set(times) for t, times in timings.micro.items() if t > 16} == {64: {"dense", "unpack"}}
+    assert timings.plan().kernel(32) == "unpack"
 
 
 def test_times_are_kept(tmp_path: Path) -> None:

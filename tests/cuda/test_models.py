@@ -279,7 +279,7 @@ def test_the_report_names_kernels_by_count(tmp_path: Path) -> None:
     result = sparsify.compile(dense, ["magnitude:2:4"], output=tmp_path / "out", to="cuda:policy=both,tune=false")
     text = "\n".join(result.notes)
     assert "1-8 tokens decode_w8_r1_m1, 9-16 decode_w8_r1_m2" in text and "257+ cusparselt:0" in text
-    assert "self_attn.q_proj + self_attn.k_proj + self_attn.v_proj 128×64 (×2)" in text
+    assert "self_attn.q/k/v_proj 128×64 (×2)" in text and "mlp.gate/up_proj 256×64 (×2)" in text
     assert "nothing was measured" in text and 'device_map="cuda"' in text
     config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     assert config["gpu"] == {"policy": "both", "tune": False} and config["format"] == 1
@@ -301,8 +301,8 @@ def test_a_shape_that_is_faster_dense_stays_dense(tmp_path: Path, monkeypatch: p
     dense = wide("llama", tmp_path / "dense")
     result = sparsify.compile(dense, ["magnitude:2:4"], output=tmp_path / "out", to="cuda")
     text = "\n".join(result.notes)
-    assert "1 tokens decode_w8_r1_m1 (1.60×), 2+ unpack (0.89×): self_attn.q_proj + " in text
-    assert "dense is faster on NVIDIA H200 (one token: 0.80× of its speed)" in text and "o_proj" in text
+    assert "1 tokens decode_w8_r1_m1 (1.60×), 2+ unpack (0.89×): self_attn.q/k/v_proj " in text
+    assert "dense is faster on NVIDIA H200 (1 token: 0.80× of the dense speed)" in text and "o_proj" in text
     assert {m.site.rows for m in layers(load(tmp_path / "out"))} == {32, 64, 128}
     kinds = {name.split(".")[-2] for name in load(tmp_path / "out").config.quantization_config.sites}
     assert kinds == {"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"}
