@@ -127,15 +127,20 @@ def inspect_command(
     model: Model,
     as_json: AsJson = False,
     dot: Annotated[Path | None, typer.Option(help="Write the groups as a DOT graph.", metavar="FILE")] = None,
+    dimensions: Annotated[
+        bool, typer.Option("--dimensions", help="The dimensions that must shrink together, instead.")
+    ] = False,
     allow_bin: AllowBin = False,
     trust_remote_code: Trust = False,
     debug: Debug = False,
 ) -> None:
     """Show what the compiler sees in MODEL: linear sites, input groups, shapes, regions. Reads no weights."""
     with command_errors(debug, "error"):
-        from sparsify.inspection import inspect
+        from sparsify.dimension_report import DimensionReport, inspect_dimensions
+        from sparsify.inspection import Inspection, inspect
 
-        found = inspect(model, allow_bin=allow_bin, trust_remote_code=trust_remote_code)
+        look = inspect_dimensions if dimensions else inspect
+        found: Inspection | DimensionReport = look(model, allow_bin=allow_bin, trust_remote_code=trust_remote_code)
         if dot is not None:
             dot.write_text(found.dot(), encoding="utf-8")
         print(json.dumps(found.as_dict(), indent=2) if as_json else "\n".join(found.lines()))

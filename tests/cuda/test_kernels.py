@@ -39,9 +39,11 @@ def check(variant: Variant, dtype: torch.dtype, shape: tuple[int, int], tokens: 
     assert error(emulate.linear(variant, x, fragments, shape[0]), exact) < 4e-3
 
 
+QUICK = (DECODE[0], DECODE[-1], TILED[0], TILED[-1], SPLIT[1])
 CASES = [
-    *((variant, torch.bfloat16) for variant in (*VARIANTS, *SPLIT)),
-    *((variant, torch.float16) for variant in (DECODE[0], TILED[0], SPLIT[1])),
+    *((variant, torch.bfloat16) for variant in QUICK),
+    (SPLIT[1], torch.float16),
+    *(pytest.param(v, dtype, marks=pytest.mark.slow) for v in (*VARIANTS, *SPLIT) for dtype in DTYPES),
 ]
 
 
@@ -141,7 +143,7 @@ def check_machine_code(binary: Path) -> None:
             assert any(w.startswith("LDGSTS") and "128" in w for w in words), f"{name} has no asynchronous copies"
 
 
-@pytest.mark.parametrize("architecture", [80, 90, 100])
+@pytest.mark.parametrize("architecture", [90, *(pytest.param(a, marks=pytest.mark.slow) for a in (80, 100))])
 def test_what_nvcc_makes_of_it(tmp_path: Path, architecture: int) -> None:
     nvcc = shutil.which("nvcc")
     if nvcc is None:
@@ -155,7 +157,7 @@ def test_what_nvcc_makes_of_it(tmp_path: Path, architecture: int) -> None:
         check_machine_code(tmp_path / "k.cubin")
 
 
-@pytest.mark.parametrize("capability", [(8, 0), (9, 0), (10, 0)])
+@pytest.mark.parametrize("capability", [(8, 0), *(pytest.param(c, marks=pytest.mark.slow) for c in ((9, 0), (10, 0)))])
 def test_what_nvrtc_makes_of_it(tmp_path: Path, capability: tuple[int, int]) -> None:
     compiler = nvrtc.nvrtc()
     if compiler is None:
