@@ -15,37 +15,38 @@ from sparsify.analysis.dimension import Dimensions, Group, Member, coupled_dimen
 from sparsify.analysis.linear import block_of
 from sparsify.calibration.data import example_batch
 from sparsify.capture import capture
+from sparsify.program import Program
 from sparsify.source import open_source
 
 Roles = Mapping[tuple[str, int], str]
 
 
-def group_kind(group: Group, depth: Mapping[str, int]) -> str:
+def group_kind(group: Group, roles: Roles) -> str:
     """``width`` of the residual stream, ``experts``, ``heads`` or ``channels``.
 
     Args:
-        depth: how many dimensions each parameter has.
+        roles: what a parameter's dimension is in a linear site: outputs, inputs or experts.
     """
     if len({block_of(m.parameter) for m in group.members}) > 2:
         return "width"
-    if any(depth[m.parameter] == 3 and m.axis == 0 for m in group.members):
+    linear = [m for m in group.members if (m.parameter, m.axis) in roles]
+    if any(roles[m.parameter, m.axis] == "experts" for m in linear):
         return "experts"
-    matrices = [m for m in group.members if depth[m.parameter] > 1]
-    runs = sum(bool((m.channel[1:] == m.channel[:-1]).any()) for m in matrices)
-    return "heads" if 2 * runs > len(matrices) else "channels"
+    # A head takes several neighbouring positions of every matrix that it is in.
+    whole = [bool((m.channel[1:] == m.channel[:-1]).any()) for m in linear]
+    return "heads" if whole and all(whole) else "channels"
 
 
 @dataclass(frozen=True)
 class DimensionReport:
-    """``roles``: what a parameter's dimension counts; ``depth``: how many dimensions each parameter has."""
+    """``roles``: what a parameter's dimension is in a linear site."""
 
     name: str
     dimensions: Dimensions
     roles: Roles
-    depth: Mapping[str, int]
 
     def kind(self, group: Group) -> str:
-        return group_kind(group, self.depth)
+        return group_kind(group, self.roles)
 
     def lines(self) -> list[str]:
         prunable = self.dimensions.prunable
@@ -118,11 +119,14 @@ def inspect_dimensions(
     """Trace ``model`` without reading a weight and find its coupled dimensions."""
     source = open_source(model, allow_bin=allow_bin, trust_remote_code=trust_remote_code)
     program = capture(source, example_batch(source))
+    return DimensionReport(source.name, coupled_dimensions(program), roles_of(program))
+
+
+def roles_of(program: Program) -> dict[tuple[str, int], str]:
+    """(parameter, axis) of every linear site -> ``outputs``, ``inputs`` or ``experts``."""
     roles: dict[tuple[str, int], str] = {}
     for site in find_sites(program)[0]:
         roles |= {(site.parameter, site.out_axis): "outputs", (site.parameter, site.in_axis): "inputs"}
-        if site.expert_axis is not None:
+        if site.expert_axis is not None and site.window is None:
             roles[site.parameter, site.expert_axis] = "experts"
-    depth = {program.weights.canonical(str(n.target)): n.meta["val"].dim() for n in program.graph.nodes
-             if n.op == "get_attr"}  # fmt: skip
-    return DimensionReport(source.name, coupled_dimensions(program), roles, depth)
+    return roles
