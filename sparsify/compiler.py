@@ -6,7 +6,7 @@ import copy
 import math
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +25,12 @@ from sparsify.errors import SpecError, near
 from sparsify.manifest import make_manifest
 from sparsify.program import Program
 from sparsify.pruning import Observer, SiteResult
+from sparsify.restructure import Restructured
+from sparsify.smaller import Smaller
 from sparsify.source import Source, build_skeleton, open_source, require_real
-from sparsify.spec import parse_backend, parse_pass, spec_text
+from sparsify.spec import AnyPass, parse_backend, parse_pass, spec_text
 from sparsify.staging import check_output
+from sparsify.structural import StructuralPass
 from sparsify.targets import Skipped, Target, choose
 from sparsify.weight_pass import WeightPass
 from sparsify.weights import Weights
@@ -59,7 +62,8 @@ class Compiled:
     Attributes:
         runs: one per pass, in order. ``calibration``: None where no data was used. ``opaque``: contractions with
             a parameter that no pass can prune. ``output``: the folder that was written, or None; ``notes``: what the
-            backend says of it.
+            backend says of it. ``structure``: what structural passes took out, before ``runs``; ``source`` is the
+            smaller model then.
     """
 
     source: Source
@@ -72,6 +76,9 @@ class Compiled:
     only: tuple[str, ...] = ()
     output: Path | None = None
     notes: list[str] = field(default_factory=list)
+    structure: list[Restructured] = field(default_factory=list)
+    # Whoever owns the folder of a smaller model that was not written to an output.
+    kept: Any = field(default=None, repr=False)
 
     @property
     def manifest(self) -> dict[str, Any]:
@@ -103,6 +110,8 @@ class _Plan:
     ignore: tuple[str, ...]
     only: tuple[str, ...]
 
+    structure: Sequence[Restructured] = ()
+
     def compiled(self, batch: Batch, device: torch.device, seed: int) -> Compiled:
         """Trace the model at the shapes of ``batch`` and decide what each pass prunes; nothing has run yet."""
         program = capture(self.source, batch, device)
@@ -111,12 +120,61 @@ class _Plan:
             PassRun(p, self.schedule, *choose(program, sites, p.pattern, ignore=self.ignore, only=self.only))
             for p in self.passes
         ]
-        return Compiled(self.source, program, runs, None, opaque, seed, self.ignore, self.only)
+        structure = list(self.structure)
+        return Compiled(
+            self.source, program, runs, None, opaque, seed, self.ignore, self.only, structure=structure
+        )  # fmt: skip
+
+    def run(
+        self, calibration: Any, backend: Backend, out: Path | None, *, samples: int | None, sequence_length: int | None,
+        seed: int, memory: int, device: torch.device, overwrite: bool, dry_run: bool, observe: Observer,
+    ) -> Compiled:  # fmt: skip
+        """Weight passes, and the output."""
+        source = self.source
+        needs_data = any(p.needs_data for p in self.passes) or calibration is not None
+        one_by_one = any(GRADIENTS & set(p.statistics) for p in self.passes)
+        named = calibration is None or isinstance(calibration, str)
+        data = None
+        if needs_data and not named:
+            data = load_calibration(calibration, source, samples=samples, one_by_one=one_by_one)
+        plan = self if needs_data else replace(self, schedule="none")
+        compiled = plan.compiled(data.batches[0] if data else example_batch(source), device, seed)
+        if needs_data and named and not dry_run:
+            # Only now, when all that can be refused has been: drawing data may take minutes. The graph of the plan goes
+            # before that of the real shapes comes.
+            del compiled
+            data = load_calibration(
+                calibration, source, samples=samples, sequence_length=sequence_length, seed=seed, one_by_one=one_by_one
+            )
+            compiled = plan.compiled(data.batches[0], device, seed)
+        compiled.calibration = data
+        program, runs = compiled.program, compiled.runs
+        if dry_run:
+            return compiled
+
+        with ExitStack() as stack:
+            if out is None:
+                program.weights = source.weights.on(MemoryStore(source.weights.store))
+            else:
+                job = stack.enter_context(backend.open(source, out, overwrite=overwrite, program=program))
+                program.weights = job.weights
+            for run in runs:
+                run.sites = prune(
+                    program, run.weight_pass, run.targets, None if data is None else data.batches,
+                    schedule=self.schedule, dense=source.weights, labels=None if data is None else data.labels,
+                    memory=memory, device=device, observe=observe,
+                )  # fmt: skip
+                program.verify()
+            if out is not None:
+                # The folder has its final name only now; weights are read from there from here on.
+                compiled.output, program.weights = job.finish(program, make_manifest(compiled))
+                compiled.notes = job.notes()
+        return compiled
 
 
 def compile(
     model: str | Path | nn.Module,
-    passes: Sequence[str | WeightPass] = (),
+    passes: Sequence[str | AnyPass] = (),
     *,
     calibration: str | Iterable[Any] | Calibration | None = None,
     schedule: Schedule = "layer",
@@ -160,11 +218,12 @@ def compile(
     >>> int((pruned.model[0].weight != 0).sum())
     32
     """
-    parsed = [parse_pass(p) if isinstance(p, str) else p for p in passes]
+    everything = [parse_pass(p) if isinstance(p, str) else p for p in passes]
+    structural, parsed = _in_order(everything)
     if schedule not in SCHEDULES:
         raise SpecError(f"schedule '{schedule}'", found="no such schedule", do=f"Choose {', '.join(SCHEDULES)}")
     backend = parse_backend(to) if isinstance(to, str) else to
-    if not parsed and backend.needs_pass:
+    if not everything and backend.needs_pass:
         raise SpecError("compiling without a pass", found="nothing to do", do="Give --pass, e.g. --pass wanda:2:4")
     budget, place = parse_bytes(memory), resolve_device(device)
     out = Path(output) if output is not None else None
@@ -174,45 +233,42 @@ def compile(
     source = open_source(model, allow_bin=allow_bin, trust_remote_code=trust_remote_code)
     if isinstance(model, nn.Module):
         require_real(model)
-    needs_data = any(p.needs_data for p in parsed) or calibration is not None
-    one_by_one = any(GRADIENTS & set(p.statistics) for p in parsed)
-    named = calibration is None or isinstance(calibration, str)
-    data = None
-    if needs_data and not named:
-        data = load_calibration(calibration, source, samples=samples, one_by_one=one_by_one)
-    plan = _Plan(source, parsed, schedule if needs_data else "none", tuple(ignore), tuple(only))
-    compiled = plan.compiled(data.batches[0] if data else example_batch(source), place, seed)
-    if needs_data and named and not dry_run:
-        # Only now, when all that can be refused has been: drawing data may take minutes. The graph of the plan goes
-        # before that of the real shapes comes.
-        del compiled
-        data = load_calibration(
-            calibration, source, samples=samples, sequence_length=sequence_length, seed=seed, one_by_one=one_by_one
-        )
-        compiled = plan.compiled(data.batches[0], place, seed)
-    compiled.calibration = data
-    program, runs = compiled.program, compiled.runs
-    if dry_run:
+    with ExitStack() as stack:
+        smaller = None
+        if structural:
+            smaller = stack.enter_context(Smaller(source, structural, ignore, only))
+            if dry_run:
+                program = capture(source, example_batch(source), place)
+                return Compiled(source, program, [], None, [], seed, structure=smaller.planned())
+            drawn = smaller.calibration(calibration, samples=samples, sequence_length=sequence_length, seed=seed)
+            calibration = calibration if drawn is None else drawn
+            source = smaller.cut(drawn, memory=budget, device=place, seed=seed, observe=observe)
+        plan = _Plan(
+            source, parsed, schedule, tuple(ignore), tuple(only), [] if smaller is None else smaller.done
+        )  # fmt: skip
+        compiled = plan.run(
+            calibration, backend, out, samples=samples, sequence_length=sequence_length, seed=seed, memory=budget,
+            device=place, overwrite=overwrite, dry_run=dry_run, observe=observe,
+        )  # fmt: skip
+        if smaller is not None and out is None:
+            compiled.kept = smaller.detach()
         return compiled
 
-    with ExitStack() as stack:
-        if out is None:
-            program.weights = source.weights.on(MemoryStore(source.weights.store))
-        else:
-            job = stack.enter_context(backend.open(source, out, overwrite=overwrite, program=program))
-            program.weights = job.weights
-        for run in runs:
-            run.sites = prune(
-                program, run.weight_pass, run.targets, None if data is None else data.batches, schedule=schedule,
-                dense=source.weights, labels=None if data is None else data.labels, memory=budget, device=place,
-                observe=observe,
-            )  # fmt: skip
-            program.verify()
-        if out is not None:
-            # The folder has its final name only now; weights are read from there from here on.
-            compiled.output, program.weights = job.finish(program, make_manifest(compiled))
-            compiled.notes = job.notes()
-    return compiled
+
+def _in_order(passes: Sequence[AnyPass]) -> tuple[list[StructuralPass], list[WeightPass]]:
+    """Structural passes, which come first, and the others.
+
+    Raises:
+        SpecError: a structural pass after a weight pass.
+    """
+    structural = [p for p in passes if isinstance(p, StructuralPass)]
+    others = [p for p in passes if not isinstance(p, StructuralPass)]
+    if any(isinstance(p, StructuralPass) for p in passes[len(structural) :]):
+        raise SpecError(
+            f"{structural[-1].name} after {others[0].name}", found="weights pruned before the model gets smaller",
+            do="Give structural passes first",
+        )  # fmt: skip
+    return structural, others
 
 
 def default_output(source_name: str, passes: Sequence[str], to: str = "hf") -> Path:

@@ -24,6 +24,11 @@ def make_manifest(compiled: Compiled) -> dict[str, Any]:
         "architecture": type(compiled.source.module).__name__,
         "versions": {name: _version(name) for name in ("sparsify-fx", "torch", "transformers", "safetensors")}
         | {"python": platform.python_version()},
+        **(
+            {"structure": [{"spec": spec_text(s.structural_pass), **s.as_dict()} for s in compiled.structure]}
+            if compiled.structure
+            else {}
+        ),
         "passes": [
             {
                 "spec": spec_text(run.weight_pass),

@@ -18,6 +18,7 @@ _OWN = {
         "apt": "sparsify.passes.apt:APT",
         "gblm": "sparsify.passes.gblm:GBLM",
         "gradient": "sparsify.passes.gradient:Gradient",
+        "llm-pruner": "sparsify.passes.llm_pruner:LLMPruner",
         "magnitude": "sparsify.passes.magnitude:Magnitude",
         "sparsegpt": "sparsify.passes.sparsegpt:SparseGPT",
         "twin": "sparsify.passes.twin:Twin",

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 def result_report(compiled: Compiled, seconds: float) -> RenderableType:
     """After a compile: per pass a table by kind of site, then what stayed dense, then the totals."""
     parts: list[RenderableType] = []
+    for done in compiled.structure:
+        parts += [Text(spec_text(done.structural_pass), "bold"), *map(Text, done.lines())]
     for run in compiled.runs:
         parts += [_result_table(run), *_skipped_lines(run.skipped)]
         unseen = [(s.name, s.without_data) for s in run.sites if s.without_data]
@@ -45,6 +47,8 @@ def result_report(compiled: Compiled, seconds: float) -> RenderableType:
 def plan_report(compiled: Compiled) -> RenderableType:
     """For a dry run: what each pass would prune, to what, and what stays dense and why."""
     parts: list[RenderableType] = []
+    for done in compiled.structure:
+        parts += [Text(f"{spec_text(done.structural_pass)} would leave", "bold"), *map(Text, done.lines())]
     for run in compiled.runs:
         table = Table(title=f"{spec_text(run.weight_pass)} would prune", title_justify="left")
         for column in ("site", "sites", "out × in", "to"):

@@ -50,12 +50,7 @@ def shrink(program: Program, dimensions: Dimensions, remove: Mapping[int, Sequen
         SpecError: a group or a channel that there is not, a pinned one, or all of a group.
         TraceError: an operator whose sizes cannot be corrected.
     """
-    gone = _gone(dimensions, remove)
-    kept = {
-        name: {axis: numpy.flatnonzero(~gone[ids]) for axis, ids in axes.items() if gone[ids].any()}
-        for name, axes in _axes(dimensions).items()
-    }
-    kept = {name: axes for name, axes in kept.items() if axes}
+    gone, kept = _gone(dimensions, remove), kept_positions(dimensions, remove)
     edit = _Edit(program, dimensions, gone)
     graph = edit.graph()
     names = {name: name for name in program.weights.parameters()}
@@ -68,6 +63,16 @@ def shrink(program: Program, dimensions: Dimensions, remove: Mapping[int, Sequen
     _propagate(result, shapes)
     result.verify()
     return result
+
+
+def kept_positions(dimensions: Dimensions, remove: Mapping[int, Sequence[int]]) -> dict[str, dict[int, Ids]]:
+    """Parameter -> axis -> the positions that stay, of every parameter that loses any."""
+    gone = _gone(dimensions, remove)
+    kept = {
+        name: {axis: numpy.flatnonzero(~gone[ids]) for axis, ids in axes.items() if gone[ids].any()}
+        for name, axes in _axes(dimensions).items()
+    }
+    return {name: axes for name, axes in kept.items() if axes}
 
 
 def _gone(dimensions: Dimensions, remove: Mapping[int, Sequence[int]]) -> Ids:

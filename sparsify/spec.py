@@ -15,10 +15,13 @@ from sparsify.backend import Backend
 from sparsify.errors import SpecError, near
 from sparsify.pattern import parse_pattern
 from sparsify.registry import find, registered
+from sparsify.structural import StructuralPass
 from sparsify.weight_pass import WeightPass
 
+AnyPass = WeightPass | StructuralPass
 
-def parse_pass(text: str) -> WeightPass:
+
+def parse_pass(text: str) -> AnyPass:
     """Return the pass that ``text`` spells.
 
     Raises:
@@ -44,7 +47,7 @@ def parse_backend(text: str) -> Backend:
     return kind(**_options(kind, name, options.split(",") if options else []))
 
 
-def spec_text(weight_pass: WeightPass) -> str:
+def spec_text(weight_pass: AnyPass) -> str:
     """The shortest spec that parses to ``weight_pass``."""
     text = f"{weight_pass.name}:{weight_pass.pattern}"
     for f in dataclasses.fields(weight_pass):
@@ -74,7 +77,7 @@ def _options(kind: type, name: str, options: list[str]) -> dict[str, Any]:
 def describe_passes() -> list[tuple[str, str, dict[str, str]]]:
     """Name, one-line summary and options with their defaults of every registered pass.
 
-    Options that all passes have stand once, at the end, under the name "every pass".
+    Options that all passes have stand once, at the end, under the name "every pass but structural ones".
     """
     rows = []
     common = {f.name: f.default for f in dataclasses.fields(WeightPass)}
@@ -84,12 +87,12 @@ def describe_passes() -> list[tuple[str, str, dict[str, str]]]:
         options = {
             f.name: f"{_choices(hints[f.name])} (default {f.default})"
             for f in dataclasses.fields(kind)
-            if f.name != "pattern" and (f.name not in common or f.default != common[f.name])
+            if f.name != "pattern" and not (issubclass(kind, WeightPass) and common.get(f.name, object) == f.default)
         }
         rows.append((name, kind.summary, options))
     hints = typing.get_type_hints(WeightPass)
     shared = {n: f"{_choices(hints[n])} (default {default})" for n, default in common.items() if n != "pattern"}
-    return [*rows, ("every pass", "", shared)]
+    return [*rows, ("every pass but structural ones", "", shared)]
 
 
 def _value(what: str, text: str, hint: Any) -> Any:

@@ -128,6 +128,14 @@ class Weights:
                 do="This conversion does not reverse; ignore this parameter with --ignore",
             )
 
+    def stored(self, name: str, tensor: Tensor) -> dict[str, Tensor]:
+        """The checkpoint's tensors for ``tensor`` in the place of parameter ``name``, which may have another shape; of
+        parameters that one conversion makes together those of ``name`` alone."""
+        name = self.canonical(name)
+        if name not in self._converted:
+            return {self._renamed[name]: tensor}
+        return self._revert({name: tensor})
+
     def _revert(self, parts: dict[str, Tensor]) -> dict[str, Tensor]:
         from transformers.core_model_loading import revert_weight_conversion
 
