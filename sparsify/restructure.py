@@ -23,9 +23,9 @@ from sparsify.analysis.rules.common import rule_name
 from sparsify.calibration.gradients import Gradients, measure_gradients
 from sparsify.capture import Batch, capture
 from sparsify.checkpoint import INDEX
-from sparsify.config_widths import head_counts, new_config
+from sparsify.config_widths import Widths, together
 from sparsify.dimension_report import group_kind, roles_of
-from sparsify.errors import BackendError, SpecError
+from sparsify.errors import BackendError, CheckpointError, SpecError
 from sparsify.program import Program
 from sparsify.pruning import Observer
 from sparsify.safetensors_file import lay_out, lay_out_files, layout_of
@@ -100,6 +100,7 @@ class _Choice:
     kind: str
     name: str
     left: int
+    changes: dict[str, Any]
 
 
 def plan(program: Program, structural_pass: StructuralPass, ignore: Sequence[str], only: Sequence[str]) -> Restructured:
@@ -143,8 +144,9 @@ def restructure(
             remove[choice.number] = sorted(int(c) for c in order[: len(free) - choice.left])
     small = shrink(program, dimensions, remove)
     kept = kept_positions(dimensions, remove)
-    config = _write(source, Weights(CutStore(program.weights, kept), {n: n for n in program.weights.parameters()}),
-                    program.weights, [(c.kind, c.group.free.size, c.left) for c in choices], into)  # fmt: skip
+    config = together([c.changes for c in choices])
+    cut = Weights(CutStore(program.weights, kept), {n: n for n in program.weights.parameters()})
+    _write_files(source, cut, program.weights, config, into)
     _compare(into, source, small, example)
     cuts = [
         Cut(c.kind, c.name, len(c.group.free), c.left, tuple(remove[c.number]), tuple(
@@ -185,6 +187,8 @@ def _choose(
     sites = find_sites(program)[0]
     targets, _ = choose(program, sites, structural_pass.pattern, ignore=ignore, only=only)
     named = {t.parameter for t in targets}
+    transformers = program.source is not None and program.source.is_transformers
+    widths = Widths(program.source) if transformers and program.source is not None else None
     choices: list[_Choice] = []
     skipped: list[Skipped] = []
     for number, group in enumerate(dimensions.groups):
@@ -206,17 +210,13 @@ def _choose(
             skipped.append(Skipped(name, group.reason or "a single one"))
             continue
         left = structural_pass.left(len(group.free), kind)
-        if kind == "heads" and program.source is not None and program.source.is_transformers:
-            counts = head_counts(program.source.config, len(group.free)) or [len(group.free)]
-            nearest = min(counts, key=lambda n: (abs(n - left), -n))
-            if nearest != left:
-                taken = ", ".join(map(str, counts))
-                skipped.append(
-                    Skipped(name, f"{nearest} heads and not {left}: the model's config takes {taken} of them")
-                )
-            left = nearest
+        changes: dict[str, Any] = {}
+        if widths is not None:
+            left, changes, why = widths.say(group, kind, left)
+            if why is not None:
+                skipped.append(Skipped(name, why))
         if left < len(group.free):
-            choices.append(_Choice(number, group, kind, name, left))
+            choices.append(_Choice(number, group, kind, name, left, changes))
     if not choices:
         reasons = "; ".join(f"{s.name}: {s.reason}" for s in skipped[:3]) or "no group of channels"
         raise SpecError(
@@ -262,15 +262,6 @@ class _Scorer:
         return Part(rows(weight), gradient, fisher, channel)
 
 
-def _write(
-    source: Source, weights: Weights, dense: Weights, widths: Sequence[tuple[str, int, int]], into: Path
-) -> dict[str, Any]:
-    assert source.folder is not None, "a model in memory was saved first"
-    config = new_config(source.config, widths)
-    _write_files(source, weights, dense, config, into)
-    return config
-
-
 def _write_files(source: Source, weights: Weights, dense: Weights, config: Mapping[str, Any], into: Path) -> None:
     assert source.folder is not None, "a model in memory was saved first"
     for path in source.folder.iterdir():
@@ -301,8 +292,13 @@ def _compare(folder: Path, source: Source, small: Program, example: Batch) -> No
     Raises:
         BackendError: it is another model.
     """
-    again = open_source(folder, trust_remote_code=source.trust_remote_code)
-    program = capture(again, example)
+    try:
+        program = capture(open_source(folder, trust_remote_code=source.trust_remote_code), example)
+    except CheckpointError as error:
+        raise BackendError(
+            f"the smaller model of {source.name}", found=f"config.json cannot say all of its widths ({error.found})",
+            do="Leave some groups out (--ignore, --only): sparsify inspect MODEL --dimensions names them",
+        ) from error  # fmt: skip
     for name in small.weights.parameters():
         if name not in program.weights or not torch.equal(program.weights.read(name), small.weights.read(name)):
             raise BackendError(

@@ -165,7 +165,7 @@ def build_skeleton(
         )
     try:
         with torch.device("meta"):
-            model = _construct(config, trust_remote_code, getattr(config, "dtype", None) or dtype or torch.float32)
+            model = construct(config, trust_remote_code, getattr(config, "dtype", None) or dtype or torch.float32)
             edit(model)
     except Exception as error:  # so do the constructors of models
         raise CheckpointError(
@@ -178,7 +178,7 @@ def build_skeleton(
     return model.eval()
 
 
-def _construct(config: Any, trust_remote_code: bool, dtype: torch.dtype) -> nn.Module:
+def construct(config: Any, trust_remote_code: bool, dtype: torch.dtype) -> nn.Module:
     import transformers
 
     names = list(getattr(config, "architectures", None) or [])

@@ -1,0 +1,252 @@
+"""LLM-Pruner: its importance against a slow reference, and smaller models as transformers loads them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import FAMILIES, inputs, run, save
+from packed.test_folder import load
+from sparsify.passes import LLMPruner
+from torch import Tensor, nn
+
+import sparsify
+from sparsify.checkpoint import Checkpoint
+from sparsify.errors import BackendError, PatternError, SpecError
+from sparsify.pattern import NM, Unstructured
+from sparsify.restructure import replay
+from sparsify.spec import parse_pass, spec_text
+from sparsify.structural import Part
+
+IMPORTANCES = ("taylor-first", "taylor-second", "taylor-mix", "taylor-vector", "l1", "l2")
+GROUPS = ("sum", "mean", "max", "product", "first", "last")
+
+
+def slow_scores(parts: list[Part], channels: int, importance: str, group: str) -> list[float]:
+    """algorithms.md, section 9.2, weight by weight."""
+    every: list[list[float]] = []
+    for part in parts:
+        found = [0.0] * channels
+        for row in range(part.weight.shape[0]):
+            signed = whole = 0.0
+            for column in range(part.weight.shape[1]):
+                w = float(part.weight[row, column])
+                g, f = (0.0 if t is None else float(t[row, column]) for t in (part.gradient, part.fisher))
+                value = {"l1": abs(w), "l2": w * w, "taylor-second": w * f * w,
+                         "taylor-mix": w * g - w * f * w / 2}.get(importance, w * g)  # fmt: skip
+                signed, whole = signed + value, whole + abs(value)
+            found[int(part.channel[row])] += abs(signed) if importance == "taylor-vector" else whole
+        every.append(found)
+    combined = []
+    for scores in zip(*every, strict=True):
+        product = 1.0
+        for score in scores:
+            product *= score
+        combined.append({"sum": sum(scores), "mean": sum(scores) / len(scores), "max": max(scores), "product": product,
+                         "first": scores[0], "last": scores[-1]}[group])  # fmt: skip
+    return combined
+
+
+@pytest.mark.parametrize("group", GROUPS)
+@pytest.mark.parametrize("importance", IMPORTANCES)
+def test_scores_against_the_slow_reference(importance: Any, group: Any) -> None:
+    torch.manual_seed(0)
+    owner = LLMPruner(Unstructured(0.5), importance=importance, group=group)
+    parts = [
+        Part(torch.randn(rows, 5), torch.randn(rows, 5), torch.rand(rows, 5), torch.arange(rows) * 4 // rows)
+        for rows in (8, 4, 4, 12)
+    ]
+    got = owner.scores(parts, 4, 0)
+    wanted = torch.tensor(slow_scores(parts, 4, importance, group), dtype=torch.float64)
+    if group == "product":
+        got = got.exp()
+    torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-9)
+
+
+def test_random_is_seeded() -> None:
+    owner = LLMPruner(Unstructured(0.5), importance="random")
+    assert torch.equal(owner.scores([], 9, 3), owner.scores([], 9, 3))
+    assert not torch.equal(owner.scores([], 9, 3), owner.scores([], 9, 4)) and not owner.needs_data
+
+
+def test_specs_and_options() -> None:
+    for text in (
+        "llm-pruner:25%",
+        "llm-pruner:20%,importance=l2,group=max",
+        "llm-pruner:50%,granularity=channel,round=16",
+    ):
+        assert spec_text(parse_pass(text)) == text or parse_pass(spec_text(parse_pass(text))) == parse_pass(text)
+    for text in ("llm-pruner:2:4", "llm-pruner:25%,round=0", "llm-pruner:25%,importance=magic", "llm-pruner"):
+        with pytest.raises(SpecError):
+            parse_pass(text)
+    for text in ("llm-pruner:0%", "llm-pruner:100%", "llm-pruner:130%"):
+        with pytest.raises(PatternError):
+            parse_pass(text)
+    with pytest.raises(SpecError, match="share of channels"):
+        LLMPruner(NM(2, 4))
+
+
+@pytest.mark.parametrize(("ratio", "free", "kind", "left"), [
+    (0.25, 64, "channels", 48), (0.25, 11008, "channels", 8256), (0.2, 11008, "channels", 8800), (0.5, 10, "channels",
+    5), (0.25, 4, "heads", 3), (0.2, 4, "heads", 3), (0.5, 32, "heads", 16), (0.6, 4, "heads", 2),
+])  # fmt: skip
+def test_how_many_stay(ratio: float, free: int, kind: str, left: int) -> None:
+    assert LLMPruner(Unstructured(ratio)).left(free, kind) == left
+
+
+def test_nothing_would_be_left() -> None:
+    with pytest.raises(SpecError, match="none would be left"):
+        LLMPruner(Unstructured(0.95)).left(64, "channels")
+
+
+def gradients(folder: Path, ids: Tensor) -> dict[str, Tensor]:
+    """Mean over sequences of the gradient of each one's loss, by autograd on the whole model."""
+    model = load(folder)
+    found: dict[str, Tensor] = {}
+    for row in ids:
+        model.zero_grad()
+        logits = model(row[None]).logits[0, :-1].float()
+        nn.functional.cross_entropy(logits, row[1:]).backward()
+        for name, parameter in model.named_parameters():
+            found[name] = found.get(name, 0) + parameter.grad / len(ids)
+    return found
+
+
+def test_the_least_important_go(tmp_path: Path, ids: Tensor) -> None:
+    """Which channels and heads of a Llama: by gradients of the whole model, and sums written out."""
+    dense = save("llama", tmp_path / "dense")
+    result = sparsify.compile(dense, ["llm-pruner:50%"], calibration=[ids], output=tmp_path / "out")
+    model, g = load(dense), gradients(dense, ids)
+    worth = {n: (p.detach() * g[n]).abs() for n, p in model.named_parameters()}
+    for i in range(2):
+        mlp, attention = f"model.layers.{i}.mlp.", f"model.layers.{i}.self_attn."
+        channels = (worth[mlp + "gate_proj.weight"] + worth[mlp + "up_proj.weight"]).sum(1)
+        channels += worth[mlp + "down_proj.weight"].sum(0)
+        # Two key-value heads of eight columns, two query heads each.
+        heads = worth[attention + "q_proj.weight"].view(2, -1).sum(1) + worth[attention + "k_proj.weight"].view(
+            2, -1
+        ).sum(1)
+        heads += worth[attention + "v_proj.weight"].view(2, -1).sum(1)
+        heads += worth[attention + "o_proj.weight"].sum(0).view(2, -1).sum(1)
+        cuts = {c.name.rpartition(".")[2]: c for c in result.structure[0].cuts if f"layers.{i}." in c.name}
+        assert list(cuts["down_proj"].removed) == sorted(channels.argsort()[:32].tolist())
+        assert list(cuts["o_proj"].removed) == [int(heads.argmin())]
+    small = load(tmp_path / "out")
+    assert small.config.intermediate_size == 32 and small.config.num_key_value_heads == 1 and small.config.head_dim == 8
+    kept = [c for c in range(64) if c not in cuts["down_proj"].removed]
+    assert torch.equal(small.model.layers[1].mlp.up_proj.weight, model.model.layers[1].mlp.up_proj.weight[kept])
+
+
+def zeroed_model(dense: Path, structure: Any) -> Any:
+    """The dense model with everything at zero that was taken out."""
+    model = load(dense)
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for cut in structure.cuts:
+            for name, axis, kept in cut.members:
+                gone = torch.ones(parameters[name].shape[axis], dtype=torch.bool)
+                gone[list(kept)] = False
+                parameters[name].index_fill_(axis, gone.nonzero()[:, 0], 0)
+    return model
+
+
+# Families whose config cannot say fewer channels: BLOOM's are four times its width, say.
+REFUSED = ("bloom", "convnext", "mamba2")
+QUICK = ("llama", "gpt2", "mixtral")
+SLOW = [pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES if f not in (*QUICK, *REFUSED)]
+
+
+@pytest.mark.parametrize("family", [*QUICK, *SLOW])
+def test_a_smaller_model_is_the_dense_one_with_zeros(family: str, tmp_path: Path) -> None:
+    dense = save(family, tmp_path / "dense")
+    result = sparsify.compile(dense, ["llm-pruner:50%,importance=l2"], output=tmp_path / "out")
+    small, (before, after) = load(tmp_path / "out"), result.structure[0].parameters
+    assert sum(p.numel() for p in small.parameters()) == after < before
+    exact = run(zeroed_model(dense, result.structure[0]), inputs(family))
+    torch.testing.assert_close(run(small, inputs(family)), exact, rtol=1e-4, atol=1e-5)
+    # The list in sparsify.json makes the same files of the dense checkpoint.
+    manifest = json.loads((tmp_path / "out" / "sparsify.json").read_text())
+    (record,) = manifest["structure"]
+    again = replay(dense, record["cuts"], tmp_path / "again", record["config"])
+    for file in (tmp_path / "out").glob("*.safetensors"):
+        assert file.read_bytes() == (again / file.name).read_bytes()
+
+
+@pytest.mark.parametrize("family", REFUSED)
+def test_a_family_whose_config_cannot_say_it(family: str, tmp_path: Path) -> None:
+    dense = save(family, tmp_path / "dense")
+    with pytest.raises(SpecError, match="the model's config cannot say"):
+        sparsify.compile(dense, ["llm-pruner:50%,importance=l2"], output=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_the_residual_width(family: str, tmp_path: Path) -> None:
+    dense = save(family, tmp_path / "dense")
+    result = sparsify.compile(dense, ["llm-pruner:25%,importance=l1,granularity=channel"], output=tmp_path / "out")
+    small = load(tmp_path / "out")
+    assert small.config.hidden_size == 24 and small.config.head_dim == 8
+    assert [c.kind for c in result.structure[0].cuts] == ["width"]
+    assert bool(run(small, inputs(family)).isfinite().all())
+
+
+def test_then_zeros_then_a_backend(tmp_path: Path, ids: Tensor) -> None:
+    dense = save("llama", tmp_path / "dense")
+    passes = ["llm-pruner:50%,importance=taylor-mix", "wanda:2:4"]
+    result = sparsify.compile(dense, passes, calibration=[ids], output=tmp_path / "out")
+    small = load(tmp_path / "out")
+    assert small.config.intermediate_size == 32 and result.runs[0].kept == 0.5
+    weight = small.model.layers[0].mlp.up_proj.weight
+    assert weight.shape == (32, 32) and int((weight.view(-1, 4) != 0).sum(1).max()) == 2
+    manifest = json.loads((tmp_path / "out" / "sparsify.json").read_text())
+    assert manifest["structure"][0]["spec"] == passes[0] and manifest["passes"][0]["spec"] == "wanda:2:4"
+    kept = sparsify.compile(dense, ["llm-pruner:50%,importance=l2"])
+    assert kept.output is None and kept.model.config.intermediate_size == 32
+    assert kept.weight("model.layers.0.mlp.up_proj.weight").shape == (32, 32)
+
+
+def test_a_model_in_memory_and_shards(tmp_path: Path) -> None:
+    model = load(save("llama", tmp_path / "dense"))
+    result = sparsify.compile(model, ["llm-pruner:50%,importance=l2"], output=tmp_path / "out")
+    assert load(tmp_path / "out").config.intermediate_size == 32 and model.config.intermediate_size == 64
+    assert result.source.name == "llamaforcausallm"
+    save("mixtral", tmp_path / "shards", max_shard_size="40KB")
+    sparsify.compile(tmp_path / "shards", ["llm-pruner:50%,importance=l2"], output=tmp_path / "small")
+    assert [f.name for f in Checkpoint(tmp_path / "small").files] == [
+        f.name for f in Checkpoint(tmp_path / "shards").files
+    ]
+    assert load(tmp_path / "small").config.intermediate_size == 32
+
+
+def test_what_is_refused(tmp_path: Path, ids: Tensor) -> None:
+    dense = save("llama", tmp_path / "dense")
+    out = tmp_path / "out"
+    for passes, options, error, match in (
+        (["wanda:2:4", "llm-pruner:50%"], {}, SpecError, "structural passes first"),
+        (["llm-pruner:99%,importance=l2"], {}, SpecError, "none would be left"),
+        (["llm-pruner:50%,importance=l2"], {"only": ["layers.9*"]}, SpecError, "layers.9"),
+        (["llm-pruner:50%,importance=l2"], {"ignore": ["model.layers.0.mlp*"]}, BackendError, "config.json cannot say"),
+        (["llm-pruner:50%,importance=l2"], {"only": ["*q_proj"]}, SpecError, "nothing that can be removed"),
+    ):
+        with pytest.raises(error, match=match):
+            sparsify.compile(dense, passes, output=out, **options)  # type: ignore[arg-type]
+        assert not out.exists()
+    with pytest.raises(BackendError, match="not a transformers model"):
+        sparsify.compile(nn.Linear(8, 8), ["llm-pruner:50%,importance=l2"], calibration=[torch.randn(2, 8)])
+
+
+def test_at_the_command_line(tmp_path: Path) -> None:
+    dense = save("llama", tmp_path / "dense")
+    words = [sys.executable, "-m", "sparsify.cli", "compile", str(dense), "--pass", "llm-pruner:50%,importance=l2"]
+    dry = subprocess.run([*words, "--dry-run"], capture_output=True, text=True, check=True).stdout
+    assert "heads 2 → 1 (×2), channels 64 → 32 (×2)" in dry and "nothing was read" in dry
+    done = subprocess.run([*words, "-o", str(tmp_path / "out")], capture_output=True, text=True, check=True).stdout
+    assert "heads 2 → 1 (×2), channels 64 → 32 (×2); parameters 22,688 → 13,472 (0.594×)" in done
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == sorted(
+        {p.name for p in dense.iterdir()} | {"sparsify.json"}
+    )
