@@ -18,7 +18,8 @@ from torch import Tensor
 
 from sparsify.capture import quiet
 from sparsify.checkpoint import WEIGHTS, Checkpoint
-from sparsify.errors import BackendError, CheckpointError
+from sparsify.errors import BackendError
+from sparsify.manifest import MANIFEST
 from sparsify.packed.site import drop_from_config
 from sparsify.packed.store import PackedStore
 from sparsify.program import Program
@@ -26,7 +27,6 @@ from sparsify.source import Source
 from sparsify.staging import Staging, copy_checkpoint
 from sparsify.weights import Weights, weights_of_checkpoint
 
-MANIFEST = "sparsify.json"
 # Weights in other formats are not carried along: they would still be dense.
 _OTHER_WEIGHTS = {
     ".bin",
@@ -145,17 +145,6 @@ class HuggingFaceJob:
 
     def __exit__(self, *error: Any) -> None:
         self.staging.__exit__(*error)
-
-
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """``sparsify.json`` of ``folder``; empty where there is none."""
-    try:
-        content = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        return content if isinstance(content, dict) else {}
-    except FileNotFoundError:
-        return {}
-    except ValueError as error:
-        raise CheckpointError(f"{folder / MANIFEST}", found=f"not JSON ({error})", do="Compile again") from error
 
 
 def _same_bytes(one: Checkpoint, other: Checkpoint, name: str) -> bool:

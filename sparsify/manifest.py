@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import platform
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sparsify.errors import CheckpointError
 from sparsify.spec import spec_text
 
 if TYPE_CHECKING:
     from sparsify.compiler import Compiled
 
 FORMAT = 1
+MANIFEST = "sparsify.json"
 
 
 def make_manifest(compiled: Compiled) -> dict[str, Any]:
@@ -79,3 +83,14 @@ def _version(package: str) -> str:
         return version(package)
     except PackageNotFoundError:
         return "not installed"
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """``sparsify.json`` of ``folder``; empty where there is none."""
+    try:
+        content = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        return content if isinstance(content, dict) else {}
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise CheckpointError(f"{folder / MANIFEST}", found=f"not JSON ({error})", do="Compile again") from error

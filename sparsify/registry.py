@@ -32,6 +32,7 @@ _OWN = {
     },
     # Functions with typer's annotations; each is imported when a command line is parsed, so they import nothing heavy.
     "sparsify.commands": {
+        "tune": "sparsify.tune_command:tune",
         "run": "sparsify.backends.onnx.commands:run",
         "verify": "sparsify.backends.onnx.commands:verify",
         "expand": "sparsify.backends.onnx.commands:expand",

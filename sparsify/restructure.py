@@ -26,6 +26,7 @@ from sparsify.checkpoint import INDEX
 from sparsify.config_widths import Widths, together
 from sparsify.dimension_report import group_kind, roles_of
 from sparsify.errors import BackendError, CheckpointError, SpecError
+from sparsify.manifest import MANIFEST
 from sparsify.program import Program
 from sparsify.pruning import Observer
 from sparsify.safetensors_file import lay_out, lay_out_files, layout_of
@@ -206,6 +207,9 @@ def _choose(
         if kind == "experts":
             skipped.append(Skipped(name, "whole experts are not removed by this pass"))
             continue
+        if group.renormalized and not wide:
+            skipped.append(Skipped(name, "a norm is taken over them, which fewer would change"))
+            continue
         if len(group.free) < 2:
             skipped.append(Skipped(name, group.reason or "a single one"))
             continue
@@ -265,7 +269,7 @@ class _Scorer:
 def _write_files(source: Source, weights: Weights, dense: Weights, config: Mapping[str, Any], into: Path) -> None:
     assert source.folder is not None, "a model in memory was saved first"
     for path in source.folder.iterdir():
-        if path.is_file() and path.suffix not in _WEIGHT_FILES and path.name not in (INDEX, "sparsify.json"):
+        if path.is_file() and path.suffix not in _WEIGHT_FILES and path.name not in (INDEX, MANIFEST):
             shutil.copyfile(path, into / path.name)
     text = json.loads((into / "config.json").read_text(encoding="utf-8"))
     place = text["text_config"] if isinstance(text.get("text_config"), dict) else text

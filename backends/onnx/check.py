@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sparsify.backends.hf import MANIFEST, read_manifest
 from sparsify.backends.onnx.axis import Contraction, contractions
 from sparsify.backends.onnx.compare import Behaviour, behave, runtime_weights, torch_model
 from sparsify.backends.onnx.pack import as_bits
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from sparsify.checkpoint import INDEX, WEIGHTS, Checkpoint, TensorStore
 from sparsify.errors import BackendError, CheckpointError, SparsifyError, first_line
+from sparsify.manifest import MANIFEST, read_manifest
 from sparsify.pattern import NM, Pattern, parse_pattern
 from sparsify.raw import checksum
 

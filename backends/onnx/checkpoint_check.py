@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from sparsify.backends.hf import MANIFEST, read_manifest
 from sparsify.backends.onnx.axis import Contraction
 from sparsify.backends.onnx.check import Verification, judge, promises
 
@@ -15,6 +14,7 @@ from sparsify.calibration.data import example_batch
 from sparsify.capture import capture
 from sparsify.checkpoint import Checkpoint
 from sparsify.errors import CheckpointError
+from sparsify.manifest import MANIFEST, read_manifest
 from sparsify.packed.store import open_packed
 from sparsify.pattern import parse_pattern
 from sparsify.source import open_source

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import onnx_ir as ir
 import onnx_ir.passes.common as common
-from sparsify.backends.hf import MANIFEST
 from sparsify.backends.onnx.folder import write_json
 from sparsify.backends.onnx.runner import find_onnx
 from sparsify.backends.onnx.store import GraphStore
@@ -16,6 +15,7 @@ from sparsify.backends.onnx.weights import DATA, external
 
 from sparsify.checkpoint import WEIGHTS, Checkpoint
 from sparsify.errors import BackendError
+from sparsify.manifest import MANIFEST
 from sparsify.safetensors_file import lay_out_files
 from sparsify.staging import Staging
 

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sparsify.backends.hf import MANIFEST, read_manifest
 from sparsify.backends.packed.modules import FastLinear, packed_of
 from torch import Tensor, nn
 
 from sparsify.checkpoint import INDEX, Checkpoint
 from sparsify.errors import CheckpointError
+from sparsify.manifest import MANIFEST, read_manifest
 from sparsify.packed.layout import Packed
 from sparsify.packed.site import PackedSite, drop_from_config
 from sparsify.packed.store import PackedStore, open_packed

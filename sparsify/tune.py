@@ -1,0 +1,325 @@
+"""Recover a pruned model by training it: LoRA or all weights, zeros held. ``sparsify tune``.
+
+The mask is what is zero in the weights when it begins, and stays so: all weights have it applied after every step,
+LoRA is merged under it. Whether it held is verified before anything is written.
+
+LoRA's defaults are LLM-Pruner's (algorithms.md, section 9.5): rank 8, alpha 16, dropout 0.05 on every linear layer of
+the blocks, AdamW, 3e-4 with a warm-up of 100 steps and a linear decay, 64 sequences a step in micro-batches.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from sparsify.analysis import find_sites
+from sparsify.calibration.data import evaluation_windows, example_batch, load_calibration
+from sparsify.capture import capture, quiet
+from sparsify.errors import CalibrationError, SpecError, VerifyError
+from sparsify.evaluate import perplexity
+from sparsify.registry import find
+from sparsify.source import Source, open_source
+from sparsify.tune_state import TuneState
+
+Method = Literal["lora", "full"]
+# A linear weight with fewer zeros than this was not pruned: its zeros are chance, and are not held.
+LEAST_ZEROS = 0.05
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a model is tuned.
+
+    Attributes:
+        method: ``lora`` trains low-rank additions, ``full`` every parameter.
+        rate: of AdamW at its highest; None: 3e-4 for LoRA, 2e-5 for all weights. warmup: steps until then.
+        steps: of the optimizer; None: as many as ``epochs`` over the samples take. minutes: stop after so many.
+        batch: sequences a step; micro: of them at once. samples, length: sequences drawn, and their tokens.
+    """
+
+    method: Method = "lora"
+    rank: int = 8
+    alpha: int = 16
+    dropout: float = 0.05
+    rate: float | None = None
+    warmup: int = 100
+    epochs: int = 2
+    steps: int | None = None
+    minutes: float | None = None
+    batch: int = 64
+    micro: int = 4
+    samples: int = 2000
+    length: int = 256
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.method not in ("lora", "full"):
+            raise SpecError(f"--method {self.method}", found="no such method", do="Take lora or full")
+        for name in ("rank", "alpha", "epochs", "batch", "micro", "samples"):
+            if getattr(self, name) < 1:
+                raise SpecError(
+                    f"{name} {getattr(self, name)}", found="it must be at least 1", do=f"Give a larger {name}"
+                )
+        for name in ("steps", "minutes", "rate"):
+            if getattr(self, name) is not None and getattr(self, name) <= 0:
+                raise SpecError(
+                    f"{name} {getattr(self, name)}", found="it must be positive", do=f"Give a larger {name}"
+                )
+        if not 0 <= self.dropout < 1 or self.length < 2:
+            raise SpecError(f"dropout {self.dropout}, length {self.length}", found="out of range",
+                            do="Give a dropout from 0 to 1 and two tokens or more")  # fmt: skip
+        if self.batch % self.micro:
+            raise SpecError(f"batches of {self.batch}", found=f"no multiple of {self.micro} sequences at once",
+                            do="Give --batch a multiple of --micro")  # fmt: skip
+
+    @property
+    def highest_rate(self) -> float:
+        return self.rate if self.rate is not None else {"lora": 3e-4, "full": 2e-5}[self.method]
+
+
+@dataclass
+class Tuned:
+    """What came of it. ``perplexity``: on held-out text, before and after (merged); ``losses``: of every step."""
+
+    recipe: Recipe
+    output: Path
+    steps: int
+    tokens: int
+    seconds: float
+    perplexity: tuple[float, float]
+    validation: str
+    masked: int
+    losses: list[float] = field(default_factory=list)
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"output": str(self.output)}
+
+
+def tune(
+    model: str | Path, data: str, output: str | Path, recipe: Recipe | None = None, *, adapter: bool = False,
+    resume: bool = False, save_every: int = 100, device: torch.device | None = None, overwrite: bool = False,
+    trust_remote_code: bool = False, observe: Callable[[int, int, float], None] = lambda step, steps, loss: None,
+) -> Tuned:  # fmt: skip
+    """Train the causal language model of the folder ``model`` on ``data`` and write it to ``output``.
+
+    Args:
+        data: a source's name, as for calibration; of sources in parts the held-out one is for validation.
+        adapter: write LoRA's additions alone, as a folder of ``peft``, and not the merged model.
+        resume: go on from ``OUTPUT.tuning``, where the state is kept every ``save_every`` steps until it is done.
+        observe: told (step, steps, loss).
+
+    Raises:
+        SpecError: a recipe that cannot be meant. CalibrationError: data too short. VerifyError: a mask that broke.
+        CheckpointError, TraceError: no causal language model there.
+    """
+    from sparsify.staging import check_output
+
+    recipe, out, place = recipe or Recipe(), Path(output), device or torch.device("cpu")
+    if adapter and recipe.method != "lora":
+        raise SpecError("an adapter of full tuning", found="only LoRA makes one", do="Take --method lora")
+    check_output(out, overwrite=overwrite, source=Path(model))
+    source = open_source(model, trust_remote_code=trust_remote_code)
+    length = min(recipe.length, source.context_length or recipe.length)
+    held_out, validation = evaluation_windows(data, source, length, 32)
+    drawn = load_calibration(data, source, samples=recipe.samples, sequence_length=length, seed=recipe.seed)
+    ids = torch.cat([batch["input_ids"] for batch in drawn.batches])
+    if len(ids) < recipe.batch:
+        raise CalibrationError(f"tuning on {drawn.size}", found=f"fewer than one step of {recipe.batch} sequences",
+                               do="Give more --samples, or a smaller --batch")  # fmt: skip
+    before = perplexity(source, held_out, device=place)
+    masks = masks_of(source)
+    network, wrapped = _network(source, recipe, place)
+    state = TuneState.of(out, recipe, wrapped, resume=resume)
+    started = time.perf_counter()
+    steps = recipe.steps or max(1, recipe.epochs * len(ids) // recipe.batch)
+    _train(wrapped, network, ids, recipe, steps, masks, state, save_every, place, observe)
+    seconds = time.perf_counter() - started
+    if adapter:
+        return _write_adapter(source, wrapped, out, recipe, state, seconds, (before, held_out, validation), len(masks))
+    new = _merged(wrapped, source, masks, recipe)
+    check_masks(new, masks)
+    result = Tuned(recipe, out, state.step, state.step * recipe.batch * length, seconds, (before, math.nan), validation,
+                   len(masks), state.losses)  # fmt: skip
+    return replace(result, perplexity=(before, _write(source, new, out, result, held_out, overwrite, place)))
+
+
+def masks_of(source: Source) -> dict[str, Tensor]:
+    """Parameter -> True where a linear weight is kept; of those that were pruned."""
+    program = capture(source, example_batch(source))
+    masks = {}
+    for name in dict.fromkeys(site.parameter for site in find_sites(program)[0]):
+        kept = program.weights.read(name) != 0
+        if float((~kept).float().mean()) >= LEAST_ZEROS:
+            masks[name] = kept
+    return masks
+
+
+def check_masks(weights: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> None:
+    """Raises:
+    VerifyError: a weight that is not zero where it was pruned.
+    """
+    for name, kept in masks.items():
+        broken = int(((weights[name] != 0) & ~kept.to(weights[name].device)).sum())
+        if broken:
+            raise VerifyError(f"tuning {name}", found=f"{broken} pruned weights are not zero any more",
+                              do="Report this as a bug; nothing was written")  # fmt: skip
+
+
+def _network(source: Source, recipe: Recipe, device: torch.device) -> tuple[nn.Module, nn.Module]:
+    """The model in memory, and what is trained: itself in float32, or it with LoRA around its linear layers."""
+    from sparsify.compiler import materialize
+
+    torch.manual_seed(recipe.seed)
+    names = set(source.weights.parameters())
+    network = materialize(source, source.weights, names).to(device)
+    network.config.use_cache = False  # type: ignore[union-attr]
+    if recipe.method == "full":
+        return network, network.float().requires_grad_(True).train()
+    try:
+        import peft
+    except ImportError as error:
+        raise SpecError("--method lora", found="the package peft is not installed",
+                        do="pip install 'sparsify-fx[tune]'") from error  # fmt: skip
+    config = peft.LoraConfig(
+        r=recipe.rank, lora_alpha=recipe.alpha, lora_dropout=recipe.dropout, target_modules="all-linear", bias="none",
+        task_type="CAUSAL_LM",
+    )  # fmt: skip
+    with quiet(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        wrapped = peft.get_peft_model(network.requires_grad_(False), config)
+    for parameter in wrapped.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return network, wrapped.train()
+
+
+def _train(
+    wrapped: nn.Module, network: nn.Module, ids: Tensor, recipe: Recipe, steps: int, masks: Mapping[str, Tensor],
+    state: TuneState, save_every: int, device: torch.device, observe: Callable[[int, int, float], None],
+) -> None:  # fmt: skip
+    """A plain loop; ``accelerate`` brings model and optimizer to the device, or devices."""
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=device.type == "cpu")
+    optimizer = torch.optim.AdamW(state.trained.values(), lr=recipe.highest_rate, weight_decay=0.0)
+    state.restore(optimizer)
+    prepared, optimizer = accelerator.prepare(wrapped, optimizer)
+    held = dict(network.named_parameters())
+    kept = {name: mask.to(held[name].device) for name, mask in masks.items() if recipe.method == "full"}
+    deadline = time.monotonic() + 60 * recipe.minutes if recipe.minutes is not None else math.inf
+    for number, chosen in enumerate(_orders(len(ids), recipe, steps)):
+        if number < state.step:
+            continue
+        if time.monotonic() > deadline:
+            break
+        for group in optimizer.param_groups:
+            group["lr"] = recipe.highest_rate * _share(number, steps, recipe.warmup)
+        total = 0.0
+        for micro in chosen.split(recipe.micro):
+            batch = ids[micro].to(device)
+            logits = prepared(input_ids=batch).logits[:, :-1].float()
+            loss = nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
+            accelerator.backward(loss * len(micro) / recipe.batch)
+            total += float(loss.detach()) * len(micro) / recipe.batch
+        if not math.isfinite(total):
+            raise CalibrationError(f"tuning, step {number + 1}", found=f"a loss of {total}", do="Give a smaller --rate")
+        accelerator.clip_grad_norm_(state.trained.values(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        with torch.no_grad():
+            for name, mask in kept.items():
+                held[name].mul_(mask)
+        state.step, state.losses = number + 1, [*state.losses, total]
+        observe(number + 1, steps, total)
+        if state.step % save_every == 0:
+            state.save(optimizer)
+
+
+def _orders(count: int, recipe: Recipe, steps: int) -> Iterator[Tensor]:
+    """The sequences of each step: every epoch in an order of its own, the same ones at every run."""
+    generator = torch.Generator().manual_seed(recipe.seed)
+    waiting = torch.empty(0, dtype=torch.long)
+    for _ in range(steps):
+        while len(waiting) < recipe.batch:
+            waiting = torch.cat([waiting, torch.randperm(count, generator=generator)])
+        yield waiting[: recipe.batch]
+        waiting = waiting[recipe.batch :]
+
+
+def _share(step: int, steps: int, warmup: int) -> float:
+    """Of the highest rate: up over the warm-up (a tenth of a short run), then down to nothing."""
+    rising = min(warmup, max(1, steps // 10))
+    return min((step + 1) / rising, (steps - step) / max(1, steps - rising))
+
+
+def _merged(wrapped: Any, source: Source, masks: Mapping[str, Tensor], recipe: Recipe) -> dict[str, Tensor]:
+    """Every parameter as it is now, in the dtype that it is stored in; LoRA's products added under the mask."""
+    with torch.no_grad():
+        if recipe.method == "lora":
+            for module in wrapped.modules():
+                if hasattr(module, "get_delta_weight"):
+                    # In float32: bfloat16 would swallow small additions one by one.
+                    module.get_base_layer().weight.data = (
+                        module.get_base_layer().weight.data.float() + module.get_delta_weight("default").float()
+                    )
+            named = {n.replace("base_model.model.", "").replace(".base_layer", ""): p
+                     for n, p in wrapped.named_parameters() if "lora_" not in n}  # fmt: skip
+        else:
+            named = dict(wrapped.named_parameters())
+        new = {source.weights.canonical(n): p.detach().cpu() for n, p in named.items()}
+        return {
+            name: (new[name] * masks[name] if name in masks else new[name]).to(source.weights.dtype(name))
+            for name in source.weights.parameters() if name in new
+        }  # fmt: skip
+
+
+def _write(
+    source: Source, new: Mapping[str, Tensor], out: Path, result: Tuned, held_out: Tensor, overwrite: bool,
+    device: torch.device,
+) -> float:  # fmt: skip
+    """The tuned model into an ordinary folder, names and shards as they were; its perplexity on the held-out text."""
+    from sparsify.manifest import read_manifest
+
+    backend = find("sparsify.backends", "hf")()
+    with backend.open(source, out, overwrite=overwrite, program=None) as job:
+        for name, tensor in new.items():
+            if not torch.equal(tensor, source.weights.read(name)):
+                job.weights.write(name, tensor)
+        after = perplexity(replace(source, weights=job.weights), held_out, device=device)
+        before = read_manifest(source.folder) if source.folder is not None else {}
+        record = replace(result, perplexity=(result.perplexity[0], after)).as_dict()
+        record.pop("output")
+        job.finish(None, before | {"tuned": record})
+    TuneState.forget(out)
+    return after
+
+
+def _write_adapter(
+    source: Source, wrapped: Any, out: Path, recipe: Recipe, state: TuneState, seconds: float,
+    validation: tuple[float, Tensor, str], masked: int,
+) -> Tuned:  # fmt: skip
+    """LoRA's additions alone: the base stays as it is, zeros included; perplexity with the adapter on."""
+    from sparsify.staging import Staging
+
+    before, held_out, label = validation
+    wrapped.eval()
+    losses = []
+    with torch.no_grad():
+        for window in held_out:
+            logits = wrapped(input_ids=window[None].to(wrapped.device)).logits[0, :-1].float()
+            losses.append(float(nn.functional.cross_entropy(logits, window[1:].to(logits.device))))
+    after = math.exp(sum(losses) / len(losses))
+    with Staging(out, overwrite=True, source=source.folder, need=64 << 20) as staging:
+        wrapped.save_pretrained(staging.folder)
+        staging.commit()
+    TuneState.forget(out)
+    tokens = state.step * recipe.batch * held_out.shape[1]
+    return Tuned(recipe, out, state.step, tokens, seconds, (before, after), label, masked, state.losses)
