@@ -16,14 +16,16 @@ if TYPE_CHECKING:
     from sparsify.compiler import Compiled, compile
     from sparsify.errors import SparsifyError
     from sparsify.evaluate import perplexity
+    from sparsify.ragged import load
     from sparsify.spec import parse_pass
     from sparsify.weight_pass import Pruned, WeightPass
 
-__all__ = ["Compiled", "Pruned", "SparsifyError", "WeightPass", "compile", "parse_pass", "perplexity"]
+__all__ = ["Compiled", "Pruned", "SparsifyError", "WeightPass", "compile", "load", "parse_pass", "perplexity"]
 
 _HOME = {
     "Compiled": "compiler",
     "compile": "compiler",
+    "load": "ragged",
     "SparsifyError": "errors",
     "parse_pass": "spec",
     "perplexity": "evaluate",

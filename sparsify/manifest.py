@@ -21,18 +21,16 @@ MANIFEST = "sparsify.json"
 
 def make_manifest(compiled: Compiled) -> dict[str, Any]:
     """The manifest of a compile: passes with all options, data, versions, and every site."""
-    calibration = compiled.calibration
+    calibration, folder = compiled.calibration, compiled.source.folder
+    structure = read_manifest(folder).get("structure") if folder is not None else None
     return {
         "format": FORMAT,
         "model": compiled.source.name,
         "architecture": type(compiled.source.module).__name__,
         "versions": {name: _version(name) for name in ("sparsify-fx", "torch", "transformers", "safetensors")}
         | {"python": platform.python_version()},
-        **(
-            {"structure": [{"spec": spec_text(s.structural_pass), **s.as_dict()} for s in compiled.structure]}
-            if compiled.structure
-            else {}
-        ),
+        # What was taken out, now or before: a folder of ragged widths is read by it.
+        **({"structure": structure} if structure else {}),
         "passes": [
             {
                 "spec": spec_text(run.weight_pass),

@@ -7,9 +7,10 @@ compared with the cut graph before anything is believed.
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +20,20 @@ from torch import Tensor, fx
 
 from sparsify.analysis import Dimensions, Group, coupled_dimensions, find_sites
 from sparsify.analysis.linear import LinearSite, block_of
-from sparsify.analysis.rules.common import rule_name
 from sparsify.calibration.gradients import Gradients, measure_gradients
 from sparsify.capture import Batch, capture
 from sparsify.checkpoint import INDEX
 from sparsify.config_widths import Widths, together
 from sparsify.dimension_report import group_kind, roles_of
-from sparsify.errors import BackendError, CheckpointError, SpecError
-from sparsify.manifest import MANIFEST
+from sparsify.errors import BackendError, CheckpointError, SpecError, TraceError
+from sparsify.manifest import MANIFEST, read_manifest
 from sparsify.program import Program
 from sparsify.pruning import Observer
 from sparsify.safetensors_file import lay_out, lay_out_files, layout_of
+from sparsify.same_graph import difference
 from sparsify.shrink import CutStore, kept_positions, shrink
 from sparsify.source import Source, open_source
+from sparsify.spec import spec_text
 from sparsify.structural import Part, StructuralPass
 from sparsify.targets import Skipped, Target, choose
 from sparsify.weights import Weights
@@ -67,6 +69,10 @@ class Restructured:
     config: dict[str, Any]
     parameters: tuple[int, int]
 
+    @property
+    def ragged(self) -> bool:
+        return self.structural_pass.ragged
+
     def lines(self) -> list[str]:
         """For a terminal."""
         kinds: dict[tuple[str, int, int], int] = {}
@@ -80,11 +86,16 @@ class Restructured:
         for skipped in self.skipped:
             reasons[skipped.reason] = reasons.get(skipped.reason, 0) + 1
         kept = [f"not as asked: {count} × {reason}" for reason, count in reasons.items()]
+        if self.ragged:
+            kept.append("layers may differ in width: sparsify.load(OUT) and sparsify's commands read the folder, "
+                        "transformers and other loaders refuse it")  # fmt: skip
         return [f"{', '.join(parts)}{shrunk}", *kept]
 
     def as_dict(self) -> dict[str, Any]:
         return {
+            "spec": spec_text(self.structural_pass),
             "config": self.config,
+            "ragged": self.ragged,
             "parameters": list(self.parameters),
             "cuts": [
                 {"kind": c.kind, "name": c.name, "before": c.before, "after": c.after, "removed": list(c.removed),
@@ -137,25 +148,69 @@ def restructure(
                 program, targets, [dict(b) for b in batches], labels, wanted, gradients, memory, place, observe
             )
         scorer = _Scorer(program, structural_pass, gradients, 1 if batches is None else len(batches))
-        remove = {}
-        for choice in choices:
-            scores = scorer.scores(choice, seed)
-            free = torch.from_numpy(choice.group.free)
-            order = free[scores[free].argsort(stable=True)]
-            remove[choice.number] = sorted(int(c) for c in order[: len(free) - choice.left])
+        scores = [scorer.scores(choice, seed)[torch.from_numpy(choice.group.free)].double() for choice in choices]
+    if structural_pass.scope == "global":
+        choices, scores = _shared_out(structural_pass, choices, scores)
+    remove = {
+        c.number: sorted(c.group.free[s.argsort(stable=True).numpy()[: len(s) - c.left]].tolist())
+        for c, s in zip(choices, scores, strict=True)
+    }
     small = shrink(program, dimensions, remove)
     kept = kept_positions(dimensions, remove)
     config = together([c.changes for c in choices])
     cut = Weights(CutStore(program.weights, kept), {n: n for n in program.weights.parameters()})
     _write_files(source, cut, program.weights, config, into)
-    _compare(into, source, small, example)
     cuts = [
         Cut(c.kind, c.name, len(c.group.free), c.left, tuple(remove[c.number]), tuple(
             (m.parameter, m.axis, tuple(kept[m.parameter][m.axis].tolist())) for m in c.group.members
+            if m.axis in kept.get(m.parameter, {})
         )) for c in choices
     ]  # fmt: skip
-    after = sum(p.numel() for p in open_source(into, trust_remote_code=source.trust_remote_code).module.parameters())
-    return Restructured(structural_pass, cuts, skipped, config, (_count(program), after))
+    counts = _count(program), sum(math.prod(n.meta["val"].shape) for n in _parameter_nodes(small).values())
+    done = Restructured(structural_pass, cuts, skipped, config, counts)
+    # Until the output has a manifest of its own this is what says the widths.
+    before = read_manifest(source.folder).get("structure", []) if source.folder is not None else []
+    text = json.dumps({"structure": [*before, done.as_dict()]})
+    (into / MANIFEST).write_text(text + "\n", encoding="utf-8")
+    _compare(into, source, small, example)
+    return done
+
+
+def _parameter_nodes(program: Program) -> dict[str, fx.Node]:
+    """The first node of each parameter."""
+    found: dict[str, fx.Node] = {}
+    for node in program.nodes:
+        if node.op == "get_attr" and (name := program.parameter(node)) is not None:
+            found.setdefault(program.weights.canonical(name), node)
+    return found
+
+
+def _shared_out(
+    structural_pass: StructuralPass, choices: Sequence[_Choice], scores: Sequence[Tensor]
+) -> tuple[list[_Choice], list[Tensor]]:
+    """As many channels of each kind as before, but the least of all groups together; scores by their group's mean.
+
+    The official code compares heads and channels on one scale, where the sums over a head's columns always win.
+    """
+    left = {c.number: c.left for c in choices}
+    for kind in {c.kind for c in choices}:
+        own = [(c, s / s.mean().clamp(min=1e-300)) for c, s in zip(choices, scores, strict=True) if c.kind == kind]
+        wanted = sum(len(s) - c.left for c, s in own)
+        owner = torch.cat([torch.full((len(s),), i) for i, (_, s) in enumerate(own)])
+        lost = [0] * len(own)
+        for i in owner[torch.cat([s for _, s in own]).argsort(stable=True)].tolist():
+            unit = structural_pass.unit(len(own[i][1]), kind)
+            if sum(lost) == wanted:
+                break
+            if lost[i] < len(own[i][1]) - unit:
+                lost[i] += 1
+        for (c, s), gone in zip(own, lost, strict=True):
+            unit = structural_pass.unit(len(s), kind)
+            left[c.number] = max(unit, round((len(s) - gone) / unit) * unit)
+    kept = [
+        (replace(c, left=left[c.number]), s) for c, s in zip(choices, scores, strict=True) if left[c.number] < len(s)
+    ]
+    return [c for c, _ in kept], [s for _, s in kept]
 
 
 def replay(dense: str | Path, cuts: Sequence[Mapping[str, Any]], into: Path, config: Mapping[str, Any]) -> Path:
@@ -189,7 +244,10 @@ def _choose(
     targets, _ = choose(program, sites, structural_pass.pattern, ignore=ignore, only=only)
     named = {t.parameter for t in targets}
     transformers = program.source is not None and program.source.is_transformers
-    widths = Widths(program.source) if transformers and program.source is not None else None
+    uniform = transformers and not structural_pass.ragged
+    widths = Widths(program.source) if uniform and program.source is not None else None
+    order = list(dict.fromkeys(site.block for site in sites if site.block is not None))
+    whole = {*order[: structural_pass.keep_first], *order[len(order) - structural_pass.keep_last :]}
     choices: list[_Choice] = []
     skipped: list[Skipped] = []
     for number, group in enumerate(dimensions.groups):
@@ -203,6 +261,9 @@ def _choose(
         if not wide and not set(linear) <= named:
             if set(linear) & named or not only:
                 skipped.append(Skipped(name, "not all of it is named, or it is shared or ignored"))
+            continue
+        if blocks & whole:
+            skipped.append(Skipped(name, "in a block that is kept whole"))
             continue
         if kind == "experts":
             skipped.append(Skipped(name, "whole experts are not removed by this pass"))
@@ -298,6 +359,11 @@ def _compare(folder: Path, source: Source, small: Program, example: Batch) -> No
     """
     try:
         program = capture(open_source(folder, trust_remote_code=source.trust_remote_code), example)
+    except TraceError as error:
+        raise BackendError(
+            f"the smaller model of {source.name}", found=f"a module of it has a width built in ({error.found})",
+            do="Leave its heads out (--only '*mlp*', say), or cut the graph in Python: sparsify.shrink.shrink",
+        ) from error  # fmt: skip
     except CheckpointError as error:
         raise BackendError(
             f"the smaller model of {source.name}", found=f"config.json cannot say all of its widths ({error.found})",
@@ -315,32 +381,3 @@ def _compare(folder: Path, source: Source, small: Program, example: Batch) -> No
             f"the smaller model of {source.name}", found=f"config.json builds a model that computes otherwise ({why})",
             do="Leave these groups out (--ignore), or cut the graph in Python: sparsify.shrink.shrink",
         )  # fmt: skip
-
-
-def difference(one: Program, other: Program) -> str | None:
-    """Where two programs differ, operator by operator: in name, shape, numbers or constants; None where nowhere."""
-    if len(one.nodes) != len(other.nodes):
-        return f"{len(one.nodes)} nodes and {len(other.nodes)}"
-    for a, b in zip(one.nodes, other.nodes, strict=True):
-        shapes = [[tuple(v.shape) for v in _flat(n.meta.get("val"))] for n in (a, b)]
-        names = [rule_name(n) if n.op == "call_function" else n.op for n in (a, b)]
-        # Parts of one size and parts whose sizes are told are the same parts.
-        alike = names[0] == names[1] or set(names) <= {"chunk", "split", "split_with_sizes"}
-        if not alike or shapes[0] != shapes[1] or _numbers(a) != _numbers(b):
-            return f"{a.name} and {b.name}"
-        if a.op == "get_attr" and str(b.target) in other.constants:
-            held = one.constants.get(str(a.target))
-            if held is None or not torch.equal(held, other.constants[str(b.target)]):
-                return f"the constant {b.target}"
-    return None
-
-
-def _flat(value: Any) -> list[Tensor]:
-    return [value] if isinstance(value, Tensor) else [t for v in value or () for t in _flat(v)]
-
-
-def _numbers(node: fx.Node) -> list[float]:
-    """Factors among the arguments of a node; sizes show in shapes."""
-    found: list[float] = []
-    fx.node.map_aggregate((node.args, node.kwargs), lambda v: found.append(v) if isinstance(v, float) else None)
-    return found

@@ -67,7 +67,7 @@ class Smaller:
             with quiet():
                 self.source.module.save_pretrained(saved)  # type: ignore[operator]
             self.source = open_source(saved)
-        for number, structural_pass in enumerate(self.passes):
+        for number, structural_pass in enumerate(one for p in self.passes for one in p.rounds()):
             into = Path(self._place.name) / str(number)
             into.mkdir()
             example = example_batch(self.source) if data is None else data.batches[0]

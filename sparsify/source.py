@@ -20,6 +20,7 @@ from sparsify.checkpoint import PICKLED, PICKLED_INDEX, WEIGHTS, Checkpoint, Mem
 from sparsify.errors import CheckpointError, TraceError, first_line
 from sparsify.packed.site import METHOD
 from sparsify.packed.store import open_packed
+from sparsify.ragged import resize, sizes_of
 from sparsify.weights import Weights, weights_of_checkpoint, weights_of_module
 
 _TOKENIZER_FILES = ("tokenizer", "vocab", "spiece", "sentencepiece", "merges", "tekken")
@@ -163,10 +164,15 @@ def build_skeleton(
             found="a quantized checkpoint (quantization_config in config.json)",
             do="Prune the unquantized model, then quantize the result",
         )
+    sizes = sizes_of(folder)
     try:
         with torch.device("meta"):
             model = construct(config, trust_remote_code, getattr(config, "dtype", None) or dtype or torch.float32)
+            if sizes is not None:
+                resize(model, sizes)
             edit(model)
+    except CheckpointError:
+        raise
     except Exception as error:  # so do the constructors of models
         raise CheckpointError(
             f"model of {folder}",

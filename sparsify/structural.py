@@ -7,7 +7,8 @@ It knows no graph, no file and no model: which dimensions belong together, cutti
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import ClassVar, Literal
 
 from torch import Tensor
@@ -16,6 +17,8 @@ from sparsify.errors import SpecError
 from sparsify.pattern import Pattern, Unstructured
 
 Granularity = Literal["block", "channel"]
+Scope = Literal["local", "global"]
+WidthKind = Literal["uniform", "ragged"]
 
 
 @dataclass(frozen=True)
@@ -43,12 +46,24 @@ class StructuralPass:
         pattern: a share of channels to remove from each group.
         granularity: ``block``: heads, channels and experts' channels inside the repeated blocks; ``channel``: the
             residual width of the whole model.
+        widths: ``uniform``: only what the model's config can say, so that transformers loads the result; ``ragged``:
+            any width for any layer (implied by scope=global, keep_first and keep_last), for :func:`sparsify.load`.
+        scope: ``local``: the same share of every group; ``global``: of all groups of a kind together (heads with heads,
+            channels with channels), each group's scores divided by their mean, so that layers come to differ in width.
+        keep_first, keep_last: blocks at the beginning and at the end that stay whole (LLM-Pruner's own choice for a
+            deep model is 4 and 2; layers differ in width then).
+        steps: cut in so many rounds, the share rising evenly, with gradients taken anew for each.
         round: what is left of a group's channels is a multiple of this; heads stay whole and are not rounded.
     """
 
     pattern: Pattern
     granularity: Granularity = "block"
     round: int = 8
+    widths: WidthKind = "uniform"
+    scope: Scope = "local"
+    keep_first: int = 0
+    keep_last: int = 0
+    steps: int = 1
 
     name: ClassVar[str]
     summary: ClassVar[str] = ""
@@ -59,8 +74,19 @@ class StructuralPass:
                 f"{self.name}:{self.pattern}", found="a structural pass removes a share of channels",
                 do=f"Write {self.name}:25%, say; for N:M zeros take wanda:{self.pattern} after it",
             )  # fmt: skip
-        if self.round < 1:
-            raise SpecError(f"{self.name}:round={self.round}", found="it must be at least 1", do="Choose 8, say")
+        least = {"round": 1, "steps": 1, "keep_first": 0, "keep_last": 0}
+        for option, low in least.items():
+            if getattr(self, option) < low:
+                raise SpecError(f"{self.name}:{option}={getattr(self, option)}", found=f"it must be at least {low}",
+                                do=f"Choose {max(low, 8 if option == 'round' else 1)}, say")  # fmt: skip
+        if self.granularity == "channel" and self.ragged:
+            raise SpecError(f"{self.name}:granularity=channel", found="one width for all blocks",
+                            do="Leave widths, keep_first, keep_last and scope out")  # fmt: skip
+
+    @property
+    def ragged(self) -> bool:
+        """Whether layers may come to differ in width."""
+        return self.widths == "ragged" or self.scope == "global" or self.keep_first > 0 or self.keep_last > 0
 
     @property
     def statistics(self) -> tuple[str, ...]:
@@ -80,6 +106,16 @@ class StructuralPass:
         """
         raise NotImplementedError
 
+    def rounds(self) -> list[StructuralPass]:
+        """One pass for each step: after the i-th of N the share is i/N of the whole one."""
+        if self.steps == 1:
+            return [self]
+        assert isinstance(self.pattern, Unstructured)
+        kept = [1 - self.pattern.sparsity * i / self.steps for i in range(self.steps + 1)]
+        return [
+            replace(self, steps=1, pattern=Unstructured(1 - after / before)) for before, after in pairwise(kept)
+        ]  # fmt: skip
+
     def left(self, free: int, kind: str) -> int:
         """How many of ``free`` channels stay.
 
@@ -87,8 +123,7 @@ class StructuralPass:
             SpecError: none would.
         """
         assert isinstance(self.pattern, Unstructured)
-        exact = free * (1 - self.pattern.sparsity)
-        unit = 1 if kind in ("heads", "experts") or free % self.round else self.round
+        exact, unit = free * (1 - self.pattern.sparsity), self.unit(free, kind)
         kept = min(free, int(exact / unit + (1 if kind == "heads" else 0) / 2) * unit)
         if kept < 1:
             raise SpecError(
@@ -96,3 +131,7 @@ class StructuralPass:
                 do="Ask for less, or for a smaller round",
             )  # fmt: skip
         return kept
+
+    def unit(self, free: int, kind: str) -> int:
+        """What the number of channels that stay is a multiple of."""
+        return 1 if kind == "heads" or free % self.round else self.round

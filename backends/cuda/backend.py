@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from sparsify.backends.cuda.prepare import prepare
 from sparsify.backends.cuda.report import kernels_by_tokens
-from sparsify.backends.packed.backend import PackedJob
+from sparsify.backends.packed.backend import PackedJob, refuse_ragged
 from sparsify.backends.packed.plan import Decision, decide, siblings, summary
 from torch import nn
 
@@ -54,6 +54,7 @@ class CudaBackend:
                 found="not a transformers model, and transformers is what loads the folder",
                 do="Lower its graph in Python instead: sparsify.passes.LowerSparse()(graph_module)",
             )
+        refuse_ragged(source)
         return CudaJob(self, source, out, overwrite)
 
 

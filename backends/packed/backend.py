@@ -20,6 +20,7 @@ from sparsify.errors import BackendError, TraceError
 from sparsify.packed.site import FORMAT, METHOD, codes_name, pack_parameter
 from sparsify.packed.store import PackedStore
 from sparsify.program import Program
+from sparsify.ragged import sizes_of
 from sparsify.safetensors_file import lay_out, layout_of, layout_to_json
 from sparsify.source import Source, build_skeleton
 from sparsify.weights import Weights
@@ -51,7 +52,19 @@ class PackedBackend:
                 found="not a transformers model, and transformers is what loads a packed folder",
                 do="Lower its graph in Python instead: sparsify.passes.LowerSparse()(graph_module)",
             )
+        refuse_ragged(source)
         return PackedJob(self, source, out, overwrite)
+
+
+def refuse_ragged(source: Source) -> None:
+    """Raises:
+    BackendError: layers of different widths, which transformers, who loads a packed folder, does not know.
+    """
+    if source.folder is not None and sizes_of(source.folder) is not None:
+        raise BackendError(
+            f"packing {source.name}", found="layers of different widths, and transformers loads packed folders",
+            do="Prune it to uniform widths, or write --to hf and load it with sparsify.load",
+        )  # fmt: skip
 
 
 class PackedJob:

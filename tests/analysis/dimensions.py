@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+from packed.test_folder import load
 from torch import Tensor, fx
 
 from sparsify.analysis import Dimensions
@@ -59,3 +61,16 @@ def check_equality(
         if name not in small.constants:
             assert small.weights.read(name).shape == node.meta["val"].shape, name
     return small
+
+
+def zeroed_model(dense: Path, structure: Any) -> Any:
+    """The dense model with everything at zero that was taken out."""
+    model = load(dense)
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for cut in structure.cuts:
+            for name, axis, kept in cut.members:
+                gone = torch.ones(parameters[name].shape[axis], dtype=torch.bool)
+                gone[list(kept)] = False
+                parameters[name].index_fill_(axis, gone.nonzero()[:, 0], 0)
+    return model

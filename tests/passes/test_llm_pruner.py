@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from analysis.dimensions import zeroed_model
 from families import FAMILIES, inputs, run, save
 from packed.test_folder import load
 from sparsify.passes import LLMPruner
@@ -140,19 +141,6 @@ def test_the_least_important_go(tmp_path: Path, ids: Tensor) -> None:
     assert small.config.intermediate_size == 32 and small.config.num_key_value_heads == 1 and small.config.head_dim == 8
     kept = [c for c in range(64) if c not in cuts["down_proj"].removed]
     assert torch.equal(small.model.layers[1].mlp.up_proj.weight, model.model.layers[1].mlp.up_proj.weight[kept])
-
-
-def zeroed_model(dense: Path, structure: Any) -> Any:
-    """The dense model with everything at zero that was taken out."""
-    model = load(dense)
-    parameters = dict(model.named_parameters())
-    with torch.no_grad():
-        for cut in structure.cuts:
-            for name, axis, kept in cut.members:
-                gone = torch.ones(parameters[name].shape[axis], dtype=torch.bool)
-                gone[list(kept)] = False
-                parameters[name].index_fill_(axis, gone.nonzero()[:, 0], 0)
-    return model
 
 
 # Families whose config cannot say fewer channels: BLOOM's are four times its width, say.
