@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -336,19 +336,27 @@ def _write_files(source: Source, weights: Weights, dense: Weights, config: Mappi
     place = text["text_config"] if isinstance(text.get("text_config"), dict) else text
     place.update(config)
     (into / "config.json").write_text(json.dumps(text, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    stored = {n: dense.stored(name, weights.read(name)) for name in dense.parameters() for n in dense.sources(name)[:1]}
-    tensors = {n: t for parts in stored.values() for n, t in parts.items()}
+
+    def stored() -> Iterator[tuple[str, Tensor]]:
+        """Checkpoint tensors, those of one parameter at a time; then what the checkpoint holds beside parameters."""
+        seen: set[str] = set()
+        for name in dense.parameters():
+            for tensor, value in dense.stored(name, weights.read(name)).items():
+                seen.add(tensor)
+                yield tensor, value
+        for tensor in dense.store.names():
+            if tensor not in seen:
+                yield tensor, dense.store.read(tensor)
+
+    # Twice over the tensors, and never all of them at once.
+    shapes = {name: (value.dtype, list(value.shape)) for name, value in stored()}
     if source.checkpoint is None:
-        out = lay_out(into, {n: (t.dtype, list(t.shape)) for n, t in tensors.items()})
+        out = lay_out(into, shapes)
     else:
-        files = {file: {n: (d, list(tensors[n].shape) if n in tensors else list(s)) for n, (d, s) in held.items()}
-                 for file, held in layout_of(source.checkpoint).items()}  # fmt: skip
+        files = {f: {n: shapes[n] for n in held} for f, held in layout_of(source.checkpoint).items()}
         out = lay_out_files(into, files)
-        for name in source.checkpoint.names():
-            if name not in tensors:
-                tensors[name] = source.checkpoint.read(name)
-    for name, tensor in tensors.items():
-        out.write(name, tensor.to(out.dtype(name)).contiguous())
+    for name, value in stored():
+        out.write(name, value.contiguous())
 
 
 def _compare(folder: Path, source: Source, small: Program, example: Batch) -> None:
