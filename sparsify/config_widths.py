@@ -49,7 +49,7 @@ class Widths:
         before = len(group.free)
         counts = sorted(range(1, before), key=lambda n: (abs(n - left), -n)) if kind == "heads" else [left]
         for count in counts:
-            if abs(count - left) > abs(before - left):
+            if abs(count - left) >= abs(before - left):
                 break
             for changes in self._candidates(kind, before, count):
                 if self._builds(group, changes, count):
@@ -94,10 +94,11 @@ class Widths:
         model = self.build(changes)
         if model is None:
             return False
+        held = dict(model.named_parameters()) | dict(model.named_buffers())
         stay = numpy.concatenate([numpy.flatnonzero(group.pinned), group.free[:count]])
         for member in group.members:
             size = int(numpy.isin(member.channel, stay).sum())
-            if model.get_parameter(member.parameter).shape[member.axis] != size:
+            if member.parameter not in held or held[member.parameter].shape[member.axis] != size:
                 return False
         return True
 

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,28 +17,25 @@ import numpy
 import torch
 from torch import Tensor, fx
 
+from sparsify import drop_layers
 from sparsify.analysis import Dimensions, Group, coupled_dimensions, find_sites
 from sparsify.analysis.linear import LinearSite, block_of
 from sparsify.calibration.gradients import Gradients, measure_gradients
 from sparsify.capture import Batch, capture
-from sparsify.checkpoint import INDEX
 from sparsify.config_widths import Widths, together
 from sparsify.dimension_report import group_kind, roles_of
 from sparsify.errors import BackendError, CheckpointError, SpecError, TraceError
 from sparsify.manifest import MANIFEST, read_manifest
 from sparsify.program import Program
 from sparsify.pruning import Observer
-from sparsify.safetensors_file import lay_out, lay_out_files, layout_of
 from sparsify.same_graph import difference
 from sparsify.shrink import CutStore, kept_positions, shrink
+from sparsify.smaller_files import write_files, write_tensors
 from sparsify.source import Source, open_source
 from sparsify.spec import spec_text
-from sparsify.structural import Part, StructuralPass
+from sparsify.structural import KINDS, Part, StructuralPass
 from sparsify.targets import Skipped, Target, choose
 from sparsify.weights import Weights
-
-# Files of a model folder that hold weights, which are written anew.
-_WEIGHT_FILES = {".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx", ".data"}
 
 
 @dataclass(frozen=True)
@@ -117,6 +113,12 @@ class _Choice:
 
 def plan(program: Program, structural_pass: StructuralPass, ignore: Sequence[str], only: Sequence[str]) -> Restructured:
     """What a pass would do: which groups, from how many to how many; reads no weight."""
+    if structural_pass.granularity == "layer":
+        stack = drop_layers.stack_of(program)
+        cut = Cut(
+            "layers", stack.container, stack.count, stack.count - drop_layers.how_many(stack, structural_pass), (), ()
+        )
+        return Restructured(structural_pass, [cut], [], {}, (_count(program), 0))
     _, choices, skipped = _choose(program, structural_pass, ignore, only)
     cuts = [Cut(c.kind, c.name, len(c.group.free), c.left, (), ()) for c in choices]
     return Restructured(structural_pass, cuts, skipped, {}, (_count(program), 0))
@@ -138,16 +140,21 @@ def restructure(
     """
     place = device or torch.device("cpu")
     program = capture(source, example, place)
-    dimensions, choices, skipped = _choose(program, structural_pass, ignore, only)
+    if structural_pass.granularity == "layer":
+        targets, _ = choose(program, find_sites(program)[0], structural_pass.pattern, ignore=ignore, only=only)
+    else:
+        dimensions, choices, skipped = _choose(program, structural_pass, ignore, only)
+        targets = _targets(program, choices)
     with Gradients(memory // 4) as gradients:
         if structural_pass.statistics:
             assert batches is not None, "a pass that needs data was given some"
-            targets = _targets(program, choices)
             wanted = set(structural_pass.statistics)
             measure_gradients(
                 program, targets, [dict(b) for b in batches], labels, wanted, gradients, memory, place, observe
             )
         scorer = _Scorer(program, structural_pass, gradients, 1 if batches is None else len(batches))
+        if structural_pass.granularity == "layer":
+            return _without_layers(source, program, structural_pass, targets, scorer, seed, into)
         scores = [scorer.scores(choice, seed)[torch.from_numpy(choice.group.free)].double() for choice in choices]
     if structural_pass.scope == "global":
         choices, scores = _shared_out(structural_pass, choices, scores)
@@ -159,7 +166,7 @@ def restructure(
     kept = kept_positions(dimensions, remove)
     config = together([c.changes for c in choices])
     cut = Weights(CutStore(program.weights, kept), {n: n for n in program.weights.parameters()})
-    _write_files(source, cut, program.weights, config, into)
+    write_files(source, cut, program.weights, config, into)
     cuts = [
         Cut(c.kind, c.name, len(c.group.free), c.left, tuple(remove[c.number]), tuple(
             (m.parameter, m.axis, tuple(kept[m.parameter][m.axis].tolist())) for m in c.group.members
@@ -168,12 +175,38 @@ def restructure(
     ]  # fmt: skip
     counts = _count(program), sum(math.prod(n.meta["val"].shape) for n in _parameter_nodes(small).values())
     done = Restructured(structural_pass, cuts, skipped, config, counts)
-    # Until the output has a manifest of its own this is what says the widths.
+    _note(source, done, into)
+    _compare(into, source, small, example)
+    return done
+
+
+def _without_layers(
+    source: Source, program: Program, structural_pass: StructuralPass, targets: Sequence[Target], scorer: _Scorer,
+    seed: int, into: Path,
+) -> Restructured:  # fmt: skip
+    """Blocks by the importance of all of their named weights together."""
+    stack = drop_layers.stack_of(program)
+    parts: list[list[str]] = [[] for _ in range(stack.count)]
+    for target in targets:
+        if (number := stack.number(target.parameter)) is not None:
+            parts[number].append(target.parameter)
+    scores = [scorer.whole(names, seed + i) for i, names in enumerate(parts)]
+    gone = drop_layers.least(stack, structural_pass, scores)
+    config = drop_layers.new_config(source, stack, gone)
+    write_tensors(source, lambda: drop_layers.tensors(source, program.weights, stack, gone), config, into)
+    cut = Cut("layers", stack.container, stack.count, stack.count - len(gone), tuple(gone), ())
+    trust = source.trust_remote_code
+    after = sum(p.numel() for p in open_source(into, trust_remote_code=trust).module.parameters())
+    done = Restructured(structural_pass, [cut], [], config, (_count(program), after))
+    _note(source, done, into)
+    return done
+
+
+def _note(source: Source, done: Restructured, into: Path) -> None:
+    """Until the output has a manifest of its own this is what says what was taken out."""
     before = read_manifest(source.folder).get("structure", []) if source.folder is not None else []
     text = json.dumps({"structure": [*before, done.as_dict()]})
     (into / MANIFEST).write_text(text + "\n", encoding="utf-8")
-    _compare(into, source, small, example)
-    return done
 
 
 def _parameter_nodes(program: Program) -> dict[str, fx.Node]:
@@ -220,13 +253,17 @@ def replay(dense: str | Path, cuts: Sequence[Mapping[str, Any]], into: Path, con
         cuts: ``structure[i]["cuts"]``. config: ``structure[i]["config"]``.
     """
     source = open_source(dense)
+    into.mkdir(parents=True, exist_ok=True)
+    layers = drop_layers.removed_of(cuts)
+    if layers is not None:
+        write_tensors(source, lambda: drop_layers.tensors(source, source.weights, *layers), config, into)
+        return into
     kept: dict[str, dict[int, Any]] = {}
     for cut in cuts:
         for name, axis, positions in cut["members"]:
             kept.setdefault(str(name), {})[int(axis)] = numpy.asarray(positions)
     weights = Weights(CutStore(source.weights, kept), {n: n for n in source.weights.parameters()})
-    into.mkdir(parents=True, exist_ok=True)
-    _write_files(source, weights, source.weights, config, into)
+    write_files(source, weights, source.weights, config, into)
     return into
 
 
@@ -242,7 +279,7 @@ def _choose(
     dimensions, roles = coupled_dimensions(program), roles_of(program)
     sites = find_sites(program)[0]
     targets, _ = choose(program, sites, structural_pass.pattern, ignore=ignore, only=only)
-    named = {t.parameter for t in targets}
+    named, routers = {t.parameter for t in targets}, {site.parameter for site in sites if site.router}
     transformers = program.source is not None and program.source.is_transformers
     uniform = transformers and not structural_pass.ragged
     widths = Widths(program.source) if uniform and program.source is not None else None
@@ -255,8 +292,10 @@ def _choose(
         linear = [m.parameter for m in group.members if (m.parameter, m.axis) in roles]
         blocks = {block_of(m.parameter) for m in group.members}
         wide = kind == "width"
-        if wide != (structural_pass.granularity == "channel") or not linear or (not wide and None in blocks):
+        if kind not in KINDS[structural_pass.granularity] or not linear or (not wide and None in blocks):
             continue
+        # A router is never named: its row goes with its expert.
+        linear = [name for name in linear if name not in routers]
         name = ", ".join(dict.fromkeys(n.removesuffix(".weight") for n in linear)) if not wide else "the residual width"
         if not wide and not set(linear) <= named:
             if set(linear) & named or not only:
@@ -265,10 +304,7 @@ def _choose(
         if blocks & whole:
             skipped.append(Skipped(name, "in a block that is kept whole"))
             continue
-        if kind == "experts":
-            skipped.append(Skipped(name, "whole experts are not removed by this pass"))
-            continue
-        if group.renormalized and not wide:
+        if group.renormalized and kind in KINDS["block"]:
             skipped.append(Skipped(name, "a norm is taken over them, which fewer would change"))
             continue
         if len(group.free) < 2:
@@ -311,6 +347,11 @@ class _Scorer:
                  if m.parameter in self.sites]  # fmt: skip
         return self.own.scores(parts, choice.group.channels, seed * 100_003 + choice.number)
 
+    def whole(self, names: Sequence[str], seed: int) -> float:
+        """One score for all of ``names``."""
+        parts = [self._part(n, 0, torch.zeros(self.program.weights.read(n).shape[0], dtype=torch.long)) for n in names]
+        return float(self.own.scores(parts, 1, seed)[0]) if parts else 0.0
+
     def _part(self, name: str, axis: int, channel: Tensor) -> Part:
         weight = self.program.weights.read(name)
 
@@ -325,38 +366,6 @@ class _Scorer:
             gradient = rows(found["gradient"]) / self.samples if "gradient" in found else None
             fisher = rows(found["gradient_l2"]).square() / self.samples if "gradient_l2" in found else None
         return Part(rows(weight), gradient, fisher, channel)
-
-
-def _write_files(source: Source, weights: Weights, dense: Weights, config: Mapping[str, Any], into: Path) -> None:
-    assert source.folder is not None, "a model in memory was saved first"
-    for path in source.folder.iterdir():
-        if path.is_file() and path.suffix not in _WEIGHT_FILES and path.name not in (INDEX, MANIFEST):
-            shutil.copyfile(path, into / path.name)
-    text = json.loads((into / "config.json").read_text(encoding="utf-8"))
-    place = text["text_config"] if isinstance(text.get("text_config"), dict) else text
-    place.update(config)
-    (into / "config.json").write_text(json.dumps(text, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-    def stored() -> Iterator[tuple[str, Tensor]]:
-        """Checkpoint tensors, those of one parameter at a time; then what the checkpoint holds beside parameters."""
-        seen: set[str] = set()
-        for name in dense.parameters():
-            for tensor, value in dense.stored(name, weights.read(name)).items():
-                seen.add(tensor)
-                yield tensor, value
-        for tensor in dense.store.names():
-            if tensor not in seen:
-                yield tensor, dense.store.read(tensor)
-
-    # Twice over the tensors, and never all of them at once.
-    shapes = {name: (value.dtype, list(value.shape)) for name, value in stored()}
-    if source.checkpoint is None:
-        out = lay_out(into, shapes)
-    else:
-        files = {f: {n: shapes[n] for n in held} for f, held in layout_of(source.checkpoint).items()}
-        out = lay_out_files(into, files)
-    for name, value in stored():
-        out.write(name, value.contiguous())
 
 
 def _compare(folder: Path, source: Source, small: Program, example: Batch) -> None:

@@ -16,9 +16,13 @@ from torch import Tensor
 from sparsify.errors import SpecError
 from sparsify.pattern import Pattern, Unstructured
 
-Granularity = Literal["block", "channel"]
+Granularity = Literal["block", "channel", "expert", "layer"]
 Scope = Literal["local", "global"]
 WidthKind = Literal["uniform", "ragged"]
+
+
+# Which kinds of groups each granularity is for.
+KINDS = {"block": {"heads", "channels"}, "channel": {"width"}, "expert": {"experts"}, "layer": set[str]()}
 
 
 @dataclass(frozen=True)
@@ -45,7 +49,8 @@ class StructuralPass:
     Attributes:
         pattern: a share of channels to remove from each group.
         granularity: ``block``: heads, channels and experts' channels inside the repeated blocks; ``channel``: the
-            residual width of the whole model.
+            residual width of the whole model; ``expert``: whole experts with their router's row; ``layer``: whole
+            blocks.
         widths: ``uniform``: only what the model's config can say, so that transformers loads the result; ``ragged``:
             any width for any layer (implied by scope=global, keep_first and keep_last), for :func:`sparsify.load`.
         scope: ``local``: the same share of every group; ``global``: of all groups of a kind together (heads with heads,
@@ -82,10 +87,14 @@ class StructuralPass:
         if self.granularity == "channel" and self.ragged:
             raise SpecError(f"{self.name}:granularity=channel", found="one width for all blocks",
                             do="Leave widths, keep_first, keep_last and scope out")  # fmt: skip
+        if self.granularity == "layer" and (self.widths == "ragged" or self.scope == "global"):
+            raise SpecError(f"{self.name}:granularity=layer", found="blocks go whole", do="Leave widths and scope out")
 
     @property
     def ragged(self) -> bool:
         """Whether layers may come to differ in width."""
+        if self.granularity == "layer":
+            return False
         return self.widths == "ragged" or self.scope == "global" or self.keep_first > 0 or self.keep_last > 0
 
     @property
