@@ -161,7 +161,8 @@ class _Plan:
             for run in runs:
                 run.sites = prune(
                     program, run.weight_pass, run.targets, None if data is None else data.batches,
-                    schedule=self.schedule, dense=source.weights, labels=None if data is None else data.labels,
+                    schedule=self.schedule,  # type: ignore[arg-type]
+                    dense=source.weights, labels=None if data is None else data.labels,
                     memory=memory, device=device, observe=observe,
                 )  # fmt: skip
                 program.verify()

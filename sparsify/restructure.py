@@ -145,7 +145,8 @@ def restructure(
     else:
         dimensions, choices, skipped = _choose(program, structural_pass, ignore, only)
         targets = _targets(program, choices)
-    with Gradients(memory // 4) as gradients:
+    gradients = Gradients(memory // 4)
+    with gradients:
         if structural_pass.statistics:
             assert batches is not None, "a pass that needs data was given some"
             wanted = set(structural_pass.statistics)
@@ -332,7 +333,7 @@ def _targets(program: Program, choices: Sequence[_Choice]) -> list[Target]:
     for site in find_sites(program)[0]:
         by_parameter.setdefault(site.parameter, []).append(site)
     wanted = dict.fromkeys(m.parameter for c in choices for m in c.group.members if m.parameter in by_parameter)
-    return [Target(name, by_parameter[name], frozenset(program.weights.sources(name))) for name in wanted]
+    return [Target(name, tuple(by_parameter[name]), frozenset(program.weights.sources(name))) for name in wanted]
 
 
 class _Scorer:

@@ -180,7 +180,7 @@ def _sizes(place: int) -> Callable[[_Edit, fx.Node, fx.Node, fx.Graph], None]:
 
 def _slice(edit: _Edit, node: fx.Node, copied: fx.Node, graph: fx.Graph) -> None:
     dim, step = int(argument(node, 1, "dim", 0)), int(argument(node, 4, "step", 1))
-    row = edit.rows[node.args[0]][dim]
+    row = edit.rows[node.args[0]][dim]  # type: ignore[index]
     if row is None:
         return
     start, end, _ = slice(argument(node, 2, "start"), argument(node, 3, "end")).indices(len(row))
@@ -281,7 +281,7 @@ def _propagate(program: Program, shapes: Mapping[str, Tensor]) -> None:
             if node.op == "call_function":
                 args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: values[n])
                 try:
-                    values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+                    values[node] = node.target(*args, **kwargs)
                 except (RuntimeError, ValueError, IndexError) as error:
                     raise TraceError(
                         f"shrinking {node.name}", found=f"it does not run any more ({first_line(error)})",

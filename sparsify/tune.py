@@ -63,16 +63,12 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.method not in ("lora", "full"):
             raise SpecError(f"--method {self.method}", found="no such method", do="Take lora or full")
-        for name in ("rank", "alpha", "epochs", "batch", "micro", "samples"):
-            if getattr(self, name) < 1:
-                raise SpecError(
-                    f"{name} {getattr(self, name)}", found="it must be at least 1", do=f"Give a larger {name}"
-                )
-        for name in ("steps", "minutes", "rate"):
-            if getattr(self, name) is not None and getattr(self, name) <= 0:
-                raise SpecError(
-                    f"{name} {getattr(self, name)}", found="it must be positive", do=f"Give a larger {name}"
-                )
+        least = {"rank": 1, "alpha": 1, "epochs": 1, "batch": 1, "micro": 1, "samples": 1, "steps": 1, "warmup": 0}
+        for name, value in asdict(self).items():
+            if name in least and value is not None and value < least[name]:
+                raise SpecError(f"{name} {value}", found=f"it must be at least {least[name]}", do="Give more")
+            if name in ("minutes", "rate") and value is not None and value <= 0:
+                raise SpecError(f"{name} {value}", found="it must be positive", do="Give more")
         if not 0 <= self.dropout < 1 or self.length < 2:
             raise SpecError(f"dropout {self.dropout}, length {self.length}", found="out of range",
                             do="Give a dropout from 0 to 1 and two tokens or more")  # fmt: skip
@@ -142,13 +138,13 @@ def tune(
     steps = recipe.steps or max(1, recipe.epochs * len(ids) // recipe.batch)
     _train(wrapped, network, ids, recipe, steps, masks, state, save_every, place, observe)
     seconds = time.perf_counter() - started
+    known = Tuned(recipe, out, state.step, state.step * recipe.batch * length, seconds, (before, math.nan), validation,
+                  len(masks), state.losses)  # fmt: skip
     if adapter:
-        return _write_adapter(source, wrapped, out, recipe, state, seconds, (before, held_out, validation), len(masks))
+        return _write_adapter(source, wrapped, known, held_out, overwrite)
     new = _merged(wrapped, source, masks, recipe)
     check_masks(new, masks)
-    result = Tuned(recipe, out, state.step, state.step * recipe.batch * length, seconds, (before, math.nan), validation,
-                   len(masks), state.losses)  # fmt: skip
-    return replace(result, perplexity=(before, _write(source, new, out, result, held_out, overwrite, place)))
+    return replace(known, perplexity=(before, _write(source, new, known, held_out, overwrite, place)))
 
 
 def masks_of(source: Source) -> dict[str, Tensor]:
@@ -256,7 +252,7 @@ def _orders(count: int, recipe: Recipe, steps: int) -> Iterator[Tensor]:
 
 def _share(step: int, steps: int, warmup: int) -> float:
     """Of the highest rate: up over the warm-up (a tenth of a short run), then down to nothing."""
-    rising = min(warmup, max(1, steps // 10))
+    rising = max(1, min(warmup, steps // 10))
     return min((step + 1) / rising, (steps - step) / max(1, steps - rising))
 
 
@@ -282,14 +278,13 @@ def _merged(wrapped: Any, source: Source, masks: Mapping[str, Tensor], recipe: R
 
 
 def _write(
-    source: Source, new: Mapping[str, Tensor], out: Path, result: Tuned, held_out: Tensor, overwrite: bool,
-    device: torch.device,
+    source: Source, new: Mapping[str, Tensor], result: Tuned, held_out: Tensor, overwrite: bool, device: torch.device
 ) -> float:  # fmt: skip
     """The tuned model into an ordinary folder, names and shards as they were; its perplexity on the held-out text."""
     from sparsify.manifest import read_manifest
 
     backend = find("sparsify.backends", "hf")()
-    with backend.open(source, out, overwrite=overwrite, program=None) as job:
+    with backend.open(source, result.output, overwrite=overwrite, program=None) as job:
         for name, tensor in new.items():
             if not torch.equal(tensor, source.weights.read(name)):
                 job.weights.write(name, tensor)
@@ -298,28 +293,22 @@ def _write(
         record = replace(result, perplexity=(result.perplexity[0], after)).as_dict()
         record.pop("output")
         job.finish(None, before | {"tuned": record})
-    TuneState.forget(out)
+    TuneState.forget(result.output)
     return after
 
 
-def _write_adapter(
-    source: Source, wrapped: Any, out: Path, recipe: Recipe, state: TuneState, seconds: float,
-    validation: tuple[float, Tensor, str], masked: int,
-) -> Tuned:  # fmt: skip
+def _write_adapter(source: Source, wrapped: Any, result: Tuned, held_out: Tensor, overwrite: bool) -> Tuned:
     """LoRA's additions alone: the base stays as it is, zeros included; perplexity with the adapter on."""
     from sparsify.staging import Staging
 
-    before, held_out, label = validation
     wrapped.eval()
     losses = []
     with torch.no_grad():
         for window in held_out:
             logits = wrapped(input_ids=window[None].to(wrapped.device)).logits[0, :-1].float()
             losses.append(float(nn.functional.cross_entropy(logits, window[1:].to(logits.device))))
-    after = math.exp(sum(losses) / len(losses))
-    with Staging(out, overwrite=True, source=source.folder, need=64 << 20) as staging:
+    with Staging(result.output, overwrite=overwrite, source=source.folder, need=64 << 20) as staging:
         wrapped.save_pretrained(staging.folder)
         staging.commit()
-    TuneState.forget(out)
-    tokens = state.step * recipe.batch * held_out.shape[1]
-    return Tuned(recipe, out, state.step, tokens, seconds, (before, after), label, masked, state.losses)
+    TuneState.forget(result.output)
+    return replace(result, perplexity=(result.perplexity[0], math.exp(sum(losses) / len(losses))))

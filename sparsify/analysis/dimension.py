@@ -262,8 +262,8 @@ def _resolve(walk: Walk) -> Dimensions:
     for component in _components(walk.count, [ids for _, _, ids in axes]):
         own = numpy.unique(numpy.concatenate([axes[i][2] for i in component]))
         members = tuple(Member(axes[i][0], axes[i][1], numpy.searchsorted(own, axes[i][2])) for i in component)
-        reason = next((why[c] for c in own.tolist() if c in why), None) if pinned[own].any() else None
-        groups.append(Group(members, len(own), pinned[own], reason, bool(renormalized[own].any())))
+        first = next((why[c] for c in own.tolist() if c in why), None) if pinned[own].any() else None
+        groups.append(Group(members, len(own), pinned[own], first, bool(renormalized[own].any())))
     order = sorted(range(len(groups)), key=lambda i: not len(groups[i].free))
     groups = [groups[i] for i in order]
     for number, group in enumerate(groups):

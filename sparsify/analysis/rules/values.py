@@ -19,7 +19,7 @@ def passes(walk: Walk, node: fx.Node) -> Rows:
     """One operand's rows, whatever happens to the values."""
     first = node.args[0]
     if first in walk.indexing:
-        walk.indexing[node] = walk.indexing[first]  # type: ignore[index]
+        walk.indexing[node] = walk.indexing[first]
     return list(walk.of(first))
 
 
@@ -102,7 +102,7 @@ def ordered(walk: Walk, node: fx.Node) -> list[Rows]:
 
 def counted(walk: Walk, node: fx.Node) -> Rows:
     """histc over positions in a row: one count for each of its channels."""
-    row = walk.indexing.get(node.args[0])  # type: ignore[arg-type]
+    row = walk.indexing.get(node.args[0])
     return [row if row is not None and row.size == node.args[1] else None]
 
 
@@ -132,7 +132,7 @@ def indexed(walk: Walk, node: fx.Node) -> Rows:
         else:
             walk.pin(rows[i], f"{node.name} looks positions up in it by number")
     if source in walk.indexing:
-        walk.indexing[node] = walk.indexing[source]  # type: ignore[index]
+        walk.indexing[node] = walk.indexing[source]
     made = broadcast(walk, [indices[i] for i in held], node)
     rest = [row for i, row in enumerate(rows) if i not in held]
     at = held[0] if held and held == list(range(held[0], held[-1] + 1)) else 0
@@ -152,17 +152,17 @@ def put(walk: Walk, node: fx.Node) -> Rows:
 def gathered(walk: Walk, node: fx.Node) -> Rows:
     """gather: positions of one dimension by number; of a row only by what was chosen from it."""
     rows, dim, index = list(walk.of(node.args[0])), int(node.args[1]), node.args[2]  # type: ignore[arg-type]
-    if (row := rows[dim]) is not None and walk.indexing.get(index) is not row:  # type: ignore[arg-type]
+    if (row := rows[dim]) is not None and walk.indexing.get(index) is not row:
         walk.pin(row, f"{node.name} looks positions up in it by number")
     if index in walk.indexing and node.args[0] in walk.indexing:
-        walk.indexing[node] = walk.indexing[node.args[0]]  # type: ignore[index]
+        walk.indexing[node] = walk.indexing[node.args[0]]
     rows[dim] = None
     return rows
 
 
 def scattered(walk: Walk, node: fx.Node) -> Rows:
     rows, dim, index = list(walk.of(node.args[0])), int(node.args[1]), node.args[2]  # type: ignore[arg-type]
-    own, row = walk.indexing.get(index), rows[dim]  # type: ignore[arg-type]
+    own, row = walk.indexing.get(index), rows[dim]
     if own is None:
         walk.pin(row, f"{node.name} writes positions of it by number")
     elif row is not None:

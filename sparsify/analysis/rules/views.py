@@ -17,7 +17,7 @@ def view(walk: Walk, node: fx.Node) -> Rows:
     """Dimensions split and merged: read off the two shapes, from left to right."""
     source = node.args[0]
     if source in walk.indexing:
-        walk.indexing[node] = walk.indexing[source]  # type: ignore[index]
+        walk.indexing[node] = walk.indexing[source]
     before, after = list(shape_of(source)), list(node.meta["val"].shape)
     rows, result = walk.of(source), []
     i = j = 0
@@ -100,7 +100,8 @@ def reverse(walk: Walk, node: fx.Node) -> Rows:
 
 def permute(walk: Walk, node: fx.Node) -> Rows:
     rows = walk.of(node.args[0])
-    return [rows[i] for i in node.args[1]]  # type: ignore[union-attr]
+    order: Sequence[int] = node.args[1]  # type: ignore[assignment]
+    return [rows[i] for i in order]
 
 
 def unsqueeze(walk: Walk, node: fx.Node) -> Rows:
@@ -127,8 +128,9 @@ def expand(walk: Walk, node: fx.Node) -> Rows:
 
 
 def repeat(walk: Walk, node: fx.Node) -> Rows:
-    rows, times = walk.of(node.args[0]), list(node.args[1])  # type: ignore[arg-type]
-    rows = [None] * (len(times) - len(rows)) + list(rows)
+    times: Sequence[int] = node.args[1]  # type: ignore[assignment]
+    own = walk.of(node.args[0])
+    rows: Rows = [*[None] * (len(times) - len(own)), *own]
     return [r if r is None or n == 1 else r.made(numpy.tile(r.ids, n)) for r, n in zip(rows, times, strict=True)]
 
 
