@@ -25,7 +25,7 @@ from sparsify.errors import SpecError, near
 from sparsify.manifest import make_manifest
 from sparsify.program import Program
 from sparsify.pruning import Observer, SiteResult
-from sparsify.restructure import Restructured
+from sparsify.restructured import Restructured
 from sparsify.smaller import Smaller
 from sparsify.source import Source, build_skeleton, open_source, require_real
 from sparsify.spec import AnyPass, parse_backend, parse_pass, spec_text

@@ -14,7 +14,8 @@ from sparsify.calibration.data import Calibration, example_batch, load_calibrati
 from sparsify.capture import capture, quiet
 from sparsify.errors import BackendError
 from sparsify.pruning import Observer
-from sparsify.restructure import Restructured, plan, restructure
+from sparsify.restructure import plan, restructure
+from sparsify.restructured import Restructured
 from sparsify.source import Source, open_source
 from sparsify.structural import StructuralPass
 

@@ -1,10 +1,11 @@
 """Structural pruning of the bundled model: size, speed and perplexity, before and after tuning. Figures "Structural".
 
-    python tools/bench_structural.py [--minutes 5] [--only quality,speed,memory]
+    python tools/bench_structural.py [--minutes 5] [--only analysis,memory,speed,quality]
 
 - quality: 20% and 50% by taylor-first, l2 and random; perplexity on held-out standard-library files, then after `tune`
   of
   so many minutes for taylor-first;
+- analysis: coupled dimensions of an 80-layer graph of 70B's widths, against tracing it;
 - speed: one forward pass of 256 tokens and greedy decoding, against the dense model in the same process, in turns;
 - memory: what taylor-first adds at most, in processes of their own, for 8 and for 32 layers of one width.
 """
@@ -26,7 +27,9 @@ import torch
 import transformers
 
 import sparsify
+from sparsify.analysis import coupled_dimensions
 from sparsify.calibration.data import evaluation_windows
+from sparsify.capture import capture
 from sparsify.evaluate import perplexity
 from sparsify.machine import processor
 from sparsify.source import open_source
@@ -136,17 +139,37 @@ def memory(place: Path) -> None:
           f"{peaks[32] / peaks[8]:.2f}×")  # fmt: skip
 
 
+def analysis() -> None:
+    seconds = {}
+    for layers in (20, 80):
+        config = transformers.LlamaConfig(
+            hidden_size=8192, intermediate_size=28672, num_hidden_layers=layers, num_attention_heads=64,
+            num_key_value_heads=8, vocab_size=128256,
+        )  # fmt: skip
+        with torch.device("meta"):
+            model = transformers.LlamaForCausalLM(config)
+        # Its frequencies are computed, and are no parameters.
+        model.model.rotary_emb = type(model.model.rotary_emb)(config)
+        start = time.perf_counter()
+        program = capture(open_source(model), {"input_ids": torch.zeros(1, 16, dtype=torch.long)})
+        traced = time.perf_counter()
+        found = coupled_dimensions(program)
+        seconds[layers] = time.perf_counter() - traced
+        print(f"{layers} layers: {len(program.nodes)} nodes traced in {traced - start:.1f} s, "
+              f"{len(found.groups)} groups found in {seconds[layers]:.1f} s")  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=5.0)
-    parser.add_argument("--only", default="memory,speed,quality")
+    parser.add_argument("--only", default="analysis,memory,speed,quality")
     options = parser.parse_args()
     transformers.utils.logging.disable_progress_bar()
     print(f"{processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         for part in options.only.split(","):
-            {"quality": lambda: quality(place, options.minutes), "speed": lambda: speed(place),
+            {"analysis": analysis, "quality": lambda: quality(place, options.minutes), "speed": lambda: speed(place),
              "memory": lambda: memory(place)}[part]()  # fmt: skip
 
 

@@ -9,14 +9,14 @@ from typing import Any, ClassVar
 import torch
 from sparsify.backends.cuda.prepare import prepare
 from sparsify.backends.cuda.report import kernels_by_tokens
-from sparsify.backends.packed.backend import PackedJob, refuse_ragged
+from sparsify.backends.packed.backend import PackedJob, check_source
 from sparsify.backends.packed.plan import Decision, decide, siblings, summary
 from torch import nn
 
 from sparsify.cuda.dispatch import POLICIES, Policy, Timings, default_plan
 from sparsify.cuda.fragments import DTYPES
 from sparsify.cuda.weight import Target, current_gpu, timings_of
-from sparsify.errors import BackendError, SpecError
+from sparsify.errors import SpecError
 from sparsify.program import Program
 from sparsify.source import Source
 
@@ -48,13 +48,7 @@ class CudaBackend:
             raise SpecError(f"--to cuda:policy={self.policy}", found="no such policy", do=f"Take {', '.join(POLICIES)}")
 
     def open(self, source: Source, out: Path, *, overwrite: bool, program: Program) -> CudaJob:
-        if not source.is_transformers or source.config is None:
-            raise BackendError(
-                f"lowering {source.name} for CUDA",
-                found="not a transformers model, and transformers is what loads the folder",
-                do="Lower its graph in Python instead: sparsify.passes.LowerSparse()(graph_module)",
-            )
-        refuse_ragged(source)
+        check_source(source)
         return CudaJob(self, source, out, overwrite)
 
 

@@ -46,20 +46,20 @@ class PackedBackend:
     needs_pass: ClassVar[bool] = False
 
     def open(self, source: Source, out: Path, *, overwrite: bool, program: Program) -> PackedJob:
-        if not source.is_transformers or source.config is None:
-            raise BackendError(
-                f"packing {source.name}",
-                found="not a transformers model, and transformers is what loads a packed folder",
-                do="Lower its graph in Python instead: sparsify.passes.LowerSparse()(graph_module)",
-            )
-        refuse_ragged(source)
+        check_source(source)
         return PackedJob(self, source, out, overwrite)
 
 
-def refuse_ragged(source: Source) -> None:
+def check_source(source: Source) -> None:
     """Raises:
-    BackendError: layers of different widths, which transformers, who loads a packed folder, does not know.
+    BackendError: transformers, who loads a packed folder, does not know the model, or its layers differ in width.
     """
+    if not source.is_transformers or source.config is None:
+        raise BackendError(
+            f"packing {source.name}",
+            found="not a transformers model, and transformers is what loads a packed folder",
+            do="Lower its graph in Python instead: sparsify.passes.LowerSparse()(graph_module)",
+        )
     if source.folder is not None and sizes_of(source.folder) is not None:
         raise BackendError(
             f"packing {source.name}", found="layers of different widths, and transformers loads packed folders",

@@ -78,6 +78,9 @@ def test_what_is_done_with_a_ragged_folder(tmp_path: Path, ids: Tensor) -> None:
     assert weight.shape == (32, 32) and int((weight != 0).sum()) == weight.numel() // 2
     said = command("verify", tmp_path / "more", "--weights-only")
     assert said.returncode == 0, said.stdout + said.stderr
+    sparsify.compile(tmp_path / "out", [], output=tmp_path / "onnx", to="onnx")
+    said = command("verify", tmp_path / "onnx")
+    assert said.returncode == 0 and "of torch's" in said.stdout, said.stdout + said.stderr
     for backend in ("packed:choice=smallest", "cuda"):
         with pytest.raises(BackendError, match="different widths"):
             sparsify.compile(tmp_path / "more", [], output=tmp_path / "none", to=backend)
