@@ -3,6 +3,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 # A range would let pip fetch gigabytes of CUDA packages where the CPU build serves; set TORCH= to use your own.
 TORCH ?= torch==2.13.0
+# Tests at once.
+JOBS ?= 2
 
 .PHONY: demo test slow optimum check clean
 
@@ -25,11 +27,11 @@ demo: .venv/installed
 	@echo; echo "the pruned model is an ordinary Hugging Face folder: demo-output/"
 
 test: .venv/installed-test
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -n $(JOBS) -m "not slow"
 
 # Every method on every family, and the figures of real models: some minutes more.
 slow: .venv/installed-test
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -n $(JOBS) -m slow
 
 # optimum needs an older transformers: tools/check_optimum.py makes an environment for it.
 optimum: .venv/installed-test

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from analysis.dimensions import zeroed_model
-from families import FAMILIES, inputs, run, save
+from families import inputs, run, save
 from packed.test_folder import command, load
 from torch import Tensor
 
@@ -20,7 +20,8 @@ from sparsify.structural import StructuralPass
 
 # Attention of these has its sizes built in.
 HEADS_REFUSED = ("falcon", "gpt2", "mamba", "mamba2", "opt", "phi3", "t5")
-SLOW = [pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES if f not in ("llama", "gpt2", "bloom")]
+MORE = ("convnext", "deepseek_v3", "falcon", "gpt_neox", "gpt_oss", "mamba", "phi3", "t5", "vit")
+SLOW = [pytest.param(f, marks=pytest.mark.slow) for f in MORE]
 
 
 def check(dense: Path, out: Path, family: str, passes: list[str], **options: object) -> sparsify.Compiled:
