@@ -148,12 +148,14 @@ def _note(source: Source, done: Restructured, into: Path) -> None:
 
 
 def _parameter_nodes(program: Program) -> dict[str, fx.Node]:
-    """The first node of each parameter."""
+    """The first node of each parameter; what the checkpoint holds beside them (a router's correction) is none."""
+    assert program.source is not None, "a program of a model"
+    own = {program.weights.canonical(name) for name, _ in program.source.module.named_parameters()}
     found: dict[str, fx.Node] = {}
     for node in program.nodes:
         if node.op == "get_attr" and (name := program.parameter(node)) is not None:
             found.setdefault(program.weights.canonical(name), node)
-    return found
+    return {name: node for name, node in found.items() if name in own}
 
 
 def _shared_out(
