@@ -165,7 +165,7 @@ def inline(
             continue
         copied = target.node_copy(node, lambda n: env[n])
         # A node's whole trace and module stack weigh more than the node; the model's own line is what an error shows.
-        copied.meta = {"stack_trace": sys.intern(source_line(node)), "val": _as_meta_tree(node.meta.get("val"))}
+        copied.meta = {"stack_trace": sys.intern(source_line(node)), "val": as_meta_tree(node.meta.get("val"))}
         env[node] = copied
     return None
 
@@ -197,7 +197,8 @@ def source_line(node: fx.Node) -> str:
     return "\n".join(lines[frames[-1] : frames[-1] + 2]) if frames else ""
 
 
-def _as_meta_tree(value: Any) -> Any:
+def as_meta_tree(value: Any) -> Any:
+    """Meta tensors of the same shapes and dtypes in the place of tensors."""
     return fx.node.map_aggregate(value, _as_meta)
 
 

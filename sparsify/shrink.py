@@ -14,7 +14,7 @@ from sparsify.analysis.dimension import Dimensions, Ids
 from sparsify.analysis.rules.common import argument, rule_name
 from sparsify.checkpoint import MemoryStore, TensorStore
 from sparsify.errors import SpecError, TraceError, first_line
-from sparsify.program import Program, empty_root
+from sparsify.program import Program, as_meta_tree, empty_root
 from sparsify.weights import Weights
 
 
@@ -291,8 +291,4 @@ def _propagate(program: Program, shapes: Mapping[str, Tensor]) -> None:
                 known = shapes.get(str(node.target)) if node.op == "get_attr" else None
                 val = node.meta["val"] if known is None else known
                 values[node] = torch.empty(val.shape, dtype=val.dtype)
-            node.meta["val"] = fx.node.map_aggregate(values[node], _as_meta)
-
-
-def _as_meta(value: Any) -> Any:
-    return torch.empty(value.shape, dtype=value.dtype, device="meta") if isinstance(value, Tensor) else value
+            node.meta["val"] = as_meta_tree(values[node])
