@@ -20,9 +20,9 @@ HERE = Path(__file__).parent
 
 
 def compile_kernels(target: Path) -> bool:
-    """Compile ``sparsify/packed/cpu`` to ``target``; False, and a line that says why, where that fails."""
+    """Compile ``sparsify/runtime/cpu/kernels`` to ``target``; False, and a line that says why, where that fails."""
     # Loaded by its path: the package itself cannot be imported while it is built.
-    spec = importlib.util.spec_from_file_location("kernel_build", HERE / "sparsify" / "packed" / "kernel_build.py")
+    spec = importlib.util.spec_from_file_location("kernel_build", HERE / "sparsify" / "runtime" / "cpu" / "build.py")
     assert spec is not None and spec.loader is not None
     build = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(build)
@@ -43,7 +43,7 @@ class BuildWithKernels(build_py):
         super().run()
         # A checkout compiles into the cache folder instead: its sources change.
         if not self.editable_mode:
-            folder = Path(self.build_lib) / "sparsify" / "packed"
+            folder = Path(self.build_lib) / "sparsify" / "runtime" / "cpu"
             folder.mkdir(parents=True, exist_ok=True)
             compile_kernels(folder / "_cpu.so")
 

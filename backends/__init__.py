@@ -1,5 +1,14 @@
 """Targets that a pruned program is written for, one file or folder per target."""
 
-from sparsify.backends.hf import HuggingFace
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from sparsify import lazily
+
+if TYPE_CHECKING:
+    from sparsify.backends.hf import HuggingFace
 
 __all__ = ["HuggingFace"]
+
+__getattr__ = lazily(__name__, {"HuggingFace": "hf"})

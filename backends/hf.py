@@ -6,9 +6,7 @@ about the sparsity are in ``sparsify.json``.
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -16,31 +14,18 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from sparsify.capture import quiet
-from sparsify.checkpoint import WEIGHTS, Checkpoint
 from sparsify.errors import BackendError
-from sparsify.manifest import MANIFEST
-from sparsify.packed.site import drop_from_config
-from sparsify.packed.store import PackedStore
-from sparsify.program import Program
-from sparsify.source import Source
-from sparsify.staging import Staging, copy_checkpoint
-from sparsify.weights import Weights, weights_of_checkpoint
+from sparsify.files.checkpoint import WEIGHTS, Checkpoint
+from sparsify.files.companions import copy_companions, rewrite_config
+from sparsify.files.manifest import write_manifest
+from sparsify.files.staging import Staging, copy_checkpoint
+from sparsify.frontend.matching import weights_of_checkpoint
+from sparsify.frontend.source import Source
+from sparsify.host import quiet
+from sparsify.ir.program import Program
+from sparsify.ir.store import DenseView
+from sparsify.ir.weights import Weights
 
-# Weights in other formats are not carried along: they would still be dense.
-_OTHER_WEIGHTS = {
-    ".bin",
-    ".safetensors",
-    ".pt",
-    ".pth",
-    ".h5",
-    ".msgpack",
-    ".gguf",
-    ".onnx",
-    ".onnx_data",
-    ".data",
-    ".ckpt",
-}
 _CHUNK = 16 << 20
 
 
@@ -82,12 +67,9 @@ class HuggingFaceJob:
     def _dense_copy(self) -> Checkpoint:
         source, folder = self.source, self.staging.folder
         if source.folder is not None:
-            for path in source.folder.iterdir():
-                keep = path.is_file() and path.suffix.lower() not in _OTHER_WEIGHTS and not path.name.startswith(".")
-                if keep and not path.name.endswith(".index.json") and path.name != MANIFEST:
-                    shutil.copyfile(path, folder / path.name)
-            if isinstance(source.weights.store, PackedStore):
-                drop_from_config(folder / "config.json")
+            copy_companions(source.folder, folder)
+            if isinstance(source.weights.store, DenseView):
+                rewrite_config(folder, source.weights.store.dense_config)
         if source.checkpoint is not None:
             return copy_checkpoint(source.checkpoint, folder)
         if source.is_transformers and source.folder is None:
@@ -112,8 +94,7 @@ class HuggingFaceJob:
 
     def seal(self, manifest: dict[str, Any]) -> Path:
         """Write the manifest beside what is there, and put the folder in place."""
-        text = json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
-        (self.staging.folder / MANIFEST).write_text(text, encoding="utf-8")
+        write_manifest(self.staging.folder, manifest)
         for path in self.staging.folder.iterdir():
             with path.open("rb") as file:
                 os.fsync(file.fileno())

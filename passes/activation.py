@@ -10,10 +10,10 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from sparsify.calibration.statistics import InputStatistics
-from sparsify.pattern import NM
-from sparsify.selection import Axis, select
-from sparsify.weight_pass import Pruned, WeightPass
+from sparsify.method.pattern import NM
+from sparsify.method.selection import Axis, select
+from sparsify.method.statistics import InputStatistics
+from sparsify.method.weight_pass import Pruned, WeightPass
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 Source: Meng, Behdin, Wang, Mazumder, "ALPS: Improved Optimization for Highly Sparse One-Shot Pruning for Large
 Language Models" (2406.07831), section 3. The problem min (W − W*) H (W − W*)ᵀ with W under the pattern is split into a
 W that is free and a D that obeys; a growing penalty ρ draws them together. As there, inputs are first scaled so that
-H has a unit diagonal. Here ρ grows geometrically, and the final solve is :mod:`sparsify.passes.exact`.
+H has a unit diagonal. Here ρ grows geometrically, and the final solve is :mod:`sparsify.passes.solvers.exact`.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from sparsify.passes.fitting import FittingPass, Problem
 from torch import Tensor
 
-from sparsify.calibration.statistics import InputStatistics
-from sparsify.pattern import Pattern
-from sparsify.selection import Comparison, select
-from sparsify.weight_pass import Pruned
+from sparsify.method.pattern import Pattern
+from sparsify.method.selection import Comparison, select
+from sparsify.method.statistics import InputStatistics
+from sparsify.method.weight_pass import Pruned
+from sparsify.passes.fitting import FittingPass, Problem
 
 # ρ relative to the unit diagonal: chosen on stories260k and pycode-6m (docs/benchmarks.md), where twice as many steps
 # gain less than 2% of the objective.
@@ -29,7 +29,7 @@ _FIRST, _GROWTH, _ROUNDS, _STEPS = 0.1, 1.5, 7, 3
 class ALPS(FittingPass):
     """Prune by the mask that ADMM settles on; kept weights are the optimum for it.
 
-    >>> from sparsify.spec import parse_pass, spec_text
+    >>> from sparsify.method.spec import parse_pass, spec_text
     >>> spec_text(parse_pass("alps:2:4,solver=cg"))
     'alps:2:4,solver=cg'
     """

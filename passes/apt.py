@@ -13,16 +13,16 @@ from itertools import combinations
 from typing import ClassVar, Literal
 
 import torch
-from sparsify.passes.fitting import FittingPass, Problem
-from sparsify.passes.gram import DampedGram
 from torch import Tensor
 
-from sparsify.calibration.statistics import InputStatistics
 from sparsify.errors import PatternError, SpecError
-from sparsify.pattern import NM
-from sparsify.registry import find
-from sparsify.selection import holds, select
-from sparsify.weight_pass import Pruned, WeightPass
+from sparsify.method.pattern import NM
+from sparsify.method.registry import find
+from sparsify.method.selection import holds, select
+from sparsify.method.statistics import InputStatistics
+from sparsify.method.weight_pass import Pruned, WeightPass
+from sparsify.passes.fitting import FittingPass, Problem
+from sparsify.passes.solvers.gram import DampedGram
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,8 @@ class MaskedPass(FittingPass):
         super().__post_init__()
         if self._mask == "M" and not isinstance(self.pattern, NM):
             raise self._refuse("mask=M", "it tries all candidates of a group of N:M", "Use mask=S for a percentage")
-        self._chooser  # noqa: B018  an unknown name is an error now, not at the first site
+        # An unknown name is an error now, not at the first site.
+        self._other_pass()
 
     @property
     def _mask(self) -> str:
@@ -54,6 +55,10 @@ class MaskedPass(FittingPass):
 
     @cached_property
     def _chooser(self) -> WeightPass | None:
+        return self._other_pass()
+
+    def _other_pass(self) -> WeightPass | None:
+        """The pass that ``mask`` names; None where it names none."""
         if self._mask in ("S", "M", "zeros"):
             return None
         kind = find("sparsify.passes", self._mask)

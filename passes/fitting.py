@@ -15,17 +15,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from sparsify.passes.exact import Solver, conjugate_gradients, solve_rows
-from sparsify.passes.gram import DampedGram, damped_gram
-from sparsify.passes.sweep import Chooser, block_update, sweep
 from torch import Tensor
 
-from sparsify.calibration.statistics import InputStatistics
 from sparsify.errors import CalibrationError
-from sparsify.finite import all_finite
-from sparsify.pattern import NM, Pattern
-from sparsify.selection import Comparison, Count, lowest, select, smallest
-from sparsify.weight_pass import Pruned, WeightPass
+from sparsify.method.pattern import NM, Pattern
+from sparsify.method.selection import Comparison, Count, lowest, select, smallest
+from sparsify.method.statistics import InputStatistics
+from sparsify.method.weight_pass import Pruned, WeightPass
+from sparsify.passes.solvers.exact import Solver, conjugate_gradients, solve_rows
+from sparsify.passes.solvers.gram import DampedGram, damped_gram
+from sparsify.passes.solvers.sweep import Chooser, block_update, sweep
+from sparsify.tensors import all_finite
 
 Target = Literal["pruned", "dense"]
 Method = Literal["none", "sweep", "block", "exact"]
@@ -72,12 +72,6 @@ class FittingPass(WeightPass):
         """The statistics that the problem needs."""
         own = ("squared_norm", "gram")
         return (*own, "cross_gram", "dense_weight") if self.target == "dense" else own
-
-    def without_data(self) -> WeightPass:
-        """Plain magnitude: an expert that saw no token has no statistics to go by."""
-        from sparsify.passes.magnitude import magnitude_like  # magnitude is built on this file
-
-        return magnitude_like(self)
 
     def choose(self, weight: Tensor, statistics: InputStatistics, problem: Problem) -> Tensor:
         """This method's mask for ``weight`` [out_features, in_features], the kept weights left aside."""

@@ -9,11 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from sparsify.passes.scored import ScoredPass
-from sparsify.passes.wanda import input_norm
 from torch import Tensor
 
-from sparsify.calibration.statistics import InputStatistics
+from sparsify.method.statistics import InputStatistics
+from sparsify.passes.scored import ScoredPass
+from sparsify.passes.wanda import input_norm
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class GBLM(ScoredPass):
         reduction: ``sum``, as the official code, by which G grows with the number of samples and ‖X‖/√n does not;
             ``mean`` divides the sum over samples by n (inside the root for ``l2``).
 
-    >>> from sparsify.spec import parse_pass, spec_text
+    >>> from sparsify.method.spec import parse_pass, spec_text
     >>> spec_text(parse_pass("gblm:50%,norm=l1"))
     'gblm:50%,norm=l1'
     """

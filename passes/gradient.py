@@ -10,12 +10,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from sparsify.passes.magnitude import magnitude_like
 from torch import Tensor
 
-from sparsify.calibration.statistics import InputStatistics
-from sparsify.selection import Axis, select
-from sparsify.weight_pass import Pruned, WeightPass
+from sparsify.method.selection import Axis, select
+from sparsify.method.statistics import InputStatistics
+from sparsify.method.weight_pass import Pruned, WeightPass
 
 _NEEDS = {
     "snip": "gradient",
@@ -57,6 +56,3 @@ class Gradient(WeightPass):
             scores = (w * gradient).abs()
         mask = select(scores, self.pattern, self.comparison)
         return Pruned(weight.masked_fill(mask, 0), mask)
-
-    def without_data(self) -> WeightPass:
-        return magnitude_like(self)

@@ -23,7 +23,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from sparsify.structural import Part, StructuralPass
+from sparsify.method.structural_pass import Part, StructuralPass
 
 Importance = Literal["taylor-first", "taylor-second", "taylor-mix", "taylor-vector", "l1", "l2", "random"]
 Reduction = Literal["sum", "mean", "max", "product", "first", "last"]

@@ -8,12 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from sparsify.method.selection import Axis
+from sparsify.method.statistics import InputStatistics
 from sparsify.passes.scored import ScoredPass
-
-from sparsify.calibration.statistics import InputStatistics
-from sparsify.pattern import NM
-from sparsify.selection import Axis
-from sparsify.weight_pass import WeightPass
 
 
 @dataclass(frozen=True)
@@ -23,7 +20,7 @@ class Magnitude(ScoredPass):
     ``count=threshold`` is the official code's rule: everything up to and including the score at sorted index
     floor(n·s), which is one weight more than the default, and every tie.
 
-    >>> from sparsify.spec import parse_pass, spec_text
+    >>> from sparsify.method.spec import parse_pass, spec_text
     >>> spec_text(parse_pass("magnitude:2:4,update=sequential"))
     'magnitude:2:4,update=sequential'
     """
@@ -34,10 +31,3 @@ class Magnitude(ScoredPass):
 
     def multiplier(self, statistics: InputStatistics) -> None:
         return None
-
-
-def magnitude_like(other: WeightPass) -> Magnitude:
-    """Plain magnitude with the pattern and the comparison group of ``other``: all that is left where no data is."""
-    if isinstance(other.pattern, NM):
-        return Magnitude(other.pattern)
-    return Magnitude(other.pattern, other.comparison.axis, other.blocksize, other.count)

@@ -8,12 +8,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from sparsify.passes.fitting import FittingPass, Method, Problem, adaptive
 from torch import Tensor
 
-from sparsify.calibration.statistics import InputStatistics
-from sparsify.selection import select
-from sparsify.weight_pass import Pruned
+from sparsify.method.selection import select
+from sparsify.method.statistics import InputStatistics
+from sparsify.method.weight_pass import Pruned
+from sparsify.passes.fitting import FittingPass, Method, Problem, adaptive
 
 Update = Literal["none", "sequential", "iterative", "block", "exact"]
 

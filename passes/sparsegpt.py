@@ -11,12 +11,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from sparsify.passes.fitting import FittingPass, Problem, adaptive
 from torch import Tensor
 
-from sparsify.calibration.statistics import InputStatistics
-from sparsify.selection import Axis
-from sparsify.weight_pass import Pruned
+from sparsify.method.selection import Axis
+from sparsify.method.statistics import InputStatistics
+from sparsify.method.weight_pass import Pruned
+from sparsify.passes.fitting import FittingPass, Problem, adaptive
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class SparseGPT(FittingPass):
         compensation: how the kept weights move: by the ``sweep`` itself, or, once the sweep has chosen the mask, by a
             joint update ``block`` by block or ``exact``.
 
-    >>> from sparsify.spec import parse_pass, spec_text
+    >>> from sparsify.method.spec import parse_pass, spec_text
     >>> spec_text(parse_pass("sparsegpt:2:4,compensation=exact"))
     'sparsegpt:2:4,compensation=exact'
     """

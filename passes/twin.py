@@ -9,12 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from sparsify.passes.apt import MaskedPass
-from sparsify.passes.fitting import Target
 from torch import Tensor
 
-from sparsify.calibration.statistics import InputStatistics
-from sparsify.weight_pass import Pruned
+from sparsify.method.statistics import InputStatistics
+from sparsify.method.weight_pass import Pruned
+from sparsify.passes.apt import MaskedPass
+from sparsify.passes.fitting import Target
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Twin(MaskedPass):
     ``mask`` is ALPS's unless another is named; ``blend`` and ``percdamp`` are the a and λ of
     :mod:`sparsify.passes.fitting`.
 
-    >>> from sparsify.spec import parse_pass, spec_text
+    >>> from sparsify.method.spec import parse_pass, spec_text
     >>> spec_text(parse_pass("twin:2:4,mask=sparsegpt,blend=1"))
     'twin:2:4,blend=1.0,mask=sparsegpt'
     """

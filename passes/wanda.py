@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
-from sparsify.passes.scored import ScoredPass
 from torch import Tensor
 
-from sparsify.calibration.statistics import InputStatistics
 from sparsify.errors import CalibrationError
-from sparsify.pattern import NM, Unstructured
+from sparsify.method.pattern import NM, Unstructured
+from sparsify.method.statistics import InputStatistics
+from sparsify.passes.scored import ScoredPass
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,8 @@ class Wanda(ScoredPass):
             ``--use_variant``; algorithms.md, section 3.1). Unstructured patterns only.
 
     >>> import torch
-    >>> from sparsify.calibration.statistics import InputStatistics
-    >>> from sparsify.spec import parse_pass
+    >>> from sparsify.calibration.accumulators import InputStatistics
+    >>> from sparsify.method.spec import parse_pass
     >>> weight = torch.tensor([[4.0, -1.0, 2.0, 3.0]])
     >>> norms = InputStatistics({"squared_norm": torch.tensor([1.0, 100.0, 1.0, 1.0])}, tokens=8, sequences=1)
     >>> parse_pass("wanda:2:4").prune(weight, norms).weight
@@ -50,6 +50,10 @@ class Wanda(ScoredPass):
             raise self._refuse("variant=true", "it chooses its own counts", "Leave group, count and allocation out")
         if self.variant and self.update == "iterative":
             raise self._refuse("variant=true,update=iterative", "both choose the mask", "Use update=sequential")
+
+    @property
+    def exact_counts(self) -> bool:
+        return not self.variant
 
     @property
     def scored(self) -> tuple[str, ...]:
@@ -95,7 +99,8 @@ def variant_mask(scores: Tensor, sparsity: float) -> Tensor:
     Args:
         scores: [out_features, in_features].
     """
-    ordered, cumulative = (s := scores.sort(dim=1, stable=True).values), s.cumsum(dim=1)
+    ordered = scores.sort(dim=1, stable=True).values
+    cumulative = ordered.cumsum(dim=1)
     total = scores.sum(dim=1, keepdim=True)
 
     def mask_at(alpha: float) -> Tensor:

@@ -7,39 +7,58 @@ packed folders.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from sparsify.integration import register_with_transformers
+from sparsify.transformers_hook import register_with_transformers
 
 if TYPE_CHECKING:
-    from sparsify.compiler import Compiled, compile
+    from sparsify.compiler.pipeline import compile
+    from sparsify.compiler.result import Compiled
     from sparsify.errors import SparsifyError
-    from sparsify.evaluate import perplexity
-    from sparsify.ragged import load
-    from sparsify.spec import parse_pass
-    from sparsify.weight_pass import Pruned, WeightPass
+    from sparsify.evaluation.perplexity import perplexity
+    from sparsify.frontend.materialize import load
+    from sparsify.method.spec import parse_pass
+    from sparsify.method.weight_pass import Pruned, WeightPass
+    from sparsify.prune.fx_pass import GraphPrune
 
-__all__ = ["Compiled", "Pruned", "SparsifyError", "WeightPass", "compile", "load", "parse_pass", "perplexity"]
-
-_HOME = {
-    "Compiled": "compiler",
-    "compile": "compiler",
-    "load": "ragged",
-    "SparsifyError": "errors",
-    "parse_pass": "spec",
-    "perplexity": "evaluate",
-    "Pruned": "weight_pass",
-    "WeightPass": "weight_pass",
-}
+__all__ = [
+    "Compiled", "GraphPrune", "Pruned", "SparsifyError", "WeightPass", "compile", "load", "parse_pass", "perplexity",
+]  # fmt: skip
 
 
-def __getattr__(name: str) -> Any:
-    if name in _HOME:
-        return getattr(import_module(f"sparsify.{_HOME[name]}"), name)
-    if name in ("passes", "backends"):
-        return import_module(f"sparsify.{name}")
-    raise AttributeError(f"module 'sparsify' has no attribute '{name}'")
+def lazily(package: str, homes: Mapping[str, str]) -> Callable[[str], Any]:
+    """A ``__getattr__`` for the module ``package``, whose names are loaded when they are first asked for.
 
+    Args:
+        homes: name to the module, relative to ``package``, that defines it; its own name for a module.
+    """
+
+    def load(name: str) -> Any:
+        if name not in homes:
+            raise AttributeError(f"module '{package}' has no attribute '{name}'")
+        module = import_module(f"{package}.{homes[name]}")
+        return module if homes[name] == name else getattr(module, name)
+
+    return load
+
+
+__getattr__ = lazily(
+    __name__,
+    {
+        "Compiled": "compiler.result",
+        "GraphPrune": "prune.fx_pass",
+        "Pruned": "method.weight_pass",
+        "SparsifyError": "errors",
+        "WeightPass": "method.weight_pass",
+        "backends": "backends",
+        "compile": "compiler.pipeline",
+        "load": "frontend.materialize",
+        "parse_pass": "method.spec",
+        "passes": "passes",
+        "perplexity": "evaluation.perplexity",
+    },
+)
 
 register_with_transformers()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 
 class SparsifyError(Exception):
@@ -51,6 +52,21 @@ class BackendError(SparsifyError):
 
 class VerifyError(SparsifyError):
     """A result that breaks its own promise: a bug in a pass, never the user's fault."""
+
+
+@dataclass(frozen=True)
+class Refused:
+    """Something that was looked at and left as it is: no error, and never passed over in silence.
+
+    Attributes:
+        reason: why, for people; no decision reads it.
+        node: what: the name of a node, a site or a weight.
+        code: for programs, where they must tell one reason from the others.
+    """
+
+    reason: str
+    node: str = ""
+    code: str = ""
 
 
 def near(word: str, known: Iterable[str], limit: int = 4) -> str:

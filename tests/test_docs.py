@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import sparsify
-from sparsify import registry
+from sparsify.method import registry
 
 ROOT = Path(__file__).parent.parent
 
@@ -41,7 +41,7 @@ def test_the_worked_example_of_contributing_is_a_pass(monkeypatch: Any) -> None:
     assert torch.equal(rms, sparsify.compile(net, ["wanda:2:4"], calibration=[x]).weight("0.weight"))
 
 
-@pytest.mark.parametrize("module", ["sparsify.compiler", "sparsify.passes.wanda", "sparsify.passes.magnitude"])
+@pytest.mark.parametrize("module", ["sparsify.compiler.pipeline", "sparsify.passes.wanda", "sparsify.passes.magnitude"])
 def test_doctests(module: str) -> None:
     result = doctest.testmod(importlib.import_module(module))
     assert result.attempted and not result.failed
@@ -58,7 +58,7 @@ def test_the_python_of_the_readme_runs(tmp_path: Path, monkeypatch: Any) -> None
 def test_the_commands_of_the_readme_parse() -> None:
     import typer
 
-    from sparsify.cli import application
+    from sparsify.cli.main import application
 
     command: Any = typer.main.get_command(application())
     lines = [line for block in blocks("README.md", "sh") for line in block.splitlines() if line.startswith("sparsify ")]

@@ -27,9 +27,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from sparsify.machine import processor
-from sparsify.packed import native, ops
-from sparsify.packed.layout import pack, row_starts
+from sparsify.host import processor
+from sparsify.runtime import ops
+from sparsify.runtime.cpu import native
+from sparsify.runtime.layout import pack, row_starts
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 TOLERANCE = {"bf16": 4e-3, "fp16": 4e-3, "fp32": 1e-5}

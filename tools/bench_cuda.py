@@ -24,14 +24,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import sparsify.packed.ops  # noqa: F401
-from sparsify.cuda import ops
-from sparsify.cuda.dispatch import BUCKETS, DENSE, Policy, Timings
-from sparsify.cuda.fragments import to_fragments
-from sparsify.cuda.kernels import VARIANTS, Variant
-from sparsify.cuda.tune import GPUClock
-from sparsify.cuda.weight import PreparedWeight, Target, current_gpu, prepare, race, random_24
-from sparsify.packed.layout import unpack
+import sparsify.runtime.ops  # noqa: F401
+from sparsify.runtime.cuda import ops
+from sparsify.runtime.cuda.autotune import GPUClock
+from sparsify.runtime.cuda.dispatch import BUCKETS, DENSE, Policy, Timings
+from sparsify.runtime.cuda.fragments import to_fragments
+from sparsify.runtime.cuda.prepared import PreparedWeight, Target, current_gpu, prepare, race, random_24
+from sparsify.runtime.cuda.variants import VARIANTS, Variant
+from sparsify.runtime.layout import unpack
 
 # (layers, rows, columns) of one decoder block, siblings joined.
 SHAPES = {
@@ -148,7 +148,7 @@ def check_torch(device: torch.device) -> list[str]:
         assert error(second.linear(x), x.double() @ unpack(there).double().t()) < BAR
         done.append(f"GPU {number}")
     try:
-        from sparsify.cuda import triton_kernels
+        from sparsify.runtime.cuda import triton_kernels
     except ImportError:
         return [*done, "no Triton here"]
     for tokens in (1, 5, 16):
@@ -205,10 +205,10 @@ def llama(device: torch.device, tune: bool = True, **sizes: int) -> tuple[Any, A
     import copy
 
     import transformers
-    from sparsify.backends.cuda import prepare as prepare_model
-    from sparsify.backends.packed.modules import pack_modules
 
-    from sparsify.packed.site import PackedSite
+    from sparsify.backends.packed.format import PackedSite
+    from sparsify.backends.packed.loaded import prepare as prepare_model
+    from sparsify.backends.packed.loaded.modules import pack_modules
 
     torch.manual_seed(0)
     config = transformers.LlamaConfig(eos_token_id=None, pad_token_id=0, **sizes)
@@ -235,7 +235,7 @@ def llama(device: torch.device, tune: bool = True, **sizes: int) -> tuple[Any, A
 
 
 def decode(device: torch.device, tokens: int, rounds: int) -> dict[str, Any]:
-    from sparsify.backends.packed.bench import decode_speed
+    from sparsify.backends.packed.bench.measure import decode_speed
 
     with torch.inference_mode():
         dense, packed = llama(device)

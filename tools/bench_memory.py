@@ -22,10 +22,10 @@ from make_checkpoint import make_checkpoint, write_config
 
 TRACE = """
 import sys, time
-from sparsify.calibration.data import example_batch
-from sparsify.capture import capture
-from sparsify.source import Source, build_skeleton
-from sparsify.weights import Weights
+from sparsify.data.batches import example_batch
+from sparsify.frontend.capture import capture
+from sparsify.frontend.source import Source, build_skeleton
+from sparsify.ir.weights import Weights
 from pathlib import Path
 model = build_skeleton(Path(sys.argv[1]))
 names = {n: n for n, _ in model.named_parameters()}
@@ -86,7 +86,7 @@ def compile_in_child(
     folder: Path, out: Path, spec: str, *more: str, samples: int, length: int
 ) -> tuple[int, float, str]:
     command = [
-        sys.executable, "-m", "sparsify.cli", "compile", str(folder), "--pass", spec, "--calibration", "random",
+        sys.executable, "-m", "sparsify", "compile", str(folder), "--pass", spec, "--calibration", "random",
         "--samples", str(samples), "--sequence-length", str(length), "-o", str(out), "--overwrite", *more,
     ]  # fmt: skip
     result = in_child(command)

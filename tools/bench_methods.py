@@ -20,12 +20,12 @@ from bench_prune import processor
 from bench_quality import tokens
 
 import sparsify
-from sparsify.calibration.data import evaluation_windows, load_calibration
-from sparsify.calibration.sources import Documents
-from sparsify.calibration.windows import random_windows
-from sparsify.engine import Schedule
-from sparsify.evaluate import perplexity
-from sparsify.source import Source, open_source
+from sparsify.data.batches import evaluation_windows, load_calibration
+from sparsify.data.sources import Documents
+from sparsify.data.windows import random_windows
+from sparsify.evaluation.perplexity import perplexity
+from sparsify.frontend.source import Source, open_source
+from sparsify.words import Schedule
 
 METHODS = ("magnitude", "wanda", "gblm", "sparsegpt", "apt", "alps", "twin")
 LENGTH = 256

@@ -32,7 +32,7 @@ from pathlib import Path
 import torch
 from sparsify.backends.onnx import graph as g
 from sparsify.backends.onnx.trace import trace_model
-from sparsify.source import open_source
+from sparsify.frontend.source import open_source
 source, times, last = open_source(sys.argv[1]), {}, time.perf_counter()
 def lap(name):
     global last

@@ -18,10 +18,11 @@ from typing import Any
 
 import torch
 import transformers
-from sparsify.backends.packed.bench import Benchmark, bench
 
 import sparsify
-from sparsify.machine import processor
+from sparsify.backends.packed.bench.benchmark import Benchmark
+from sparsify.backends.packed.bench.measure import bench
+from sparsify.host import processor
 
 ROOT = Path(__file__).parent.parent
 

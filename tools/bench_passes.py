@@ -16,25 +16,24 @@ from typing import Any
 
 import torch
 from bench_prune import processor, timed
-from sparsify.passes.exact import conjugate_gradients, solve_rows
-from sparsify.passes.gram import damped_gram
-from sparsify.passes.sparsegpt import SparseGPT
-from sparsify.passes.sweep import sweep
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from sparsify.analysis import find_sites
-from sparsify.calibration.data import load_calibration
 from sparsify.calibration.recorder import GroupRecorder
-from sparsify.calibration.statistics import InputStatistics
-from sparsify.capture import capture
-from sparsify.checkpoint import MemoryStore
-from sparsify.engine import prune
-from sparsify.pattern import parse_pattern
-from sparsify.selection import select
-from sparsify.source import open_source
-from sparsify.spec import parse_pass
-from sparsify.targets import choose
+from sparsify.data.batches import load_calibration
+from sparsify.frontend.capture import capture
+from sparsify.frontend.source import open_source
+from sparsify.ir.store import MemoryStore
+from sparsify.method.pattern import parse_pattern
+from sparsify.method.selection import select
+from sparsify.method.spec import parse_pass
+from sparsify.method.statistics import InputStatistics
+from sparsify.passes.solvers.exact import conjugate_gradients, solve_rows
+from sparsify.passes.solvers.gram import damped_gram
+from sparsify.passes.solvers.sweep import sweep
+from sparsify.passes.sparsegpt import SparseGPT
+from sparsify.prune.engine import prune
+from sparsify.prune.targets import choose
 
 CPU = torch.device("cpu")
 
@@ -194,7 +193,7 @@ def bench_model() -> None:
 
     def run(spec: str) -> None:
         weight_pass = parse_pass(spec)
-        targets, _ = choose(program, find_sites(program)[0], weight_pass.pattern)
+        targets, _ = choose(program, weight_pass.pattern, Wanted())
         program.weights = source.weights.on(MemoryStore(source.weights.store))
         prune(program, weight_pass, targets, data.batches, dense=source.weights)
 

@@ -17,16 +17,15 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from sparsify.analysis import find_sites
-from sparsify.calibration.data import load_calibration
-from sparsify.capture import capture
-from sparsify.checkpoint import MemoryStore
-from sparsify.engine import Engine
-from sparsify.pattern import parse_pattern
-from sparsify.selection import select
-from sparsify.source import open_source
-from sparsify.spec import parse_pass
-from sparsify.targets import choose
+from sparsify.data.batches import load_calibration
+from sparsify.frontend.capture import capture
+from sparsify.frontend.source import open_source
+from sparsify.ir.store import MemoryStore
+from sparsify.method.pattern import parse_pattern
+from sparsify.method.selection import select
+from sparsify.method.spec import parse_pass
+from sparsify.prune.engine import Engine
+from sparsify.prune.targets import choose
 
 
 def main() -> None:
@@ -56,7 +55,7 @@ def whole_runs(args: argparse.Namespace) -> None:
     program = capture(source, data.batches[0])
     print(f"capture {time.perf_counter() - began:.1f} s; {args.samples}×{args.length} tokens, {size} sequences at once")
     weight_pass = parse_pass("wanda:2:4")
-    targets, _ = choose(program, find_sites(program)[0], weight_pass.pattern)
+    targets, _ = choose(program, weight_pass.pattern, Wanted())
 
     def forward(rows: int) -> None:
         with torch.no_grad():

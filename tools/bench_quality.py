@@ -18,11 +18,11 @@ from bench_prune import processor
 from torch import Tensor
 
 import sparsify
-from sparsify.calibration.data import evaluation_windows, load_calibration
-from sparsify.calibration.sources import Documents
-from sparsify.calibration.windows import random_windows
-from sparsify.evaluate import perplexity
-from sparsify.source import Source, open_source
+from sparsify.data.batches import evaluation_windows, load_calibration
+from sparsify.data.sources import Documents
+from sparsify.data.windows import random_windows
+from sparsify.evaluation.perplexity import perplexity
+from sparsify.frontend.source import Source, open_source
 
 ROOT = Path(__file__).parents[1]
 LENGTH = 256

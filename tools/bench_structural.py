@@ -27,13 +27,14 @@ import torch
 import transformers
 
 import sparsify
-from sparsify.analysis import coupled_dimensions
-from sparsify.calibration.data import evaluation_windows
-from sparsify.capture import capture
-from sparsify.evaluate import perplexity
-from sparsify.machine import processor
-from sparsify.source import open_source
-from sparsify.tune import Recipe, tune
+from sparsify.analysis.dimensions.groups import coupled_dimensions
+from sparsify.data.batches import evaluation_windows
+from sparsify.evaluation.perplexity import perplexity
+from sparsify.frontend.capture import capture
+from sparsify.frontend.source import open_source
+from sparsify.host import processor
+from sparsify.tuning.recipe import Recipe
+from sparsify.tuning.tune import tune
 
 BUNDLED = Path(__file__).parent.parent / "models" / "pycode-6m"
 LENGTH = 256
@@ -111,8 +112,8 @@ def speed(place: Path) -> None:
 
 MEMORY = """
 import json, sys, torch
-from sparsify.compiler import compile
-from sparsify.memory import peak_memory, recent_peak, reset_peak
+from sparsify.compiler.pipeline import compile
+from sparsify.host import peak_memory, recent_peak, reset_peak
 folder, out = sys.argv[1:]
 # Once small, so that what is imported and traced for the first time is not counted.
 ids = torch.randint(0, 100, (4, 64), generator=torch.Generator().manual_seed(0))

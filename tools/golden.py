@@ -63,7 +63,7 @@ def main() -> None:
     torch.set_num_threads(1)
     started = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="golden-") as place:
-        found = {name: content for name, content in cases(Path(place), args.only)}
+        found = dict(cases(Path(place), args.only))
     print(f"{len(found)} cases in {time.perf_counter() - started:.0f} s", file=sys.stderr)
     if args.do == "write":
         args.file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
@@ -101,10 +101,12 @@ def _tried(make: Callable[[], dict[str, str]]) -> dict[str, str]:
         return make()
     except SparsifyError as error:
         return {"refused": f"{type(error).__name__}: {error}"}
+    except Exception as error:
+        return {"failed": f"{type(error).__name__}: {error}"}
 
 
 def _reports(folder: Path) -> dict[str, Callable[[], dict[str, str]]]:
-    from sparsify.cli import main as command
+    from sparsify.cli.main import main as command
 
     def printed(*words: str) -> Callable[[], dict[str, str]]:
         def run() -> dict[str, str]:

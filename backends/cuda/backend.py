@@ -7,18 +7,18 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from sparsify.backends.cuda.prepare import prepare
-from sparsify.backends.cuda.report import kernels_by_tokens
-from sparsify.backends.packed.backend import PackedJob, check_source
-from sparsify.backends.packed.plan import Decision, decide, siblings, summary
 from torch import nn
 
-from sparsify.cuda.dispatch import POLICIES, Policy, Timings, default_plan
-from sparsify.cuda.fragments import DTYPES
-from sparsify.cuda.weight import Target, current_gpu, timings_of
+from sparsify.backends.cuda.report import kernels_by_tokens
+from sparsify.backends.packed.backend import PackedJob, check_source
+from sparsify.backends.packed.loaded.prepare import prepare
+from sparsify.backends.packed.plan import Decision, decide, siblings, summary
 from sparsify.errors import SpecError
-from sparsify.program import Program
-from sparsify.source import Source
+from sparsify.frontend.source import Source
+from sparsify.ir.program import Program
+from sparsify.runtime.cuda.dispatch import POLICIES, Policy, Timings, default_plan
+from sparsify.runtime.cuda.fragments import DTYPES
+from sparsify.runtime.cuda.prepared import Target, current_gpu, timings_of
 
 # What a model is traced for where there is no GPU: nothing of it but "it has a compiler and sparse tensor cores"
 # counts.

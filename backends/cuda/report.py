@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
+from sparsify.backends.packed.bench.report import siblings_label
 from sparsify.backends.packed.plan import Decision
-from sparsify.backends.packed.report import siblings_label
-
-from sparsify.cuda.dispatch import Plan, Timings
+from sparsify.runtime.cuda.dispatch import Plan, Timings
 
 
 def kernels_by_tokens(

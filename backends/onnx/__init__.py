@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from sparsify import lazily
 
 if TYPE_CHECKING:
     from sparsify.backends.onnx.api import ExportReport, export_onnx, trace_onnx
@@ -10,14 +12,4 @@ if TYPE_CHECKING:
 
 __all__ = ["ONNX", "ExportReport", "export_onnx", "trace_onnx"]
 
-
-def __getattr__(name: str) -> Any:
-    if name == "ONNX":
-        from sparsify.backends.onnx.backend import ONNX
-
-        return ONNX
-    if name in ("export_onnx", "ExportReport", "trace_onnx"):
-        from sparsify.backends.onnx import api
-
-        return getattr(api, name)
-    raise AttributeError(name)
+__getattr__ = lazily(__name__, {"ExportReport": "api", "ONNX": "backend", "export_onnx": "api", "trace_onnx": "api"})

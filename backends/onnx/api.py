@@ -8,6 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.export import Dim, ExportedProgram
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
 from sparsify.backends.hf import without_sharing
 from sparsify.backends.onnx.backend import FILE, ONNX, storage_notes, write_graph
 from sparsify.backends.onnx.contract import Contract
@@ -15,17 +20,12 @@ from sparsify.backends.onnx.folder import write_genai_config
 from sparsify.backends.onnx.graph import name_dimensions, to_graph
 from sparsify.backends.onnx.store import GraphStore
 from sparsify.backends.onnx.trace import export, fake_copy, quiet, trace_model
-from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.export import Dim, ExportedProgram
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
-
-from sparsify.checkpoint import WEIGHTS, Checkpoint
-from sparsify.compiler import compile
+from sparsify.compiler.pipeline import compile
 from sparsify.errors import BackendError, SpecError, TraceError, first_line
-from sparsify.program import set_tensor
-from sparsify.staging import Staging
-from sparsify.weights import Weights
+from sparsify.files.checkpoint import WEIGHTS, Checkpoint
+from sparsify.files.staging import Staging
+from sparsify.ir.graph import set_tensor
+from sparsify.ir.weights import Weights
 
 
 @dataclass(frozen=True)
@@ -247,8 +247,8 @@ def _save_state(state: Mapping[str, Tensor], prefix: str, folder: Path) -> Weigh
 
 
 def _example(model: nn.Module) -> dict[str, Tensor]:
-    from sparsify.calibration.data import example_batch
-    from sparsify.source import open_source
+    from sparsify.data.batches import example_batch
+    from sparsify.frontend.source import open_source
 
     source = open_source(model)
     return example_batch(source) if source.is_transformers else {}

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Literal
 
 import onnx_ir as ir
 import torch
+
 from sparsify.backends.hf import HuggingFaceJob
 from sparsify.backends.onnx.contract import Contract
 from sparsify.backends.onnx.folder import uniform_heads, write_genai_config, write_json
@@ -19,13 +20,13 @@ from sparsify.backends.onnx.graph import OPSETS, Linear, name_dimensions, to_gra
 from sparsify.backends.onnx.store import GraphStore
 from sparsify.backends.onnx.trace import trace_model
 from sparsify.backends.onnx.weights import DATA, Attachment, Mode, StoredWeight
-
-from sparsify.checkpoint import INDEX, Checkpoint, TensorStore
 from sparsify.errors import BackendError, SpecError
-from sparsify.program import Program
-from sparsify.report import format_bytes
-from sparsify.source import Source
-from sparsify.weights import Weights
+from sparsify.files.checkpoint import INDEX, Checkpoint
+from sparsify.frontend.source import Source
+from sparsify.ir.program import Program
+from sparsify.ir.store import TensorStore
+from sparsify.ir.weights import Weights
+from sparsify.words import format_bytes
 
 FILE = "model.onnx"
 Dtype = Literal["float32", "float16", "bfloat16"]

@@ -8,16 +8,16 @@ from pathlib import Path
 
 import onnx_ir as ir
 import onnx_ir.passes.common as common
+
 from sparsify.backends.onnx.folder import write_json
 from sparsify.backends.onnx.runner import find_onnx
 from sparsify.backends.onnx.store import GraphStore
 from sparsify.backends.onnx.weights import DATA, external
-
-from sparsify.checkpoint import WEIGHTS, Checkpoint
 from sparsify.errors import BackendError
-from sparsify.manifest import MANIFEST
-from sparsify.safetensors_file import lay_out_files
-from sparsify.staging import Staging
+from sparsify.files.checkpoint import WEIGHTS, Checkpoint
+from sparsify.files.manifest import MANIFEST
+from sparsify.files.staging import Staging
+from sparsify.files.writer import lay_out_files
 
 
 def expand(folder: Path, out: Path | None = None, *, overwrite: bool = False) -> Path:

@@ -18,8 +18,8 @@ from onnxscript import opset18 as op
 from onnxscript.optimizer import fold_constants_ir
 from onnxscript.rewriter import RewritePass, onnx_fusions
 from onnxscript.rewriter.rules import common as rules
-from sparsify.backends.onnx.trace import quiet
 
+from sparsify.backends.onnx.trace import quiet
 from sparsify.errors import BackendError, first_line
 
 Linear = Literal["gemm", "matmul"]

@@ -17,7 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from sparsify.packed.layout import pack_bits, pack_pairs, unpack_bits, unpack_pairs
+from sparsify.runtime.layout import pack_bits, pack_pairs, unpack_bits, unpack_pairs
 
 Format = Literal["2:4", "bitmask", "dense"]
 

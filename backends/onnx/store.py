@@ -7,12 +7,12 @@ from pathlib import Path
 
 import onnx_ir as ir
 import torch
-from sparsify.backends.onnx.pack import Format, Packed, unpack
-from sparsify.backends.onnx.weights import TYPES
 from torch import Tensor
 
+from sparsify.backends.onnx.pack import Format, Packed, unpack
+from sparsify.backends.onnx.weights import TYPES
 from sparsify.errors import CheckpointError, first_line
-from sparsify.raw import read_into
+from sparsify.tensors import read_into
 
 _FLOATS = {ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE}
 # Smaller ones are tables that the graph computes with.

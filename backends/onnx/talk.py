@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from sparsify.backends.onnx.runner import Runner, Sampling, stop_tokens
 
+from sparsify.backends.onnx.runner import Runner, Sampling, stop_tokens
 from sparsify.errors import CheckpointError, SpecError, first_line
 
 

@@ -9,14 +9,14 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from sparsify.backends.onnx.contract import Contract, contract_for
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from sparsify import capture
+from sparsify.backends.onnx.contract import Contract, contract_for
 from sparsify.errors import BackendError, first_line
+from sparsify.frontend import capture
 
 
 def trace_model(

@@ -11,13 +11,13 @@ from typing import Any, Literal
 import numpy as np
 import onnx_ir as ir
 import torch
-from sparsify.backends.onnx.pack import Format, best_format, pack, unpacking_bytes
 from torch import Tensor
 
-from sparsify.checkpoint import Checkpoint
+from sparsify.backends.onnx.pack import Format, best_format, pack, unpacking_bytes
 from sparsify.errors import BackendError
-from sparsify.raw import as_bytes, checksum
-from sparsify.weights import Conversion, Weights
+from sparsify.files.checkpoint import Checkpoint
+from sparsify.ir.weights import Conversion, Weights
+from sparsify.tensors import as_bytes, checksum
 
 Mode = Literal["link", "external", "packed"]
 DATA = "model.onnx.data"

@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
-from sparsify.backends.hf import HuggingFaceJob
-from sparsify.backends.packed.modules import pack_modules
-from sparsify.backends.packed.plan import Decision, decide, siblings, summary
 from torch import nn
 
-from sparsify.capture import export
-from sparsify.checkpoint import INDEX
+from sparsify.backends.hf import HuggingFaceJob
+from sparsify.backends.packed.format import FORMAT, METHOD, codes_name, pack_parameter
+from sparsify.backends.packed.loaded.modules import pack_modules
+from sparsify.backends.packed.plan import Decision, decide, siblings, summary
+from sparsify.backends.packed.store import PackedStore
 from sparsify.errors import BackendError, TraceError
-from sparsify.packed.site import FORMAT, METHOD, codes_name, pack_parameter
-from sparsify.packed.store import PackedStore
-from sparsify.program import Program
-from sparsify.ragged import sizes_of
-from sparsify.safetensors_file import lay_out, layout_of, layout_to_json
-from sparsify.source import Source, build_skeleton
-from sparsify.weights import Weights
+from sparsify.files.checkpoint import INDEX
+from sparsify.files.companions import rewrite_config
+from sparsify.files.writer import lay_out, layout_of, layout_to_json
+from sparsify.frontend.capture import export
+from sparsify.frontend.source import Source
+from sparsify.frontend.widths import sizes_of
+from sparsify.ir.program import Program
+from sparsify.ir.weights import Weights
 
 # What transformers prints where it does not know the method leads to config.json.
 NOTE = "packed by sparsify: pip install sparsify-fx, and `import sparsify` before from_pretrained"
@@ -125,9 +125,8 @@ class PackedJob:
         entries = {name: site.as_dict() for name, site in sites.items()}
         quantization = {"quant_method": METHOD, "note": NOTE, "format": FORMAT, "sites": entries}
         together = siblings(self.decisions)
-        _add_to_config(
-            folder / "config.json", quantization | ({"siblings": together} if together else {}) | self.extras()
-        )
+        quantization |= ({"siblings": together} if together else {}) | self.extras()
+        rewrite_config(folder, lambda config: {**config, "quantization_config": quantization})
         manifest["packed"] = {
             "format": FORMAT,
             **asdict(self.backend),
@@ -190,7 +189,7 @@ class PackedJob:
         source = self.source
         if source.folder is None:
             return
-        module = build_skeleton(source.folder, source.trust_remote_code, edit=self.edit)
+        module = source.skeleton(self.edit)
         batch = {n.meta["input"]: torch.zeros(n.meta["val"].shape, dtype=n.meta["val"].dtype) for n in program.inputs}
         try:
             export(module, batch)
@@ -212,9 +211,3 @@ class PackedJob:
 
     def __exit__(self, *error: Any) -> None:
         self.hf.__exit__(*error)
-
-
-def _add_to_config(path: Path, quantization: dict[str, Any]) -> None:
-    config = json.loads(path.read_text(encoding="utf-8"))
-    config["quantization_config"] = quantization
-    path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from sparsify.cli import AsJson, Debug, Trust, command_errors
+from sparsify.cli.options import AsJson, Debug, Trust, command_errors
 
 Folder = Annotated[Path, typer.Argument(help="Folder that compile --to packed wrote.", metavar="OUT")]
 
@@ -49,8 +49,9 @@ def bench(
     """Measure OUT against the dense model: prefill and decode, size, loading, memory, and every layer."""
     with command_errors(debug, "error"):
         import torch
-        from sparsify.backends.packed.bench import bench as measure
-        from sparsify.backends.packed.report import benchmark_report, write_report
+
+        from sparsify.backends.packed.bench.measure import bench as measure
+        from sparsify.backends.packed.bench.report import benchmark_report, write_report
 
         if threads:
             torch.set_num_threads(threads)

@@ -7,19 +7,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from sparsify.backends.packed.modules import unfit
 from torch import nn
 
-from sparsify.analysis import find_sites
-from sparsify.analysis.linear import LinearSite
-from sparsify.packed.layout import choose_layout
-from sparsify.packed.site import PackedSite, pack_parameter
-from sparsify.packed.timing import Stopwatch, Timing
-from sparsify.packed.weight import PackedWeight
-from sparsify.program import Program
-from sparsify.report import format_bytes
-from sparsify.targets import read_elsewhere
-from sparsify.weights import Weights
+from sparsify.analysis.linear import LinearSite, find_sites
+from sparsify.backends.packed.format import PackedSite, pack_parameter
+from sparsify.backends.packed.loaded.modules import unfit
+from sparsify.errors import Refused
+from sparsify.ir.program import Program
+from sparsify.ir.weights import Weights
+from sparsify.prune.targets import read_elsewhere
+from sparsify.runtime.layout import choose_layout
+from sparsify.runtime.packed_weight import PackedWeight
+from sparsify.runtime.stopwatch import Stopwatch, Timing
+from sparsify.words import format_bytes
 
 
 @dataclass(frozen=True)
@@ -106,9 +106,9 @@ def _decide(
 
     if reason is not None:
         return dense(reason)
-    chosen, why = choose_layout(matrices.reshape(-1, matrices.shape[-1]), layout)
-    if chosen is None:
-        return dense(why)
+    chosen = choose_layout(matrices.reshape(-1, matrices.shape[-1]), layout)
+    if isinstance(chosen, Refused):
+        return dense(chosen.reason)
     timing = None
     if choice == "measured":
         # Experts are alike: one tells the time of all.

@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-import json
-import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from sparsify.backends.packed.modules import FastLinear, packed_of
-from torch import Tensor, nn
-
-from sparsify.checkpoint import INDEX, Checkpoint
+from sparsify.backends.packed.store import PackedStore, open_packed
 from sparsify.errors import CheckpointError
-from sparsify.manifest import MANIFEST, read_manifest
-from sparsify.packed.layout import Packed
-from sparsify.packed.site import PackedSite, drop_from_config
-from sparsify.packed.store import PackedStore, open_packed
-from sparsify.safetensors_file import Layout, lay_out, lay_out_files, layout_from_json
-from sparsify.source import build_skeleton
-from sparsify.staging import Staging
-from sparsify.weights import weights_of_checkpoint
+from sparsify.files.checkpoint import Checkpoint
+from sparsify.files.companions import copy_companions, rewrite_config
+from sparsify.files.manifest import MANIFEST, read_manifest, write_manifest
+from sparsify.files.staging import Staging
+from sparsify.files.writer import Layout, lay_out, lay_out_files, layout_from_json
+from sparsify.frontend.matching import weights_of_checkpoint
+from sparsify.frontend.skeleton import build_skeleton
 
 
 def unpack_folder(folder: Path, out: Path, *, overwrite: bool = False, trust_remote_code: bool = False) -> Path:
@@ -43,10 +36,8 @@ def unpack_folder(folder: Path, out: Path, *, overwrite: bool = False, trust_rem
     names = list(store.names())
     need = sum(store.shape(n).numel() * store.dtype(n).itemsize for n in names)
     with Staging(out, overwrite=overwrite, source=folder, need=need) as staging:
-        for path in folder.iterdir():
-            if path.is_file() and path.suffix != ".safetensors" and path.name not in (INDEX, MANIFEST):
-                shutil.copyfile(path, staging.folder / path.name)
-        drop_from_config(staging.folder / "config.json")
+        copy_companions(folder, staging.folder)
+        rewrite_config(staging.folder, store.dense_config)
         if files is not None:
             dense = lay_out_files(staging.folder, files)
             _write_converted(store, dense, staging.folder, trust_remote_code)
@@ -57,8 +48,7 @@ def unpack_folder(folder: Path, out: Path, *, overwrite: bool = False, trust_rem
         if manifest:
             manifest.pop("packed", None)
             manifest["checksums"] = dense.written
-            text = json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
-            (staging.folder / MANIFEST).write_text(text, encoding="utf-8")
+            write_manifest(staging.folder, manifest)
         return staging.commit()
 
 
@@ -74,40 +64,6 @@ def _write_converted(store: PackedStore, dense: Checkpoint, folder: Path, trust_
     for name in dense.names():
         if name not in dense.written:
             dense.write(name, store.read(name))
-
-
-def dense_modules(
-    model: nn.Module, sites: Mapping[str, PackedSite], unpack: Callable[[Packed, Tensor | None], Tensor]
-) -> nn.Module:
-    """``model`` with its packed modules made dense again, in place."""
-    from transformers.pytorch_utils import Conv1D
-
-    for name, site in sites.items():
-        path, _, leaf = name.rpartition(".")
-        owner: Any = model.get_submodule(path)
-        starts = getattr(owner, f"{leaf}_starts", None)
-        weight = nn.Parameter(site.parameter(unpack(packed_of(model, name, site), starts)), requires_grad=False)
-        if leaf != "weight":
-            for tensor in (leaf, f"{leaf}_meta", f"{leaf}_mask", f"{leaf}_starts"):
-                if hasattr(owner, tensor):
-                    delattr(owner, tensor)
-            owner.register_parameter(leaf, weight)
-            owner.sites.pop(leaf)
-            continue
-        with torch.device("meta"):
-            dense: Any = Conv1D(site.rows, site.columns) if site.transposed else nn.Linear(site.columns, site.rows)
-        dense.weight, dense.bias = weight, owner.bias
-        parent, _, child = path.rpartition(".")
-        model.get_submodule(parent)._modules[child] = dense.train(owner.training)
-        if (hook := getattr(owner, "_hf_hook", None)) is not None:
-            # accelerate brings a layer's inputs to its device by this.
-            from accelerate.hooks import add_hook_to_module
-
-            add_hook_to_module(dense, hook)
-    for module in model.modules():
-        if type(module) is FastLinear:
-            module.__class__ = nn.Linear  # type: ignore[assignment]
-    return model
 
 
 def _dense_files(manifest: Mapping[str, Any]) -> dict[str, Layout] | None:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-aten = torch.ops.aten
+from sparsify.ir.operators import GROUPED_PRODUCTS, argument, exact_name
 
 # By name, whatever the spelling: a function of torch, a method of Tensor, an ATen operator.
 VIEWS = {"t", "numpy_T", "transpose", "permute", "contiguous", "detach", "alias", "select", "getitem", "getattr",
@@ -23,7 +23,6 @@ VIEWS = {"t", "numpy_T", "transpose", "permute", "contiguous", "detach", "alias"
 _ATTRIBUTES = {"T", "mT", "data"}
 _LINEAR = {"linear"}
 _PRODUCTS = {"matmul", "mm", "addmm"}
-_GROUPED = {"grouped_mm", "_grouped_mm", "grouped_mm_fallback"}
 _OTHERS = {"bmm", "baddbmm", "conv1d", "conv2d", "conv3d", "convolution", "einsum", "tensordot", "bilinear", "mv"}
 
 
@@ -97,20 +96,12 @@ def find_contractions(
     return found, lost
 
 
-def operator_name(node: fx.Node) -> str:
-    """``linear`` for ``F.linear``, ``aten.linear.default`` and ``Tensor.linear`` alike."""
-    if node.op == "call_method":
-        return str(node.target)
-    packet = getattr(node.target, "_overloadpacket", None)
-    return str(getattr(packet, "__name__", getattr(node.target, "__name__", node.target)))
-
-
 def _contraction(node: fx.Node, known: Mapping[fx.Node, tuple[str, Tensor]]) -> Contraction | NotUnderstood | None:
-    kind = operator_name(node)
-    if kind not in _LINEAR | _PRODUCTS | _GROUPED | _OTHERS:
+    kind = exact_name(node)
+    if kind not in _LINEAR | _PRODUCTS | GROUPED_PRODUCTS | _OTHERS:
         return None
     # A bias is no weight, and a product of constants no contraction of an activation.
-    operands = [node.args[1:3], node.args[:2]][kind not in ("addmm", "baddbmm")]
+    operands = node.args[1:3] if kind in ("addmm", "baddbmm") else node.args[:2]
     held = [a for a in operands if isinstance(a, fx.Node) and a in known]
     if not held or len(held) == len(operands):
         return None
@@ -125,7 +116,7 @@ def _contraction(node: fx.Node, known: Mapping[fx.Node, tuple[str, Tensor]]) -> 
     if w is not held[0] or not isinstance(x, fx.Node):
         return lost("the weight stands on the left of the activation")
     if kind in _LINEAR and weight.dim() == 2:
-        bias = node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")
+        bias = argument(node, 2, "bias")
         return Contraction(node, name, x, weight, bias if isinstance(bias, fx.Node) else None)
     if kind in _PRODUCTS and weight.dim() == 2:
         if kind == "addmm":
@@ -134,8 +125,8 @@ def _contraction(node: fx.Node, known: Mapping[fx.Node, tuple[str, Tensor]]) -> 
             addend = node.args[0]
             return Contraction(node, name, x, weight.t(), addend, added=True) if isinstance(addend, fx.Node) else None
         return Contraction(node, name, x, weight.t())
-    if kind in _GROUPED and weight.dim() == 3:
-        offsets = node.args[2] if len(node.args) > 2 else node.kwargs.get("offs")
+    if kind in GROUPED_PRODUCTS and weight.dim() == 3:
+        offsets = argument(node, 2, "offs")
         if isinstance(offsets, fx.Node):
             return Contraction(node, name, x, weight.transpose(1, 2), offsets=offsets)
     return lost(f"{kind} with a weight of {weight.dim()} dimensions")
@@ -143,7 +134,7 @@ def _contraction(node: fx.Node, known: Mapping[fx.Node, tuple[str, Tensor]]) -> 
 
 def _view(node: fx.Node, known: Mapping[fx.Node, tuple[str, Tensor]]) -> tuple[str, Tensor] | None:
     """The value of a node that only looks at a constant in another way; computed on the constant itself."""
-    if operator_name(node) not in VIEWS or not node.args or node.args[0] not in known:
+    if exact_name(node) not in VIEWS or not node.args or node.args[0] not in known:
         return None
     if any(isinstance(a, fx.Node) and a not in known for a in node.all_input_nodes):
         return None
@@ -153,7 +144,7 @@ def _view(node: fx.Node, known: Mapping[fx.Node, tuple[str, Tensor]]) -> tuple[s
         return None
     if node.target is getattr:
         return (name, getattr(value, str(rest[0]))) if rest and rest[0] in _ATTRIBUTES else None
-    if node.target is operator.getitem or operator_name(node) == "select":
+    if node.target is operator.getitem or exact_name(node) == "select":
         name = f"{name}[{rest[-1]}]"
     with torch.no_grad():
         result: Any

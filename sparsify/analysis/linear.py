@@ -10,28 +10,32 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, fx
 
-from sparsify.analysis.region import Flow
+from sparsify.analysis.flow import Flow
 from sparsify.analysis.window import Window, window_of
-from sparsify.program import Program
+from sparsify.errors import Refused
+from sparsify.ir.operators import GROUPED_PRODUCTS, argument, operator_name
+from sparsify.ir.program import Program
 
 aten = torch.ops.aten
 
 # A permutation of axes or a copy: a parameter seen through these is still that parameter.
 _SAME = {aten.alias, aten.detach, aten.to, aten.contiguous, aten.clone, aten._to_copy}
 _CONVOLUTIONS = {aten.conv1d, aten.conv2d, aten.conv3d}
-_GROUPED = {"grouped_mm_fallback", "_grouped_mm", "grouped_mm"}
 # Operators that multiply and add over an axis; what reads a parameter here and is no site is Opaque.
 _CONTRACTIONS = {
     "linear", "addmm", "mm", "matmul", "bmm", "baddbmm", "addbmm", "einsum", "mv", "addmv", "dot", "vdot", "tensordot",
     "inner", "bilinear", "conv1d", "conv2d", "conv3d", "convolution", "conv_transpose1d", "conv_transpose2d",
     "conv_transpose3d", "conv_tbc", "scaled_dot_product_attention", "lstm", "gru", "rnn_tanh", "rnn_relu",
     "lstm_cell", "gru_cell", "_scaled_mm", "_int_mm", "multi_head_attention_forward", "_native_multi_head_attention",
-} | _GROUPED  # fmt: skip
+} | GROUPED_PRODUCTS  # fmt: skip
+_WITH_BIAS = {"linear", "addmm", "conv1d", "conv2d", "conv3d"}
+_WITH_ADDEND = _WITH_BIAS | {"baddbmm", "scaled_dot_product_attention"}
 # From a router's scores to the choice of experts, nothing but these happens.
 _ROUTING = {"softmax", "sigmoid", "view", "reshape", "to", "add", "_to_copy", "contiguous", "div", "sum", "topk",
             "getitem", "squeeze", "float", "masked_fill", "scatter", "group_norm", "mul", "sub", "max"}  # fmt: skip
@@ -93,6 +97,10 @@ class LinearSite:
         moved = matrices.reshape([like.shape[a] for a in order])
         return moved.permute([order.index(a) for a in range(like.dim())]).contiguous()
 
+    def biases(self, bias: Tensor) -> Tensor:
+        """View the bias as [experts, out_features]: of a depth-wise convolution each channel has one number."""
+        return bias.reshape(self.experts, self.shape[0])
+
     def __str__(self) -> str:
         stack = f"{self.experts} × " if self.expert_axis is not None else ""
         return f"{self.name}: {stack}{self.shape[0]} output neurons × {self.shape[1]} inputs"
@@ -133,24 +141,23 @@ class InputGroup:
         return f"{', '.join(short)} of {prefix or 'the model'} read {self.activation.name}"
 
 
-def find_sites(program: Program, flow: Flow | None = None) -> tuple[list[LinearSite], list[Opaque]]:
-    """All contractions with a parameter, in topological order: those understood, and those not."""
-    flow = flow or Flow.of(program)
+Sites = tuple[tuple[LinearSite, ...], tuple[Opaque, ...]]
+
+
+def find_sites(program: Program) -> Sites:
+    """All contractions with a parameter, in topological order: those understood, and those not. Found once a graph."""
+    return program.fact(_search)
+
+
+def _search(program: Program) -> Sites:
+    flow = Flow.of(program)
     sites: list[LinearSite] = []
     opaque: list[Opaque] = []
     for node in program.graph.nodes:
-        if node.op != "call_function" or _short(node) not in _CONTRACTIONS or node not in flow.varying:
+        if node.op != "call_function" or operator_name(node) not in _CONTRACTIONS or node not in flow.varying:
             continue
         held = [a for a in node.all_input_nodes if flow.parameters.get(a)]
-        if _short(node) in (
-            "linear",
-            "addmm",
-            "conv1d",
-            "conv2d",
-            "conv3d",
-            "baddbmm",
-            "scaled_dot_product_attention",
-        ):
+        if operator_name(node) in _WITH_ADDEND:
             held = [a for a in held if a is not _addend(node)]
         if not held:
             continue
@@ -159,11 +166,11 @@ def find_sites(program: Program, flow: Flow | None = None) -> tuple[list[LinearS
             sites.append(found)
         else:
             names = tuple(sorted({p for a in held for p in flow.parameters[a]}))
-            opaque.append(Opaque(node, names, found))
-    return sites, opaque
+            opaque.append(Opaque(node, names, found.reason))
+    return tuple(sites), tuple(opaque)
 
 
-def group_by_input(sites: list[LinearSite]) -> list[InputGroup]:
+def group_by_input(sites: Sequence[LinearSite]) -> list[InputGroup]:
     """Sites by (block, activation), ordered by the first site of each group."""
     groups: dict[tuple[object, ...], InputGroup] = {}
     for site in sites:
@@ -175,7 +182,7 @@ def group_by_input(sites: list[LinearSite]) -> list[InputGroup]:
 def block_starts(program: Program, flow: Flow) -> list[int]:
     """Positions of the first site of each repeated block: where a graph is best cut into regions."""
     starts: dict[str, int] = {}
-    for site in find_sites(program, flow)[0]:
+    for site in find_sites(program)[0]:
         if site.block is not None:
             at = flow.position[site.node]
             starts[site.block] = min(starts.get(site.block, at), at)
@@ -193,27 +200,22 @@ def block_of(parameter: str) -> str | None:
     return match[0] if match else None
 
 
-def _short(node: fx.Node) -> str:
-    packet = getattr(node.target, "_overloadpacket", None)
-    return getattr(packet, "__name__", getattr(node.target, "__name__", str(node.target))).rstrip("_") or "_"
-
-
 def _addend(node: fx.Node) -> object:
     """The operand that is added, not multiplied: a bias, or an attention mask."""
-    if _short(node) in ("addmm", "baddbmm"):
+    if operator_name(node) in ("addmm", "baddbmm"):
         return node.args[0]
-    if _short(node) == "scaled_dot_product_attention":
-        return node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
-    return node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")
+    if operator_name(node) == "scaled_dot_product_attention":
+        return argument(node, 3, "attn_mask")
+    return argument(node, 2, "bias")
 
 
 def _bias(program: Program, node: fx.Node) -> str | None:
-    added = _addend(node) if _short(node) in ("linear", "addmm", "conv1d", "conv2d", "conv3d") else None
+    added = _addend(node) if operator_name(node) in _WITH_BIAS else None
     name = program.parameter(added) if isinstance(added, fx.Node) else None
     return program.weights.canonical(name) if name else None
 
 
-def _site(program: Program, node: fx.Node) -> LinearSite | str:
+def _site(program: Program, node: fx.Node) -> LinearSite | Refused:
     """The site at ``node``, or why it is none."""
     packet = getattr(node.target, "_overloadpacket", None)
     if packet is aten.linear:
@@ -224,12 +226,12 @@ def _site(program: Program, node: fx.Node) -> LinearSite | str:
             return _matrix_site(program, node, left, right, transposed=False)
         if isinstance(left, fx.Node) and _through(program, left):
             return _left_site(program, node, left, right)
-        return "the parameter is computed with before it is multiplied"
+        return Refused("the parameter is computed with before it is multiplied", node.name)
     if packet in _CONVOLUTIONS:
         return _convolution_site(program, node)
-    if _short(node) in _GROUPED:
+    if operator_name(node) in GROUPED_PRODUCTS:
         return _matrix_site(program, node, node.args[0], node.args[1], transposed=False, offsets=node.args[2])
-    return f"the operator {_short(node)} is not one whose weight sparsify can prune"
+    return Refused(f"the operator {operator_name(node)} is not one whose weight sparsify can prune", node.name)
 
 
 def _through(program: Program, node: object) -> tuple[fx.Node, list[int]] | None:
@@ -258,44 +260,44 @@ def _through(program: Program, node: object) -> tuple[fx.Node, list[int]] | None
 
 def _matrix_site(
     program: Program, node: fx.Node, x: object, w: object, *, transposed: bool, offsets: object = None
-) -> LinearSite | str:
+) -> LinearSite | Refused:
     found = _through(program, w)
     if found is None or not isinstance(x, fx.Node):
-        return "the parameter is computed with before it is multiplied"
+        return Refused("the parameter is computed with before it is multiplied", node.name)
     source, axes = found
     if len(axes) not in (2, 3) or (len(axes) == 3 and transposed):
-        return f"a parameter of {len(axes)} dimensions is no matrix"
+        return Refused(f"a parameter of {len(axes)} dimensions is no matrix", node.name)
     out, inner = (axes[-2], axes[-1]) if transposed else (axes[-1], axes[-2])
     expert = axes[0] if len(axes) == 3 else None
     if expert is not None and offsets is None and x.meta["val"].dim() != 3:
-        return "a stack of matrices multiplies an activation that is not split by expert"
+        return Refused("a stack of matrices multiplies an activation that is not split by expert", node.name)
     return _make(program, node, source, x, -1, out, inner, expert, offsets)
 
 
-def _left_site(program: Program, node: fx.Node, w: fx.Node, x: object) -> LinearSite | str:
+def _left_site(program: Program, node: fx.Node, w: fx.Node, x: object) -> LinearSite | Refused:
     """``W @ x``: the input features are the last axis but one of the activation (Mamba's dt_proj)."""
     found = _through(program, w)
     if found is None or len(found[1]) != 2 or not isinstance(x, fx.Node) or x.meta["val"].dim() < 2:
-        return "only a matrix may stand on the left of an activation"
+        return Refused("only a matrix may stand on the left of an activation", node.name)
     source, axes = found
     return _make(program, node, source, x, -2, axes[0], axes[1], None, None)
 
 
-def _convolution_site(program: Program, node: fx.Node) -> LinearSite | str:
+def _convolution_site(program: Program, node: fx.Node) -> LinearSite | Refused:
     assert isinstance(node.args[1], fx.Node)
     window = window_of(node)
-    if isinstance(window, str):
+    if isinstance(window, Refused):
         return window
     found, x = _through(program, node.args[1]), node.args[0]
     if found is None or not isinstance(x, fx.Node):
-        return "the kernel is computed before it is applied"
+        return Refused("the kernel is computed before it is applied", node.name)
     if found[1] != list(range(len(window.kernel) + 2)):
-        return "the kernel's axes are permuted before it is applied"
+        return Refused("the kernel's axes are permuted before it is applied", node.name)
     pointwise = all(k == 1 for k in window.kernel) and all(s == 1 for s in window.stride) and not window.depthwise
     if pointwise and not any(window.padding):
         return _make(program, node, found[0], x, -1 - len(window.kernel), 0, 1, None, None)
     if x.meta["val"].dim() != len(window.kernel) + 2:
-        return "a convolution of an input without a batch axis"
+        return Refused("a convolution of an input without a batch axis", node.name)
     axes = (1, 2, 0) if window.depthwise else (0, 1, None)
     site = _make(program, node, found[0], x, 1, axes[0], axes[1], axes[2], None)
     shape = found[0].meta["val"].shape
@@ -338,9 +340,9 @@ def _chooses_experts(node: fx.Node) -> bool:
     seen, todo = {node}, [node]
     while todo:
         for user in todo.pop().users:
-            if user in seen or user.op != "call_function" or _short(user) not in _ROUTING:
+            if user in seen or user.op != "call_function" or operator_name(user) not in _ROUTING:
                 continue
-            if _short(user) == "topk":
+            if operator_name(user) == "topk":
                 return True
             seen.add(user)
             todo.append(user)

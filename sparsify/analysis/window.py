@@ -8,6 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from sparsify.errors import Refused
+from sparsify.ir.operators import argument
+
 
 @dataclass(frozen=True)
 class Window:
@@ -39,28 +42,24 @@ class Window:
         return (values[0], values[1]) if len(values) == 2 else (one, values[0])
 
 
-def window_of(node: fx.Node) -> Window | str:
+def window_of(node: fx.Node) -> Window | Refused:
     """The window of a convolution, or why its weight is not a matrix over one."""
     weight, x = node.args[1], node.args[0]
     assert isinstance(weight, fx.Node) and isinstance(x, fx.Node)
     kernel = tuple(int(k) for k in weight.meta["val"].shape[2:])
-    groups = int(_argument(node, 6, "groups", 1))
-    padding = _argument(node, 4, "padding", 0)
+    groups = int(argument(node, 6, "groups", 1))
+    padding = argument(node, 4, "padding", 0)
     channels = x.meta["val"].shape[1 if x.meta["val"].dim() == len(kernel) + 2 else 0]
     if isinstance(padding, str):
-        return f"a convolution with padding '{padding}'"
+        return Refused(f"a convolution with padding '{padding}'", node.name)
     if len(kernel) > 2:
-        return f"a {'×'.join(map(str, kernel))} convolution in three dimensions"
+        return Refused(f"a {'×'.join(map(str, kernel))} convolution in three dimensions", node.name)
     depthwise = groups == channels == weight.meta["val"].shape[0] and groups > 1
     if groups != 1 and not depthwise:
-        return f"a convolution in {groups} groups"
-    spread = [_spread(_argument(node, i, n, d), len(kernel)) for i, n, d in
+        return Refused(f"a convolution in {groups} groups", node.name)
+    spread = [_spread(argument(node, i, n, d), len(kernel)) for i, n, d in
               ((3, "stride", 1), (4, "padding", 0), (5, "dilation", 1))]  # fmt: skip
     return Window(kernel, spread[0], spread[1], spread[2], depthwise)
-
-
-def _argument(node: fx.Node, index: int, name: str, default: Any) -> Any:
-    return node.args[index] if len(node.args) > index else node.kwargs.get(name, default)
 
 
 def _spread(value: Any, dimensions: int) -> tuple[int, ...]:

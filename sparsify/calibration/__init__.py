@@ -1,1 +1,1 @@
-"""Token batches, the interpreter that runs them region by region, and what is recorded on the way."""
+"""The interpreter that runs a program region by region, and what is recorded on the way."""

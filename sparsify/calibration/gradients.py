@@ -9,23 +9,32 @@ Source of the statistics: GBLM-Pruner (2311.04902), section 3; algorithms.md, se
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from sparsify.analysis import Flow, block_starts
-from sparsify.analysis.linear import LinearSite
-from sparsify.calibration.interpreter import Interpreter
+from sparsify.analysis.flow import Flow
+from sparsify.analysis.linear import LinearSite, block_starts
+from sparsify.calibration.activations import ActivationStore
+from sparsify.calibration.interpreter import Interpreter, Region, Work
 from sparsify.calibration.loss import check_loss, loss, loss_scale
-from sparsify.calibration.store import ActivationStore
+from sparsify.context import Context, Progress
 from sparsify.errors import CalibrationError, TraceError
-from sparsify.finite import all_finite
-from sparsify.program import Program
-from sparsify.pruning import Observer, Progress
-from sparsify.targets import Target
+from sparsify.ir.program import Program
+from sparsify.tensors import all_finite
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What gradients are taken on: batches of one sample each and, for each, what is predicted (None: see
+    :func:`sparsify.calibration.loss.loss`)."""
+
+    batches: Sequence[Mapping[str, Tensor]]
+    labels: Sequence[Tensor] | None = None
 
 
 class Gradients(ActivationStore):
@@ -53,47 +62,43 @@ class Gradients(ActivationStore):
 
 def measure_gradients(
     program: Program,
-    targets: Sequence[Target],
-    batches: Sequence[dict[str, Tensor]],
-    labels: Sequence[Tensor] | None,
-    wanted: frozenset[str] | set[str],
+    parameters: Collection[str],
+    data: Samples,
+    wanted: Collection[str],
     into: Gradients,
-    memory: int,
-    device: torch.device,
-    observe: Observer,
+    context: Context,
 ) -> None:
-    """Measure, for every target, over samples s with gradients g_s of their loss:
+    """Measure, for each of ``parameters``, over samples s with gradients g_s of their loss:
 
     ``gradient_l1`` Σ|g_s|, ``gradient_l2`` √Σg_s², ``gradient`` Σg_s, and ``gradient_platon``, the product of the
     smoothed |g_s| and its smoothed deviation; in float32 and the parameter's own shape.
 
     Args:
-        batches: one sample each. ``labels``: for each, what is predicted; None: see
-            :func:`sparsify.calibration.loss.loss`.
         wanted: which of them.
 
     Raises:
         TraceError: a model without a loss, or a weight that several regions read.
         CalibrationError: a gradient that is not finite, or zero everywhere.
     """
-    logits = check_loss(program, labels is not None)
+    logits = check_loss(program, data.labels is not None)
     flow = Flow.of(program)
     stop = flow.position[logits] + 1
     cuts = [0, *block_starts(program, flow), stop]
-    regions = list(zip(cuts, cuts[1:], strict=False))
-    with ActivationStore(memory) as store, ActivationStore(memory // 4) as backward:
-        runner = _Backward(program, flow, batches, store, device, backward)
+    # Live values are kept though nothing later reads them: the way back does.
+    regions = [Region(start, end, stop, retain=True) for start, end in itertools.pairwise(cuts)]
+    with ActivationStore(context.memory) as store, ActivationStore(context.memory // 4) as backward:
+        runner = _Backward(program, flow, data, store, context.device, backward, logits)
+
+        def tell(done: int, what: str) -> None:
+            context.observe(Progress(done, 2 * len(regions), f"gradients, {what}", 0))
+
         with torch.no_grad():
-            for number, (start, end) in enumerate(regions):
-                runner.region(
-                    start, end, stop, retain=True,
-                    after_batch=partial(observe, Progress(number, 2 * len(regions), "gradients, forward", 0)),
-                )  # fmt: skip
+            for number, region in enumerate(regions):
+                runner.run_region(region, after_batch=partial(tell, number, "forward"))
                 runner.resident.clear()
-        parameters = {target.parameter for target in targets}
         seen: set[str] = set()
-        for number, (start, end) in enumerate(reversed(regions)):
-            own = runner.parameters(start, end) & parameters
+        for number, region in enumerate(reversed(regions)):
+            own = runner.parameters(region) & set(parameters)
             if twice := own & seen:
                 raise TraceError(
                     f"gradients of {sorted(twice)[0]}",
@@ -102,11 +107,10 @@ def measure_gradients(
                 )
             seen |= own
             sums = {p: _Sums(wanted) for p in own}
-            for index in range(len(batches)):
-                label = None if labels is None else labels[index]
-                for parameter, gradient in runner.backward_region(start, end, stop, index, own, logits, label):
+            for index in range(len(data.batches)):
+                for parameter, gradient in runner.backward(region, index, own):
                     sums[parameter].add(gradient)
-                observe(Progress(len(regions) + number, 2 * len(regions), "gradients, backward", 0))
+                tell(len(regions) + number, "backward")
             for parameter, total in sums.items():
                 into.keep(parameter, total.finished(parameter))
             runner.resident.clear()
@@ -115,9 +119,9 @@ def measure_gradients(
 class _Sums:
     """The statistics of one parameter over the samples seen so far."""
 
-    def __init__(self, wanted: frozenset[str] | set[str]) -> None:
+    def __init__(self, wanted: Collection[str]) -> None:
         self.values: dict[str, Tensor] = {}
-        self.wanted = wanted
+        self.wanted = set(wanted)
         self._smooth: tuple[Tensor, Tensor] | None = None
 
     def add(self, gradient: Tensor) -> None:
@@ -161,52 +165,49 @@ class _Backward(Interpreter):
         self,
         program: Program,
         flow: Flow,
-        batches: Sequence[dict[str, Tensor]],
+        data: Samples,
         store: ActivationStore,
         device: torch.device,
         gradients: ActivationStore,
+        logits: fx.Node,
     ) -> None:
-        super().__init__(program, flow, batches, store, device)
-        self.gradients = gradients
+        super().__init__(program, flow, data.batches, store, device)
+        self.labels, self.gradients, self.logits = data.labels, gradients, logits
         self._known: set[tuple[int, str]] = set()
 
-    def parameters(self, start: int, stop: int) -> set[str]:
+    def parameters(self, region: Region) -> set[str]:
         """Names of the parameters that the region reads."""
         read: set[str] = set()
-        for node in self.flow.order[start:stop]:
+        for node in self.flow.order[region.start : region.stop]:
             if node in self.flow.varying:
                 for argument in node.all_input_nodes:
                     read |= self.flow.parameters.get(argument, frozenset())
         return read
 
-    def backward_region(
-        self, start: int, stop: int, end: int, index: int, own: set[str], logits: fx.Node, label: Tensor | None
-    ) -> list[tuple[str, Tensor]]:
+    def backward(self, region: Region, index: int, own: Collection[str]) -> list[tuple[str, Tensor]]:
         """Gradients of the loss of batch ``index`` for the parameters ``own``, each in float32.
 
         What flows to the regions before is left in the store of gradients.
         """
-        flow = self.flow
         with torch.enable_grad():
-            leaves = self._leaves(start, stop, own)
-            entering = [n for n in flow.live(start, end) if flow.read_within(n, start, stop)]
-            copied = self._written_inside(entering, start, stop)
-            batch = self.batches[index]
-            values: dict[fx.Node, Any] = {n: batch[n.meta["input"]].to(self.device) for n in self.program.inputs}
+            leaves = self._leaves(own)
+            self.load_weights(region)
+            work = self.ready(region, twice=True)
+            values = self.begin(work, index)
             inputs: dict[fx.Node, Tensor] = {}
-            for node in entering:
-                value = self.store.take(index, node.name, self.device, keep=True)
+            for node in work.entering:
+                value = values[node]
                 if isinstance(value, Tensor) and value.is_floating_point():
-                    inputs[node] = value = value.detach().requires_grad_()
-                values[node] = value.clone() if node in copied and isinstance(value, Tensor) else value
+                    inputs[node] = leaf = value.detach().requires_grad_()
+                    values[node] = leaf.clone() if node in work.copied else leaf
             self.env = {**self.resident, **values}
-            for node in flow.order[start:stop]:
-                if node.op == "call_function" and node in flow.varying:
-                    self.env[node] = self._run(node)
-            outputs, arriving = self._arriving(start, stop, end, index)
-            scale = loss_scale(logits.meta["val"].dtype)
-            if start <= flow.position[logits] < stop:
-                outputs.append(scale * loss(self.program, self.env[logits], batch, label))
+            for node in work.nodes:
+                self.env[node] = self.compute(node)
+            outputs, arriving = self._arriving(work, index)
+            scale = loss_scale(self.logits.meta["val"].dtype)
+            if self.logits in self.env:
+                label = None if self.labels is None else self.labels[index]
+                outputs.append(scale * loss(self.program, self.env[self.logits], self.batches[index], label))
                 arriving.append(None)
             self.env = {}
             wanted = [*leaves.values(), *inputs.values()]
@@ -220,7 +221,7 @@ class _Backward(Interpreter):
         pairs = zip(leaves, found[: len(leaves)], strict=True)
         return [(name, gradient.float() / scale) for name, gradient in pairs if gradient is not None]
 
-    def _leaves(self, start: int, stop: int, own: set[str]) -> dict[str, Tensor]:
+    def _leaves(self, own: Collection[str]) -> dict[str, Tensor]:
         """The parameters of a region as leaves of the graph of derivatives; all that is computed from them follows."""
         leaves: dict[str, Tensor] = {}
         for node in self.flow.order:
@@ -233,16 +234,15 @@ class _Backward(Interpreter):
                     canonical, self.program.load(node).to(self.device).detach()
                 ).requires_grad_()
             leaves[canonical] = self.resident[node]
-        self._enter(start, stop)
         return leaves
 
-    def _arriving(self, start: int, stop: int, end: int, index: int) -> tuple[list[Tensor], list[Tensor | None]]:
+    def _arriving(self, work: Work, index: int) -> tuple[list[Tensor], list[Tensor | None]]:
         """Values that leave the region and whose gradients are known, with those."""
         outputs: list[Tensor] = []
         gradients: list[Tensor | None] = []
-        for node in self.flow.live(stop, end):
+        for node in work.leaving:
             key = (index, node.name)
-            if self.flow.position[node] < start or key not in self._known:
+            if key not in self._known:
                 continue
             gradient = self.gradients.take(index, node.name, self.device)
             self._known.discard(key)

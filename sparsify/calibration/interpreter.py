@@ -8,18 +8,55 @@ largest region and the store's budget, never the depth of the model.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from sparsify.analysis.region import Flow, root_of
-from sparsify.calibration.store import ActivationStore
+from sparsify.analysis.flow import Flow, root_of
+from sparsify.calibration.activations import ActivationStore
 from sparsify.errors import TraceError, first_line
-from sparsify.program import Program
+from sparsify.ir.program import Program
 
-Watch = Callable[[int, fx.Node, dict[fx.Node, Any]], None]
+Values = dict[fx.Node, Any]
+# (batch, node, values of all nodes that are alive).
+OnValue = Callable[[int, fx.Node, Mapping[fx.Node, Any]], None]
+
+
+@dataclass(frozen=True)
+class Region:
+    """The nodes at positions [start, stop), and what becomes of their values.
+
+    Attributes:
+        end: the last position that will ever run: what only later nodes read is not kept.
+        again: the region will be run again: live values are kept and nothing is stored for later.
+        retain: live values are kept though no later node reads them, for a run backwards.
+        wanted: compute only what these nodes need; None: everything.
+    """
+
+    start: int
+    stop: int
+    end: int
+    again: bool = False
+    retain: bool = False
+    wanted: Collection[fx.Node] | None = None
+
+
+@dataclass(frozen=True)
+class Work:
+    """A region made ready: what runs, what it begins with, what it leaves, and when a value is of no more use.
+
+    ``copied``: values that it writes to, of which a region that runs twice needs a copy each time.
+    """
+
+    region: Region
+    nodes: list[fx.Node]
+    entering: list[fx.Node]
+    leaving: list[fx.Node]
+    dying: dict[fx.Node, list[fx.Node]]
+    copied: set[fx.Node]
 
 
 class Interpreter(fx.Interpreter):
@@ -29,71 +66,129 @@ class Interpreter(fx.Interpreter):
         self,
         program: Program,
         flow: Flow,
-        batches: Sequence[dict[str, Tensor]],
+        batches: Sequence[Mapping[str, Tensor]],
         store: ActivationStore,
         device: torch.device,
     ) -> None:
         super().__init__(program.graph_module, garbage_collect_values=False)
         self.program, self.flow, self.batches, self.store, self.device = program, flow, batches, store, device
-        self.resident: dict[fx.Node, Any] = {}
+        self.resident: Values = {}
         self.pinned: set[fx.Node] = set()
 
-    def region(
+    def run_region(
         self,
-        start: int,
-        stop: int,
-        end: int,
+        region: Region,
         *,
-        watch: set[fx.Node] | None = None,
-        on_value: Watch | None = None,
-        again: bool = False,
-        retain: bool = False,
-        wanted: set[fx.Node] | None = None,
+        watch: Collection[fx.Node] = (),
+        on_value: OnValue | None = None,
         after_batch: Callable[[], None] | None = None,
     ) -> None:
-        """Run the nodes at positions [start, stop) on every batch.
+        """Run ``region`` on every batch.
 
         Args:
-            end: the last position that will ever run: what only later nodes read is not kept.
-            watch: nodes of interest; ``on_value(batch, node, values)`` is called for each as soon as it is
-                computed, or at the beginning for one that was live already; ``values`` is node to value.
-            again: the region will be run again: live values are kept and nothing is stored for later.
-            retain: live values are kept though no later node reads them, for a run backwards.
-            wanted: compute only what these nodes need.
+            watch: nodes of interest; ``on_value`` is called for each as soon as it is computed, or at the beginning
+                for one that was live already.
         """
-        flow, watch = self.flow, watch or set()
-        self._enter(start, stop)
-        needed = flow.varying if wanted is None else flow.needs(start, stop, wanted)
-        nodes = [n for n in flow.order[start:stop] if n in needed and n.op == "call_function"]
-        entering = [n for n in flow.live(start, end) if n in watch or flow.read_within(n, start, stop)]
-        leaving = [] if again else [n for n in flow.live(stop, end) if flow.position[n] >= start]
-        dying = self._deaths(nodes, entering, leaving)
-        copied = self._written_inside(entering, start, stop) if again else set()
-        for index, batch in enumerate(self.batches):
-            values: dict[fx.Node, Any] = {
-                node: batch[node.meta["input"]].to(self.device) for node in self.program.inputs
-            }
-            for node in entering:
-                keep = again or retain or flow.read_within(node, stop, end)
-                value = self.store.take(index, node.name, self.device, keep=keep)
-                values[node] = value.clone() if node in copied and isinstance(value, Tensor) else value
-            self.env = {**self.resident, **values}
+        self.load_weights(region)
+        work = self.ready(region, watch)
+        for index in range(len(self.batches)):
+            self.env = {**self.resident, **self.begin(work, index)}
             if on_value is not None:
                 for node in watch:
-                    if node in values:
+                    if node in self.env:
                         on_value(index, node, self.env)
-            for node in nodes:
-                self.env[node] = self._run(node)
+            for node in work.nodes:
+                self.env[node] = self.compute(node)
                 if on_value is not None and node in watch:
                     on_value(index, node, self.env)
-                for dead in dying.get(node, ()):
+                for dead in work.dying.get(node, ()):
                     del self.env[dead]
-            for node in leaving:
+            for node in work.leaving:
                 self.store.put(index, node.name, self.env[node])
             self.env = {}
             if after_batch is not None:
                 after_batch()
-        self._leave(stop, again)
+        if not region.again:
+            self._unload(region.stop)
+
+    def ready(self, region: Region, watch: Collection[fx.Node] = (), *, twice: bool = False) -> Work:
+        """What running ``region`` takes.
+
+        Args:
+            twice: whether it is run more than once on the same values.
+
+        Raises:
+            TraceError: it is, and writes in place to a value of which two views are alive.
+        """
+        flow, start, stop = self.flow, region.start, region.stop
+        needed = flow.varying if region.wanted is None else flow.needs(start, stop, region.wanted)
+        nodes = [n for n in flow.order[start:stop] if n in needed and n.op == "call_function"]
+        entering = [n for n in flow.live(start, region.end) if n in watch or flow.read_within(n, start, stop)]
+        leaving = [] if region.again else [n for n in flow.live(stop, region.end) if flow.position[n] >= start]
+        copied = self._written_inside(entering, start, stop) if region.again or twice else set()
+        return Work(region, nodes, entering, leaving, self._deaths(nodes, entering, leaving), copied)
+
+    def begin(self, work: Work, index: int) -> Values:
+        """The inputs of batch ``index`` and the live values that the region begins with."""
+        batch, region = self.batches[index], work.region
+        values: Values = {node: batch[node.meta["input"]].to(self.device) for node in self.program.inputs}
+        for node in work.entering:
+            keep = region.again or region.retain or self.flow.read_within(node, region.stop, region.end)
+            value = self.store.take(index, node.name, self.device, keep=keep)
+            values[node] = value.clone() if node in work.copied and isinstance(value, Tensor) else value
+        return values
+
+    def compute(self, node: fx.Node) -> Any:
+        """The value of ``node`` from those in ``env``.
+
+        Raises:
+            TraceError: the operator fails; says which and where in the model it stands.
+        """
+        try:
+            return self.run_node(node)
+        except (RuntimeError, IndexError, ValueError, TypeError) as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            raise TraceError(
+                f"running {node.format_node()}",
+                found=first_line(error),
+                do=f"It comes from {node.meta.get('stack_trace', '').replace(chr(10), ' ') or 'the model'}",
+            ) from error
+
+    def load_weights(self, region: Region) -> None:
+        """Make resident what the region needs and no batch changes."""
+        flow, nodes = self.flow, self.flow.order[region.start : region.stop]
+        for node in nodes:
+            # In order, because some of these write in place (masks under construction).
+            if node.op == "call_function" and node not in flow.varying:
+                self.static(node)
+        for node in nodes:
+            if node in flow.varying and node.op == "call_function":
+                for argument in node.all_input_nodes:
+                    if argument not in flow.varying:
+                        self.static(argument)
+
+    def static(self, node: fx.Node) -> Any:
+        """The value of a node that does not depend on the batch, computed where it is not resident."""
+        if node not in self.resident:
+            if node.op == "get_attr":
+                self.resident[node] = self.program.load(node).to(self.device)
+            else:
+                args = fx.node.map_arg(node.args, self.static)
+                kwargs = fx.node.map_arg(node.kwargs, self.static)
+                self.resident[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+        return self.resident[node]
+
+    def release(self, parameter: str, value: Tensor | None = None) -> None:
+        """Forget what was computed from ``parameter``; with ``value``, go on with that instead."""
+        for node in list(self.resident):
+            if parameter in self.flow.parameters.get(node, ()):
+                del self.resident[node]
+        if value is not None:
+            for node in self.flow.order:
+                name = self.program.parameter(node)
+                if name is not None and self.program.weights.canonical(name) == parameter:
+                    self.resident[node] = value.to(dtype=node.meta["val"].dtype, device=self.device)
 
     def _deaths(
         self, nodes: list[fx.Node], entering: list[fx.Node], leaving: list[fx.Node]
@@ -113,43 +208,8 @@ class Interpreter(fx.Interpreter):
             deaths.setdefault(nodes[at], []).append(value)
         return deaths
 
-    def release(self, parameter: str, value: Tensor | None = None) -> None:
-        """Forget what was computed from ``parameter``; with ``value``, go on with that instead."""
-        for node in list(self.resident):
-            if parameter in self.flow.parameters.get(node, ()):
-                del self.resident[node]
-        if value is not None:
-            for node in self.flow.order:
-                name = self.program.parameter(node)
-                if name is not None and self.program.weights.canonical(name) == parameter:
-                    self.resident[node] = value.to(dtype=node.meta["val"].dtype, device=self.device)
-
-    def static(self, node: fx.Node) -> Any:
-        """The value of a node that does not depend on the batch, computed where it is not resident."""
-        if node not in self.resident:
-            if node.op == "get_attr":
-                self.resident[node] = self.program.load(node).to(self.device)
-            else:
-                args = fx.node.map_arg(node.args, self.static)
-                kwargs = fx.node.map_arg(node.kwargs, self.static)
-                self.resident[node] = node.target(*args, **kwargs)  # type: ignore[operator]
-        return self.resident[node]
-
-    def _enter(self, start: int, stop: int) -> None:
-        flow = self.flow
-        for node in flow.order[start:stop]:
-            # In order, because some of these write in place (masks under construction).
-            if node.op == "call_function" and node not in flow.varying:
-                self.static(node)
-        for node in flow.order[start:stop]:
-            if node in flow.varying and node.op == "call_function":
-                for argument in node.all_input_nodes:
-                    if argument not in flow.varying:
-                        self.static(argument)
-
-    def _leave(self, stop: int, again: bool) -> None:
-        if again:
-            return
+    def _unload(self, stop: int) -> None:
+        """Free what no node from position ``stop`` on reads, and weights."""
         for node in list(self.resident):
             ended = max(self.flow.uses[node], default=-1) < stop
             # A weight that is read again is loaded again: few are, and large ones (tied heads) far apart.
@@ -157,7 +217,7 @@ class Interpreter(fx.Interpreter):
                 del self.resident[node]
 
     def _written_inside(self, entering: list[fx.Node], start: int, stop: int) -> set[fx.Node]:
-        """Live values that the region writes to: a region that runs twice needs a copy of them each time."""
+        """Live values that the region writes to."""
         roots = {root for at, root in self.flow.mutations if start <= at < stop}
         copied = {node for node in entering if root_of(node) in roots}
         if len({root_of(node) for node in copied}) < len(copied):
@@ -167,15 +227,3 @@ class Interpreter(fx.Interpreter):
                 do="Use --schedule layer, which runs every node once",
             )
         return copied
-
-    def _run(self, node: fx.Node) -> Any:
-        try:
-            return self.run_node(node)
-        except (RuntimeError, IndexError, ValueError, TypeError) as error:
-            if isinstance(error, torch.OutOfMemoryError):
-                raise
-            raise TraceError(
-                f"running {node.format_node()}",
-                found=first_line(error),
-                do=f"It comes from {node.meta.get('stack_trace', '').replace(chr(10), ' ') or 'the model'}",
-            ) from error

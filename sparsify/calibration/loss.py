@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from sparsify.errors import CalibrationError, TraceError
-from sparsify.program import Program
+from sparsify.ir.program import Program
 
 
 def logits_node(program: Program) -> fx.Node | None:
@@ -24,7 +24,7 @@ def logits_node(program: Program) -> fx.Node | None:
 
 
 def model_kind(program: Program) -> str:
-    return "a bare graph" if program.source is None else type(program.source.module).__name__
+    return program.model or "a bare graph"
 
 
 def is_causal(program: Program) -> bool:

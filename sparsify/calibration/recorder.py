@@ -7,8 +7,9 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from sparsify.calibration.statistics import ACCUMULATORS, OUTPUTS, InputStatistics
-from sparsify.finite import all_finite
+from sparsify.calibration.accumulators import ACCUMULATORS, OUTPUTS
+from sparsify.method.statistics import InputStatistics
+from sparsify.tensors import all_finite
 
 
 class OutputSketch:
@@ -74,17 +75,17 @@ class OutputMoments:
     """Moments of one site's outputs over the calibration tokens: the statistics of ``OUTPUTS``.
 
     Args:
-        weight: [experts, out_features, in_features], as it is before it is pruned. ``bias``: [out_features].
+        weight: [experts, out_features, in_features], as it is before it is pruned. ``biases``: [experts, out_features].
     """
 
-    def __init__(self, wanted: Sequence[str], weight: Tensor, bias: Tensor | None) -> None:
-        self.weight, self.bias, self.wanted = weight.float(), bias, [name for name in wanted if name in OUTPUTS]
+    def __init__(self, wanted: Sequence[str], weight: Tensor, biases: Tensor | None) -> None:
+        self.weight, self.biases, self.wanted = weight.float(), biases, [name for name in wanted if name in OUTPUTS]
         self.sums: dict[tuple[int, str], Tensor] = {}
 
     def update(self, expert: int, rows: Tensor) -> None:
         outputs = rows.float() @ self.weight[expert].t()
-        if self.bias is not None:
-            outputs += self.bias.float()
+        if self.biases is not None:
+            outputs += self.biases[expert].float()
         for name in self.wanted:
             added = OUTPUTS[name](outputs).double()
             self.sums[expert, name] = self.sums.get((expert, name), 0) + added

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from sparsify.analysis.flow import Flow
 from sparsify.analysis.linear import InputGroup
-from sparsify.analysis.region import Flow
 from sparsify.errors import CalibrationError
-from sparsify.program import Program
+from sparsify.ir.operators import GROUPED_PRODUCTS, operator_name
+from sparsify.ir.program import Program
 
 aten = torch.ops.aten
 
@@ -28,14 +29,12 @@ class RowReader:
     def __init__(self, program: Program, flow: Flow, groups: Sequence[InputGroup]) -> None:
         self.program, self.flow = program, flow
         self._routes = self._find_routes()
-        self.held: set[fx.Node] = set()
+        # Until which positions they are looked at: some have been read for the last time by the graph before.
+        self.held: dict[fx.Node, list[int]] = {}
         for group in groups:
-            # Some of these have been read for the last time by the graph before we look at them.
             first = min(flow.position[site.node] for site in group.sites)
             for node in self._needed(group):
-                flow.hold(node, flow.position[self.anchor(group)])
-                flow.hold(node, first)
-                self.held.add(node)
+                self.held.setdefault(node, []).extend((flow.position[self.anchor(group)], first))
 
     def anchor(self, group: InputGroup) -> fx.Node:
         """The last of the nodes that reading ``group`` needs: once it is computed, all are."""
@@ -111,7 +110,7 @@ class RowReader:
         """For each offsets node of a stack of experts, the index that gathered its rows from the tokens."""
         routes: dict[Any, Any] = {}
         for node in self.program.graph.nodes:
-            if node.op != "call_function" or "grouped_mm" not in str(node.target):
+            if node.op != "call_function" or operator_name(node) not in GROUPED_PRODUCTS:
                 continue
             x, offsets = node.args[0], node.args[2]
             while isinstance(x, fx.Node) and getattr(x.target, "_overloadpacket", None) in _ELEMENTWISE_VIEWS:

@@ -16,15 +16,16 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from sparsify.analysis.flow import Flow
 from sparsify.analysis.linear import InputGroup
-from sparsify.analysis.region import Flow
-from sparsify.calibration.interpreter import Interpreter
+from sparsify.calibration.activations import ActivationStore
+from sparsify.calibration.interpreter import Interpreter, OnValue, Region
 from sparsify.calibration.recorder import GroupRecorder
 from sparsify.calibration.rows import RowReader
-from sparsify.calibration.store import ActivationStore
+from sparsify.context import Context
 from sparsify.errors import CalibrationError
-from sparsify.program import Program
-from sparsify.weights import Weights
+from sparsify.ir.program import Program
+from sparsify.ir.weights import Weights
 
 Recorders = Mapping[fx.Node, Sequence[tuple[InputGroup, GroupRecorder]]]
 
@@ -33,7 +34,7 @@ class Streams:
     """The pruned stream and, with ``dense`` weights, the dense one beside it. A context manager.
 
     Args:
-        memory: bytes of activations kept in memory, over both streams.
+        context: its memory is that of both streams.
         dense: weights of the dense model; None for one stream.
     """
 
@@ -42,22 +43,21 @@ class Streams:
         program: Program,
         flow: Flow,
         rows: RowReader,
-        batches: Sequence[dict[str, Tensor]],
-        memory: int,
-        device: torch.device,
+        batches: Sequence[Mapping[str, Tensor]],
+        context: Context,
         dense: Weights | None = None,
     ) -> None:
-        self.batches, self.rows, self.device = batches, rows, device
+        self.batches, self.rows, self.device = batches, rows, context.device
         self._stack = ExitStack()
-        share = memory if dense is None else memory // 3
+        share = context.memory if dense is None else context.memory // 3
         store, self._kept = ActivationStore(share), ActivationStore(share)
         self._stores = [store, self._kept]
-        self.runner = Interpreter(program, flow, batches, store, device)
+        self.runner = Interpreter(program, flow, batches, store, self.device)
         self.dense: Interpreter | None = None
         if dense is not None:
             self._stores.append(ActivationStore(share))
             original = dataclasses.replace(program, weights=dense)
-            self.dense = Interpreter(original, flow, batches, self._stores[-1], device)
+            self.dense = Interpreter(original, flow, batches, self._stores[-1], self.device)
 
     def __enter__(self) -> Streams:
         for store in self._stores:
@@ -69,34 +69,18 @@ class Streams:
     ) -> None:
         self._stack.__exit__(kind, error, trace)
 
-    def region(
-        self,
-        start: int,
-        stop: int,
-        end: int,
-        recorders: Recorders,
-        *,
-        again: bool = False,
-        wanted: set[fx.Node] | None = None,
-        after_batch: Callable[[], None] | None = None,
-    ) -> None:
-        """Run the nodes at positions [start, stop) on every batch; rows at the nodes of ``recorders`` are recorded.
+    def run_region(self, region: Region, recorders: Recorders, after_batch: Callable[[], None] | None = None) -> None:
+        """Run ``region`` on every batch; rows at the nodes of ``recorders`` are recorded.
 
         Raises:
             CalibrationError: an input that is not finite (the site is named), or rows that cannot be read.
         """
-        watch = set(recorders)
         if self.dense is not None:
-            self.dense.region(
-                start, stop, end, watch=watch, on_value=self._keep(recorders), again=again, wanted=wanted
-            )  # fmt: skip
-        self.runner.region(
-            start, stop, end, watch=watch, on_value=self._record(recorders), again=again, wanted=wanted,
-            after_batch=after_batch,
-        )  # fmt: skip
+            self.dense.run_region(region, watch=recorders, on_value=self._keep(recorders))
+        self.runner.run_region(region, watch=recorders, on_value=self._record(recorders), after_batch=after_batch)
 
-    def _keep(self, recorders: Recorders) -> Callable[[int, fx.Node, dict[fx.Node, Any]], None]:
-        def keep(batch: int, node: fx.Node, values: dict[fx.Node, Any]) -> None:
+    def _keep(self, recorders: Recorders) -> OnValue:
+        def keep(batch: int, node: fx.Node, values: Mapping[fx.Node, Any]) -> None:
             for group, _ in recorders[node]:
                 found = self.rows.read(group, self.batches[batch], values)
                 for name, value in zip(("rows", "ends", "tokens"), found, strict=True):
@@ -104,8 +88,8 @@ class Streams:
 
         return keep
 
-    def _record(self, recorders: Recorders) -> Callable[[int, fx.Node, dict[fx.Node, Any]], None]:
-        def record(batch: int, node: fx.Node, values: dict[fx.Node, Any]) -> None:
+    def _record(self, recorders: Recorders) -> OnValue:
+        def record(batch: int, node: fx.Node, values: Mapping[fx.Node, Any]) -> None:
             for group, recorder in recorders[node]:
                 rows, ends, tokens = self.rows.read(group, self.batches[batch], values)
                 dense = None

@@ -10,11 +10,11 @@ import torch
 from packed.test_folder import load
 from torch import Tensor, fx
 
-from sparsify.analysis import Dimensions
-from sparsify.checkpoint import MemoryStore
-from sparsify.program import Program
-from sparsify.shrink import shrink
-from sparsify.weights import Weights
+from sparsify.analysis.dimensions.groups import Dimensions
+from sparsify.ir.program import Program
+from sparsify.ir.store import MemoryStore
+from sparsify.ir.weights import Weights
+from sparsify.structure.shrink import shrink
 
 
 def run(program: Program, batch: Mapping[str, Tensor], weights: Weights | None = None) -> Tensor:

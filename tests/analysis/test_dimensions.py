@@ -21,13 +21,14 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sparsify.analysis import Dimensions, coupled_dimensions
-from sparsify.capture import capture
-from sparsify.dimension_report import DimensionReport, roles_of
+from sparsify.analysis.dimensions.groups import Dimensions, coupled_dimensions
+from sparsify.analysis.dimensions.kinds import roles_of
 from sparsify.errors import SpecError, TraceError
-from sparsify.program import Program
-from sparsify.shrink import shrink
-from sparsify.source import open_source
+from sparsify.frontend.capture import capture
+from sparsify.frontend.source import open_source
+from sparsify.inspection.dimensions import DimensionReport
+from sparsify.ir.program import Program
+from sparsify.structure.shrink import shrink
 
 
 class Net(nn.Module):
@@ -235,7 +236,7 @@ def test_experts_need_as_many_as_a_token_takes() -> None:
 
 
 def test_sentences_json_and_a_graph(folder: Callable[[str], Path], tmp_path: Path) -> None:
-    words = [sys.executable, "-m", "sparsify.cli", "inspect", str(folder("llama")), "--dimensions"]
+    words = [sys.executable, "-m", "sparsify", "inspect", str(folder("llama")), "--dimensions"]
     text = subprocess.run(words, capture_output=True, text=True, check=True).stdout
     assert "2 heads: model.layers.0.self_attn.q_proj outputs (16 each), " in text
     assert "64 channels: model.layers.0.mlp.gate_proj outputs, model.layers.0.mlp.up_proj outputs, " in text

@@ -8,10 +8,9 @@ import torch
 from families import FAMILIES, inputs
 from torch import Tensor, nn
 
-from sparsify.analysis import find_sites, group_by_input
-from sparsify.analysis.linear import LinearSite, Opaque, block_of
-from sparsify.capture import capture
-from sparsify.source import open_source
+from sparsify.analysis.linear import LinearSite, Opaque, block_of, find_sites, group_by_input
+from sparsify.frontend.capture import capture
+from sparsify.frontend.source import open_source
 
 # Parameters of two or more dimensions that no linear site reads, and why: all others must be sites.
 NOT_SITES = {
@@ -43,9 +42,9 @@ def test_every_matrix_of_every_family_is_a_site_or_named(family: str, folder: Ca
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_site_computes_what_it_says(family: str, folder: Callable[[str], Path]) -> None:
     """The node's output is its activation times the site's (out, in) view, plus at most a bias."""
-    from sparsify.analysis import Flow
+    from sparsify.analysis.flow import Flow
+    from sparsify.calibration.activations import ActivationStore
     from sparsify.calibration.interpreter import Interpreter
-    from sparsify.calibration.store import ActivationStore
 
     batch = inputs(family)
     source = open_source(folder(family))

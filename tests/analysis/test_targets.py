@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 from families import inputs
 
-from sparsify.analysis import find_sites
-from sparsify.capture import capture
+from sparsify.analysis.linear import find_sites
 from sparsify.errors import SpecError
-from sparsify.pattern import parse_pattern
-from sparsify.program import Program
-from sparsify.source import open_source
-from sparsify.targets import choose
+from sparsify.frontend.capture import capture
+from sparsify.frontend.source import open_source
+from sparsify.ir.program import Program
+from sparsify.method.pattern import parse_pattern
+from sparsify.prune.targets import choose
 
 
 @pytest.fixture(scope="module")

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 import sparsify
-from sparsify.analysis import find_sites
-from sparsify.capture import capture
-from sparsify.source import open_source
+from sparsify.analysis.linear import find_sites
+from sparsify.frontend.capture import capture
+from sparsify.frontend.source import open_source
 
 
 @settings(max_examples=40, deadline=None)

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from sparsify.calibration.data import load_calibration
-from sparsify.calibration.sources import Documents, python_stdlib, read_documents
-from sparsify.calibration.windows import disjoint_windows, random_windows
+from sparsify.data.batches import load_calibration
+from sparsify.data.sources import Documents, python_stdlib, read_documents
+from sparsify.data.windows import disjoint_windows, random_windows
 from sparsify.errors import CalibrationError
-from sparsify.source import Source, open_source
+from sparsify.frontend.source import Source, open_source
 
 
 def no_encoder(text: str) -> Tensor:

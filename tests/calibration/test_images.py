@@ -14,9 +14,9 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 import sparsify
-from sparsify.calibration.data import load_calibration
+from sparsify.data.batches import load_calibration
 from sparsify.errors import CalibrationError
-from sparsify.source import open_source
+from sparsify.frontend.source import open_source
 
 
 @pytest.fixture

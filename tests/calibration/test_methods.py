@@ -18,8 +18,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "passes"))
 import slow
 
 import sparsify
+from sparsify.cli.tables import result_report
 from sparsify.errors import CalibrationError
-from sparsify.report import result_report
 
 METHODS = [
     "sparsegpt:2:4", "sparsegpt:50%,compensation=block", "apt:2:4", "apt:50%", "alps:2:4", "twin:2:4", "gblm:2:4",

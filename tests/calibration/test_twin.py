@@ -18,7 +18,7 @@ import slow
 import sparsify
 from sparsify.calibration.streams import paired
 from sparsify.errors import CalibrationError, SparsifyError
-from sparsify.spec import parse_pass
+from sparsify.method.spec import parse_pass
 
 
 class Chain(nn.Module):

@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import sparsify
-from sparsify.allocation import _hull, _meet
 from sparsify.errors import PatternError, SparsifyError
-from sparsify.pattern import Unstructured
-from sparsify.selection import Comparison, select
+from sparsify.method.pattern import Unstructured
+from sparsify.method.selection import Comparison, select
+from sparsify.prune.allocation import _hull, _meet
 
 
 def zeros(result: sparsify.Compiled) -> tuple[int, int]:
@@ -146,7 +146,7 @@ def test_count_total_is_exact_and_even(rows: int, columns: int, share: Fraction,
 
 
 def test_an_allocation_in_a_pass_manager_is_not_dropped() -> None:
-    from sparsify.spec import parse_pass
+    from sparsify.method.spec import parse_pass
 
     torch.manual_seed(0)
     net = torch.nn.Sequential(torch.nn.Linear(32, 32), torch.nn.Linear(32, 32))

@@ -9,13 +9,13 @@ import torch
 from families import FAMILIES, build, inputs, run
 from torch import Tensor, fx, nn
 
-from sparsify.analysis import Flow
+from sparsify.analysis.flow import Flow
+from sparsify.calibration.activations import ActivationStore
 from sparsify.calibration.interpreter import Interpreter
-from sparsify.calibration.store import ActivationStore
-from sparsify.capture import capture, from_exported
 from sparsify.errors import TraceError
-from sparsify.program import Program
-from sparsify.source import open_source
+from sparsify.frontend.capture import capture, from_exported
+from sparsify.frontend.source import open_source
+from sparsify.ir.program import Program
 
 CPU = torch.device("cpu")
 

@@ -7,8 +7,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from sparsify.checkpoint import INDEX, WEIGHTS, Checkpoint, MemoryStore
 from sparsify.errors import CheckpointError
+from sparsify.files.checkpoint import INDEX, WEIGHTS, Checkpoint
+from sparsify.ir.store import MemoryStore
 
 
 @pytest.fixture

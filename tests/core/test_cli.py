@@ -13,20 +13,18 @@ from pathlib import Path
 
 import pytest
 
-from sparsify.checkpoint import Checkpoint
+from sparsify.files.checkpoint import Checkpoint
 
 
 def sparsify(*words: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "sparsify.cli", *map(str, words)],
+        [sys.executable, "-m", "sparsify", *map(str, words)],
         capture_output=True, text=True, cwd=cwd, env={**os.environ, "COLUMNS": "120"},
     )  # fmt: skip
 
 
 def test_help_does_not_import_torch() -> None:
-    code = (
-        "import sys, sparsify.cli as c\ntry: c.app(['--help'])\nexcept SystemExit: pass\nprint('torch' in sys.modules)"
-    )
+    code = "import sys, sparsify.cli.main as c\ntry: c.app(['--help'])\nexcept SystemExit: pass\nprint('torch' in sys.modules)"
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout
     assert "compile" in said and said.strip().endswith("False")
 
@@ -113,7 +111,7 @@ def test_a_killed_run_leaves_no_output_and_the_source_untouched(
     before = {p.name: p.read_bytes() for p in bundled.iterdir()}
     out = tmp_path / "out"
     child = subprocess.Popen(
-        [sys.executable, "-m", "sparsify.cli", "compile", str(bundled), "--pass", "wanda:2:4",
+        [sys.executable, "-m", "sparsify", "compile", str(bundled), "--pass", "wanda:2:4",
          "--calibration", "random",
          "--samples", "512", "--sequence-length", "512", "-o", str(out)],
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,

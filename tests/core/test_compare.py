@@ -12,9 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparsify.comparison import compare, split_specs
 from sparsify.errors import SparsifyError
-from sparsify.evaluate import evaluate
+from sparsify.evaluation.compare import compare
+from sparsify.evaluation.perplexity import evaluate
+from sparsify.method.spec import split_specs
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +28,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_compare_from_the_command_line(bundled: Path, text: Path, tmp_path: Path) -> None:
     out = tmp_path / "compared"
     done = subprocess.run(
-        [sys.executable, "-m", "sparsify.cli", "compare", str(bundled), "--passes",
+        [sys.executable, "-m", "sparsify", "compare", str(bundled), "--passes",
          "magnitude:2:4,wanda:50%,group=layer,sparsegpt:2:4", "--data", str(text), "--calibration", str(text),
          "--samples", "4", "--sequence-length", "64", "--windows", "4", "-o", str(out)],
         capture_output=True, text=True, env=os.environ | {"COLUMNS": "120"},

@@ -15,9 +15,9 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 import sparsify
-from sparsify.checkpoint import Checkpoint
 from sparsify.errors import BackendError, CheckpointError, SpecError, TraceError
-from sparsify.raw import checksum
+from sparsify.files.checkpoint import Checkpoint
+from sparsify.tensors import checksum
 
 
 def tensors(folder: Path) -> dict[str, Tensor]:

@@ -9,8 +9,8 @@ import torch
 from families import build
 
 from sparsify.errors import CalibrationError, TraceError
-from sparsify.evaluate import evaluate, perplexity
-from sparsify.source import open_source
+from sparsify.evaluation.perplexity import evaluate, perplexity
+from sparsify.frontend.source import open_source
 
 
 @pytest.mark.parametrize("family", ["llama", "opt", "gpt2", "mamba", "mixtral", "gemma3"])

@@ -7,14 +7,14 @@ from typing import Any
 import pytest
 import torch
 from families import build
-from sparsify.passes import Magnitude, Wanda
 from torch import Tensor, fx, nn
 from torch.fx.passes.infra.pass_base import PassResult
 from torch.fx.passes.infra.pass_manager import PassManager
 
 import sparsify
 from sparsify.errors import CalibrationError, SparsifyError, TraceError
-from sparsify.pattern import NM
+from sparsify.method.pattern import NM
+from sparsify.passes import Magnitude, Wanda
 
 
 class Net(nn.Module):

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sparsify.errors import PatternError
-from sparsify.pattern import NM, Unstructured, parse_pattern
+from sparsify.method.pattern import NM, Unstructured, parse_pattern
 
 percents = st.integers(1, 9999).map(lambda n: Unstructured(Fraction(n, 10000)))
 nms = st.integers(1, 63).flatmap(lambda n: st.integers(n + 1, 64).map(lambda m: NM(n, m)))

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from sparsify.errors import PatternError
-from sparsify.pattern import NM, Unstructured
-from sparsify.selection import Comparison, holds, select, smallest
+from sparsify.method.pattern import NM, Unstructured
+from sparsify.method.selection import Comparison, holds, select, smallest
 
 # Few distinct values, so that ties are the rule.
 tied = hnp.arrays(

@@ -3,12 +3,12 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from sparsify.passes import Magnitude, Wanda
 
 from sparsify.errors import SpecError
-from sparsify.pattern import NM, Unstructured
-from sparsify.registry import registered
-from sparsify.spec import describe_passes, parse_pass, spec_text
+from sparsify.method.pattern import NM, Unstructured
+from sparsify.method.registry import registered
+from sparsify.method.spec import describe_passes, parse_pass, spec_text
+from sparsify.passes import Magnitude, Wanda
 
 groups = st.sampled_from(["output", "input", None])
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from sparsify.errors import BackendError
-from sparsify.staging import Staging
+from sparsify.files.staging import Staging
 
 
 def partials(folder: Path) -> list[str]:

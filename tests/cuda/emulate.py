@@ -12,8 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparsify.cuda.kernels import Arguments, Launch, Variant, add_splits, unpack
-from sparsify.packed.kernel_build import find_compiler
+from sparsify.runtime.cpu.build import find_compiler
+from sparsify.runtime.cuda.kernels import unpack
+from sparsify.runtime.cuda.variants import Arguments, Launch, Variant, add_splits
 
 HERE = Path(__file__).parent
 KERNELS = HERE.parent.parent / "sparsify" / "cuda" / "kernels"

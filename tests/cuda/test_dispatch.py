@@ -15,12 +15,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from packed.matrices import pruned_24
 
-from sparsify.cuda import tune
-from sparsify.cuda.dispatch import BUCKETS, LEAST, Plan, Timings, default_plan
-from sparsify.cuda.kernels import DECODE, VARIANTS, Variant
-from sparsify.cuda.weight import PreparedWeight, Target, prepare, random_24
 from sparsify.errors import BackendError, SpecError
-from sparsify.packed.layout import check, holds_24, pack, unpack
+from sparsify.runtime.cuda import autotune as tune
+from sparsify.runtime.cuda.dispatch import BUCKETS, LEAST, Plan, Timings, default_plan
+from sparsify.runtime.cuda.prepared import PreparedWeight, Target, prepare, random_24
+from sparsify.runtime.cuda.variants import DECODE, VARIANTS, Variant
+from sparsify.runtime.layout import check, holds_24, pack, unpack
 
 H200 = Target("NVIDIA H200", (9, 0), 132, True, "cusparselt")
 A100 = Target("NVIDIA A100", (8, 0), 108, True, "cutlass")

@@ -14,9 +14,9 @@ from cuda import emulate
 from cuda.test_op import on_gpu, prepared
 from packed.matrices import error
 
-from sparsify.cuda import driver, ops
-from sparsify.cuda.kernels import Arguments, Launch
 from sparsify.errors import BackendError
+from sparsify.runtime.cuda import driver, ops
+from sparsify.runtime.cuda.variants import Arguments, Launch
 
 
 @pytest.fixture

@@ -13,10 +13,10 @@ from cuda import emulate
 from packed.matrices import error, pruned_24
 from torch import Tensor
 
-from sparsify.cuda import nvrtc
-from sparsify.cuda.fragments import to_fragments
-from sparsify.cuda.kernels import DECODE, TILED, VARIANTS, Arguments, Variant
-from sparsify.packed.layout import pack
+from sparsify.runtime.cuda import nvrtc
+from sparsify.runtime.cuda.fragments import to_fragments
+from sparsify.runtime.cuda.variants import DECODE, TILED, VARIANTS, Arguments, Variant
+from sparsify.runtime.layout import pack
 
 DTYPES = (torch.bfloat16, torch.float16)
 SPLIT = (Variant("tiled", 8, 2, 8, 2), Variant("tiled", 4, 1, 4, 3))

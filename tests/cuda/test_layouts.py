@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from packed.matrices import pruned_24
 from torch.sparse._semi_structured_conversions import sparse_semi_structured_from_dense_cutlass
 
-from sparsify.cuda import compressed
-from sparsify.cuda.fragments import TILE_BYTES, from_fragments, tiles, to_fragments
-from sparsify.packed.layout import Packed, pack
+from sparsify.runtime.cuda import compressed
+from sparsify.runtime.cuda.fragments import TILE_BYTES, from_fragments, tiles, to_fragments
+from sparsify.runtime.layout import Packed, pack
 
 
 def same(one: Packed, other: Packed) -> bool:

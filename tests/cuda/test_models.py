@@ -18,16 +18,17 @@ import torch
 from cuda.test_dispatch import A100, H200
 from families import build, inputs, run
 from packed.test_folder import load
-from sparsify.backends.cuda import Prepared, backend, prepare
-from sparsify.backends.packed import linear
-from sparsify.backends.packed.linear import PackedLinear
 from torch import nn
 
 import sparsify
-from sparsify.cuda import driver, ops, weight
-from sparsify.cuda.dispatch import Timings
-from sparsify.cuda.weight import Target
+from sparsify.backends.cuda import Prepared, backend
+from sparsify.backends.packed.loaded import linear, prepare
+from sparsify.backends.packed.loaded.linear import PackedLinear
 from sparsify.errors import BackendError, CheckpointError, SpecError
+from sparsify.runtime.cuda import driver, ops
+from sparsify.runtime.cuda import prepared as weight
+from sparsify.runtime.cuda.dispatch import Timings
+from sparsify.runtime.cuda.prepared import Target
 
 WIDE = ("llama", "qwen2", "gpt2")
 MORE = ("phi3", "gpt_neox", "falcon", "opt", "mixtral", "mamba", "bert", "t5")
@@ -339,7 +340,7 @@ def test_a_damaged_config_is_refused(llama: tuple[Path, Path], tmp_path: Path, k
 
 def test_a_folder_for_gpus_runs_on_a_cpu_and_unpacks(llama: tuple[Path, Path], tmp_path: Path) -> None:
     close(run(load(llama[1]), inputs("llama")), run(load(llama[0]), inputs("llama")))
-    said = subprocess.run([sys.executable, "-m", "sparsify.cli", "unpack", llama[1], "-o", tmp_path / "back"],
+    said = subprocess.run([sys.executable, "-m", "sparsify", "unpack", llama[1], "-o", tmp_path / "back"],
                           capture_output=True, text=True, check=False)  # fmt: skip
     assert said.returncode == 0, said.stderr
     for path in llama[0].glob("*.safetensors"):
@@ -348,6 +349,6 @@ def test_a_folder_for_gpus_runs_on_a_cpu_and_unpacks(llama: tuple[Path, Path], t
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_bench_on_a_gpu_that_is_not_there(llama: tuple[Path, Path]) -> None:
-    words = [sys.executable, "-m", "sparsify.cli", "bench", llama[1], "--device", "cuda"]
+    words = [sys.executable, "-m", "sparsify", "bench", llama[1], "--device", "cuda"]
     done = subprocess.run(words, capture_output=True, text=True, env={**os.environ, "COLUMNS": "200"}, check=False)
     assert done.returncode == 2 and "no CUDA device" in done.stderr

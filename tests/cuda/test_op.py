@@ -18,13 +18,13 @@ from packed.matrices import error, pruned_24
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-import sparsify.packed.ops  # noqa: F401
-from sparsify.cuda import driver, ops
-from sparsify.cuda.dispatch import Plan
-from sparsify.cuda.kernels import Arguments, Launch
-from sparsify.cuda.weight import PreparedWeight, prepare
+import sparsify.runtime.ops  # noqa: F401
 from sparsify.errors import BackendError
-from sparsify.packed.layout import concatenate, pack
+from sparsify.runtime.cuda import driver, ops
+from sparsify.runtime.cuda.dispatch import Plan
+from sparsify.runtime.cuda.prepared import PreparedWeight, prepare
+from sparsify.runtime.cuda.variants import Arguments, Launch
+from sparsify.runtime.layout import concatenate, pack
 
 
 def prepared(rows: int, columns: int, policy: str = "decode", target: Any = H200, seed: int = 0,
@@ -219,8 +219,8 @@ def test_triton_kernels_under_its_interpreter() -> None:
     code = """
 import torch
 from packed.matrices import error, pruned_24
-from sparsify.cuda import triton_kernels
-from sparsify.packed.layout import pack
+from sparsify.runtime.cuda import triton_kernels
+from sparsify.runtime.layout import pack
 torch.manual_seed(0)
 for dtype in (torch.bfloat16, torch.float16):
     for rows, columns in ((64, 256), (70, 1024), (5, 60), (33, 1088)):
@@ -250,7 +250,7 @@ def test_triton_kernels_compile_for_gpus(tmp_path: Path, architecture: int) -> N
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
-    from sparsify.cuda import triton_kernels
+    from sparsify.runtime.cuda import triton_kernels
 
     pointers = {"w": "*i32", "x": "*bf16", "bias": "*bf16", "y": "*bf16", "rows": "i32", "groups": "i32"}
     flags = {"FLOAT16": False, "BIAS": True}

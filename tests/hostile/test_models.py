@@ -127,8 +127,8 @@ def test_a_disk_that_fails_midway_leaves_nothing(model: Path, tmp_path: Path, mo
 
 
 def test_a_write_that_the_disk_forgets_is_noticed(model: Path, tmp_path: Path, monkeypatch: Any) -> None:
-    from sparsify.checkpoint import Checkpoint
-    from sparsify.raw import checksum
+    from sparsify.files.checkpoint import Checkpoint
+    from sparsify.tensors import checksum
 
     def lying(self: Checkpoint, name: str, tensor: torch.Tensor) -> None:
         self.written[name] = checksum(tensor)

@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 import torch
 from families import build
-from sparsify.passes import Wanda
 from torch import Tensor, nn
 
 import sparsify
 from sparsify.errors import SparsifyError, SpecError
-from sparsify.source import open_source
-from sparsify.verify import verify_pruned
-from sparsify.weight_pass import Pruned
+from sparsify.frontend.source import open_source
+from sparsify.method.weight_pass import Pruned
+from sparsify.passes import Wanda
+from sparsify.prune.verify import verify_pruned
 
 IDS = torch.randint(3, 60, (2, 16), generator=torch.Generator().manual_seed(0))
 

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import torch
 from families import build
-from sparsify.backends.onnx.backend import ONNX
 from torch import Tensor
 
 import sparsify
+from sparsify.backends.onnx.backend import ONNX
 
 
 def endless(family: str) -> Any:

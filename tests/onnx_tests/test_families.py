@@ -10,11 +10,11 @@ import pytest
 import torch
 from families import inputs, run
 from onnx_tests.models import endless, export, greedy, logits, padded
-from sparsify.backends.onnx.backend import ONNX
-from sparsify.backends.onnx.runner import Runner, open_session
 
 import sparsify
-from sparsify.checkpoint import Checkpoint
+from sparsify.backends.onnx.backend import ONNX
+from sparsify.backends.onnx.runner import Runner, open_session
+from sparsify.files.checkpoint import Checkpoint
 
 DECODERS = ["llama", "qwen2", "opt", "gpt2", "gemma3", "mixtral", "mamba"]
 OTHERS = [

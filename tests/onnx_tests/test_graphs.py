@@ -9,9 +9,9 @@ import onnx_ir as ir
 import pytest
 import torch
 from onnx_tests.models import endless, logits, padded
+
 from sparsify.backends.onnx import export_onnx, trace_onnx
 from sparsify.backends.onnx.runner import Runner, open_session
-
 from sparsify.errors import SparsifyError
 
 

@@ -15,21 +15,21 @@ import pytest
 import torch
 import transformers
 from onnx_tests.models import endless, greedy, logits, padded
-from sparsify.backends.onnx import export_onnx
-from sparsify.backends.onnx.backend import ONNX
-from sparsify.backends.onnx.check import verify_onnx
-from sparsify.backends.onnx.runner import Runner, Sampling
 
 import sparsify
-from sparsify.calibration.data import evaluation_windows
+from sparsify.backends.onnx import export_onnx
+from sparsify.backends.onnx.backend import ONNX
+from sparsify.backends.onnx.runner import Runner, Sampling
+from sparsify.backends.verify.onnx_folder import verify_onnx
+from sparsify.data.batches import evaluation_windows
 from sparsify.errors import SparsifyError
-from sparsify.evaluate import evaluate
-from sparsify.source import open_source
+from sparsify.evaluation.perplexity import evaluate
+from sparsify.frontend.source import open_source
 
 
 def command(*words: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "sparsify.cli", *map(str, words)], capture_output=True, text=True, timeout=300
+        [sys.executable, "-m", "sparsify", *map(str, words)], capture_output=True, text=True, timeout=300
     )
 
 

@@ -8,11 +8,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from sparsify.backends.onnx import export_onnx
 from sparsify.backends.onnx.backend import ONNX
-from sparsify.backends.onnx.compare import runtime_weights
 from sparsify.backends.onnx.pack import best_format, nonzero_bits, pack, pack_bits, unpack, unpack_bits
 from sparsify.backends.onnx.store import GraphStore
+from sparsify.backends.verify.behaviour import runtime_weights
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 

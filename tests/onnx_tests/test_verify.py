@@ -13,12 +13,12 @@ import torch
 from families import FAMILIES
 from onnx_tests.models import endless
 from safetensors.torch import load_file, save_file
-from sparsify.backends.onnx.backend import ONNX
-from sparsify.backends.onnx.check import verify_onnx
-from sparsify.backends.onnx.checkpoint_check import verify_checkpoint
-from sparsify.backends.onnx.expand import expand
 
 import sparsify
+from sparsify.backends.onnx.backend import ONNX
+from sparsify.backends.onnx.expand import expand
+from sparsify.backends.verify.checkpoint import verify_checkpoint
+from sparsify.backends.verify.onnx_folder import verify_onnx
 from sparsify.errors import SparsifyError
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from families import FAMILIES, inputs, run
 from packed.test_folder import load, same_files, write_both
+
 from sparsify.backends.packed.unpack import unpack_folder
 
 

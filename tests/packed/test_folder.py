@@ -14,24 +14,24 @@ import pytest
 import torch
 import transformers
 from families import build, inputs, run, save
-from sparsify.backends.packed.backend import PackedBackend
-from sparsify.backends.packed.linear import PackedLinear
-from sparsify.backends.packed.modules import FastLinear
-from sparsify.backends.packed.unpack import unpack_folder
 
 import sparsify
-from sparsify.checkpoint import Checkpoint
+from sparsify.backends.packed.backend import PackedBackend
+from sparsify.backends.packed.loaded.linear import PackedLinear
+from sparsify.backends.packed.loaded.modules import FastLinear
+from sparsify.backends.packed.unpack import unpack_folder
 from sparsify.errors import BackendError
-from sparsify.evaluate import perplexity
-from sparsify.packed.timing import Stopwatch
-from sparsify.source import open_source
+from sparsify.evaluation.perplexity import perplexity
+from sparsify.files.checkpoint import Checkpoint
+from sparsify.frontend.source import open_source
+from sparsify.runtime.stopwatch import Stopwatch
 
 SMALLEST = PackedBackend(choice="smallest")
 
 
 def command(*words: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "sparsify.cli", *map(str, words)],
+        [sys.executable, "-m", "sparsify", *map(str, words)],
         capture_output=True, text=True, timeout=300, env={**os.environ, "COLUMNS": "120"},
     )  # fmt: skip
 

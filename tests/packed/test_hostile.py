@@ -15,12 +15,12 @@ from families import save
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from sparsify.backends.packed.unpack import unpack_folder
 
 import sparsify
+from sparsify.backends.packed.format import PackedSite, sites_of
+from sparsify.backends.packed.unpack import unpack_folder
 from sparsify.errors import CheckpointError, SparsifyError
-from sparsify.packed.site import PackedSite, sites_of
-from sparsify.source import open_source
+from sparsify.frontend.source import open_source
 
 UP = "model.layers.0.mlp.down_proj.weight"
 

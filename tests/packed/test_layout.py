@@ -10,20 +10,8 @@ from packed.matrices import DTYPES, by_hand_24, by_hand_bitmask, pruned, pruned_
 from torch import Tensor
 
 from sparsify.errors import CheckpointError, PatternError
-from sparsify.packed.layout import (
-    LAYOUTS,
-    PADDING,
-    Packed,
-    check,
-    choose_layout,
-    concatenate,
-    holds_24,
-    pack,
-    packed_bytes,
-    row_starts,
-    unpack,
-)
-from sparsify.packed.ops import unpacked
+from sparsify.runtime.layout import LAYOUTS, PADDING, Packed, check, choose_layout, concatenate, holds_24, pack, packed_bytes, row_starts, unpack
+from sparsify.runtime.ops import unpacked
 
 shapes = st.tuples(st.integers(1, 9), st.integers(1, 140))
 
@@ -211,7 +199,7 @@ def test_kernels_count_and_check_as_plain_torch_does(monkeypatch: pytest.MonkeyP
         return [row_starts(mask) for mask in masks], sound
 
     starts, sound = seen()
-    monkeypatch.setattr("sparsify.packed.native.library", lambda: None)
+    monkeypatch.setattr("sparsify.runtime.cpu.native.library", lambda: None)
     plain_starts, plain_sound = seen()
     assert all(torch.equal(a, b) for a, b in zip(starts, plain_starts, strict=True))
     assert sound == plain_sound and sum(sound) == 36

@@ -15,9 +15,10 @@ from packed.matrices import DTYPES, TOLERANCE, error, pruned, pruned_24
 from torch import Tensor, nn
 
 from sparsify.errors import BackendError, SpecError
-from sparsify.packed import native, ops
-from sparsify.packed.layout import LAYOUTS, pack, row_starts
-from sparsify.packed.weight import PackedWeight
+from sparsify.runtime import ops
+from sparsify.runtime.cpu import native
+from sparsify.runtime.layout import LAYOUTS, pack, row_starts
+from sparsify.runtime.packed_weight import PackedWeight
 
 TOKENS = (0, 1, 2, 3, 4, 5, 8, 9, 16, 17, 33, 64, 65)
 
@@ -54,7 +55,7 @@ def test_with_a_lower_instruction_set(isa: str) -> None:
         pytest.skip(f"this machine has no {isa} kernels")
     code = (
         "import torch; torch.manual_seed(0)\nfrom packed.test_ops import check_products\n"
-        "from sparsify.packed import native\n"
+        "from sparsify.runtime import native\n"
         f"assert native.ISAS[native.isa()] == {isa!r}\n"
         "print(check_products(((1, 1), (7, 63), (33, 64), (60, 1100)), (0, 1, 2, 3, 4, 7, 16, 17, 64, 65)), 'products')"
     )
@@ -70,14 +71,14 @@ def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str
 
 
 def test_an_instruction_set_that_is_not_here() -> None:
-    done = run_python("from sparsify.packed import native; native.isa()", SPARSIFY_CPU_ISA="avx1024")
+    done = run_python("from sparsify.runtime import native; native.isa()", SPARSIFY_CPU_ISA="avx1024")
     assert SpecError.__name__ in done.stderr and "no such instruction set" in done.stderr
 
 
 def test_without_a_compiler_one_warning_and_right_results(tmp_path: Path) -> None:
     code = (
         "import warnings, torch\nfrom packed.test_ops import check_products\n"
-        "from sparsify.packed import native\n"
+        "from sparsify.runtime import native\n"
         "native.BUILT = 'none-of-these'\n"
         "with warnings.catch_warnings(record=True) as seen:\n"
         "    warnings.simplefilter('always')\n"
@@ -93,7 +94,7 @@ def test_without_a_compiler_one_warning_and_right_results(tmp_path: Path) -> Non
 def test_kernels_are_compiled_once_into_the_cache(tmp_path: Path) -> None:
     if native.find_compiler() is None:
         pytest.skip("no C++ compiler here")
-    code = "from sparsify.packed import native; native.BUILT = 'x'; print(native.library().path)"
+    code = "from sparsify.runtime import native; native.BUILT = 'x'; print(native.library().path)"
     first, second = (run_python(code, SPARSIFY_CACHE=str(tmp_path)).stdout.strip() for _ in range(2))
     assert first == second and Path(first).parent == tmp_path and len(list(tmp_path.iterdir())) == 1
 

@@ -6,9 +6,10 @@ import json
 from pathlib import Path
 
 from rich.console import Console
+
 from sparsify.backends.cuda import Prepared
-from sparsify.backends.packed.bench import Benchmark, Speed
-from sparsify.backends.packed.report import benchmark_report, siblings_label, write_report
+from sparsify.backends.packed.bench.benchmark import Benchmark, Speed
+from sparsify.backends.packed.bench.report import benchmark_report, siblings_label, write_report
 
 
 def made_up(gains: dict[int, float]) -> Benchmark:

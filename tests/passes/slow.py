@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from sparsify.calibration.statistics import InputStatistics
+from sparsify.method.statistics import InputStatistics
 
 
 def problem(kind: str, rows: int = 24, columns: int = 64, seed: int = 0) -> tuple[Tensor, Tensor]:

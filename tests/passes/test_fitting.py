@@ -13,15 +13,15 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent))
 import slow
-from sparsify.passes import APT, SparseGPT, Twin, Wanda
-from sparsify.passes.exact import conjugate_gradients, solve_rows
-from sparsify.passes.gram import damped_gram, upper_root
-from sparsify.passes.sweep import sweep
 
 from sparsify.errors import CalibrationError, SpecError
-from sparsify.pattern import NM, Unstructured, parse_pattern
-from sparsify.selection import select
-from sparsify.spec import parse_pass
+from sparsify.method.pattern import NM, Unstructured, parse_pattern
+from sparsify.method.selection import select
+from sparsify.method.spec import parse_pass
+from sparsify.passes import APT, SparseGPT, Twin, Wanda
+from sparsify.passes.solvers.exact import conjugate_gradients, solve_rows
+from sparsify.passes.solvers.gram import damped_gram, upper_root
+from sparsify.passes.solvers.sweep import sweep
 
 PATTERNS = ("2:4", "4:8", "1:4", "50%", "70%")
 
@@ -229,7 +229,7 @@ def test_the_weight_given_is_left_alone(spec: str, rows: int) -> None:
 
 
 def test_siblings_share_one_factorisation(monkeypatch: pytest.MonkeyPatch) -> None:
-    import sparsify.passes.gram as gram
+    import sparsify.passes.solvers.gram as gram
 
     calls = []
     monkeypatch.setattr(gram, "upper_root", lambda matrix: calls.append(1) or upper_root(matrix))

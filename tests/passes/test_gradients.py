@@ -14,18 +14,18 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parent))
 import slow
-from sparsify.passes import GBLM, Activation, Gradient
 
 import sparsify
-from sparsify.analysis import find_sites
-from sparsify.calibration.data import load_calibration
+from sparsify.analysis.linear import find_sites
 from sparsify.calibration.gradients import Gradients, measure_gradients
-from sparsify.capture import capture
+from sparsify.data.batches import load_calibration
 from sparsify.errors import CalibrationError, SparsifyError, TraceError
-from sparsify.pattern import NM, Unstructured
-from sparsify.source import open_source
-from sparsify.spec import parse_pass
-from sparsify.targets import choose
+from sparsify.frontend.capture import capture
+from sparsify.frontend.source import open_source
+from sparsify.method.pattern import NM, Unstructured
+from sparsify.method.spec import parse_pass
+from sparsify.passes import GBLM, Activation, Gradient
+from sparsify.prune.targets import choose
 
 ALL = frozenset({"gradient", "gradient_l1", "gradient_l2", "gradient_platon"})
 # Models whose loss needs no labels.

@@ -13,16 +13,16 @@ import torch
 from analysis.dimensions import zeroed_model
 from families import FAMILIES, inputs, run, save
 from packed.test_folder import load
-from sparsify.passes import LLMPruner
 from torch import Tensor, nn
 
 import sparsify
-from sparsify.checkpoint import Checkpoint
 from sparsify.errors import BackendError, PatternError, SpecError
-from sparsify.pattern import NM, Unstructured
-from sparsify.restructure import replay
-from sparsify.spec import parse_pass, spec_text
-from sparsify.structural import Part
+from sparsify.files.checkpoint import Checkpoint
+from sparsify.method.pattern import NM, Unstructured
+from sparsify.method.spec import parse_pass, spec_text
+from sparsify.method.structural_pass import Part
+from sparsify.passes import LLMPruner
+from sparsify.structure.replay import replay
 
 IMPORTANCES = ("taylor-first", "taylor-second", "taylor-mix", "taylor-vector", "l1", "l2")
 GROUPS = ("sum", "mean", "max", "product", "first", "last")
@@ -230,7 +230,7 @@ def test_what_is_refused(tmp_path: Path, ids: Tensor) -> None:
 
 def test_at_the_command_line(tmp_path: Path) -> None:
     dense = save("llama", tmp_path / "dense")
-    words = [sys.executable, "-m", "sparsify.cli", "compile", str(dense), "--pass", "llm-pruner:50%,importance=l2"]
+    words = [sys.executable, "-m", "sparsify", "compile", str(dense), "--pass", "llm-pruner:50%,importance=l2"]
     dry = subprocess.run([*words, "--dry-run"], capture_output=True, text=True, check=True).stdout
     assert "heads 2 → 1 (×2), channels 64 → 32 (×2)" in dry and "nothing was read" in dry
     done = subprocess.run([*words, "-o", str(tmp_path / "out")], capture_output=True, text=True, check=True).stdout

@@ -10,7 +10,6 @@ import pytest
 import torch
 from families import build
 from packed.matrices import error, pruned, pruned_24
-from sparsify.passes import LowerSparse, Wanda
 from torch import Tensor, fx, nn
 from torch.fx.passes.infra.pass_manager import PassManager
 from torch.nn import functional
@@ -18,8 +17,9 @@ from torch.nn import functional
 import sparsify
 from sparsify.analysis.contraction import operator_name
 from sparsify.errors import TraceError
-from sparsify.packed.timing import Stopwatch
-from sparsify.pattern import NM
+from sparsify.method.pattern import NM
+from sparsify.passes import LowerSparse, Wanda
+from sparsify.runtime.stopwatch import Stopwatch
 
 SMALLEST = LowerSparse(choice="smallest")
 

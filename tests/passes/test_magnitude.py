@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import torch
 
-from sparsify.calibration.statistics import InputStatistics
-from sparsify.spec import parse_pass
+from sparsify.method.spec import parse_pass
+from sparsify.method.statistics import InputStatistics
 
 NOTHING = InputStatistics({}, 0, 0)
 

@@ -14,9 +14,9 @@ from torch import Tensor
 
 import sparsify
 from sparsify.errors import BackendError, CheckpointError, SpecError
-from sparsify.evaluate import perplexity
-from sparsify.spec import parse_pass
-from sparsify.structural import StructuralPass
+from sparsify.evaluation.perplexity import perplexity
+from sparsify.method.spec import parse_pass
+from sparsify.method.structural_pass import StructuralPass
 
 # Attention of these has its sizes built in.
 HEADS_REFUSED = ("falcon", "gpt2", "mamba", "mamba2", "opt", "phi3", "t5")
@@ -51,7 +51,7 @@ def test_a_block_that_stays_whole(family: str, tmp_path: Path) -> None:
 
 
 def _names(folder: Path) -> list[str]:
-    from sparsify.source import open_source
+    from sparsify.frontend.source import open_source
 
     return open_source(folder).weights.parameters()
 
@@ -70,7 +70,7 @@ def test_what_is_done_with_a_ragged_folder(tmp_path: Path, ids: Tensor) -> None:
     assert torch.equal(model.generate(prompt, max_new_tokens=5, do_sample=False, pad_token_id=0), wanted)
     assert sparsify.load(tmp_path / "out", dtype=torch.bfloat16).dtype is torch.bfloat16
     # Other commands read it: evaluation, more pruning (ragged still), ONNX, verification.
-    from sparsify.source import open_source
+    from sparsify.frontend.source import open_source
 
     assert perplexity(open_source(tmp_path / "out"), ids) > 1
     more = sparsify.compile(tmp_path / "out", ["wanda:2:4"], calibration=[ids], output=tmp_path / "more")

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from sparsify.passes.wanda import input_norm, variant_mask
 from torch import Tensor
 
-from sparsify.calibration.statistics import InputStatistics
 from sparsify.errors import CalibrationError
-from sparsify.spec import parse_pass
+from sparsify.method.spec import parse_pass
+from sparsify.method.statistics import InputStatistics
+from sparsify.passes.wanda import input_norm, variant_mask
 
 
 def statistics(inputs: Tensor, sequences: int) -> InputStatistics:

@@ -14,8 +14,8 @@ from torch import Tensor
 
 import sparsify
 from sparsify.errors import BackendError, SpecError, TraceError
-from sparsify.restructure import replay
-from sparsify.spec import parse_pass
+from sparsify.method.spec import parse_pass
+from sparsify.structure.replay import replay
 
 # What adds to the residual stream in a block: at zero, the block passes its input on.
 ENDS = {

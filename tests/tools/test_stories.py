@@ -10,10 +10,10 @@ from bench_quality import LENGTH, tokens
 from torch import Tensor
 
 import sparsify
-from sparsify.calibration.sources import Documents
-from sparsify.calibration.windows import random_windows
-from sparsify.evaluate import perplexity
-from sparsify.source import Source, open_source
+from sparsify.data.sources import Documents
+from sparsify.data.windows import random_windows
+from sparsify.evaluation.perplexity import perplexity
+from sparsify.frontend.source import Source, open_source
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import pytest
 from make_checkpoint import make_checkpoint
 
 import sparsify
-from sparsify.checkpoint import Checkpoint
+from sparsify.files.checkpoint import Checkpoint
 
 ROOT = Path(__file__).parents[2]
 

@@ -17,8 +17,9 @@ from packed.test_folder import load
 
 import sparsify
 from sparsify.errors import BackendError, CalibrationError, CheckpointError, SpecError, VerifyError
-from sparsify.source import open_source
-from sparsify.tune import Recipe, check_masks, masks_of, tune
+from sparsify.frontend.source import open_source
+from sparsify.tuning.recipe import Recipe
+from sparsify.tuning.tune import check_masks, masks_of, tune
 
 pytest.importorskip("peft")
 QUICK = Recipe(steps=6, batch=8, micro=4, samples=24, length=32, warmup=2, rate=2e-3)
@@ -145,7 +146,7 @@ def test_a_diverging_run_stops(sparse: Path, text: str, tmp_path: Path) -> None:
 
 
 def test_at_the_command_line(sparse: Path, text: str, tmp_path: Path) -> None:
-    words = [sys.executable, "-m", "sparsify.cli", "tune", str(sparse), "--data", text, "-o", str(tmp_path / "out"),
+    words = [sys.executable, "-m", "sparsify", "tune", str(sparse), "--data", text, "-o", str(tmp_path / "out"),
              "--steps", "2", "--batch", "4", "--samples", "8", "--sequence-length", "32"]  # fmt: skip
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

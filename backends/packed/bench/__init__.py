@@ -1,0 +1,1 @@
+"""``sparsify bench``: a packed model against the dense one."""

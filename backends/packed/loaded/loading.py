@@ -1,0 +1,135 @@
+"""Load a folder as its users do, and say what that took: ``python -m sparsify.backends.packed.loaded.loading FOLDER``."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import sparsify  # noqa: F401 (registers packed folders with transformers)
+from sparsify.errors import CheckpointError, first_line
+from sparsify.host import peak_memory, recent_peak, reset_peak
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Loading:
+    """What it takes until a model answers: transformers maps files and reads them only when they are used.
+
+    Attributes:
+        seconds: of ``from_pretrained``. ``first``: until the output of a first token, loading included.
+        before, peak: resident bytes before, and at most until then.
+    """
+
+    seconds: float
+    first: float
+    before: int
+    peak: int
+
+    @property
+    def added(self) -> int:
+        return self.peak - self.before
+
+
+def load_model(folder: str | Path, *, trust_remote_code: bool = False) -> Any:
+    """The model of a Hugging Face folder or hub id, packed or not, in eval mode, in the dtype that it is stored in.
+
+    Raises:
+        CheckpointError: transformers does not load it.
+    """
+    import transformers
+
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        names = list(getattr(config, "architectures", None) or [])
+        kind: Any = getattr(transformers, names[0], None) if names else None
+        if kind is None:
+            causal = bool(names) and "CausalLM" in names[0]
+            kind = transformers.AutoModelForCausalLM if causal else transformers.AutoModel
+            return kind.from_pretrained(folder, trust_remote_code=trust_remote_code, dtype="auto").eval()
+        return kind.from_pretrained(folder, dtype="auto").eval()
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise CheckpointError(
+            f"loading {folder}", found=f"transformers refuses it: {first_line(error)}", do="Check the folder"
+        ) from error
+
+
+def load_on(folder: str | Path, device: torch.device, *, tune: bool = True, trust_remote_code: bool = False) -> Any:
+    """:func:`load_model`, on ``device``. A packed model takes the layouts of a GPU by what its folder says.
+
+    Args:
+        tune: False: take built-in defaults, whatever the folder says.
+
+    Raises:
+        CheckpointError: it does not load. BackendError: kernels do not compile.
+    """
+    from sparsify.backends.packed.loaded.linear import PackedLinear
+    from sparsify.backends.packed.loaded.prepare import prepare
+
+    model = load_model(folder, trust_remote_code=trust_remote_code)
+    for module in model.modules():
+        if isinstance(module, PackedLinear):
+            module.product.tune = module.product.tune and tune
+    gpu = getattr(getattr(model.config, "quantization_config", None), "gpu", {})
+    model = model.to(device)
+    prepare(model, **(gpu | {"tune": gpu.get("tune", True) and tune}))
+    return model
+
+
+def measure_loading(folder: str | Path, *, trust_remote_code: bool = False) -> Loading:
+    """Load ``folder`` in a process of its own.
+
+    Raises:
+        CheckpointError: it does not load.
+    """
+    words = [sys.executable, "-m", __name__, str(folder), *(["--trust-remote-code"] if trust_remote_code else [])]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["it died"])[-1]
+        raise CheckpointError(f"loading {folder}", found=last, do="Load it with transformers to see why")
+    return Loading(**json.loads(done.stdout.strip().splitlines()[-1]))
+
+
+def first_inputs(model: Any, length: int = 1) -> dict[str, Any]:
+    """Seeded inputs for one forward: ``length`` tokens, or an image."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    config = model.config.get_text_config()
+    if getattr(config, "vocab_size", None) is None:
+        size = model.config.image_size
+        side = (size, size) if isinstance(size, int) else tuple(size)
+        channels = getattr(model.config, "num_channels", 3)
+        return {"pixel_values": torch.randn(1, channels, *side, generator=generator).to(model.dtype)}
+    ids = torch.randint(config.vocab_size, (1, length), generator=generator)
+    return {"input_ids": ids} | ({"decoder_input_ids": ids} if model.config.is_encoder_decoder else {})
+
+
+def main() -> None:
+    import torch
+    import transformers.modeling_utils
+
+    folder, trust = sys.argv[1], "--trust-remote-code" in sys.argv
+    transformers.utils.logging.disable_progress_bar()
+    # What both processes import, they import before the measurement.
+    transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust)
+    cpu = torch.device("cpu")
+    fresh = reset_peak(cpu)
+    before = (recent_peak(cpu) if fresh else None) or peak_memory()
+    start = time.perf_counter()
+    model = load_model(folder, trust_remote_code=trust)
+    seconds = time.perf_counter() - start
+    with torch.inference_mode():
+        model(**first_inputs(model))
+    first = time.perf_counter() - start
+    print(json.dumps(asdict(Loading(seconds, first, before, (recent_peak(cpu) if fresh else None) or peak_memory()))))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,148 @@
+"""How transformers loads a packed folder: ``AutoModelForCausalLM.from_pretrained(OUT)`` after ``import sparsify``.
+
+Only the packed tensors are read; no weight is ever dense in memory. Measured once per shape, layers that were not
+packed get our dense kernel where that makes a token faster.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from sparsify.backends.packed.format import FIELDS, FORMAT, METHOD, PackedSite, check_gpu, sites_of
+from sparsify.backends.packed.loaded.linear import PackedLinear
+from sparsify.backends.packed.loaded.modules import FastLinear, count_rows, pack_modules, packed_of
+from sparsify.backends.packed.loaded.prepare import prepare
+from sparsify.backends.packed.store import check_tensors
+from sparsify.errors import BackendError, CheckpointError
+from sparsify.files.checkpoint import DTYPES
+from sparsify.runtime.layout import check
+from sparsify.runtime.ops import unpacked
+from sparsify.runtime.stopwatch import Stopwatch
+
+
+@register_quantization_config(METHOD)
+class SparsifyConfig(QuantizationConfigMixin):
+    """``quantization_config`` of a packed folder.
+
+    Args:
+        siblings: groups of parameters that one product serves on a GPU. gpu: how a GPU keeps the weights, {"policy",
+            "tune"} as :func:`sparsify.backends.packed.loaded.prepare` takes them.
+
+    Raises:
+        CheckpointError: a newer format, or entries that are damaged.
+    """
+
+    def __init__(
+        self, sites: dict[str, Any], format: int = FORMAT, quant_method: str = METHOD,
+        siblings: list[list[str]] | None = None, gpu: dict[str, Any] | None = None,
+    ) -> None:  # fmt: skip
+        self.quant_method: Any = quant_method
+        self.format, self.sites = format, sites
+        self.siblings, self.gpu = siblings or [], gpu or {}
+        sites_of({"quantization_config": self.__dict__}, "(config.json)")
+        check_gpu(self.siblings, self.gpu, sites)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        # A newer format may have fields of any kind: its number is looked at before them.
+        sites_of({"quantization_config": config_dict}, "(config.json)")
+        known = {k: v for k, v in config_dict.items() if k in FIELDS}
+        return super().from_dict(known, return_unused_kwargs=return_unused_kwargs, **kwargs)
+
+    def packed_sites(self) -> dict[str, PackedSite]:
+        return {name: PackedSite.of(name, entry) for name, entry in self.sites.items()}
+
+
+@register_quantizer(METHOD)
+class SparsifyQuantizer(HfQuantizer):
+    """Replaces modules before the weights are read, and checks what was read."""
+
+    requires_calibration = True
+    quantization_config: SparsifyConfig
+
+    def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
+        places = device_map.values() if isinstance(device_map, dict) else ()
+        if "disk" in places:
+            raise BackendError(
+                "loading a packed folder with layers offloaded to disk",
+                found="transformers writes offloaded layers back dense",
+                do="Give a device_map without 'disk'",
+            )
+
+    def _process_model_before_weight_loading(
+        self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> None:
+        sites = self.quantization_config.packed_sites()
+        if checkpoint_files:
+            # transformers fills a tensor that is missing with random numbers and goes on.
+            check_tensors(sites, _headers(checkpoint_files), str(checkpoint_files[0]))
+        pack_modules(model, sites, self.quantization_config.siblings)
+        for module in model.modules():
+            if isinstance(module, PackedLinear):
+                for key, value in self.quantization_config.gpu.items():
+                    setattr(module.product, key, value)
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        sites = self.quantization_config.packed_sites()
+        for name, site in sites.items():
+            packed = packed_of(model, name, site)
+            if not packed.values.is_meta:
+                check(name, packed)
+        count_rows(model, sites)
+        prepare(model, **self.quantization_config.gpu)
+        speed_up_dense(model)
+        return model
+
+    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        """Dense modules again, with the weights unpacked."""
+        from sparsify.backends.packed.loaded.dense import dense_modules
+
+        return dense_modules(model, self.quantization_config.packed_sites(), unpacked)
+
+    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+
+def speed_up_dense(model: nn.Module) -> list[str]:
+    """Give dense layers our kernel for one token where it is measured faster than torch's; the names of those."""
+    # Without the flush: loading must not take 64 MiB more than the model, and large layers come from memory anyway.
+    watch, changed = Stopwatch(flush=False), []
+    for name, module in model.named_modules():
+        plain = type(module) is nn.Linear and not hasattr(module, "_hf_hook")
+        if plain and module.weight.device.type == "cpu" and module.weight.dtype.is_floating_point:
+            timing = watch.dense(module.weight)
+            if timing.dense < timing.torch:
+                module.__class__ = FastLinear
+                changed.append(name)
+    return changed
+
+
+def _headers(files: list[str]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and dtype of every tensor of safetensors files."""
+    found = {}
+    for path in files:
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118 (no mapping)
+                    part = file.get_slice(name)
+                    found[name] = (tuple(part.get_shape()), DTYPES.get(part.get_dtype(), torch.bool))
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(
+                f"packed weights {path}", found=f"not a sound safetensors file ({error})", do="Fetch it again"
+            ) from error
+    return found

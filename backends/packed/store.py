@@ -1,0 +1,103 @@
+"""A packed folder read as if it were dense: each parameter is unpacked when it is asked for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsify.backends.packed.format import PackedSite, codes_name, sites_of, without_packing
+from sparsify.errors import CheckpointError
+from sparsify.files.checkpoint import Checkpoint
+from sparsify.runtime.layout import Packed, check, row_starts
+from sparsify.runtime.ops import unpacked
+
+
+class PackedStore:
+    """The tensors of a packed folder under the names of the model's parameters, dense.
+
+    Raises:
+        CheckpointError: a tensor that is missing, of another shape or dtype than config.json says, or damaged.
+    """
+
+    def __init__(self, folder: Path, sites: Mapping[str, PackedSite]) -> None:
+        self.checkpoint = Checkpoint(folder)
+        self.sites = dict(sites)
+        names = set(self.checkpoint.names())
+        check_tensors(
+            self.sites, {n: (tuple(self.checkpoint.shape(n)), self.checkpoint.dtype(n)) for n in names}, str(folder)
+        )
+        self._codes = {codes_name(name, site.layout) for name, site in self.sites.items()}
+
+    def names(self) -> Iterable[str]:
+        return [name for name in self.checkpoint.names() if name not in self._codes]
+
+    def shape(self, name: str) -> torch.Size:
+        return self.sites[name].shape if name in self.sites else self.checkpoint.shape(name)
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self.checkpoint.dtype(name)
+
+    def packed(self, name: str) -> Packed:
+        """The packed matrix of parameter ``name``, checked."""
+        site = self.sites[name]
+        packed = site.packed(self.checkpoint.read(name), self.checkpoint.read(codes_name(name, site.layout)))
+        check(name, packed)
+        return packed
+
+    def read(self, name: str) -> Tensor:
+        if name not in self.sites:
+            return self.checkpoint.read(name)
+        packed = self.packed(name)
+        return self.sites[name].parameter(
+            unpacked(packed, row_starts(packed.codes) if packed.layout == "bitmask" else None)
+        )
+
+    def dense_config(self, config: dict[str, Any]) -> dict[str, Any]:
+        return without_packing(config)
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        raise CheckpointError(f"writing {name}", found="a packed folder", do="Write to an output")
+
+
+def open_packed(folder: Path) -> PackedStore | None:
+    """The store of a packed folder; None where config.json says that it is not one.
+
+    Raises:
+        CheckpointError: a packed folder that is damaged, or of a newer format.
+    """
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None  # whoever reads the config itself says what is wrong with it
+    sites = sites_of(config, str(folder)) if isinstance(config, dict) else None
+    return None if sites is None else PackedStore(folder, sites)
+
+
+def check_tensors(
+    sites: Mapping[str, PackedSite], tensors: Mapping[str, tuple[tuple[int, ...], torch.dtype]], where: str
+) -> None:
+    """Check that ``tensors``, (shape, dtype) by name, are those that ``sites`` need.
+
+    Raises:
+        CheckpointError: names the tensor, what it is and what it should be.
+    """
+    for name, site in sites.items():
+        codes = codes_name(name, site.layout)
+        for tensor, shape in ((name, site.values_shape), (codes, site.codes_shape)):
+            if tensor not in tensors:
+                raise CheckpointError(
+                    f"packed tensor {tensor}", found=f"{where} does not hold it", do="Fetch the folder again"
+                )
+            found, dtype = tensors[tensor]
+            kind = site.codes_dtype if tensor == codes else None
+            if found != shape or (dtype != kind if kind is not None else not dtype.is_floating_point):
+                raise CheckpointError(
+                    f"packed tensor {tensor}",
+                    found=f"{list(found)} of {dtype} where {list(shape)} of {kind or 'a floating dtype'} belong",
+                    do="config.json and the weights do not belong together: fetch the folder again",
+                )

@@ -1,0 +1,1 @@
+"""``sparsify verify``: what a folder really holds, ours or not."""

@@ -1,0 +1,72 @@
+"""``sparsify verify`` of a folder without a graph: a checkpoint's patterns, along the axes of its model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from sparsify.analysis.linear import LinearSite, find_sites
+from sparsify.backends.packed.store import open_packed
+from sparsify.backends.verify.axis import Contraction
+from sparsify.backends.verify.onnx_folder import judge, promises
+from sparsify.backends.verify.result import Verification
+from sparsify.data.batches import example_batch
+from sparsify.errors import CheckpointError
+from sparsify.files.checkpoint import Checkpoint
+from sparsify.files.manifest import MANIFEST, read_manifest
+from sparsify.frontend.capture import capture
+from sparsify.frontend.source import open_source
+from sparsify.method.pattern import parse_pattern
+
+
+def verify_checkpoint(folder: Path, *, pattern: str | None = None) -> Verification:
+    """Check a Hugging Face folder: every tensor's checksum, and each pruned one's pattern.
+
+    Raises:
+        CheckpointError, TraceError: no sound folder, or no graph to find the axes in.
+    """
+    manifest: dict[str, Any] = read_manifest(folder)
+    result = Verification(folder)
+    files = Checkpoint(folder)
+    packed = open_packed(folder)
+    # Checksums are of what lies in the files, patterns of the weights that a packed folder unpacks to.
+    store = packed or files
+    equal: dict[str, bool] = {}
+    for name, crc in manifest.get("checksums", {}).items():
+        if name not in set(files.names()):
+            result.problems.append(f"{name}: {MANIFEST} names it, and no file holds it")
+            continue
+        equal[name] = files.checksum(name) == crc
+        result.compared += 1
+        if not equal[name]:
+            result.problems.append(f"{name}: its bytes are not those that were written (checksum of {MANIFEST})")
+    if not manifest.get("checksums"):
+        result.unchecked.append(f"bytes: no {MANIFEST} with checksums to compare with")
+    source = open_source(folder)
+    program = capture(source, example_batch(source))
+    sites, opaque = find_sites(program)
+    promised = promises(manifest)
+    asked = parse_pattern(pattern) if pattern else None
+    result.unchecked += [f"{', '.join(o.parameters)}: {o.reason}" for o in opaque]
+    for site in {site.parameter: site for site in sites}.values():
+        if site.window is not None:
+            result.unchecked.append(f"{site.name}: a convolution with a kernel has no one axis of inputs")
+            continue
+        for name in program.weights.sources(site.parameter):
+            try:
+                weight = store.read(name)
+            except CheckpointError as error:
+                result.problems.append(str(error))
+                continue
+            at = Contraction(name, _axis(site, weight.dim()), "linear", site.expert_axis is None)
+            form = packed.sites[name].layout if packed is not None and name in packed.sites else "dense"
+            check = judge(result, at, weight, form, promised.get(name), asked)
+            check.equal = equal.get(name)
+            result.weights.append(check)
+    return result
+
+
+def _axis(site: LinearSite, rank: int) -> int:
+    """The axis of inputs in a checkpoint tensor: experts that lie apart there have no axis of experts."""
+    apart = site.expert_axis is not None and rank == 2
+    return site.in_axis - int(apart and site.expert_axis is not None and site.expert_axis < site.in_axis)

@@ -1,0 +1,48 @@
+"""``sparsify verify`` at the command line. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from sparsify.cli.options import AsJson, Debug, command_errors
+
+
+def verify(
+    folder: Annotated[
+        Path, typer.Argument(help="A folder (ONNX or checkpoint) or an ONNX file, ours or not.", metavar="OUT")
+    ],
+    against: Annotated[
+        Path | None, typer.Option(help="Checkpoint to compare with. [default: OUT's own]", metavar="MODEL")
+    ] = None,
+    pattern: Annotated[
+        str | None, typer.Option(help="What the pruned weights must hold. [default: as sparsify.json says]")
+    ] = None,
+    weights_only: Annotated[bool, typer.Option("--weights-only", help="Do not load the model into torch.")] = False,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Check OUT: the sparsity along the axis that is summed over, every weight's bits, the outputs against torch."""
+    with command_errors(debug, "error"):
+        from sparsify.backends.verify.checkpoint import verify_checkpoint
+        from sparsify.backends.verify.onnx_folder import verify_onnx
+        from sparsify.backends.verify.report import verification_report
+
+        console = Console()
+        with Console(stderr=True).status("") as status:
+            if (folder / "config.json").is_file() and not any(folder.glob("*.onnx")):
+                result = verify_checkpoint(folder, pattern=pattern)
+            else:
+                result = verify_onnx(
+                    folder, against=against, pattern=pattern, run=not weights_only, observe=status.update
+                )
+        if as_json:
+            print(json.dumps(result.as_dict()))
+        else:
+            console.print(verification_report(result))
+        if not result.sound:
+            raise SystemExit(1)

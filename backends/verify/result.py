@@ -1,0 +1,52 @@
+"""What a verification found, weight by weight."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sparsify.backends.verify.behaviour import Behaviour
+
+
+@dataclass
+class WeightCheck:
+    """One weight that a contraction reads.
+
+    Attributes:
+        axis: the axis summed over, of ``shape``. ``zeros``: their share. ``pattern``: the N:M that holds along it.
+        equal: whether onnxruntime gives the checkpoint's values, bit for bit; None where there is nothing to compare.
+        tensorrt: None where its sparse kernels may take it, else the condition that fails.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    format: str
+    operator: str
+    axis: int
+    zeros: float
+    pattern: str | None
+    equal: bool | None = None
+    tensorrt: str | None = None
+
+
+@dataclass
+class Verification:
+    """The result: sound where ``problems`` is empty. ``unchecked`` says what could not be looked at, and why."""
+
+    file: Path
+    weights: list[WeightCheck] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    unchecked: list[str] = field(default_factory=list)
+    opset: int = 0
+    compared: int = 0
+    behaviour: Behaviour | None = None
+    packed: bool = False
+
+    @property
+    def sound(self) -> bool:
+        return not self.problems
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "file": str(self.file), "sound": self.sound}

@@ -1,0 +1,1 @@
+"""Which dimensions of a model's parameters must shrink together."""

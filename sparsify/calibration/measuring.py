@@ -1,0 +1,202 @@
+"""Measuring the inputs of sites: where regions are cut, what is recorded in each, and measurements of a whole model.
+
+A cut is where the inputs of one group, or of all groups of a block, are complete. Who prunes between two cuts is
+:mod:`sparsify.prune.engine`; without one, :func:`measure_inputs` and :func:`drift` look at a model as it is.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+
+from sparsify.analysis.flow import Flow
+from sparsify.analysis.linear import InputGroup, LinearSite, group_by_input
+from sparsify.calibration.accumulators import OUTPUTS
+from sparsify.calibration.interpreter import Region
+from sparsify.calibration.recorder import GroupRecorder, OutputMoments
+from sparsify.calibration.rows import RowReader
+from sparsify.calibration.streams import Streams
+from sparsify.context import Context, Progress
+from sparsify.ir.program import Program
+from sparsify.ir.weights import Weights
+
+
+@dataclass(frozen=True)
+class Step:
+    """One cut: the groups whose statistics are complete when the nodes before ``measured`` have run."""
+
+    number: int
+    groups: tuple[InputGroup, ...]
+    at: tuple[int, ...]
+    label: str
+
+    @property
+    def start(self) -> int:
+        return self.at[0]
+
+    @property
+    def measured(self) -> int:
+        return self.at[-1]
+
+
+class Measuring:
+    """The groups of some sites, in the order in which their inputs are made, and what is recorded of them.
+
+    Args:
+        wanted: names of the statistics.
+        by_block: one step for all groups of a block, not one for each.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        sites: Sequence[LinearSite],
+        batches: Sequence[Mapping[str, Tensor]],
+        wanted: Sequence[str],
+        context: Context,
+        *,
+        by_block: bool = False,
+    ) -> None:
+        flow = Flow.of(program)
+        self.program, self.batches, self.wanted, self.context = program, batches, wanted, context
+        self.groups = sorted(group_by_input(sites), key=lambda group: _position(flow, group))
+        self.rows = RowReader(program, flow, self.groups)
+        self.flow = flow.holding(self.rows.held)
+        self.sequences = sum(len(next(iter(batch.values()))) for batch in batches)
+        self.batch_tokens = [self.rows.tokens(batch) for batch in batches]
+        self.steps = self._steps(by_block)
+
+    def streams(self, dense: Weights | None) -> Streams:
+        return Streams(self.program, self.flow, self.rows, self.batches, self.context, dense)
+
+    def recorder(self, group: InputGroup, twin: bool = False) -> GroupRecorder:
+        """What records the input of ``group`` and, where a statistic asks for them, the outputs of its sites."""
+        site, device, weights = group.sites[0], self.context.device, self.program.weights
+        recorder = GroupRecorder(self.wanted, site.experts, site.shape[1], device, twin=twin)
+        if OUTPUTS.keys() & set(self.wanted):
+            for own in group.sites:
+                weight = own.matrices(weights.read(own.parameter).to(device))
+                bias = None if own.bias is None else own.biases(weights.read(own.bias).to(device))
+                recorder.outputs[own.parameter] = OutputMoments(self.wanted, weight, bias)
+        return recorder
+
+    def run(self, streams: Streams, step: Step, region: Region, *, twin: bool = False) -> list[GroupRecorder]:
+        """Run ``region`` on all batches, recording the inputs of the groups of ``step`` that it makes."""
+        recorders = [self.recorder(group, twin) for group in step.groups]
+        self._run(streams, step, region, list(zip(step.groups, recorders, strict=True)))
+        return recorders
+
+    def run_unrecorded(self, streams: Streams, step: Step, region: Region) -> None:
+        """Run ``region`` on all batches for the live values that it makes."""
+        self._run(streams, step, region, [])
+
+    def once(self, dense: Weights | None = None) -> Iterator[tuple[InputGroup, GroupRecorder]]:
+        """Every group with what one forward records of its input; the model stays as it is."""
+        with self.streams(dense) as streams, torch.no_grad():
+            start, end = 0, self.steps[-1].measured
+            for step in self.steps:
+                recorders = self.run(streams, step, Region(start, step.start, end), twin=dense is not None)
+                start = step.start
+                yield from zip(step.groups, recorders, strict=True)
+
+    def merged(self) -> dict[str, GroupRecorder]:
+        """Statistics of parameters that several groups read, over all of them, from a dense forward.
+
+        Such a weight (a layer used repeatedly) must have one value everywhere, so its first use cannot wait for
+        statistics of its last; the official code merges in the same way within a block.
+        """
+        readers: dict[str, list[InputGroup]] = {}
+        for group in self.groups:
+            for parameter in {site.parameter for site in group.sites}:
+                readers.setdefault(parameter, []).append(group)
+        repeated = {p: gs for p, gs in readers.items() if len(gs) > 1}
+        if not repeated:
+            return {}
+        merged = {p: self.recorder(gs[0]) for p, gs in repeated.items()}
+        pairs = [(group, merged[p]) for p, gs in repeated.items() for group in gs]
+        watch = self._watch(pairs)
+        stop = max(_position(self.flow, group) for group, _ in pairs)
+        cuts = sorted({p for p in (_position(self.flow, g) for g in self.groups) if p < stop} | {0, stop})
+        with self.streams(None) as streams, torch.no_grad():
+            for start, cut in itertools.pairwise(cuts):
+                inside = {n: found for n, found in watch.items() if start <= self.flow.position[n] < cut}
+                streams.run_region(Region(start, cut, stop), inside)
+        return merged
+
+    def _run(
+        self, streams: Streams, step: Step, region: Region, pairs: Sequence[tuple[InputGroup, GroupRecorder]]
+    ) -> None:
+        finished = iter(self.batch_tokens)
+
+        def tell() -> None:
+            # A block's first sweep is half of its work: its tokens are counted when they leave it.
+            tokens = 0 if region.again else next(finished)
+            self.context.observe(Progress(step.number, len(self.steps), step.label, tokens))
+
+        streams.run_region(region, self._watch(pairs), tell)
+
+    def _watch(
+        self, pairs: Sequence[tuple[InputGroup, GroupRecorder]]
+    ) -> dict[fx.Node, list[tuple[InputGroup, GroupRecorder]]]:
+        """Which groups are read at which node."""
+        watch: dict[fx.Node, list[tuple[InputGroup, GroupRecorder]]] = {}
+        for group, recorder in pairs:
+            watch.setdefault(self.rows.anchor(group), []).append((group, recorder))
+        return watch
+
+    def _steps(self, by_block: bool) -> list[Step]:
+        gathered: list[list[InputGroup]] = []
+        for group in self.groups:
+            if by_block and gathered and group.block is not None and gathered[-1][-1].block == group.block:
+                gathered[-1].append(group)
+            else:
+                gathered.append([group])
+        return [
+            Step(
+                number,
+                tuple(groups),
+                tuple(_position(self.flow, group) for group in groups),
+                (groups[0].block if by_block else None) or groups[0].name,
+            )
+            for number, groups in enumerate(gathered)
+        ]
+
+
+def _position(flow: Flow, group: InputGroup) -> int:
+    return min(flow.position[site.node] for site in group.sites)
+
+
+def measure_inputs(
+    program: Program,
+    sites: Sequence[LinearSite],
+    batches: Sequence[Mapping[str, Tensor]],
+    wanted: Sequence[str],
+    context: Context,
+) -> dict[str, GroupRecorder]:
+    """The statistics ``wanted`` of every site's input from one forward, nothing pruned; by parameter."""
+    measuring = Measuring(program, sites, batches, wanted, context)
+    found = {site.parameter: recorder for group, recorder in measuring.once() for site in group.sites}
+    return found | measuring.merged()
+
+
+def drift(
+    program: Program,
+    sites: Sequence[LinearSite],
+    batches: Sequence[Mapping[str, Tensor]],
+    dense: Weights,
+    context: Context,
+) -> dict[str, float]:
+    """‖X₀Wᵀ − XŴᵀ‖/‖X₀Wᵀ‖ of every site by its name: the model of ``program`` against the one with ``dense`` weights."""
+    measuring = Measuring(program, sites, batches, (), context)
+    found: dict[str, float] = {}
+    for group, recorder in measuring.once(dense):
+        for site in group.sites:
+            before, after = (
+                site.matrices(weights.read(site.parameter)).to(context.device) for weights in (dense, program.weights)
+            )
+            found[site.name] = recorder.sketch.relative_error(before, after) or 0.0
+    return found

@@ -1,0 +1,253 @@
+"""``sparsify compile | inspect | eval | compare | passes``. Imports nothing heavy before a command runs."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from sparsify.cli.graphs import GraphPrinter
+from sparsify.cli.options import (
+    AllowBin,
+    AsJson,
+    Debug,
+    Device,
+    Length,
+    LogLevel,
+    Memory,
+    Model,
+    Quiet,
+    Trust,
+    command_errors,
+)
+from sparsify.errors import SpecError
+from sparsify.method.spec import check_pass, describe_passes, parse_backend, parse_pass, split_specs
+from sparsify.words import check_schedule, parse_bytes
+
+
+def compile_command(
+    model: Model,
+    passes: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--pass",
+            help="NAME:PATTERN[,OPTION=VALUE]…, e.g. wanda:2:4; several run in order.",
+            metavar="SPEC",
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Folder to write. [default: NAME-PASS here]", metavar="OUT"),
+    ] = None,
+    to: Annotated[
+        str,
+        typer.Option(
+            "--to", help="What to write: hf, an ordinary checkpoint; onnx[:OPTION=VALUE,…].", metavar="BACKEND"
+        ),
+    ] = "hf",
+    calibration: Annotated[
+        str | None,
+        typer.Option(
+            help="Text file, FILE.jsonl[:field], FILE.parquet[:field], FILE.safetensors of ids, python-stdlib, c4, a "
+            "data set id, self, random; for vision models a folder of images. [default: c4, else self]",
+            metavar="DATA",
+        ),
+    ] = None,
+    schedule: Annotated[str, typer.Option(help="layer, block (as the papers do) or dense.")] = "layer",
+    samples: Annotated[int | None, typer.Option(help="Calibration sequences. [default: 128; 32 for self]")] = None,
+    sequence_length: Length = None,
+    seed: Annotated[int, typer.Option(help="Seed for drawing sequences.")] = 0,
+    ignore: Annotated[
+        list[str] | None, typer.Option(help="Leave these dense: names, globs, re:…", metavar="NAME")
+    ] = None,
+    only: Annotated[list[str] | None, typer.Option(help="Prune only these: names, globs, re:…", metavar="NAME")] = None,
+    device: Device = "auto",
+    memory: Memory = "8GiB",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")] = False,
+    print_after: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--print-after", help="Print the graph once this pass has run; `all`: every pass.", metavar="PASS"
+        ),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be pruned, and stop.")] = False,
+    allow_bin: AllowBin = False,
+    trust_remote_code: Trust = False,
+    quiet: Quiet = False,
+    log_level: LogLevel = "warning",
+    debug: Debug = False,
+) -> None:
+    """Prune MODEL with the given passes and write the result to OUT."""
+    with command_errors(debug, log_level):
+        console = Console(quiet=quiet, soft_wrap=False)
+        specs = passes or []
+        _check_words(specs, schedule, memory, to)
+        from sparsify.cli.progress import ProgressLine
+        from sparsify.cli.tables import plan_report, result_report
+        from sparsify.compiler.pipeline import compile
+        from sparsify.compiler.request import default_output
+
+        local = Path(model).expanduser()
+        name = local.resolve().name if local.exists() else model.rpartition("/")[2]
+        out = output or default_output(name, specs, to)
+        shown = GraphPrinter(print_after or (), [parse_pass(spec).name for spec in specs])
+        started = time.perf_counter()
+        with ProgressLine(console, not quiet) as line:
+            compiled = compile(
+                model, specs, calibration=calibration, schedule=check_schedule(schedule), output=out, to=to,
+                samples=samples, sequence_length=sequence_length, seed=seed, ignore=ignore or (), only=only or (),
+                device=device, memory=memory, overwrite=overwrite, dry_run=dry_run, allow_bin=allow_bin,
+                trust_remote_code=trust_remote_code, observe=line.show, after=shown.after,
+            )  # fmt: skip
+        if dry_run:
+            console.print(plan_report(compiled))
+            return
+        if compiled.calibration is not None:
+            data = compiled.calibration
+            console.print(f"calibrated on {data.size}: {data.label}", style="bold red" if data.plumbing else None)
+        console.print(result_report(compiled, time.perf_counter() - started))
+        for note in compiled.notes:
+            console.print(note)
+        console.print(f"wrote {compiled.output}")
+
+
+def inspect_command(
+    model: Model,
+    as_json: AsJson = False,
+    dot: Annotated[Path | None, typer.Option(help="Write the groups as a DOT graph.", metavar="FILE")] = None,
+    dimensions: Annotated[
+        bool, typer.Option("--dimensions", help="The dimensions that must shrink together, instead.")
+    ] = False,
+    graph: Annotated[
+        bool, typer.Option("--graph", help="The graph as text, with the zeros of every weight, which are read for it.")
+    ] = False,
+    allow_bin: AllowBin = False,
+    trust_remote_code: Trust = False,
+    debug: Debug = False,
+) -> None:
+    """Show what the compiler sees in MODEL: linear sites, input groups, shapes, regions. Reads no weights."""
+    with command_errors(debug, "error"):
+        from sparsify.inspection.dimensions import DimensionReport, inspect_dimensions
+        from sparsify.inspection.graph import inspect_graph
+        from sparsify.inspection.sites import Inspection, inspect
+
+        if graph:
+            if dimensions or as_json or dot is not None:
+                raise SpecError("inspect --graph", found="another form beside it", do="Give --graph alone")
+            print(inspect_graph(model, allow_bin=allow_bin, trust_remote_code=trust_remote_code))
+            return
+        look = inspect_dimensions if dimensions else inspect
+        found: Inspection | DimensionReport = look(model, allow_bin=allow_bin, trust_remote_code=trust_remote_code)
+        if dot is not None:
+            dot.write_text(found.dot(), encoding="utf-8")
+        print(json.dumps(found.as_dict(), indent=2) if as_json else "\n".join(found.lines()))
+
+
+def eval_command(
+    models: Annotated[list[str], typer.Argument(help="Hugging Face folders or hub ids.", metavar="MODEL...")],
+    data: Annotated[str, typer.Option(help="As --calibration; of sources in parts the held-out one.", metavar="TEXT")],
+    sequence_length: Length = None,
+    windows: Annotated[int | None, typer.Option(help="Only the first so many windows.", min=1)] = None,
+    as_json: AsJson = False,
+    device: Device = "auto",
+    memory: Memory = "8GiB",
+    allow_bin: AllowBin = False,
+    trust_remote_code: Trust = False,
+    quiet: Quiet = False,
+    log_level: LogLevel = "warning",
+    debug: Debug = False,
+) -> None:
+    """Perplexity of each MODEL on TEXT by the papers' protocol: disjoint windows, mean loss per window."""
+    with command_errors(debug, log_level):
+        from sparsify.cli.progress import ProgressLine
+        from sparsify.cli.tables import evaluation_report
+        from sparsify.context import Context
+        from sparsify.evaluation.perplexity import evaluate
+        from sparsify.host import resolve_device
+
+        budget, results = parse_bytes(memory), []
+        for model in models:
+            with ProgressLine(Console(stderr=True), not (quiet or as_json)) as line:
+                result = evaluate(
+                    model, data, Context(resolve_device(device), budget, observe=line.show), windows=windows,
+                    sequence_length=sequence_length, allow_bin=allow_bin, trust_remote_code=trust_remote_code,
+                )  # fmt: skip
+            results.append((model, result))
+        if as_json:
+            rows = [{"model": model, **vars(result)} for model, result in results]
+            print(json.dumps(rows[0] if len(rows) == 1 else rows))
+        else:
+            Console(quiet=quiet).print(evaluation_report(results))
+
+
+def compare_command(
+    model: Model,
+    passes: Annotated[
+        str, typer.Option("--passes", help="Specs with commas between: wanda:2:4,sparsegpt:2:4,…", metavar="SPECS")
+    ],
+    data: Annotated[
+        str | None, typer.Option(help="Held-out text for perplexity, as for eval. [default: none]", metavar="TEXT")
+    ] = None,
+    calibration: Annotated[str | None, typer.Option(help="As for compile.", metavar="DATA")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder for table, JSON and picture.", metavar="OUT")
+    ] = None,
+    schedule: Annotated[str, typer.Option(help="layer, block or dense.")] = "layer",
+    samples: Annotated[int | None, typer.Option(help="Calibration sequences.")] = None,
+    sequence_length: Length = None,
+    windows: Annotated[int | None, typer.Option(help="Evaluate the first so many windows.", min=1)] = None,
+    seed: Annotated[int, typer.Option(help="Seed for drawing sequences.")] = 0,
+    device: Device = "auto",
+    memory: Memory = "8GiB",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")] = False,
+    as_json: AsJson = False,
+    allow_bin: AllowBin = False,
+    trust_remote_code: Trust = False,
+    quiet: Quiet = False,
+    log_level: LogLevel = "warning",
+    debug: Debug = False,
+) -> None:
+    """Prune MODEL by each pass on the same calibration tokens; one table and one picture."""
+    with command_errors(debug, log_level):
+        from sparsify.cli.progress import ProgressLine
+        from sparsify.cli.tables import comparison_report
+        from sparsify.evaluation.compare import compare
+
+        specs = split_specs(passes)
+        _check_words(specs, schedule, memory, "hf")
+        with ProgressLine(Console(stderr=True), not (quiet or as_json)) as line:
+            result = compare(
+                model, specs, data=data, calibration=calibration, windows=windows, samples=samples,
+                sequence_length=sequence_length, seed=seed, schedule=check_schedule(schedule), output=output,
+                overwrite=overwrite, device=device, memory=memory, allow_bin=allow_bin,
+                trust_remote_code=trust_remote_code, observe=line.show,
+            )  # fmt: skip
+        if as_json:
+            print(json.dumps(result.as_dict()))
+            return
+        console = Console(quiet=quiet)
+        console.print(comparison_report(result))
+        if result.output is not None:
+            console.print(f"wrote {result.output}")
+
+
+def passes_command() -> None:
+    """List the pruning methods and their options."""
+    for name, summary, options in describe_passes():
+        print(f"{name}  {summary}" if summary else f"{name} has")
+        for option, meaning in options.items():
+            print(f"    {option}={meaning}")
+
+
+def _check_words(specs: list[str], schedule: str, memory: str, to: str) -> None:
+    """Check the words of the command before anything large is imported or read."""
+    for spec in specs:
+        check_pass(spec)
+    check_schedule(schedule)
+    parse_bytes(memory)
+    if parse_backend(to).needs_pass and not specs:
+        raise SpecError("compile", found="no --pass", do="Give one, e.g. --pass wanda:2:4; see sparsify passes")

@@ -1,0 +1,80 @@
+"""What commands share: their options, and errors as sentences. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from sparsify.errors import SparsifyError, first_line
+
+Model = Annotated[str, typer.Argument(help="Hugging Face folder or hub id.", metavar="MODEL")]
+AllowBin = Annotated[bool, typer.Option("--allow-bin", help="Read pytorch_model.bin (weights only, no code).")]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that the model brings along.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show a traceback with an error.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Length = Annotated[int | None, typer.Option(help="Tokens per sequence. [default: min(2048, the model's context)]")]
+Memory = Annotated[str, typer.Option(help="Memory for activations; past it they go to a file.", metavar="SIZE")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")]
+LogLevel = Annotated[str, typer.Option(help="debug, info, warning or error.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")]
+
+
+@contextlib.contextmanager
+def command_errors(debug: bool, log_level: str) -> Iterator[None]:
+    """Errors as sentences with the right exit code; a terminated process cleans up like an interrupted one."""
+    _set_logging(log_level)
+    with contextlib.suppress(ValueError):  # not in the main thread
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        yield
+    except (typer.Exit, SystemExit):
+        raise
+    except KeyboardInterrupt:
+        _complain("interrupted; nothing was written")
+        raise SystemExit(130) from None
+    except SparsifyError as error:
+        if debug:
+            raise
+        _complain(str(error))
+        raise SystemExit(error.exit_code) from None
+    except Exception as error:
+        if debug:
+            raise
+        _complain(f"unexpected {type(error).__name__}: {first_line(error)} (run again with --debug for the traceback)")
+        raise SystemExit(1) from None
+
+
+def _complain(message: str) -> None:
+    Console(stderr=True, soft_wrap=True).print(f"[bold red]error[/]: {_escape(message)}", highlight=False)
+
+
+def _escape(text: str) -> Any:
+    from rich.markup import escape
+
+    return escape(text)
+
+
+def _set_logging(level: str) -> None:
+    number = logging.getLevelNamesMapping().get(level.upper()) if hasattr(logging, "getLevelNamesMapping") else None
+    number = number or {"DEBUG": 10, "INFO": 20, "WARNING": 30, "ERROR": 40}.get(level.upper())
+    if number is None:
+        _complain(f"log level '{level}': no such level. Choose debug, info, warning or error")
+        raise SystemExit(2)
+    # Read by transformers and the hub when they are first imported; a user's own setting wins.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error" if number >= logging.WARNING else level.lower())
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error" if number >= logging.WARNING else level.lower())
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    logging.basicConfig(level=number)
+    if number >= logging.WARNING:
+        # What the hub's client and its transport say of their retries is not about the user's command.
+        for name in ("huggingface_hub", "datasets", "httpx", "transformers", "torch"):
+            logging.getLogger(name).setLevel(logging.ERROR)

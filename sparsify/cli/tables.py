@@ -1,0 +1,186 @@
+"""What a person reads: tables of what will be pruned, of what was, and of a model's sites. Built with rich."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from sparsify.host import peak_memory
+from sparsify.method.pattern import Pattern
+from sparsify.method.spec import spec_text
+from sparsify.words import format_bytes
+
+if TYPE_CHECKING:
+    from sparsify.analysis.linear import LinearSite, Opaque
+    from sparsify.compiler.result import Compiled, PassRun
+    from sparsify.context import SiteResult
+    from sparsify.errors import Refused
+    from sparsify.evaluation.comparison import Comparison
+    from sparsify.evaluation.perplexity import Evaluation
+    from sparsify.prune.targets import Target
+
+
+def result_report(compiled: Compiled, seconds: float) -> RenderableType:
+    """After a compile: per pass a table by kind of site, then what stayed dense, then the totals."""
+    parts: list[RenderableType] = []
+    for done in compiled.structure:
+        parts += [Text(spec_text(done.structural_pass), "bold"), *map(Text, done.lines())]
+    for run in compiled.runs:
+        if not run.sites:
+            weights = f"{len(run.written)} weights written" if run.written else "no weight written"
+            parts.append(Text(f"{spec_text(run.applied)}: {weights}, {run.seconds:.1f} s"))
+            continue
+        parts += [_result_table(run), *_skipped_lines(run.skipped)]
+        unseen = [(s.name, s.without_data) for s in run.sites if s.without_data]
+        for name, experts in unseen:
+            numbers = ", ".join(map(str, experts))
+            parts.append(Text(f"pruned by magnitude, for no token reached them: {name} experts {numbers}", "yellow"))
+        notes: dict[str, list[str]] = {}
+        for site in run.sites:
+            for note in site.notes:
+                notes.setdefault(note, []).append(site.name)
+        parts += [Text(f"{_some(names)}: {note}", "yellow") for note, names in notes.items()]
+    parts += _opaque_lines(compiled.opaque)
+    parts.append(Text(f"{seconds:.1f} s in all, peak memory {format_bytes(peak_memory())}"))
+    return Group(*parts)
+
+
+def plan_report(compiled: Compiled) -> RenderableType:
+    """For a dry run: what each pass would prune, to what, and what stays dense and why."""
+    parts: list[RenderableType] = []
+    for done in compiled.structure:
+        parts += [Text(f"{spec_text(done.structural_pass)} would leave", "bold"), *map(Text, done.lines())]
+    for run in compiled.runs:
+        if run.pattern is None:
+            parts.append(Text(f"{spec_text(run.applied)} would see the graph as a whole"))
+            continue
+        table = Table(title=f"{spec_text(run.applied)} would prune", title_justify="left")
+        for column in ("site", "sites", "out × in", "to"):
+            table.add_column(column, justify="left" if column in ("site", "to") else "right")
+        for kind, targets in _by_kind(run.targets).items():
+            shapes = sorted({_shape(t.site) for t in targets})
+            table.add_row(kind, str(len(targets)), ", ".join(shapes), _zeros(run.pattern))
+        parts += [table, *_skipped_lines(run.skipped)]
+    return Group(*parts, *_opaque_lines(compiled.opaque), Text("dry run: nothing was read, pruned or written"))
+
+
+def evaluation_report(results: Sequence[tuple[str, Evaluation]]) -> RenderableType:
+    """Perplexities side by side, each against the first."""
+    first = results[0][1]
+    table = Table(
+        title=f"perplexity on {first.windows} windows of {first.sequence_length} tokens of {first.data}",
+        title_justify="left",
+    )
+    table.add_column("model", overflow="fold")
+    for column in ("perplexity", "against the first", "time"):
+        table.add_column(column, justify="right")
+    for name, result in results:
+        ratio = f"{result.perplexity / first.perplexity:.3f}×"
+        table.add_row(name, f"{result.perplexity:.3f}", ratio, f"{result.seconds:.1f} s")
+    return table
+
+
+def comparison_report(comparison: Comparison) -> RenderableType:
+    """One line per pass: perplexity, error, time, memory."""
+    table = Table(title=f"{comparison.model}, schedule {comparison.schedule}", title_justify="left")
+    table.add_column("pass", overflow="fold")
+    for column in ("perplexity", "error", "kept", "time", "peak memory"):
+        table.add_column(column, justify="right")
+    for row in comparison.rows:
+        table.add_row(
+            row.name,
+            "–" if row.perplexity is None else f"{row.perplexity:.3f}",
+            "–" if row.error is None else f"{row.error:.4f}",
+            f"{row.kept:.2%}",
+            f"{row.seconds:.1f} s" if row.errors or row.seconds else "–",
+            "–" if row.memory is None else format_bytes(row.memory),
+        )
+    table.caption = "error: outputs against the dense model's, ‖X₀Wᵀ−XŴᵀ‖/‖X₀Wᵀ‖, mean over sites"
+    table.caption_justify = "left"
+    lines: list[RenderableType] = [table, Text(f"calibration: {comparison.calibration}")]
+    if comparison.data is not None:
+        lines.append(Text(f"perplexity: {comparison.data}"))
+    notes = [f"{row.name}: {note}" for row in comparison.rows for note in row.notes]
+    return Group(*lines, *(Text(note, "yellow") for note in notes))
+
+
+def _result_table(run: PassRun) -> Table:
+    table = Table(
+        title=f"{spec_text(run.applied)}, schedule {run.schedule}",
+        title_justify="left",
+        caption_justify="left",
+    )
+    table.add_column("site", overflow="fold")
+    for column in ("sites", "out × in", "kept", "error", "worst", "time"):
+        table.add_column(column, justify="right", overflow="fold")
+    kinds: dict[str, list[SiteResult]] = {}
+    for site in run.sites:
+        kinds.setdefault(site.kind, []).append(site)
+    prefix = shared_prefix(kinds)
+    for kind, sites in kinds.items():
+        shapes = sorted({"×".join(map(str, s.shape)) for s in sites})
+        table.add_row(kind.removeprefix(prefix), str(len(sites)), ", ".join(shapes), *_figures(sites))
+    table.add_section()
+    table.add_row("all", str(len(run.sites)), "", f"{run.kept:.2%}", *_figures(run.sites)[1:])
+    twin = "cross_gram" in run.applied.statistics
+    what = "‖X₀Wᵀ−XŴᵀ‖/‖X₀Wᵀ‖, X₀ the dense model's input," if twin else "‖XWᵀ−XŴᵀ‖/‖XWᵀ‖"
+    table.caption = f"error: {what} on the calibration tokens, mean over sites and worst site"
+    if prefix:
+        table.title = f"{table.title}: {prefix}…"
+    return table
+
+
+def shared_prefix(kinds: Iterable[str]) -> str:
+    """What all names begin with, up to a dot; nothing where there is but one."""
+    split = [name.split(".")[:-1] for name in kinds]
+    if len(split) < 2:
+        return ""
+    shared = [parts[0] for parts in itertools.takewhile(lambda p: len(set(p)) == 1, zip(*split, strict=False))]
+    return "".join(f"{part}." for part in shared)
+
+
+def _figures(sites: Sequence[SiteResult]) -> tuple[str, str, str, str]:
+    kept = sum(s.kept for s in sites) / len(sites)
+    errors = [s.error for s in sites if s.error is not None]
+    mean = f"{sum(errors) / len(errors):.4f}" if errors else "–"
+    worst = f"{max(errors):.4f}" if errors else "–"
+    return f"{kept:.2%}", mean, worst, f"{sum(s.seconds for s in sites):.1f} s"
+
+
+def _by_kind(targets: Iterable[Target]) -> dict[str, list[Target]]:
+    kinds: dict[str, list[Target]] = {}
+    for target in targets:
+        kinds.setdefault(target.site.kind, []).append(target)
+    return kinds
+
+
+def _skipped_lines(skipped: Sequence[Refused]) -> list[RenderableType]:
+    reasons: dict[str, list[str]] = {}
+    for item in skipped:
+        reasons.setdefault(item.reason, []).append(item.node)
+    return [Text(f"left dense: {_some(names)}: {reason}", "yellow") for reason, names in reasons.items()]
+
+
+def _opaque_lines(opaque: Sequence[Opaque]) -> list[RenderableType]:
+    reasons: dict[str, list[str]] = {}
+    for item in opaque:
+        reasons.setdefault(item.reason, []).append(", ".join(item.parameters))
+    return [Text(f"not prunable: {_some(names)}: {reason}", "yellow") for reason, names in reasons.items()]
+
+
+def _some(names: Sequence[str], most: int = 3) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def _shape(site: LinearSite) -> str:
+    stack = f"{site.experts}×" if site.expert_axis is not None else ""
+    return f"{stack}{site.shape[0]}×{site.shape[1]}"
+
+
+def _zeros(pattern: Pattern) -> str:
+    return f"{pattern} ({float(pattern.sparsity):.1%} zeros)"

@@ -1,0 +1,70 @@
+"""``sparsify tune`` at the command line. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from sparsify.cli.options import AsJson, Debug, Device, Trust, command_errors
+
+
+def tune(
+    model: Annotated[Path, typer.Argument(help="Folder of a pruned (or any) causal language model.", metavar="OUT")],
+    data: Annotated[
+        str, typer.Option(help="As --calibration of compile; the held-out part validates.", metavar="DATA")
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.", metavar="TUNED")],
+    method: Annotated[str, typer.Option(help="lora or full.")] = "lora",
+    to: Annotated[str, typer.Option("--to", help="What to write, as for compile.", metavar="BACKEND")] = "hf",
+    adapter: Annotated[bool, typer.Option("--adapter", help="Write LoRA's adapter alone, not merged.")] = False,
+    rank: Annotated[int, typer.Option(help="Of LoRA.")] = 8,
+    alpha: Annotated[int, typer.Option(help="Of LoRA.")] = 16,
+    dropout: Annotated[float, typer.Option(help="Of LoRA.")] = 0.05,
+    rate: Annotated[float | None, typer.Option(help="Learning rate. [default: 3e-4 for lora, 2e-5 for full]")] = None,
+    warmup: Annotated[int, typer.Option(help="Steps.")] = 100,
+    epochs: Annotated[int, typer.Option(help="Over the samples.")] = 2,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps, instead of epochs.")] = None,
+    minutes: Annotated[float | None, typer.Option(help="Stop training after so many.")] = None,
+    batch: Annotated[int, typer.Option(help="Sequences a step.")] = 64,
+    micro: Annotated[int, typer.Option(help="Of them at once.")] = 4,
+    samples: Annotated[int, typer.Option(help="Sequences drawn.")] = 2000,
+    sequence_length: Annotated[int, typer.Option(help="Tokens of each.")] = 256,
+    seed: Annotated[int, typer.Option(help="Of data and order.")] = 0,
+    save_every: Annotated[int, typer.Option(help="Steps between saved states (TUNED.tuning).")] = 100,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from TUNED.tuning.")] = False,
+    device: Device = "auto",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace TUNED if it exists.")] = False,
+    as_json: AsJson = False,
+    trust_remote_code: Trust = False,
+    debug: Debug = False,
+) -> None:
+    """Recover OUT by training, its zeros held: LoRA merged under the mask, or every weight. Needs the extra `tune`."""
+    with command_errors(debug, "error"):
+        from sparsify.host import resolve_device
+        from sparsify.tuning.recipe import Recipe
+        from sparsify.tuning.tune import tune as run
+
+        recipe = Recipe(
+            method, rank, alpha, dropout, rate, warmup, epochs, steps, minutes, batch, micro, samples,  # type: ignore[arg-type]
+            sequence_length, seed,
+        )  # fmt: skip
+        with Console(stderr=True).status("") as status:
+            result = run(
+                model, data, output, recipe, to=to, adapter=adapter, resume=resume, save_every=save_every,
+                device=resolve_device(device), overwrite=overwrite, trust_remote_code=trust_remote_code,
+                observe=lambda step, of, loss: status.update(f"step {step} of {of}, loss {loss:.3f}"),
+            )  # fmt: skip
+        if as_json:
+            print(json.dumps(result.as_dict()))
+            return
+        before, after = result.perplexity
+        first, last = (result.losses[0], result.losses[-1]) if result.losses else (0.0, 0.0)
+        print(f"{result.steps} steps, {result.tokens:,} tokens, {result.seconds:.0f} s; loss {first:.3f} → {last:.3f}")
+        print(f"perplexity on {result.validation}: {before:.3f} → {after:.3f}")
+        if result.masked:
+            print(f"the zeros of {result.masked} weights were held")
+        print(f"wrote {result.output}")

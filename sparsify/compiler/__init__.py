@@ -1,0 +1,1 @@
+"""``compile``: from a model and passes to an output."""

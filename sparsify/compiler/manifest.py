@@ -1,0 +1,82 @@
+"""``sparsify.json``: what was done to a model, beside its weights, in full and without a time or a path."""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from sparsify.compiler.request import Request
+from sparsify.compiler.result import Compiled, PassRun
+from sparsify.context import SiteResult
+from sparsify.data.batches import Calibration
+from sparsify.files.manifest import FORMAT, read_manifest
+from sparsify.method.spec import spec_text
+
+
+def make_manifest(compiled: Compiled, request: Request, seed: int) -> dict[str, Any]:
+    """The manifest of a compile: passes with all options, data, versions, and every site."""
+    calibration, folder = compiled.calibration, compiled.source.folder
+    structure = read_manifest(folder).get("structure") if folder is not None else None
+    return {
+        "format": FORMAT,
+        "model": compiled.source.name,
+        "architecture": type(compiled.source.module).__name__,
+        "versions": {name: _version(name) for name in ("sparsify-fx", "torch", "transformers", "safetensors")}
+        | {"python": platform.python_version()},
+        # What was taken out, now or before: a folder of ragged widths is read by it.
+        **({"structure": structure} if structure else {}),
+        "passes": [_pass(run, request) for run in compiled.runs],
+        "calibration": None if calibration is None else _calibration(calibration, seed),
+        "not_understood": [{"tensors": list(opaque.parameters), "reason": opaque.reason} for opaque in compiled.opaque],
+    }
+
+
+def _pass(run: PassRun, request: Request) -> dict[str, Any]:
+    own = run.applied
+    return {
+        "spec": spec_text(own),
+        "name": own.name,
+        "options": {f.name: _plain(getattr(own, f.name)) for f in dataclasses.fields(own)},
+        "schedule": run.schedule,
+        "ignore": list(request.ignore),
+        "only": list(request.only),
+        "sites": [_site(site) for site in run.sites],
+        "skipped": [{"name": s.node, "reason": s.reason} for s in run.skipped],
+    }
+
+
+def _site(site: SiteResult) -> dict[str, Any]:
+    return {
+        "name": site.name,
+        "tensors": site.sources,
+        "shape": list(site.shape),
+        "pattern": site.pattern,
+        "kept": site.kept,
+        "error": site.error,
+        "tokens": site.tokens,
+        **({"notes": site.notes} if site.notes else {}),
+        **({"experts_without_tokens": site.without_data} if site.without_data else {}),
+    }
+
+
+def _calibration(data: Calibration, seed: int) -> dict[str, Any]:
+    return {
+        "data": data.label,
+        "sequences": data.sequences,
+        "sequence_length": data.sequence_length,
+        "seed": seed,
+        "sha256": data.digest,
+    }
+
+
+def _plain(value: Any) -> Any:
+    return value if value is None or isinstance(value, (bool, int, float)) else str(value)
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"

@@ -1,0 +1,85 @@
+"""``compile()``: the one function behind the command line. Model in; passes in the order given; output out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+from torch import nn
+
+from sparsify.compiler import stages
+from sparsify.compiler.backend import Backend
+from sparsify.compiler.request import Data, parse
+from sparsify.compiler.result import Compiled
+from sparsify.compiler.seam import After, Seam, nobody
+from sparsify.context import Context, Observer, unobserved
+from sparsify.host import resolve_device
+from sparsify.method.base import Pass
+from sparsify.words import Schedule, parse_bytes
+
+
+def compile(
+    model: str | Path | nn.Module,
+    passes: Sequence[str | Pass] = (),
+    *,
+    calibration: Data = None,
+    schedule: Schedule = "layer",
+    output: str | Path | None = None,
+    to: str | Backend = "hf",
+    samples: int | None = None,
+    sequence_length: int | None = None,
+    seed: int = 0,
+    ignore: Sequence[str] = (),
+    only: Sequence[str] = (),
+    device: str = "auto",
+    memory: int | str = "8GiB",
+    overwrite: bool = False,
+    allow_bin: bool = False,
+    trust_remote_code: bool = False,
+    dry_run: bool = False,
+    observe: Observer = unobserved,
+    after: After = nobody,
+) -> Compiled:
+    """Prune ``model`` and write the result.
+
+    Args:
+        model: a Hugging Face folder, a hub id, or a module, which is left as it is.
+        passes: specs (``"wanda:2:4"``) or pass objects, run in this order, each on the result of the one before.
+        calibration: a source's name (see README), or an iterable of LongTensors [batch, sequence] or of keyword
+            dictionaries of the model's inputs, or what :func:`load_calibration` returned. None: C4 where the hub
+            answers, else sampled from the model.
+        schedule: ``layer``, ``block`` (the papers') or ``dense``; see :mod:`sparsify.prune.engine`.
+        to: the backend, as a spec (``"onnx:weights=packed"``) or an object: what to write.
+        output: the folder to write; None keeps the result in memory.
+        samples, sequence_length, seed: how sequences are drawn from a named source.
+        ignore, only: names, globs or ``re:`` patterns of parameters or modules.
+        memory: bytes of activations kept in memory, as a number or as "8GiB".
+        dry_run: decide what would be pruned and stop there.
+        observe: told of every batch and every site. after: told of every pass that has run, with the program.
+
+    Raises:
+        SparsifyError: see :mod:`sparsify.errors`; nothing is written then.
+
+    >>> import torch, sparsify
+    >>> net = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+    >>> pruned = sparsify.compile(net, ["wanda:2:4"], calibration=[torch.randn(16, 8)])
+    >>> int((pruned.model[0].weight != 0).sum())
+    32
+    """
+    request = parse(
+        passes, to, schedule, calibration, samples=samples, length=sequence_length, only=only, ignore=ignore,
+        output=output, overwrite=overwrite, dry_run=dry_run,
+    )  # fmt: skip
+    context = Context(resolve_device(device), parse_bytes(memory), seed, observe)
+    seam = Seam(context, after)
+    with ExitStack() as stack:
+        place = stages.Workplace(stack)
+        source = stages.open_model(model, request, place, allow_bin=allow_bin, trust_remote_code=trust_remote_code)
+        planned, data = stages.plan(source, request, context)
+        if dry_run:
+            return planned.compiled
+        planned, data = stages.draw(planned, data, request, context)
+        planned = stages.restructure(planned, data, request, seam, place)
+        job, compiled = stages.prune(planned, data, request, seam, stack)
+        return stages.finish(compiled, job, request, place, context)

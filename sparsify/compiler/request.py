@@ -1,0 +1,125 @@
+"""What a user asks of a compile, as words that were understood: nothing is opened yet."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sparsify.calibration.accumulators import GRADIENTS
+from sparsify.compiler.backend import Backend, as_backend
+from sparsify.data.batches import Calibration, check_amount
+from sparsify.errors import SpecError
+from sparsify.method.base import Pass, check_order
+from sparsify.method.spec import parse_pass, spec_text
+from sparsify.method.structural_pass import StructuralPass
+from sparsify.words import Schedule, check_schedule
+
+Data = str | Iterable[Any] | Calibration | None
+
+
+@dataclass(frozen=True)
+class Request:
+    """The words of a compile.
+
+    Attributes:
+        structural, others: the passes in their order, structural ones first.
+        data: a source's name, what was given in Python, or None for the default; samples, length: how much is drawn.
+        out: the folder to write; None keeps the result in memory.
+    """
+
+    structural: tuple[StructuralPass, ...]
+    others: tuple[Pass, ...]
+    backend: Backend
+    schedule: Schedule = "layer"
+    data: Data = None
+    samples: int | None = None
+    length: int | None = None
+    only: tuple[str, ...] = ()
+    ignore: tuple[str, ...] = ()
+    out: Path | None = None
+    overwrite: bool = False
+    dry_run: bool = False
+
+    @property
+    def passes(self) -> tuple[Pass, ...]:
+        return (*self.structural, *self.others)
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether any pass does; what a user gave is always taken, for the errors that it lets be measured."""
+        return self.data is not None or any(own.needs_data for own in self.passes)
+
+    @property
+    def one_by_one(self) -> bool:
+        """Whether gradients are taken, which are those of single samples."""
+        return any(GRADIENTS & set(own.statistics) for own in self.passes)
+
+    @property
+    def named(self) -> str | None:
+        """The source that data are drawn from, None being a default; see :attr:`is_named`."""
+        return self.data if isinstance(self.data, str) else None
+
+    @property
+    def is_named(self) -> bool:
+        """Whether data are drawn, and were not given in Python."""
+        return self.data is None or isinstance(self.data, str)
+
+
+def parse(
+    passes: Sequence[str | Pass],
+    to: str | Backend,
+    schedule: str,
+    data: Data,
+    *,
+    samples: int | None = None,
+    length: int | None = None,
+    only: Sequence[str] = (),
+    ignore: Sequence[str] = (),
+    output: str | Path | None = None,
+    overwrite: bool = False,
+    dry_run: bool = False,
+) -> Request:
+    """Understand the words, and refuse what can be refused before a model is opened.
+
+    Raises:
+        SpecError: a pass, an option, a backend or a schedule that there is not, or that cannot go together.
+        CalibrationError: amounts of data that are none.
+    """
+    parsed = [parse_pass(own) if isinstance(own, str) else own for own in passes]
+    check_order(parsed)
+    backend, chosen = as_backend(to), check_schedule(schedule)
+    if not parsed and backend.needs_pass:
+        raise SpecError("compiling without a pass", found="nothing to do", do="Give --pass, e.g. --pass wanda:2:4")
+    rewriting = next((own for own in parsed if "graph" in own.changes), None)
+    if rewriting is not None and output is not None:
+        raise SpecError(
+            f"{spec_text(rewriting)} with an output",
+            found=f"--to {backend.name} writes the parameters of a model, and {rewriting.name} changes its graph",
+            do="Leave the output out and take the result's model from Python; --to packed or cuda packs weights in files",
+        )
+    check_amount(samples, length)
+    structural = tuple(own for own in parsed if isinstance(own, StructuralPass))
+    return Request(
+        structural=structural,
+        others=tuple(parsed[len(structural) :]),
+        backend=backend,
+        schedule=chosen,
+        data=data,
+        samples=samples,
+        length=length,
+        only=tuple(only),
+        ignore=tuple(ignore),
+        out=None if output is None else Path(output),
+        overwrite=overwrite,
+        dry_run=dry_run,
+    )
+
+
+def default_output(source_name: str, passes: Sequence[str], to: str = "hf") -> Path:
+    """``NAME-PASS[-BACKEND]`` in the current folder: ``llama-wanda-2-4``, ``llama-onnx``."""
+    backend = as_backend(to).name
+    spec = "-".join([spec_text(parse_pass(p)) for p in passes] + ([backend] if backend != "hf" else []))
+    safe = spec.replace("%", "pct")
+    return Path(f"{source_name}-{''.join(c if c.isalnum() or c in '._' else '-' for c in safe)}")

@@ -1,0 +1,83 @@
+"""The one place through which every pass runs: time, progress, verification, and who looks on."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx
+
+from sparsify.context import Context, Progress
+from sparsify.errors import VerifyError
+from sparsify.ir.program import Program
+from sparsify.method.base import Pass
+from sparsify.method.spec import spec_text
+
+# Told of every pass that has run, with the program as it is then.
+After = Callable[[Pass, Program], None]
+
+
+def nobody(own: Pass, program: Program) -> None:
+    """Looks on and does nothing."""
+
+
+@dataclass
+class Ran:
+    """A pass that is running: whoever runs it sets ``program`` where it becomes another one."""
+
+    program: Program
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Seam:
+    """Runs passes one after the other.
+
+    Attributes:
+        after: called after each with the pass and the program.
+    """
+
+    context: Context
+    after: After = nobody
+
+    @contextmanager
+    def running(self, own: Pass, program: Program) -> Iterator[Ran]:
+        """Around what ``own`` does to ``program``.
+
+        Raises:
+            VerifyError: the program breaks a rule afterwards, or the pass changed what it declares not to change.
+        """
+        ran, started = Ran(program), time.perf_counter()
+        if own.kind in ("graph", "lowering"):
+            # The others tell, region by region.
+            self.context.observe(Progress(0, 1, spec_text(own), 0))
+        before, written = _snapshot(program), set(program.weights.written)
+        yield ran
+        ran.seconds = time.perf_counter() - started
+        if ran.program is program:
+            self._check_declared(own, program, before, written)
+        ran.program.verify()
+        self.after(own, ran.program)
+
+    def _check_declared(self, own: Pass, program: Program, before: list[Any], written: set[str]) -> None:
+        changed = _snapshot(program) != before
+        if changed:
+            program.changed()
+        found = None
+        if changed and "graph" not in own.changes:
+            found = "the graph"
+        elif "weights" not in own.changes and (more := program.weights.written - written):
+            found = f"the weight {sorted(more)[0]}"
+        if found is not None:
+            raise VerifyError(
+                f"pass {own.name}",
+                found=f"it changed {found}, and declares that it changes {', '.join(sorted(own.changes)) or 'nothing'}",
+                do="Report this as a bug in the pass; its author sets `changes`",
+            )
+
+
+def _snapshot(program: Program) -> list[tuple[fx.Node, Any, Any, Any]]:
+    return [(node, node.target, node.args, node.kwargs) for node in program.graph.nodes]

@@ -1,0 +1,247 @@
+"""The stages of a compile, one function each; :mod:`sparsify.compiler.pipeline` is their order."""
+
+from __future__ import annotations
+
+import tempfile
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+
+from sparsify.analysis.graph_pass import GraphPass, LoweringPass
+from sparsify.analysis.linear import find_sites
+from sparsify.calibration.gradients import Samples
+from sparsify.compiler.backend import Job
+from sparsify.compiler.manifest import make_manifest
+from sparsify.compiler.request import Request
+from sparsify.compiler.result import Compiled, PassRun
+from sparsify.compiler.seam import Seam
+from sparsify.context import Context
+from sparsify.data.batches import Calibration, example_batch, expected_batch, load_calibration
+from sparsify.errors import SpecError
+from sparsify.files.staging import check_output
+from sparsify.frontend.capture import Batch, capture
+from sparsify.frontend.source import Source, open_source, require_real
+from sparsify.ir.graph import runnable
+from sparsify.ir.program import Program
+from sparsify.ir.store import MemoryStore
+from sparsify.method.weight_pass import WeightPass
+from sparsify.prune.engine import prune as prune_weights
+from sparsify.prune.names import Wanted
+from sparsify.prune.targets import choose
+from sparsify.structure.plan import plan as plan_structure
+from sparsify.structure.record import Restructured
+from sparsify.structure.restructure import Model
+from sparsify.structure.rounds import check_source, in_a_folder, make_smaller
+
+
+@dataclass
+class Workplace:
+    """A temporary folder, made when it is first asked for and gone when the compile is, unless somebody keeps it."""
+
+    stack: ExitStack
+    _folder: tempfile.TemporaryDirectory[str] | None = None
+
+    @property
+    def path(self) -> Path:
+        if self._folder is None:
+            self._folder = tempfile.TemporaryDirectory(prefix="sparsify-smaller-")
+            self.stack.callback(self._clean)
+        return Path(self._folder.name)
+
+    def keep(self) -> object:
+        """The folder's owner: whoever holds it keeps the folder."""
+        folder, self._folder = self._folder, None
+        return folder
+
+    def _clean(self) -> None:
+        if self._folder is not None:
+            self._folder.cleanup()
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What is going to be done: the model with one trace of it, and every pass with what it is for.
+
+    Attributes:
+        structure: what structural passes would take out. runs: the other passes; of weight passes those of the model
+            as it is, which is why there are none yet where the model gets smaller first.
+    """
+
+    model: Model
+    structure: list[Restructured]
+    runs: list[PassRun]
+
+    @property
+    def compiled(self) -> Compiled:
+        """The plan as a result: nothing has run."""
+        opaque = () if self.structure else find_sites(self.model.program)[1]
+        return Compiled(self.model.source, self.model.program, self.runs, opaque=opaque, structure=self.structure)
+
+
+def open_model(
+    model: str | Path | nn.Module, request: Request, place: Workplace, *, allow_bin: bool, trust_remote_code: bool
+) -> Source:
+    """The model that a user names, and a look at where its output will lie.
+
+    Raises:
+        CheckpointError: no such model, or a broken one. BackendError: no place for the output.
+    """
+    if request.out is not None and not request.dry_run:
+        local = Path(model) if not isinstance(model, nn.Module) and Path(model).exists() else None
+        check_output(request.out, overwrite=request.overwrite, source=local)
+    source = open_source(model, allow_bin=allow_bin, trust_remote_code=trust_remote_code)
+    if isinstance(model, nn.Module):
+        require_real(model)
+    if request.structural:
+        check_source(source)
+        if not request.dry_run:
+            source = in_a_folder(source, place.path)
+    return source
+
+
+def plan(source: Source, request: Request, context: Context) -> tuple[Planned, Calibration | None]:
+    """Trace the model once and decide what each pass does; nothing has run yet. Data that were given in Python come
+    along, for they tell the shapes.
+
+    Raises:
+        TraceError: no graph. SpecError: names that match nothing, or a pass for which there is nothing to do.
+        CalibrationError: data that cannot be used.
+    """
+    given = None
+    if request.needs_data and not request.is_named:
+        given = load_calibration(request.data, source, samples=request.samples, one_by_one=request.one_by_one)
+    wanted = Wanted.of(source.weights, request.only, request.ignore)
+    program = capture(source, _first_batch(source, request, given), context.device)
+    model = Model(source, program, wanted)
+    structure = [plan_structure(source, program, own, wanted) for own in request.structural]
+    return Planned(model, structure, [] if structure else _runs(model, request)), given
+
+
+def draw(
+    planned: Planned, given: Calibration | None, request: Request, context: Context
+) -> tuple[Planned, Calibration | None]:
+    """The calibration batches: only now, when all that can be refused has been, for drawing them may take minutes.
+
+    The plan is the same, unless their shapes turned out otherwise than expected.
+    """
+    if given is not None or not request.needs_data:
+        return planned, given
+    model, structure = planned.model, planned.structure
+    data = load_calibration(
+        request.data, model.source, samples=request.samples, sequence_length=request.length, seed=context.seed,
+        one_by_one=request.one_by_one,
+    )  # fmt: skip
+    if _same_shapes(model.program, data.batches[0]):
+        return planned, data
+    source, wanted = model.source, model.wanted
+    # The graph of the plan goes before that of the real shapes comes.
+    del planned, model
+    again = Model(source, capture(source, data.batches[0], context.device), wanted)
+    return Planned(again, structure, [] if structure else _runs(again, request)), data
+
+
+def restructure(planned: Planned, data: Calibration | None, request: Request, seam: Seam, place: Workplace) -> Planned:
+    """The model made smaller by every structural pass, and the other passes planned for it.
+
+    Raises:
+        SpecError, BackendError: as :func:`sparsify.structure.restructure.restructure`.
+    """
+    if not request.structural:
+        return planned
+    model, done = planned.model, list[Restructured]()
+    samples = None if data is None else Samples(data.batches, data.labels)
+    for own in request.structural:
+        with seam.running(own, model.program) as ran:
+            model, records = make_smaller(model, own, samples, place.path, seam.context)
+            ran.program = model.program
+        done += records
+    return Planned(model, done, _runs(model, request))
+
+
+def _open_output(planned: Planned, request: Request, stack: ExitStack) -> Job | None:
+    """The output, under construction from here on: passes write to it. None where the result stays in memory."""
+    source, program = planned.model.source, planned.model.program
+    if request.out is None:
+        program.weights = source.weights.on(MemoryStore(source.weights.store))
+        return None
+    job = request.backend.open(source, request.out, overwrite=request.overwrite, program=program)
+    stack.enter_context(job)
+    program.weights = job.weights
+    return job
+
+
+def prune(
+    planned: Planned, data: Calibration | None, request: Request, seam: Seam, stack: ExitStack
+) -> tuple[Job | None, Compiled]:
+    """Run every pass that is not structural, in the order given, on the weights of the output under construction.
+
+    Raises:
+        SparsifyError: what a pass refuses, or a promise that it broke.
+    """
+    job = _open_output(planned, request, stack)
+    compiled, program = planned.compiled, planned.model.program
+    compiled.calibration, compiled.opaque = data, find_sites(program)[1]
+    samples = None if data is None else Samples(data.batches, data.labels)
+    for run in planned.runs:
+        own, before = run.applied, set(program.weights.written)
+        with seam.running(own, program) as ran:
+            if isinstance(own, WeightPass):
+                run.sites = prune_weights(
+                    program, own, run.targets, samples, seam.context,
+                    schedule=request.schedule, dense=planned.model.source.weights,
+                )  # fmt: skip
+            elif isinstance(own, GraphPass):
+                own.apply(program, None if data is None else data.batches, seam.context)
+            elif isinstance(own, LoweringPass):
+                compiled.lowered = own.lower(runnable(program))
+        run.seconds, run.written = ran.seconds, program.weights.written - before
+    return job, compiled
+
+
+def finish(compiled: Compiled, job: Job | None, request: Request, place: Workplace, context: Context) -> Compiled:
+    """The output in its place, with its manifest; or the result in memory, with what it still needs."""
+    compiled.manifest = make_manifest(compiled, request, context.seed)
+    if job is None:
+        compiled.folder_owner = place.keep()
+        return compiled
+    # The folder has its final name only now; weights are read from there from here on.
+    compiled.output, compiled.program.weights = job.finish(compiled.program, compiled.manifest)
+    compiled.notes = job.notes()
+    return compiled
+
+
+def _first_batch(source: Source, request: Request, given: Calibration | None) -> Batch:
+    """What the model is traced by: the data that were given, or the shape of what will be drawn."""
+    if given is not None:
+        return given.batches[0]
+    if request.dry_run or not request.needs_data:
+        return example_batch(source)
+    return expected_batch(
+        request.named,
+        source,
+        samples=request.samples,
+        sequence_length=request.length,
+        one_by_one=request.one_by_one,
+    )
+
+
+def _runs(model: Model, request: Request) -> list[PassRun]:
+    """Every pass that is not structural, with the weights that it is for."""
+    schedule = request.schedule if request.needs_data else "none"
+    runs = []
+    for own in request.others:
+        if not isinstance(own, (WeightPass, GraphPass, LoweringPass)):
+            raise SpecError(f"pass {own.name}", found=f"a pass of kind '{own.kind}' that nothing here runs",
+                            do="Derive it from WeightPass, StructuralPass, GraphPass or LoweringPass")  # fmt: skip
+        run = PassRun(own, schedule)
+        if isinstance(own, WeightPass):
+            run.targets, run.skipped = choose(model.program, own.pattern, model.wanted)
+        runs.append(run)
+    return runs
+
+
+def _same_shapes(program: Program, batch: Batch) -> bool:
+    traced = {n.meta["input"]: (tuple(n.meta["val"].shape), n.meta["val"].dtype) for n in program.inputs}
+    return traced == {name: (tuple(value.shape), value.dtype) for name, value in batch.items()}

@@ -1,0 +1,1 @@
+"""Calibration and evaluation data as batches that a program can run."""

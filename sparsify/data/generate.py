@@ -1,0 +1,71 @@
+"""Calibration without data: sequences sampled from the model itself, seeded (``--calibration self``)."""
+
+from __future__ import annotations
+
+import copy
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsify.errors import CalibrationError
+from sparsify.frontend.source import Source
+
+_BATCH = 32
+
+
+def sample_from_model(source: Source, samples: int, length: int, seed: int) -> Tensor:
+    """Sample [samples, length] token ids from the model, from its first token on.
+
+    Plain sampling within the most likely 95% at temperature 1; the end token does not stop a sequence, so that
+    all are whole. The global random state is left as it was.
+
+    Raises:
+        CalibrationError: the model cannot generate, or would not fit into memory.
+    """
+    can_generate = getattr(source.module, "can_generate", lambda: False)()
+    if not can_generate or getattr(source.config, "is_encoder_decoder", False):
+        raise CalibrationError(
+            "calibration 'self'",
+            found=f"{type(source.module).__name__} does not generate text from nothing",
+            do="Give --calibration a text file or another source",
+        )
+    model = _load(source)
+    training = model.training
+    model.eval()
+    start = getattr(model.config.get_text_config(), "bos_token_id", None)
+    start = start if isinstance(start, int) and 0 <= start < (source.vocab_size or start + 1) else 0
+    settings = copy.deepcopy(model.generation_config)
+    settings.update(
+        max_length=length, min_length=length, do_sample=True, temperature=1.0, top_k=0, top_p=0.95, num_beams=1,
+        eos_token_id=None, pad_token_id=start, use_cache=True, max_new_tokens=None,
+    )  # fmt: skip
+    parts: list[Tensor] = []
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(seed)
+        for begin in range(0, samples, _BATCH):
+            first = torch.full((min(_BATCH, samples - begin), 1), start)
+            parts.append(
+                model.generate(first, attention_mask=torch.ones_like(first), generation_config=settings)[:, :length]
+            )
+    model.train(training)
+    return torch.cat(parts)
+
+
+def _load(source: Source) -> Any:
+    if source.folder is None:
+        return source.module
+    from transformers import AutoModelForCausalLM
+
+    need = sum(p.numel() * p.element_size() for p in source.module.parameters())
+    have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    if need > 0.8 * have:
+        raise CalibrationError(
+            "calibration 'self'",
+            found=f"generating needs the whole model in memory ({need / 1e9:.1f} GB; {have / 1e9:.1f} GB are free)",
+            do="Give --calibration a text file or another source, which needs one block at a time",
+        )
+    return AutoModelForCausalLM.from_pretrained(
+        source.folder, dtype="auto", trust_remote_code=source.trust_remote_code, local_files_only=True
+    )

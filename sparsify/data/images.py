@@ -1,0 +1,105 @@
+"""A folder of images as calibration batches, through the model's own image processor.
+
+Images in sub-folders are labelled by them where every sub-folder's name is one of the model's labels, or all of them
+are its class numbers; the labels serve losses (GBLM-Pruner) and are left out otherwise.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsify.errors import CalibrationError, first_line
+from sparsify.frontend.source import Source
+
+SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"})
+
+
+@dataclass(frozen=True)
+class Images:
+    """``pixels`` [images, channels, height, width]; ``labels`` [images] or None; ``note`` for the user."""
+
+    pixels: Tensor
+    labels: Tensor | None
+    note: str
+
+
+def read_images(folder: Path, source: Source, samples: int, seed: int) -> Images:
+    """``samples`` images of ``folder`` and the folders below it, drawn without repetition; all if there are fewer.
+
+    Raises:
+        CalibrationError: no images, one that cannot be read, no processor, or images of several sizes.
+    """
+    found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+    if not found:
+        raise CalibrationError(
+            f"calibration '{folder}'",
+            found="no image in this folder or below it",
+            do=f"Name a folder of images ({', '.join(sorted(SUFFIXES))})",
+        )
+    chosen = sorted(random.Random(seed).sample(found, min(samples, len(found))))
+    labels = _labels(folder, found, chosen, source)
+    processor = _processor(source)
+    pixels = [_pixels(path, processor) for path in chosen]
+    if len(shapes := {tuple(p.shape) for p in pixels}) > 1:
+        raise CalibrationError(
+            f"calibration '{folder}'",
+            found=f"images that the model's processor leaves at sizes {sorted(shapes)[:3]}",
+            do="Resize them to one size; one graph is traced for one shape",
+        )
+    kind = "with labels from their folders" if labels is not None else "without labels"
+    dtype = next((p.dtype for p in source.module.parameters() if p.is_floating_point()), torch.float32)
+    return Images(torch.stack(pixels).to(dtype), labels, f"{len(chosen)} of {len(found)} images of {folder}, {kind}")
+
+
+def _processor(source: Source) -> Any:
+    from transformers import AutoImageProcessor
+
+    where = source.folder
+    if where is None or not any((where / n).exists() for n in ("preprocessor_config.json", "processor_config.json")):
+        raise CalibrationError(
+            f"images for {source.name}",
+            found="no preprocessor_config.json beside the model",
+            do="Add the model's image processor to its folder, or give batches from Python",
+        )
+    try:
+        return AutoImageProcessor.from_pretrained(
+            where, trust_remote_code=source.trust_remote_code, local_files_only=True
+        )  # fmt: skip
+    except (OSError, ValueError, ImportError) as error:
+        raise CalibrationError(
+            f"the image processor of {source.name}",
+            found=first_line(error),
+            do="Mend it, or give batches from Python",
+        ) from error
+
+
+def _pixels(path: Path, processor: Any) -> Tensor:
+    try:
+        from PIL import Image, UnidentifiedImageError
+    except ImportError as error:
+        raise CalibrationError(f"image {path}", found="no pillow", do="pip install pillow") from error
+    try:
+        with Image.open(path) as image:
+            value: Tensor = processor([image.convert("RGB")], return_tensors="pt")["pixel_values"][0]
+    except (OSError, UnidentifiedImageError, ValueError) as error:
+        raise CalibrationError(f"image {path}", found=first_line(error), do="Mend or remove it") from error
+    return value
+
+
+def _labels(folder: Path, found: list[Path], chosen: list[Path], source: Source) -> Tensor | None:
+    names = {path.parent.name for path in found}
+    if any(path.parent == folder for path in found):
+        return None
+    known = {str(name): int(number) for name, number in (getattr(source.config, "label2id", None) or {}).items()}
+    count = getattr(source.config, "num_labels", 0)
+    if names <= known.keys():
+        return torch.tensor([known[path.parent.name] for path in chosen])
+    if all(name.isdigit() and int(name) < count for name in names):
+        return torch.tensor([int(path.parent.name) for path in chosen])
+    return None

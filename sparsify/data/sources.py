@@ -1,0 +1,236 @@
+"""Where text comes from: the forms of ``--calibration`` and ``--data``, each as a list of documents.
+
+A document is text, or token ids already. Model-made data (``self``, ``random``) is in
+:mod:`sparsify.data.batches`, which needs the model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sysconfig
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor
+
+from sparsify.errors import CalibrationError, first_line
+
+Split = Literal["calibration", "heldout"]
+Document = str | Tensor
+
+FORMS = (
+    "a text file, FILE.jsonl[:field], FILE.parquet[:field], FILE.safetensors[:tensor] of token ids, python-stdlib, "
+    "c4, a Hugging Face dataset id[:config[:split[:field]]], self, or random"
+)
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Documents and how to name where they are from. ``fixed`` marks ready-made samples (rows of token ids)."""
+
+    label: str
+    documents: list[Document]
+    fixed: bool = False
+
+
+def read_documents(spec: str, split: Split) -> Documents:
+    """The documents that ``spec`` names.
+
+    Args:
+        split: which part of a source that has parts; calibration and held-out parts never overlap.
+
+    Raises:
+        CalibrationError: no such file, field or data set, or it is empty.
+    """
+    found = _read(spec, split)
+    if not found.documents:
+        raise CalibrationError(f"data '{spec}'", found="no documents in it", do="Name another source")
+    return found
+
+
+def _read(spec: str, split: Split) -> Documents:
+    if spec == "python-stdlib":
+        return Documents(f"python-stdlib ({split} half)", list(python_stdlib(split)))
+    if spec == "c4":
+        return Documents("c4", c4(split))
+    path, _, field = spec.partition(":")
+    if Path(path).is_dir():
+        raise CalibrationError(f"data '{spec}'", found="a folder", do=f"Name {FORMS}")
+    readers: dict[str, Callable[[Path, str], Documents]] = {
+        ".jsonl": _jsonl,
+        ".json": _jsonl,
+        ".parquet": _parquet,
+        ".safetensors": _token_file,
+    }
+    suffix = Path(path).suffix.lower()
+    if Path(path).is_file():
+        return readers.get(suffix, _text)(Path(path), field)
+    if suffix in (*readers, ".txt", ".md", ".py") or path.startswith(("/", ".", "~")) or not path:
+        raise CalibrationError(f"data '{spec}'", found="no such file", do=f"Name {FORMS}")
+    return Documents(spec, _dataset(spec, split))
+
+
+def python_stdlib(split: Split) -> list[str]:
+    """Source files of the running Python's standard library, split in two by a hash of their names.
+
+    Of files with the same text only the first counts, so that the parts have none in common.
+    """
+    root = Path(sysconfig.get_paths()["stdlib"])
+    texts: dict[str, bool] = {}
+    for path in sorted(root.rglob("*.py")):
+        name = path.relative_to(root).as_posix()
+        if any(part in ("site-packages", "dist-packages", "test", "tests", "idle_test") for part in name.split("/")):
+            continue
+        text = path.read_text(encoding="utf-8", errors="ignore")
+        if text.strip():
+            texts.setdefault(text, hashlib.sha256(name.encode()).digest()[0] % 2 == 1)
+    return [text for text, heldout in texts.items() if heldout == (split == "heldout")]
+
+
+def c4(split: Split) -> list[Document]:
+    """The first shard of C4, as the papers use it (algorithms.md, section 1.5)."""
+    part, file = {
+        "calibration": ("train", "en/c4-train.00000-of-01024.json.gz"),
+        "heldout": ("validation", "en/c4-validation.00000-of-00008.json.gz"),
+    }[split]
+    _require_hub("c4", "allenai/c4")
+    rows = _load_dataset("c4", "allenai/c4", data_files={part: file}, split=part)
+    return list(rows["text"])
+
+
+def _text(path: Path, field: str) -> Documents:
+    if field:
+        raise CalibrationError(f"data '{path}:{field}'", found="a text file has no fields", do=f"Name {FORMS}")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise CalibrationError(f"data '{path}'", found="not a UTF-8 text file", do=f"Name {FORMS}") from error
+    return Documents(str(path), [text] if text.strip() else [])
+
+
+def _jsonl(path: Path, field: str) -> Documents:
+    field = field or "text"
+    documents: list[Document] = []
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                value = json.loads(line)[field]
+            except (ValueError, KeyError, TypeError) as error:
+                raise CalibrationError(
+                    f"data '{path}'",
+                    found=f"line {number} has no field '{field}'",
+                    do=f"Name it: {path}:FIELD",
+                ) from error
+            documents.append(_document(value, f"{path}, line {number}"))
+    return Documents(f"{path}:{field}", documents)
+
+
+def _parquet(path: Path, field: str) -> Documents:
+    field = field or "text"
+    try:
+        import pyarrow.parquet
+    except ImportError as error:
+        raise CalibrationError(
+            f"data '{path}'", found="pyarrow is not installed", do="pip install 'sparsify-fx[data]'"
+        ) from error
+    try:
+        table = pyarrow.parquet.read_table(path, columns=[field])
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        raise CalibrationError(
+            f"data '{path}:{field}'", found=f"cannot be read ({first_line(error)})", do=f"Name {FORMS}"
+        ) from error
+    if field not in table.column_names:
+        raise CalibrationError(f"data '{path}:{field}'", found=f"no column '{field}'", do=f"Name it: {path}:FIELD")
+    return Documents(f"{path}:{field}", [_document(v, f"{path}:{field}") for v in table[field].to_pylist()])
+
+
+def _token_file(path: Path, field: str) -> Documents:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise CalibrationError(f"data '{path}'", found=f"no sound safetensors ({error})", do=f"Name {FORMS}") from error
+    name = field or ("input_ids" if "input_ids" in tensors else next(iter(tensors), ""))
+    if name not in tensors or (not field and len(tensors) > 1 and name != "input_ids"):
+        raise CalibrationError(
+            f"data '{path}:{field}'",
+            found=f"tensors {', '.join(sorted(tensors)) or '(none)'}",
+            do=f"Name one of them: {path}:TENSOR",
+        )
+    ids = tensors[name]
+    if ids.is_floating_point() or ids.dim() not in (1, 2):
+        raise CalibrationError(
+            f"data '{path}:{name}'",
+            found=f"a tensor of {ids.dtype} and shape {tuple(ids.shape)}",
+            do="Token ids are whole numbers, [tokens] or [sequences, tokens]",
+        )
+    rows = [ids.long()] if ids.dim() == 1 else list(ids.long())
+    return Documents(f"{path}:{name}", list(rows), fixed=ids.dim() == 2)
+
+
+def _dataset(spec: str, split: Split) -> list[Document]:
+    name, config, part, field = (*spec.split(":"), "", "", "", "")[:4]
+    part = part or {"calibration": "train", "heldout": "test"}[split]
+    if not Path(name).exists():
+        _require_hub(spec, name)
+    rows = _load_dataset(spec, name, config or None, split=part)
+    field = field or "text"
+    if field not in rows.column_names:
+        raise CalibrationError(
+            f"data '{spec}'",
+            found=f"columns {', '.join(rows.column_names)}",
+            do=f"Name one: {name}:{config}:{part}:FIELD",
+        )
+    return [_document(value, spec) for value in rows[field]]
+
+
+def _require_hub(spec: str, name: str) -> None:
+    """Ask the hub once, shortly: the loaders themselves retry for half a minute where there is no network."""
+    from huggingface_hub import HfApi
+
+    try:
+        HfApi().dataset_info(name, timeout=5)
+    except Exception as error:  # the hub's client raises many kinds; all mean that it cannot be had
+        raise CalibrationError(
+            f"data '{spec}'",
+            found=f"no such file here, and the hub did not give a data set of that name ({type(error).__name__})",
+            do=f"Check the name and the network, or name {FORMS}",
+        ) from error
+
+
+def _load_dataset(spec: str, *args: Any, **kwargs: Any) -> Any:
+    try:
+        import datasets
+    except ImportError as error:
+        raise CalibrationError(
+            f"data '{spec}'",
+            found="the datasets package is not installed",
+            do="pip install 'sparsify-fx[data]'",
+        ) from error
+    try:
+        return datasets.load_dataset(*args, **kwargs)
+    except Exception as error:  # datasets and its transports raise dozens of kinds; all mean it cannot be had
+        raise CalibrationError(
+            f"data '{spec}'",
+            found=f"the data set does not load ({first_line(error)})",
+            do="Check its configuration and split: ID[:config[:split[:field]]]",
+        ) from error
+
+
+def _document(value: Any, where: str) -> Document:
+    if isinstance(value, str):
+        return value
+    if isinstance(value, list) and all(isinstance(i, int) for i in value):
+        import torch
+
+        return torch.tensor(value, dtype=torch.long)
+    raise CalibrationError(
+        f"data '{where}'", found=f"a {type(value).__name__}", do="A document is text or a list of token ids"
+    )

@@ -1,0 +1,1 @@
+"""How good a pruned model is: perplexity, and passes side by side."""

@@ -1,0 +1,129 @@
+"""Several passes side by side: the same model, the same calibration tokens, the same held-out text."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from sparsify.calibration.accumulators import GRADIENTS
+from sparsify.calibration.measuring import drift
+from sparsify.compiler.pipeline import compile
+from sparsify.context import Context, Observer, SiteResult, unobserved
+from sparsify.data.batches import evaluation_windows, load_calibration
+from sparsify.errors import SpecError
+from sparsify.evaluation.comparison import Comparison, Row
+from sparsify.evaluation.figure import draw
+from sparsify.evaluation.perplexity import perplexity
+from sparsify.files.staging import Staging, check_output
+from sparsify.frontend.source import Source, open_source
+from sparsify.host import recent_peak, reset_peak, resolve_device
+from sparsify.method.spec import parse_pass
+from sparsify.words import Schedule, parse_bytes
+
+
+def compare(
+    model: str | Path,
+    passes: Sequence[str],
+    *,
+    data: str | None = None,
+    calibration: Any = None,
+    windows: int | None = None,
+    samples: int | None = None,
+    sequence_length: int | None = None,
+    seed: int = 0,
+    schedule: Schedule = "layer",
+    output: str | Path | None = None,
+    overwrite: bool = False,
+    device: str = "auto",
+    memory: int | str = "8GiB",
+    allow_bin: bool = False,
+    trust_remote_code: bool = False,
+    observe: Observer = unobserved,
+) -> Comparison:
+    """Prune ``model`` by each of ``passes`` on the same calibration tokens, and evaluate each on ``data``.
+
+    Args:
+        data: held-out text for perplexity, as for :func:`sparsify.evaluation.perplexity.evaluate`; None for none.
+        windows: evaluate on the first so many windows only.
+        output: folder for ``compare.json``, ``compare.md``, ``compare.png`` and ``compare.svg``; None writes nothing.
+        others: as for :func:`sparsify.compile`.
+
+    Raises:
+        SparsifyError: as :func:`sparsify.compile` and :func:`sparsify.evaluation.perplexity.evaluate`; nothing is written then.
+    """
+    parsed = [parse_pass(spec) for spec in passes]
+    if not parsed:
+        raise SpecError("comparing without a pass", found="nothing to do", do="Give --passes wanda:2:4,sparsegpt:2:4")
+    if other := next((own for own in parsed if own.kind != "weights"), None):
+        raise SpecError(
+            f"comparing {other.name}",
+            found="a pass that does not prune weight by weight, so that no site's error can be told",
+            do="Compile with it, and compare the results by sparsify eval",
+        )
+    if output is not None:
+        check_output(Path(output), overwrite=overwrite, source=Path(model) if Path(model).exists() else None)
+    context = Context(resolve_device(device), parse_bytes(memory), seed)
+    source = open_source(model, allow_bin=allow_bin, trust_remote_code=trust_remote_code)
+    text: tuple[Tensor, str] | None = None
+    if data is not None:
+        text = evaluation_windows(data, source, sequence_length, windows)
+    shared = load_calibration(
+        calibration, source, samples=samples, sequence_length=sequence_length, seed=seed,
+        one_by_one=any(GRADIENTS & set(p.statistics) for p in parsed),
+    )  # fmt: skip
+
+    def quality(pruned: Source) -> float | None:
+        return None if text is None else perplexity(pruned, text[0], context)
+
+    rows = [Row("dense", quality(source), None, 1.0, 0.0, None)]
+    for spec in passes:
+        reset = reset_peak(context.device)
+        started = time.perf_counter()
+        with tempfile.TemporaryDirectory(prefix="sparsify-compare-") as folder:
+            made = compile(
+                model, [spec], calibration=shared, schedule=schedule, output=Path(folder) / "pruned", device=device,
+                memory=memory, allow_bin=allow_bin, trust_remote_code=trust_remote_code, observe=observe,
+            )  # fmt: skip
+            seconds, peak = time.perf_counter() - started, recent_peak(context.device) if reset else None
+            run = made.runs[0]
+            sites: list[SiteResult] = run.sites
+            pruned = [site for target in run.targets for site in target.sites]
+            errors = drift(made.program, pruned, shared.batches, source.weights, context)
+            rows.append(
+                Row(
+                    name=spec,
+                    perplexity=quality(Source(source.name, source.module, made.program.weights)),
+                    error=sum(errors.values()) / len(errors) if errors else None,
+                    kept=run.kept,
+                    seconds=seconds,
+                    memory=peak,
+                    errors=errors,
+                    notes=[f"{site.name}: {note}" for site in sites for note in site.notes],
+                )
+            )
+    result = Comparison(
+        source.name, f"{shared.size}: {shared.label}",
+        None if text is None else f"{len(text[0])} windows of {text[0].shape[1]} tokens of {text[1]}", schedule, rows,
+    )  # fmt: skip
+    if output is not None:
+        with Staging(Path(output), overwrite=overwrite) as staging:
+            write(result, staging.folder)
+            result.output = staging.commit()
+    return result
+
+
+def write(comparison: Comparison, folder: Path) -> None:
+    """``compare.json``, ``compare.md``, ``compare.png`` and ``compare.svg`` in ``folder``."""
+    (folder / "compare.json").write_text(json.dumps(comparison.as_dict(), indent=2) + "\n", encoding="utf-8")
+    heading = f"# {comparison.model}\n\ncalibration: {comparison.calibration}\n"
+    if comparison.data is not None:
+        heading += f"\nperplexity: {comparison.data}\n"
+    (folder / "compare.md").write_text(f"{heading}\n{comparison.markdown()}", encoding="utf-8")
+    for name in ("compare.png", "compare.svg"):
+        draw(comparison, folder / name)

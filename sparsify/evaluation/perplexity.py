@@ -1,0 +1,119 @@
+"""Perplexity by the papers' protocol (algorithms.md, section 1.6), streamed region by region.
+
+The text is tokenised once and cut into disjoint windows; of each window the mean cross-entropy of its L - 1 predictions
+is taken, and perplexity is exp of the mean over windows. Memory follows the largest block, as in pruning.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from sparsify.analysis.flow import Flow
+from sparsify.analysis.linear import block_starts
+from sparsify.calibration.activations import ActivationStore
+from sparsify.calibration.interpreter import Interpreter, Region
+from sparsify.calibration.loss import is_causal, logits_node, model_kind
+from sparsify.context import Context, Progress
+from sparsify.data.batches import as_inputs, evaluation_windows
+from sparsify.errors import CalibrationError, TraceError
+from sparsify.frontend.capture import capture
+from sparsify.frontend.source import Source, open_source
+from sparsify.ir.program import Program
+
+# Logits of a window are wide: few windows at a time.
+_TOKENS_AT_ONCE = 1024
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Perplexity over ``windows`` windows of ``sequence_length`` tokens of ``data``."""
+
+    perplexity: float
+    windows: int
+    sequence_length: int
+    data: str
+    seconds: float
+
+
+def evaluate(
+    model: str | Path | nn.Module,
+    data: str,
+    context: Context | None = None,
+    *,
+    sequence_length: int | None = None,
+    windows: int | None = None,
+    allow_bin: bool = False,
+    trust_remote_code: bool = False,
+) -> Evaluation:
+    """Perplexity of a causal language model on ``data``.
+
+    Args:
+        data: a source's name; of sources in parts the held-out part is read.
+        windows: evaluate on the first so many windows only.
+
+    Raises:
+        CalibrationError: data that is missing or too short. TraceError: no causal language model.
+    """
+    source = open_source(model, allow_bin=allow_bin, trust_remote_code=trust_remote_code)
+    ids, label = evaluation_windows(data, source, sequence_length, windows)
+    started = time.perf_counter()
+    value = perplexity(source, ids, context)
+    return Evaluation(value, len(ids), ids.shape[1], label, time.perf_counter() - started)
+
+
+def perplexity(source: Source, windows: Tensor, context: Context | None = None) -> float:
+    """Perplexity on ``windows`` [count, length] of token ids."""
+    context = context or Context()
+    count, length = windows.shape
+    vocabulary = source.vocab_size
+    if vocabulary and int(windows.max()) >= vocabulary:
+        raise CalibrationError(
+            f"token id {int(windows.max())}",
+            found=f"a vocabulary of {vocabulary}",
+            do="Give ids of this model's tokenizer",
+        )
+    most = max(1, _TOKENS_AT_ONCE // length)
+    size = max(d for d in range(1, min(most, count) + 1) if count % d == 0)
+    batches = [as_inputs(windows[i : i + size], source) for i in range(0, count, size)]
+    program = capture(source, batches[0], context.device)
+    logits = _logits(program)
+    flow = Flow.of(program)
+    stop = flow.position[logits] + 1
+    cuts = itertools.pairwise([0, *block_starts(program, flow), stop])
+    regions = [Region(start, end, stop) for start, end in cuts]
+    losses: list[Tensor] = []
+
+    def record(index: int, node: fx.Node, values: Mapping[fx.Node, Any]) -> None:
+        ids = batches[index]["input_ids"].to(values[node].device)
+        flat = nn.functional.cross_entropy(
+            values[node][:, :-1].float().flatten(0, 1), ids[:, 1:].flatten(), reduction="none"
+        )
+        losses.append(flat.view(len(ids), -1).mean(dim=1).double().cpu())
+
+    with ActivationStore(context.memory) as store, torch.no_grad():
+        runner = Interpreter(program, flow, batches, store, context.device)
+        for number, region in enumerate(regions):
+            runner.run_region(region, watch={logits} if region.stop == stop else (), on_value=record)
+            context.observe(Progress(number + 1, len(regions), "evaluating", 0))
+    mean = float(torch.cat(losses).mean())
+    return math.exp(mean) if mean < 700 else math.inf
+
+
+def _logits(program: Program) -> fx.Node:
+    node = logits_node(program)
+    if node is not None and is_causal(program):
+        return node
+    raise TraceError(
+        f"perplexity of {model_kind(program)}",
+        found="not a causal language model with logits",
+        do="Perplexity is defined for models that predict the next token; evaluate this one with its own task",
+    )

@@ -1,0 +1,95 @@
+"""Safetensors files whose tensors are written one at a time: the library's writer holds all of them at once."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from sparsify.files.checkpoint import DTYPES, INDEX, WEIGHTS, Checkpoint
+
+# What transformers cuts its files at.
+SHARD = 5 * 10**9
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+Layout = Mapping[str, tuple[torch.dtype, Sequence[int]]]
+
+
+def lay_out(folder: Path, tensors: Layout, shard: int = SHARD) -> Checkpoint:
+    """Make the weight files of ``folder`` for ``tensors``, zeros in them, cut like transformers' own.
+
+    Args:
+        tensors: name to (dtype, shape). ``shard``: bytes at which a new file begins.
+
+    Returns:
+        The checkpoint, to be written tensor by tensor.
+    """
+    files: list[dict[str, tuple[torch.dtype, Sequence[int]]]] = [{}]
+    filled = 0
+    for name, (dtype, shape) in tensors.items():
+        size = math.prod(shape) * dtype.itemsize
+        if files[-1] and filled + size > shard:
+            files.append({})
+            filled = 0
+        files[-1][name] = (dtype, shape)
+        filled += size
+    if len(files) == 1:
+        return lay_out_files(folder, {WEIGHTS: files[0]})
+    names = [f"model-{number:05}-of-{len(files):05}.safetensors" for number in range(1, len(files) + 1)]
+    return lay_out_files(folder, dict(zip(names, files, strict=True)))
+
+
+def lay_out_files(folder: Path, files: Mapping[str, Layout]) -> Checkpoint:
+    """The same with the files given: file name to its tensors; an index is written where it needs one."""
+    for file, tensors in files.items():
+        _make_file(folder / file, tensors)
+    if list(files) != [WEIGHTS]:
+        weight_map = {name: file for file, tensors in files.items() for name in tensors}
+        total = sum(math.prod(s) * d.itemsize for tensors in files.values() for d, s in tensors.values())
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    return Checkpoint(folder, writable=True)
+
+
+def layout_of(checkpoint: Checkpoint) -> dict[str, dict[str, tuple[torch.dtype, Sequence[int]]]]:
+    """The files of a checkpoint as :func:`lay_out_files` takes them."""
+    files: dict[str, dict[str, tuple[torch.dtype, Sequence[int]]]] = {}
+    for name in checkpoint.names():
+        file = checkpoint.span(name)[0].name
+        files.setdefault(file, {})[name] = (checkpoint.dtype(name), list(checkpoint.shape(name)))
+    return files
+
+
+def layout_to_json(files: Mapping[str, Layout]) -> dict[str, dict[str, list[object]]]:
+    return {f: {n: [_NAMES[d], list(s)] for n, (d, s) in tensors.items()} for f, tensors in files.items()}
+
+
+def layout_from_json(content: Mapping[str, Mapping[str, Sequence[object]]]) -> dict[str, Layout]:
+    """Undo :func:`layout_to_json`.
+
+    Raises:
+        KeyError, TypeError, ValueError: content of another form.
+    """
+    files: dict[str, Layout] = {}
+    for file, tensors in content.items():
+        if Path(file).name != file or not file.endswith(".safetensors"):
+            raise ValueError(f"file name {file!r}")
+        files[file] = {n: (DTYPES[str(d)], [int(i) for i in list(s)]) for n, (d, s) in tensors.items()}  # type: ignore[call-overload]
+    return files
+
+
+def _make_file(path: Path, tensors: Layout) -> None:
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, (dtype, shape) in tensors.items():
+        size = math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [end, end + size]}
+        end += size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)

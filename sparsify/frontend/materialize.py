@@ -1,0 +1,52 @@
+"""Modules with their weights in memory, of an opened model or of a folder."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from sparsify.frontend.source import Source, open_source
+from sparsify.ir.weights import Weights
+
+
+def materialize(source: Source, weights: Weights, changed: set[str]) -> nn.Module:
+    """A module with the parameters of ``weights``; of a module in memory only ``changed`` ones are new."""
+    if source.folder is not None:
+        model = source.skeleton()
+        changed = {weights.canonical(n) for n, _ in model.named_parameters()} | {
+            weights.canonical(n) for n, _ in model.named_buffers() if weights.canonical(n) in weights
+        }
+    else:
+        kept = {id(t): t for t in (*source.module.parameters(), *source.module.buffers())}
+        model = copy.deepcopy(source.module, memo=dict(kept))
+    fresh: dict[str, nn.Parameter] = {}
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        for name, old in [*module._parameters.items(), *module._buffers.items()]:
+            full = weights.canonical(f"{prefix}.{name}" if prefix else name)
+            if old is None or full not in changed or full not in weights:
+                continue
+            if full not in fresh:
+                value = weights.read(full).to(device="cpu" if source.folder else old.device, dtype=old.dtype)
+                fresh[full] = nn.Parameter(value, requires_grad=value.is_floating_point() and old.requires_grad)
+            if name in module._parameters:
+                module._parameters[name] = fresh[full]
+            else:
+                module._buffers[name] = fresh[full].data
+    return model
+
+
+def load(folder: str | Path, *, trust_remote_code: bool = False, dtype: torch.dtype | None = None) -> nn.Module:
+    """The model of any folder that sparsify wrote, in memory and in eval mode: ordinary, packed, or of ragged widths.
+
+    Args:
+        dtype: of its parameters; None: as they are stored.
+
+    Raises:
+        CheckpointError: no such folder, or a broken one.
+    """
+    source = open_source(folder, trust_remote_code=trust_remote_code)
+    model = materialize(source, source.weights, set(source.weights.parameters()))
+    return model.eval() if dtype is None else model.to(dtype).eval()

@@ -1,0 +1,122 @@
+"""The model that a config.json describes, without memory for its parameters."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from sparsify.errors import CheckpointError, first_line
+from sparsify.frontend.widths import resize, sizes_of
+from sparsify.ir.store import DenseView
+
+
+def build_skeleton(
+    folder: Path,
+    trust_remote_code: bool = False,
+    dtype: torch.dtype | None = None,
+    edit: Callable[[nn.Module], None] = lambda model: None,
+    store: object = None,
+) -> nn.Module:
+    """The model that ``folder``'s config.json describes, in eval mode, with parameters that take no memory.
+
+    The parameters are fake tensors that claim to be on the CPU: traced on the plain meta device, literal tensors in
+    a model's code (Falcon's index lists) would lose their numbers. Buffers that no checkpoint holds
+    (rotary frequencies) are real and computed. ``dtype`` is used where the config names none; ``edit`` changes the
+    model while it is on the meta device.
+
+    Args:
+        store: what reads the folder's weights: where it gives them dense, so is the model.
+
+    Raises:
+        CheckpointError: no config, one that builds no model, or weights that only a quantizer reads.
+    """
+    from transformers import AutoConfig
+
+    if not (folder / "config.json").exists():
+        raise CheckpointError(f"config.json of {folder}", found="no such file", do="Is this a model folder?")
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
+    except Exception as error:  # a config's own checks raise whatever they like
+        raise CheckpointError(
+            f"config.json of {folder}",
+            found=f"transformers cannot read it ({first_line(error)})",
+            do="Check the file; a model with code of its own needs --trust-remote-code",
+        ) from error
+    quantization = getattr(config, "quantization_config", None)
+    if isinstance(store, DenseView) and "quantization_config" not in store.dense_config(_content(folder)):
+        if quantization is not None:
+            del config.quantization_config
+    elif quantization is not None:
+        raise CheckpointError(
+            f"model {folder}",
+            found="a quantized checkpoint (quantization_config in config.json)",
+            do="Prune the unquantized model, then quantize the result",
+        )
+    sizes = sizes_of(folder)
+    try:
+        with torch.device("meta"):
+            model = construct(config, trust_remote_code, getattr(config, "dtype", None) or dtype or torch.float32)
+            if sizes is not None:
+                resize(model, sizes)
+            edit(model)
+    except CheckpointError:
+        raise
+    except Exception as error:  # so do the constructors of models
+        raise CheckpointError(
+            f"model of {folder}",
+            found=f"its config.json builds no model ({first_line(error)})",
+            do="Compare config.json with the one that the model was published with",
+        ) from error
+    _restore_buffers(model)
+    _fake_parameters(model)
+    return model.eval()
+
+
+def _content(folder: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return content
+
+
+def construct(config: Any, trust_remote_code: bool, dtype: torch.dtype) -> nn.Module:
+    """The model that a config names, by transformers' own class for it."""
+    import transformers
+
+    names = list(getattr(config, "architectures", None) or [])
+    kind = getattr(transformers, names[0], None) if names else None
+    if kind is not None:
+        return kind._from_config(config, dtype=dtype)
+    auto = transformers.AutoModelForCausalLM if names and "CausalLM" in names[0] else transformers.AutoModel
+    return auto.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+
+
+def _restore_buffers(model: Any) -> None:
+    for name, buffer in list(model.named_non_persistent_buffers(remove_duplicate=False)):
+        parent, _, leaf = name.rpartition(".")
+        owner = model.get_submodule(parent)
+        setattr(owner, leaf, torch.full_like(buffer, 0, device="cpu"))
+    owners = {n.rpartition(".")[0] for n, _ in model.named_non_persistent_buffers(remove_duplicate=False)}
+    with torch.no_grad():
+        for parent in owners:
+            # Initialises the parameters too, which costs nothing on the meta device.
+            model._init_weights(model.get_submodule(parent))
+
+
+def _fake_parameters(model: nn.Module) -> None:
+    fakes: dict[int, nn.Parameter] = {}
+    with FakeTensorMode():
+        for module in model.modules():
+            for tensors in (module._parameters, module._buffers):
+                for name, tensor in tensors.items():
+                    if tensor is None or not tensor.is_meta:
+                        continue
+                    fake = torch.empty(tensor.shape, dtype=tensor.dtype)
+                    if isinstance(tensor, nn.Parameter):
+                        fake = nn.Parameter(fake, requires_grad=False)
+                    # One fake per tensor: tied weights stay one object.
+                    tensors[name] = fakes.setdefault(id(tensor), fake)  # type: ignore[arg-type]

@@ -1,0 +1,210 @@
+"""What a user names as the model: a folder, a hub id, or a module in memory.
+
+A folder's model is built from its config without memory for its parameters, so opening one is cheap however large.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from sparsify.errors import CheckpointError, TraceError, first_line
+from sparsify.files.checkpoint import PICKLED, PICKLED_INDEX, WEIGHTS, Checkpoint
+from sparsify.frontend.matching import weights_of_checkpoint, weights_of_module
+from sparsify.frontend.skeleton import build_skeleton
+from sparsify.ir.store import MemoryStore, TensorStore
+from sparsify.ir.weights import Weights
+from sparsify.method.registry import registered
+
+_TOKENIZER_FILES = ("tokenizer", "vocab", "spiece", "sentencepiece", "merges", "tekken")
+
+
+@dataclass
+class Source:
+    """An opened model: its structure, its parameters, and where it came from.
+
+    ``module`` is a skeleton (see :func:`build_skeleton`) for a folder and the user's own for a module; ``folder`` is
+    None for a module in memory.
+    """
+
+    name: str
+    module: nn.Module
+    weights: Weights
+    folder: Path | None = None
+    checkpoint: Checkpoint | None = None
+    trust_remote_code: bool = False
+    _tokenizer: Any = field(default=None, repr=False)
+
+    @property
+    def config(self) -> Any:
+        """The Hugging Face config, or None for any other module."""
+        return getattr(self.module, "config", None)
+
+    @property
+    def is_transformers(self) -> bool:
+        return _is_transformers(self.module)
+
+    @property
+    def context_length(self) -> int | None:
+        config = self.config
+        text = config.get_text_config() if hasattr(config, "get_text_config") else config
+        for key in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"):
+            if isinstance(value := getattr(text, key, None), int) and value > 0:
+                return value
+        return None
+
+    @property
+    def vocab_size(self) -> int | None:
+        config = self.config
+        text = config.get_text_config() if hasattr(config, "get_text_config") else config
+        return getattr(text, "vocab_size", None)
+
+    def skeleton(self, edit: Callable[[nn.Module], None] = lambda model: None) -> nn.Module:
+        """The folder's model once more, without memory for its parameters; see :func:`build_skeleton`."""
+        assert self.folder is not None, "a module in memory is its own"
+        dtype = next((p.dtype for p in self.module.parameters() if p.is_floating_point()), None)
+        return build_skeleton(self.folder, self.trust_remote_code, dtype, edit, self.weights.store)
+
+    def tokenizer(self) -> Any:
+        """The folder's tokenizer.
+
+        Raises:
+            CheckpointError: there is none.
+        """
+        if self._tokenizer is None:
+            from transformers import AutoTokenizer
+
+            if self.folder is None:
+                raise CheckpointError(
+                    f"a tokenizer for {self.name}",
+                    found="a module in memory, which has none",
+                    do="Give calibration as token ids (LongTensors [batch, sequence])",
+                )
+            if not any(path.name.startswith(_TOKENIZER_FILES) for path in self.folder.iterdir()):
+                # transformers would make an empty one up from the config.
+                raise CheckpointError(
+                    f"a tokenizer for {self.name}",
+                    found=f"no tokenizer files in {self.folder}",
+                    do="Add them, or give token ids in a .safetensors file",
+                )
+            try:
+                self._tokenizer = AutoTokenizer.from_pretrained(
+                    self.folder, trust_remote_code=self.trust_remote_code, local_files_only=True
+                )
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                raise CheckpointError(
+                    f"a tokenizer for {self.name}",
+                    found=f"none that loads in {self.folder} ({first_line(error)})",
+                    do="Add its tokenizer files, or give token ids in a .safetensors file",
+                ) from error
+        return self._tokenizer
+
+
+def open_source(model: str | Path | nn.Module, *, allow_bin: bool = False, trust_remote_code: bool = False) -> Source:
+    """Open ``model`` without reading its weights.
+
+    Args:
+        model: a local Hugging Face folder, a hub id, or a module.
+        allow_bin: read ``pytorch_model.bin`` (with ``weights_only=True``) where there is no safetensors.
+        trust_remote_code: run Python that the folder brings along.
+
+    Raises:
+        CheckpointError: no such model, or a broken one.
+    """
+    if isinstance(model, nn.Module):
+        return Source(type(model).__name__.lower(), model, weights_of_module(model))
+    folder = _find_folder(model)
+    store: TensorStore
+    if allow_bin and not (folder / WEIGHTS).exists() and _pickles(folder):
+        store = _read_pickles(folder)
+    else:
+        store = open_store(folder)
+    stored = (store.dtype(name) for name in store.names())
+    dtype = next((d for d in stored if d.is_floating_point), None)
+    module = build_skeleton(folder, trust_remote_code, dtype, store=store)
+    weights = weights_of_checkpoint(module, store)
+    checkpoint = store if isinstance(store, Checkpoint) else None
+    # The hub's cache names a folder by its commit; the model's own name serves outputs better.
+    name = folder.name if Path(model).expanduser().exists() else str(model).rpartition("/")[2]
+    return Source(name, module, weights, folder, checkpoint, trust_remote_code)
+
+
+def open_store(folder: Path) -> TensorStore:
+    """What reads the tensors of ``folder``: a registered store that knows it, else its safetensors as they lie.
+
+    Raises:
+        CheckpointError: no sound model folder.
+    """
+    for entry in registered("sparsify.stores").values():
+        store: TensorStore | None = entry.load()(folder)
+        if store is not None:
+            return store
+    return Checkpoint(folder)
+
+
+def _find_folder(model: str | Path) -> Path:
+    path = Path(model).expanduser()
+    if path.exists():
+        return path.absolute()
+    text = str(model)
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", text) or text.startswith("."):
+        raise CheckpointError(f"model {text}", found="no such folder", do="Check the path")
+    from huggingface_hub import snapshot_download
+
+    try:
+        found = snapshot_download(
+            text, allow_patterns=["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.py"]
+        )
+    except Exception as error:  # the hub raises a dozen kinds, all of which mean: it cannot be had
+        raise CheckpointError(
+            f"model {text}",
+            found=f"no such folder here, and the hub did not give it ({type(error).__name__})",
+            do="Check the path; for a hub id check the name, the network and your token",
+        ) from error
+    return Path(found)
+
+
+def _pickles(folder: Path) -> list[Path]:
+    if (folder / PICKLED).exists():
+        return [folder / PICKLED]
+    if (folder / PICKLED_INDEX).exists():
+        names = set(json.loads((folder / PICKLED_INDEX).read_text())["weight_map"].values())
+        return [folder / Path(name).name for name in sorted(names)]
+    return []
+
+
+def _read_pickles(folder: Path) -> MemoryStore:
+    tensors: dict[str, torch.Tensor] = {}
+    for path in _pickles(folder):
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except Exception as error:  # unpickling refuses in many ways, all of them final
+            raise CheckpointError(
+                f"weights file {path}",
+                found=f"torch's weights_only loader refuses it ({first_line(error)})",
+                do="Do not load it; ask the author for safetensors",
+            ) from error
+        tensors |= {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
+    return MemoryStore(None, tensors)
+
+
+def _is_transformers(module: nn.Module) -> bool:
+    return hasattr(module, "config") and hasattr(module, "save_pretrained")
+
+
+def require_real(module: nn.Module) -> None:
+    """Raise TraceError where a module given in Python still lies on the meta device."""
+    for name, parameter in module.named_parameters():
+        if parameter.is_meta:
+            raise TraceError(
+                f"pruning {type(module).__name__}",
+                found=f"parameter {name} is on the meta device and holds no numbers",
+                do="Load the weights, or give the model's folder instead of the module",
+            )

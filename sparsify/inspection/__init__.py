@@ -1,0 +1,1 @@
+"""What the compiler sees in a model, for people."""

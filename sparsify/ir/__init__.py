@@ -1,0 +1,1 @@
+"""A captured model: its graph, the parameters behind it, and what is known of both."""

@@ -1,0 +1,40 @@
+"""Whether two programs compute the same: compared operator by operator, without a run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from sparsify.ir.operators import operator_name
+from sparsify.ir.program import Program
+
+
+def difference(one: Program, other: Program) -> str | None:
+    """Where two programs differ, operator by operator: in name, shape, numbers or constants; None where nowhere."""
+    if len(one.nodes) != len(other.nodes):
+        return f"{len(one.nodes)} nodes and {len(other.nodes)}"
+    for a, b in zip(one.nodes, other.nodes, strict=True):
+        shapes = [[tuple(v.shape) for v in _flat(n.meta.get("val"))] for n in (a, b)]
+        names = [operator_name(n) if n.op == "call_function" else n.op for n in (a, b)]
+        # Parts of one size and parts whose sizes are told are the same parts.
+        alike = names[0] == names[1] or set(names) <= {"chunk", "split", "split_with_sizes"}
+        if not alike or shapes[0] != shapes[1] or _numbers(a) != _numbers(b):
+            return f"{a.name} and {b.name}"
+        if a.op == "get_attr" and str(b.target) in other.constants:
+            held = one.constants.get(str(a.target))
+            if held is None or not torch.equal(held, other.constants[str(b.target)]):
+                return f"the constant {b.target}"
+    return None
+
+
+def _flat(value: Any) -> list[Tensor]:
+    return [value] if isinstance(value, Tensor) else [t for v in value or () for t in _flat(v)]
+
+
+def _numbers(node: fx.Node) -> list[float]:
+    """Factors among the arguments of a node; sizes show in shapes."""
+    found: list[float] = []
+    fx.node.map_aggregate((node.args, node.kwargs), lambda v: found.append(v) if isinstance(v, float) else None)
+    return found

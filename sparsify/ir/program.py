@@ -1,0 +1,96 @@
+"""A captured model: one flat FX graph whose parameters live elsewhere.
+
+The graph has one ``placeholder`` per input tensor and one ``get_attr`` per parameter, buffer or constant, named as in
+the model. Parameters are on the meta device in the graph module; their values come from :class:`Weights` when needed.
+``node.meta["val"]`` is a meta tensor with the shape and dtype of the node's value. :mod:`sparsify.ir.rules` says in
+full what is true of a program.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, fx
+
+from sparsify.errors import VerifyError
+from sparsify.ir.rules import broken_rules
+from sparsify.ir.weights import Weights
+
+T = TypeVar("T")
+
+
+@dataclass
+class Program:
+    """What every analysis, pass and backend works on.
+
+    Attributes:
+        graph_module: the graph; parameters are meta tensors in it.
+        weights: values of the parameters and of buffers that the checkpoint holds.
+        constants: values of all other ``get_attr`` targets (rotary frequencies, literal tensors).
+        output_names: names of the flat outputs where the model gives them, else "0", "1", ….
+        model: the class of the model that was captured; empty for a bare graph.
+    """
+
+    graph_module: fx.GraphModule
+    weights: Weights
+    constants: dict[str, Tensor]
+    output_names: list[str] = field(default_factory=list)
+    model: str = ""
+    _facts: dict[Callable[[Any], Any], Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    @property
+    def graph(self) -> fx.Graph:
+        return self.graph_module.graph
+
+    @property
+    def nodes(self) -> list[fx.Node]:
+        return list(self.graph.nodes)
+
+    @property
+    def inputs(self) -> list[fx.Node]:
+        return [node for node in self.graph.nodes if node.op == "placeholder"]
+
+    def fact(self, analysis: Callable[[Program], T]) -> T:
+        """``analysis(self)``, done once for this graph; what it gives is shared and must not be changed."""
+        if analysis not in self._facts:
+            self._facts[analysis] = analysis(self)
+        found: T = self._facts[analysis]
+        return found
+
+    def changed(self) -> None:
+        """Say that the graph was edited: facts are found anew from here on."""
+        self._facts.clear()
+        self.graph_module.recompile()
+
+    def parameter(self, node: fx.Node) -> str | None:
+        """The parameter or buffer that a ``get_attr`` node reads, or None for any other node."""
+        if node.op == "get_attr" and node.target not in self.constants:
+            return str(node.target)
+        return None
+
+    def load(self, node: fx.Node) -> Tensor:
+        """The value of a ``get_attr`` node, in the dtype that the graph computes with."""
+        target = str(node.target)
+        if target in self.constants:
+            return self.constants[target]
+        return self.weights.read(target).to(node.meta["val"].dtype)
+
+    def to(self, device: torch.device) -> None:
+        """Make every operator that names a device name ``device``, and move the constants there."""
+        for node in self.graph.nodes:
+            node.args = fx.node.map_aggregate(node.args, lambda a: device if isinstance(a, torch.device) else a)
+            node.kwargs = fx.node.map_aggregate(node.kwargs, lambda a: device if isinstance(a, torch.device) else a)
+        self.constants = {name: value.to(device) for name, value in self.constants.items()}
+        self.changed()
+
+    def verify(self) -> None:
+        """Check every rule that a program obeys.
+
+        Raises:
+            VerifyError: names the rule that is broken, and where.
+        """
+        for rule, where in broken_rules(self):
+            raise VerifyError(f"the graph at {where}", found=f"broken: {rule.sentence}", do="Report this as a bug")

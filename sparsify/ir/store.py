@@ -1,0 +1,60 @@
+"""Named tensors: what parameters are read from and written to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+
+class TensorStore(Protocol):
+    """Named tensors that can be read one at a time and, where the store says so, replaced."""
+
+    def names(self) -> Iterable[str]: ...
+
+    def shape(self, name: str) -> torch.Size: ...
+
+    def dtype(self, name: str) -> torch.dtype: ...
+
+    def read(self, name: str) -> Tensor: ...
+
+    def write(self, name: str, tensor: Tensor) -> None: ...
+
+
+@runtime_checkable
+class DenseView(Protocol):
+    """A store that gives dense what lies otherwise in its folder, and says how the folder's config.json reads then."""
+
+    def dense_config(self, config: dict[str, Any]) -> dict[str, Any]:
+        """The content of a config.json without what speaks of how the weights lie."""
+        ...
+
+
+class MemoryStore:
+    """Tensors held in memory over a store that is only read: what a compile without an output writes to."""
+
+    def __init__(self, base: TensorStore | None, tensors: Mapping[str, Tensor] | None = None) -> None:
+        self.base = base
+        self.tensors: dict[str, Tensor] = dict(tensors or {})
+
+    def names(self) -> Iterable[str]:
+        own = dict.fromkeys(self.tensors)
+        return own if self.base is None else dict.fromkeys(self.base.names()) | own
+
+    def shape(self, name: str) -> torch.Size:
+        return self.tensors[name].shape if name in self.tensors else self._base().shape(name)
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self.tensors[name].dtype if name in self.tensors else self._base().dtype(name)
+
+    def read(self, name: str) -> Tensor:
+        return self.tensors[name] if name in self.tensors else self._base().read(name)
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        self.tensors[name] = tensor.detach().clone()
+
+    def _base(self) -> TensorStore:
+        assert self.base is not None, "a store without a base holds every tensor itself"
+        return self.base

@@ -1,0 +1,100 @@
+"""Sparsity patterns as values: what fraction or arrangement of zeros is asked for.
+
+``50%`` and ``0.5`` are unstructured; ``2:4`` keeps N = 2 of every M = 4 consecutive input features, which is
+NVIDIA's meaning. (The papers' code counts the zeros instead; both agree for 2:4 and 4:8.)
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from fractions import Fraction
+
+from sparsify.errors import PatternError
+
+_FORMS = "Write a percentage (50%), a fraction of zeros (0.5), or N:M (2:4 keeps 2 of every 4)"
+
+
+@dataclass(frozen=True)
+class Unstructured:
+    """A fraction of zeros with no arrangement, strictly between 0 and 1.
+
+    The fraction is held exactly, so that ``29%`` of 100 can mean 29 (see ``count`` in :mod:`sparsify.method.selection`).
+    """
+
+    sparsity: Fraction
+
+    def __init__(self, sparsity: Fraction | float | str) -> None:
+        # Fraction(repr(0.29)) is 29/100, Fraction(0.29) is not.
+        exact = sparsity if isinstance(sparsity, Fraction) else Fraction(str(sparsity))
+        object.__setattr__(self, "sparsity", exact)
+        if not 0 < exact < 1:
+            raise PatternError(
+                f"sparsity {sparsity}",
+                found="not strictly between 0 and 1 (0% prunes nothing, 100% leaves nothing)",
+                do=_FORMS,
+            )
+
+    def __str__(self) -> str:
+        percent = self.sparsity * 100
+        if percent.denominator == 1:
+            return f"{percent.numerator}%"
+        return f"{format(float(percent), '.12g')}%"
+
+    def unfit(self, in_features: int) -> str | None:
+        """Why this pattern cannot be laid on rows of ``in_features`` weights, or None: it always can."""
+        return None
+
+
+@dataclass(frozen=True)
+class NM:
+    """At most ``n`` non-zero weights in each run of ``m`` consecutive input features of an output neuron."""
+
+    n: int
+    m: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.n < self.m:
+            raise PatternError(
+                f"pattern {self.n}:{self.m}",
+                found="N:M keeps N of every M weights and needs 1 ≤ N < M",
+                do=f"Did you mean {self.m}:{self.n}?" if 1 <= self.m < self.n else _FORMS,
+            )
+
+    def __str__(self) -> str:
+        return f"{self.n}:{self.m}"
+
+    @property
+    def sparsity(self) -> Fraction:
+        return Fraction(self.m - self.n, self.m)
+
+    def unfit(self, in_features: int) -> str | None:
+        """Why this pattern cannot be laid on rows of ``in_features`` weights, or None."""
+        if in_features % self.m:
+            return f"in_features {in_features} is not a multiple of {self.m}"
+        return None
+
+
+Pattern = Unstructured | NM
+
+
+def parse_pattern(text: str) -> Pattern:
+    """Return the pattern that ``text`` spells; ``parse_pattern(str(p)) == p``.
+
+    Raises:
+        PatternError: ``text`` is no pattern, or one that cannot hold.
+    """
+    text = text.strip()
+    if match := re.fullmatch(r"(\d+):(\d+)", text):
+        return NM(int(match[1]), int(match[2]))
+    if match := re.fullmatch(r"(\d+(?:\.\d+)?|\.\d+)%", text):
+        return Unstructured(Fraction(match[1]) / 100)
+    if re.fullmatch(r"0?\.\d+|[01]\.\d+", text):
+        return Unstructured(Fraction(text))
+    if re.fullmatch(r"\d+(\.\d+)?", text):
+        raise PatternError(
+            f"sparsity '{text}'",
+            found="a bare number of 1 or more, or a whole number without %",
+            do=f"Write {text}% for a percentage, or a fraction below 1 such as 0.5",
+        )
+    raise PatternError(f"pattern '{text}'", found="not a pattern that sparsify knows", do=_FORMS)

@@ -1,0 +1,162 @@
+"""Spec text to passes and back, and to backends: ``wanda:2:4``, ``wanda:50%,group=input,blocksize=128``.
+
+The grammar is NAME:PATTERN[,OPTION=VALUE]…; of what takes no pattern NAME[:OPTION=VALUE[,OPTION=VALUE]…]. Options
+are the fields of the dataclass and are checked against their types. ``parse_pass(str(spec_text(p))) == p`` for every
+pass, so a printed spec is a runnable one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from typing import Any
+
+from sparsify.errors import SpecError, near
+from sparsify.method.base import Pass
+from sparsify.method.pattern import parse_pattern
+from sparsify.method.registry import find, known, registered
+
+
+def parse_pass(text: str) -> Pass:
+    """Return the pass that ``text`` spells.
+
+    Raises:
+        SpecError: an unknown pass or option, a value of the wrong type, options that contradict each other.
+        PatternError: a pattern that does not exist.
+    """
+    name, pattern, options = _parts(text)
+    # What can be refused without loading the method (and torch with it) is.
+    known("sparsify.passes", name)
+    parsed = parse_pattern(pattern) if pattern else None
+    kind = find("sparsify.passes", name)
+    if not (isinstance(kind, type) and issubclass(kind, Pass)):
+        raise SpecError(
+            f"pass '{name}'", found=f"{kind!r}, which is no Pass", do="Register a subclass of sparsify.method.base.Pass"
+        )
+    if parsed is None and kind.takes_pattern():
+        raise SpecError(f"pass '{text}'", found="no pattern after the name", do=f"Write {name}:2:4 or {name}:50%, say")
+    if parsed is not None and not kind.takes_pattern():
+        raise SpecError(f"pass '{text}'", found=f"a pattern, which {name} has not", do=f"Write {name}")
+    given = _options(kind, name, options)
+    return kind(**given) if parsed is None else kind(parsed, **given)  # type: ignore[call-arg]
+
+
+def check_pass(text: str) -> None:
+    """Check the name and the pattern of a spec, without loading the pass.
+
+    Raises:
+        SpecError, PatternError: as :func:`parse_pass`.
+    """
+    name, pattern, _ = _parts(text)
+    known("sparsify.passes", name)
+    if pattern:
+        parse_pattern(pattern)
+
+
+def parse_backend(text: str) -> Any:
+    """Return what the table holds for the backend that ``text`` spells: NAME[:OPTION=VALUE[,OPTION=VALUE]…].
+
+    Raises:
+        SpecError: an unknown backend or option, a value of the wrong type, options that contradict each other.
+    """
+    name, _, options = text.strip().partition(":")
+    kind = find("sparsify.backends", name)
+    return kind(**_options(kind, name, options.split(",") if options else []))
+
+
+def spec_text(own: Pass) -> str:
+    """The shortest spec that parses to ``own``."""
+    given = [
+        f"{f.name}={str(value).lower() if isinstance(value, bool) else value}"
+        for f in dataclasses.fields(own)
+        if f.name != "pattern" and (value := getattr(own, f.name)) != f.default
+    ]
+    if own.takes_pattern():
+        return ",".join([f"{own.name}:{getattr(own, 'pattern')}", *given])  # noqa: B009 (not every pass has one)
+    return f"{own.name}:{','.join(given)}" if given else own.name
+
+
+def split_specs(text: str) -> list[str]:
+    """``wanda:50%,group=layer,sparsegpt:50%`` as two specs: what holds a = without a : before it is an option."""
+    specs: list[str] = []
+    for part in (piece.strip() for piece in text.split(",")):
+        if specs and "=" in part and ":" not in part.partition("=")[0]:
+            specs[-1] += f",{part}"
+        elif part:
+            specs.append(part)
+    return specs
+
+
+def describe_passes() -> list[tuple[str, str, dict[str, str]]]:
+    """Name, one-line summary and options with their defaults of every registered pass.
+
+    Options that all passes of a base have stand once, at the end, under what the base calls them.
+    """
+    rows = []
+    bases: dict[str, type[Pass]] = {}
+    for name in sorted(registered("sparsify.passes")):
+        kind: type[Pass] = find("sparsify.passes", name)
+        base = kind.shared_base()
+        if base is not None:
+            bases[base.common_to] = base
+        form = f"{name}:PATTERN" if kind.takes_pattern() else name
+        rows.append((form, kind.summary, _described(kind, kind.options_of_its_own())))
+    return [*rows, *((called, "", _described(base, base.options())) for called, base in bases.items())]
+
+
+def _described(kind: type[Pass], options: dict[str, dataclasses.Field[Any]]) -> dict[str, str]:
+    hints = typing.get_type_hints(kind)
+    return {name: f"{_choices(hints[name])} (default {f.default})" for name, f in options.items()}
+
+
+def _parts(text: str) -> tuple[str, str, list[str]]:
+    """Name, pattern (empty where there is none) and options."""
+    head, *options = text.strip().split(",")
+    name, _, rest = head.partition(":")
+    return (name, "", [rest, *options]) if "=" in rest else (name, rest, options)
+
+
+def _options(kind: type, name: str, options: list[str]) -> dict[str, Any]:
+    """Values of the fields of ``kind`` that ``options`` (KEY=VALUE) give."""
+    fields = {f.name: f for f in dataclasses.fields(kind) if f.name != "pattern"}
+    hints = typing.get_type_hints(kind)
+    values: dict[str, Any] = {}
+    for option in options:
+        key, equals, value = (part.strip() for part in option.partition("="))
+        if not equals:
+            raise SpecError(f"option '{option}' of {name}", found="no =", do="Options are written key=value")
+        if key not in fields:
+            raise SpecError(f"option '{key}' of {name}", found="no such option", do=near(key, fields))
+        if key in values:
+            raise SpecError(f"option '{key}' of {name}", found="given twice", do="Give it once")
+        values[key] = _value(f"option {key}={value} of {name}", value, hints[key])
+    return values
+
+
+def _value(what: str, text: str, hint: Any) -> Any:
+    """``text`` as a value of the type ``hint``."""
+    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
+        hint = next(h for h in typing.get_args(hint) if h is not type(None))
+    if typing.get_origin(hint) is typing.Literal:
+        if text in typing.get_args(hint):
+            return text
+    elif hint is bool:
+        if text.lower() in ("true", "false"):
+            return text.lower() == "true"
+    elif hint in (int, float):
+        try:
+            return hint(text)
+        except ValueError:
+            pass
+    elif hint is str:
+        return text
+    raise SpecError(what, found=f"'{text}' is not {_choices(hint)}", do=f"Give {_choices(hint)}")
+
+
+def _choices(hint: Any) -> str:
+    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
+        return " or ".join(_choices(h) for h in typing.get_args(hint) if h is not type(None))
+    if typing.get_origin(hint) is typing.Literal:
+        return " or ".join(str(a) for a in typing.get_args(hint))
+    return {bool: "true or false", int: "a whole number", float: "a number", str: "text"}.get(hint, str(hint))

@@ -1,0 +1,145 @@
+"""What a structural pass is: mathematics from a group's weights and gradients to a score for each of its channels.
+
+It knows no graph, no file and no model: which dimensions belong together, cutting them, and writing a smaller model are
+:mod:`sparsify.structure.restructure`'s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import ClassVar, Literal
+
+from torch import Tensor
+
+from sparsify.errors import SpecError
+from sparsify.method.base import Change, Kind, Pass
+from sparsify.method.pattern import Pattern, Unstructured
+
+Granularity = Literal["block", "channel", "expert", "layer"]
+Scope = Literal["local", "global"]
+WidthKind = Literal["uniform", "ragged"]
+
+
+# Which kinds of groups each granularity is for.
+KINDS: dict[Granularity, frozenset[str]] = {
+    "block": frozenset({"heads", "channels"}),
+    "channel": frozenset({"width"}),
+    "expert": frozenset({"experts"}),
+    "layer": frozenset(),
+}
+
+
+@dataclass(frozen=True)
+class Part:
+    """A parameter of a group, as a pass sees it.
+
+    Attributes:
+        weight: [positions, rest]: a row for each position of the dimension that shrinks, in float32.
+        gradient: the same shape, the mean over calibration samples of the loss's gradient; None where it was not asked
+            for.
+        fisher: the mean of its square. channel: [positions], the channel of the group that each position belongs to.
+    """
+
+    weight: Tensor
+    gradient: Tensor | None
+    fisher: Tensor | None
+    channel: Tensor
+
+
+@dataclass(frozen=True)
+class StructuralPass(Pass):
+    """Base of all structural passes.
+
+    Attributes:
+        pattern: a share of channels to remove from each group.
+        granularity: ``block``: heads, channels and experts' channels inside the repeated blocks; ``channel``: the
+            residual width of the whole model; ``expert``: whole experts with their router's row; ``layer``: whole
+            blocks.
+        widths: ``uniform``: only what the model's config can say, so that transformers loads the result; ``ragged``:
+            any width for any layer (implied by scope=global, keep_first and keep_last), for :func:`sparsify.load`.
+        scope: ``local``: the same share of every group; ``global``: of all groups of a kind together (heads with heads,
+            channels with channels), each group's scores divided by their mean, so that layers come to differ in width.
+        keep_first, keep_last: blocks at the beginning and at the end that stay whole (LLM-Pruner's own choice for a
+            deep model is 4 and 2; layers differ in width then).
+        steps: cut in so many rounds, the share rising evenly, with gradients taken anew for each.
+        round: what is left of a group's channels is a multiple of this; heads stay whole and are not rounded.
+    """
+
+    pattern: Pattern
+    granularity: Granularity = "block"
+    round: int = 8
+    widths: WidthKind = "uniform"
+    scope: Scope = "local"
+    keep_first: int = 0
+    keep_last: int = 0
+    steps: int = 1
+
+    kind: ClassVar[Kind] = "structure"
+    follows: ClassVar[frozenset[Kind]] = frozenset({"structure"})
+    misplaced: ClassVar[str] = "weights pruned before the model gets smaller"
+    changes: ClassVar[frozenset[Change]] = frozenset({"shapes"})
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.pattern, Unstructured):
+            raise SpecError(
+                f"{self.name}:{self.pattern}", found="a structural pass removes a share of channels",
+                do=f"Write {self.name}:25%, say; for N:M zeros take wanda:{self.pattern} after it",
+            )  # fmt: skip
+        least = {"round": 1, "steps": 1, "keep_first": 0, "keep_last": 0}
+        for option, low in least.items():
+            if getattr(self, option) < low:
+                raise SpecError(f"{self.name}:{option}={getattr(self, option)}", found=f"it must be at least {low}",
+                                do=f"Choose {max(low, 8 if option == 'round' else 1)}, say")  # fmt: skip
+        if self.granularity == "channel" and self.ragged:
+            raise SpecError(f"{self.name}:granularity=channel", found="one width for all blocks",
+                            do="Leave widths, keep_first, keep_last and scope out")  # fmt: skip
+        if self.granularity == "layer" and (self.widths == "ragged" or self.scope == "global"):
+            raise SpecError(f"{self.name}:granularity=layer", found="blocks go whole", do="Leave widths and scope out")
+
+    @property
+    def ragged(self) -> bool:
+        """Whether layers may come to differ in width."""
+        if self.granularity == "layer":
+            return False
+        return self.widths == "ragged" or self.scope == "global" or self.keep_first > 0 or self.keep_last > 0
+
+    def scores(self, parts: Sequence[Part], channels: int, seed: int) -> Tensor:
+        """How much each of ``channels`` matters: [channels], the least go first.
+
+        Args:
+            parts: the group's linear weights, in the order in which the graph reads them.
+            seed: another one for every group.
+        """
+        raise NotImplementedError
+
+    def rounds(self) -> list[StructuralPass]:
+        """One pass for each step: after the i-th of N the share is i/N of the whole one."""
+        if self.steps == 1:
+            return [self]
+        assert isinstance(self.pattern, Unstructured)
+        kept = [1 - self.pattern.sparsity * i / self.steps for i in range(self.steps + 1)]
+        return [
+            replace(self, steps=1, pattern=Unstructured(1 - after / before)) for before, after in pairwise(kept)
+        ]  # fmt: skip
+
+    def left(self, free: int, kind: str) -> int:
+        """How many of ``free`` channels stay.
+
+        Raises:
+            SpecError: none would.
+        """
+        assert isinstance(self.pattern, Unstructured)
+        exact, unit = free * (1 - self.pattern.sparsity), self.unit(free, kind)
+        kept = min(free, int(exact / unit + (1 if kind == "heads" else 0) / 2) * unit)
+        if kept < 1:
+            raise SpecError(
+                f"{self.name}:{self.pattern}", found=f"of {free} {kind} in multiples of {unit} none would be left",
+                do="Ask for less, or for a smaller round",
+            )  # fmt: skip
+        return kept
+
+    def unit(self, free: int, kind: str) -> int:
+        """What the number of channels that stay is a multiple of."""
+        return 1 if kind == "heads" or free % self.round else self.round

@@ -1,0 +1,166 @@
+"""What a weight pass is: mathematics from (weight, input statistics) to a pruned weight.
+
+A pass is a frozen dataclass whose fields are its options. It knows no graph, no file and no device; order,
+streaming, layouts, experts and progress are the engine's. See CONTRIBUTING.md for a worked example.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import ClassVar, Literal
+
+from torch import Tensor
+
+from sparsify.errors import SpecError
+from sparsify.method.base import Change, Kind, Pass
+from sparsify.method.pattern import NM, Pattern, Unstructured
+from sparsify.method.selection import Axis, Comparison, Count, select
+from sparsify.method.statistics import InputStatistics
+
+Allocation = Literal["uniform", "owl", "error"]
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """The result of a pass on one matrix: ``weight`` and ``mask`` are [out_features, in_features].
+
+    ``mask`` is True where a weight was pruned; there ``weight`` is zero. ``notes`` are what a user should know of
+    this site; ``bias`` [out_features] replaces the site's where the pass changes that too.
+    """
+
+    weight: Tensor
+    mask: Tensor
+    notes: tuple[str, ...] = ()
+    bias: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class WeightPass(Pass):
+    """Base of all weight passes.
+
+    Args:
+        pattern: which weights go. ``group``, ``blocksize``, ``count``: see :class:`~sparsify.method.selection.Comparison`.
+        allocation: how an unstructured pattern's zeros are spread over sites, see :mod:`sparsify.prune.allocation`:
+            ``uniform``, ``owl`` (by outliers) or ``error`` (by measured output error).
+        spread: how far a site's sparsity may be from the pattern's under an allocation.
+        outliers: OWL's M: a score above M times the mean of its layer is an outlier.
+
+    Class attributes:
+        default_group: the comparison group where none is asked for.
+    """
+
+    pattern: Pattern
+    group: Axis | None = None
+    blocksize: int = 1
+    count: Count = "floor"
+    allocation: Allocation = "uniform"
+    spread: float | None = None
+    outliers: float = 5.0
+
+    kind: ClassVar[Kind] = "weights"
+    follows: ClassVar[frozenset[Kind]] = frozenset({"structure", "graph", "weights"})
+    misplaced: ClassVar[str] = "weights that are packed by then"
+    changes: ClassVar[frozenset[Change]] = frozenset({"weights"})
+    common_to: ClassVar[str] = "every pass but structural ones"
+    default_group: ClassVar[Axis] = "output"
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether it needs calibration: for statistics, or to spread its zeros over sites."""
+        return bool(self.statistics) or self.allocation != "uniform"
+
+    @property
+    def keeps_weights(self) -> bool:
+        """Whether weights that are not pruned stay as they were, to the bit; verified after each site."""
+        return True
+
+    @property
+    def exact_counts(self) -> bool:
+        """Whether each comparison group loses what the pattern says; verified after each site."""
+        return True
+
+    def __post_init__(self) -> None:
+        if self.blocksize < 1:
+            raise self._refuse(f"blocksize={self.blocksize}", "it must be at least 1", "Choose a positive blocksize")
+        if isinstance(self.pattern, NM):
+            for option in ("group", "blocksize", "count"):
+                if self._given(option):
+                    raise self._refuse(
+                        f"{option}={getattr(self, option)}",
+                        f"{self.pattern} compares weights within its own groups of {self.pattern.m}",
+                        f"Leave {option} out, or ask for a percentage",
+                    )
+        elif self.comparison.axis == "layer" and self._given("blocksize"):
+            raise self._refuse(
+                f"blocksize={self.blocksize}",
+                "group=layer compares all weights of a layer",
+                "Leave blocksize out",
+            )
+        self._check_allocation()
+
+    def _check_allocation(self) -> None:
+        if self.allocation == "uniform":
+            self._unused(("spread", "outliers"), "allocation=uniform gives every site the same sparsity")
+            return
+        asked = f"allocation={self.allocation}"
+        if isinstance(self.pattern, NM):
+            raise self._refuse(asked, f"{self.pattern} fixes the zeros of every site", "Ask for a percentage")
+        if self._given("count"):
+            raise self._refuse(f"{asked},count={self.count}", "an allocation fixes all counts", "Leave count out")
+        if self.allocation == "error":
+            self._unused(("outliers",), "it belongs to allocation=owl")
+        if self.spread is not None and not 0 < self.spread < 1:
+            raise self._refuse(f"spread={self.spread:g}", "it must lie between 0 and 1", "Choose 0.08, say")
+        if self.outliers <= 1:
+            raise self._refuse(f"outliers={self.outliers:g}", "an outlier exceeds the mean", "Choose 3 to 10")
+
+    def _given(self, option: str) -> bool:
+        """Whether an option differs from its default."""
+        return bool(getattr(self, option) != next(f.default for f in fields(self) if f.name == option))
+
+    def _unused(self, options: Sequence[str], why: str) -> None:
+        """Refuse options that would do nothing."""
+        for option in options:
+            if self._given(option):
+                raise self._refuse(f"{option}={getattr(self, option)}", why, f"Leave {option} out")
+
+    @property
+    def comparison(self) -> Comparison:
+        """The group of weights that compete, with the default of the method."""
+        return Comparison(self.group or self.default_group, self.blocksize, self.count)
+
+    def prune(self, weight: Tensor, statistics: InputStatistics) -> Pruned:
+        """Prune one matrix.
+
+        Args:
+            weight: [out_features, in_features], the dtype of the checkpoint.
+            statistics: what was recorded about its input.
+        """
+        raise NotImplementedError
+
+    def without_data(self) -> WeightPass:
+        """The pass for an expert that no calibration token reached: the smallest go, with this pass's pattern and
+        comparison group, for that is all there is to go by."""
+        if isinstance(self.pattern, NM):
+            return Smallest(self.pattern)
+        return Smallest(self.pattern, self.comparison.axis, self.blocksize, self.count)
+
+    def allotted(self, pattern: Unstructured) -> WeightPass:
+        """This pass for a site whose share of zeros an allocation has settled."""
+        settled = {f.name: f.default for f in fields(WeightPass) if f.name in ("allocation", "spread", "outliers")}
+        return replace(self, pattern=pattern, count="total", **settled)
+
+    def _refuse(self, asked: str, found: str, do: str) -> SpecError:
+        return SpecError(f"{self.name}:{self.pattern},{asked}", found=found, do=do)
+
+
+@dataclass(frozen=True)
+class Smallest(WeightPass):
+    """Plain magnitude: prune by |W|, no data and no update."""
+
+    name: ClassVar[str] = "magnitude"
+
+    def prune(self, weight: Tensor, statistics: InputStatistics) -> Pruned:
+        mask = select(weight.abs(), self.pattern, self.comparison)
+        return Pruned(weight.masked_fill(mask, 0), mask)

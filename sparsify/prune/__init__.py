@@ -1,0 +1,1 @@
+"""Weight passes over a program: which weights, in which order, measured on what, and checked."""

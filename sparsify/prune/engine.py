@@ -1,0 +1,160 @@
+"""Runs a weight pass over a program: which region runs when, and each site's turn.
+
+The three schedules differ only in where regions are cut and whether a region runs again:
+
+``layer``  a cut before every input group; a group is pruned as soon as its statistics are complete, and the one
+           forward goes on with the pruned weights.
+``block``  a cut before every block; its statistics come from the block still dense, then it runs again pruned: the
+           procedure of the Wanda and SparseGPT papers (algorithms.md, section 1.2).
+``dense``  cuts as in ``layer``, but the forward goes on with dense weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from sparsify.analysis.linear import LinearSite
+from sparsify.calibration.accumulators import DENSE, GRADIENTS
+from sparsify.calibration.gradients import Gradients, Samples, measure_gradients
+from sparsify.calibration.interpreter import Region
+from sparsify.calibration.measuring import Measuring, Step, measure_inputs
+from sparsify.calibration.recorder import GroupRecorder
+from sparsify.calibration.streams import Streams
+from sparsify.context import Context, Progress, SiteResult
+from sparsify.errors import SpecError
+from sparsify.ir.program import Program
+from sparsify.ir.weights import Weights
+from sparsify.method.weight_pass import WeightPass
+from sparsify.prune.allocation import Measured, allocate
+from sparsify.prune.targets import Target
+from sparsify.prune.turn import Turn, prune_without_data
+from sparsify.words import Schedule
+
+
+def prune(
+    program: Program,
+    weight_pass: WeightPass,
+    targets: Sequence[Target],
+    data: Samples | None,
+    context: Context,
+    *,
+    schedule: Schedule = "layer",
+    dense: Weights | None = None,
+) -> list[SiteResult]:
+    """Run ``weight_pass`` over the targets of ``program``: gradients and the allocation first where it asks for them.
+
+    Args:
+        data: batches of input name to tensor, all of the shapes that the program was captured with, and per batch what
+            a loss compares the outputs with; None for a pass that needs no data.
+        dense: weights of the model as it was given, for passes fitted to its outputs.
+
+    Raises:
+        SparsifyError: as :class:`Engine`.
+    """
+    if data is None:
+        return prune_without_data(program, weight_pass, targets, context)
+    wanted = GRADIENTS & set(weight_pass.statistics)
+    with Gradients(context.memory // 4) as gradients:
+        if wanted:
+            measure_gradients(program, [t.parameter for t in targets], data, wanted, gradients, context)
+        passes = {target.parameter: weight_pass for target in targets}
+        if weight_pass.allocation != "uniform":
+            sites = [site for target in targets for site in target.sites]
+            recorders = measure_inputs(program, sites, data.batches, ("squared_norm",), context)
+            sequences = sum(len(next(iter(batch.values()))) for batch in data.batches)
+            passes = allocate(weight_pass, targets, Measured(program, recorders, sequences, context.device))
+        return Engine(program, passes, targets, data.batches, context, schedule, dense, gradients).run()
+
+
+class Engine:
+    """One calibrated run of a pass over a program.
+
+    Args:
+        passes: for each target's parameter, the pass that prunes it; they differ in their patterns at most.
+        others: see :func:`prune`.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        passes: Mapping[str, WeightPass],
+        targets: Sequence[Target],
+        batches: Sequence[Mapping[str, Tensor]],
+        context: Context,
+        schedule: Schedule = "layer",
+        dense: Weights | None = None,
+        gradients: Gradients | None = None,
+    ) -> None:
+        self.program, self.passes, self.context, self.schedule = program, passes, context, schedule
+        self.gradients, self.dense = gradients, dense
+        self.wanted = next(iter(passes.values())).statistics
+        self.targets = {target.parameter: target for target in targets}
+        sites = [site for target in targets for site in target.sites]
+        self.measuring = Measuring(program, sites, batches, self.wanted, context, by_block=schedule == "block")
+        self.results: list[SiteResult] = []
+
+    def run(self) -> list[SiteResult]:
+        """Prune every target and return what happened, in the order it happened.
+
+        Raises:
+            CalibrationError: a NaN or infinite activation (the site is named), or statistics that a pass cannot use.
+            VerifyError: a pass broke its promise.
+        """
+        if DENSE & set(self.wanted) and (
+            self.dense is None or ("cross_gram" in self.wanted and self.schedule == "dense")
+        ):
+            raise SpecError(
+                f"fitting to the dense model in schedule {self.schedule}",
+                found="one stream" if self.dense is not None else "no dense weights beside the pruned ones",
+                do="Use --schedule layer",
+            )
+        measuring, twice = self.measuring, self.schedule == "block"
+        merged, done = measuring.merged(), set[str]()
+        # ``block`` looks at the inputs of a block's first group after the cut before it, so they must live till then.
+        end = measuring.steps[-1].measured + twice
+        with measuring.streams(self.dense if "cross_gram" in self.wanted else None) as streams, torch.no_grad():
+            start = 0
+            for step in measuring.steps:
+                region = Region(start, step.start, end)
+                if twice:
+                    measuring.run_unrecorded(streams, step, region)
+                    recorders = self._sweep_dense(streams, step, end)
+                else:
+                    recorders = measuring.run(streams, step, region)
+                # Popped, so that each is freed as soon as its sites have had their turn.
+                for group in step.groups:
+                    recorder = recorders.pop(0)
+                    for site in group.sites:
+                        if site.parameter not in done:
+                            self._prune_site(streams, step, site, merged.get(site.parameter, recorder))
+                            done.add(site.parameter)
+                    del recorder
+                start = step.start
+        return self.results
+
+    def _sweep_dense(self, streams: Streams, step: Step, end: int) -> list[GroupRecorder]:
+        """The block of ``step`` while it is still dense, for its statistics; it will run again."""
+        rows = self.measuring.rows
+        wanted = {*rows.held, *(rows.anchor(group) for group in step.groups)}
+        region = Region(step.start, step.measured, end, again=True, wanted=wanted)
+        return self.measuring.run(streams, step, region)
+
+    def _prune_site(self, streams: Streams, step: Step, site: LinearSite, recorder: GroupRecorder) -> None:
+        target, device = self.targets[site.parameter], self.context.device
+        own = self.gradients.read(site) if self.gradients is not None else {}
+        if "dense_weight" in self.wanted and self.dense is not None:
+            own["dense_weight"] = site.matrices(self.dense.read(site.parameter).to(device))
+        turn = Turn(self.program, self.passes[site.parameter], target, device, recorder, self.measuring.sequences, own)
+        result = turn.take()
+        runner, dense = streams.runner, self.schedule == "dense"
+        runner.release(site.parameter, turn.before if dense else turn.after)
+        if site.bias is not None and not dense:
+            runner.release(site.bias)  # a pass may have changed it
+        if dense:
+            # The store now holds the pruned weight; later readers must still find the dense one.
+            runner.pinned |= {n for n in runner.resident if self.program.parameter(n) == site.parameter}
+        self.results.append(result)
+        self.context.observe(Progress(step.number, len(self.measuring.steps), site.name, 0, result))

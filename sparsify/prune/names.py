@@ -1,0 +1,98 @@
+"""What ``--only`` and ``--ignore`` name, resolved once into checkpoint tensors."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from sparsify.errors import SpecError, near
+from sparsify.ir.weights import Weights
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Which checkpoint tensors may be pruned: all but ``ignored``, or of ``only`` where that is not None."""
+
+    only: frozenset[str] | None = None
+    ignored: frozenset[str] = frozenset()
+
+    @classmethod
+    def of(cls, weights: Weights, only: Sequence[str] = (), ignore: Sequence[str] = ()) -> Wanted:
+        """What the patterns name in a model.
+
+        Raises:
+            SpecError: one of them matches nothing, or is no regular expression.
+        """
+        if not only and not ignore:
+            return cls()
+        names = _Names(weights)
+        return cls(names.matching(only, "--only") if only else None, names.matching(ignore, "--ignore"))
+
+    def renamed(self, names: Mapping[str, str]) -> Wanted:
+        """The same tensors in a model in which they have new names; one that is not among ``names`` kept its own."""
+
+        def follow(tensors: frozenset[str]) -> frozenset[str]:
+            return frozenset(names.get(name, name) for name in tensors)
+
+        return Wanted(None if self.only is None else follow(self.only), follow(self.ignored))
+
+
+class _Names:
+    """Every name by which a user may call a parameter: its own, its checkpoint tensors', their modules'."""
+
+    def __init__(self, weights: Weights) -> None:
+        self._of: dict[str, set[str]] = {}
+        ties: dict[str, list[str]] = {}
+        for alias, parameter in weights.aliases.items():
+            ties.setdefault(parameter, []).append(alias)
+        for parameter in weights.parameters():
+            for source in weights.sources(parameter):
+                for name in (source, parameter, *ties.get(parameter, ())):
+                    for prefix in _prefixes(name):
+                        self._of.setdefault(prefix, set()).add(source)
+
+    def matching(self, patterns: Iterable[str], flag: str) -> frozenset[str]:
+        """Checkpoint tensors that any of ``patterns`` names.
+
+        Raises:
+            SpecError: one of them matches nothing, or is no regular expression.
+        """
+        found: set[str] = set()
+        for pattern in patterns:
+            hits = [name for name in self._of if _matches(pattern, name, flag)]
+            if not hits:
+                tail = pattern.removeprefix("re:").strip("*")
+                inside = sorted(n for n in self._of if tail and tail in n)[:4]
+                parts = {f"*.{part}" for n in self._of for part in n.split(".") if not part.isdigit()}
+                hint = near(pattern, {*self._of, *parts})
+                if inside:
+                    hint = f"Names that contain it: {', '.join(inside)}"
+                raise SpecError(
+                    f"{flag} {pattern}",
+                    found="it matches no parameter or module of this model",
+                    do=f"Write a full name, a glob (*{tail}*) or re:…. {hint}",
+                )
+            for name in hits:
+                found |= self._of[name]
+        return frozenset(found)
+
+
+def _prefixes(name: str) -> Iterable[str]:
+    parts = name.split(".")
+    return (".".join(parts[: i + 1]) for i in range(len(parts)))
+
+
+def _matches(pattern: str, name: str, flag: str) -> bool:
+    if pattern.startswith("re:"):
+        try:
+            return re.match(pattern[3:], name) is not None
+        except re.error as error:
+            raise SpecError(
+                f"{flag} {pattern}", found=f"not a regular expression ({error})", do="Mend it, or use a glob"
+            ) from error
+    if any(c in pattern for c in "*?["):
+        # As in a path, a glob may begin at any dot: mlp* names model.layers.0.mlp.
+        return fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}")
+    return name == pattern

@@ -1,0 +1,95 @@
+"""Which sites a pass prunes, which it leaves dense, and why: decided before any weight is read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from sparsify.analysis.linear import LinearSite, find_sites
+from sparsify.errors import Refused, SpecError
+from sparsify.ir.program import Program
+from sparsify.method.pattern import Pattern
+from sparsify.prune.names import Wanted
+
+# The code of a site that stays dense because --only names others.
+NOT_NAMED = "not-named"
+
+
+@dataclass(frozen=True)
+class Target:
+    """A parameter that will be pruned, with all the sites that read it.
+
+    ``sources`` are the checkpoint tensors that may change: None for all of them, fewer where a name pattern chose
+    some experts of a stack.
+    """
+
+    parameter: str
+    sites: tuple[LinearSite, ...]
+    sources: frozenset[str] | None = None
+
+    @property
+    def site(self) -> LinearSite:
+        return self.sites[0]
+
+
+def choose(program: Program, pattern: Pattern, wanted: Wanted) -> tuple[list[Target], list[Refused]]:
+    """Split the parameters of ``program``'s linear sites into targets and those that stay dense, with the reason.
+
+    By default every linear site inside a repeated block is a target, as in the papers; where a model
+    has no blocks, every site is. ``only`` replaces that default, ``ignore`` takes away from either. Weights
+    that an embedding shares are never targets.
+
+    Raises:
+        SpecError: no target is left.
+    """
+    sites, _ = find_sites(program)
+    shared = read_elsewhere(program, sites)
+    blocks = any(site.block for site in sites)
+    only = wanted.only
+    by_parameter: dict[str, list[LinearSite]] = {}
+    for site in sites:
+        by_parameter.setdefault(site.parameter, []).append(site)
+
+    targets, skipped = [], []
+    for parameter, own in by_parameter.items():
+        site, sources = own[0], frozenset(program.weights.sources(parameter))
+        chosen = (sources if only is None else sources & only) - wanted.ignored
+        reason, code = None, ""
+        if parameter in shared:
+            reason = f"shared with {shared[parameter]}: pruning it would change that too"
+        elif only is not None and not sources & only:
+            reason, code = "not named by --only", NOT_NAMED
+        elif not chosen:
+            reason = "named by --ignore"
+        elif only is None and blocks and site.block is None:
+            reason = "outside the repeated blocks (head or projection); name it with --only to prune it"
+        elif only is None and site.window is not None:
+            reason = "a convolution with a kernel; name it with --only to prune it"
+        elif only is None and site.router:
+            reason = "a router, which chooses experts; name it with --only to prune it"
+        else:
+            reason = pattern.unfit(site.shape[1])
+        if reason:
+            skipped.append(Refused(reason, site.name, code))
+        else:
+            targets.append(Target(parameter, tuple(own), None if chosen == sources else chosen))
+    if not targets:
+        # What was asked for first: a model has many sites that were not.
+        first = sorted(skipped, key=lambda s: s.code == NOT_NAMED)[:3]
+        reasons = "; ".join(f"{s.node}: {s.reason}" for s in first) or "the model has no linear site"
+        raise SpecError(f"pruning to {pattern}", found=f"nothing to prune ({reasons})", do="See sparsify inspect")
+    return targets, skipped
+
+
+def read_elsewhere(program: Program, sites: Sequence[LinearSite]) -> dict[str, str]:
+    """Parameters that something other than a linear site reads, with what it is."""
+    own = {site.parameter for site in sites}
+    found = {}
+    for node in program.graph.nodes:
+        name = program.parameter(node)
+        if name is None or program.weights.canonical(name) not in own:
+            continue
+        for user in node.users:
+            if "embedding" in str(user.target):
+                found[program.weights.canonical(name)] = "the embedding"
+    return found

@@ -1,0 +1,160 @@
+"""One weight's turn: read it, prune each of its matrices, check the promise, store it, and say what happened."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from sparsify.calibration.recorder import GroupRecorder
+from sparsify.context import Context, Progress, SiteResult
+from sparsify.errors import CalibrationError, SparsifyError
+from sparsify.ir.program import Program
+from sparsify.method.statistics import InputStatistics
+from sparsify.method.weight_pass import Pruned, WeightPass
+from sparsify.prune.targets import Target
+from sparsify.prune.verify import verify_pruned
+from sparsify.tensors import all_finite
+
+
+def prune_without_data(
+    program: Program, weight_pass: WeightPass, targets: Sequence[Target], context: Context
+) -> list[SiteResult]:
+    """Prune every target by its weights alone; nothing is run."""
+    results = []
+    for number, target in enumerate(targets):
+        # Where nothing runs, nothing is gained on another device.
+        result = Turn(program, weight_pass, target, torch.device("cpu")).take()
+        results.append(result)
+        context.observe(Progress(number + 1, len(targets), target.site.name, 0, result))
+    return results
+
+
+class Turn:
+    """One parameter: :meth:`take` prunes it; ``before`` and ``after`` are then its values, in its own layout.
+
+    Args:
+        recorder: what was recorded of the input; None without data.
+        sequences: calibration sequences.
+        own: statistics of the weight itself by name, [experts, out_features, in_features].
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        weight_pass: WeightPass,
+        target: Target,
+        device: torch.device,
+        recorder: GroupRecorder | None = None,
+        sequences: int = 0,
+        own: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        self.weights, self.method, self.target, self.site = program.weights, weight_pass, target, target.site
+        self.device, self.recorder, self.sequences, self.own = device, recorder, sequences, own or {}
+        self.before = self.after = torch.empty(0)
+        self.biases: Tensor | None = None
+
+    def take(self) -> SiteResult:
+        """Prune the parameter, verify it, store it, and say what happened.
+
+        Raises:
+            CalibrationError: it holds NaN or infinity, or no calibration token reaches it.
+            VerifyError: the pass broke its promise. SparsifyError: what the pass itself refuses, the site named.
+        """
+        started = time.perf_counter()
+        self._read()
+        site, dense = self.site, self.site.matrices(self.before)
+        matrices, biases = dense.clone(), self.biases
+        tokens = [0] * site.experts if self.recorder is None else self.recorder.tokens
+        unseen = self._unseen(tokens)
+        notes: list[str] = []
+        # Each result is given back before the next comes: a stack of experts is large.
+        for expert in range(site.experts):
+            pruned = self._prune(expert, dense[expert], expert in unseen)
+            matrices[expert] = pruned.weight.to(matrices.dtype)
+            if pruned.bias is not None and biases is not None:
+                biases = biases.clone() if biases is self.biases else biases
+                biases[expert] = pruned.bias.to(biases.dtype)
+            notes += [f"expert {expert}: {note}" if site.experts > 1 else note for note in pruned.notes]
+        written = [self.target.parameter]
+        if biases is not self.biases and self._store_biases(biases):
+            written.append(str(site.bias))
+        self._store(matrices)
+        kept = site.matrices(self.after)
+        return SiteResult(
+            name=site.name,
+            kind=site.kind,
+            parameter=self.target.parameter,
+            shape=tuple(self.before.shape),
+            pattern=str(self.method.pattern),
+            kept=float((kept != 0).sum()) / kept.numel(),
+            error=None if self.recorder is None else self.recorder.sketch.relative_error(dense, kept),
+            seconds=time.perf_counter() - started,
+            tokens=sum(tokens),
+            sources=sorted(self.target.sources or self.weights.sources(self.target.parameter)),
+            without_data=unseen,
+            notes=notes,
+            written=written,
+        )
+
+    def _read(self) -> None:
+        self.before = self.weights.read(self.target.parameter).to(self.device)
+        if not all_finite(self.before):
+            raise CalibrationError(
+                f"weight {self.target.parameter}",
+                found="it holds NaN or infinity",
+                do="Mend the checkpoint before pruning it",
+            )
+        if self.site.bias is not None:
+            # [experts, out_features]: every matrix has its own part of it.
+            self.biases = self.site.biases(self.weights.read(self.site.bias).to(self.device))
+
+    def _unseen(self, tokens: Sequence[int]) -> list[int]:
+        """Experts that no calibration token reached, where the method needs some."""
+        unseen = [expert for expert, count in enumerate(tokens) if self.method.statistics and count == 0]
+        if unseen and self.site.expert_axis is None:
+            raise CalibrationError(
+                f"the input of {self.site.name}",
+                found="no calibration token reaches it",
+                do="Use other calibration data",
+            )
+        return unseen
+
+    def _prune(self, expert: int, weight: Tensor, unseen: bool) -> Pruned:
+        """The result of the pass on one matrix [out_features, in_features], verified."""
+        method = self.method.without_data() if unseen else self.method
+        try:
+            pruned = method.prune(weight, self._statistics(expert))
+        except SparsifyError as error:
+            raise type(error)(f"{error.asked} of {self.site.name}", found=error.found, do=error.do) from error
+        verify_pruned(self.site.name, method, weight, pruned)
+        return pruned
+
+    def _statistics(self, expert: int) -> InputStatistics:
+        recorder = self.recorder
+        found = InputStatistics({}, 0, 0) if recorder is None else recorder.statistics(expert, self.sequences)
+        values = {name: value[expert] for name, value in self.own.items()}
+        if recorder is not None and self.site.parameter in recorder.outputs:
+            values |= recorder.outputs[self.site.parameter].values(expert)
+        bias = None if self.biases is None else self.biases[expert]
+        # ``derived`` stays the same object: what one site derives from the input, its siblings find.
+        return dataclasses.replace(found, values={**found.values, **values}, bias=bias)
+
+    def _store(self, matrices: Tensor) -> None:
+        some = None if self.target.sources is None else set(self.target.sources)
+        self.after = self.site.layout(matrices, self.before)
+        self.weights.write(self.target.parameter, self.after.cpu(), some)
+        if some is not None:
+            # Only some checkpoint tensors of the stack were changed; what counts is what is there now.
+            self.after = self.weights.read(self.target.parameter).to(self.device)
+
+    def _store_biases(self, biases: Tensor | None) -> bool:
+        """Write the whole bias once; False where only some of the stack's tensors may change."""
+        if biases is None or self.site.bias is None or self.target.sources is not None:
+            return False
+        shape = self.weights.shape(self.site.bias)
+        self.weights.write(self.site.bias, biases.reshape(shape).cpu(), None)
+        return True

@@ -1,0 +1,1 @@
+"""Products with packed weights: layouts, operators, and the kernels behind them. Knows no compiler."""

@@ -1,0 +1,79 @@
+"""Write the folder of a smaller model: the source's files, a changed config, and other tensors."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from sparsify.analysis.dimensions.walk import Ids
+from sparsify.files.companions import copy_companions, rewrite_config
+from sparsify.files.writer import lay_out, lay_out_files, layout_of
+from sparsify.frontend.source import Source
+from sparsify.ir.weights import Weights
+
+
+def write_files(source: Source, weights: Weights, dense: Weights, config: Mapping[str, Any], into: Path) -> None:
+    """The parameters of ``weights`` under the names that the checkpoint of ``dense`` has for them."""
+
+    def stored() -> Iterator[tuple[str, Tensor]]:
+        """Checkpoint tensors, those of one parameter at a time; then what the checkpoint holds beside parameters."""
+        seen: set[str] = set()
+        for name in dense.parameters():
+            for tensor, value in dense.stored(name, weights.read(name)).items():
+                yield tensor, value
+            # One conversion may make fewer tensors of a smaller parameter: those that are left over go.
+            seen |= set(dense.sources(name))
+        for tensor in dense.store.names():
+            if tensor not in seen:
+                yield tensor, dense.store.read(tensor)
+
+    write_tensors(source, stored, config, into)
+
+
+def write_tensors(
+    source: Source, stored: Callable[[], Iterator[tuple[str, Tensor]]], config: Mapping[str, Any], into: Path
+) -> None:
+    """The files of ``source`` with other tensors and a changed config."""
+    assert source.folder is not None, "a model in memory was saved first"
+    copy_companions(source.folder, into)
+    rewrite_config(into, lambda content: _with_widths(content, config))
+    # Twice over the tensors, and never all of them at once.
+    shapes = {name: (value.dtype, list(value.shape)) for name, value in stored()}
+    if source.checkpoint is None:
+        out = lay_out(into, shapes)
+    else:
+        files = {f: {n: shapes[n] for n in held if n in shapes} for f, held in layout_of(source.checkpoint).items()}
+        out = lay_out_files(into, {f: held for f, held in files.items() if held})
+    for name, value in stored():
+        out.write(name, value.contiguous())
+
+
+def _with_widths(content: dict[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config.json's content that says other widths: in its text_config, where it has one."""
+    if isinstance(content.get("text_config"), dict):
+        return {**content, "text_config": {**content["text_config"], **config}}
+    return {**content, **config}
+
+
+def renamed_experts(weights: Weights, kept: Mapping[str, Mapping[int, Ids]]) -> dict[str, str]:
+    """Checkpoint tensors of experts that come to stand under another number, where some before them went.
+
+    Args:
+        kept: parameter -> axis -> the positions that stay; a stack of experts has them on its first axis.
+    """
+    renamed: dict[str, str] = {}
+    for name, axes in kept.items():
+        conversion = weights.conversion(name)
+        if conversion is None or 0 not in axes:
+            continue
+        place = {int(old): new for new, old in enumerate(axes[0])}
+        for source, pattern in conversion.sources:
+            # The one number of a converter's pattern is the expert's.
+            found = re.search(pattern.replace(".*.", r".(\d+)."), source) if ".*." in pattern else None
+            if found is not None and int(found[1]) in place:
+                renamed[source] = f"{source[: found.start(1)]}{place[int(found[1])]}{source[found.end(1) :]}"
+    return renamed

@@ -1,0 +1,36 @@
+"""The list of cuts that ``sparsify.json`` holds, made again from the dense checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy
+
+from sparsify.frontend.source import open_source
+from sparsify.ir.weights import Weights
+from sparsify.structure import layers
+from sparsify.structure.folder import write_files, write_tensors
+from sparsify.structure.shrink import CutStore
+
+
+def replay(dense: str | Path, cuts: Sequence[Mapping[str, Any]], into: Path, config: Mapping[str, Any]) -> Path:
+    """Cut the dense checkpoint by the list that ``sparsify.json`` holds: the pruned one again, bit for bit.
+
+    Args:
+        cuts: ``structure[i]["cuts"]``. config: ``structure[i]["config"]``.
+    """
+    source = open_source(dense)
+    into.mkdir(parents=True, exist_ok=True)
+    gone = layers.removed_of(cuts)
+    if gone is not None:
+        write_tensors(source, lambda: layers.stored_without(source.weights, *gone), config, into)
+        return into
+    kept: dict[str, dict[int, Any]] = {}
+    for cut in cuts:
+        for name, axis, positions in cut["members"]:
+            kept.setdefault(str(name), {})[int(axis)] = numpy.asarray(positions)
+    weights = Weights(CutStore(source.weights, kept), {n: n for n in source.weights.parameters()})
+    write_files(source, weights, source.weights, config, into)
+    return into

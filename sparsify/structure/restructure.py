@@ -1,0 +1,196 @@
+"""Run a structural pass: score the groups of a model, cut them, and write the smaller model as a Hugging Face folder.
+
+The folder is an ordinary one: config.json says the new widths, and the model that transformers builds from it is
+compared with the cut graph before anything is believed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, fx
+
+from sparsify.analysis.dimensions.walk import Ids
+from sparsify.calibration.gradients import Gradients, Samples, measure_gradients
+from sparsify.context import Context
+from sparsify.errors import BackendError, CheckpointError, TraceError
+from sparsify.files.manifest import read_manifest, write_manifest
+from sparsify.frontend.capture import Batch, capture
+from sparsify.frontend.source import Source, open_source
+from sparsify.ir.difference import difference
+from sparsify.ir.program import Program
+from sparsify.ir.weights import Weights
+from sparsify.method.structural_pass import StructuralPass
+from sparsify.prune.names import Wanted
+from sparsify.prune.targets import choose
+from sparsify.structure import layers
+from sparsify.structure.config import together
+from sparsify.structure.folder import renamed_experts, write_files, write_tensors
+from sparsify.structure.plan import Choice, Choices, choose_groups, count_parameters, parameters_of, share_out
+from sparsify.structure.record import Cut, Restructured
+from sparsify.structure.score import Scores
+from sparsify.structure.shrink import CutStore, kept_positions, shrink
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model at hand: opened, captured, and which of its tensors may be pruned."""
+
+    source: Source
+    program: Program
+    wanted: Wanted
+
+
+def restructure(
+    model: Model, structural_pass: StructuralPass, data: Samples | None, into: Path, context: Context
+) -> tuple[Model, Restructured]:
+    """Write the smaller model of ``model`` into the folder ``into``: the model that the folder holds, and what was done.
+
+    Args:
+        data: one calibration sample a batch, for a pass that needs gradients.
+
+    Raises:
+        SpecError: a ratio that leaves nothing, names that match nothing, or groups that all are pinned.
+        BackendError: widths that the model's config cannot say, or a smaller model that computes something else.
+    """
+    program = model.program
+    if structural_pass.granularity == "layer":
+        targets, _ = choose(program, structural_pass.pattern, model.wanted)
+        parameters = [target.parameter for target in targets]
+        choices = None
+    else:
+        choices = choose_groups(model.source, program, structural_pass, model.wanted)
+        parameters = parameters_of(program, choices.chosen)
+    with Gradients(context.memory // 4) as gradients:
+        if structural_pass.statistics:
+            assert data is not None, "a pass that needs data was given some"
+            measure_gradients(program, parameters, data, structural_pass.statistics, gradients, context)
+        samples = 1 if data is None else len(data.batches)
+        scores = Scores(program, structural_pass, gradients, samples, context.seed)
+        if choices is None:
+            return _without_layers(model, structural_pass, parameters, scores, into, context)
+        return _without_channels(model, structural_pass, choices, scores, into, context)
+
+
+def _without_channels(
+    model: Model, structural_pass: StructuralPass, choices: Choices, scores: Scores, into: Path, context: Context
+) -> tuple[Model, Restructured]:
+    source, program, dimensions = model.source, model.program, choices.dimensions
+    chosen = choices.chosen
+    each = [scores.of_channels(c)[torch.from_numpy(c.group.free)].double() for c in chosen]
+    if structural_pass.scope == "global":
+        chosen, each = share_out(structural_pass, chosen, each)
+    remove = {c.number: _least(c, s) for c, s in zip(chosen, each, strict=True)}
+    small = shrink(program, dimensions, remove)
+    kept = kept_positions(dimensions, remove)
+    config = together(c.fields for c in chosen)
+    cut = Weights(CutStore(program.weights, kept), {n: n for n in program.weights.parameters()})
+    write_files(source, cut, program.weights, config, into)
+    cuts = [_cut(c, remove[c.number], kept) for c in chosen]
+    own = {program.weights.canonical(name) for name, _ in source.module.named_parameters()}
+    after = sum(math.prod(node.meta["val"].shape) for name, node in _parameter_nodes(small).items() if name in own)
+    done = Restructured(structural_pass, cuts, choices.skipped, config, (count_parameters(source), after))
+    _note(source, done, into)
+    smaller, captured = _compared(into, source, small, context)
+    wanted = model.wanted.renamed(renamed_experts(program.weights, kept))
+    return Model(replace(smaller, name=source.name), captured, wanted), done
+
+
+def _without_layers(
+    model: Model, structural_pass: StructuralPass, parameters: list[str], scores: Scores, into: Path, context: Context
+) -> tuple[Model, Restructured]:
+    """Blocks by the importance of all of their named weights together."""
+    source, program = model.source, model.program
+    stack = layers.stack_of(program)
+    parts: list[list[str]] = [[] for _ in range(stack.count)]
+    for parameter in parameters:
+        if (number := stack.number(parameter)) is not None:
+            parts[number].append(parameter)
+    gone = layers.least_important(stack, structural_pass, [scores.of_all(names, i) for i, names in enumerate(parts)])
+    config = layers.config_without(source, stack, gone)
+    write_tensors(source, lambda: layers.stored_without(program.weights, stack, gone), config, into)
+    smaller = replace(open_source(into, trust_remote_code=source.trust_remote_code), name=source.name)
+    cut = Cut("layers", stack.container, stack.count, stack.count - len(gone), tuple(gone), ())
+    counts = count_parameters(source), count_parameters(smaller)
+    done = Restructured(structural_pass, [cut], [], config, counts)
+    _note(source, done, into)
+    captured = capture(smaller, _shapes(program), context.device)
+    wanted = model.wanted.renamed(layers.tensors_kept(program.weights, stack, gone))
+    return Model(smaller, captured, wanted), done
+
+
+def _least(choice: Choice, scores: Tensor) -> list[int]:
+    """The free channels that go: those of the lowest score."""
+    order = scores.argsort(stable=True).numpy()[: len(scores) - choice.left]
+    return sorted(choice.group.free[order].tolist())
+
+
+def _cut(choice: Choice, removed: list[int], kept: Mapping[str, Mapping[int, Ids]]) -> Cut:
+    members = tuple(
+        (m.parameter, m.axis, tuple(kept[m.parameter][m.axis].tolist()))
+        for m in choice.group.members
+        if m.axis in kept.get(m.parameter, {})
+    )
+    return Cut(choice.kind, choice.name, len(choice.group.free), choice.left, tuple(removed), members)
+
+
+def _note(source: Source, done: Restructured, into: Path) -> None:
+    """Until the output has a manifest of its own this is what says what was taken out."""
+    before = read_manifest(source.folder).get("structure", []) if source.folder is not None else []
+    write_manifest(into, {"structure": [*before, done.as_dict()]})
+
+
+def _parameter_nodes(program: Program) -> dict[str, fx.Node]:
+    """The first node of each parameter."""
+    found: dict[str, fx.Node] = {}
+    for node in program.nodes:
+        if (name := program.parameter(node)) is not None:
+            found.setdefault(program.weights.canonical(name), node)
+    return found
+
+
+def _shapes(program: Program) -> Batch:
+    """A batch with nothing in it, of the shapes that ``program`` was captured with."""
+    return {n.meta["input"]: torch.zeros(n.meta["val"].shape, dtype=n.meta["val"].dtype) for n in program.inputs}
+
+
+def _compared(folder: Path, source: Source, small: Program, context: Context) -> tuple[Source, Program]:
+    """The model that the folder holds, traced: it must have the parameters of the cut graph, and compute the same.
+
+    Raises:
+        BackendError: it is another model.
+    """
+    asked, cut = f"the smaller model of {source.name}", "cut the graph in Python: sparsify.structure.shrink.shrink"
+    try:
+        smaller = open_source(folder, trust_remote_code=source.trust_remote_code)
+        program = capture(smaller, _shapes(small), context.device)
+    except TraceError as error:
+        raise BackendError(
+            asked,
+            found=f"a module of it has a width built in ({error.found})",
+            do=f"Leave its heads out (--only '*mlp*', say), or {cut}",
+        ) from error
+    except CheckpointError as error:
+        raise BackendError(
+            asked,
+            found=f"config.json cannot say all of its widths ({error.found})",
+            do="Leave some groups out (--ignore, --only): sparsify inspect MODEL --dimensions names them",
+        ) from error
+    for name in small.weights.parameters():
+        if name not in program.weights or not torch.equal(program.weights.read(name), small.weights.read(name)):
+            raise BackendError(
+                asked,
+                found=f"{name} is another one in the model that config.json builds",
+                do="Report this as a bug, with the model",
+            )
+    if (why := difference(small, program)) is not None:
+        raise BackendError(
+            asked,
+            found=f"config.json builds a model that computes otherwise ({why})",
+            do=f"Leave these groups out (--ignore), or {cut}",
+        )
+    return smaller, program

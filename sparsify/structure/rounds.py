@@ -1,0 +1,54 @@
+"""A structural pass in its rounds: each writes a smaller model, which all that follows takes for the model."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from sparsify.calibration.gradients import Samples
+from sparsify.context import Context
+from sparsify.errors import BackendError
+from sparsify.frontend.source import Source, open_source
+from sparsify.host import quiet
+from sparsify.method.structural_pass import StructuralPass
+from sparsify.structure.record import Restructured
+from sparsify.structure.restructure import Model, restructure
+
+
+def check_source(source: Source) -> None:
+    """Raises:
+    BackendError: not a transformers model: its config could not say the new widths.
+    """
+    if not source.is_transformers or source.config is None:
+        raise BackendError(
+            f"making {source.name} smaller",
+            found="not a transformers model, whose config says its widths",
+            do="Cut its graph in Python: sparsify.structure.shrink.shrink with what coupled_dimensions(program) finds",
+        )
+
+
+def in_a_folder(source: Source, place: Path) -> Source:
+    """``source``, saved below ``place`` where it is a module in memory."""
+    if source.folder is not None:
+        return source
+    saved = place / "saved"
+    with quiet():
+        source.module.save_pretrained(saved)  # type: ignore[operator]
+    return replace(open_source(saved), name=source.name)
+
+
+def make_smaller(
+    model: Model, structural_pass: StructuralPass, data: Samples | None, place: Path, context: Context
+) -> tuple[Model, list[Restructured]]:
+    """Run the rounds of a pass, each into a folder of its own below ``place``: the last model, and what was done.
+
+    Raises:
+        SpecError, BackendError: as :func:`restructure`.
+    """
+    done: list[Restructured] = []
+    for one in structural_pass.rounds():
+        into = place / str(sum(1 for _ in place.iterdir()))
+        into.mkdir()
+        model, record = restructure(model, one, data, into, context)
+        done.append(record)
+    return model, done

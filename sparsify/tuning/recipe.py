@@ -1,0 +1,57 @@
+"""How a model is tuned."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+from sparsify.errors import SpecError
+
+Method = Literal["lora", "full"]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a model is tuned.
+
+    Attributes:
+        method: ``lora`` trains low-rank additions, ``full`` every parameter.
+        rate: of AdamW at its highest; None: 3e-4 for LoRA, 2e-5 for all weights. warmup: steps until then.
+        steps: of the optimizer; None: as many as ``epochs`` over the samples take. minutes: stop after so many.
+        batch: sequences a step; micro: of them at once. samples, length: sequences drawn, and their tokens.
+    """
+
+    method: Method = "lora"
+    rank: int = 8
+    alpha: int = 16
+    dropout: float = 0.05
+    rate: float | None = None
+    warmup: int = 100
+    epochs: int = 2
+    steps: int | None = None
+    minutes: float | None = None
+    batch: int = 64
+    micro: int = 4
+    samples: int = 2000
+    length: int = 256
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.method not in ("lora", "full"):
+            raise SpecError(f"--method {self.method}", found="no such method", do="Take lora or full")
+        least = {"rank": 1, "alpha": 1, "epochs": 1, "batch": 1, "micro": 1, "samples": 1, "steps": 1, "warmup": 0}
+        for name, value in asdict(self).items():
+            if name in least and value is not None and value < least[name]:
+                raise SpecError(f"{name} {value}", found=f"it must be at least {least[name]}", do="Give more")
+            if name in ("minutes", "rate") and value is not None and value <= 0:
+                raise SpecError(f"{name} {value}", found="it must be positive", do="Give more")
+        if not 0 <= self.dropout < 1 or self.length < 2:
+            raise SpecError(f"dropout {self.dropout}, length {self.length}", found="out of range",
+                            do="Give a dropout from 0 to 1 and two tokens or more")  # fmt: skip
+        if self.batch % self.micro:
+            raise SpecError(f"batches of {self.batch}", found=f"no multiple of {self.micro} sequences at once",
+                            do="Give --batch a multiple of --micro")  # fmt: skip
+
+    @property
+    def highest_rate(self) -> float:
+        return self.rate if self.rate is not None else {"lora": 3e-4, "full": 2e-5}[self.method]

@@ -1,0 +1,105 @@
+"""The state of a tuning run, kept beside its output until it is done: trained tensors and the optimizer's, no
+pickle.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from sparsify.errors import CheckpointError
+from sparsify.files.staging import Staging
+from sparsify.tuning.recipe import Recipe
+
+_MOMENTS = ("exp_avg", "exp_avg_sq", "step")
+
+
+@dataclass
+class TuneState:
+    """Where a run stands.
+
+    Attributes:
+        trained: the parameters that are trained, by name. step: optimizer steps done. losses: of each.
+    """
+
+    folder: Path
+    recipe: dict[str, Any]
+    trained: dict[str, nn.Parameter]
+    step: int = 0
+    losses: list[float] = field(default_factory=list)
+    _moments: dict[str, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, out: Path, recipe: Recipe, network: nn.Module, *, resume: bool) -> TuneState:
+        """A run that begins, or with ``resume`` goes on.
+
+        Raises:
+            CheckpointError: nothing to go on from, a state of another recipe, or a damaged one.
+        """
+        trained = {name: p for name, p in network.named_parameters() if p.requires_grad}
+        state = cls(_folder(out), asdict(recipe), trained)
+        if resume:
+            state._load()
+        return state
+
+    def save(self, optimizer: torch.optim.Optimizer) -> None:
+        """The whole state, put in place at once."""
+        raw: Any = getattr(optimizer, "optimizer", optimizer)
+        tensors = {f"parameter.{n}": p.detach().cpu().contiguous() for n, p in self.trained.items()}
+        for name, parameter in self.trained.items():
+            for moment in _MOMENTS:
+                value = raw.state[parameter][moment]
+                tensors[f"{moment}.{name}"] = value.detach().cpu().contiguous().clone()
+        content = {"recipe": self.recipe, "step": self.step, "losses": self.losses}
+        with Staging(self.folder, overwrite=True) as staging:
+            save_file(tensors, staging.folder / "state.safetensors")
+            (staging.folder / "state.json").write_text(json.dumps(content), encoding="utf-8")
+            staging.commit()
+
+    def restore(self, optimizer: torch.optim.Optimizer) -> None:
+        """Give the optimizer its moments back."""
+        for name, parameter in self.trained.items():
+            held = {m: self._moments[f"{m}.{name}"].to(parameter.device) for m in _MOMENTS if self._moments}
+            if held:
+                # torch keeps the count of steps on the CPU.
+                optimizer.state[parameter] = held | {"step": held["step"].cpu()}
+
+    @staticmethod
+    def forget(out: Path) -> None:
+        shutil.rmtree(_folder(out), ignore_errors=True)
+
+    def _load(self) -> None:
+        try:
+            content: Mapping[str, Any] = json.loads((self.folder / "state.json").read_text(encoding="utf-8"))
+            tensors = load_file(self.folder / "state.safetensors")
+        except (OSError, ValueError, SafetensorError) as error:
+            raise CheckpointError(
+                f"resuming from {self.folder}", found=f"no state to read there ({error})", do="Begin without --resume"
+            ) from error
+        other = {k: v for k, v in self.recipe.items() if content["recipe"].get(k) != v and k != "minutes"}
+        if other:
+            raise CheckpointError(
+                f"resuming from {self.folder}", found=f"a run with another {', '.join(other)}",
+                do="Give the same options, or begin without --resume",
+            )  # fmt: skip
+        for name, parameter in self.trained.items():
+            held = tensors.get(f"parameter.{name}")
+            if held is None or held.shape != parameter.shape:
+                raise CheckpointError(
+                    f"resuming from {self.folder}", found=f"no {name} of that shape", do="Is it another model's state?"
+                )
+            parameter.data.copy_(held)
+        self.step, self.losses, self._moments = content["step"], content["losses"], tensors
+
+
+def _folder(out: Path) -> Path:
+    return out.with_name(out.name + ".tuning")
