@@ -1,4 +1,4 @@
-"""Targets that a pruned program is written for, one file or folder per target."""
+"""Targets that a pruned program is written for, one folder per target."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 from sparsify import lazily
 
 if TYPE_CHECKING:
-    from sparsify.backends.hf import HuggingFace
+    from sparsify.backends.hf.backend import HuggingFace
 
 __all__ = ["HuggingFace"]
 
-__getattr__ = lazily(__name__, {"HuggingFace": "hf"})
+__getattr__ = lazily(__name__, {"HuggingFace": "hf.backend"})

@@ -39,8 +39,12 @@ class Activation(WeightPass):
 
     @property
     def statistics(self) -> tuple[str, ...]:
-        moments = {"mean": ("output_absolute",), "square": ("output_square",), "std": ("output_sum", "output_square"),
-                   "correlation": ("output_sum", "output_gram")}  # fmt: skip
+        moments = {
+            "mean": ("output_absolute",),
+            "square": ("output_square",),
+            "std": ("output_sum", "output_square"),
+            "correlation": ("output_sum", "output_gram"),
+        }
         return ("squared_norm", *moments[self.metric])
 
     def prune(self, weight: Tensor, statistics: InputStatistics) -> Pruned:

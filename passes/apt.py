@@ -18,7 +18,7 @@ from torch import Tensor
 from sparsify.errors import PatternError, SpecError
 from sparsify.method.pattern import NM
 from sparsify.method.registry import find
-from sparsify.method.selection import holds, select
+from sparsify.method.selection import Comparison, falls_short, holds, select
 from sparsify.method.statistics import InputStatistics
 from sparsify.method.weight_pass import Pruned, WeightPass
 from sparsify.passes.fitting import FittingPass, Problem
@@ -57,6 +57,15 @@ class MaskedPass(FittingPass):
     def _chooser(self) -> WeightPass | None:
         return self._other_pass()
 
+    @property
+    def counted(self) -> Comparison:
+        return self.comparison if self._chooser is None else self._chooser.counted
+
+    @property
+    def exact_counts(self) -> bool:
+        # Zeros that were given may lie in any groups.
+        return self._mask != "zeros" and (self._chooser is None or self._chooser.exact_counts)
+
     def _other_pass(self) -> WeightPass | None:
         """The pass that ``mask`` names; None where it names none."""
         if self._mask in ("S", "M", "zeros"):
@@ -92,7 +101,10 @@ class MaskedPass(FittingPass):
 
     def _zeros(self, weight: Tensor) -> Tensor:
         """The zeros of ``weight``, which must have the pattern."""
-        if broken := holds(weight, self.pattern, self.comparison):
+        pattern = self.pattern
+        # Which weights an earlier pass compared is not known.
+        broken = holds(weight, pattern) if isinstance(pattern, NM) else falls_short(weight, pattern)
+        if broken:
             raise PatternError(
                 f"{self.name}:{self.pattern},mask=zeros",
                 found=broken,

@@ -27,7 +27,7 @@ from sparsify.passes.solvers.gram import DampedGram, damped_gram
 from sparsify.passes.solvers.sweep import Chooser, block_update, sweep
 from sparsify.tensors import all_finite
 
-Target = Literal["pruned", "dense"]
+FitTarget = Literal["pruned", "dense"]
 Method = Literal["none", "sweep", "block", "exact"]
 
 # Past this, one factorisation per output neuron costs more than conjugate gradients (docs/benchmarks.md).
@@ -49,7 +49,7 @@ class FittingPass(WeightPass):
     """
 
     percdamp: float = 0.01
-    target: Target = "pruned"
+    target: FitTarget = "pruned"
     blend: float = 0.5
     solver: Solver = "auto"
     dead: Literal["zero", "keep"] = "zero"

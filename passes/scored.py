@@ -10,7 +10,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from sparsify.method.selection import select
+from sparsify.method.selection import Comparison, select
 from sparsify.method.statistics import InputStatistics
 from sparsify.method.weight_pass import Pruned
 from sparsify.passes.fitting import FittingPass, Method, Problem, adaptive
@@ -51,6 +51,10 @@ class ScoredPass(FittingPass):
     @property
     def statistics(self) -> tuple[str, ...]:
         return self.scored if self.update == "none" else (*dict.fromkeys((*self.scored, *self.fitted)),)
+
+    @property
+    def counted(self) -> Comparison:
+        return Comparison("input", _BLOCK, self.count) if self.update == "iterative" else self.comparison
 
     @property
     def scored(self) -> tuple[str, ...]:

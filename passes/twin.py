@@ -14,7 +14,7 @@ from torch import Tensor
 from sparsify.method.statistics import InputStatistics
 from sparsify.method.weight_pass import Pruned
 from sparsify.passes.apt import MaskedPass
-from sparsify.passes.fitting import Target
+from sparsify.passes.fitting import FitTarget
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Twin(MaskedPass):
     'twin:2:4,blend=1.0,mask=sparsegpt'
     """
 
-    target: Target = "dense"
+    target: FitTarget = "dense"
 
     name: ClassVar[str] = "twin"
     summary: ClassVar[str] = "fitted to the dense model's outputs: two forwards, two Gram matrices, best quality"

@@ -28,7 +28,7 @@ class Wanda(ScoredPass):
             ``--use_variant``; algorithms.md, section 3.1). Unstructured patterns only.
 
     >>> import torch
-    >>> from sparsify.calibration.accumulators import InputStatistics
+    >>> from sparsify.method.statistics import InputStatistics
     >>> from sparsify.method.spec import parse_pass
     >>> weight = torch.tensor([[4.0, -1.0, 2.0, 3.0]])
     >>> norms = InputStatistics({"squared_norm": torch.tensor([1.0, 100.0, 1.0, 1.0])}, tokens=8, sequences=1)

@@ -85,7 +85,9 @@ def resolve_device(text: str) -> torch.device:
 @contextmanager
 def quiet(*more: str) -> Iterator[None]:
     """Silence what torch, transformers and the loggers ``more`` say meanwhile; errors still surface as exceptions."""
-    loggers = [logging.getLogger(name) for name in ("torch.export", "transformers", "torch.fx", *more)]
+    loggers = [
+        logging.getLogger(name) for name in ("torch.export", "transformers", "torch.fx", "torch._subclasses", *more)
+    ]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)

@@ -6,11 +6,16 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
-from families import save
+from support.families import inputs, save
+
+from sparsify.frontend.capture import capture
+from sparsify.frontend.source import open_source
+from sparsify.ir.program import Program
 
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"
@@ -19,14 +24,14 @@ SHARED = ROOT.parent / "shared"
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """``folder("llama")``: the folder of that family's smallest model, made once per session; do not write to it."""
-    made: dict[str, Path] = {}
+    return cache(lambda family: save(family, tmp_path_factory.mktemp("models") / family))
 
-    def get(family: str) -> Path:
-        if family not in made:
-            made[family] = save(family, tmp_path_factory.mktemp("models") / family)
-        return made[family]
 
-    return get
+@pytest.fixture(scope="session")
+def captured(folder: Callable[[str], Path]) -> Callable[[str], Program]:
+    """``captured("llama")``: the graph of that folder for ``inputs("llama")``, traced once per session; do not change
+    it, nor its weights."""
+    return cache(lambda family: capture(open_source(folder(family)), inputs(family)))
 
 
 @pytest.fixture

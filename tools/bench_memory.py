@@ -86,9 +86,24 @@ def compile_in_child(
     folder: Path, out: Path, spec: str, *more: str, samples: int, length: int
 ) -> tuple[int, float, str]:
     command = [
-        sys.executable, "-m", "sparsify", "compile", str(folder), "--pass", spec, "--calibration", "random",
-        "--samples", str(samples), "--sequence-length", str(length), "-o", str(out), "--overwrite", *more,
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "sparsify",
+        "compile",
+        str(folder),
+        "--pass",
+        spec,
+        "--calibration",
+        "random",
+        "--samples",
+        str(samples),
+        "--sequence-length",
+        str(length),
+        "-o",
+        str(out),
+        "--overwrite",
+        *more,
+    ]
     result = in_child(command)
     shutil.rmtree(out)
     return result

@@ -33,6 +33,7 @@ from sparsify.passes.solvers.gram import damped_gram
 from sparsify.passes.solvers.sweep import sweep
 from sparsify.passes.sparsegpt import SparseGPT
 from sparsify.prune.engine import prune
+from sparsify.prune.names import Wanted
 from sparsify.prune.targets import choose
 
 CPU = torch.device("cpu")
@@ -130,14 +131,18 @@ def bench_sweep() -> None:
             method.prune(weight, record)
 
     together, apart = timed(lambda: siblings(True)), timed(lambda: siblings(False))
-    print(f"\nthree siblings of 4096×4096 on 8192 tokens: {together:.2f} s sharing one Gram matrix and factor, "
-          f"{apart:.2f} s each its own, {apart / together:.2f}×")  # fmt: skip
+    print(
+        f"\nthree siblings of 4096×4096 on 8192 tokens: {together:.2f} s sharing one Gram matrix and factor, "
+        f"{apart:.2f} s each its own, {apart / together:.2f}×"
+    )
     weight = weights[0]
     wanda = parse_pass("wanda:2:4")
     cheap = min(timed(lambda: wanda.scores(weight, recorded(inputs, ("squared_norm",)))) for _ in range(6))  # type: ignore[attr-defined]
     dear = min(timed(lambda: method.prune(weight, recorded(inputs, ("gram", "squared_norm")))) for _ in range(2))
-    print(f"metric of one 4096×4096 site on 8192 tokens, statistics included: wanda {cheap * 1e3:.0f} ms, "
-          f"sparsegpt {dear:.2f} s, {dear / cheap:.0f}×\n")  # fmt: skip
+    print(
+        f"metric of one 4096×4096 site on 8192 tokens, statistics included: wanda {cheap * 1e3:.0f} ms, "
+        f"sparsegpt {dear:.2f} s, {dear / cheap:.0f}×\n"
+    )
 
 
 def recorded(inputs: Tensor, wanted: tuple[str, ...]) -> InputStatistics:
@@ -150,8 +155,10 @@ def recorded(inputs: Tensor, wanted: tuple[str, ...]) -> InputStatistics:
 
 
 def bench_exact(rows: int = 64) -> None:
-    print("exact solution for the kept weights, 4096×4096, mask S, objectives against the exact one; Cholesky timed on "
-          f"{rows} rows and multiplied\n")  # fmt: skip
+    print(
+        "exact solution for the kept weights, 4096×4096, mask S, objectives against the exact one; Cholesky timed on "
+        f"{rows} rows and multiplied\n"
+    )
     print("| pattern | sweep | Cholesky per row, float64 | conjugate gradients | cheaper | objective | sweep's |")
     print("|---|---|---|---|---|---|---|")
     gram = damped_gram(statistics(activations(8192, 4096)), 0.01)
@@ -183,9 +190,13 @@ def bench_exact(rows: int = 64) -> None:
 def bench_model() -> None:
     torch.manual_seed(0)
     config = LlamaConfig(
-        hidden_size=1024, num_hidden_layers=8, intermediate_size=2816, num_attention_heads=16, vocab_size=8192,
+        hidden_size=1024,
+        num_hidden_layers=8,
+        intermediate_size=2816,
+        num_attention_heads=16,
+        vocab_size=8192,
         max_position_embeddings=2048,
-    )  # fmt: skip
+    )
     model = LlamaForCausalLM(config).eval()
     source = open_source(model)
     data = load_calibration([torch.randint(8192, (32, 512))], source)
@@ -216,9 +227,11 @@ def bench_model() -> None:
             method.prune(weight, stats[weight.shape[1]])
 
     jobs = {
-        "wanda:2:4": lambda: run("wanda:2:4"), "sparsegpt:2:4": lambda: run("sparsegpt:2:4"),
-        "Gram products alone": gram_floor, "factors and sweeps alone": solve_floor,
-    }  # fmt: skip
+        "wanda:2:4": lambda: run("wanda:2:4"),
+        "sparsegpt:2:4": lambda: run("sparsegpt:2:4"),
+        "Gram products alone": gram_floor,
+        "factors and sweeps alone": solve_floor,
+    }
     best = dict.fromkeys(jobs, float("inf"))
     for _ in range(2):
         for name, job in jobs.items():
@@ -228,8 +241,10 @@ def bench_model() -> None:
     print("| | seconds |\n|---|---|")
     for name, seconds in best.items():
         print(f"| {name} | {seconds:.2f} |")
-    print(f"\nsparsegpt:2:4 takes {best['sparsegpt:2:4'] / floor:.2f}× of wanda + Gram products + solves, "
-          f"{best['sparsegpt:2:4'] / best['wanda:2:4']:.2f}× of wanda\n")  # fmt: skip
+    print(
+        f"\nsparsegpt:2:4 takes {best['sparsegpt:2:4'] / floor:.2f}× of wanda + Gram products + solves, "
+        f"{best['sparsegpt:2:4'] / best['wanda:2:4']:.2f}× of wanda\n"
+    )
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from sparsify.method.pattern import parse_pattern
 from sparsify.method.selection import select
 from sparsify.method.spec import parse_pass
 from sparsify.prune.engine import Engine
+from sparsify.prune.names import Wanted
 from sparsify.prune.targets import choose
 
 
@@ -43,9 +44,13 @@ def main() -> None:
 def whole_runs(args: argparse.Namespace) -> None:
     torch.manual_seed(0)
     config = LlamaConfig(
-        hidden_size=1024, num_hidden_layers=args.layers, intermediate_size=2816, num_attention_heads=16,
-        vocab_size=8192, max_position_embeddings=2048,
-    )  # fmt: skip
+        hidden_size=1024,
+        num_hidden_layers=args.layers,
+        intermediate_size=2816,
+        num_attention_heads=16,
+        vocab_size=8192,
+        max_position_embeddings=2048,
+    )
     model = LlamaForCausalLM(config).eval()
     ids = torch.randint(8192, (args.samples, args.length))
     source = open_source(model)

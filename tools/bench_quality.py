@@ -71,8 +71,11 @@ def table(name: str, source: Source, ids: Tensor, windows: Tensor, patterns: lis
         for pattern in patterns:
             calibration = [ids] if method == "wanda" else None
             result = sparsify.compile(
-                source.folder, [f"{method}:{pattern}"], calibration=calibration, schedule=schedule,  # type: ignore[arg-type]
-            )  # fmt: skip
+                source.folder,
+                [f"{method}:{pattern}"],
+                calibration=calibration,
+                schedule=schedule,  # type: ignore[arg-type]
+            )
             pruned = Source(name, source.module, result.program.weights)
             left = sum("multiple" in s.reason for s in result.runs[0].skipped)
             cells.append(f"{perplexity(pruned, windows):.2f}" + (f" ({left} sites dense)" if left else ""))

@@ -48,9 +48,13 @@ def measured(folder: Path) -> float:
 
 def pruned(ratio: str, importance: str, out: Path) -> sparsify.Compiled:
     return sparsify.compile(
-        BUNDLED, [f"llm-pruner:{ratio},importance={importance},widths=uniform"], calibration="python-stdlib",
-        samples=32, sequence_length=LENGTH, output=out,
-    )  # fmt: skip
+        BUNDLED,
+        [f"llm-pruner:{ratio},importance={importance},widths=uniform"],
+        calibration="python-stdlib",
+        samples=32,
+        sequence_length=LENGTH,
+        output=out,
+    )
 
 
 def quality(place: Path, minutes: float) -> None:
@@ -104,8 +108,9 @@ def speed(place: Path) -> None:
         pruned(ratio, "l2", out)
         small = transformers.AutoModelForCausalLM.from_pretrained(out).eval()
         forward = in_turns([lambda: dense(ids), lambda m=small: m(ids)])  # type: ignore[misc]
-        decode = in_turns([lambda: dense.generate(ids[:, :16], **options),
-                           lambda m=small: m.generate(ids[:, :16], **options)])  # type: ignore[misc]  # fmt: skip
+        decode = in_turns(
+            [lambda: dense.generate(ids[:, :16], **options), lambda m=small: m.generate(ids[:, :16], **options)]
+        )  # type: ignore[misc]
         share = multiply_adds(small) / multiply_adds(dense)
         print(f"| {ratio} | {share:.3f}× | {forward:.2f}× faster | {decode:.2f}× faster |", flush=True)
 
@@ -128,25 +133,36 @@ def memory(place: Path) -> None:
     peaks = {}
     for layers in (8, 32):
         config = transformers.LlamaConfig(
-            hidden_size=512, intermediate_size=2048, num_hidden_layers=layers, num_attention_heads=8,
-            num_key_value_heads=8, vocab_size=1024, tie_word_embeddings=False,
-        )  # fmt: skip
+            hidden_size=512,
+            intermediate_size=2048,
+            num_hidden_layers=layers,
+            num_attention_heads=8,
+            num_key_value_heads=8,
+            vocab_size=1024,
+            tie_word_embeddings=False,
+        )
         torch.manual_seed(0)
         transformers.LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(place / f"deep{layers}")
         words = [sys.executable, "-c", MEMORY, str(place / f"deep{layers}"), str(place / f"deep{layers}-out")]
         done = subprocess.run(words, capture_output=True, text=True, check=True)
         peaks[layers] = json.loads(done.stdout.strip().splitlines()[-1])
-    print(f"\ntaylor-first adds {peaks[8] / 2**20:.0f} MiB with 8 layers and {peaks[32] / 2**20:.0f} MiB with 32: "
-          f"{peaks[32] / peaks[8]:.2f}×")  # fmt: skip
+    print(
+        f"\ntaylor-first adds {peaks[8] / 2**20:.0f} MiB with 8 layers and {peaks[32] / 2**20:.0f} MiB with 32: "
+        f"{peaks[32] / peaks[8]:.2f}×"
+    )
 
 
 def analysis() -> None:
     seconds = {}
     for layers in (20, 80):
         config = transformers.LlamaConfig(
-            hidden_size=8192, intermediate_size=28672, num_hidden_layers=layers, num_attention_heads=64,
-            num_key_value_heads=8, vocab_size=128256,
-        )  # fmt: skip
+            hidden_size=8192,
+            intermediate_size=28672,
+            num_hidden_layers=layers,
+            num_attention_heads=64,
+            num_key_value_heads=8,
+            vocab_size=128256,
+        )
         with torch.device("meta"):
             model = transformers.LlamaForCausalLM(config)
         # Its frequencies are computed, and are no parameters.
@@ -156,8 +172,10 @@ def analysis() -> None:
         traced = time.perf_counter()
         found = coupled_dimensions(program)
         seconds[layers] = time.perf_counter() - traced
-        print(f"{layers} layers: {len(program.nodes)} nodes traced in {traced - start:.1f} s, "
-              f"{len(found.groups)} groups found in {seconds[layers]:.1f} s")  # fmt: skip
+        print(
+            f"{layers} layers: {len(program.nodes)} nodes traced in {traced - start:.1f} s, "
+            f"{len(found.groups)} groups found in {seconds[layers]:.1f} s"
+        )
 
 
 def main() -> None:
@@ -170,8 +188,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         for part in options.only.split(","):
-            {"analysis": analysis, "quality": lambda: quality(place, options.minutes), "speed": lambda: speed(place),
-             "memory": lambda: memory(place)}[part]()  # fmt: skip
+            {
+                "analysis": analysis,
+                "quality": lambda: quality(place, options.minutes),
+                "speed": lambda: speed(place),
+                "memory": lambda: memory(place),
+            }[part]()
 
 
 if __name__ == "__main__":

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from sparsify.backends.packed.bench.report import siblings_label
+from sparsify.backends.packed.labels import siblings_label
 from sparsify.backends.packed.plan import Decision
 from sparsify.runtime.cuda.dispatch import Plan, Timings
 
 
 def kernels_by_tokens(
-    decisions: Iterable[Decision], groups: Sequence[Sequence[str]], plan_of: Callable[[Decision], str],
+    decisions: Iterable[Decision],
+    groups: Sequence[Sequence[str]],
+    plan_of: Callable[[Decision], str],
     timings: Mapping[str, Timings],
-) -> list[str]:  # fmt: skip
+) -> list[str]:
     """One line for each plan: the kernels by token count, each with its measured gain over cuBLAS, and the layers."""
     by_name = {d.name: d for d in decisions}
     found: dict[str, dict[str, int]] = {}

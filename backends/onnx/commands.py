@@ -1,4 +1,4 @@
-"""The commands that come with ONNX: ``sparsify run``, ``verify`` and ``expand``. Imports nothing heavy."""
+"""The commands that come with ONNX: ``sparsify run`` and ``expand``. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -26,10 +26,18 @@ def run(
 ) -> None:
     """Write text with OUT in onnxruntime, token by token."""
     with command_errors(debug, "error"):
-        from sparsify.backends.onnx.talk import talk
+        from sparsify.backends.onnx.running.talk import talk
 
-        for piece in talk(folder, prompt, tokens=tokens, temperature=temperature, top_k=top_k, seed=seed,
-                          device=device, threads=threads):  # fmt: skip
+        for piece in talk(
+            folder,
+            prompt,
+            tokens=tokens,
+            temperature=temperature,
+            top_k=top_k,
+            seed=seed,
+            device=device,
+            threads=threads,
+        ):
             print(piece.text, end="", flush=True)
         print()
         Console(stderr=True).print(

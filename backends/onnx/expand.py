@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from pathlib import Path
 
 import onnx_ir as ir
 import onnx_ir.passes.common as common
 
-from sparsify.backends.onnx.folder import write_json
-from sparsify.backends.onnx.runner import find_onnx
-from sparsify.backends.onnx.store import GraphStore
-from sparsify.backends.onnx.weights import DATA, external
+from sparsify.backends.onnx.running.session import find_onnx
+from sparsify.backends.onnx.storage.datafile import external
+from sparsify.backends.onnx.storage.store import GraphStore
 from sparsify.errors import BackendError
 from sparsify.files.checkpoint import WEIGHTS, Checkpoint
-from sparsify.files.manifest import MANIFEST
+from sparsify.files.companions import copy_companions
+from sparsify.files.manifest import read_manifest, write_manifest
 from sparsify.files.staging import Staging
 from sparsify.files.writer import lay_out_files
 
@@ -40,20 +38,17 @@ def expand(folder: Path, out: Path | None = None, *, overwrite: bool = False) ->
     place = out if out is not None else folder
     in_place = place.absolute() == folder.absolute()
     with Staging(place, overwrite=overwrite or in_place, source=None if in_place else folder, need=need) as staging:
-        for path in folder.iterdir():
-            if path.is_file() and path.name not in (file.name, DATA, MANIFEST):
-                shutil.copyfile(path, staging.folder / path.name)
+        copy_companions(folder, staging.folder)
         # One file, whatever its size: the graph points into it.
         layout = {WEIGHTS: {name: (store.dtype(name), list(store.shape(name))) for name in names}}
         dense = lay_out_files(staging.folder, layout)
         for name in names:
             dense.write(name, store.read(name))
         _relink(store, staging.folder, file.name)
-        if (folder / MANIFEST).is_file():
-            manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        if manifest := read_manifest(folder):
             manifest["checksums"] = dense.written
             manifest.get("onnx", {}).update(weights="link", dtype=None)
-            write_json(staging.folder / MANIFEST, manifest)
+            write_manifest(staging.folder, manifest)
         return staging.commit()
 
 

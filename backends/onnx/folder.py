@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-from sparsify.backends.onnx.contract import Contract
-from sparsify.backends.onnx.runner import FOLD_LIMIT
+from sparsify.backends.onnx.running.session import FOLD_LIMIT
+from sparsify.backends.onnx.tracing.contract import Contract
+from sparsify.files.manifest import write_json
 
 # What onnxruntime-genai calls the families it knows; any other plain decoder is its "decoder".
 _GENAI_TYPES = {"llama", "mistral", "qwen2", "qwen3", "gemma2", "phi3"}
@@ -25,14 +25,8 @@ def genai_config(config: Any, contract: Contract) -> dict[str, Any]:
     if tokens["pad_token_id"] is None:
         eos = tokens["eos_token_id"]
         tokens["pad_token_id"] = eos[0] if isinstance(eos, list) else eos
-    context = next(
-        (
-            v
-            for n in ("max_position_embeddings", "n_positions", "seq_length")
-            if isinstance(v := getattr(text, n, None), int)
-        ),
-        2048,
-    )
+    lengths = (getattr(text, name, None) for name in ("max_position_embeddings", "n_positions", "seq_length"))
+    context = next((length for length in lengths if isinstance(length, int)), 2048)
     family = str(getattr(config, "model_type", ""))
     return {
         "model": {
@@ -76,7 +70,3 @@ def write_genai_config(folder: Path, config: Any, contract: Contract) -> None:
 def uniform_heads(contract: Contract) -> bool:
     """Whether all keys and values of all layers have one shape, which is all that genai and optimum can say."""
     return len({(s.shape[1], s.shape[3]) for pair in contract.states for s in pair}) == 1
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

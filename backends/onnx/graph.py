@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any
 
 import onnx_ir as ir
 import onnx_ir.passes.common as common
@@ -19,11 +19,9 @@ from onnxscript.optimizer import fold_constants_ir
 from onnxscript.rewriter import RewritePass, onnx_fusions
 from onnxscript.rewriter.rules import common as rules
 
-from sparsify.backends.onnx.trace import quiet
+from sparsify.backends.onnx.options import Linear
+from sparsify.backends.onnx.tracing.trace import quiet_export
 from sparsify.errors import BackendError, first_line
-
-Linear = Literal["gemm", "matmul"]
-OPSETS = tuple(range(18, 25))
 
 aten = torch.ops.aten
 
@@ -74,7 +72,7 @@ def to_graph(
         table[aten.linear.default] = _linear_as_gemm
     _share_heads(exported)
     try:
-        with contextlib.redirect_stdout(io.StringIO()), quiet():
+        with contextlib.redirect_stdout(io.StringIO()), quiet_export():
             program = torch.onnx.export(
                 exported,
                 input_names=input_names,
@@ -122,7 +120,8 @@ def _share_heads(exported: torch.export.ExportedProgram) -> None:
 def _detach(model: ir.Model, names: set[str]) -> dict[str, ir.Value]:
     """Make graph inputs of the initializers ``names``, so that no pass reads, merges or renames them."""
     graph, found = model.graph, {}
-    for name in names & set(graph.initializers):
+    # In the graph's order: a set's own would be another one in every process, and so would the file.
+    for name in [name for name in graph.initializers if name in names]:
         value = graph.initializers.pop(name)
         value.const_value = None
         graph.inputs.append(value)
@@ -131,7 +130,7 @@ def _detach(model: ir.Model, names: set[str]) -> dict[str, ir.Value]:
 
 
 def _optimise(model: ir.Model) -> None:
-    with quiet():
+    with quiet_export():
         common.InlinePass()(model)
         for _ in range(2):
             fold_constants_ir(model, onnx_shape_inference=True)
@@ -160,9 +159,10 @@ def _check_domains(model: ir.Model) -> None:
     strange = sorted({f"{n.domain}::{n.op_type}" for n in model.graph.all_nodes() if n.domain not in ("", "ai.onnx")})
     if strange:
         raise BackendError(
-            "exporting to ONNX", found=f"operators outside the ai.onnx domain: {', '.join(strange)}",
+            "exporting to ONNX",
+            found=f"operators outside the ai.onnx domain: {', '.join(strange)}",
             do="No runtime would load them; report the model",
-        )  # fmt: skip
+        )
 
 
 def name_dimensions(model: ir.Model, dims: Mapping[str, list[str | int]]) -> None:

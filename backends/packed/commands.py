@@ -57,9 +57,16 @@ def bench(
             torch.set_num_threads(threads)
         with Console(stderr=True).status("") as status:
             result = measure(
-                folder, against, prompt=prompt, tokens=tokens, rounds=rounds, device=device, tune=not no_tune,
-                trust_remote_code=trust_remote_code, observe=status.update,
-            )  # fmt: skip
+                folder,
+                against,
+                prompt=prompt,
+                tokens=tokens,
+                rounds=rounds,
+                device=device,
+                tune=not no_tune,
+                trust_remote_code=trust_remote_code,
+                observe=status.update,
+            )
         if output is not None:
             write_report(result, output)
         if as_json:

@@ -14,13 +14,9 @@ import torch
 from torch import Tensor
 
 from sparsify.errors import CheckpointError
-from sparsify.runtime.cuda.dispatch import POLICIES
-from sparsify.runtime.layout import LAYOUTS, PADDING, Layout, Packed, pack, padded
+from sparsify.runtime.layout import PADDING, Packed, pack, padded
+from sparsify.runtime.words import LAYOUTS, Layout
 
-METHOD = "sparsify"
-FORMAT = 1
-# What quantization_config may say beside ``note``.
-FIELDS = ("quant_method", "format", "sites", "siblings", "gpu")
 CODES = {"packed24": "meta", "bitmask": "mask"}
 
 
@@ -42,42 +38,22 @@ class PackedSite:
     values: int
 
     @classmethod
-    def of(cls, name: str, entry: Any) -> PackedSite:
+    def of(cls, name: str, entry: object) -> PackedSite:
         """Check one entry of ``sites``.
 
         Raises:
             CheckpointError: fields that are missing, unknown or out of range.
         """
-        fields = cls.__dataclass_fields__
-        found = None
-        if not isinstance(entry, Mapping) or set(entry) != set(fields):
-            found = f"fields {sorted(entry) if isinstance(entry, Mapping) else entry!r}"
-        elif entry["layout"] not in LAYOUTS:
-            found = f"layout {entry['layout']!r}"
-        elif not isinstance(entry["transposed"], bool) or not all(
-            type(n) is int and low <= n < 1 << 48
-            for n, low in (
-                (entry["rows"], 1),
-                (entry["columns"], 1),
-                (entry["experts"] if entry["experts"] is not None else 1, 1),
-                (entry["values"], 0),
-            )
-        ):
-            found = f"{dict(entry)}"
-        if found is not None:
-            raise CheckpointError(
-                f"packed parameter {name}",
-                found=found,
-                do="config.json is damaged or not of this format: pack it again",
-            )
+        if not isinstance(entry, Mapping):
+            raise _damaged(name, f"fields {entry!r}")
+        if set(entry) != set(cls.__dataclass_fields__):
+            raise _damaged(name, f"fields {sorted(entry)}")
+        if not _in_range(entry):
+            raise _damaged(name, f"layout {entry['layout']!r}" if entry["layout"] not in LAYOUTS else f"{dict(entry)}")
         site = cls(**entry)
         cells = site.height * padded(site.columns)
         if site.values > cells or (site.layout == "packed24" and site.values != cells // 2):
-            raise CheckpointError(
-                f"packed parameter {name}",
-                found=f"{site.values} values for {site.height}×{site.columns} as {site.layout}",
-                do="config.json is damaged: pack it again",
-            )
+            raise _damaged(name, f"{site.values} values for {site.height}×{site.columns} as {site.layout}")
         return site
 
     @property
@@ -123,6 +99,19 @@ class PackedSite:
         return asdict(self)
 
 
+def _in_range(entry: Mapping[str, Any]) -> bool:
+    """Whether the values of a site's fields are of their kinds, and not out of all bounds."""
+    experts = entry["experts"] if entry["experts"] is not None else 1
+    numbers = ((entry["rows"], 1), (entry["columns"], 1), (experts, 1), (entry["values"], 0))
+    whole = all(type(n) is int and low <= n < 1 << 48 for n, low in numbers)
+    return entry["layout"] in LAYOUTS and isinstance(entry["transposed"], bool) and whole
+
+
+def _damaged(name: str, found: str) -> CheckpointError:
+    do = "config.json is damaged or not of this format: pack it again"
+    return CheckpointError(f"packed parameter {name}", found=found, do=do)
+
+
 def codes_name(parameter: str, layout: Layout) -> str:
     """What the tensor beside a parameter's values is called in a file: ``….weight_meta``, ``….weight_mask``."""
     return f"{parameter}_{CODES[layout]}"
@@ -141,57 +130,3 @@ def pack_parameter(
     values = packed.values.numel() - (PADDING if layout == "bitmask" else 0)
     site = PackedSite(layout, rows, columns, experts if stacked else None, transposed, values)
     return site, packed.values.view(site.values_shape), packed.codes.view(site.codes_shape)
-
-
-def without_packing(config: dict[str, Any]) -> dict[str, Any]:
-    """The content of a config.json whose weights are dense again."""
-    quantization = config.get("quantization_config")
-    if isinstance(quantization, Mapping) and quantization.get("quant_method") == METHOD:
-        return {key: value for key, value in config.items() if key != "quantization_config"}
-    return config
-
-
-def sites_of(config: Mapping[str, Any], where: str) -> dict[str, PackedSite] | None:
-    """The packed parameters that a config.json speaks of; None where it is not of a packed folder.
-
-    Raises:
-        CheckpointError: a newer format, or entries that are damaged.
-    """
-    quantization = config.get("quantization_config")
-    if not isinstance(quantization, Mapping) or quantization.get("quant_method") != METHOD:
-        return None
-    version = quantization.get("format")
-    if type(version) is not int or version < 1:
-        raise CheckpointError(f"packed folder {where}", found=f"format {version!r}", do="config.json is damaged")
-    if version > FORMAT:
-        raise CheckpointError(
-            f"packed folder {where}",
-            found=f"format {version}; this sparsify reads up to {FORMAT}",
-            do="Install a newer sparsify (pip install -U sparsify-fx)",
-        )
-    sites = quantization.get("sites")
-    if not isinstance(sites, Mapping) or not sites:
-        raise CheckpointError(f"packed folder {where}", found="no sites in it", do="config.json is damaged")
-    return {str(name): PackedSite.of(str(name), entry) for name, entry in sites.items()}
-
-
-def check_gpu(siblings: Any, gpu: Any, sites: Mapping[str, Any]) -> None:
-    """Check what a config.json says of GPUs.
-
-    Args:
-        siblings: groups of names of ``sites``. gpu: {"policy": …, "tune": …}.
-
-    Raises:
-        CheckpointError: it is of another kind, or names what is not packed.
-    """
-    found = None
-    if not isinstance(siblings, list) or not all(isinstance(group, list) for group in siblings):
-        found = f"siblings {siblings!r}"
-    elif lost := [name for group in siblings for name in group if not isinstance(name, str) or name not in sites]:
-        found = f"a sibling {lost[0]!r} that is not packed"
-    elif not isinstance(gpu, Mapping) or not set(gpu) <= {"policy", "tune"}:
-        found = f"gpu {gpu!r}"
-    elif gpu.get("policy", POLICIES[0]) not in POLICIES or not isinstance(gpu.get("tune", True), bool):
-        found = f"gpu {dict(gpu)!r}"
-    if found is not None:
-        raise CheckpointError("quantization_config of a packed folder", found=found, do="config.json is damaged")

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from sparsify.analysis.linear import LinearSite, find_sites
 from sparsify.backends.packed.format import PackedSite, pack_parameter
@@ -19,6 +19,7 @@ from sparsify.prune.targets import read_elsewhere
 from sparsify.runtime.layout import choose_layout
 from sparsify.runtime.packed_weight import PackedWeight
 from sparsify.runtime.stopwatch import Stopwatch, Timing
+from sparsify.runtime.words import LAYOUTS, AskedLayout, Choice, Layout
 from sparsify.words import format_bytes
 
 
@@ -39,8 +40,12 @@ class Decision:
     reason: str | None = None
 
     @property
-    def layout(self) -> str:
+    def layout(self) -> Layout | Literal["dense"]:
         return self.site.layout if self.site is not None else "dense"
+
+    def left_dense(self, reason: str) -> Decision:
+        """The same weight, not packed after all."""
+        return replace(self, site=None, nbytes=self.dense_bytes, reason=reason)
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -55,7 +60,7 @@ class Decision:
         }
 
 
-def decide(program: Program, weights: Weights, model: nn.Module, layout: str, choice: str) -> list[Decision]:
+def decide(program: Program, weights: Weights, model: nn.Module, layout: AskedLayout, choice: Choice) -> list[Decision]:
     """One decision per parameter that a linear site reads, in topological order.
 
     Args:
@@ -78,7 +83,7 @@ def decide(program: Program, weights: Weights, model: nn.Module, layout: str, ch
 
 def siblings(decisions: Iterable[Decision]) -> list[list[str]]:
     """Packed 2:4 linear layers of one block that read one input (q/k/v, gate/up), in the order in which they run."""
-    groups: dict[tuple[Any, ...], list[str]] = {}
+    groups: dict[tuple[fx.Node, str | None], list[str]] = {}
     for d in decisions:
         if d.site is not None and d.site.layout == "packed24" and d.site.experts is None:
             groups.setdefault((d.linear.activation, d.linear.block), []).append(d.name)
@@ -94,7 +99,13 @@ def _unfit_site(site: LinearSite) -> str | None:
 
 
 def _decide(
-    name: str, linear: LinearSite, weights: Weights, reason: str | None, layout: str, choice: str, watch: Stopwatch
+    name: str,
+    linear: LinearSite,
+    weights: Weights,
+    reason: str | None,
+    layout: AskedLayout,
+    choice: Choice,
+    watch: Stopwatch,
 ) -> Decision:
     stored = weights.read(name)
     matrices = linear.matrices(stored)
@@ -125,7 +136,7 @@ def summary(decisions: Iterable[Decision]) -> list[str]:
     """Sentences for whoever packed a model."""
     decisions = list(decisions)
     packed = [d for d in decisions if d.site is not None]
-    kinds = {layout: sum(d.layout == layout for d in packed) for layout in ("packed24", "bitmask")}
+    kinds = {layout: sum(d.layout == layout for d in packed) for layout in LAYOUTS}
     small, large = sum(d.nbytes for d in packed), sum(d.dense_bytes for d in packed)
     counts = ", ".join(f"{count} as {layout}" for layout, count in kinds.items() if count)
     text = f"packed: {counts}; {format_bytes(small)} where dense took {format_bytes(large)} ({small / large:.3f}×)"

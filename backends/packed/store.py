@@ -10,11 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsify.backends.packed.format import PackedSite, codes_name, sites_of, without_packing
+from sparsify.backends.packed.config import sites_of, without_packing
+from sparsify.backends.packed.format import PackedSite, codes_name
 from sparsify.errors import CheckpointError
 from sparsify.files.checkpoint import Checkpoint
-from sparsify.runtime.layout import Packed, check, row_starts
-from sparsify.runtime.ops import unpacked
+from sparsify.runtime.codes import row_starts
+from sparsify.runtime.cpu.unpacking import unpacked
+from sparsify.runtime.layout import Packed
+from sparsify.runtime.soundness import check
 
 
 class PackedStore:

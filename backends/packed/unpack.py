@@ -12,7 +12,7 @@ from sparsify.files.checkpoint import Checkpoint
 from sparsify.files.companions import copy_companions, rewrite_config
 from sparsify.files.manifest import MANIFEST, read_manifest, write_manifest
 from sparsify.files.staging import Staging
-from sparsify.files.writer import Layout, lay_out, lay_out_files, layout_from_json
+from sparsify.files.writer import FileLayout, lay_out, lay_out_files, layout_from_json
 from sparsify.frontend.matching import weights_of_checkpoint
 from sparsify.frontend.skeleton import build_skeleton
 
@@ -28,9 +28,10 @@ def unpack_folder(folder: Path, out: Path, *, overwrite: bool = False, trust_rem
     store = open_packed(folder)
     if store is None:
         raise CheckpointError(
-            f"unpacking {folder}", found="no packed folder (config.json has no quantization_config of sparsify)",
+            f"unpacking {folder}",
+            found="no packed folder (config.json has no quantization_config of sparsify)",
             do="An ordinary checkpoint is dense already; of packed ONNX folders sparsify expand makes dense ones",
-        )  # fmt: skip
+        )
     manifest = read_manifest(folder)
     files = _dense_files(manifest)
     names = list(store.names())
@@ -66,7 +67,7 @@ def _write_converted(store: PackedStore, dense: Checkpoint, folder: Path, trust_
             dense.write(name, store.read(name))
 
 
-def _dense_files(manifest: Mapping[str, Any]) -> dict[str, Layout] | None:
+def _dense_files(manifest: Mapping[str, Any]) -> dict[str, FileLayout] | None:
     content = manifest.get("packed", {}).get("dense_files")
     if content is None:
         return None
@@ -74,6 +75,7 @@ def _dense_files(manifest: Mapping[str, Any]) -> dict[str, Layout] | None:
         return layout_from_json(content)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(
-            f"{MANIFEST} of a packed folder", found=f"dense_files that cannot be read ({error!r})",
+            f"{MANIFEST} of a packed folder",
+            found=f"dense_files that cannot be read ({error!r})",
             do="Remove sparsify.json to unpack under the model's own names, or pack again",
-        ) from error  # fmt: skip
+        ) from error

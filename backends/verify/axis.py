@@ -16,7 +16,7 @@ _OPAQUE = {"MatMulNBits", "MatMulInteger", "QLinearMatMul", "QMoE", "MoE", "MatM
 
 
 @dataclass(frozen=True)
-class Contraction:
+class SummedAxis:
     """A stored tensor and the axis of it that ``operator`` sums over (in_features); ``flat``: both operands are 2-D."""
 
     name: str
@@ -25,19 +25,19 @@ class Contraction:
     flat: bool
 
 
-def contractions(model: ir.Model, packed: Collection[str] = ()) -> tuple[list[Contraction], list[str]]:
+def summed_axes(model: ir.Model, packed: Collection[str] = ()) -> tuple[list[SummedAxis], list[str]]:
     """Every contraction with a stored weight, each weight once per axis, and what could not be followed.
 
     Args:
         packed: names of values that are unpacked in the graph: they count as stored.
     """
     stored = set(model.graph.initializers) | set(packed)
-    found: dict[tuple[str, int], Contraction] = {}
+    found: dict[tuple[str, int], SummedAxis] = {}
     lost: list[str] = []
     for node in model.graph.all_nodes():
         for value, axis, flat in _operands(node):
             for name, at in _follow(value, axis, stored):
-                found.setdefault((name, at), Contraction(name, at, node.op_type, flat))
+                found.setdefault((name, at), SummedAxis(name, at, node.op_type, flat))
         if node.op_type in _OPAQUE:
             lost.append(f"{node.name or node.op_type} ({node.domain or 'ai.onnx'}::{node.op_type}: not float weights)")
     return list(found.values()), lost

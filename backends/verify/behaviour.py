@@ -1,93 +1,53 @@
-"""What onnxruntime makes of a graph's weights and tokens, held against the checkpoint and torch."""
+"""What onnxruntime makes of tokens, held against torch."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from sparsify.backends.onnx.runner import Runner, open_session
-from sparsify.backends.onnx.store import GraphStore
+from sparsify.backends.onnx.running.runner import Runner
+from sparsify.backends.onnx.running.session import open_session
+from sparsify.backends.onnx.storage.store import GraphStore
+from sparsify.backends.verify.result import Behaviour, Verification
+from sparsify.errors import BackendError, first_line
 from sparsify.frontend.matching import weights_of_checkpoint
 from sparsify.frontend.materialize import materialize
 from sparsify.frontend.skeleton import build_skeleton
 from sparsify.frontend.source import Source
 from sparsify.ir.store import TensorStore
 
-# Weights asked of onnxruntime at once: enough to be quick, little beside a model.
-_AT_ONCE = 256 << 20
+# Of the logits' own size; the arithmetic is the same, its order is not.
+_TOLERANCE = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
 
 
-def runtime_weights(store: GraphStore, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-    """Each weight as a session gives it back: cast, joined and unpacked by onnxruntime's own operators.
-
-    Where the graph converts a stored tensor, what comes is the converted one.
-
-    Raises:
-        BackendError: onnxruntime cannot load them.
-    """
-    part: list[str] = []
-    size = 0
-    for name in names:
-        part.append(name)
-        size += store.shape(name).numel() * 4
-        if size > _AT_ONCE:
-            yield from _ask(store, part)
-            part, size = [], 0
-    if part:
-        yield from _ask(store, part)
-
-
-def _ask(store: GraphStore, names: list[str]) -> Iterator[tuple[str, Tensor]]:
-    # A fresh graph, for the nodes are moved out of it; its weights stay where they are, in the folder.
-    model = ir.load(store.file)
-    graph = model.graph
-    by_name = {v.name: v for n in graph for v in n.outputs} | dict(graph.initializers)
-    outputs: list[ir.Value] = []
-    asked: dict[str, str] = {}
-    for name in names:
-        value = by_name[name]
-        cast = next((c for c in value.consumers() if c.op_type == "Cast" and value.dtype == ir.DataType.BFLOAT16), None)
-        if cast is None and value.dtype == ir.DataType.BFLOAT16:
-            # numpy has no bfloat16; every one of its values is a float32.
-            cast = ir.node("Cast", [value], attributes={"to": ir.DataType.FLOAT})
-            graph.append(cast)
-        out = value
-        if cast is not None:
-            out = cast.outputs[0]
-        if out.producer() is None:
-            same = ir.node("Identity", [out])
-            graph.append(same)
-            same.outputs[0].dtype, same.outputs[0].shape = out.dtype, out.shape
-            out = same.outputs[0]
-        out.name = f"weight_{len(outputs)}"
-        if out.dtype is None:
-            out.dtype = ir.DataType.FLOAT
-        asked[out.name] = name
-        outputs.append(out)
-    graph.outputs.clear()
-    graph.outputs.extend(outputs)
-    graph.inputs.clear()
-    needed: set[ir.Node] = set()
-    todo = [o.producer() for o in outputs]
-    while todo:
-        node = todo.pop()
-        if node is not None and node not in needed:
-            needed.add(node)
-            todo += [v.producer() for v in node.inputs if v is not None]
-    graph.remove([n for n in graph if n not in needed], safe=True)
-    used = {v.name for n in needed for v in n.inputs if v is not None}
-    for name in [n for n in graph.initializers if n not in used]:
-        graph.initializers.pop(name)
-    session = open_session(ir.to_proto(model).SerializeToString(), folder=store.file.parent)
-    for out_name, array in zip(asked, session.run(list(asked), {}), strict=True):
-        yield asked[out_name], torch.from_numpy(array)
+def check_behaviour(
+    result: Verification, store: GraphStore, checkpoint: TensorStore | None, folder: Path, manifest: Mapping[str, Any]
+) -> None:
+    """Run the graph and torch's model of ``folder``; what differs goes to ``result``."""
+    if not (folder / "config.json").is_file():
+        result.unchecked.append("outputs: no config.json, so there is no torch model to compare with")
+        return
+    compute = str(manifest.get("onnx", {}).get("compute", "float32"))
+    try:
+        stored = GraphStore(store.file, manifest.get("onnx", {}).get("transposed", ()))
+        model = torch_model(folder, checkpoint or stored, getattr(torch, compute))
+        result.behaviour = behave(store, model)
+    except BackendError as error:
+        result.problems.append(str(error))
+        return
+    except Exception as error:  # a graph with inputs of its own, which is no fault of its weights
+        result.unchecked.append(f"outputs: not compared ({first_line(error)})")
+        return
+    if result.behaviour.difference > _TOLERANCE[compute]:
+        result.problems.append(
+            f"outputs: they differ from torch's by {result.behaviour.difference:.1e} of their size, "
+            f"more than {_TOLERANCE[compute]:.0e}"
+        )
 
 
 def torch_model(folder: Path, store: TensorStore, compute: torch.dtype) -> Any:
@@ -100,18 +60,6 @@ def torch_model(folder: Path, store: TensorStore, compute: torch.dtype) -> Any:
     weights = weights_of_checkpoint(module, store)
     model = materialize(Source(folder.name, module, weights, folder), weights, set())
     return model.to(compute).eval()
-
-
-@dataclass(frozen=True)
-class Behaviour:
-    """Greatest differences between onnxruntime and torch: of the outputs, relative to their size, and of tokens.
-
-    ``tokens`` is how many greedy ones were compared, of which ``agreeing`` are the same; 0 where nothing generates.
-    """
-
-    difference: float
-    tokens: int
-    agreeing: int
 
 
 def behave(store: GraphStore, model: Any, tokens: int = 16) -> Behaviour:

@@ -7,8 +7,9 @@ from typing import Any
 
 from sparsify.analysis.linear import LinearSite, find_sites
 from sparsify.backends.packed.store import open_packed
-from sparsify.backends.verify.axis import Contraction
-from sparsify.backends.verify.onnx_folder import judge, promises
+from sparsify.backends.verify.axis import SummedAxis
+from sparsify.backends.verify.judge import judge
+from sparsify.backends.verify.promises import promises
 from sparsify.backends.verify.result import Verification
 from sparsify.data.batches import example_batch
 from sparsify.errors import CheckpointError
@@ -58,7 +59,7 @@ def verify_checkpoint(folder: Path, *, pattern: str | None = None) -> Verificati
             except CheckpointError as error:
                 result.problems.append(str(error))
                 continue
-            at = Contraction(name, _axis(site, weight.dim()), "linear", site.expert_axis is None)
+            at = SummedAxis(name, _axis(site, weight.dim()), "linear", site.expert_axis is None)
             form = packed.sites[name].layout if packed is not None and name in packed.sites else "dense"
             check = judge(result, at, weight, form, promised.get(name), asked)
             check.equal = equal.get(name)

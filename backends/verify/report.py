@@ -10,7 +10,7 @@ from rich.text import Text
 
 from sparsify.backends.verify.result import Verification, WeightCheck
 from sparsify.cli.tables import shared_prefix
-from sparsify.runtime.layout import LAYOUTS
+from sparsify.runtime.words import LAYOUTS
 
 
 def verification_report(result: Verification) -> RenderableType:
@@ -51,10 +51,16 @@ def _weights(result: Verification) -> Table:
         states = sorted({equal[r.equal] for r in rows})
         able = sum(r.tensorrt is None for r in rows)
         table.add_row(
-            kind.removeprefix(prefix), str(len(rows)), ", ".join(shapes), ", ".join(sorted({_stored(r) for r in rows})),
-            ", ".join(sorted({str(r.axis) for r in rows})), spread,
-            ", ".join(sorted({r.pattern or "–" for r in rows})), ", ".join(states), f"{able}/{len(rows)}",
-        )  # fmt: skip
+            kind.removeprefix(prefix),
+            str(len(rows)),
+            ", ".join(shapes),
+            ", ".join(sorted({_stored(r) for r in rows})),
+            ", ".join(sorted({str(r.axis) for r in rows})),
+            spread,
+            ", ".join(sorted({r.pattern or "–" for r in rows})),
+            ", ".join(states),
+            f"{able}/{len(rows)}",
+        )
     return table
 
 

@@ -6,8 +6,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sparsify.backends.verify.behaviour import Behaviour
-
 
 @dataclass
 class WeightCheck:
@@ -29,6 +27,18 @@ class WeightCheck:
     pattern: str | None
     equal: bool | None = None
     tensorrt: str | None = None
+
+
+@dataclass(frozen=True)
+class Behaviour:
+    """Greatest differences between onnxruntime and torch: of the outputs, relative to their size, and of tokens.
+
+    ``tokens`` is how many greedy ones were compared, of which ``agreeing`` are the same; 0 where nothing generates.
+    """
+
+    difference: float
+    tokens: int
+    agreeing: int
 
 
 @dataclass

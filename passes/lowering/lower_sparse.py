@@ -2,57 +2,37 @@
 and on a GPU ``sparsify::linear_24_prepared``.
 
 For graphs of any compiler: ``LowerSparse()(graph_module)`` on what ``torch.fx.symbolic_trace`` or ``torch.export``
-gave, or ``torch.compile(model, backend="sparsify")``, which runs it in front of Inductor.
+gave; :mod:`sparsify.passes.lowering.dynamo` runs it under ``torch.compile``.
 """
 
 from __future__ import annotations
 
 import copy
-import functools
-import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.passes.infra.pass_base import PassResult
 
 from sparsify.analysis.contraction import Contraction, NotUnderstood, find_contractions
-from sparsify.errors import BackendError, Refused, TraceError
+from sparsify.analysis.graph_pass import LoweringPass
+from sparsify.errors import Refused, TraceError
 from sparsify.ir.graph import placeholder_values
+from sparsify.passes.lowering.choosing import Chooser
+from sparsify.passes.lowering.record import Lowered
 from sparsify.passes.lowering.rewrite import Rewriter
-from sparsify.runtime.cuda.dispatch import Policy
-from sparsify.runtime.cuda.prepared import PreparedWeight, Target, prepare
-from sparsify.runtime.layout import choose_layout, concatenate
+from sparsify.runtime.cuda.gpu import GPU
+from sparsify.runtime.cuda.prepared import PreparedWeight
 from sparsify.runtime.packed_weight import PackedWeight
-from sparsify.runtime.stopwatch import LEAST, Stopwatch, Timing
+from sparsify.runtime.stopwatch import LEAST
+from sparsify.runtime.words import AskedLayout, Choice, Policy
 
 
 @dataclass(frozen=True)
-class Lowered:
-    """What became of one contraction: ``layout`` is packed24, bitmask or dense; ``reason``: why it is dense.
-
-    ``kernel``: what runs it; ``merged``: the other weights that one packed matrix holds with it. On a GPU ``plan`` says
-    which kernel serves how many tokens (:mod:`sparsify.runtime.cuda.dispatch`), and ``gains`` how much faster than cuBLAS it
-    was measured to be, by token count.
-    """
-
-    name: str
-    node: str
-    shape: tuple[int, ...]
-    layout: str
-    kernel: str
-    reason: str | None = None
-    timing: Timing | None = None
-    merged: tuple[str, ...] = ()
-    plan: str | None = None
-    gains: Mapping[int, float] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class LowerSparse:
-    """A pass of ``torch.fx``: the graph with its pruned weights packed.
+class LowerSparse(LoweringPass):
+    """The graph with its pruned weights packed.
 
     The result's ``graph_module.meta["sparsify"]`` lists a :class:`Lowered` for every contraction with a constant
     weight.
@@ -69,25 +49,25 @@ class LowerSparse:
             until the graph is moved there a plain reference runs it.
     """
 
-    layout: Literal["auto", "packed24", "bitmask"] = "auto"
-    choice: Literal["measured", "smallest"] = "measured"
+    layout: AskedLayout = "auto"
+    choice: Choice = "measured"
     merge: bool = True
     dense: bool = True
     policy: Policy = "decode"
-    target: Target | None = None
+    target: GPU | None = field(default=None, metadata={"text": False})
 
     name: ClassVar[str] = "lower-sparse"
+    summary: ClassVar[str] = "pruned weights packed, products with them by our operators"
 
-    def bind(self, *, example_inputs: Sequence[Any] | None = None) -> Callable[..., PassResult]:
-        """This pass with what a ``torch.compile`` backend is given beside the graph."""
-        return functools.partial(self, example_inputs=example_inputs)
+    def lower(self, graph_module: fx.GraphModule) -> fx.GraphModule:
+        return self(graph_module).graph_module
 
     def __call__(
         self,
         graph_module: fx.GraphModule | torch.export.ExportedProgram,
-        example_inputs: Sequence[Any] | None = None,
+        example_inputs: Sequence[object] | None = None,
     ) -> PassResult:
-        """Return the lowered graph; the one given is not changed.
+        """As a pass of ``torch.fx``: return the lowered graph; the one given is not changed.
 
         Args:
             example_inputs: values of all placeholders, among which those that are ``nn.Parameter`` are weights.
@@ -95,9 +75,7 @@ class LowerSparse:
         Raises:
             TraceError: no graph, or example inputs that are not its own.
         """
-        graph: Any = graph_module
-        if isinstance(graph, torch.export.ExportedProgram):
-            graph = graph.module()
+        graph = graph_module.module() if isinstance(graph_module, torch.export.ExportedProgram) else graph_module
         if not isinstance(graph, fx.GraphModule):
             raise TraceError(
                 f"pass {self.name}",
@@ -108,126 +86,75 @@ class LowerSparse:
         result = copy.deepcopy(graph, memo=dict(shared))
         given = _parameters(result, example_inputs)
         found, lost = find_contractions(result, given)
-        lowering = _Lowering(self, Rewriter(result, given))
-        lowering.lower(found)
-        modified = lowering.rewriter.finish()
-        records = [*lowering.records, *(_dense(item, item.reason) for item in lost)]
+        run = _Run(self, Chooser(self.layout, self.choice, self.policy, self.target), Rewriter(result, given))
+        run.lower(found)
+        modified = run.rewriter.finish()
+        records = [*run.records, *(Lowered.dense(item, item.reason) for item in lost)]
         items: list[Contraction | NotUnderstood] = [*found, *lost]
         order = {item.node.name: i for i, item in enumerate(items)}
         result.meta["sparsify"] = sorted(records, key=lambda r: order[r.node])
         return PassResult(result, modified)
 
 
+_Group = list[tuple[Contraction, PackedWeight]]
+
+
 @dataclass
-class _Lowering:
-    """One run of the pass over one graph."""
+class _Run:
+    """The pass over one graph: what ``chooser`` decides of each weight, ``rewriter`` does to its nodes."""
 
     options: LowerSparse
+    chooser: Chooser
     rewriter: Rewriter
-    watch: Stopwatch = field(default_factory=Stopwatch)
     records: list[Lowered] = field(default_factory=list)
-    _packed: dict[tuple[Any, ...], PackedWeight | Refused] = field(default_factory=dict)
-    _timings: dict[tuple[Any, ...], Timing] = field(default_factory=dict)
     # Kept until the end: the rewriter knows them by their identity.
     _prepared: list[PreparedWeight] = field(default_factory=list)
 
     def lower(self, contractions: list[Contraction]) -> None:
-        chosen: list[tuple[Contraction, PackedWeight]] = []
+        chosen: _Group = []
         for c in contractions:
-            packed = self._pack(c.weight)
+            packed = self.chooser.packed(c.weight)
             if isinstance(packed, Refused):
                 self._stay_dense(c, packed.reason)
             else:
                 chosen.append((c, packed))
         for group in self._groups(chosen):
-            if self._target(group[0][0].weight) is not None:
+            if self.chooser.gpu(group[0][0].weight) is not None:
                 self._lower_on_gpu(group)
-                continue
-            sites, weights = [c for c, _ in group], [w for _, w in group]
-            joined = self._join(sites, weights)
-            for c, weight in group:
-                others = tuple(o.name for o in sites if joined is not None and o is not c)
-                self.records.append(
-                    Lowered(
-                        c.name, c.node.name, tuple(c.weight.shape), weight.packed.layout, str(weight.operator), None,
-                        self._timings.get(_key(c.weight)), others,
-                    )
-                )  # fmt: skip
-                if joined is None:
-                    self.rewriter.pack(c, weight)
-            if joined is not None:
-                self.rewriter.merge(sites, joined)
+            else:
+                self._lower_on_cpu(group)
 
-    def _pack(self, weight: Tensor) -> PackedWeight | Refused:
-        """The weight packed, or why it stays dense; one that several nodes read is packed once."""
-        key = _key(weight)
-        if key not in self._packed:
-            self._packed[key] = self._pack_anew(weight)
-        return self._packed[key]
-
-    def _pack_anew(self, weight: Tensor) -> PackedWeight | Refused:
-        target, asked = self._target(weight), self.options.layout
-        if target is None and weight.device.type != "cpu":
-            return Refused(f"on {weight.device}, where there are no packed kernels")
-        if target is not None:
-            if weight.dim() != 2:
-                return Refused("a stack of experts, for which there is no GPU kernel")
-            if (unfit := target.unfit(weight.dtype, "bitmask" if asked == "bitmask" else "packed24")) is not None:
-                return Refused(unfit)
-            asked = "packed24"
-        layout = choose_layout(weight.reshape(-1, weight.shape[-1]), asked)
-        if isinstance(layout, Refused):
-            return layout
-        packed = PackedWeight.of(weight, layout)
-        if target is None and self.options.choice == "measured":
-            # Experts are alike: one tells the time of all.
-            one = packed if weight.dim() == 2 else PackedWeight.of(weight[0], layout)
-            timing = self.watch.packed(weight if weight.dim() == 2 else weight[0], one)
-            self._timings[_key(weight)] = timing
-            if not timing.pays:
-                return Refused(f"dense is faster here ({layout} takes {timing.ratio:.2f}× its time)")
-        return packed
-
-    def _groups(self, chosen: list[tuple[Contraction, PackedWeight]]) -> list[list[tuple[Contraction, PackedWeight]]]:
+    def _groups(self, chosen: _Group) -> list[_Group]:
         """Siblings that could be one product, together."""
-        groups: dict[tuple[Any, ...], list[tuple[Contraction, PackedWeight]]] = {}
+        groups: dict[tuple[Hashable, ...], _Group] = {}
         for c, weight in chosen:
             alone = c.offsets is not None or (c.bias is not None and self.rewriter.known_bias(c) is None)
-            unmeasured = self._target(c.weight) is None and self.options.choice != "measured"
+            unmeasured = self.chooser.gpu(c.weight) is None and not self.chooser.measures
             apart = c.node if alone or unmeasured or not self.options.merge else None
-            key = (c.x, weight.packed.layout, weight.packed.shape[1], weight.packed.values.dtype, apart)
-            groups.setdefault(key, []).append((c, weight))
+            groups.setdefault((c.x, weight.layout, weight.columns, weight.dtype, apart), []).append((c, weight))
         return list(groups.values())
 
-    def _join(self, sites: list[Contraction], weights: list[PackedWeight]) -> PackedWeight | None:
-        """The siblings as one matrix, where one product with it is measured faster than one with each."""
-        distinct = len({id(w) for w in weights}) == len(weights)
-        if len(weights) < 2 or not distinct or self.rewriter.written_between(sites):
-            return None
-        joined = PackedWeight.joined(weights)
-        x = torch.randn(1, joined.packed.shape[1]).to(joined.packed.values.dtype)
-        sizes = [w.rows for w in weights]
-        apart, together = self.watch.race([
-            lambda: [w.linear(x) for w in weights],
-            lambda: torch.split_with_sizes_copy(joined.linear(x), sizes, -1),
-        ])  # fmt: skip
-        return joined if together < LEAST * apart else None
+    def _joinable(self, group: _Group) -> bool:
+        distinct = len({id(weight) for _, weight in group}) == len(group)
+        return distinct and not self.rewriter.written_between([c for c, _ in group])
 
-    def _target(self, weight: Tensor) -> Target | None:
-        """The GPU that ``weight`` is lowered for; None on a CPU."""
-        if self.options.target is not None:
-            return self.options.target
-        return Target.of(weight.device) if weight.device.type == "cuda" else None
+    def _lower_on_cpu(self, group: _Group) -> None:
+        sites, weights = [c for c, _ in group], [weight for _, weight in group]
+        joined = self.chooser.joined(weights) if len(group) > 1 and self._joinable(group) else None
+        for c, weight in group:
+            merged = _others(c, sites) if joined is not None else ()
+            self.records.append(Lowered.packed(c, weight, merged, timing=self.chooser.timing(c.weight)))
+            if joined is None:
+                self.rewriter.pack(c, weight)
+        if joined is not None:
+            self.rewriter.merge(sites, joined)
 
-    def _lower_on_gpu(self, group: list[tuple[Contraction, PackedWeight]]) -> None:
+    def _lower_on_gpu(self, group: _Group) -> None:
         """Siblings become one matrix: a GPU is filled by many rows, and every launch saved counts."""
-        distinct = len({id(w) for _, w in group}) == len(group)
-        whole = len(group) == 1 or (distinct and not self.rewriter.written_between([c for c, _ in group]))
+        whole = len(group) == 1 or self._joinable(group)
         for part in [group] if whole else [[one] for one in group]:
             sites = [c for c, _ in part]
-            packed = part[0][1].packed if len(part) == 1 else concatenate([w.packed for _, w in part])
-            measured = self.options.choice == "measured"
-            weight = prepare(packed, self.options.policy, tune=measured, target=self.options.target)
+            weight = self.chooser.prepared([packed for _, packed in part])
             if isinstance(weight, Refused):
                 for c in sites:
                     self._stay_dense(c, weight.reason)
@@ -239,73 +166,28 @@ class _Lowering:
                 self.rewriter.merge(sites, weight)
             gains = {tokens: weight.timings.gain(tokens) for tokens in weight.timings.micro}
             for c in sites:
-                others = tuple(o.name for o in sites if o is not c)
-                self.records.append(
-                    Lowered(
-                        c.name, c.node.name, tuple(c.weight.shape), weight.layout, str(weight.operator), None, None,
-                        others, str(weight.plan), gains,
-                    )
-                )  # fmt: skip
+                self.records.append(Lowered.packed(c, weight, _others(c, sites), plan=str(weight.plan), gains=gains))
 
     def _stay_dense(self, c: Contraction, reason: str) -> None:
-        weight = c.weight
-        timing = self._timings.get(_key(weight))
+        weight, timing = c.weight, self.chooser.timing(c.weight)
         plain = weight.dim() == 2 and weight.is_contiguous() and c.node.op != "call_module"
         kernel = "as it was"
-        measured = self.options.choice == "measured" and self.options.dense
+        measured = self.chooser.measures and self.options.dense
         if measured and plain and weight.device.type == "cpu" and weight.is_floating_point():
-            timing = timing or self.watch.dense(weight)
+            timing = self.chooser.dense_timing(weight)
             if timing.dense < LEAST * timing.torch:
                 self.rewriter.dense(c)
                 kernel = "sparsify.linear_dense.default"
-        self.records.append(Lowered(c.name, c.node.name, tuple(weight.shape), "dense", kernel, reason, timing))
+        self.records.append(Lowered.dense(c, reason, kernel, timing))
 
 
-def dynamo_backend(
-    graph_module: fx.GraphModule, example_inputs: Sequence[Any], *, mode: str | None = None,
-    options: dict[str, Any] | None = None,
-) -> Any:  # fmt: skip
-    """``torch.compile(model, backend="sparsify")``: pruned weights packed, the rest compiled by Inductor.
-
-    The packed copies are taken when the model is compiled: change its weights, and it has to be compiled again.
-
-    Raises:
-        BackendError: compiled where gradients are wanted.
-    """
-    from torch._inductor import list_mode_options
-    from torch._inductor.compile_fx import compile_fx
-
-    lowered = LowerSparse()(graph_module, example_inputs)
-    records: list[Lowered] = lowered.graph_module.meta["sparsify"]
-    packed = [r for r in records if r.layout != "dense"]
-    if packed and torch.is_grad_enabled() and any(getattr(v, "requires_grad", False) for v in example_inputs):
-        raise BackendError(
-            "torch.compile(backend='sparsify')",
-            found="gradients are on, and packed weights have none",
-            do="Run the model under torch.no_grad() or torch.inference_mode()",
-        )
-    if records and not packed:
-        reasons = sorted({r.reason for r in records if r.reason is not None})
-        warnings.warn(
-            f"torch.compile(backend='sparsify'): none of {len(records)} weights was packed ({'; '.join(reasons[:3])})",
-            RuntimeWarning,
-            stacklevel=2,
-        )
-    patches = {**(list_mode_options(mode) if mode and mode != "default" else {}), **(options or {})}
-    return compile_fx(lowered.graph_module, list(example_inputs), config_patches=patches or None)
+def _others(c: Contraction, group: Sequence[Contraction]) -> tuple[str, ...]:
+    return tuple(other.name for other in group if other is not c)
 
 
-def _parameters(module: fx.GraphModule, example_inputs: Sequence[Any] | None) -> dict[fx.Node, Tensor]:
+def _parameters(module: fx.GraphModule, example_inputs: Sequence[object] | None) -> dict[fx.Node, Tensor]:
     """Placeholders that are parameters, with their values."""
     if example_inputs is None:
         return {}
     values = placeholder_values(module, example_inputs)
     return {node: value.detach() for node, value in values.items() if isinstance(value, nn.Parameter)}
-
-
-def _key(weight: Tensor) -> tuple[Any, ...]:
-    return (weight.data_ptr(), tuple(weight.shape), weight.stride(), weight.dtype)
-
-
-def _dense(item: NotUnderstood, reason: str) -> Lowered:
-    return Lowered(item.name, item.node.name, tuple(item.weight.shape), "dense", "as it was", reason)

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Protocol, TypeVar
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
+from torch._ops import OpOverload
+from torch.fx.node import Argument
 
-from sparsify.analysis.contraction import VIEWS, Contraction
+from sparsify.analysis.contraction import Contraction
 from sparsify.ir.graph import set_tensor
 from sparsify.ir.operators import exact_name
+from sparsify.passes.lowering.unread import drop_unread
 from sparsify.runtime import ops
+
+T = TypeVar("T")
 
 aten = torch.ops.aten
 PLACE = "sparsify_packed"
@@ -26,12 +31,12 @@ class Weight(Protocol):
     """
 
     @property
-    def operator(self) -> Any: ...
+    def operator(self) -> OpOverload[..., Tensor]: ...
 
     @property
     def tensors(self) -> dict[str, Tensor]: ...
 
-    def arguments(self, held: Mapping[str, Any]) -> tuple[Any, ...]: ...
+    def arguments(self, held: Mapping[str, T]) -> tuple[T | int | str | None, ...]: ...
 
 
 class Rewriter:
@@ -52,7 +57,7 @@ class Rewriter:
     def pack(self, c: Contraction, weight: Weight) -> None:
         """Let ``c`` multiply with ``weight``."""
         with self.graph.inserting_before(c.node):
-            args = [self._now(c.x), *weight.arguments(self._held(weight, c.name))]
+            args = (self._now(c.x), *weight.arguments(self._held(weight, c.name)))
             if c.offsets is not None:
                 self._replace(c, self.graph.call_function(weight.operator, (*args, self._now(c.offsets))))
                 return
@@ -86,10 +91,8 @@ class Rewriter:
         if isinstance(c.bias, fx.Node):
             value = self.values.get(c.bias)
             if value is None and c.bias.op == "get_attr":
-                found: Any = self.module
-                for part in str(c.bias.target).split("."):
-                    found = getattr(found, part)
-                value = found.detach()
+                owner, _, leaf = str(c.bias.target).rpartition(".")
+                value = getattr(self.module.get_submodule(owner), leaf).detach()
         fits = value is not None and tuple(value.shape) == (c.weight.shape[0],) and value.dtype == c.weight.dtype
         return value if fits else None
 
@@ -103,17 +106,12 @@ class Rewriter:
     def finish(self) -> bool:
         """Drop what nothing reads any more, and check the graph; whether anything was changed."""
         if self.modified:
-            # Only what led to weights: torch's own sweep would take methods that write in place (``x.mul_(2)``) too.
-            for node in reversed(list(self.graph.nodes)):
-                if not node.users and (node.op == "get_attr" or exact_name(node) in VIEWS):
-                    self.graph.erase_node(node)
-            self.module.delete_all_unused_submodules()
-            _drop_unread_tensors(self.module)
+            drop_unread(self.module)
             self.graph.lint()
             self.module.recompile()
         return self.modified
 
-    def _with_bias(self, c: Contraction, operator: Any, args: list[Any]) -> fx.Node:
+    def _with_bias(self, c: Contraction, operator: OpOverload[..., Tensor], args: Sequence[Argument]) -> fx.Node:
         """A call with the bias inside where it is a plain one, else added behind."""
         if c.bias is None:
             return self.graph.call_function(operator, tuple(args))
@@ -172,26 +170,3 @@ def _may_write(node: fx.Node) -> bool:
         node.op == "call_function" and getattr(node.target, "__module__", "") == "_operator" and name.startswith("i")
     )
     return (name.endswith("_") and not name.endswith("__")) or in_place or name == "setitem"
-
-
-def _drop_unread_tensors(module: fx.GraphModule) -> None:
-    """Parameters and buffers that no node reads: a packed weight's dense one must not stay in memory."""
-    read = {str(node.target) for node in module.graph.nodes if node.op == "get_attr"}
-    called = {str(node.target) for node in module.graph.nodes if node.op == "call_module"}
-    for path, owner in list(module.named_modules()):
-        if any(path == name or path.startswith(f"{name}.") for name in called):
-            continue
-        for table in (owner._parameters, owner._buffers):
-            for leaf in list(table):
-                if (f"{path}.{leaf}" if path else leaf) not in read:
-                    del table[leaf]
-    for path, owner in list(module.named_modules()):
-        _drop_empty_children(owner, path, called)
-
-
-def _drop_empty_children(owner: nn.Module, path: str, called: set[str]) -> None:
-    for name, child in list(owner.named_children()):
-        full = f"{path}.{name}" if path else name
-        inside = any(c == full or c.startswith(f"{full}.") or full.startswith(f"{c}.") for c in called)
-        if not inside and not any(True for _ in (*child.parameters(), *child.buffers())):
-            del owner._modules[name]

@@ -250,11 +250,11 @@ def _through(program: Program, node: object) -> tuple[fx.Node, list[int]] | None
     if packet in (aten.t, aten.numpy_T):
         return source, axes[::-1]
     if packet is aten.transpose:
-        a, b = (int(i) for i in node.args[1:3])  # type: ignore[arg-type]
+        a, b = int(argument(node, 1)), int(argument(node, 2))
         axes[a], axes[b] = axes[b], axes[a]
         return source, axes
     if packet is aten.permute:
-        return source, [axes[i] for i in node.args[1]]  # type: ignore[index,union-attr]
+        return source, [axes[i] for i in argument(node, 1)]
     return None
 
 

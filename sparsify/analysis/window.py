@@ -30,9 +30,12 @@ class Window:
         # One spatial dimension is a picture of height one.
         two = len(self.kernel) == 2
         columns = torch.nn.functional.unfold(
-            value if two else value.unsqueeze(2), self._pair(self.kernel, 1), self._pair(self.dilation, 1),
-            self._pair(self.padding, 0), self._pair(self.stride, 1),
-        )  # fmt: skip
+            value if two else value.unsqueeze(2),
+            self._pair(self.kernel, 1),
+            self._pair(self.dilation, 1),
+            self._pair(self.padding, 0),
+            self._pair(self.stride, 1),
+        )
         if not self.depthwise:
             return columns.transpose(1, 2).flatten(0, 1)
         parts = columns.unflatten(1, (value.shape[1], -1))
@@ -57,8 +60,10 @@ def window_of(node: fx.Node) -> Window | Refused:
     depthwise = groups == channels == weight.meta["val"].shape[0] and groups > 1
     if groups != 1 and not depthwise:
         return Refused(f"a convolution in {groups} groups", node.name)
-    spread = [_spread(argument(node, i, n, d), len(kernel)) for i, n, d in
-              ((3, "stride", 1), (4, "padding", 0), (5, "dilation", 1))]  # fmt: skip
+    spread = [
+        _spread(argument(node, i, n, d), len(kernel))
+        for i, n, d in ((3, "stride", 1), (4, "padding", 0), (5, "dilation", 1))
+    ]
     return Window(kernel, spread[0], spread[1], spread[2], depthwise)
 
 

@@ -7,11 +7,15 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from sparsify.tensors import read_into, write_from
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 @dataclass(frozen=True)
@@ -78,7 +82,7 @@ class ActivationStore:
         self.spilled = max(self.spilled, self._end)
         return _Spilled(offset, tensor.shape, tensor.dtype, size)
 
-    def __enter__(self) -> ActivationStore:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(

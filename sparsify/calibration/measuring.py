@@ -21,6 +21,7 @@ from sparsify.calibration.recorder import GroupRecorder, OutputMoments
 from sparsify.calibration.rows import RowReader
 from sparsify.calibration.streams import Streams
 from sparsify.context import Context, Progress
+from sparsify.data.batches import count_sequences
 from sparsify.ir.program import Program
 from sparsify.ir.weights import Weights
 
@@ -66,7 +67,7 @@ class Measuring:
         self.groups = sorted(group_by_input(sites), key=lambda group: _position(flow, group))
         self.rows = RowReader(program, flow, self.groups)
         self.flow = flow.holding(self.rows.held)
-        self.sequences = sum(len(next(iter(batch.values()))) for batch in batches)
+        self.sequences = count_sequences(batches)
         self.batch_tokens = [self.rows.tokens(batch) for batch in batches]
         self.steps = self._steps(by_block)
 
@@ -190,7 +191,7 @@ def drift(
     dense: Weights,
     context: Context,
 ) -> dict[str, float]:
-    """‖X₀Wᵀ − XŴᵀ‖/‖X₀Wᵀ‖ of every site by its name: the model of ``program`` against the one with ``dense`` weights."""
+    """‖X₀Wᵀ − XŴᵀ‖/‖X₀Wᵀ‖ of every site by its name: ``program`` as it is against itself with ``dense`` weights."""
     measuring = Measuring(program, sites, batches, (), context)
     found: dict[str, float] = {}
     for group, recorder in measuring.once(dense):

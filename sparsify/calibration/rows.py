@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from sparsify.analysis.flow import Flow
 from sparsify.analysis.linear import InputGroup
 from sparsify.errors import CalibrationError
-from sparsify.ir.operators import GROUPED_PRODUCTS, operator_name
+from sparsify.ir.operators import GROUPED_PRODUCTS, argument, operator_name
 from sparsify.ir.program import Program
 
 aten = torch.ops.aten
@@ -118,8 +118,8 @@ class RowReader:
             if not isinstance(x, fx.Node):
                 continue
             packet = getattr(x.target, "_overloadpacket", None)
-            if packet is aten.index and len(x.args[1]) == 1:  # type: ignore[arg-type]
-                routes[offsets] = x.args[1][0]  # type: ignore[index]
+            if packet is aten.index and len(argument(x, 1)) == 1:
+                routes[offsets] = argument(x, 1)[0]
             elif packet is aten.index_select and x.args[1] == 0:
                 routes[offsets] = x.args[2]
         return routes

@@ -98,11 +98,26 @@ def compile_command(
         started = time.perf_counter()
         with ProgressLine(console, not quiet) as line:
             compiled = compile(
-                model, specs, calibration=calibration, schedule=check_schedule(schedule), output=out, to=to,
-                samples=samples, sequence_length=sequence_length, seed=seed, ignore=ignore or (), only=only or (),
-                device=device, memory=memory, overwrite=overwrite, dry_run=dry_run, allow_bin=allow_bin,
-                trust_remote_code=trust_remote_code, observe=line.show, after=shown.after,
-            )  # fmt: skip
+                model,
+                specs,
+                calibration=calibration,
+                schedule=check_schedule(schedule),
+                output=out,
+                to=to,
+                samples=samples,
+                sequence_length=sequence_length,
+                seed=seed,
+                ignore=ignore or (),
+                only=only or (),
+                device=device,
+                memory=memory,
+                overwrite=overwrite,
+                dry_run=dry_run,
+                allow_bin=allow_bin,
+                trust_remote_code=trust_remote_code,
+                observe=line.show,
+                after=shown.after,
+            )
         if dry_run:
             console.print(plan_report(compiled))
             return
@@ -131,13 +146,13 @@ def inspect_command(
 ) -> None:
     """Show what the compiler sees in MODEL: linear sites, input groups, shapes, regions. Reads no weights."""
     with command_errors(debug, "error"):
+        if graph and (dimensions or as_json or dot is not None):
+            raise SpecError("inspect --graph", found="another form beside it", do="Give --graph alone")
         from sparsify.inspection.dimensions import DimensionReport, inspect_dimensions
         from sparsify.inspection.graph import inspect_graph
         from sparsify.inspection.sites import Inspection, inspect
 
         if graph:
-            if dimensions or as_json or dot is not None:
-                raise SpecError("inspect --graph", found="another form beside it", do="Give --graph alone")
             print(inspect_graph(model, allow_bin=allow_bin, trust_remote_code=trust_remote_code))
             return
         look = inspect_dimensions if dimensions else inspect
@@ -173,9 +188,14 @@ def eval_command(
         for model in models:
             with ProgressLine(Console(stderr=True), not (quiet or as_json)) as line:
                 result = evaluate(
-                    model, data, Context(resolve_device(device), budget, observe=line.show), windows=windows,
-                    sequence_length=sequence_length, allow_bin=allow_bin, trust_remote_code=trust_remote_code,
-                )  # fmt: skip
+                    model,
+                    data,
+                    Context(resolve_device(device), budget, observe=line.show),
+                    windows=windows,
+                    sequence_length=sequence_length,
+                    allow_bin=allow_bin,
+                    trust_remote_code=trust_remote_code,
+                )
             results.append((model, result))
         if as_json:
             rows = [{"model": model, **vars(result)} for model, result in results]
@@ -213,19 +233,31 @@ def compare_command(
 ) -> None:
     """Prune MODEL by each pass on the same calibration tokens; one table and one picture."""
     with command_errors(debug, log_level):
+        specs = split_specs(passes)
+        _check_words(specs, schedule, memory, "hf")
         from sparsify.cli.progress import ProgressLine
         from sparsify.cli.tables import comparison_report
         from sparsify.evaluation.compare import compare
 
-        specs = split_specs(passes)
-        _check_words(specs, schedule, memory, "hf")
         with ProgressLine(Console(stderr=True), not (quiet or as_json)) as line:
             result = compare(
-                model, specs, data=data, calibration=calibration, windows=windows, samples=samples,
-                sequence_length=sequence_length, seed=seed, schedule=check_schedule(schedule), output=output,
-                overwrite=overwrite, device=device, memory=memory, allow_bin=allow_bin,
-                trust_remote_code=trust_remote_code, observe=line.show,
-            )  # fmt: skip
+                model,
+                specs,
+                data=data,
+                calibration=calibration,
+                windows=windows,
+                samples=samples,
+                sequence_length=sequence_length,
+                seed=seed,
+                schedule=check_schedule(schedule),
+                output=output,
+                overwrite=overwrite,
+                device=device,
+                memory=memory,
+                allow_bin=allow_bin,
+                trust_remote_code=trust_remote_code,
+                observe=line.show,
+            )
         if as_json:
             print(json.dumps(result.as_dict()))
             return

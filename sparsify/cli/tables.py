@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from sparsify.compiler.result import Compiled, PassRun
     from sparsify.context import SiteResult
     from sparsify.errors import Refused
-    from sparsify.evaluation.comparison import Comparison
+    from sparsify.evaluation.comparison import Compared
     from sparsify.evaluation.perplexity import Evaluation
     from sparsify.prune.targets import Target
 
@@ -85,7 +85,7 @@ def evaluation_report(results: Sequence[tuple[str, Evaluation]]) -> RenderableTy
     return table
 
 
-def comparison_report(comparison: Comparison) -> RenderableType:
+def comparison_report(comparison: Compared) -> RenderableType:
     """One line per pass: perplexity, error, time, memory."""
     table = Table(title=f"{comparison.model}, schedule {comparison.schedule}", title_justify="left")
     table.add_column("pass", overflow="fold")

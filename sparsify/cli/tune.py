@@ -10,9 +10,11 @@ import typer
 from rich.console import Console
 
 from sparsify.cli.options import AsJson, Debug, Device, Trust, command_errors
+from sparsify.method.spec import parse_backend
+from sparsify.tuning.recipe import Recipe, check_method
 
 
-def tune(
+def tune_command(
     model: Annotated[Path, typer.Argument(help="Folder of a pruned (or any) causal language model.", metavar="OUT")],
     data: Annotated[
         str, typer.Option(help="As --calibration of compile; the held-out part validates.", metavar="DATA")
@@ -44,20 +46,42 @@ def tune(
 ) -> None:
     """Recover OUT by training, its zeros held: LoRA merged under the mask, or every weight. Needs the extra `tune`."""
     with command_errors(debug, "error"):
-        from sparsify.host import resolve_device
-        from sparsify.tuning.recipe import Recipe
-        from sparsify.tuning.tune import tune as run
-
+        # Wrong words are refused before anything large is imported.
         recipe = Recipe(
-            method, rank, alpha, dropout, rate, warmup, epochs, steps, minutes, batch, micro, samples,  # type: ignore[arg-type]
-            sequence_length, seed,
-        )  # fmt: skip
+            method=check_method(method),
+            rank=rank,
+            alpha=alpha,
+            dropout=dropout,
+            rate=rate,
+            warmup=warmup,
+            epochs=epochs,
+            steps=steps,
+            minutes=minutes,
+            batch=batch,
+            micro=micro,
+            samples=samples,
+            length=sequence_length,
+            seed=seed,
+        )
+        parse_backend(to)
+        from sparsify.host import resolve_device
+        from sparsify.tuning.tune import tune
+
         with Console(stderr=True).status("") as status:
-            result = run(
-                model, data, output, recipe, to=to, adapter=adapter, resume=resume, save_every=save_every,
-                device=resolve_device(device), overwrite=overwrite, trust_remote_code=trust_remote_code,
+            result = tune(
+                model,
+                data,
+                output,
+                recipe,
+                to=to,
+                adapter=adapter,
+                resume=resume,
+                save_every=save_every,
+                device=resolve_device(device),
+                overwrite=overwrite,
+                trust_remote_code=trust_remote_code,
                 observe=lambda step, of, loss: status.update(f"step {step} of {of}, loss {loss:.3f}"),
-            )  # fmt: skip
+            )
         if as_json:
             print(json.dumps(result.as_dict()))
             return

@@ -68,9 +68,18 @@ def compile(
     32
     """
     request = parse(
-        passes, to, schedule, calibration, samples=samples, length=sequence_length, only=only, ignore=ignore,
-        output=output, overwrite=overwrite, dry_run=dry_run,
-    )  # fmt: skip
+        passes,
+        to,
+        schedule,
+        calibration,
+        samples=samples,
+        length=sequence_length,
+        only=only,
+        ignore=ignore,
+        output=output,
+        overwrite=overwrite,
+        dry_run=dry_run,
+    )
     context = Context(resolve_device(device), parse_bytes(memory), seed, observe)
     seam = Seam(context, after)
     with ExitStack() as stack:

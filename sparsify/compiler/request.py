@@ -97,7 +97,7 @@ def parse(
         raise SpecError(
             f"{spec_text(rewriting)} with an output",
             found=f"--to {backend.name} writes the parameters of a model, and {rewriting.name} changes its graph",
-            do="Leave the output out and take the result's model from Python; --to packed or cuda packs weights in files",
+            do="Leave the output out and take the result's model in Python; --to packed or cuda packs weights in files",
         )
     check_amount(samples, length)
     structural = tuple(own for own in parsed if isinstance(own, StructuralPass))

@@ -29,8 +29,8 @@ class PassRun:
 
     Attributes:
         applied: the pass. targets, skipped: of a weight pass, the weights that it is for and those that stay dense,
-            each with the reason. sites: what happened, site by site. written: the parameters that it changed. seconds: of
-        the whole pass.
+            each with the reason. sites: what happened, site by site. written: the parameters that it changed.
+        seconds: of the whole pass.
     """
 
     applied: Pass

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import fx
@@ -26,10 +26,15 @@ def nobody(own: Pass, program: Program) -> None:
 
 @dataclass
 class Ran:
-    """A pass that is running: whoever runs it sets ``program`` where it becomes another one."""
+    """A pass that is running: whoever runs it sets ``program`` where it becomes another one.
+
+    Attributes:
+        seconds, written: once it has run, how long it took and which parameters it wrote.
+    """
 
     program: Program
     seconds: float = 0.0
+    written: set[str] = field(default_factory=set)
 
 
 @dataclass(frozen=True)
@@ -54,23 +59,24 @@ class Seam:
         if own.kind in ("graph", "lowering"):
             # The others tell, region by region.
             self.context.observe(Progress(0, 1, spec_text(own), 0))
-        before, written = _snapshot(program), set(program.weights.written)
+        before = _snapshot(program)
+        program.weights.written.clear()
         yield ran
-        ran.seconds = time.perf_counter() - started
+        ran.seconds, ran.written = time.perf_counter() - started, set(ran.program.weights.written)
         if ran.program is program:
-            self._check_declared(own, program, before, written)
+            self._check_declared(own, ran, before)
         ran.program.verify()
         self.after(own, ran.program)
 
-    def _check_declared(self, own: Pass, program: Program, before: list[Any], written: set[str]) -> None:
-        changed = _snapshot(program) != before
+    def _check_declared(self, own: Pass, ran: Ran, before: list[Any]) -> None:
+        changed = _snapshot(ran.program) != before
         if changed:
-            program.changed()
+            ran.program.changed()
         found = None
         if changed and "graph" not in own.changes:
             found = "the graph"
-        elif "weights" not in own.changes and (more := program.weights.written - written):
-            found = f"the weight {sorted(more)[0]}"
+        elif "weights" not in own.changes and ran.written:
+            found = f"the weight {sorted(ran.written)[0]}"
         if found is not None:
             raise VerifyError(
                 f"pass {own.name}",

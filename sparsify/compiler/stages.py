@@ -32,7 +32,7 @@ from sparsify.prune.names import Wanted
 from sparsify.prune.targets import choose
 from sparsify.structure.plan import plan as plan_structure
 from sparsify.structure.record import Restructured
-from sparsify.structure.restructure import Model
+from sparsify.structure.restructure import Captured
 from sparsify.structure.rounds import check_source, in_a_folder, make_smaller
 
 
@@ -69,7 +69,7 @@ class Planned:
             as it is, which is why there are none yet where the model gets smaller first.
     """
 
-    model: Model
+    model: Captured
     structure: list[Restructured]
     runs: list[PassRun]
 
@@ -114,7 +114,7 @@ def plan(source: Source, request: Request, context: Context) -> tuple[Planned, C
         given = load_calibration(request.data, source, samples=request.samples, one_by_one=request.one_by_one)
     wanted = Wanted.of(source.weights, request.only, request.ignore)
     program = capture(source, _first_batch(source, request, given), context.device)
-    model = Model(source, program, wanted)
+    model = Captured(source, program, wanted)
     structure = [plan_structure(source, program, own, wanted) for own in request.structural]
     return Planned(model, structure, [] if structure else _runs(model, request)), given
 
@@ -130,15 +130,19 @@ def draw(
         return planned, given
     model, structure = planned.model, planned.structure
     data = load_calibration(
-        request.data, model.source, samples=request.samples, sequence_length=request.length, seed=context.seed,
+        request.data,
+        model.source,
+        samples=request.samples,
+        sequence_length=request.length,
+        seed=context.seed,
         one_by_one=request.one_by_one,
-    )  # fmt: skip
+    )
     if _same_shapes(model.program, data.batches[0]):
         return planned, data
     source, wanted = model.source, model.wanted
     # The graph of the plan goes before that of the real shapes comes.
     del planned, model
-    again = Model(source, capture(source, data.batches[0], context.device), wanted)
+    again = Captured(source, capture(source, data.batches[0], context.device), wanted)
     return Planned(again, structure, [] if structure else _runs(again, request)), data
 
 
@@ -185,18 +189,23 @@ def prune(
     compiled.calibration, compiled.opaque = data, find_sites(program)[1]
     samples = None if data is None else Samples(data.batches, data.labels)
     for run in planned.runs:
-        own, before = run.applied, set(program.weights.written)
+        own = run.applied
         with seam.running(own, program) as ran:
             if isinstance(own, WeightPass):
                 run.sites = prune_weights(
-                    program, own, run.targets, samples, seam.context,
-                    schedule=request.schedule, dense=planned.model.source.weights,
-                )  # fmt: skip
+                    program,
+                    own,
+                    run.targets,
+                    samples,
+                    seam.context,
+                    schedule=request.schedule,
+                    dense=planned.model.source.weights,
+                )
             elif isinstance(own, GraphPass):
                 own.apply(program, None if data is None else data.batches, seam.context)
             elif isinstance(own, LoweringPass):
                 compiled.lowered = own.lower(runnable(program))
-        run.seconds, run.written = ran.seconds, program.weights.written - before
+        run.seconds, run.written = ran.seconds, ran.written
     return job, compiled
 
 
@@ -227,14 +236,17 @@ def _first_batch(source: Source, request: Request, given: Calibration | None) ->
     )
 
 
-def _runs(model: Model, request: Request) -> list[PassRun]:
+def _runs(model: Captured, request: Request) -> list[PassRun]:
     """Every pass that is not structural, with the weights that it is for."""
     schedule = request.schedule if request.needs_data else "none"
     runs = []
     for own in request.others:
         if not isinstance(own, (WeightPass, GraphPass, LoweringPass)):
-            raise SpecError(f"pass {own.name}", found=f"a pass of kind '{own.kind}' that nothing here runs",
-                            do="Derive it from WeightPass, StructuralPass, GraphPass or LoweringPass")  # fmt: skip
+            raise SpecError(
+                f"pass {own.name}",
+                found=f"a pass of kind '{own.kind}' that nothing here runs",
+                do="Derive it from WeightPass, StructuralPass, GraphPass or LoweringPass",
+            )
         run = PassRun(own, schedule)
         if isinstance(own, WeightPass):
             run.targets, run.skipped = choose(model.program, own.pattern, model.wanted)

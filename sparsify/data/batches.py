@@ -48,7 +48,7 @@ class Calibration:
 
     @property
     def sequences(self) -> int:
-        return sum(len(next(iter(batch.values()))) for batch in self.batches)
+        return count_sequences(self.batches)
 
     @property
     def size(self) -> str:
@@ -60,6 +60,11 @@ class Calibration:
     def sequence_length(self) -> int:
         first = next(iter(self.batches[0].values()))
         return first.shape[1] if first.dim() == 2 else 1
+
+
+def count_sequences(batches: Iterable[Mapping[str, Tensor]]) -> int:
+    """Rows of all batches: sequences of text, images, samples."""
+    return sum(len(next(iter(batch.values()))) for batch in batches)
 
 
 def load_calibration(

@@ -38,9 +38,18 @@ def sample_from_model(source: Source, samples: int, length: int, seed: int) -> T
     start = start if isinstance(start, int) and 0 <= start < (source.vocab_size or start + 1) else 0
     settings = copy.deepcopy(model.generation_config)
     settings.update(
-        max_length=length, min_length=length, do_sample=True, temperature=1.0, top_k=0, top_p=0.95, num_beams=1,
-        eos_token_id=None, pad_token_id=start, use_cache=True, max_new_tokens=None,
-    )  # fmt: skip
+        max_length=length,
+        min_length=length,
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=0.95,
+        num_beams=1,
+        eos_token_id=None,
+        pad_token_id=start,
+        use_cache=True,
+        max_new_tokens=None,
+    )
     parts: list[Tensor] = []
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)

@@ -70,7 +70,7 @@ def _processor(source: Source) -> Any:
     try:
         return AutoImageProcessor.from_pretrained(
             where, trust_remote_code=source.trust_remote_code, local_files_only=True
-        )  # fmt: skip
+        )
     except (OSError, ValueError, ImportError) as error:
         raise CalibrationError(
             f"the image processor of {source.name}",

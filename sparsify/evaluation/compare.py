@@ -17,7 +17,7 @@ from sparsify.compiler.pipeline import compile
 from sparsify.context import Context, Observer, SiteResult, unobserved
 from sparsify.data.batches import evaluation_windows, load_calibration
 from sparsify.errors import SpecError
-from sparsify.evaluation.comparison import Comparison, Row
+from sparsify.evaluation.comparison import Compared, ComparedPass
 from sparsify.evaluation.figure import draw
 from sparsify.evaluation.perplexity import perplexity
 from sparsify.files.staging import Staging, check_output
@@ -45,7 +45,7 @@ def compare(
     allow_bin: bool = False,
     trust_remote_code: bool = False,
     observe: Observer = unobserved,
-) -> Comparison:
+) -> Compared:
     """Prune ``model`` by each of ``passes`` on the same calibration tokens, and evaluate each on ``data``.
 
     Args:
@@ -55,7 +55,8 @@ def compare(
         others: as for :func:`sparsify.compile`.
 
     Raises:
-        SparsifyError: as :func:`sparsify.compile` and :func:`sparsify.evaluation.perplexity.evaluate`; nothing is written then.
+        SparsifyError: as :func:`sparsify.compile` and
+            :func:`sparsify.evaluation.perplexity.evaluate`; nothing is written then.
     """
     parsed = [parse_pass(spec) for spec in passes]
     if not parsed:
@@ -74,29 +75,41 @@ def compare(
     if data is not None:
         text = evaluation_windows(data, source, sequence_length, windows)
     shared = load_calibration(
-        calibration, source, samples=samples, sequence_length=sequence_length, seed=seed,
+        calibration,
+        source,
+        samples=samples,
+        sequence_length=sequence_length,
+        seed=seed,
         one_by_one=any(GRADIENTS & set(p.statistics) for p in parsed),
-    )  # fmt: skip
+    )
 
     def quality(pruned: Source) -> float | None:
         return None if text is None else perplexity(pruned, text[0], context)
 
-    rows = [Row("dense", quality(source), None, 1.0, 0.0, None)]
+    rows = [ComparedPass("dense", quality(source), None, 1.0, 0.0, None)]
     for spec in passes:
         reset = reset_peak(context.device)
         started = time.perf_counter()
         with tempfile.TemporaryDirectory(prefix="sparsify-compare-") as folder:
             made = compile(
-                model, [spec], calibration=shared, schedule=schedule, output=Path(folder) / "pruned", device=device,
-                memory=memory, allow_bin=allow_bin, trust_remote_code=trust_remote_code, observe=observe,
-            )  # fmt: skip
+                model,
+                [spec],
+                calibration=shared,
+                schedule=schedule,
+                output=Path(folder) / "pruned",
+                device=device,
+                memory=memory,
+                allow_bin=allow_bin,
+                trust_remote_code=trust_remote_code,
+                observe=observe,
+            )
             seconds, peak = time.perf_counter() - started, recent_peak(context.device) if reset else None
             run = made.runs[0]
             sites: list[SiteResult] = run.sites
             pruned = [site for target in run.targets for site in target.sites]
             errors = drift(made.program, pruned, shared.batches, source.weights, context)
             rows.append(
-                Row(
+                ComparedPass(
                     name=spec,
                     perplexity=quality(Source(source.name, source.module, made.program.weights)),
                     error=sum(errors.values()) / len(errors) if errors else None,
@@ -107,10 +120,13 @@ def compare(
                     notes=[f"{site.name}: {note}" for site in sites for note in site.notes],
                 )
             )
-    result = Comparison(
-        source.name, f"{shared.size}: {shared.label}",
-        None if text is None else f"{len(text[0])} windows of {text[0].shape[1]} tokens of {text[1]}", schedule, rows,
-    )  # fmt: skip
+    result = Compared(
+        source.name,
+        f"{shared.size}: {shared.label}",
+        None if text is None else f"{len(text[0])} windows of {text[0].shape[1]} tokens of {text[1]}",
+        schedule,
+        rows,
+    )
     if output is not None:
         with Staging(Path(output), overwrite=overwrite) as staging:
             write(result, staging.folder)
@@ -118,7 +134,7 @@ def compare(
     return result
 
 
-def write(comparison: Comparison, folder: Path) -> None:
+def write(comparison: Compared, folder: Path) -> None:
     """``compare.json``, ``compare.md``, ``compare.png`` and ``compare.svg`` in ``folder``."""
     (folder / "compare.json").write_text(json.dumps(comparison.as_dict(), indent=2) + "\n", encoding="utf-8")
     heading = f"# {comparison.model}\n\ncalibration: {comparison.calibration}\n"

@@ -8,7 +8,7 @@ from typing import Any
 
 
 @dataclass
-class Row:
+class ComparedPass:
     """One pass of a comparison.
 
     Attributes:
@@ -31,14 +31,14 @@ class Row:
 
 
 @dataclass
-class Comparison:
+class Compared:
     """The result of :func:`compare`: the dense model first, then one row per pass."""
 
     model: str
     calibration: str
     data: str | None
     schedule: str
-    rows: list[Row]
+    rows: list[ComparedPass]
     output: Path | None = None
 
     def markdown(self) -> str:
@@ -48,10 +48,13 @@ class Comparison:
             cells = [
                 "" if value is None else format(value, form)
                 for value, form in (
-                    (row.perplexity, ".3f"), (row.error, ".4f"), (row.kept, ".2%"), (row.seconds, ".1f"),
+                    (row.perplexity, ".3f"),
+                    (row.error, ".4f"),
+                    (row.kept, ".2%"),
+                    (row.seconds, ".1f"),
                     (None if row.memory is None else row.memory / (1 << 20), ".0f"),
                 )
-            ]  # fmt: skip
+            ]
             lines.append(f"| {row.name} | " + " | ".join(cells) + " |")
         return "\n".join(lines) + "\n"
 

@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sparsify.evaluation.comparison import Comparison, Row
+    from sparsify.evaluation.comparison import Compared, ComparedPass
 
 # Okabe and Ito's colours, told apart by all eyes; past eight passes they come again with another line.
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#999999", "#B8A800")
 _LINES = ("-", "--", ":", "-.")
 
 
-def draw(comparison: Comparison, path: Path) -> None:
+def draw(comparison: Compared, path: Path) -> None:
     """Write the picture to ``path``; the suffix chooses the format."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.backends.backend_svg import FigureCanvasSVG
@@ -36,7 +36,7 @@ def draw(comparison: Comparison, path: Path) -> None:
 
 
 def _bars(
-    axes: Any, rows: list[Row], values: list[float | None], title: str, form: str, dense: float | None = None
+    axes: Any, rows: list[ComparedPass], values: list[float | None], title: str, form: str, dense: float | None = None
 ) -> None:
     axes.set_title(title, fontsize=10)
     axes.set_yticks(range(len(rows)), [row.name for row in rows], fontsize=8)
@@ -59,16 +59,21 @@ def _bars(
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _errors(axes: Any, rows: list[Row]) -> None:
+def _errors(axes: Any, rows: list[ComparedPass]) -> None:
     axes.set_title("output of each site against the dense model's, relative error", fontsize=10)
     drawn = False
     for i, row in enumerate(rows):
         if row.errors:
             line = _LINES[i // len(_COLOURS) % len(_LINES)]
             axes.plot(
-                list(row.errors.values()), label=row.name, color=_COLOURS[i % len(_COLOURS)], linestyle=line,
-                marker=".", linewidth=1.2, markersize=4,
-            )  # fmt: skip
+                list(row.errors.values()),
+                label=row.name,
+                color=_COLOURS[i % len(_COLOURS)],
+                linestyle=line,
+                marker=".",
+                linewidth=1.2,
+                markersize=4,
+            )
             drawn = True
     axes.set_ylim(bottom=0)
     axes.set_xlabel("site, in the order of the model", fontsize=8)

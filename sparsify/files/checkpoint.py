@@ -174,7 +174,7 @@ def _weight_files(folder: Path) -> dict[Path, set[str] | None]:
         raise CheckpointError(
             f"{INDEX} of {folder}", found=f"not a weight index ({error})", do="Fetch the folder again"
         ) from error
-    files: dict[Path, set[str] | None] = {}
+    files: dict[Path, set[str]] = {}
     for name, file in weight_map.items():
         if Path(file).name != file or file in ("", ".", ".."):
             raise CheckpointError(
@@ -184,8 +184,8 @@ def _weight_files(folder: Path) -> dict[Path, set[str] | None]:
             )
         if not (folder / file).is_file():
             raise CheckpointError(f"shard {file} of {folder}", found="no such file", do="Fetch the folder again")
-        files.setdefault(folder / file, set()).add(name)  # type: ignore[union-attr]
-    return files
+        files.setdefault(folder / file, set()).add(name)
+    return dict(files)
 
 
 def _read_header(path: Path) -> dict[str, _Entry]:

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -15,10 +16,10 @@ from sparsify.files.checkpoint import DTYPES, INDEX, WEIGHTS, Checkpoint
 SHARD = 5 * 10**9
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
-Layout = Mapping[str, tuple[torch.dtype, Sequence[int]]]
+FileLayout = Mapping[str, tuple[torch.dtype, Sequence[int]]]
 
 
-def lay_out(folder: Path, tensors: Layout, shard: int = SHARD) -> Checkpoint:
+def lay_out(folder: Path, tensors: FileLayout, shard: int = SHARD) -> Checkpoint:
     """Make the weight files of ``folder`` for ``tensors``, zeros in them, cut like transformers' own.
 
     Args:
@@ -42,7 +43,7 @@ def lay_out(folder: Path, tensors: Layout, shard: int = SHARD) -> Checkpoint:
     return lay_out_files(folder, dict(zip(names, files, strict=True)))
 
 
-def lay_out_files(folder: Path, files: Mapping[str, Layout]) -> Checkpoint:
+def lay_out_files(folder: Path, files: Mapping[str, FileLayout]) -> Checkpoint:
     """The same with the files given: file name to its tensors; an index is written where it needs one."""
     for file, tensors in files.items():
         _make_file(folder / file, tensors)
@@ -63,25 +64,25 @@ def layout_of(checkpoint: Checkpoint) -> dict[str, dict[str, tuple[torch.dtype, 
     return files
 
 
-def layout_to_json(files: Mapping[str, Layout]) -> dict[str, dict[str, list[object]]]:
+def layout_to_json(files: Mapping[str, FileLayout]) -> dict[str, dict[str, list[object]]]:
     return {f: {n: [_NAMES[d], list(s)] for n, (d, s) in tensors.items()} for f, tensors in files.items()}
 
 
-def layout_from_json(content: Mapping[str, Mapping[str, Sequence[object]]]) -> dict[str, Layout]:
+def layout_from_json(content: Mapping[str, Mapping[str, Sequence[Any]]]) -> dict[str, FileLayout]:
     """Undo :func:`layout_to_json`.
 
     Raises:
         KeyError, TypeError, ValueError: content of another form.
     """
-    files: dict[str, Layout] = {}
+    files: dict[str, FileLayout] = {}
     for file, tensors in content.items():
         if Path(file).name != file or not file.endswith(".safetensors"):
             raise ValueError(f"file name {file!r}")
-        files[file] = {n: (DTYPES[str(d)], [int(i) for i in list(s)]) for n, (d, s) in tensors.items()}  # type: ignore[call-overload]
+        files[file] = {n: (DTYPES[str(d)], [int(i) for i in s]) for n, (d, s) in tensors.items()}
     return files
 
 
-def _make_file(path: Path, tensors: Layout) -> None:
+def _make_file(path: Path, tensors: FileLayout) -> None:
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, (dtype, shape) in tensors.items():

@@ -108,10 +108,11 @@ def _restore_buffers(model: Any) -> None:
 
 
 def _fake_parameters(model: nn.Module) -> None:
-    fakes: dict[int, nn.Parameter] = {}
+    fakes: dict[int, torch.Tensor] = {}
     with FakeTensorMode():
         for module in model.modules():
-            for tensors in (module._parameters, module._buffers):
+            tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+            for tensors in tables:
                 for name, tensor in tensors.items():
                     if tensor is None or not tensor.is_meta:
                         continue
@@ -119,4 +120,4 @@ def _fake_parameters(model: nn.Module) -> None:
                     if isinstance(tensor, nn.Parameter):
                         fake = nn.Parameter(fake, requires_grad=False)
                     # One fake per tensor: tied weights stay one object.
-                    tensors[name] = fakes.setdefault(id(tensor), fake)  # type: ignore[arg-type]
+                    tensors[name] = fakes.setdefault(id(tensor), fake)

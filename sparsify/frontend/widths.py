@@ -59,9 +59,10 @@ def resize(model: nn.Module, sizes: Sizes) -> None:
             shapes.setdefault(name, list(model.get_parameter(name).shape))[axis] = size
         except (AttributeError, IndexError) as error:
             raise CheckpointError(
-                f"parameter {name}", found="the model of config.json has none of that name and shape",
+                f"parameter {name}",
+                found="the model of config.json has none of that name and shape",
                 do="Do config.json and sparsify.json belong together?",
-            ) from error  # fmt: skip
+            ) from error
     for name, shape in shapes.items():
         path, _, leaf = name.rpartition(".")
         owner = model.get_submodule(path)

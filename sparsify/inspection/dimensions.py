@@ -35,8 +35,10 @@ class DimensionReport:
             names = ", ".join(self._member(m) for m in group.members[:3])
             more = f" and {len(group.members) - 3} more" if len(group.members) > 3 else ""
             text.append(f"pinned: {names}{more}: {group.reason}")
-        text += [f"no rule for {name} (first at {node}): what it reads is pinned"
-                 for name, node in self.dimensions.without_rule.items()]  # fmt: skip
+        text += [
+            f"no rule for {name} (first at {node}): what it reads is pinned"
+            for name, node in self.dimensions.without_rule.items()
+        ]
         return text
 
     def sentence(self, group: Group) -> str:

@@ -94,7 +94,9 @@ def _inline_wrapper(
             found=f"the operator {name}{' with autocast on' if enabled_autocast else ''}",
             do="Only straight-line graphs can be pruned; rewrite this part of the model without control flow",
         )
-    body = env[node.args[at]]  # type: ignore[index]
+    nested = node.args[at]
+    assert isinstance(nested, fx.Node), "a wrapper calls a graph that a node holds"
+    body = env[nested]
     inner: dict[fx.Node, Any] = {}
     placeholders = [n for n in body.graph.nodes if n.op == "placeholder"]
     for placeholder, value in zip(placeholders, node.args[at + 1 :], strict=True):

@@ -12,7 +12,7 @@ GROUPED_PRODUCTS = frozenset({"grouped_mm", "_grouped_mm", "grouped_mm_fallback"
 
 
 def exact_name(node: fx.Node) -> str:
-    """``linear`` for ``F.linear``, ``aten.linear.default`` and ``Tensor.linear`` alike; ``add_`` where it is in place."""
+    """``linear`` for ``F.linear``, ``aten.linear.default`` and ``Tensor.linear`` alike; ``add_`` in place."""
     if node.op == "call_method":
         return str(node.target)
     packet = getattr(node.target, "_overloadpacket", None)
@@ -29,6 +29,6 @@ def shape_of(value: Any) -> Sequence[int]:
     return value.meta["val"].shape if isinstance(value, fx.Node) else ()
 
 
-def argument(node: fx.Node, place: int, name: str, default: Any = None) -> Any:
-    """An argument of ``node``, given by place or by name."""
+def argument(node: fx.Node, place: int, name: str = "", default: Any = None) -> Any:
+    """An argument of ``node``, given by place or by name. Whoever asks knows the operator, and so what it is."""
     return node.args[place] if len(node.args) > place else node.kwargs.get(name, default)

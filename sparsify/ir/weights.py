@@ -152,16 +152,18 @@ class Weights:
         from transformers.core_model_loading import revert_weight_conversion
 
         # transformers looks for the conversions of a load on the model; the user's own stays as it was.
+        model: Any = self._model
         missing = object()
-        before = getattr(self._model, "_weight_conversions", missing)
+        before = getattr(model, "_weight_conversions", missing)
         try:
-            self._model._weight_conversions = self._transforms  # type: ignore[union-attr]
-            return revert_weight_conversion(self._model, parts)
+            model._weight_conversions = self._transforms
+            reverted: dict[str, Tensor] = revert_weight_conversion(model, parts)
+            return reverted
         finally:
             if before is missing:
-                del self._model._weight_conversions  # type: ignore[union-attr]
+                del model._weight_conversions
             else:
-                self._model._weight_conversions = before  # type: ignore[union-attr]
+                model._weight_conversions = before
 
     def _convert(self, conversion: Conversion) -> dict[str, Tensor]:
         return run_converter(conversion, {name: self.store.read(name) for name, _ in conversion.sources}, self._model)

@@ -1,1 +1,1 @@
-"""What an author of a pruning method needs, and nothing else: patterns, masks, statistics, the bases, specs, the registry."""
+"""What an author of a pruning method needs, and nothing else: patterns, masks, statistics, bases, specs, registry."""

@@ -49,8 +49,8 @@ class Pass:
 
     @classmethod
     def options(cls) -> dict[str, Field[Any]]:
-        """Every option by its name."""
-        return {f.name: f for f in fields(cls) if f.name != "pattern"}
+        """Every option that has a text form, by its name; a field with ``metadata={"text": False}`` has none."""
+        return {f.name: f for f in fields(cls) if f.name != "pattern" and f.metadata.get("text", True)}
 
     @classmethod
     def takes_pattern(cls) -> bool:

@@ -19,7 +19,7 @@ _FORMS = "Write a percentage (50%), a fraction of zeros (0.5), or N:M (2:4 keeps
 class Unstructured:
     """A fraction of zeros with no arrangement, strictly between 0 and 1.
 
-    The fraction is held exactly, so that ``29%`` of 100 can mean 29 (see ``count`` in :mod:`sparsify.method.selection`).
+    The fraction is held exactly, so that ``29%`` of 100 can mean 29 (``count`` in :mod:`sparsify.method.selection`).
     """
 
     sparsity: Fraction

@@ -27,7 +27,7 @@ _OWN = {
     },
     "sparsify.backends": {
         "cuda": "sparsify.backends.cuda.backend:CudaBackend",
-        "hf": "sparsify.backends.hf:HuggingFace",
+        "hf": "sparsify.backends.hf.backend:HuggingFace",
         "onnx": "sparsify.backends.onnx.backend:ONNX",
         "packed": "sparsify.backends.packed.backend:PackedBackend",
     },
@@ -38,7 +38,7 @@ _OWN = {
         "eval": "sparsify.cli.commands:eval_command",
         "compare": "sparsify.cli.commands:compare_command",
         "passes": "sparsify.cli.commands:passes_command",
-        "tune": "sparsify.cli.tune:tune",
+        "tune": "sparsify.cli.tune:tune_command",
         "run": "sparsify.backends.onnx.commands:run",
         "verify": "sparsify.backends.verify.commands:verify",
         "expand": "sparsify.backends.onnx.commands:expand",

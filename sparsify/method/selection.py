@@ -9,6 +9,7 @@ smallest value is needed.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import Literal
 
 import torch
@@ -196,15 +197,56 @@ def holds(weight: Tensor, pattern: Pattern, comparison: Comparison = Comparison(
     number of non-zeros in each group.
     """
     if isinstance(pattern, NM):
-        kept = (weight != 0).view(-1, pattern.m).sum(dim=1)
-        over = int((kept > pattern.n).sum())
-        return f"{over} of {kept.numel()} groups keep more than {pattern.n} of {pattern.m}" if over else None
-    least = int(weight.numel() * float(pattern.sparsity))
-    zeros = int((weight == 0).sum())
-    # Each group floors its own count, so a matrix may fall short by less than one weight per group.
-    groups = {"layer": 1, "output": -(-weight.shape[0] // comparison.blocksize)}.get(
-        comparison.axis, -(-weight.shape[1] // comparison.blocksize)
+        over = nm_broken(weight, pattern)
+        return (
+            f"{over} of {weight.numel() // pattern.m} groups keep more than {pattern.n} of {pattern.m}"
+            if over
+            else None
+        )
+    zeros, members = _zeros_by_group(weight, comparison)
+    due = torch.tensor(_due(members, pattern, comparison), device=zeros.device)
+    short = (zeros < due).nonzero().flatten()
+    if not short.numel():
+        return None
+    first = int(short[0])
+    return (
+        f"{len(short)} of {len(members)} comparison groups have too few zeros: number {first} has {int(zeros[first])} "
+        f"among {members[first]} weights, {pattern} asks for {int(due[first])}"
     )
-    if zeros <= least - groups:
-        return f"{zeros} of {weight.numel()} weights are zero, {pattern} asks for {least}"
+
+
+def nm_broken(weight: Tensor, pattern: NM) -> int:
+    """How many groups of M along the last axis keep more than N; the axis is a multiple of M."""
+    return int(((weight != 0).reshape(-1, pattern.m).sum(dim=1) > pattern.n).sum())
+
+
+def falls_short(weight: Tensor, pattern: Unstructured) -> str | None:
+    """Say where ``weight`` has fewer zeros than ``pattern`` makes, whatever was compared with what; else None.
+
+    Each output neuron may floor its own count, so a matrix may fall short by less than one weight per row.
+    """
+    due, zeros = int(weight.numel() * float(pattern.sparsity)), int((weight == 0).sum())
+    if zeros <= due - weight.shape[0]:
+        return f"{zeros} of {weight.numel()} weights are zero, {pattern} asks for {due}"
     return None
+
+
+def _zeros_by_group(weight: Tensor, comparison: Comparison) -> tuple[Tensor, list[int]]:
+    """Zeros and members of every comparison group, in order."""
+    zeros = weight == 0
+    if comparison.axis == "layer":
+        return zeros.sum().reshape(1), [weight.numel()]
+    lines, width = (zeros.sum(dim=1), weight.shape[1]) if comparison.axis == "output" else (zeros.sum(0), len(weight))
+    parts = lines.split(comparison.blocksize)
+    if comparison.blocksize == 1:
+        return lines, [width] * len(lines)
+    return torch.stack([part.sum() for part in parts]), [len(part) * width for part in parts]
+
+
+def _due(members: list[int], pattern: Unstructured, comparison: Comparison) -> list[int]:
+    """How many weights of each group go."""
+    if comparison.count != "total":
+        share = pattern.sparsity if comparison.count == "exact" else float(pattern.sparsity)
+        return [int(count * share) for count in members]
+    upto = [int(pattern.sparsity * bound) for bound in accumulate(members, initial=0)]
+    return [after - before for before, after in pairwise(upto)]

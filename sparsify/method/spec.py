@@ -38,8 +38,9 @@ def parse_pass(text: str) -> Pass:
         raise SpecError(f"pass '{text}'", found="no pattern after the name", do=f"Write {name}:2:4 or {name}:50%, say")
     if parsed is not None and not kind.takes_pattern():
         raise SpecError(f"pass '{text}'", found=f"a pattern, which {name} has not", do=f"Write {name}")
-    given = _options(kind, name, options)
-    return kind(**given) if parsed is None else kind(parsed, **given)  # type: ignore[call-arg]
+    given = _options(kind, name, options) | ({} if parsed is None else {"pattern": parsed})
+    made: Pass = kind(**given)
+    return made
 
 
 def check_pass(text: str) -> None:
@@ -66,11 +67,11 @@ def parse_backend(text: str) -> Any:
 
 
 def spec_text(own: Pass) -> str:
-    """The shortest spec that parses to ``own``."""
+    """The shortest spec that parses to ``own``, but for options that only Python can give."""
     given = [
-        f"{f.name}={str(value).lower() if isinstance(value, bool) else value}"
-        for f in dataclasses.fields(own)
-        if f.name != "pattern" and (value := getattr(own, f.name)) != f.default
+        f"{name}={str(value).lower() if isinstance(value, bool) else value}"
+        for name, f in own.options().items()
+        if (value := getattr(own, name)) != f.default
     ]
     if own.takes_pattern():
         return ",".join([f"{own.name}:{getattr(own, 'pattern')}", *given])  # noqa: B009 (not every pass has one)
@@ -119,15 +120,17 @@ def _parts(text: str) -> tuple[str, str, list[str]]:
 
 def _options(kind: type, name: str, options: list[str]) -> dict[str, Any]:
     """Values of the fields of ``kind`` that ``options`` (KEY=VALUE) give."""
-    fields = {f.name: f for f in dataclasses.fields(kind) if f.name != "pattern"}
+    # What is registered is a dataclass, of ours or of somebody else's.
+    described: Any = kind
+    shown = kind.options() if issubclass(kind, Pass) else {f.name: f for f in dataclasses.fields(described)}
     hints = typing.get_type_hints(kind)
     values: dict[str, Any] = {}
     for option in options:
         key, equals, value = (part.strip() for part in option.partition("="))
         if not equals:
             raise SpecError(f"option '{option}' of {name}", found="no =", do="Options are written key=value")
-        if key not in fields:
-            raise SpecError(f"option '{key}' of {name}", found="no such option", do=near(key, fields))
+        if key not in shown:
+            raise SpecError(f"option '{key}' of {name}", found="no such option", do=near(key, shown))
         if key in values:
             raise SpecError(f"option '{key}' of {name}", found="given twice", do="Give it once")
         values[key] = _value(f"option {key}={value} of {name}", value, hints[key])

@@ -84,17 +84,24 @@ class StructuralPass(Pass):
     def __post_init__(self) -> None:
         if not isinstance(self.pattern, Unstructured):
             raise SpecError(
-                f"{self.name}:{self.pattern}", found="a structural pass removes a share of channels",
+                f"{self.name}:{self.pattern}",
+                found="a structural pass removes a share of channels",
                 do=f"Write {self.name}:25%, say; for N:M zeros take wanda:{self.pattern} after it",
-            )  # fmt: skip
+            )
         least = {"round": 1, "steps": 1, "keep_first": 0, "keep_last": 0}
         for option, low in least.items():
             if getattr(self, option) < low:
-                raise SpecError(f"{self.name}:{option}={getattr(self, option)}", found=f"it must be at least {low}",
-                                do=f"Choose {max(low, 8 if option == 'round' else 1)}, say")  # fmt: skip
+                raise SpecError(
+                    f"{self.name}:{option}={getattr(self, option)}",
+                    found=f"it must be at least {low}",
+                    do=f"Choose {max(low, 8 if option == 'round' else 1)}, say",
+                )
         if self.granularity == "channel" and self.ragged:
-            raise SpecError(f"{self.name}:granularity=channel", found="one width for all blocks",
-                            do="Leave widths, keep_first, keep_last and scope out")  # fmt: skip
+            raise SpecError(
+                f"{self.name}:granularity=channel",
+                found="one width for all blocks",
+                do="Leave widths, keep_first, keep_last and scope out",
+            )
         if self.granularity == "layer" and (self.widths == "ragged" or self.scope == "global"):
             raise SpecError(f"{self.name}:granularity=layer", found="blocks go whole", do="Leave widths and scope out")
 
@@ -120,9 +127,7 @@ class StructuralPass(Pass):
             return [self]
         assert isinstance(self.pattern, Unstructured)
         kept = [1 - self.pattern.sparsity * i / self.steps for i in range(self.steps + 1)]
-        return [
-            replace(self, steps=1, pattern=Unstructured(1 - after / before)) for before, after in pairwise(kept)
-        ]  # fmt: skip
+        return [replace(self, steps=1, pattern=Unstructured(1 - after / before)) for before, after in pairwise(kept)]
 
     def left(self, free: int, kind: str) -> int:
         """How many of ``free`` channels stay.
@@ -135,9 +140,10 @@ class StructuralPass(Pass):
         kept = min(free, int(exact / unit + (1 if kind == "heads" else 0) / 2) * unit)
         if kept < 1:
             raise SpecError(
-                f"{self.name}:{self.pattern}", found=f"of {free} {kind} in multiples of {unit} none would be left",
+                f"{self.name}:{self.pattern}",
+                found=f"of {free} {kind} in multiples of {unit} none would be left",
                 do="Ask for less, or for a smaller round",
-            )  # fmt: skip
+            )
         return kept
 
     def unit(self, free: int, kind: str) -> int:

@@ -40,7 +40,8 @@ class WeightPass(Pass):
     """Base of all weight passes.
 
     Args:
-        pattern: which weights go. ``group``, ``blocksize``, ``count``: see :class:`~sparsify.method.selection.Comparison`.
+        pattern: which weights go. ``group``, ``blocksize``, ``count``: see
+            :class:`~sparsify.method.selection.Comparison`.
         allocation: how an unstructured pattern's zeros are spread over sites, see :mod:`sparsify.prune.allocation`:
             ``uniform``, ``owl`` (by outliers) or ``error`` (by measured output error).
         spread: how far a site's sparsity may be from the pattern's under an allocation.
@@ -130,6 +131,12 @@ class WeightPass(Pass):
         """The group of weights that compete, with the default of the method."""
         return Comparison(self.group or self.default_group, self.blocksize, self.count)
 
+    @property
+    def counted(self) -> Comparison:
+        """The groups in which the result has the pattern's zeros: those of the comparison, unless a mask is chosen
+        otherwise."""
+        return self.comparison
+
     def prune(self, weight: Tensor, statistics: InputStatistics) -> Pruned:
         """Prune one matrix.
 
@@ -148,8 +155,15 @@ class WeightPass(Pass):
 
     def allotted(self, pattern: Unstructured) -> WeightPass:
         """This pass for a site whose share of zeros an allocation has settled."""
-        settled = {f.name: f.default for f in fields(WeightPass) if f.name in ("allocation", "spread", "outliers")}
-        return replace(self, pattern=pattern, count="total", **settled)
+        plain = WeightPass(pattern)
+        return replace(
+            self,
+            pattern=pattern,
+            count="total",
+            allocation=plain.allocation,
+            spread=plain.spread,
+            outliers=plain.outliers,
+        )
 
     def _refuse(self, asked: str, found: str, do: str) -> SpecError:
         return SpecError(f"{self.name}:{self.pattern},{asked}", found=found, do=do)

@@ -164,7 +164,8 @@ def _meet(wished: Mapping[str, Fraction], budget: _Budget) -> dict[str, int]:
     if missing:
         raise PatternError(
             f"an allocation of {total} zeros",
-            found=f"bounds of {float(budget.low):.1%} to {float(budget.high):.1%} per site leave room for {sum(counts.values())}",
+            found=f"bounds of {float(budget.low):.1%} to {float(budget.high):.1%} per site leave room for "
+            f"{sum(counts.values())}",
             do="Choose a larger spread, or allocation=uniform",
         )
     return counts

@@ -24,6 +24,7 @@ from sparsify.calibration.measuring import Measuring, Step, measure_inputs
 from sparsify.calibration.recorder import GroupRecorder
 from sparsify.calibration.streams import Streams
 from sparsify.context import Context, Progress, SiteResult
+from sparsify.data.batches import count_sequences
 from sparsify.errors import SpecError
 from sparsify.ir.program import Program
 from sparsify.ir.weights import Weights
@@ -64,8 +65,9 @@ def prune(
         if weight_pass.allocation != "uniform":
             sites = [site for target in targets for site in target.sites]
             recorders = measure_inputs(program, sites, data.batches, ("squared_norm",), context)
-            sequences = sum(len(next(iter(batch.values()))) for batch in data.batches)
-            passes = allocate(weight_pass, targets, Measured(program, recorders, sequences, context.device))
+            passes = allocate(
+                weight_pass, targets, Measured(program, recorders, count_sequences(data.batches), context.device)
+            )
         return Engine(program, passes, targets, data.batches, context, schedule, dense, gradients).run()
 
 

@@ -33,7 +33,7 @@ def verify_pruned(name: str, weight_pass: WeightPass, before: Tensor, pruned: Pr
         raise fail("a weight that is NaN or infinite")
     elif bool(weight[mask].any()):
         raise fail("a pruned weight that is not zero")
-    if weight_pass.exact_counts and (broken := holds(weight, weight_pass.pattern, weight_pass.comparison)):
+    if weight_pass.exact_counts and (broken := holds(weight, weight_pass.pattern, weight_pass.counted)):
         raise fail(broken)
 
 

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeVar
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 
 from sparsify.runtime import ops
-from sparsify.runtime.layout import Layout, Packed, concatenate, pack, row_starts
+from sparsify.runtime.codes import row_starts
+from sparsify.runtime.layout import Packed, concatenate, pack
+from sparsify.runtime.words import Layout
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,9 +36,8 @@ class PackedWeight:
         Raises:
             PatternError: as :func:`pack`.
         """
-        return cls.holding(
-            pack(weight.reshape(-1, weight.shape[-1]), layout), weight.shape[0] if weight.dim() == 3 else None
-        )
+        packed = pack(weight.reshape(-1, weight.shape[-1]), layout)
+        return cls.holding(packed, weight.shape[0] if weight.dim() == 3 else None)
 
     @classmethod
     def holding(cls, packed: Packed, experts: int | None = None) -> PackedWeight:
@@ -52,10 +56,13 @@ class PackedWeight:
     @property
     def tensors(self) -> dict[str, Tensor]:
         """What the operator takes after ``x``, in its order."""
-        stack = (lambda t: t) if self.experts is None else (lambda t: t.view(self.experts, self.rows, t.shape[-1]))
         if self.starts is None:
-            return {"values": stack(self.packed.values), "meta": stack(self.packed.codes)}
-        return {"values": self.packed.values, "mask": stack(self.packed.codes), "starts": self.starts}
+            return {"values": self._stacked(self.packed.values), "meta": self._stacked(self.packed.codes)}
+        return {"values": self.packed.values, "mask": self._stacked(self.packed.codes), "starts": self.starts}
+
+    def _stacked(self, tensor: Tensor) -> Tensor:
+        """Rows of all experts as [experts, rows, …]."""
+        return tensor if self.experts is None else tensor.view(self.experts, self.rows, tensor.shape[-1])
 
     @property
     def layout(self) -> Layout:
@@ -69,17 +76,16 @@ class PackedWeight:
     def dtype(self) -> torch.dtype:
         return self.packed.values.dtype
 
-    def arguments(self, held: Mapping[str, Any]) -> tuple[Any, ...]:
+    def arguments(self, held: Mapping[str, T]) -> tuple[T, ...]:
         """What the operator takes between ``x`` and the bias, with ``held`` in the place of :attr:`tensors`."""
         return tuple(held[name] for name in self.tensors)
 
     @property
-    def operator(self) -> Any:
+    def operator(self) -> OpOverload[..., Tensor]:
         if self.experts is None:
             return ops.linear_24 if self.starts is None else ops.linear_bitmask
         return ops.experts_24 if self.starts is None else ops.experts_bitmask
 
     def linear(self, x: Tensor) -> Tensor:
         """``x`` [..., in_features] times a single matrix."""
-        result: Tensor = self.operator(x, *self.tensors.values())
-        return result
+        return self.operator(x, *self.tensors.values())

@@ -97,8 +97,10 @@ class Widths:
         width = next((self.held[f] for f in _WIDTH if f in self.held), None)
         for size in _HEAD_SIZE:
             own = getattr(self.text, size, None)
-            if own is not None or width is not None:
-                yield changes | {size: own if own is not None else width // self.held[heads]}  # type: ignore[operator]
+            if own is None and width is not None:
+                own = width // self.held[heads]
+            if own is not None:
+                yield changes | {size: own}
 
     def _builds(self, group: Group, changes: Mapping[str, Any], count: int) -> bool:
         """Whether a model of that config has the group's parameters as they will be."""

@@ -47,9 +47,10 @@ def stack_of(program: Program) -> Stack:
     containers = dict.fromkeys(block.rpartition(".")[0] for block in blocks)
     if len(containers) != 1:
         raise SpecError(
-            "granularity=layer", found=f"{len(containers)} stacks of blocks ({', '.join(containers) or 'none'})",
+            "granularity=layer",
+            found=f"{len(containers)} stacks of blocks ({', '.join(containers) or 'none'})",
             do="Take granularity=block",
-        )  # fmt: skip
+        )
     (container,) = containers
     return Stack(container, max(int(b.rpartition(".")[2]) for b in blocks) + 1)
 
@@ -85,8 +86,11 @@ def config_without(source: Source, stack: Stack, gone: Sequence[int]) -> dict[st
     """
     widths = Widths(source)
     kept = [i for i in range(stack.count) if i not in set(gone)]
-    lists = {k: [v[i] for i in kept] for k, v in widths.text.to_dict().items()
-             if isinstance(v, list) and len(v) == stack.count}  # fmt: skip
+    lists = {
+        k: [v[i] for i in kept]
+        for k, v in widths.text.to_dict().items()
+        if isinstance(v, list) and len(v) == stack.count
+    }
     for field in _COUNTS:
         if widths.held.get(field) == stack.count:
             changes = {field: len(kept), **lists}
@@ -96,9 +100,10 @@ def config_without(source: Source, stack: Stack, gone: Sequence[int]) -> dict[st
                 if numbers == set(range(len(kept))):
                     return changes
     raise BackendError(
-        "writing the smaller model", found=f"no field of its config that counts its {stack.count} blocks",
+        "writing the smaller model",
+        found=f"no field of its config that counts its {stack.count} blocks",
         do="Take granularity=block",
-    )  # fmt: skip
+    )
 
 
 def tensors_kept(weights: Weights, stack: Stack, gone: Sequence[int]) -> dict[str, str]:

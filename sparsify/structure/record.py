@@ -55,8 +55,10 @@ class Restructured:
             reasons[skipped.reason] = reasons.get(skipped.reason, 0) + 1
         kept = [f"not as asked: {count} × {reason}" for reason, count in reasons.items()]
         if self.ragged:
-            kept.append("layers may differ in width: sparsify.load(OUT) and sparsify's commands read the folder, "
-                        "transformers and other loaders refuse it")  # fmt: skip
+            kept.append(
+                "layers may differ in width: sparsify.load(OUT) and sparsify's commands read the folder, "
+                "transformers and other loaders refuse it"
+            )
         return [f"{', '.join(parts)}{shrunk}", *kept]
 
     def as_dict(self) -> dict[str, Any]:
@@ -66,8 +68,14 @@ class Restructured:
             "ragged": self.ragged,
             "parameters": list(self.parameters),
             "cuts": [
-                {"kind": c.kind, "name": c.name, "before": c.before, "after": c.after, "removed": list(c.removed),
-                 "members": [[name, axis, list(kept)] for name, axis, kept in c.members]}
+                {
+                    "kind": c.kind,
+                    "name": c.name,
+                    "before": c.before,
+                    "after": c.after,
+                    "removed": list(c.removed),
+                    "members": [[name, axis, list(kept)] for name, axis, kept in c.members],
+                }
                 for c in self.cuts
             ],
-        }  # fmt: skip
+        }

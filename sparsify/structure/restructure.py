@@ -37,7 +37,7 @@ from sparsify.structure.shrink import CutStore, kept_positions, shrink
 
 
 @dataclass(frozen=True)
-class Model:
+class Captured:
     """A model at hand: opened, captured, and which of its tensors may be pruned."""
 
     source: Source
@@ -46,9 +46,9 @@ class Model:
 
 
 def restructure(
-    model: Model, structural_pass: StructuralPass, data: Samples | None, into: Path, context: Context
-) -> tuple[Model, Restructured]:
-    """Write the smaller model of ``model`` into the folder ``into``: the model that the folder holds, and what was done.
+    model: Captured, structural_pass: StructuralPass, data: Samples | None, into: Path, context: Context
+) -> tuple[Captured, Restructured]:
+    """Write the smaller model of ``model`` into the folder ``into``: the model that it holds, and what was done.
 
     Args:
         data: one calibration sample a batch, for a pass that needs gradients.
@@ -77,8 +77,8 @@ def restructure(
 
 
 def _without_channels(
-    model: Model, structural_pass: StructuralPass, choices: Choices, scores: Scores, into: Path, context: Context
-) -> tuple[Model, Restructured]:
+    model: Captured, structural_pass: StructuralPass, choices: Choices, scores: Scores, into: Path, context: Context
+) -> tuple[Captured, Restructured]:
     source, program, dimensions = model.source, model.program, choices.dimensions
     chosen = choices.chosen
     each = [scores.of_channels(c)[torch.from_numpy(c.group.free)].double() for c in chosen]
@@ -97,12 +97,17 @@ def _without_channels(
     _note(source, done, into)
     smaller, captured = _compared(into, source, small, context)
     wanted = model.wanted.renamed(renamed_experts(program.weights, kept))
-    return Model(replace(smaller, name=source.name), captured, wanted), done
+    return Captured(replace(smaller, name=source.name), captured, wanted), done
 
 
 def _without_layers(
-    model: Model, structural_pass: StructuralPass, parameters: list[str], scores: Scores, into: Path, context: Context
-) -> tuple[Model, Restructured]:
+    model: Captured,
+    structural_pass: StructuralPass,
+    parameters: list[str],
+    scores: Scores,
+    into: Path,
+    context: Context,
+) -> tuple[Captured, Restructured]:
     """Blocks by the importance of all of their named weights together."""
     source, program = model.source, model.program
     stack = layers.stack_of(program)
@@ -120,7 +125,7 @@ def _without_layers(
     _note(source, done, into)
     captured = capture(smaller, _shapes(program), context.device)
     wanted = model.wanted.renamed(layers.tensors_kept(program.weights, stack, gone))
-    return Model(smaller, captured, wanted), done
+    return Captured(smaller, captured, wanted), done
 
 
 def _least(choice: Choice, scores: Tensor) -> list[int]:

@@ -12,7 +12,7 @@ from sparsify.frontend.source import Source, open_source
 from sparsify.host import quiet
 from sparsify.method.structural_pass import StructuralPass
 from sparsify.structure.record import Restructured
-from sparsify.structure.restructure import Model, restructure
+from sparsify.structure.restructure import Captured, restructure
 
 
 def check_source(source: Source) -> None:
@@ -38,8 +38,8 @@ def in_a_folder(source: Source, place: Path) -> Source:
 
 
 def make_smaller(
-    model: Model, structural_pass: StructuralPass, data: Samples | None, place: Path, context: Context
-) -> tuple[Model, list[Restructured]]:
+    model: Captured, structural_pass: StructuralPass, data: Samples | None, place: Path, context: Context
+) -> tuple[Captured, list[Restructured]]:
     """Run the rounds of a pass, each into a folder of its own below ``place``: the last model, and what was done.
 
     Raises:

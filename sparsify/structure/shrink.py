@@ -61,8 +61,11 @@ def shrink(program: Program, dimensions: Dimensions, remove: Mapping[int, Sequen
     names = {name: name for name in program.weights.parameters()}
     store: TensorStore = MemoryStore(CutStore(program.weights, kept))
     weights = Weights(store, names, aliases=program.weights.aliases)
-    shapes = {str(n.target): _cut(n.meta["val"], kept.get(program.weights.canonical(str(n.target)), {}))
-              for n in graph.nodes if n.op == "get_attr" and str(n.target) not in edit.constants}  # fmt: skip
+    shapes = {
+        str(n.target): _cut(n.meta["val"], kept.get(program.weights.canonical(str(n.target)), {}))
+        for n in graph.nodes
+        if n.op == "get_attr" and str(n.target) not in edit.constants
+    }
     module = fx.GraphModule(empty_root(shapes | edit.constants), graph)
     result = Program(module, weights, edit.constants, program.output_names, program.model)
     _propagate(result, shapes)
@@ -92,13 +95,15 @@ def _gone(dimensions: Dimensions, remove: Mapping[int, Sequence[int]]) -> Ids:
         if wrong:
             raise SpecError(
                 f"removing channel {wrong[0]} of {group.members[0].parameter}",
-                found=group.reason or f"{group.channels} channels", do="Remove channels that are free",
-            )  # fmt: skip
+                found=group.reason or f"{group.channels} channels",
+                do="Remove channels that are free",
+            )
         if len(set(channels)) == group.channels:
             raise SpecError(
                 f"removing all {group.channels} channels of {group.members[0].parameter}",
-                found="nothing would be left", do="Keep one at least",
-            )  # fmt: skip
+                found="nothing would be left",
+                do="Keep one at least",
+            )
         gone |= (group_of == number) & numpy.isin(channel_of, numpy.asarray(list(channels), dtype=int))
     return gone
 
@@ -185,7 +190,7 @@ def _sizes(place: int) -> Callable[[_Edit, fx.Node, fx.Node, fx.Graph], None]:
 
 def _slice(edit: _Edit, node: fx.Node, copied: fx.Node, graph: fx.Graph) -> None:
     dim, step = int(argument(node, 1, "dim", 0)), int(argument(node, 4, "step", 1))
-    row = edit.rows[node.args[0]][dim]  # type: ignore[index]
+    row = edit.rows[argument(node, 0)][dim]
     if row is None:
         return
     start, end, _ = slice(argument(node, 2, "start"), argument(node, 3, "end")).indices(len(row))
@@ -200,16 +205,16 @@ def _slice(edit: _Edit, node: fx.Node, copied: fx.Node, graph: fx.Graph) -> None
 
 
 def _select(edit: _Edit, node: fx.Node, copied: fx.Node, graph: fx.Graph) -> None:
-    row = edit.rows[node.args[0]][int(node.args[1])]  # type: ignore[arg-type, index]
+    row = edit.rows[argument(node, 0)][int(argument(node, 1))]
     if row is not None:
-        _set(copied, 2, "index", edit.left_of(row, int(node.args[2]) % len(row)))  # type: ignore[arg-type]
+        _set(copied, 2, "index", edit.left_of(row, int(argument(node, 2)) % len(row)))
 
 
 def _index(edit: _Edit, node: fx.Node, copied: fx.Node, graph: fx.Graph) -> None:
     """A constant list of positions is another list now."""
-    indices = list(node.args[1])  # type: ignore[arg-type]
+    indices = list(argument(node, 1))
     for dim, index in enumerate(indices):
-        row = edit.rows[node.args[0]][dim]  # type: ignore[index]
+        row = edit.rows[argument(node, 0)][dim]
         if index is None or row is None or str(index.target) not in edit.program.constants:
             continue
         before = edit.program.constants[str(index.target)]
@@ -219,7 +224,7 @@ def _index(edit: _Edit, node: fx.Node, copied: fx.Node, graph: fx.Graph) -> None
         with graph.inserting_before(copied):
             made = graph.get_attr(name)
         made.meta = {"val": torch.empty(after.shape, dtype=after.dtype, device="meta")}
-        told = list(copied.args[1])  # type: ignore[arg-type]
+        told = list(argument(copied, 1))
         told[dim] = made
         _set(copied, 1, "indices", told)
 
@@ -234,7 +239,7 @@ def _pieces(edit: _Edit, node: fx.Node, copied: fx.Node, graph: fx.Graph) -> Non
 
 
 def _layer_norm(edit: _Edit, node: fx.Node, copied: fx.Node, graph: fx.Graph) -> None:
-    depth = len(node.args[1])  # type: ignore[arg-type]
+    depth = len(argument(node, 1))
     _set(copied, 1, "normalized_shape", edit.shape(node)[-depth:])
 
 
@@ -249,8 +254,8 @@ def _histc(edit: _Edit, node: fx.Node, copied: fx.Node, graph: fx.Graph) -> None
 
 
 def _topk(edit: _Edit, node: fx.Node, copied: fx.Node, graph: fx.Graph) -> None:
-    dim, many = int(argument(node, 2, "dim", -1)), int(node.args[1])  # type: ignore[arg-type]
-    row = edit.rows[node.args[0]][dim]  # type: ignore[index]
+    dim, many = int(argument(node, 2, "dim", -1)), int(argument(node, 1))
+    row = edit.rows[argument(node, 0)][dim]
     if row is not None and edit.size(row, len(row)) < many:
         raise edit.fail(node, f"it chooses {many} of {edit.size(row, len(row))}")
 
@@ -289,9 +294,10 @@ def _propagate(program: Program, shapes: Mapping[str, Tensor]) -> None:
                     values[node] = node.target(*args, **kwargs)
                 except (RuntimeError, ValueError, IndexError) as error:
                     raise TraceError(
-                        f"shrinking {node.name}", found=f"it does not run any more ({first_line(error)})",
+                        f"shrinking {node.name}",
+                        found=f"it does not run any more ({first_line(error)})",
                         do="Report this as a bug, with the model",
-                    ) from error  # fmt: skip
+                    ) from error
             else:
                 known = shapes.get(str(node.target)) if node.op == "get_attr" else None
                 val = node.meta["val"] if known is None else known

@@ -3,11 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from sparsify.errors import SpecError
 
 Method = Literal["lora", "full"]
+METHODS: tuple[Method, ...] = get_args(Method)
+
+
+def check_method(text: str) -> Method:
+    """``text`` as a method.
+
+    Raises:
+        SpecError: it is none.
+    """
+    for method in METHODS:
+        if text == method:
+            return method
+    raise SpecError(f"--method {text}", found="no such method", do=f"Take {' or '.join(METHODS)}")
 
 
 @dataclass(frozen=True)
@@ -37,8 +50,7 @@ class Recipe:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.method not in ("lora", "full"):
-            raise SpecError(f"--method {self.method}", found="no such method", do="Take lora or full")
+        check_method(self.method)
         least = {"rank": 1, "alpha": 1, "epochs": 1, "batch": 1, "micro": 1, "samples": 1, "steps": 1, "warmup": 0}
         for name, value in asdict(self).items():
             if name in least and value is not None and value < least[name]:
@@ -46,11 +58,17 @@ class Recipe:
             if name in ("minutes", "rate") and value is not None and value <= 0:
                 raise SpecError(f"{name} {value}", found="it must be positive", do="Give more")
         if not 0 <= self.dropout < 1 or self.length < 2:
-            raise SpecError(f"dropout {self.dropout}, length {self.length}", found="out of range",
-                            do="Give a dropout from 0 to 1 and two tokens or more")  # fmt: skip
+            raise SpecError(
+                f"dropout {self.dropout}, length {self.length}",
+                found="out of range",
+                do="Give a dropout from 0 to 1 and two tokens or more",
+            )
         if self.batch % self.micro:
-            raise SpecError(f"batches of {self.batch}", found=f"no multiple of {self.micro} sequences at once",
-                            do="Give --batch a multiple of --micro")  # fmt: skip
+            raise SpecError(
+                f"batches of {self.batch}",
+                found=f"no multiple of {self.micro} sequences at once",
+                do="Give --batch a multiple of --micro",
+            )
 
     @property
     def highest_rate(self) -> float:

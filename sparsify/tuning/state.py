@@ -88,9 +88,10 @@ class TuneState:
         other = {k: v for k, v in self.recipe.items() if content["recipe"].get(k) != v and k != "minutes"}
         if other:
             raise CheckpointError(
-                f"resuming from {self.folder}", found=f"a run with another {', '.join(other)}",
+                f"resuming from {self.folder}",
+                found=f"a run with another {', '.join(other)}",
                 do="Give the same options, or begin without --resume",
-            )  # fmt: skip
+            )
         for name, parameter in self.trained.items():
             held = tensors.get(f"parameter.{name}")
             if held is None or held.shape != parameter.shape:

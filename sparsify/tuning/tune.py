@@ -59,10 +59,20 @@ class Tuned:
 
 
 def tune(
-    model: str | Path, data: str, output: str | Path, recipe: Recipe | None = None, *, to: str | Backend = "hf",
-    adapter: bool = False, resume: bool = False, save_every: int = 100, device: torch.device | None = None, overwrite: bool = False,
-    trust_remote_code: bool = False, observe: Callable[[int, int, float], None] = lambda step, steps, loss: None,
-) -> Tuned:  # fmt: skip
+    model: str | Path,
+    data: str,
+    output: str | Path,
+    recipe: Recipe | None = None,
+    *,
+    to: str | Backend = "hf",
+    adapter: bool = False,
+    resume: bool = False,
+    save_every: int = 100,
+    device: torch.device | None = None,
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
+    observe: Callable[[int, int, float], None] = lambda step, steps, loss: None,
+) -> Tuned:
     """Train the causal language model of the folder ``model`` on ``data`` and write it to ``output``.
 
     Args:
@@ -89,8 +99,11 @@ def tune(
     drawn = load_calibration(data, source, samples=recipe.samples, sequence_length=length, seed=recipe.seed)
     ids = torch.cat([batch["input_ids"] for batch in drawn.batches])
     if len(ids) < recipe.batch:
-        raise CalibrationError(f"tuning on {drawn.size}", found=f"fewer than one step of {recipe.batch} sequences",
-                               do="Give more --samples, or a smaller --batch")  # fmt: skip
+        raise CalibrationError(
+            f"tuning on {drawn.size}",
+            found=f"fewer than one step of {recipe.batch} sequences",
+            do="Give more --samples, or a smaller --batch",
+        )
     context = Context(place)
     before = perplexity(source, held_out, context)
     program = capture(source, example_batch(source))
@@ -101,13 +114,22 @@ def tune(
     steps = recipe.steps or max(1, recipe.epochs * len(ids) // recipe.batch)
     _train(wrapped, network, ids, recipe, steps, masks, state, save_every, place, observe)
     seconds = time.perf_counter() - started
-    known = Tuned(recipe, out, state.step, state.step * recipe.batch * length, seconds, (before, math.nan), validation,
-                  len(masks), state.losses)  # fmt: skip
+    known = Tuned(
+        recipe,
+        out,
+        state.step,
+        state.step * recipe.batch * length,
+        seconds,
+        (before, math.nan),
+        validation,
+        len(masks),
+        state.losses,
+    )
     if adapter:
         return _write_adapter(source, wrapped, known, held_out, overwrite)
     new = _merged(wrapped, source, masks, recipe)
     check_masks(new, masks)
-    after = _write(Model(source, program, backend), new, known, held_out, overwrite, context)
+    after = _Output(source, program, backend, overwrite).write(new, known, held_out, context)
     return replace(known, perplexity=(before, after))
 
 
@@ -128,27 +150,35 @@ def check_masks(weights: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> N
     for name, kept in masks.items():
         broken = int(((weights[name] != 0) & ~kept.to(weights[name].device)).sum())
         if broken:
-            raise VerifyError(f"tuning {name}", found=f"{broken} pruned weights are not zero any more",
-                              do="Report this as a bug; nothing was written")  # fmt: skip
+            raise VerifyError(
+                f"tuning {name}",
+                found=f"{broken} pruned weights are not zero any more",
+                do="Report this as a bug; nothing was written",
+            )
 
 
 def _network(source: Source, recipe: Recipe, device: torch.device) -> tuple[nn.Module, nn.Module]:
     """The model in memory, and what is trained: itself in float32, or it with LoRA around its linear layers."""
     torch.manual_seed(recipe.seed)
     names = set(source.weights.parameters())
-    network = materialize(source, source.weights, names).to(device)
-    network.config.use_cache = False  # type: ignore[union-attr]
+    network: Any = materialize(source, source.weights, names).to(device)
+    network.config.use_cache = False
     if recipe.method == "full":
         return network, network.float().requires_grad_(True).train()
     try:
         import peft
     except ImportError as error:
-        raise SpecError("--method lora", found="the package peft is not installed",
-                        do="pip install 'sparsify-fx[tune]'") from error  # fmt: skip
+        raise SpecError(
+            "--method lora", found="the package peft is not installed", do="pip install 'sparsify-fx[tune]'"
+        ) from error
     config = peft.LoraConfig(
-        r=recipe.rank, lora_alpha=recipe.alpha, lora_dropout=recipe.dropout, target_modules="all-linear", bias="none",
+        r=recipe.rank,
+        lora_alpha=recipe.alpha,
+        lora_dropout=recipe.dropout,
+        target_modules="all-linear",
+        bias="none",
         task_type="CAUSAL_LM",
-    )  # fmt: skip
+    )
     with quiet(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         wrapped = peft.get_peft_model(network.requires_grad_(False), config)
@@ -159,9 +189,17 @@ def _network(source: Source, recipe: Recipe, device: torch.device) -> tuple[nn.M
 
 
 def _train(
-    wrapped: nn.Module, network: nn.Module, ids: Tensor, recipe: Recipe, steps: int, masks: Mapping[str, Tensor],
-    state: TuneState, save_every: int, device: torch.device, observe: Callable[[int, int, float], None],
-) -> None:  # fmt: skip
+    wrapped: nn.Module,
+    network: nn.Module,
+    ids: Tensor,
+    recipe: Recipe,
+    steps: int,
+    masks: Mapping[str, Tensor],
+    state: TuneState,
+    save_every: int,
+    device: torch.device,
+    observe: Callable[[int, int, float], None],
+) -> None:
     """A plain loop; ``accelerate`` brings model and optimizer to the device, or devices."""
     from accelerate import Accelerator
 
@@ -227,43 +265,45 @@ def _merged(wrapped: Any, source: Source, masks: Mapping[str, Tensor], recipe: R
                     module.get_base_layer().weight.data = (
                         module.get_base_layer().weight.data.float() + module.get_delta_weight("default").float()
                     )
-            named = {n.replace("base_model.model.", "").replace(".base_layer", ""): p
-                     for n, p in wrapped.named_parameters() if "lora_" not in n}  # fmt: skip
+            named = {
+                n.replace("base_model.model.", "").replace(".base_layer", ""): p
+                for n, p in wrapped.named_parameters()
+                if "lora_" not in n
+            }
         else:
             named = dict(wrapped.named_parameters())
         new = {source.weights.canonical(n): p.detach().cpu() for n, p in named.items()}
         return {
             name: (new[name] * masks[name] if name in masks else new[name]).to(source.weights.dtype(name))
-            for name in source.weights.parameters() if name in new
-        }  # fmt: skip
+            for name in source.weights.parameters()
+            if name in new
+        }
 
 
 @dataclass(frozen=True)
-class Model:
-    """What is tuned, its graph, and who writes it."""
+class _Output:
+    """Who writes the tuned model, from what it was and its graph."""
 
     source: Source
     program: Program
     backend: Backend
+    overwrite: bool
 
-
-def _write(
-    model: Model, new: Mapping[str, Tensor], result: Tuned, held_out: Tensor, overwrite: bool, context: Context
-) -> float:
-    """The tuned model into a folder, names and shards as they were; its perplexity on the held-out text."""
-    source, program = model.source, model.program
-    with model.backend.open(source, result.output, overwrite=overwrite, program=program) as job:
-        for name, tensor in new.items():
-            if not torch.equal(tensor, source.weights.read(name)):
-                job.weights.write(name, tensor)
-        after = perplexity(replace(source, weights=job.weights), held_out, context)
-        before = read_manifest(source.folder) if source.folder is not None else {}
-        record = replace(result, perplexity=(result.perplexity[0], after)).as_dict()
-        record.pop("output")
-        program.weights = job.weights
-        job.finish(program, before | {"tuned": record})
-    TuneState.forget(result.output)
-    return after
+    def write(self, new: Mapping[str, Tensor], result: Tuned, held_out: Tensor, context: Context) -> float:
+        """The tuned model into a folder, names and shards as they were; its perplexity on the held-out text."""
+        source, program = self.source, self.program
+        with self.backend.open(source, result.output, overwrite=self.overwrite, program=program) as job:
+            for name, tensor in new.items():
+                if not torch.equal(tensor, source.weights.read(name)):
+                    job.weights.write(name, tensor)
+            after = perplexity(replace(source, weights=job.weights), held_out, context)
+            before = read_manifest(source.folder) if source.folder is not None else {}
+            record = replace(result, perplexity=(result.perplexity[0], after)).as_dict()
+            record.pop("output")
+            program.weights = job.weights
+            job.finish(program, before | {"tuned": record})
+        TuneState.forget(result.output)
+        return after
 
 
 def _write_adapter(source: Source, wrapped: Any, result: Tuned, held_out: Tensor, overwrite: bool) -> Tuned:

@@ -1,49 +1,23 @@
-"""Coupled dimensions: operator by operator, then in every family, proved by one property: a model whose channels are
-zero gives what a model without them gives."""
+"""Coupled dimensions: operator by operator, proved by one property (a model whose channels are zero gives what a model
+without them gives), and what is found in every family."""
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Callable
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from analysis.dimensions import check_equality, run
-from families import FAMILIES, build, inputs
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from support.zeroed import Net, check_equality, program_of
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sparsify.analysis.dimensions.groups import Dimensions, coupled_dimensions
+from sparsify.analysis.dimensions.groups import coupled_dimensions
 from sparsify.analysis.dimensions.kinds import roles_of
-from sparsify.errors import SpecError, TraceError
-from sparsify.frontend.capture import capture
-from sparsify.frontend.source import open_source
 from sparsify.inspection.dimensions import DimensionReport
 from sparsify.ir.program import Program
-from sparsify.structure.shrink import shrink
-
-
-class Net(nn.Module):
-    """Two linear layers with something between."""
-
-    def __init__(
-        self, between: Callable[[Tensor, nn.Module], Tensor], width: int, back: int, **more: nn.Module
-    ) -> None:
-        super().__init__()
-        self.first, self.second, self.between = nn.Linear(6, width), nn.Linear(back, 5), between
-        for name, module in more.items():
-            self.add_module(name, module)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.second(self.between(self.first(x), self))
 
 
 def heads(x: Tensor, net: nn.Module, n: int = 4) -> Tensor:
@@ -92,11 +66,6 @@ CASES: dict[str, tuple[Callable[[Tensor, Any], Tensor], int, int, int, dict[str,
 }  # fmt: skip
 
 
-def program_of(module: nn.Module, batch: dict[str, Tensor]) -> tuple[Program, Dimensions]:
-    program = capture(open_source(module.eval()), batch)
-    return program, coupled_dimensions(program)
-
-
 @pytest.mark.parametrize("case", CASES)
 def test_what_operators_do(case: str) -> None:
     torch.manual_seed(0)
@@ -135,21 +104,18 @@ def test_what_is_pinned_says_why(case: str) -> None:
     assert dimensions.without_rule.keys() == ({"flip"} if case == "no rule" else set())
 
 
-def test_what_cannot_be_removed_is_refused() -> None:
-    program, dimensions = program_of(Net(lambda x, n: x, 8, 8), {"0": torch.randn(2, 3, 6)})
-    number = next(i for i, g in enumerate(dimensions.groups) if g.channels == 8)
-    last = next(i for i, g in enumerate(dimensions.groups) if g.pinned.all())
-    for remove, match in (({number: range(8)}, "nothing would be left"), ({number: [8]}, "8 channels"),
-                          ({99: [0]}, "groups"), ({last: [0]}, "returns it|no parameter")):  # fmt: skip
-        with pytest.raises(SpecError, match=match):
-            shrink(program, dimensions, remove)  # type: ignore[arg-type]
-    assert run(shrink(program, dimensions, {}), {"0": torch.ones(2, 3, 6)}).shape == (2, 3, 5)
+Reports = Callable[[str], tuple[Program, DimensionReport]]
 
 
-@cache
-def family(name: str) -> tuple[Program, DimensionReport]:
-    program = capture(open_source(build(name)), inputs(name))
-    return program, DimensionReport(name, coupled_dimensions(program), roles_of(program))
+@pytest.fixture(scope="module")
+def report(captured: Callable[[str], Program]) -> Reports:
+    """A family's graph and its coupled dimensions."""
+
+    def of(name: str) -> tuple[Program, DimensionReport]:
+        program = captured(name)
+        return program, DimensionReport(name, coupled_dimensions(program), roles_of(program))
+
+    return cache(of)
 
 
 # What each family has in two blocks: (kind, free channels, how many such groups).
@@ -173,78 +139,18 @@ EXPECTED = {
 
 
 @pytest.mark.parametrize("name", EXPECTED)
-def test_what_is_found_in_a_family(name: str) -> None:
-    _, report = family(name)
-    found = Counter((report.kind(g), len(g.free)) for g in report.dimensions.prunable)
-    assert found == EXPECTED[name]
-    assert not report.dimensions.without_rule
+def test_what_is_found_in_a_family(name: str, report: Reports) -> None:
+    _, found = report(name)
+    kinds = Counter((found.kind(g), len(g.free)) for g in found.dimensions.prunable)
+    assert kinds == EXPECTED[name]
+    assert not found.dimensions.without_rule
 
 
-def test_query_heads_go_with_their_key_value_head() -> None:
-    _, report = family("llama")
-    group = next(g for g in report.dimensions.prunable if report.kind(g) == "heads")
+def test_query_heads_go_with_their_key_value_head(report: Reports) -> None:
+    _, found = report("llama")
+    group = next(g for g in found.dimensions.prunable if found.kind(g) == "heads")
     size = {m.parameter.split(".")[-2]: m.positions([1]).tolist() for m in group.members}
     # Two key-value heads of eight columns, each for two query heads that lie side by side.
     assert size["q_proj"] == size["o_proj"] == list(range(16, 32)) and size["k_proj"] == size["v_proj"] == [
         *range(8, 16)
     ]
-
-
-QUICK = ("llama", "gpt2", "falcon")
-
-
-@pytest.mark.parametrize(
-    "name", [*QUICK, *(pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES if f not in QUICK)]
-)
-def test_a_model_without_channels_is_the_model_with_zeros(name: str) -> None:
-    program, report = family(name)
-    dimensions, batch = report.dimensions, inputs(name)
-    exact = [i for i, g in enumerate(dimensions.groups) if len(g.free) > 1 and not g.renormalized]
-
-    @settings(max_examples=6, deadline=None)
-    @given(st.data())
-    def drawn(data: st.DataObject) -> None:
-        chosen = data.draw(st.lists(st.sampled_from(exact), min_size=1, unique=True))
-        remove = {}
-        for i in chosen:
-            free = [int(c) for c in dimensions.groups[i].free]
-            remove[i] = data.draw(st.lists(st.sampled_from(free), min_size=1, max_size=len(free) - 1, unique=True))
-        check_equality(program, dimensions, remove, batch)
-
-    drawn()
-
-
-@pytest.mark.parametrize("name", ["llama", "gpt2", "vit"])
-def test_the_residual_width_of_a_whole_model(name: str) -> None:
-    """Norms divide by another width then, so that it is no model with zeros; but it runs, everywhere narrower."""
-    program, report = family(name)
-    number, group = next((i, g) for i, g in enumerate(report.dimensions.groups) if report.kind(g) == "width")
-    assert group.renormalized
-    small = shrink(program, report.dimensions, {number: [int(c) for c in group.free[:8]]})
-    assert bool(run(small, inputs(name)).isfinite().all())
-    for member in group.members:
-        assert small.weights.read(member.parameter).shape[member.axis] == 24
-
-
-def test_experts_need_as_many_as_a_token_takes() -> None:
-    program, report = family("mixtral")
-    number = next(i for i, g in enumerate(report.dimensions.groups) if report.kind(g) == "experts")
-    small = shrink(program, report.dimensions, {number: [1]})
-    assert bool(run(small, inputs("mixtral")).isfinite().all())
-    with pytest.raises(TraceError, match="chooses 2 of 1"):
-        shrink(program, report.dimensions, {number: [0, 1, 2]})
-
-
-def test_sentences_json_and_a_graph(folder: Callable[[str], Path], tmp_path: Path) -> None:
-    words = [sys.executable, "-m", "sparsify", "inspect", str(folder("llama")), "--dimensions"]
-    text = subprocess.run(words, capture_output=True, text=True, check=True).stdout
-    assert "2 heads: model.layers.0.self_attn.q_proj outputs (16 each), " in text
-    assert "64 channels: model.layers.0.mlp.gate_proj outputs, model.layers.0.mlp.up_proj outputs, " in text
-    assert "32 channels of the residual width" in text and "pinned: lm_head outputs: the model returns it" in text
-    done = subprocess.run(
-        [*words, "--json", "--dot", str(tmp_path / "d.dot")], capture_output=True, text=True, check=True
-    )
-    groups = json.loads(done.stdout)["groups"]
-    heads_ = next(g for g in groups if g["kind"] == "heads")
-    assert heads_["free"] == 2 and heads_["members"][0]["channel"][:17] == [0] * 16 + [1]
-    assert (tmp_path / "d.dot").read_text().startswith("graph dimensions {")

@@ -1,16 +1,21 @@
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, inputs
-from torch import Tensor, nn
+from support.families import FAMILIES, inputs
+from torch import Tensor, fx, nn
 
-from sparsify.analysis.linear import LinearSite, Opaque, block_of, find_sites, group_by_input
+from sparsify.analysis.flow import Flow
+from sparsify.analysis.linear import block_of, find_sites, group_by_input
+from sparsify.calibration.activations import ActivationStore
+from sparsify.calibration.interpreter import Interpreter, Region
 from sparsify.frontend.capture import capture
 from sparsify.frontend.source import open_source
+from sparsify.ir.program import Program
 
 # Parameters of two or more dimensions that no linear site reads, and why: all others must be sites.
 NOT_SITES = {
@@ -19,15 +24,12 @@ NOT_SITES = {
 }  # fmt: skip
 
 
-def sites_of(model: object, batch: dict[str, Tensor]) -> tuple[list[LinearSite], list[Opaque]]:
-    return find_sites(capture(open_source(model), batch))  # type: ignore[arg-type]
-
-
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_matrix_of_every_family_is_a_site_or_named(family: str, folder: Callable[[str], Path]) -> None:
+def test_every_matrix_of_every_family_is_a_site_or_named(
+    family: str, folder: Callable[[str], Path], captured: Callable[[str], Program]
+) -> None:
     source = open_source(folder(family))
-    program = capture(source, inputs(family))
-    sites, opaque = find_sites(program)
+    sites, opaque = find_sites(captured(family))
     found = {site.parameter for site in sites} | {p for o in opaque for p in o.parameters}
     for name, parameter in source.module.named_parameters():
         if parameter.dim() >= 2 and source.weights.canonical(name) not in found:
@@ -40,33 +42,25 @@ def test_every_matrix_of_every_family_is_a_site_or_named(family: str, folder: Ca
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_site_computes_what_it_says(family: str, folder: Callable[[str], Path]) -> None:
+def test_a_site_computes_what_it_says(family: str, captured: Callable[[str], Program]) -> None:
     """The node's output is its activation times the site's (out, in) view, plus at most a bias."""
-    from sparsify.analysis.flow import Flow
-    from sparsify.calibration.activations import ActivationStore
-    from sparsify.calibration.interpreter import Interpreter
+    program = captured(family)
+    plain = {site.node: site for site in find_sites(program)[0] if site.expert_axis is None}
+    whole = Flow.of(program)
+    end = len(whole.order)
+    flow = whole.holding({site.activation: [end] for site in plain.values()})
+    seen: dict[fx.Node, tuple[Tensor, Tensor]] = {}
 
-    batch = inputs(family)
-    source = open_source(folder(family))
-    program = capture(source, batch)
-    sites, _ = find_sites(program)
-    flow = Flow.of(program)
-    plain = [s for s in sites if s.expert_axis is None]
-    for site in plain:
-        flow.hold(site.activation, len(flow.order))
-    seen: dict[object, tuple[Tensor, Tensor]] = {}
-    by_node = {site.node: site for site in plain}
-
-    def check(index: int, node: object, values: dict) -> None:  # type: ignore[type-arg]
-        site = by_node[node]  # type: ignore[index]
-        seen[node] = (values[site.activation].clone(), values[site.node].clone())
+    def check(index: int, node: fx.Node, values: Mapping[fx.Node, Any]) -> None:
+        seen[node] = (values[plain[node].activation].clone(), values[node].clone())
 
     with ActivationStore(1 << 30) as store, torch.no_grad():
-        runner = Interpreter(program, flow, [batch], store, torch.device("cpu"))
-        runner.region(0, len(flow.order), len(flow.order), watch=set(by_node), on_value=check)
+        runner = Interpreter(program, flow, [inputs(family)], store, torch.device("cpu"))
+        runner.run_region(Region(0, end, end), watch=set(plain), on_value=check)
+    assert seen.keys() == plain.keys() and seen
     for node, (x, y) in seen.items():
-        site = by_node[node]  # type: ignore[index]
-        weight = site.matrices(source.weights.read(site.parameter))[0]
+        site = plain[node]
+        weight = site.matrices(program.weights.read(site.parameter))[0]
         rows = site.window.rows(x) if site.window else x.movedim(site.feature_dim, -1).reshape(-1, site.shape[1])
         out = y.movedim(site.feature_dim, -1).reshape(-1, site.shape[0])
         rest = out - rows @ weight.t()
@@ -88,22 +82,22 @@ def test_a_site_computes_what_it_says(family: str, folder: Callable[[str], Path]
     ],
 )
 def test_sites_that_read_one_activation_are_one_group(
-    family: str, groups: list[list[str]], folder: Callable[[str], Path]
+    family: str, groups: list[list[str]], captured: Callable[[str], Program]
 ) -> None:
-    sites, _ = find_sites(capture(open_source(folder(family)), inputs(family)))
+    sites, _ = find_sites(captured(family))
     first = next(s.block for s in sites if s.block)
     found = [g for g in group_by_input(sites) if g.block == first]
     assert [[s.name.rpartition(".")[2] for s in g.sites] for g in found] == groups
 
 
-def test_t5_keys_and_values_of_every_decoder_block_read_the_encoder(folder: Callable[[str], Path]) -> None:
-    sites, _ = find_sites(capture(open_source(folder("t5")), inputs("t5")))
+def test_t5_keys_and_values_of_every_decoder_block_read_the_encoder(captured: Callable[[str], Program]) -> None:
+    sites, _ = find_sites(captured("t5"))
     cross = [g for g in group_by_input(sites) if "EncDecAttention.k" in g.name]
     assert len(cross) == 2 and cross[0].activation is cross[1].activation
 
 
-def test_stacked_experts_and_routers(folder: Callable[[str], Path]) -> None:
-    sites, _ = find_sites(capture(open_source(folder("mixtral")), inputs("mixtral")))
+def test_stacked_experts_and_routers(captured: Callable[[str], Program]) -> None:
+    sites, _ = find_sites(captured("mixtral"))
     by_name = {s.name.removeprefix("model.layers.0.mlp."): s for s in sites}
     assert by_name["gate"].router and not by_name["experts.gate_up_proj"].router
     assert by_name["experts.gate_up_proj"].experts == 4 and by_name["experts.gate_up_proj"].shape == (128, 32)
@@ -132,7 +126,7 @@ class Layouts(nn.Module):
 
 
 def test_layouts_that_are_sites_and_those_that_are_named() -> None:
-    sites, opaque = sites_of(Layouts().eval(), {"0": torch.randn(2, 6, 4, 4)})
+    sites, opaque = find_sites(capture(open_source(Layouts().eval()), {"0": torch.randn(2, 6, 4, 4)}))
     shapes = {s.parameter: (s.shape, s.out_axis, s.in_axis, s.expert_axis, s.feature_dim) for s in sites}
     assert shapes == {
         "conv.weight": ((4, 6), 0, 1, None, -3),

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from families import save
 from safetensors.torch import load_file, save_file
+from support.families import save
 
 import sparsify
 from sparsify.errors import CalibrationError, CheckpointError, SparsifyError

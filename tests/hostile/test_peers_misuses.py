@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import build
+from support.families import build
 from torch import Tensor, nn
 
 import sparsify

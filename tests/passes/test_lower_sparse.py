@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from families import build
-from packed.matrices import error, pruned, pruned_24
+from support.families import build
+from support.matrices import error, pruned, pruned_24
 from torch import Tensor, fx, nn
 from torch.fx.passes.infra.pass_manager import PassManager
 from torch.nn import functional
@@ -19,6 +19,7 @@ from sparsify.analysis.contraction import operator_name
 from sparsify.errors import TraceError
 from sparsify.method.pattern import NM
 from sparsify.passes import LowerSparse, Wanda
+from sparsify.prune.fx_pass import GraphPrune
 from sparsify.runtime.stopwatch import Stopwatch
 
 SMALLEST = LowerSparse(choice="smallest")
@@ -249,7 +250,7 @@ def test_what_is_not_packed_is_named_with_its_reason() -> None:
 
 def test_after_wanda_in_one_pass_manager() -> None:
     net, x = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64)).eval(), torch.randn(8, 64)
-    manager = PassManager([Wanda(NM(2, 4)).bind([x]), SMALLEST], run_checks_after_each_pass=True)
+    manager = PassManager([GraphPrune(Wanda(NM(2, 4)), [x]), SMALLEST], run_checks_after_each_pass=True)
     with torch.no_grad():
         lowered = manager(fx.symbolic_trace(net)).graph_module
         pruned_net = sparsify.compile(net, ["wanda:2:4"], calibration=[x]).model

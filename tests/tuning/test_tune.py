@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from packed.test_folder import load
+from support.folders import load
 
 import sparsify
 from sparsify.errors import BackendError, CalibrationError, CheckpointError, SpecError, VerifyError

@@ -6,8 +6,9 @@ import statistics
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from sparsify.backends.packed.labels import siblings_label
 from sparsify.backends.packed.loaded.loading import Loading
-from sparsify.backends.packed.loaded.prepare import Prepared
+from sparsify.backends.packed.loaded.on_gpu import Prepared
 from sparsify.runtime.stopwatch import Timing
 
 
@@ -40,6 +41,19 @@ class SiteSpeed:
     kernel: str
     timing: Timing | None
 
+    @property
+    def runs(self) -> str:
+        """What runs them: a layout, or whose dense kernel."""
+        return self.layout if self.layout != "dense" else f"dense, {self.kernel}"
+
+    @property
+    def seconds(self) -> float | None:
+        """What that takes for one token; None where nothing was timed."""
+        t = self.timing
+        if t is None or t.packed is not None:
+            return None if t is None else t.packed
+        return t.torch if self.kernel == "torch" else t.dense
+
 
 @dataclass(frozen=True)
 class Benchmark:
@@ -69,6 +83,18 @@ class Benchmark:
     device: str = "cpu"
     memory: tuple[int, int] | None = None
     products: list[Prepared] = field(default_factory=list)
+
+    @property
+    def machine(self) -> str:
+        return f"{self.processor}, {self.threads} threads" if self.device == "cpu" else self.processor
+
+    def products_by_kind(self) -> dict[tuple[str, str], tuple[int, Prepared]]:
+        """(layers, shape) -> how many there are, and one of them."""
+        found: dict[tuple[str, str], tuple[int, Prepared]] = {}
+        for product in self.products:
+            key = siblings_label(product.names), "×".join(map(str, product.shape))
+            found[key] = found.get(key, (0, product))[0] + 1, product
+        return found
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)

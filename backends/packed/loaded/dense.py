@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sparsify.backends.packed.format import PackedSite
-from sparsify.backends.packed.loaded.modules import FastLinear, packed_of
+from sparsify.backends.packed.loaded.modules import FastLinear, become, owner_of, packed_of, replace
 from sparsify.runtime.layout import Packed
 
 
@@ -20,8 +19,7 @@ def dense_modules(
     from transformers.pytorch_utils import Conv1D
 
     for name, site in sites.items():
-        path, _, leaf = name.rpartition(".")
-        owner: Any = model.get_submodule(path)
+        owner, leaf = owner_of(model, name)
         starts = getattr(owner, f"{leaf}_starts", None)
         weight = nn.Parameter(site.parameter(unpack(packed_of(model, name, site), starts)), requires_grad=False)
         if leaf != "weight":
@@ -32,10 +30,9 @@ def dense_modules(
             owner.sites.pop(leaf)
             continue
         with torch.device("meta"):
-            dense: Any = Conv1D(site.rows, site.columns) if site.transposed else nn.Linear(site.columns, site.rows)
+            dense = Conv1D(site.rows, site.columns) if site.transposed else nn.Linear(site.columns, site.rows)
         dense.weight, dense.bias = weight, owner.bias
-        parent, _, child = path.rpartition(".")
-        model.get_submodule(parent)._modules[child] = dense.train(owner.training)
+        replace(model, name, dense.train(owner.training))
         if (hook := getattr(owner, "_hf_hook", None)) is not None:
             # accelerate brings a layer's inputs to its device by this.
             from accelerate.hooks import add_hook_to_module
@@ -43,5 +40,5 @@ def dense_modules(
             add_hook_to_module(dense, hook)
     for module in model.modules():
         if type(module) is FastLinear:
-            module.__class__ = nn.Linear  # type: ignore[assignment]
+            become(module, nn.Linear)
     return model

@@ -10,17 +10,19 @@ from torch import Tensor, nn
 
 from sparsify.backends.packed.format import CODES, PackedSite
 from sparsify.errors import Refused
-from sparsify.runtime.cuda.dispatch import Plan, Policy, Timings
+from sparsify.runtime.cuda.dispatch import Plan, Timings
+from sparsify.runtime.cuda.gpu import GPU
 from sparsify.runtime.cuda.ops import linear_24_prepared
-from sparsify.runtime.cuda.prepared import PreparedWeight, Target, prepare
+from sparsify.runtime.cuda.prepared import PreparedWeight, prepare
 from sparsify.runtime.layout import Packed, concatenate
 from sparsify.runtime.ops import linear_24, linear_bitmask
+from sparsify.runtime.words import Policy
 
 # The type of the devices whose layouts are taken.
-GPU = "cuda"
+GPU_TYPE = "cuda"
 
 
-def hold(module: nn.Module, name: str, site: PackedSite, dtype: torch.dtype, device: Any) -> None:
+def hold(module: nn.Module, name: str, site: PackedSite, dtype: torch.dtype, device: torch.device) -> None:
     """Give ``module`` the tensors of a packed parameter: values under its name, codes beside it."""
     values = torch.empty(site.values_shape, dtype=dtype, device=device)
     module.register_parameter(name, nn.Parameter(values, requires_grad=False))
@@ -53,7 +55,7 @@ class PackedLinear(nn.Module):
     site: PackedSite
     product: Product
 
-    def __init__(self, site: PackedSite, bias: nn.Parameter | None, dtype: torch.dtype, device: Any) -> None:
+    def __init__(self, site: PackedSite, bias: nn.Parameter | None, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
         self.site, self.in_features, self.out_features = site, site.columns, site.rows
         hold(self, "weight", site, dtype, device)
@@ -119,7 +121,7 @@ class Product:
         self.sizes = [member.out_features for member in self.members]
         self.policy: Policy = "decode"
         self.tune = True
-        self.target: Target | None = None
+        self.target: GPU | None = None
         self.plan: str | None = None
         self.refused: Refused | None = None
         self.timings = Timings({})
@@ -142,13 +144,12 @@ class Product:
         main, more, codes = leader.weight, leader.weight_compressed, leader.weight_codes
         fragments, compressed = (main, more) if self._fragments else (None, main)
         bias = leader.bias if len(self.members) == 1 else leader.joined_bias
-        y: Tensor = linear_24_prepared(x, fragments, compressed, codes, sum(self.sizes), self.plan, bias)
-        return y
+        return linear_24_prepared(x, fragments, compressed, codes, sum(self.sizes), self.plan, bias)
 
     def settle(self) -> None:
         """Take the layouts of the GPU, where all members lie on one and wait for it."""
         places = {(m.weight.device, m.weight.dtype) for m in self.members}
-        if self.plan is None and len(places) == 1 and next(iter(places))[0].type == GPU:
+        if self.plan is None and len(places) == 1 and next(iter(places))[0].type == GPU_TYPE:
             self.prepare()
 
     def prepare(self) -> None:
@@ -181,8 +182,10 @@ class Product:
         leader.register_buffer("weight_codes", weight.codes, persistent=False)
         if len(self.members) > 1:
             biases = [m.bias for m in self.members]
-            parts = [main.new_zeros(m.out_features) if b is None else b.detach()
-                     for m, b in zip(self.members, biases, strict=True)]  # fmt: skip
+            parts = [
+                main.new_zeros(m.out_features) if b is None else b.detach()
+                for m, b in zip(self.members, biases, strict=True)
+            ]
             known = any(b is not None for b in biases)
             leader.register_buffer("joined_bias", torch.cat(parts) if known else None, persistent=False)
 
@@ -209,8 +212,14 @@ class Product:
         main = leader.weight.data
         fragments, compressed = (main, leader.weight_compressed) if self._fragments else (None, main)
         whole = PreparedWeight(
-            sum(self.sizes), leader.in_features, main.dtype, fragments, compressed, leader.weight_codes,
-            Plan.parse(self.plan or ""), self.timings,
-        ).portable()  # fmt: skip
+            sum(self.sizes),
+            leader.in_features,
+            main.dtype,
+            fragments,
+            compressed,
+            leader.weight_codes,
+            Plan.parse(self.plan or ""),
+            self.timings,
+        ).portable()
         rows = zip(whole.values.split(self.sizes), whole.codes.split(self.sizes), self.sizes, strict=True)
         return [Packed("packed24", (size, leader.in_features), v.clone(), c.clone()) for v, c, size in rows]

@@ -1,4 +1,4 @@
-"""Load a folder as its users do, and say what that took: ``python -m sparsify.backends.packed.loaded.loading FOLDER``."""
+"""Load a folder as its users do, and say what that took: ``python -m`` this module, and FOLDER."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def load_on(folder: str | Path, device: torch.device, *, tune: bool = True, trus
         CheckpointError: it does not load. BackendError: kernels do not compile.
     """
     from sparsify.backends.packed.loaded.linear import PackedLinear
-    from sparsify.backends.packed.loaded.prepare import prepare
+    from sparsify.backends.packed.loaded.on_gpu import prepare
 
     model = load_model(folder, trust_remote_code=trust_remote_code)
     for module in model.modules():

@@ -15,15 +15,16 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from sparsify.backends.packed.format import FIELDS, FORMAT, METHOD, PackedSite, check_gpu, sites_of
+from sparsify.backends.packed.config import FIELDS, FORMAT, METHOD, check_gpu, sites_of
+from sparsify.backends.packed.format import PackedSite
 from sparsify.backends.packed.loaded.linear import PackedLinear
-from sparsify.backends.packed.loaded.modules import FastLinear, count_rows, pack_modules, packed_of
-from sparsify.backends.packed.loaded.prepare import prepare
+from sparsify.backends.packed.loaded.modules import FastLinear, become, count_rows, pack_modules, packed_of
+from sparsify.backends.packed.loaded.on_gpu import prepare
 from sparsify.backends.packed.store import check_tensors
 from sparsify.errors import BackendError, CheckpointError
 from sparsify.files.checkpoint import DTYPES
-from sparsify.runtime.layout import check
-from sparsify.runtime.ops import unpacked
+from sparsify.runtime.cpu.unpacking import unpacked
+from sparsify.runtime.soundness import check
 from sparsify.runtime.stopwatch import Stopwatch
 
 
@@ -40,9 +41,13 @@ class SparsifyConfig(QuantizationConfigMixin):
     """
 
     def __init__(
-        self, sites: dict[str, Any], format: int = FORMAT, quant_method: str = METHOD,
-        siblings: list[list[str]] | None = None, gpu: dict[str, Any] | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        sites: dict[str, Any],
+        format: int = FORMAT,
+        quant_method: str = METHOD,
+        siblings: list[list[str]] | None = None,
+        gpu: dict[str, Any] | None = None,
+    ) -> None:
         self.quant_method: Any = quant_method
         self.format, self.sites = format, sites
         self.siblings, self.gpu = siblings or [], gpu or {}
@@ -127,7 +132,7 @@ def speed_up_dense(model: nn.Module) -> list[str]:
         if plain and module.weight.device.type == "cpu" and module.weight.dtype.is_floating_point:
             timing = watch.dense(module.weight)
             if timing.dense < timing.torch:
-                module.__class__ = FastLinear
+                become(module, FastLinear)
                 changed.append(name)
     return changed
 

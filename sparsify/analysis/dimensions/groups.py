@@ -109,12 +109,12 @@ def _coupled(program: Program) -> Dimensions:
 
 
 def _rows(walk: Walk, node: fx.Node) -> Any:
-    val = node.meta.get("val")
+    val: Any = node.meta.get("val")
     if node.op == "get_attr":
         name = walk.program.parameter(node)
         if name is None:
-            return [None] * val.dim()  # type: ignore[union-attr]
-        return walk.parameter(walk.program.weights.canonical(name), val.shape)  # type: ignore[union-attr]
+            return [None] * val.dim()
+        return walk.parameter(walk.program.weights.canonical(name), val.shape)
     if node.op == "output":
         for operand in node.all_input_nodes:
             for row in _flat(walk.rows[operand]):
@@ -160,8 +160,12 @@ def _resolve(walk: Walk) -> Dimensions:
     renormalized = numpy.zeros(walk.count, dtype=bool)
     for ids in walk.renormalized:
         renormalized[label[ids]] = True
-    axes = [(name, axis, label[row.ids]) for name, rows in walk.parameters.items()
-            for axis, row in enumerate(rows) if row is not None]  # fmt: skip
+    axes = [
+        (name, axis, label[row.ids])
+        for name, rows in walk.parameters.items()
+        for axis, row in enumerate(rows)
+        if row is not None
+    ]
     groups: list[Group] = []
     group_of, channel_of = numpy.full(walk.count, -1), numpy.full(walk.count, -1)
     for component in _components(walk.count, [ids for _, _, ids in axes]):
@@ -173,7 +177,9 @@ def _resolve(walk: Walk) -> Dimensions:
     groups = [groups[i] for i in order]
     for number, group in enumerate(groups):
         for member in group.members:
-            ids = label[walk.parameters[member.parameter][member.axis].ids]  # type: ignore[union-attr]
+            row = walk.parameters[member.parameter][member.axis]
+            assert row is not None, "a member is a dimension with channels"
+            ids = label[row.ids]
             group_of[ids], channel_of[ids] = number, member.channel
     rows = {node: _as_classes(rows, label) for node, rows in walk.rows.items()}
     return Dimensions(tuple(groups), rows, (group_of, channel_of), walk.without_rule)

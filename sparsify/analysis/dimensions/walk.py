@@ -111,4 +111,4 @@ class Walk:
             self.renormalized.append(row.ids)
 
 
-Rule = Callable[[Walk, fx.Node], Any]
+RowRule = Callable[[Walk, fx.Node], Any]

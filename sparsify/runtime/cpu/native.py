@@ -25,7 +25,7 @@ BUILT = "_cpu"
 ISAS = ("scalar", "avx2", "avx512")
 
 
-class Library:
+class NativeLibrary:
     """The functions of one compiled library; see ``cpu/kernels.cpp`` for their arguments.
 
     Raises:
@@ -55,35 +55,35 @@ class Library:
 
 
 @cache
-def library() -> Library | None:
+def library() -> NativeLibrary | None:
     """The kernels of this machine, or None, with one warning, where there are none and no compiler makes them."""
     for path in sorted(Path(__file__).parent.glob(f"{BUILT}*")):
         try:
-            found = Library(path)
+            found = NativeLibrary(path)
         except (OSError, AttributeError):
             continue
         # In a checkout the sources may be newer than what was built with them.
         if found.source == source_hash():
             return found
     built = _cached()
-    if isinstance(built, Library):
+    if isinstance(built, NativeLibrary):
         return built
     warnings.warn(
-        f"sparsify's CPU kernels are not here ({built.reason}); packed weights are unpacked for every product, which is slow. "
-        "Install a C++ compiler (g++ or clang++), or a wheel that holds the kernels",
+        f"sparsify's CPU kernels are not here ({built.reason}); packed weights are unpacked for every product, which "
+        "is slow. Install a C++ compiler (g++ or clang++), or a wheel that holds the kernels",
         RuntimeWarning,
         stacklevel=2,
     )
     return None
 
 
-def _cached() -> Library | Refused:
+def _cached() -> NativeLibrary | Refused:
     """The library in the cache folder, compiled now where it is not there yet; or why not."""
     compiler = find_compiler()
     target = cache_folder() / f"cpu-{source_hash()}.so"
     try:
         if target.exists():
-            return Library(target)
+            return NativeLibrary(target)
         if compiler is None:
             return Refused("not in the installed package, and no C++ compiler was found")
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -95,7 +95,7 @@ def _cached() -> Library | Refused:
                 return Refused(f"{compiler} failed: {error[:200]}", str(target))
             # Two processes may get here at once; each renames a whole file.
             made.replace(target)
-        return Library(target)
+        return NativeLibrary(target)
     except (OSError, AttributeError) as error:
         return Refused(f"{target}: {error}", str(target))
 

@@ -1,5 +1,5 @@
-"""2:4 weights on NVIDIA GPUs: the layouts that lie in GPU memory, the kernels, and which of them serves how many tokens.
+"""2:4 weights on NVIDIA GPUs: layouts in GPU memory, kernels, and which of them serves how many tokens.
 
-``prepared`` is what a layer holds, ``ops`` what a graph calls, ``dispatch`` and ``autotune`` choose, ``variants`` names
-the kernels, and ``kernels/*.h`` compute.
+``prepared`` is what a layer holds, ``ops`` what a graph calls, ``products`` runs one kernel; ``dispatch`` and
+``autotune`` choose, ``variants`` names the kernels, and ``kernels/*.h`` compute.
 """

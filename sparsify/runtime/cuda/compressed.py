@@ -15,19 +15,19 @@ from torch.nn.functional import pad
 
 from sparsify.runtime.layout import Packed, pack, unpack
 
-Library = Literal["cusparselt", "cutlass"]
+SparseLibrary = Literal["cusparselt", "cutlass"]
 # Both take tokens in eights.
 TOKEN_UNIT = 8
 # What the libraries need of [rows, columns] in 16-bit dtypes.
-_UNITS: dict[Library, tuple[int, int]] = {"cusparselt": (16, 16), "cutlass": (32, 64)}
+_UNITS: dict[SparseLibrary, tuple[int, int]] = {"cusparselt": (16, 16), "cutlass": (32, 64)}
 
 
-def library_of(capability: tuple[int, int]) -> Library:
+def library_of(capability: tuple[int, int]) -> SparseLibrary:
     """CUTLASS's kernels are built for compute capability 8.x alone; cuSPARSELt serves the later ones."""
     return "cutlass" if capability[0] == 8 else "cusparselt"
 
 
-def unfit(library: Library, rows: int, columns: int) -> str | None:
+def unfit(library: SparseLibrary, rows: int, columns: int) -> str | None:
     """Why ``library`` does not take a matrix [rows, columns], or None."""
     high, wide = _UNITS[library]
     if rows % high or columns % wide:
@@ -35,7 +35,7 @@ def unfit(library: Library, rows: int, columns: int) -> str | None:
     return None
 
 
-def compress(packed: Packed, library: Library) -> tuple[Tensor, Tensor | None]:
+def compress(packed: Packed, library: SparseLibrary) -> tuple[Tensor, Tensor | None]:
     """A packed24 matrix as ``library`` takes it: values and, for CUTLASS, codes of int16 [rows, columns / 16]."""
     if library == "cusparselt":
         return torch._cslt_compress(unpack(packed)), None

@@ -15,14 +15,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
-from typing import Literal
 
 from sparsify.errors import BackendError
 from sparsify.runtime.cuda.fragments import tiles
 from sparsify.runtime.cuda.variants import Variant
+from sparsify.runtime.words import Policy
 
-Policy = Literal["decode", "prefill", "both"]
-POLICIES: tuple[Policy, ...] = ("decode", "prefill", "both")
 # Token counts that are measured; a count between two is served as the one above it.
 BUCKETS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 # A matrix stays dense where the best sparse kernel is slower than this share of the dense speed, at the token counts

@@ -63,9 +63,11 @@ def from_fragments(fragments: Tensor, dtype: torch.dtype, rows: int, columns: in
     codes = ordered[..., 0] | ordered[..., 1] << 4
     full = padded(columns)
     return Packed(
-        "packed24", (rows, columns), values.view(dtype)[:rows, : full // 2].contiguous(),
+        "packed24",
+        (rows, columns),
+        values.view(dtype)[:rows, : full // 2].contiguous(),
         codes[:rows, : full // 8].contiguous(),
-    )  # fmt: skip
+    )
 
 
 def _filled(matrix: Tensor, rows: int, columns: int, value: int) -> Tensor:

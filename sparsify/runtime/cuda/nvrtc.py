@@ -66,9 +66,14 @@ class NVRTC:
         names = (ctypes.c_char_p * len(headers))(*(p.name.encode() for p in headers))
         program = ctypes.c_void_p()
         self._call(
-            "nvrtcCreateProgram", ctypes.byref(program), (SOURCES / MAIN).read_bytes(), MAIN.encode(), len(headers),
-            texts, names,
-        )  # fmt: skip
+            "nvrtcCreateProgram",
+            ctypes.byref(program),
+            (SOURCES / MAIN).read_bytes(),
+            MAIN.encode(),
+            len(headers),
+            texts,
+            names,
+        )
         try:
             words = [*OPTIONS, f"--gpu-architecture={target}", f"-DSPARSIFY_TYPE={TYPES[dtype]}"]
             options = (ctypes.c_char_p * len(words))(*(w.encode() for w in words))
@@ -96,9 +101,10 @@ class NVRTC:
     def _failure(self, what: str, found: str) -> BackendError:
         version = ".".join(map(str, getattr(self, "version", ())))
         return BackendError(
-            f"compiling the CUDA kernels ({what}, NVRTC {version})", found=found,
+            f"compiling the CUDA kernels ({what}, NVRTC {version})",
+            found=found,
             do="Install a newer nvidia-cuda-nvrtc; the Triton kernels serve until then",
-        )  # fmt: skip
+        )
 
 
 @cache

@@ -32,9 +32,18 @@ def _halves(word, FLOAT16: tl.constexpr):
 
 @triton.jit
 def one_token(
-    w, codes, x, bias, y, rows, groups,
-    ROWS: tl.constexpr, GROUPS: tl.constexpr, FLOAT16: tl.constexpr, BIAS: tl.constexpr,
-):  # fmt: skip
+    w,
+    codes,
+    x,
+    bias,
+    y,
+    rows,
+    groups,
+    ROWS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    FLOAT16: tl.constexpr,
+    BIAS: tl.constexpr,
+):
     """w: int32 [rows, groups]; codes: int16 [rows, groups / 4]; x: four planes [4, groups]; GROUPS divides groups."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     # A row past the end is read again and not stored: a mask would make the loads narrow.
@@ -64,10 +73,21 @@ def one_token(
 
 @triton.jit
 def few_tokens(
-    w, codes, x, bias, y, tokens, rows, groups,
-    ROWS: tl.constexpr, GROUPS: tl.constexpr, TOKENS: tl.constexpr, FLOAT16: tl.constexpr, BIAS: tl.constexpr,
+    w,
+    codes,
+    x,
+    bias,
+    y,
+    tokens,
+    rows,
+    groups,
+    ROWS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    FLOAT16: tl.constexpr,
+    BIAS: tl.constexpr,
     WIDE: tl.constexpr,
-):  # fmt: skip
+):
     """w: int32 [rows, groups]; codes: uint8 [rows, groups / 2]; x: [tokens, 4, groups]; GROUPS divides groups."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     at = tl.minimum(row, rows - 1).to(tl.int64)
@@ -109,15 +129,35 @@ def linear(x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None) -> Tens
     if tokens == 1:
         grid = (triton.cdiv(rows, 4),)
         one_token[grid](
-            words, meta.view(torch.int16), planes, bias, y, rows, groups,
-            ROWS=4, GROUPS=size, FLOAT16=half, BIAS=bias is not None,
-        )  # fmt: skip
+            words,
+            meta.view(torch.int16),
+            planes,
+            bias,
+            y,
+            rows,
+            groups,
+            ROWS=4,
+            GROUPS=size,
+            FLOAT16=half,
+            BIAS=bias is not None,
+        )
         return y
     grid = (triton.cdiv(rows, 32),)
     few_tokens[grid](
-        words, meta, planes, bias, y, tokens, rows, groups,
-        ROWS=32, GROUPS=min(size, 64), TOKENS=MOST_TOKENS, FLOAT16=half, BIAS=bias is not None,
+        words,
+        meta,
+        planes,
+        bias,
+        y,
+        tokens,
+        rows,
+        groups,
+        ROWS=32,
+        GROUPS=min(size, 64),
+        TOKENS=MOST_TOKENS,
+        FLOAT16=half,
+        BIAS=bias is not None,
         # Triton's interpreter, on a CPU, multiplies the bits of bfloat16.
         WIDE=x.device.type == "cpu",
-    )  # fmt: skip
+    )
     return y

@@ -30,19 +30,19 @@ def addmm(walk: Walk, node: fx.Node) -> Rows:
 
 def matmul(walk: Walk, node: fx.Node) -> Rows:
     """mm, bmm, matmul: batches alike, and the last dimension of one with the last but one of the other."""
-    left, right = node.args[:2]
+    left, right = argument(node, 0), argument(node, 1)
     a, b = walk.of(left), walk.of(right)
     if len(a) < 2 or len(b) < 2:
         return pinned(walk, node)
     walk.same(a[-1], b[-2], f"{node.name} sums over what is no parameter")
-    return [*broadcast(walk, [left, right], node, drop=2), a[-2], b[-1]]  # type: ignore[list-item]
+    return [*broadcast(walk, [left, right], node, drop=2), a[-2], b[-1]]
 
 
 def baddbmm(walk: Walk, node: fx.Node) -> Rows:
-    added, left, right = node.args[:3]
+    added, left, right = (argument(node, place) for place in range(3))
     a, b = walk.of(left), walk.of(right)
     walk.same(a[-1], b[-2], f"{node.name} sums over what is no parameter")
-    rows = [*broadcast(walk, [left, right], node, drop=2), a[-2], b[-1]]  # type: ignore[list-item]
+    rows = [*broadcast(walk, [left, right], node, drop=2), a[-2], b[-1]]
     for at, (row, size) in enumerate(zip(walk.of(added), shape_of(added), strict=True)):
         if size > 1:
             rows[at] = walk.same(rows[at], row, f"{node.name} adds what is no parameter")
@@ -50,16 +50,16 @@ def baddbmm(walk: Walk, node: fx.Node) -> Rows:
 
 
 def einsum(walk: Walk, node: fx.Node) -> Rows:
-    equation, operands = node.args[0], node.args[1]
+    equation, operands = argument(node, 0), argument(node, 1)
     inputs, _, output = str(equation).replace(" ", "").partition("->")
     if "." in inputs or not output:
         return pinned(walk, node)
     letters: dict[str, Row | None] = {}
-    for names, operand in zip(inputs.split(","), operands, strict=True):  # type: ignore[arg-type]
+    for names, operand in zip(inputs.split(","), operands, strict=True):
         for letter, row, size in zip(names, walk.of(operand), shape_of(operand), strict=True):
             if size > 1:
-                letters[letter] = walk.same(letters[letter], row, f"{node.name} meets it with what is no parameter") \
-                    if letter in letters else row  # fmt: skip
+                met = letters.get(letter, row)
+                letters[letter] = walk.same(met, row, f"{node.name} meets it with what is no parameter")
     return [letters.get(letter) for letter in output]
 
 

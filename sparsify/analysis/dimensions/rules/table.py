@@ -11,7 +11,7 @@ from typing import Any
 from torch import fx
 
 from sparsify.analysis.dimensions.rules import products, values, views
-from sparsify.analysis.dimensions.walk import Rule, Walk
+from sparsify.analysis.dimensions.walk import RowRule, Walk
 from sparsify.ir.operators import GROUPED_PRODUCTS
 
 _ELEMENTWISE = (
@@ -34,7 +34,7 @@ def _least_or_most(walk: Walk, node: fx.Node) -> Any:
 
 
 _FILLED = ("zeros", "ones", "full", "empty", "new_zeros", "new_ones", "new_empty", "new_full")
-_FAMILIES: tuple[tuple[Rule, tuple[str, ...]], ...] = (
+_FAMILIES: tuple[tuple[RowRule, tuple[str, ...]], ...] = (
     (values.elementwise, _ELEMENTWISE),
     (values.passes, _PASSES),
     (values.filled, _FILLED),
@@ -53,7 +53,7 @@ _FAMILIES: tuple[tuple[Rule, tuple[str, ...]], ...] = (
     (products.convolution, ("conv1d", "conv2d", "conv3d")),
     (products.grouped, tuple(sorted(GROUPED_PRODUCTS))),
 )
-RULES: dict[str, Rule] = {name: rule for rule, names in _FAMILIES for name in names} | {
+RULES: dict[str, RowRule] = {name: rule for rule, names in _FAMILIES for name in names} | {
     "sum": values.total,
     "topk": values.topk,
     "sort": values.ordered,

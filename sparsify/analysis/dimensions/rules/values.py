@@ -65,14 +65,13 @@ def reduced(walk: Walk, node: fx.Node, note: Any) -> Rows:
 
 def softmax(walk: Walk, node: fx.Node) -> Rows:
     rows = walk.of(node.args[0])
-    walk.renormalize(rows[int(node.args[1])])  # type: ignore[arg-type]
+    walk.renormalize(rows[int(argument(node, 1))])
     return list(rows)
 
 
 def normalized(walk: Walk, node: fx.Node) -> Rows:
     """layer_norm and rms_norm over the last dimensions, with their weights."""
-    rows, shape = list(walk.of(node.args[0])), node.args[1]
-    depth = len(shape)  # type: ignore[arg-type]
+    rows, depth = list(walk.of(node.args[0])), len(argument(node, 1))
     for extra in node.args[2:4]:
         for at, row in enumerate(walk.of(extra), start=-depth):
             rows[at] = walk.same(rows[at], row, f"{node.name} meets it with what is no parameter")
@@ -118,7 +117,7 @@ def embedding(walk: Walk, node: fx.Node) -> Rows:
 
 def indexed(walk: Walk, node: fx.Node) -> Rows:
     """x[i, :, j]: dimensions that are indexed give way to those of the indices."""
-    source, indices = node.args[0], list(node.args[1])  # type: ignore[arg-type]
+    source, indices = argument(node, 0), list(argument(node, 1))
     rows = walk.of(source)
     held = [i for i, index in enumerate(indices) if index is not None]
     if len(held) == 1 and (row := rows[held[0]]) is not None:
@@ -142,17 +141,22 @@ def indexed(walk: Walk, node: fx.Node) -> Rows:
 
 def put(walk: Walk, node: fx.Node) -> Rows:
     """x[i] = y along the first dimension."""
-    rows, indices, values = list(walk.of(node.args[0])), list(node.args[1]), walk.of(node.args[2])  # type: ignore[arg-type]
+    rows, indices, values = list(walk.of(argument(node, 0))), list(argument(node, 1)), walk.of(argument(node, 2))
     if len(indices) != 1 or indices[0] is None or len(values) != len(rows):
         return pinned(walk, node)
     walk.pin(rows[0], f"{node.name} looks positions up in it by number")
-    return [None, *(walk.same(a, b, f"{node.name} fills it with what is no parameter")
-                    for a, b in zip(rows[1:], values[1:], strict=True))]  # fmt: skip
+    return [
+        None,
+        *(
+            walk.same(a, b, f"{node.name} fills it with what is no parameter")
+            for a, b in zip(rows[1:], values[1:], strict=True)
+        ),
+    ]
 
 
 def gathered(walk: Walk, node: fx.Node) -> Rows:
     """gather: positions of one dimension by number; of a row only by what was chosen from it."""
-    rows, dim, index = list(walk.of(node.args[0])), int(node.args[1]), node.args[2]  # type: ignore[arg-type]
+    rows, dim, index = list(walk.of(argument(node, 0))), int(argument(node, 1)), argument(node, 2)
     if (row := rows[dim]) is not None and walk.indexing.get(index) is not row:
         walk.pin(row, f"{node.name} looks positions up in it by number")
     if index in walk.indexing and node.args[0] in walk.indexing:
@@ -162,7 +166,7 @@ def gathered(walk: Walk, node: fx.Node) -> Rows:
 
 
 def scattered(walk: Walk, node: fx.Node) -> Rows:
-    rows, dim, index = list(walk.of(node.args[0])), int(node.args[1]), node.args[2]  # type: ignore[arg-type]
+    rows, dim, index = list(walk.of(argument(node, 0))), int(argument(node, 1)), argument(node, 2)
     own, row = walk.indexing.get(index), rows[dim]
     if own is None:
         walk.pin(row, f"{node.name} writes positions of it by number")
@@ -172,7 +176,7 @@ def scattered(walk: Walk, node: fx.Node) -> Rows:
 
 
 def padded(walk: Walk, node: fx.Node) -> Rows:
-    rows, widths = list(walk.of(node.args[0])), list(node.args[1])  # type: ignore[arg-type]
+    rows, widths = list(walk.of(argument(node, 0))), list(argument(node, 1))
     for number in range(len(widths) // 2):
         if (widths[2 * number] or widths[2 * number + 1]) and rows[-1 - number] is not None:
             walk.pin(rows[-1 - number], f"{node.name} pads it")

@@ -90,8 +90,8 @@ def _split(walk: Walk, row: Row, sizes: list[int]) -> Rows:
 
 def transpose(walk: Walk, node: fx.Node) -> Rows:
     rows = list(walk.of(node.args[0]))
-    a, b = (node.args[1], node.args[2]) if len(node.args) > 2 else (0, len(rows) - 1)
-    rows[a], rows[b] = rows[b], rows[a]  # type: ignore[index]
+    a, b = int(argument(node, 1, default=0)), int(argument(node, 2, default=len(rows) - 1))
+    rows[a], rows[b] = rows[b], rows[a]
     return rows
 
 
@@ -101,12 +101,12 @@ def reverse(walk: Walk, node: fx.Node) -> Rows:
 
 def permute(walk: Walk, node: fx.Node) -> Rows:
     rows = walk.of(node.args[0])
-    order: Sequence[int] = node.args[1]  # type: ignore[assignment]
+    order: Sequence[int] = argument(node, 1)
     return [rows[i] for i in order]
 
 
 def unsqueeze(walk: Walk, node: fx.Node) -> Rows:
-    rows, at = list(walk.of(node.args[0])), int(node.args[1])  # type: ignore[arg-type]
+    rows, at = list(walk.of(argument(node, 0))), int(argument(node, 1))
     rows.insert(at if at >= 0 else at + len(rows) + 1, None)
     return rows
 
@@ -129,7 +129,7 @@ def expand(walk: Walk, node: fx.Node) -> Rows:
 
 
 def repeat(walk: Walk, node: fx.Node) -> Rows:
-    times: Sequence[int] = node.args[1]  # type: ignore[assignment]
+    times: Sequence[int] = argument(node, 1)
     own = walk.of(node.args[0])
     rows: Rows = [*[None] * (len(times) - len(own)), *own]
     return [r if r is None or n == 1 else r.made(numpy.tile(r.ids, n)) for r, n in zip(rows, times, strict=True)]
@@ -155,7 +155,7 @@ def cut(walk: Walk, node: fx.Node) -> Rows:
 
 
 def select(walk: Walk, node: fx.Node) -> Rows:
-    rows, dim, index = list(walk.of(node.args[0])), int(node.args[1]), int(node.args[2])  # type: ignore[arg-type]
+    rows, dim, index = list(walk.of(argument(node, 0))), int(argument(node, 1)), int(argument(node, 2))
     if (row := rows.pop(dim)) is not None:
         some(walk, row, row.ids[index : index + 1 or None], node)
     return rows
@@ -180,23 +180,24 @@ def pieces(walk: Walk, node: fx.Node) -> list[Rows]:
 
 
 def item(walk: Walk, node: fx.Node) -> Any:
-    source, index = node.args
+    source, index = argument(node, 0), argument(node, 1)
     if (source, index) in walk.indexing:
         walk.indexing[node] = walk.indexing[source, index]
-    rows = walk.rows[source]  # type: ignore[index]
+    rows = walk.rows[source]
     return list(rows[index]) if isinstance(index, int) else pinned(walk, node)
 
 
 def joined(walk: Walk, node: fx.Node) -> Rows:
     """cat: the dimension's rows one behind the other, the other dimensions the same."""
-    parts: Sequence[fx.Node] = node.args[0]  # type: ignore[assignment]
+    parts: Sequence[fx.Node] = argument(node, 0)
     dim = int(argument(node, 1, "dim", 0)) % len(shape_of(parts[0]))
     result: Rows = []
     for at in range(len(shape_of(parts[0]))):
         rows = [walk.of(p)[at] for p in parts]
         if at == dim:
-            if all(row is not None for row in rows):
-                result.append(rows[0].made(numpy.concatenate([r.ids for r in rows])))  # type: ignore[union-attr]
+            known = [row for row in rows if row is not None]
+            if len(known) == len(rows):
+                result.append(known[0].made(numpy.concatenate([row.ids for row in known])))
                 continue
             for row in rows:
                 walk.pin(row, f"{node.name} joins it with what is no parameter")
@@ -210,7 +211,7 @@ def joined(walk: Walk, node: fx.Node) -> Rows:
 
 
 def stacked(walk: Walk, node: fx.Node) -> Rows:
-    parts: Sequence[fx.Node] = node.args[0]  # type: ignore[assignment]
+    parts: Sequence[fx.Node] = argument(node, 0)
     rows = broadcast(walk, parts, node)
     at = int(argument(node, 1, "dim", 0))
     rows.insert(at if at >= 0 else at + len(rows) + 1, None)

@@ -1,0 +1,109 @@
+"""An ordinary Hugging Face folder: what was pruned is patched into a copy of the source, all else is as it was.
+
+``AutoModelForCausalLM.from_pretrained(OUT)`` loads it with no code of ours. There is no ``quantization_config``; facts
+about the sparsity are in ``sparsify.json``.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from sparsify.backends.hf.saving import same_bytes, save_tensors
+from sparsify.errors import BackendError
+from sparsify.files.checkpoint import WEIGHTS, Checkpoint
+from sparsify.files.companions import copy_companions, rewrite_config
+from sparsify.files.manifest import write_manifest
+from sparsify.files.staging import Staging, copy_checkpoint
+from sparsify.frontend.matching import weights_of_checkpoint
+from sparsify.frontend.source import Source
+from sparsify.host import quiet
+from sparsify.ir.program import Program
+from sparsify.ir.store import DenseView
+from sparsify.ir.weights import Weights
+
+# Tokenizer, index and manifest take a little more than the weights.
+_BESIDE = 32 << 20
+
+
+class HuggingFaceJob:
+    """One output folder, from a copy of the dense weights to the finished whole.
+
+    Raises:
+        BackendError: the folder exists, has no room, cannot be written, or reads back otherwise than written.
+    """
+
+    def __init__(self, source: Source, out: Path, *, overwrite: bool) -> None:
+        self.source = source
+        need = sum(p.numel() * p.element_size() for p in source.module.parameters())
+        if source.checkpoint is not None:
+            need = source.checkpoint.nbytes()
+        self.staging = Staging(out, overwrite=overwrite, source=source.folder, need=need + _BESIDE)
+        try:
+            self.store = self._dense_copy()
+            if source.is_transformers:
+                self.weights: Weights = weights_of_checkpoint(source.module, self.store)
+            else:
+                self.weights = source.weights.on(self.store)
+        except BaseException as error:
+            self.staging.__exit__(type(error), error, None)
+            raise
+
+    def _dense_copy(self) -> Checkpoint:
+        source, folder = self.source, self.staging.folder
+        if source.folder is not None:
+            copy_companions(source.folder, folder)
+            if isinstance(source.weights.store, DenseView):
+                rewrite_config(folder, source.weights.store.dense_config)
+        if source.checkpoint is not None:
+            return copy_checkpoint(source.checkpoint, folder)
+        if source.is_transformers and source.folder is None:
+            model: Any = source.module
+            # transformers reports shards in its warnings, which are not about the user's command.
+            with quiet():
+                model.save_pretrained(folder)
+        else:
+            store = source.weights.store
+            save_tensors({name: store.read(name).contiguous() for name in store.names()}, folder / WEIGHTS)
+        return Checkpoint(folder, writable=True)
+
+    def finish(self, program: Program, manifest: dict[str, Any]) -> tuple[Path, Weights]:
+        """Read everything back, write the manifest, and put the folder in place."""
+        out = self.seal(manifest | {"checksums": self.verify()})
+        return out, self.weights.on(Checkpoint(out))
+
+    def notes(self) -> list[str]:
+        return []
+
+    def seal(self, manifest: dict[str, Any]) -> Path:
+        """Write the manifest beside what is there, and put the folder in place."""
+        write_manifest(self.staging.folder, manifest)
+        for path in self.staging.folder.iterdir():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        return self.staging.commit()
+
+    def verify(self) -> dict[str, int]:
+        """Check that what was pruned reads back, and that all else is what it was; the CRC-32 of every tensor."""
+        back, dense = Checkpoint(self.staging.folder), self.source.checkpoint
+        sums = {}
+        for name in back.names():
+            sums[name] = back.checksum(name)
+            if name in self.store.written:
+                sound = sums[name] == self.store.written[name]
+            else:
+                sound = dense is None or same_bytes(back, dense, name)
+            if not sound:
+                raise BackendError(
+                    f"output {self.staging.out}",
+                    found=f"tensor {name} reads back otherwise than it was written",
+                    do="Check the disk and run again; nothing was left",
+                )
+        return sums
+
+    def __enter__(self) -> HuggingFaceJob:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.staging.__exit__(*error)

@@ -1,0 +1,79 @@
+"""An ONNX folder: the graph is traced first, so that what cannot be exported is refused before any work."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sparsify.backends.hf.job import HuggingFaceJob
+from sparsify.backends.onnx.folder import write_genai_config
+from sparsify.backends.onnx.notes import storage_notes
+from sparsify.backends.onnx.options import Options
+from sparsify.backends.onnx.storage.store import GraphStore
+from sparsify.backends.onnx.storage.stored import StoredWeight
+from sparsify.backends.onnx.writing import FILE, build_graph, write_graph
+from sparsify.files.checkpoint import INDEX, Checkpoint
+from sparsify.files.companions import rewrite_config
+from sparsify.frontend.source import Source
+from sparsify.ir.program import Program
+from sparsify.ir.store import TensorStore
+from sparsify.ir.weights import Weights
+
+
+class ONNXJob:
+    """One output folder: the graph is traced first, so that what cannot be exported is refused before any work.
+
+    Raises:
+        BackendError: the model has no graph, the folder cannot be written, or unpacking would not fit in memory.
+    """
+
+    def __init__(self, options: Options, source: Source, out: Path, *, overwrite: bool, program: Program) -> None:
+        self.options, self.source = options, source
+        batch = {n.meta["input"]: torch.zeros(n.meta["val"].shape, dtype=n.meta["val"].dtype) for n in program.inputs}
+        self.graph, self.parameters, self.contract = build_graph(source.module, batch, options)
+        # Only now: it copies the weights.
+        self.hf = HuggingFaceJob(source, out, overwrite=overwrite)
+        self.weights: Weights = self.hf.weights
+        self.stored: list[StoredWeight] = []
+
+    def finish(self, program: Program, manifest: dict[str, Any]) -> tuple[Path, Weights]:
+        """Write the graph and the files beside it, check them, and put the folder in place."""
+        options, folder = self.options, self.hf.staging.folder
+        sums = self.hf.verify()
+        self.stored = write_graph(self.graph, self.parameters, self.weights, folder, options)
+        write_genai_config(folder, self.source.config, self.contract)
+        linked = options.weights == "link"
+        if not linked:
+            for path in [*self.hf.store.files, folder / INDEX]:
+                path.unlink(missing_ok=True)
+        if options.dtype is not None and (folder / "config.json").is_file():
+            rewrite_config(folder, self._restated)
+        turned = [w.name for w in self.stored if w.transposed]
+        manifest["onnx"] = {
+            **dataclasses.asdict(options),
+            "kind": self.contract.kind,
+            "transposed": turned,
+            "file_bytes": sum(p.stat().st_size for p in folder.iterdir() if p.is_file()),
+        }
+        # A link has every tensor of the checkpoint, other files only those that the graph reads, as they are stored.
+        manifest["checksums"] = sums if linked else {w.name: w.checksum for w in self.stored}
+        path = self.hf.seal(manifest)
+        store: TensorStore = Checkpoint(path) if linked else GraphStore(path / FILE, turned)
+        return path, self.weights.on(store)
+
+    def _restated(self, config: dict[str, Any]) -> dict[str, Any]:
+        """config.json with the dtype that the weights are stored in."""
+        return {key: value for key, value in {**config, "dtype": self.options.dtype}.items() if key != "torch_dtype"}
+
+    def notes(self) -> list[str]:
+        """What a user should know of the graph that was written."""
+        return storage_notes(self.options, self.stored, self.contract)
+
+    def __enter__(self) -> ONNXJob:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.hf.__exit__(*error)

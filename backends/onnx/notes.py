@@ -1,0 +1,51 @@
+"""What a user should know of a graph that was written."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from sparsify.backends.onnx.folder import uniform_heads
+from sparsify.backends.onnx.options import Options
+from sparsify.backends.onnx.storage.datafile import DATA
+from sparsify.backends.onnx.storage.stored import StoredWeight
+from sparsify.backends.onnx.tracing.contract import Contract
+from sparsify.words import format_bytes
+
+
+def storage_notes(options: Options, stored: Sequence[StoredWeight], contract: Contract | None) -> list[str]:
+    """What the user should know of a graph that was written; ``contract`` is None for a graph of the user's own."""
+    total, dense = sum(w.nbytes for w in stored), sum(w.dense_bytes for w in stored)
+    kind = contract.kind if contract is not None else "graph"
+    notes = [
+        f"model.onnx: opset {options.opset}, {kind}, {len(stored)} weights, {format_bytes(total)} "
+        + ("in the safetensors beside it" if options.weights == "link" else f"in {DATA}")
+    ]
+    if options.weights == "packed":
+        packed = [w for w in stored if w.format != "dense"]
+        need = sum(w.unpacking or w.dense_bytes for w in stored)
+        notes.append(
+            f"packed: {len(packed)} weights at {total / dense:.3f} of {format_bytes(dense)}; the price: onnxruntime "
+            f"needs some {format_bytes(need)} while it loads, and several times longer; sparsify expand makes it dense"
+        )
+        if not packed:
+            notes.append("packed: no weight has enough zeros to gain from it")
+    elif any(w.dtype not in (torch.float32, torch.int64) for w in stored) and options.compute == "float32":
+        notes.append("weights are cast to float32 when a session is made: memory is that of float32")
+    if options.weights != "link":
+        notes.append("this folder has no safetensors: transformers cannot load it; weights=link writes one that it can")
+    if contract is not None and contract.kind == "decoder" and not uniform_heads(contract):
+        notes.append(
+            "layers or keys and values differ in their cache's shape: onnxruntime and sparsify run take it, "
+            "optimum and onnxruntime-genai cannot; no genai_config.json was written"
+        )
+    large = [w.name for w in stored if math.prod(w.shape) * 4 > 1 << 30 and w.dtype != getattr(torch, options.compute)]
+    if large:
+        notes.append(
+            f"{', '.join(large[:3])}: over 1 GiB in {options.compute}, past what onnxruntime folds by default; "
+            "sparsify run and genai_config.json raise that (optimization.constant_folding_max_output_size_in_bytes), "
+            "other programs must too"
+        )
+    return notes

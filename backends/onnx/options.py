@@ -1,0 +1,47 @@
+"""What may be asked of the backend ``onnx``. Imports nothing heavy: its words are refused before a model is opened."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from sparsify.errors import SpecError
+
+Mode = Literal["link", "external", "packed"]
+Linear = Literal["gemm", "matmul"]
+Dtype = Literal["float32", "float16", "bfloat16"]
+OPSETS = tuple(range(18, 25))
+
+
+@dataclass(frozen=True)
+class Options:
+    """The options of the backend ``onnx``.
+
+    Attributes:
+        weights: ``link`` points into the safetensors of the folder, ``external`` writes one data file in their place,
+            ``packed`` writes zeros as one bit.
+        opset: 18 to 24; 23 is the first with attention and normalisation as operators.
+        linear: ``gemm`` on weights [out_features, in_features], or ``matmul``.
+        dtype: of the stored weights; the checkpoint's own where None.
+        compute: of the arithmetic, inputs and outputs. Weights stored otherwise are cast when a session is made.
+    """
+
+    weights: Mode = "link"
+    opset: int = 23
+    linear: Linear = "gemm"
+    dtype: Dtype | None = None
+    compute: Dtype = "float32"
+
+    def __post_init__(self) -> None:
+        if self.opset not in OPSETS:
+            raise SpecError(
+                f"onnx:opset={self.opset}",
+                found=f"only opsets {OPSETS[0]} to {OPSETS[-1]} can be written",
+                do="Take 23, or 20 for onnxruntime before 1.23 and older TensorRT",
+            )
+        if self.weights == "link" and self.dtype is not None:
+            raise SpecError(
+                f"onnx:dtype={self.dtype}",
+                found="weights=link points at the checkpoint's own bytes, which have its dtype",
+                do="Add weights=external or weights=packed, or drop dtype",
+            )

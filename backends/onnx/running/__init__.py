@@ -1,0 +1,1 @@
+"""Exported folders in onnxruntime: sessions, generation over the cache in the graph, text in and out."""

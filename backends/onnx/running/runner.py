@@ -1,0 +1,139 @@
+"""Logits of an exported graph, and generation token by token over the cache in it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from sparsify.backends.onnx.running.session import find_onnx, open_session
+from sparsify.errors import BackendError
+
+Ids = npt.NDArray[np.int64]
+# The states that a graph takes and gives, by the names of its inputs; onnxruntime's own values.
+Cache = dict[str, Any]
+
+_NUMPY = {
+    "tensor(float)": np.float32,
+    "tensor(float16)": np.float16,
+    "tensor(double)": np.float64,
+    "tensor(int64)": np.int64,
+    "tensor(int32)": np.int32,
+    "tensor(bool)": np.bool_,
+}
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """The next token: the likeliest at temperature 0, else drawn from the ``top_k`` likeliest (0: from all)."""
+
+    temperature: float = 0.0
+    top_k: int = 0
+    seed: int = 0
+
+
+class Runner:
+    """A decoder or step graph in a session; ``file`` is ``model.onnx`` or the folder that holds it.
+
+    Raises:
+        BackendError, CheckpointError: no such file, or a graph that does not generate.
+    """
+
+    def __init__(self, file: Path, *, device: str = "cpu", threads: int = 0) -> None:
+        self.file = find_onnx(file)
+        self.folder = self.file.parent
+        self.session = open_session(self.file, device=device, threads=threads)
+        self.inputs = {i.name: i for i in self.session.get_inputs()}
+        self.outputs = [o.name for o in self.session.get_outputs()]
+        self.past = [n for n in self.inputs if n.startswith("past")]
+        self.present = [n for n in self.outputs if n.startswith("present")]
+        if "input_ids" not in self.inputs or not self.past or len(self.past) != len(self.present):
+            raise BackendError(
+                f"generating with {self.file}",
+                found=f"a graph of {', '.join(self.inputs)}, without a cache",
+                do="Only decoders generate; run other graphs with onnxruntime.InferenceSession",
+            )
+        # A graph of one step has a fixed sequence length.
+        self.step_only = self.inputs["input_ids"].shape[1] == 1
+
+    def empty(self, rows: int) -> Cache:
+        """The cache before the first token."""
+        return {name: self._zeros(self.inputs[name], rows) for name in self.past}
+
+    def forward(self, ids: Ids, mask: Ids, cache: Cache) -> tuple[npt.NDArray[np.generic], Cache]:
+        """Logits [rows, tokens, vocabulary] of ``ids`` after ``cache``, and the cache after them.
+
+        Args:
+            mask: [rows, past + tokens], 0 on padding.
+        """
+        if not self.step_only or ids.shape[1] == 1:
+            return self._run(ids, mask, cache)
+        parts = []
+        seen = mask.shape[1] - ids.shape[1]
+        for t in range(ids.shape[1]):
+            logits, cache = self._run(ids[:, t : t + 1], mask[:, : seen + t + 1], cache)
+            parts.append(logits)
+        return np.concatenate(parts, 1), cache
+
+    def _run(self, ids: Ids, mask: Ids, cache: Cache) -> tuple[npt.NDArray[np.generic], Cache]:
+        import onnxruntime as ort
+
+        length = ids.shape[1]
+        position = np.maximum(np.cumsum(mask, 1) - 1, 0)[:, -length:]
+        given = {
+            "input_ids": ids,
+            "attention_mask": mask[:, -1:] if self.step_only else mask,
+            "position_ids": position,
+        }
+        feed = {
+            name: ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(value.astype(_NUMPY[self.inputs[name].type])))
+            for name, value in given.items()
+            if name in self.inputs
+        }
+        out = dict(zip(self.outputs, self.session.run_with_ort_values(self.outputs, feed | cache), strict=True))
+        # The cache stays where onnxruntime made it: nothing is copied from one step to the next.
+        return out["logits"].numpy(), dict(zip(self.past, (out[name] for name in self.present), strict=True))
+
+    def generate(
+        self, ids: Ids, mask: Ids | None = None, *, tokens: int, sampling: Sampling | None = None
+    ) -> Iterator[Ids]:
+        """Yield the next token of every row, ``tokens`` times.
+
+        Args:
+            ids: [rows, length], padded on the left where ``mask`` is 0.
+        """
+        sampling = sampling or Sampling()
+        random = np.random.default_rng(sampling.seed)
+        mask = np.ones_like(ids) if mask is None else mask
+        cache = self.empty(len(ids))
+        for _ in range(tokens):
+            logits, cache = self.forward(ids, mask, cache)
+            ids = _choose(logits[:, -1].astype(np.float32), sampling, random)[:, None]
+            yield ids[:, 0]
+            mask = np.concatenate([mask, np.ones_like(ids)], 1)
+
+    def _zeros(self, info: Any, rows: int) -> Any:
+        import onnxruntime as ort
+
+        # The batch is the first dimension; every other one that is not fixed is the past, which is empty.
+        shape = [rows, *(n if isinstance(n, int) else 0 for n in info.shape[1:])]
+        if info.type == "tensor(bfloat16)":
+            from onnx import TensorProto
+
+            return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(np.zeros(shape, np.uint16), TensorProto.BFLOAT16)
+        return ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, _NUMPY[info.type]))
+
+
+def _choose(logits: npt.NDArray[np.float32], sampling: Sampling, random: np.random.Generator) -> Ids:
+    if sampling.temperature <= 0:
+        return logits.argmax(-1).astype(np.int64)
+    scaled = logits / sampling.temperature
+    if 0 < sampling.top_k < scaled.shape[1]:
+        least = np.partition(scaled, -sampling.top_k, 1)[:, -sampling.top_k, None]
+        scaled = np.where(scaled < least, -np.inf, scaled)
+    # The largest of the logits with Gumbel noise is a draw from their softmax.
+    return (scaled + random.gumbel(size=scaled.shape)).argmax(-1).astype(np.int64)

@@ -1,0 +1,92 @@
+"""Text in, text out, from a folder with a tokenizer: what ``sparsify run`` prints."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sparsify.backends.onnx.running.runner import Runner, Sampling
+from sparsify.errors import CheckpointError, SpecError, first_line
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Text that one more token made certain; ``rate``: tokens a second after the first, ``first``: its seconds."""
+
+    text: str
+    count: int
+    rate: float
+    first: float
+
+
+def talk(
+    folder: Path,
+    prompt: str,
+    *,
+    tokens: int,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    seed: int = 0,
+    device: str = "cpu",
+    threads: int = 0,
+) -> Iterator[Piece]:
+    """The prompt, then what the model makes of it, piece by piece.
+
+    Raises:
+        CheckpointError, BackendError: no graph that generates, or no tokenizer beside it.
+        SpecError: a prompt of no tokens.
+    """
+    runner = Runner(folder, device=device, threads=threads)
+    tokenizer = _tokenizer(runner.folder)
+    ids = np.asarray([tokenizer(prompt)["input_ids"]], np.int64)
+    if not ids.size:
+        raise SpecError(f"prompt '{prompt}'", found="the tokenizer makes no token of it", do="Give some text")
+    stop, written = _stop_tokens(runner.folder), ids[0].tolist()
+    shown = tokenizer.decode(written, skip_special_tokens=True)
+    yield Piece(shown, 0, 0.0, 0.0)
+    start = time.perf_counter()
+    first = 0.0
+    steps = runner.generate(ids, tokens=tokens, sampling=Sampling(temperature, top_k, seed))
+    for count, chosen in enumerate(steps, 1):
+        first = first or time.perf_counter() - start
+        token = int(chosen[0])
+        ended = token in stop
+        if not ended:
+            written.append(token)
+        text = tokenizer.decode(written, skip_special_tokens=True)
+        # A character of several tokens shows as a replacement until its last one came.
+        new = "" if text.endswith("\ufffd") and not ended else text[len(shown) :]
+        shown += new
+        seconds = time.perf_counter() - start - first
+        yield Piece(new, count, (count - 1) / seconds if count > 1 and seconds else 0.0, first)
+        if ended:
+            return
+
+
+def _tokenizer(folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # of many kinds
+        raise CheckpointError(
+            f"a tokenizer in {folder}",
+            found=f"none that loads ({first_line(error)})",
+            do="Copy the model's tokenizer files there",
+        ) from error
+
+
+def _stop_tokens(folder: Path) -> set[int]:
+    """Tokens that end a text, by the folder's generation config or config."""
+    for name in ("generation_config.json", "config.json"):
+        if (folder / name).is_file():
+            value = json.loads((folder / name).read_text(encoding="utf-8")).get("eos_token_id")
+            if value is not None:
+                return set(value) if isinstance(value, Sequence) else {int(value)}
+    return set()

@@ -1,0 +1,154 @@
+"""Give a graph's parameters their numbers: a link into the checkpoint, one data file, or packed."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import onnx_ir as ir
+import torch
+from torch import Tensor
+
+from sparsify.backends.onnx.options import Mode
+from sparsify.backends.onnx.storage.builder import Builder
+from sparsify.backends.onnx.storage.datafile import DATA, TYPES, DataFile, external
+from sparsify.backends.onnx.storage.pack import Format, best_format, pack, unpacking_bytes
+from sparsify.backends.onnx.storage.spread import spread_24, spread_bitmask
+from sparsify.backends.onnx.storage.stored import StoredWeight
+from sparsify.backends.onnx.storage.uses import cast_after_gather, gathered_only, transposes
+from sparsify.errors import BackendError
+from sparsify.files.checkpoint import Checkpoint
+from sparsify.ir.weights import Conversion, Weights
+from sparsify.tensors import checksum
+
+
+class Attachment:
+    """Builds, for each parameter, the initializers and operators that give its value.
+
+    Args:
+        model: the graph. ``weights``: parameters over the checkpoint in the output folder.
+        folder: where the data file goes; ``dtype``: that of the stored weights, the checkpoint's own where None.
+
+    Raises:
+        BackendError: a conversion of transformers that no operator does here, or a dtype that ONNX has not.
+    """
+
+    def __init__(
+        self, model: ir.Model, weights: Weights, folder: Path, mode: Mode, dtype: torch.dtype | None = None
+    ) -> None:
+        self.build, self.weights, self.mode, self.dtype = Builder(model.graph), weights, mode, dtype
+        self.data = DataFile(folder / DATA)
+        self.stored: dict[str, StoredWeight] = {}
+
+    def attach(self, parameters: dict[str, ir.Value], prefix: str) -> None:
+        """Replace every value of ``parameters`` (names in the traced program) by the checkpoint's tensor."""
+        for name, value in parameters.items():
+            parameter = self.weights.canonical(name.removeprefix(prefix))
+            if parameter not in self.weights:
+                raise BackendError(
+                    f"exporting {name} to ONNX",
+                    found="a tensor that the graph reads and no file of the checkpoint holds",
+                    do="Save the model again with save_pretrained, then export that folder",
+                )
+            conversion = self.weights.conversion(parameter)
+            assert value.dtype is not None
+            if conversion is not None:
+                joined = self._converted(parameter, conversion, value.dtype)
+            else:
+                key = self.weights.sources(parameter)[0]
+                if self.mode == "external" and (turned := transposes(value)):
+                    # A MatMul reads [in_features, out_features]: stored so, tools that match its constant find one.
+                    joined = self._leaf(key, value.dtype, transposed=True)
+                    for node in turned:
+                        node.outputs[0].replace_all_uses_with(joined)
+                        self.build.graph.remove(node, safe=True)
+                    continue
+                raw = self._raw(key, value.dtype)
+                if raw.dtype != value.dtype and gathered_only(value):
+                    cast_after_gather(self.build.graph, raw, value)
+                    continue
+                joined = self._leaf(key, value.dtype)
+            value.replace_all_uses_with(joined)
+
+    def _leaf(self, key: str, wanted: ir.DataType, *, transposed: bool = False) -> ir.Value:
+        """The checkpoint's tensor ``key`` in the dtype that the graph computes with."""
+        raw = self._raw(key, wanted, transposed=transposed)
+        if raw.dtype == wanted:
+            return raw
+        name = f"{key}/{wanted.name.lower()}"
+        if name not in self.build.values:
+            self.build.values[name] = self.build.node("Cast", [raw], name, raw.shape, wanted, to=wanted)
+        return self.build.values[name]
+
+    def _raw(self, key: str, wanted: ir.DataType, *, transposed: bool = False) -> ir.Value:
+        if key not in self.build.values:
+            self.build.values[key] = self._store(key, wanted, transposed=transposed)
+        return self.build.values[key]
+
+    def _store(self, key: str, wanted: ir.DataType, *, transposed: bool) -> ir.Value:
+        store = self.weights.store
+        shape, source = tuple(store.shape(key)), store.dtype(key)
+        kept = self.dtype if self.dtype is not None and source.is_floating_point else source
+        if source not in TYPES:
+            raise BackendError(f"exporting {key} to ONNX", found=f"dtype {source}", do="Convert the checkpoint first")
+        size = math.prod(shape) * kept.itemsize
+        if self.mode == "link":
+            assert isinstance(store, Checkpoint), "a link needs a file to point into"
+            path, start, length = store.span(key)
+            self.stored[key] = StoredWeight(key, shape, source, "dense", length, length)
+            return self.build.initializer(key, external(path, start, length, source, shape, key))
+        tensor = store.read(key).to(kept)
+        crc = checksum(tensor)
+        if transposed:
+            tensor = tensor.t()
+        form: Format = best_format(tensor) if self.mode == "packed" else "dense"
+        if form == "dense":
+            self.stored[key] = StoredWeight(key, shape, kept, form, size, size, checksum=crc, transposed=transposed)
+            return self.build.initializer(key, self.data.append(key, tensor))
+        return self._packed(key, tensor, form, wanted, crc)
+
+    def _packed(self, key: str, tensor: Tensor, form: Format, wanted: ir.DataType, crc: int) -> ir.Value:
+        packed = pack(tensor, form)
+        count, values = tensor.numel(), packed.values.numel()
+        self.stored[key] = StoredWeight(
+            key,
+            packed.shape,
+            tensor.dtype,
+            form,
+            packed.nbytes,
+            count * tensor.element_size(),
+            unpacking_bytes(form, count, values, int(wanted.itemsize)),
+            crc,
+        )
+        stored = self.build.initializer(f"{key}.values", self.data.append(f"{key}.values", packed.values))
+        codes = self.build.initializer(f"{key}.codes", self.data.append(f"{key}.codes", packed.codes.view(-1, 1)))
+        if stored.dtype != wanted:
+            # Before the values are spread out, when they are few; and bfloat16 cannot be scattered on a CPU.
+            stored = self.build.node("Cast", [stored], f"{key}/cast", stored.shape, wanted, to=wanted)
+        spread = spread_24 if form == "2:4" else spread_bitmask
+        return spread(self.build, key, packed.shape, stored, codes, wanted)
+
+    def _converted(self, parameter: str, conversion: Conversion, wanted: ir.DataType) -> ir.Value:
+        """A parameter that transformers joins from several tensors, joined by the graph instead."""
+        parts: dict[str, list[ir.Value]] = {}
+        for key, pattern in conversion.sources:
+            parts.setdefault(pattern, []).append(self._leaf(key, wanted))
+        current: list[ir.Value | list[ir.Value]] = list(parts.values())
+        for operation in conversion.converter.operations:
+            kind, axis = type(operation).__name__, getattr(operation, "dim", 0)
+            lists = [part for part in current if isinstance(part, list)]
+            if kind == "MergeModulelist" and axis == 0 and len(lists) == len(current):
+                current = [self.build.stack(f"{parameter}/{i}", part, wanted) for i, part in enumerate(lists)]
+            elif kind == "Concatenate" and not lists:
+                current = [self.build.concat(f"{parameter}/joined", current, axis, wanted)]
+            else:
+                break
+        if len(conversion.targets) != 1 or len(current) != 1 or isinstance(current[0], list):
+            kinds = [type(o).__name__ for o in conversion.converter.operations]
+            raise BackendError(
+                f"exporting {parameter} to ONNX",
+                found=f"transformers makes it from {len(conversion.sources)} tensors by {', '.join(kinds)}, "
+                "which is not expressed in the graph",
+                do="Save the model again with this version of transformers, then export that folder",
+            )
+        return current[0]

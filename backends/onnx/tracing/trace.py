@@ -1,0 +1,113 @@
+"""From a model to an ExportedProgram with dynamic shapes, without a byte of its weights."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.export import Dim
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+from sparsify.backends.onnx.tracing.contract import Contract, contract_for
+from sparsify.errors import BackendError, first_line
+from sparsify.host import quiet
+
+T = TypeVar("T")
+
+
+def trace_model(
+    module: nn.Module, batch: Mapping[str, Tensor], compute: torch.dtype | None = None
+) -> tuple[torch.export.ExportedProgram, Contract]:
+    """Export ``module`` under the contract that fits it; the module stays as it is.
+
+    Args:
+        batch: example inputs of models that do not generate.
+        compute: dtype of the arithmetic; the module's own where None.
+
+    Raises:
+        BackendError: the model cannot be traced with a dynamic batch and sequence.
+    """
+    mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
+    model = fake_copy(module, mode, compute)
+    _choose_implementations(model)
+
+    def run(function: Callable[[], T]) -> T:
+        with torch.no_grad(), mode:
+            return function()
+
+    with quiet_export():
+        contract = contract_for(model, run, batch)
+        if compute is not None:
+            _match_inputs(contract, compute)
+        return export(contract), contract
+
+
+def export(contract: Contract) -> torch.export.ExportedProgram:
+    """``torch.export`` of the contract's wrapper; every dimension that it names is dynamic."""
+    state_names = iter(contract.state_names("past"))
+    shapes = {name: _dynamic(contract.dims.get(name, [])) for name in contract.inputs}
+    states = [tuple(_dynamic(contract.dims[next(state_names)]) for _ in pair) for pair in contract.states]
+    try:
+        with torch.no_grad():
+            return torch.export.export(
+                contract.wrapper.eval(),
+                (contract.inputs, contract.states),
+                dynamic_shapes=(shapes, states),
+                strict=False,
+            )
+    except Exception as error:  # export raises many kinds; all mean that there is no graph
+        raise BackendError(
+            f"exporting {type(contract.wrapper.model).__name__} to ONNX",
+            found=f"torch.export cannot trace it with dynamic shapes: {first_line(error)}",
+            do="See the traceback with --debug; --to hf writes the pruned model without a graph",
+        ) from error
+
+
+def _dynamic(dims: list[str | int]) -> dict[int, object]:
+    return {axis: Dim.DYNAMIC for axis, dim in enumerate(dims) if isinstance(dim, str)}
+
+
+def fake_copy(module: nn.Module, mode: FakeTensorMode, dtype: torch.dtype | None = None) -> nn.Module:
+    """A copy of ``module`` whose parameters and saved buffers have shapes and no numbers; tied ones stay one.
+
+    Buffers that are in no checkpoint (rotary frequencies) keep their values: the graph holds them as constants.
+    """
+    saved = set(module.state_dict(keep_vars=True))
+    memo: dict[int, Tensor] = {}
+    with mode:
+        for name, tensor in [*module.named_parameters(remove_duplicate=False), *module.named_buffers()]:
+            if name not in saved or id(tensor) in memo:
+                continue
+            kind = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+            fake = torch.empty(tensor.shape, dtype=kind)
+            memo[id(tensor)] = nn.Parameter(fake, requires_grad=False) if isinstance(tensor, nn.Parameter) else fake
+    copied = copy.deepcopy(module, memo)
+    return copied.eval() if not isinstance(module, torch.fx.GraphModule) else copied
+
+
+def _choose_implementations(model: Any) -> None:
+    """Attention that ONNX has an operator for, and experts without loops over data."""
+    if hasattr(model, "set_attn_implementation") and getattr(model, "_supports_sdpa", False):
+        model.set_attn_implementation("sdpa")
+    if getattr(model, "_can_set_experts_implementation", bool)():
+        model.set_experts_implementation("batched_mm")
+
+
+def _match_inputs(contract: Contract, compute: torch.dtype) -> None:
+    for name, value in contract.inputs.items():
+        if value.is_floating_point():
+            contract.inputs[name] = value.to(compute)
+
+
+@contextmanager
+def quiet_export() -> Iterator[None]:
+    """Silence what torch, transformers and onnxscript say while exporting; errors still surface as exceptions."""
+    with warnings.catch_warnings(), quiet("torch.onnx", "onnxscript", "onnx_ir", "torch._inductor"):
+        warnings.simplefilter("ignore")
+        yield

@@ -1,0 +1,102 @@
+"""Models behind flat forwards: a dictionary of tensors and a list of states in, tensors and states out."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+# Keys and values of a layer, or its convolution's and its recurrent state.
+States = list[tuple[Tensor, Tensor]]
+
+# Before transformers 5.24 key-value caches and recurrent states had a name each.
+CACHES = ("cache", "past_key_values", "cache_params")
+
+
+def cache_argument(model: nn.Module) -> str | None:
+    """The name under which ``model`` takes its cache, and gives it back."""
+    parameters = inspect.signature(model.forward).parameters
+    return next((name for name in CACHES if name in parameters), None)
+
+
+class Cached(nn.Module):
+    """A model that takes and gives a cache, under the name that its forward has for it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def run(self, cache: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, Any]:
+        """Logits, and the cache as the model leaves it; None makes one of its own."""
+        name = cache_argument(self.model)
+        out = self.model(**inputs, **{str(name): cache}, use_cache=True)
+        return out.logits, getattr(out, str(name))
+
+
+class Decoder(Cached):
+    """Keys and values of every layer are the states."""
+
+    def forward(self, inputs: dict[str, Tensor], states: States) -> tuple[Any, States]:
+        from transformers import DynamicCache
+
+        # Made without the config: the mask then applies a sliding window, and the cache keeps every token.
+        cache = DynamicCache([tuple(pair) for pair in states])
+        logits, cache = self.run(cache, inputs)
+        return logits, [(layer.keys, layer.values) for layer in cache.layers]
+
+
+class Step(Cached):
+    """One token of a model with recurrent states."""
+
+    def forward(self, inputs: dict[str, Tensor], states: States) -> tuple[Any, States]:
+        from transformers import DynamicCache
+
+        model: Any = self.model
+        cache = DynamicCache(config=model.config)
+        for layer, (conv, recurrent) in zip(cache.layers, states, strict=True):
+            # Layers write their states in place, and a graph may not write its inputs.
+            layer.conv_states[0], layer.recurrent_states[0] = conv.clone(), recurrent.clone()
+            for flags in (layer.is_conv_states_initialized, layer.is_recurrent_states_initialized):
+                flags[0] = True
+            layer.has_previous_state[0], layer.conv_kernel_size[0] = True, conv.shape[-1]
+        logits, cache = self.run(cache, {"input_ids": inputs["input_ids"]})
+        # A padded row keeps the state of one that has seen nothing, which is what the padded prefill computes.
+        mask = inputs["attention_mask"]
+        return logits, [
+            (_masked(layer.conv_states[0], mask), _masked(layer.recurrent_states[0], mask)) for layer in cache.layers
+        ]
+
+
+def _masked(state: Tensor, mask: Tensor) -> Tensor:
+    return state * mask.reshape(-1, *[1] * (state.dim() - 1)).to(state.dtype)
+
+
+class Plain(nn.Module):
+    """A model without states."""
+
+    def __init__(self, model: nn.Module, positional: bool) -> None:
+        super().__init__()
+        self.model, self.positional = model, positional
+
+    def forward(self, inputs: dict[str, Tensor], states: States) -> tuple[Any, States]:
+        return tuple(self.outputs(inputs).values()), []
+
+    def outputs(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What the model makes of ``inputs``, by name."""
+        if self.positional:
+            return _tensors(self.model(*inputs.values()))
+        cached = getattr(getattr(self.model, "config", None), "use_cache", None) is not None
+        return _tensors(self.model(**inputs, **({"use_cache": False} if cached else {})))
+
+
+def _tensors(output: Any) -> dict[str, Tensor]:
+    """The tensors of a model's output that a deployed graph gives, by name."""
+    if isinstance(output, Tensor):
+        return {"output": output}
+    if isinstance(output, Mapping):
+        names = ("logits", "last_hidden_state", "pooler_output")
+        named = {n: output[n] for n in names if isinstance(output.get(n), Tensor)}
+        return named or {n: v for n, v in output.items() if isinstance(v, Tensor)}
+    return {f"output_{i}": value for i, value in enumerate(output) if isinstance(value, Tensor)}

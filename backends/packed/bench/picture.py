@@ -1,0 +1,71 @@
+"""``sparsify bench`` as a picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from sparsify.backends.packed.bench.benchmark import Benchmark, SiteSpeed
+
+
+def draw(result: Benchmark, path: Path) -> None:
+    """Ratios of the whole model on the left; on the right times of its layers, or on a GPU gains by number of
+    tokens.
+    """
+    sites = [s for s in result.sites if s.timing is not None]
+    figure = Figure(figsize=(11, 2.2 + 0.42 * max(4, len(sites))), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(1, 2))
+    bars = {"prefill": result.prefill.ratio}
+    if result.decode is not None:
+        bars["decode"] = result.decode.ratio
+    bars["size"] = result.file_bytes[1] / result.file_bytes[0]
+    if result.device != "cpu" and result.memory is not None:
+        bars["memory"] = result.memory[1] / result.memory[0]
+    if result.loading is not None:
+        bars["first token"] = result.loading[1].first / result.loading[0].first
+        bars["memory"] = result.loading[1].added / result.loading[0].added
+    left.barh(list(bars), list(bars.values()), color="#3b6ea5")
+    left.axvline(1, color="#444444", linewidth=1)
+    left.invert_yaxis()
+    left.set_title("packed to dense", loc="left")
+    for i, value in enumerate(bars.values()):
+        left.text(value, i, f" {value:.2f}×", va="center")
+    left.set_xlim(0, max(1.2, *bars.values()) * 1.25)
+    if result.device == "cpu":
+        _draw_layers(right, sites)
+    else:
+        _draw_products(right, result)
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(f"{result.machine}, {result.dtype}", fontsize=9, x=0.01, ha="left")
+    figure.savefig(path, dpi=120)
+
+
+def _draw_layers(axes: Axes, sites: list[SiteSpeed]) -> None:
+    labels = [f"{s.kind} {'×'.join(map(str, s.shape))}" for s in sites]
+    places = range(len(sites))
+    stock = [s.timing.torch * 1e6 for s in sites if s.timing]
+    axes.barh([p - 0.2 for p in places], stock, 0.4, color="#b9b9b9", label="F.linear")
+    runs = [s.seconds * 1e6 for s in sites if s.seconds is not None]
+    axes.barh([p + 0.2 for p in places], runs, 0.4, color="#3b6ea5", label="what runs")
+    axes.set_yticks(list(places), [f"{label}\n{s.runs}" for label, s in zip(labels, sites, strict=True)], fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlabel("microseconds for one token")
+    axes.set_title("layers", loc="left")
+    axes.legend(frameon=False)
+
+
+def _draw_products(axes: Axes, result: Benchmark) -> None:
+    for (label, shape), (_, product) in result.products_by_kind().items():
+        if product.gains:
+            axes.plot(list(product.gains), list(product.gains.values()), marker="o", label=f"{label} {shape}")
+    axes.axhline(1, color="#444444", linewidth=1)
+    axes.set_xlabel("tokens")
+    axes.set_title("times faster than cuBLAS", loc="left")
+    if any(p.gains for p in result.products):
+        axes.set_xscale("log", base=2)
+        axes.legend(frameon=False, fontsize=8)
+    else:
+        axes.text(0.5, 0.5, "nothing was measured", ha="center", transform=axes.transAxes)

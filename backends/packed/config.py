@@ -1,0 +1,69 @@
+"""What the config.json of a packed folder says: read with care, for it may come from anywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from sparsify.backends.packed.format import PackedSite
+from sparsify.errors import CheckpointError
+from sparsify.runtime.words import POLICIES
+
+METHOD = "sparsify"
+FORMAT = 1
+# What quantization_config may say beside ``note``.
+FIELDS = ("quant_method", "format", "sites", "siblings", "gpu")
+
+
+def without_packing(config: dict[str, Any]) -> dict[str, Any]:
+    """The content of a config.json whose weights are dense again."""
+    quantization = config.get("quantization_config")
+    if isinstance(quantization, Mapping) and quantization.get("quant_method") == METHOD:
+        return {key: value for key, value in config.items() if key != "quantization_config"}
+    return config
+
+
+def sites_of(config: Mapping[str, Any], where: str) -> dict[str, PackedSite] | None:
+    """The packed parameters that a config.json speaks of; None where it is not of a packed folder.
+
+    Raises:
+        CheckpointError: a newer format, or entries that are damaged.
+    """
+    quantization = config.get("quantization_config")
+    if not isinstance(quantization, Mapping) or quantization.get("quant_method") != METHOD:
+        return None
+    version = quantization.get("format")
+    if type(version) is not int or version < 1:
+        raise CheckpointError(f"packed folder {where}", found=f"format {version!r}", do="config.json is damaged")
+    if version > FORMAT:
+        raise CheckpointError(
+            f"packed folder {where}",
+            found=f"format {version}; this sparsify reads up to {FORMAT}",
+            do="Install a newer sparsify (pip install -U sparsify-fx)",
+        )
+    sites = quantization.get("sites")
+    if not isinstance(sites, Mapping) or not sites:
+        raise CheckpointError(f"packed folder {where}", found="no sites in it", do="config.json is damaged")
+    return {str(name): PackedSite.of(str(name), entry) for name, entry in sites.items()}
+
+
+def check_gpu(siblings: object, gpu: object, sites: Mapping[str, object]) -> None:
+    """Check what a config.json says of GPUs.
+
+    Args:
+        siblings: groups of names of ``sites``. gpu: {"policy": …, "tune": …}.
+
+    Raises:
+        CheckpointError: it is of another kind, or names what is not packed.
+    """
+    found = None
+    if not isinstance(siblings, list) or not all(isinstance(group, list) for group in siblings):
+        found = f"siblings {siblings!r}"
+    elif lost := [name for group in siblings for name in group if not isinstance(name, str) or name not in sites]:
+        found = f"a sibling {lost[0]!r} that is not packed"
+    elif not isinstance(gpu, Mapping) or not set(gpu) <= {"policy", "tune"}:
+        found = f"gpu {gpu!r}"
+    elif gpu.get("policy", POLICIES[0]) not in POLICIES or not isinstance(gpu.get("tune", True), bool):
+        found = f"gpu {dict(gpu)!r}"
+    if found is not None:
+        raise CheckpointError("quantization_config of a packed folder", found=found, do="config.json is damaged")

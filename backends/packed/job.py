@@ -1,0 +1,161 @@
+"""A packed folder: a dense copy is pruned, then packed tensor by tensor, then dropped."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from sparsify.backends.hf.job import HuggingFaceJob
+from sparsify.backends.packed.config import FORMAT, METHOD
+from sparsify.backends.packed.format import PackedSite
+from sparsify.backends.packed.loaded.modules import pack_modules
+from sparsify.backends.packed.plan import Decision, decide, siblings, summary
+from sparsify.backends.packed.store import PackedStore
+from sparsify.backends.packed.writing import differences, write_tensors
+from sparsify.errors import BackendError, TraceError
+from sparsify.files.checkpoint import INDEX
+from sparsify.files.companions import rewrite_config
+from sparsify.files.writer import layout_of, layout_to_json
+from sparsify.frontend.capture import export
+from sparsify.frontend.source import Source
+from sparsify.frontend.widths import sizes_of
+from sparsify.ir.program import Program
+from sparsify.ir.weights import Weights
+from sparsify.runtime.words import AskedLayout, Choice
+
+# What transformers prints where it does not know the method leads to config.json.
+NOTE = "packed by sparsify: pip install sparsify-fx, and `import sparsify` before from_pretrained"
+
+
+class PackedJob:
+    """One output folder.
+
+    Raises:
+        BackendError: no model that transformers loads, nothing in it is worth packing, or the folder cannot be written.
+    """
+
+    advice = "Prune it first (--pass wanda:2:4), or take --to packed:choice=smallest to pack for size alone"
+
+    def __init__(self, source: Source, out: Path, *, overwrite: bool, layout: AskedLayout, choice: Choice) -> None:
+        check_source(source)
+        self.source, self.layout, self.choice = source, layout, choice
+        self.hf = HuggingFaceJob(source, out, overwrite=overwrite)
+        self.weights: Weights = self.hf.weights
+        self.decisions: list[Decision] = []
+
+    @property
+    def sites(self) -> dict[str, PackedSite]:
+        """The parameters that are packed."""
+        return {d.name: d.site for d in self.decisions if d.site is not None}
+
+    def options(self) -> dict[str, Any]:
+        """The backend's options, as the manifest has them."""
+        return {"layout": self.layout, "choice": self.choice}
+
+    def decide(self, program: Program) -> list[Decision]:
+        """What becomes of every weight."""
+        return decide(program, self.weights, self.source.module, self.layout, self.choice)
+
+    def extras(self) -> dict[str, Any]:
+        """What config.json says beside the sites."""
+        return {}
+
+    def records(self) -> list[dict[str, Any]]:
+        """What ``sparsify.json`` says of every weight."""
+        return [d.as_dict() for d in self.decisions]
+
+    def edit(self, model: nn.Module) -> None:
+        """Make ``model``, without weights, what a loader makes of it."""
+        pack_modules(model, self.sites, siblings(self.decisions))
+
+    def finish(self, program: Program, manifest: dict[str, Any]) -> tuple[Path, Weights]:
+        """Pack, read back, and put the folder in place."""
+        folder, weights = self.hf.staging.folder, self.weights
+        self.hf.verify()
+        self.decisions = self.decide(program)
+        if not self.sites:
+            reasons = "; ".join(f"{d.name}: {d.reason}" for d in self.decisions[:3])
+            raise BackendError(
+                f"packing {self.source.name}", found=f"no weight is worth packing ({reasons})", do=self.advice
+            )
+        dense = layout_of(self.hf.store)
+        sums = self._write(folder, program)
+        rewrite_config(folder, lambda config: {**config, "quantization_config": self._quantization()})
+        manifest["packed"] = {
+            "format": FORMAT,
+            **self.options(),
+            "sites": self.records(),
+            "dense_files": layout_to_json(dense),
+        }
+        manifest["checksums"] = sums
+        path = self.hf.seal(manifest)
+        names = {name: name for name in weights.parameters()}
+        store = PackedStore(path, self.sites)
+        return path, Weights(store, names, aliases=weights.aliases, model=self.source.module)
+
+    def _write(self, folder: Path, program: Program) -> dict[str, int]:
+        """The packed weight files in the place of the dense ones, checked before those go; CRC-32 of each tensor."""
+        inside = folder / "packed"
+        inside.mkdir()
+        sums = write_tensors(inside, self.weights, self.decisions)
+        for name, found, do in differences(PackedStore(inside, self.sites), self.weights, sums):
+            out = self.hf.staging.out
+            raise BackendError(f"output {out}", found=f"{name} {found}", do=f"{do}; nothing was left")
+        self._try_modules(program)
+        for path in [*self.hf.store.files, folder / INDEX]:
+            path.unlink(missing_ok=True)
+        for path in inside.iterdir():
+            path.rename(folder / path.name)
+        inside.rmdir()
+        return sums
+
+    def _quantization(self) -> dict[str, Any]:
+        """What config.json says of the packed weights."""
+        entries = {name: site.as_dict() for name, site in self.sites.items()}
+        content = {"quant_method": METHOD, "note": NOTE, "format": FORMAT, "sites": entries}
+        together = siblings(self.decisions)
+        return content | ({"siblings": together} if together else {}) | self.extras()
+
+    def _try_modules(self, program: Program) -> None:
+        """Trace the model with its packed modules: code that computes with a packed weight itself fails here."""
+        source = self.source
+        if source.folder is None:
+            return
+        module = source.skeleton(self.edit)
+        try:
+            export(module, {n.meta["input"]: n.meta["val"] for n in program.inputs})
+        except TraceError as error:
+            raise BackendError(
+                f"packing {source.name}",
+                found=f"the model does not run with packed layers ({error.found})",
+                do="Leave out what it computes with itself (--ignore), or write --to hf",
+            ) from error
+
+    def notes(self) -> list[str]:
+        return summary(self.decisions)
+
+    def __enter__(self) -> PackedJob:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.hf.__exit__(*error)
+
+
+def check_source(source: Source) -> None:
+    """Raises:
+    BackendError: transformers, who loads a packed folder, does not know the model, or its layers differ in width.
+    """
+    if not source.is_transformers or source.config is None:
+        raise BackendError(
+            f"packing {source.name}",
+            found="not a transformers model, and transformers is what loads a packed folder",
+            do="Lower its graph in Python instead: sparsify.passes.LowerSparse()(graph_module)",
+        )
+    if source.folder is not None and sizes_of(source.folder) is not None:
+        raise BackendError(
+            f"packing {source.name}",
+            found="layers of different widths, and transformers loads packed folders",
+            do="Prune it to uniform widths, or write --to hf and load it with sparsify.load",
+        )

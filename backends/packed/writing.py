@@ -1,0 +1,58 @@
+"""Every tensor of a packed folder into its files, and read back from there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from sparsify.backends.packed.format import codes_name, pack_parameter
+from sparsify.backends.packed.plan import Decision
+from sparsify.backends.packed.store import PackedStore
+from sparsify.files.writer import lay_out
+from sparsify.ir.weights import Weights
+
+
+def write_tensors(folder: Path, weights: Weights, decisions: Iterable[Decision]) -> dict[str, int]:
+    """Every tensor into ``folder``, parameters under the model's own names; the CRC-32 of each."""
+    packed = {d.name: d for d in decisions if d.site is not None}
+    tensors: dict[str, tuple[torch.dtype, Sequence[int]]] = {}
+    for name in weights.parameters():
+        site = packed[name].site if name in packed else None
+        if site is not None:
+            tensors[name] = (weights.dtype(name), site.values_shape)
+            tensors[codes_name(name, site.layout)] = (site.codes_dtype, site.codes_shape)
+        else:
+            tensors[name] = (weights.dtype(name), list(weights.read(name).shape))
+    # What the checkpoint holds beside the parameters is carried along.
+    known = {source for name in weights.parameters() for source in weights.sources(name)}
+    others = [n for n in weights.store.names() if n not in known and n not in tensors]
+    tensors |= {n: (weights.store.dtype(n), list(weights.store.shape(n))) for n in others}
+    out = lay_out(folder, tensors)
+    for name in weights.parameters():
+        decision = packed.get(name)
+        if decision is None or decision.site is None:
+            out.write(name, weights.read(name).to(weights.dtype(name)))
+            continue
+        asked = decision.site
+        matrices = decision.linear.matrices(weights.read(name))
+        site, values, codes = pack_parameter(
+            matrices, asked.layout, stacked=asked.experts is not None, transposed=asked.transposed
+        )
+        out.write(name, values)
+        out.write(codes_name(name, site.layout), codes)
+    for name in others:
+        out.write(name, weights.store.read(name))
+    return dict(out.written)
+
+
+def differences(store: PackedStore, weights: Weights, sums: Mapping[str, int]) -> Iterable[tuple[str, str, str]]:
+    """What lies in the files otherwise than it was meant: the tensor, what was found, what to do."""
+    for name, crc in sums.items():
+        if store.checkpoint.checksum(name) != crc:
+            yield name, "reads back otherwise than it was written", "Check the disk and run again"
+    for name in store.sites:
+        # Equal as numbers: a pruned weight may be -0.0, which is packed as zero.
+        if not bool((store.read(name) == weights.read(name)).all()):
+            yield name, "unpacks to other values", "Report this as a bug"

@@ -1,0 +1,84 @@
+"""Whether onnxruntime gives back the weights of the checkpoint, bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsify.backends.onnx.storage.pack import as_bits
+from sparsify.backends.onnx.storage.store import GraphStore
+from sparsify.backends.verify.result import Verification
+from sparsify.backends.verify.runtime_weights import runtime_weights
+from sparsify.errors import SparsifyError
+from sparsify.ir.store import TensorStore
+from sparsify.tensors import checksum
+
+
+def check_equal(
+    result: Verification, store: GraphStore, manifest: Mapping[str, Any], checkpoint: TensorStore | None
+) -> None:
+    """Compare every weight that onnxruntime gives with what it should be; what differs goes to ``result``."""
+    rows = {row.name: row for row in result.weights}
+    originals = _Originals(store, checkpoint, frozenset(manifest.get("checksums", {})))
+    unknown: list[str] = []
+    try:
+        for name, got in runtime_weights(store, [*store.names(), *store.inline()]):
+            want = originals.find(name, got)
+            if want is None:
+                unknown += [name] if name in rows else []
+                continue
+            equal = _same(got, want)
+            result.compared += 1
+            if name in rows and rows[name].equal is not False:
+                rows[name].equal = equal
+            if not equal:
+                result.problems.append(f"{name}: onnxruntime gives other values than the checkpoint holds")
+    except SparsifyError as error:
+        result.problems.append(str(error))
+    if unknown:
+        result.unchecked.append(
+            f"{len(unknown)} weights have no tensor of that name or with these values to compare with: "
+            f"{', '.join(unknown[:3])}{'…' if len(unknown) > 3 else ''}; name a checkpoint with --against"
+        )
+
+
+@dataclass
+class _Originals:
+    """What weights are compared with: the checkpoint where there is one, else the files that were written."""
+
+    store: GraphStore
+    checkpoint: TensorStore | None
+    written: frozenset[str]
+    _by_value: dict[int, str] | None = None
+
+    def find(self, name: str, got: Tensor) -> Tensor | None:
+        """What ``got``, called ``name`` in the graph, should be; None where nothing says it."""
+        if self.checkpoint is None:
+            return self.store.read(name) if name in self.written else None
+        if name in set(self.checkpoint.names()):
+            return self.checkpoint.read(name)
+        if got.dim() < 2:
+            return self.store.read(name) if name in self.written else None
+        # A file that is not ours names weights as it likes: find them by their values.
+        if self._by_value is None:
+            self._by_value = {checksum(self.checkpoint.read(n)): n for n in self.checkpoint.names()}
+        sums = [checksum(got), *([checksum(got.t())] if got.dim() == 2 else [])]
+        match = next((self._by_value[crc] for crc in sums if crc in self._by_value), None)
+        return None if match is None else self.checkpoint.read(match)
+
+
+def _same(got: Tensor, want: Tensor) -> bool:
+    """Bit for bit after the graph's own cast; a MatMul's weight may be stored transposed."""
+    want = want.to(got.dtype)
+    if got.shape != want.shape and got.dim() == 2 and got.t().shape == want.shape:
+        got = got.t()
+    if got.shape != want.shape:
+        return False
+    equal = torch.equal(as_bits(got), as_bits(want))
+    if not equal and got.dim() == 2 and got.shape[0] == got.shape[1]:
+        equal = torch.equal(as_bits(got.t()), as_bits(want))
+    return equal

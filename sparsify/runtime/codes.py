@@ -1,0 +1,74 @@
+"""Which weights of a matrix are kept, as bits: a nibble for two of every four, or one bit each."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sparsify.runtime.cpu import native
+
+# For the four kept-bits of a group, its nibble idx0 | idx1 << 2, idx0 < idx1; a group of fewer than two is filled up
+# with zeros of its own. These six codes are the ones that NVIDIA's sparse tensor cores take.
+_NIBBLES = (4, 4, 4, 4, 8, 8, 9, 0, 12, 12, 13, 0, 14, 0, 0, 0)
+_BITS = (1, 2, 4, 8, 16, 32, 64, 128)
+
+
+def at_most_two(kept: Tensor) -> bool:
+    """Whether no four consecutive of the booleans ``kept`` [..., 4 n] have more than two set."""
+    return bool((kept.reshape(-1, 4).sum(1, dtype=torch.uint8) <= 2).all())
+
+
+def pack_pairs(groups: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
+    """Two values [n, 2] of each group [n, 4], and their positions, a nibble each: uint8 [n / 2]. ``n`` must be even."""
+    bits = kept.to(torch.uint8)
+    which = bits[:, 0] | bits[:, 1] << 1 | bits[:, 2] << 2 | bits[:, 3] << 3
+    nibbles = torch.tensor(_NIBBLES, dtype=torch.uint8, device=groups.device)[which.int()]
+    positions = torch.stack([nibbles & 3, nibbles >> 2], dim=1)
+    return groups.gather(1, positions.long()), nibbles[::2] | nibbles[1::2] << 4
+
+
+def unpack_pairs(values: Tensor, codes: Tensor) -> Tensor:
+    """Undo :func:`pack_pairs`: [n, 2] and n nibbles to [n, 4]."""
+    shifts = torch.tensor([0, 2, 4, 6], dtype=torch.uint8, device=codes.device)
+    positions = (codes.reshape(-1, 1) >> shifts & 3).view(-1, 2)
+    return values.new_zeros(positions.shape[0], 4).scatter_(1, positions.long(), values)
+
+
+def ascending(codes: Tensor) -> bool:
+    """Whether every nibble is two ascending positions."""
+    if (kernels := native.library() if codes.device.type == "cpu" else None) is not None:
+        codes = codes.contiguous()
+        return bool(kernels.check_24(codes.data_ptr(), codes.numel()))
+    return bool((((codes >> 2 & 3) > (codes & 3)) & ((codes >> 6) > (codes >> 4 & 3))).all())
+
+
+def pack_bits(bits: Tensor) -> Tensor:
+    """Booleans [..., n] as uint8 [..., ceil(n / 8)], the first in the lowest bit."""
+    if left := -bits.shape[-1] % 8:
+        bits = torch.cat([bits, bits.new_zeros(*bits.shape[:-1], left)], dim=-1)
+    weights = torch.tensor(_BITS, dtype=torch.uint8, device=bits.device)
+    return (bits.reshape(*bits.shape[:-1], -1, 8).to(torch.uint8) * weights).sum(-1, dtype=torch.uint8)
+
+
+def unpack_bits(codes: Tensor) -> Tensor:
+    """Undo :func:`pack_bits`, flat."""
+    weights = torch.tensor(_BITS, dtype=torch.uint8, device=codes.device)
+    return (codes.reshape(-1, 1) & weights).ne(0).view(-1)
+
+
+def row_starts(mask: Tensor) -> Tensor:
+    """Where each row's values begin in a bitmask's values, and where the last ends: int64 [rows + 1]."""
+    if (kernels := native.library() if mask.device.type == "cpu" else None) is not None:
+        mask = mask.contiguous()
+        starts = torch.zeros(mask.shape[0] + 1, dtype=torch.int64)
+        kernels.row_starts(native.isa(), mask.data_ptr(), mask.shape[0], mask.shape[1], starts.data_ptr())
+        return starts
+    counts = torch.tensor([i.bit_count() for i in range(256)], dtype=torch.uint8, device=mask.device)
+    rows = mask.shape[0]
+    starts = torch.zeros(rows + 1, dtype=torch.int64, device=mask.device)
+    # Some rows at a time: looking bytes up takes eight bytes for each.
+    step = max(1, (1 << 22) // max(1, mask.shape[1]))
+    for at in range(0, rows, step):
+        part = mask[at : at + step].contiguous().view(torch.uint8)
+        starts[at + 1 : at + 1 + part.shape[0]] = counts[part.int()].sum(1, dtype=torch.int64)
+    return starts.cumsum_(0)

@@ -1,0 +1,89 @@
+"""``compare``: the same tokens for every pass, one table, one picture."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+from support.command_line import sparsify
+
+from sparsify.errors import SparsifyError
+from sparsify.evaluation.compare import compare
+from sparsify.evaluation.perplexity import evaluate
+from sparsify.method.spec import split_specs
+
+
+@pytest.fixture(scope="module")
+def model(folder: Callable[[str], Path]) -> Path:
+    return folder("llama")
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Token ids of a small vocabulary, which need no tokenizer."""
+    path = tmp_path_factory.mktemp("text") / "held.safetensors"
+    save_file({"input_ids": torch.randint(3, 60, (2000,), generator=torch.Generator().manual_seed(0))}, path)
+    return path
+
+
+def test_compare_from_the_command_line(model: Path, text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "compared"
+    done = sparsify(
+        "compare", model, "--passes", "magnitude:2:4,wanda:50%,group=layer,sparsegpt:2:4", "--data", text,
+        "--calibration", text, "--samples", 4, "--sequence-length", 64, "--windows", 4, "-o", out,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    for word in ("dense", "magnitude:2:4", "wanda:50%,group=layer", "sparsegpt:2:4", "perplexity", "peak memory"):
+        assert word in done.stdout
+    found = json.loads((out / "compare.json").read_text())
+    assert [row["name"] for row in found["rows"]] == [
+        "dense",
+        "magnitude:2:4",
+        "wanda:50%,group=layer",
+        "sparsegpt:2:4",
+    ]
+    dense = evaluate(model, str(text), sequence_length=64, windows=4).perplexity
+    assert found["rows"][0]["perplexity"] == pytest.approx(dense)
+    for row in found["rows"][1:]:
+        assert row["perplexity"] > 0 and row["seconds"] > 0 and len(row["errors"]) > 10
+        assert row["error"] == pytest.approx(sum(row["errors"].values()) / len(row["errors"]))
+    assert (out / "compare.png").read_bytes().startswith(b"\x89PNG")
+    svg = (out / "compare.svg").read_text()
+    assert "<svg" in svg and "sparsegpt:2:4" in (out / "compare.md").read_text()
+    assert sorted(p.name for p in out.iterdir()) == ["compare.json", "compare.md", "compare.png", "compare.svg"]
+
+
+def test_without_text_there_is_no_perplexity(model: Path, text: Path) -> None:
+    result = compare(model, ["wanda:2:4"], calibration=str(text), samples=2, sequence_length=32)
+    assert result.rows[0].perplexity is None and result.rows[1].perplexity is None
+    assert result.rows[1].error is not None and "perplexity" in result.markdown()
+
+
+@pytest.mark.parametrize("specs", [[], ["wanda:2:5:7"], ["nothing:2:4"]])
+def test_bad_specs_are_refused_before_anything_is_read(specs: list[str], tmp_path: Path) -> None:
+    with pytest.raises(SparsifyError):
+        compare(tmp_path / "no-model", specs)
+
+
+def test_nothing_is_written_where_a_pass_fails(model: Path, text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "compared"
+    with pytest.raises(SparsifyError, match="one stream"):
+        compare(model, ["twin:2:4"], calibration=str(text), samples=2, sequence_length=32, schedule="dense", output=out)
+    assert not out.exists() and not list(tmp_path.iterdir())
+
+
+options = st.sampled_from(["group=layer", "update=exact", "blocksize=4", "count=exact"])
+specs = st.builds(
+    lambda n, o: ",".join([n, *o]), st.sampled_from(["wanda:2:4", "magnitude:50%", "apt:0.5"]), st.lists(options)
+)
+
+
+@given(st.lists(specs, max_size=5))
+def test_specs_are_split_at_the_right_commas(given: list[str]) -> None:
+    assert split_specs(",".join(given)) == given

@@ -1,0 +1,47 @@
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from support.families import build
+
+from sparsify.errors import CalibrationError, TraceError
+from sparsify.evaluation.perplexity import evaluate, perplexity
+from sparsify.frontend.source import open_source
+
+
+@pytest.mark.parametrize("family", ["llama", "opt", "gpt2", "mamba", "mixtral", "gemma3"])
+def test_perplexity_is_the_papers(family: str, folder: Callable[[str], Path]) -> None:
+    """nll = mean · L per window, exp(sum / (windows · L)), with transformers' own forward."""
+    windows = torch.randint(3, 60, (6, 16), generator=torch.Generator().manual_seed(0))
+    model = type(build(family)).from_pretrained(folder(family)).eval()
+    total = 0.0
+    with torch.no_grad():
+        for row in windows:
+            logits = model(row[None], use_cache=False).logits[0, :-1]
+            total += float(torch.nn.functional.cross_entropy(logits, row[1:])) * 16
+    assert perplexity(open_source(folder(family)), windows) == pytest.approx(math.exp(total / (6 * 16)), rel=1e-5)
+
+
+def test_held_out_text_through_the_tokenizer(bundled: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("import os\nprint(os.getcwd())\n" * 60)
+    result = evaluate(bundled, str(tmp_path / "a.txt"), sequence_length=64, windows=3)
+    assert result.windows == 3 and result.sequence_length == 64 and 1 < result.perplexity < 4096
+
+
+def test_only_causal_models_have_one(folder: Callable[[str], Path]) -> None:
+    windows = torch.randint(3, 60, (2, 16))
+    for family in ("bert", "t5"):
+        with pytest.raises(TraceError, match="not a causal language model"):
+            perplexity(open_source(folder(family)), windows)
+
+
+def test_too_little_text_and_wrong_ids(bundled: Path, tmp_path: Path, folder: Callable[[str], Path]) -> None:
+    (tmp_path / "a.txt").write_text("x = 1\n")
+    with pytest.raises(CalibrationError, match="tokens in all"):
+        evaluate(bundled, str(tmp_path / "a.txt"))
+    with pytest.raises(CalibrationError, match="vocabulary of 64"):
+        perplexity(open_source(folder("llama")), torch.full((1, 8), 64))

@@ -1,0 +1,74 @@
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sparsify.errors import SpecError
+from sparsify.method.pattern import NM, Unstructured
+from sparsify.method.registry import find, registered
+from sparsify.method.spec import describe_passes, parse_pass, spec_text
+from sparsify.passes import LowerSparse, Magnitude, Wanda
+
+groups = st.sampled_from(["output", "input", None])
+
+
+@given(st.sampled_from([Magnitude, Wanda]), groups, st.integers(1, 256), st.sampled_from(["floor", "exact"]))
+def test_every_spec_round_trips(kind, group, blocksize, count) -> None:  # type: ignore[no-untyped-def]
+    made = kind(Unstructured("0.6"), group or "output", blocksize, count)
+    assert parse_pass(spec_text(made)) == made
+
+
+@pytest.mark.parametrize("name", sorted(registered("sparsify.passes")))
+def test_every_registered_pass_round_trips(name: str) -> None:
+    if not find("sparsify.passes", name).takes_pattern():
+        assert spec_text(parse_pass(name)) == name
+        return
+    for pattern in ("50%",) if name in ("activation", "llm-pruner") else ("2:4", "50%"):
+        assert spec_text(parse_pass(f"{name}:{pattern}")) == f"{name}:{pattern}"
+
+
+def test_a_pass_that_takes_no_pattern() -> None:
+    assert parse_pass("lower-sparse:choice=smallest,merge=false") == LowerSparse(choice="smallest", merge=False)
+    assert spec_text(LowerSparse(merge=False)) == "lower-sparse:merge=false"
+    with pytest.raises(SpecError, match="a pattern, which lower-sparse has not"):
+        parse_pass("lower-sparse:2:4")
+
+
+def test_options_reach_the_fields() -> None:
+    assert parse_pass("wanda:50%,group=input,blocksize=128") == Wanda(Unstructured("0.5"), "input", 128)
+    assert parse_pass("wanda:0.5, variant=true") == Wanda(Unstructured("0.5"), variant=True)
+    assert parse_pass("magnitude:2:4") == Magnitude(NM(2, 4))
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("wnda:2:4", "Near names: wanda"),
+        ("wanda", "no pattern"),
+        ("wanda:", "no pattern"),
+        ("wanda:2:4,group", "no ="),
+        ("wanda:50%,gruop=layer", "Near names: group"),
+        ("wanda:50%,group=rows", "output or input or layer"),
+        ("wanda:50%,blocksize=x", "a whole number"),
+        ("wanda:50%,blocksize=0", "at least 1"),
+        ("wanda:50%,variant=maybe", "true or false"),
+        ("wanda:50%,variant=true,variant=true", "given twice"),
+        ("wanda:50%,group=layer,blocksize=4", "compares all weights"),
+        ("wanda:2:4,variant=true", "Ask for a percentage"),
+        ("wanda:2:4,group=layer", "its own groups of 4"),
+        ("wanda:2:4,count=exact", "its own groups of 4"),
+        ("wanda:50%,variant=true,group=input", "its own counts"),
+        ("wanda:2:4,sparsity=0.3", "no such option"),
+        ("", "nothing of that name"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused(text: str, says: str) -> None:
+    with pytest.raises(SpecError) as caught:
+        parse_pass(text)
+    assert says in str(caught.value)
+
+
+def test_passes_describe_themselves() -> None:
+    rows = {name: options for name, _, options in describe_passes()}
+    assert "variant" in rows["wanda"] and "variant" not in rows["magnitude"]

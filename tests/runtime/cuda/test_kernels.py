@@ -1,0 +1,182 @@
+"""The CUDA kernels without a GPU: their source run by the emulator, and the machine code that compilers make of it."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from support import emulate
+from support.matrices import error, pruned_24
+from torch import Tensor
+
+from sparsify.runtime.cuda import nvrtc
+from sparsify.runtime.cuda.fragments import to_fragments
+from sparsify.runtime.cuda.variants import DECODE, TILED, VARIANTS, Arguments, Variant
+from sparsify.runtime.layout import pack
+
+DTYPES = (torch.bfloat16, torch.float16)
+SPLIT = (Variant("tiled", 8, 2, 8, 2), Variant("tiled", 4, 1, 4, 3))
+
+
+def weight(rows: int, columns: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    dense = pruned_24(rows, columns, dtype, seed=rows)
+    dense.view(-1)[torch.randperm(dense.numel())[: dense.numel() // 10]] = 0
+    return dense, to_fragments(pack(dense, "packed24"))
+
+
+def check(variant: Variant, dtype: torch.dtype, shape: tuple[int, int], tokens: int) -> None:
+    dense, fragments = weight(*shape, dtype)
+    x, bias = torch.randn(tokens, shape[1]).to(dtype), torch.randn(shape[0]).to(dtype)
+    exact = x.double() @ dense.double().t()
+    y = emulate.linear(variant, x, fragments, shape[0], bias)
+    assert error(y, exact + bias.double()) < 4e-3, (variant.name, dtype, shape, tokens)
+    # Threads in the other order: a missing barrier shows.
+    assert torch.equal(y, emulate.linear(variant, x, fragments, shape[0], bias, backwards=True))
+    assert error(emulate.linear(variant, x, fragments, shape[0]), exact) < 4e-3
+
+
+QUICK = (DECODE[0], DECODE[-1], TILED[0], TILED[-1], SPLIT[1])
+CASES = [
+    *((variant, torch.bfloat16) for variant in QUICK),
+    (SPLIT[1], torch.float16),
+    *(pytest.param(v, torch.bfloat16, marks=pytest.mark.slow) for v in (*VARIANTS, *SPLIT) if v not in QUICK),
+]
+
+
+@pytest.mark.parametrize(("variant", "dtype"), CASES, ids=lambda v: getattr(v, "name", str(v)))
+def test_against_float64_on_ragged_shapes(variant: Variant, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    for shape, counts in (((16, 256), (1, 7, 16)), ((7, 64), (3, 9, 33)), ((100, 1096), (2, 16, 70))):
+        for tokens in counts:
+            if variant.fits(tokens, shape[1]):
+                check(variant, dtype, shape, tokens)
+
+
+def test_unpacking_is_exact() -> None:
+    for dtype in DTYPES:
+        for rows, columns in ((16, 256), (7, 64), (100, 1096)):
+            dense, fragments = weight(rows, columns, dtype)
+            assert torch.equal(emulate.unpacked(fragments, dtype, 0, rows, columns), dense + 0)
+        assert torch.equal(emulate.unpacked(fragments, dtype, 32, 20, columns), dense[32:52] + 0)
+
+
+def test_values_that_floats_have_beside_numbers() -> None:
+    """Infinities of inputs reach exactly the output neurons that have a weight there."""
+    dense, fragments = weight(32, 256, torch.bfloat16)
+    x = torch.zeros(1, 256, dtype=torch.bfloat16)
+    x[0, 77] = float("inf")
+    y = emulate.linear(DECODE[0], x, fragments, 32)
+    kept = dense[:, 77] != 0
+    assert bool(y[0, kept].isinf().all()) and kept.any() and not kept.all()
+
+
+def test_the_emulator_finds_what_it_is_for() -> None:
+    """A kernel that reads past a buffer, and one that is told of more tokens than there are."""
+    _, fragments = weight(32, 256, torch.bfloat16)
+    x, y = torch.randn(4, 256).bfloat16(), torch.empty(4, 32, dtype=torch.bfloat16)
+    for count, held, variant in ((4, fragments[:1], DECODE[0]), (5, fragments, DECODE[0]), (5, fragments, TILED[0])):
+        arguments = Arguments(held.data_ptr(), x.data_ptr(), None, y.data_ptr(), None, count, 32, 256, 1, 1, 0, 0)
+        with pytest.raises(emulate.EmulatorError, match=r"outside of every buffer"):
+            emulate.run(variant.launch(count, 32), arguments, torch.bfloat16, [held, x], [y])
+
+
+def test_the_emulator_finds_shared_memory_that_is_too_small() -> None:
+    _, fragments = weight(32, 256, torch.bfloat16)
+    x, y = torch.randn(4, 256).bfloat16(), torch.empty(4, 32, dtype=torch.bfloat16)
+    arguments = Arguments(fragments.data_ptr(), x.data_ptr(), None, y.data_ptr(), None, 4, 32, 256, 1, 1, 0, 0)
+    launch = DECODE[0].launch(4, 32)
+    short = type(launch)(launch.kernel, launch.grid, launch.threads, launch.shared - 16)
+    with pytest.raises(emulate.EmulatorError, match=r"past its end"):
+        emulate.run(short, arguments, torch.bfloat16, [fragments, x], [y])
+
+
+# Machine code.
+
+
+def disassembler() -> list[Path]:
+    """cuobjdump and nvdisasm: Triton's package brings both."""
+    triton = pytest.importorskip("triton")
+    place = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    found = [place / "cuobjdump", place / "nvdisasm"]
+    if not all(p.exists() for p in found):
+        pytest.skip("Triton's package has no cuobjdump and nvdisasm here")
+    return found
+
+
+def machine_code(binary: Path) -> dict[str, list[str]]:
+    """Instructions of every kernel."""
+    cuobjdump, nvdisasm = disassembler()
+    done = subprocess.run([cuobjdump, "--dump-sass", binary], capture_output=True, text=True, check=True,
+                          env={"PATH": f"{nvdisasm.parent}:/usr/bin:/bin"})  # fmt: skip
+    kernels: dict[str, list[str]] = {}
+    name = ""
+    for line in done.stdout.splitlines():
+        if (start := re.search(r"Function : (\w+)", line)) is not None:
+            name = start[1]
+        elif (word := re.search(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][A-Z0-9_.]+)", line)) is not None:
+            kernels.setdefault(name, []).append(word[1])
+    return kernels
+
+
+def check_machine_code(binary: Path) -> None:
+    kernels = machine_code(binary)
+    assert set(kernels) == {v.kernel for v in VARIANTS} | {"add_splits", "unpack"}
+    for name, words in kernels.items():
+        assert not [w for w in words if w.startswith(("LDL", "STL"))], f"{name} spills registers to local memory"
+        if name == "add_splits":
+            continue
+        loads = [w for w in words if w.split(".")[0] == "LDG"]
+        wide = [w for w in loads if w.endswith(".128") or ".128." in w]
+        # Nine 16-byte loads are one tile of weights. The bias is two bytes, and no more than that is narrow.
+        assert len(wide) >= 9, (name, loads)
+        assert all(".U16" in w for w in loads if w not in wide), (name, loads)
+        if name != "unpack":
+            products = [w for w in words if w.startswith("HMMA.SP.16832.F32")]
+            variant = Variant.named(name)
+            # One per chunk, row tile and token tile of a tile of weights.
+            assert len(products) >= 8 * variant.row_tiles * variant.token_tiles, (name, len(products))
+        if name.startswith("tiled"):
+            assert any(w.startswith("LDGSTS") and "128" in w for w in words), f"{name} has no asynchronous copies"
+
+
+@pytest.mark.parametrize("architecture", [90, *(pytest.param(a, marks=pytest.mark.slow) for a in (80, 100))])
+def test_what_nvcc_makes_of_it(tmp_path: Path, architecture: int) -> None:
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        pytest.skip("no nvcc on this machine")
+    known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout
+    if f"sm_{architecture}" not in known.split():
+        pytest.skip(f"this nvcc does not know sm_{architecture}")
+    for kind in nvrtc.TYPES.values():
+        words = [nvcc, "-std=c++17", "-O3", f"-arch=sm_{architecture}", f"-DSPARSIFY_TYPE={kind}", "-cubin"]
+        subprocess.run([*words, "-o", tmp_path / "k.cubin", nvrtc.SOURCES / nvrtc.MAIN], check=True)
+        check_machine_code(tmp_path / "k.cubin")
+
+
+@pytest.mark.parametrize("capability", [(8, 0), *(pytest.param(c, marks=pytest.mark.slow) for c in ((9, 0), (10, 0)))])
+def test_what_nvrtc_makes_of_it(tmp_path: Path, capability: tuple[int, int]) -> None:
+    compiler = nvrtc.nvrtc()
+    if compiler is None:
+        pytest.skip("no NVRTC on this machine")
+    if 10 * capability[0] + capability[1] not in compiler.architectures:
+        pytest.skip(f"this NVRTC does not know sm_{capability[0]}{capability[1]}")
+    for dtype in DTYPES:
+        (tmp_path / "k.cubin").write_bytes(compiler.compile(dtype, capability))
+        check_machine_code(tmp_path / "k.cubin")
+
+
+def test_a_gpu_that_nvrtc_does_not_know_gets_ptx(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    compiler = nvrtc.nvrtc()
+    if compiler is None:
+        pytest.skip("no NVRTC on this machine")
+    code = compiler.compile(torch.bfloat16, (99, 0))
+    assert b".target" in code and b"mma.sp::ordered_metadata" in code
+    # Compiled once, then read from the cache folder.
+    monkeypatch.setenv("SPARSIFY_CACHE", str(tmp_path))
+    first = nvrtc.machine_code(torch.bfloat16, (9, 0))
+    monkeypatch.setattr(nvrtc.NVRTC, "compile", lambda *_: pytest.fail("compiled again"))
+    assert nvrtc.machine_code(torch.bfloat16, (9, 0)) == first

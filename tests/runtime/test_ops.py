@@ -1,0 +1,262 @@
+"""The operators against float64, under torch's compilers, on every instruction set."""
+
+from __future__ import annotations
+
+import io
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.matrices import DTYPES, TOLERANCE, error, pruned, pruned_24
+from torch import Tensor, nn
+
+from sparsify.errors import BackendError, SpecError
+from sparsify.runtime import ops
+from sparsify.runtime.cpu import native
+from sparsify.runtime.layout import LAYOUTS, pack, row_starts
+from sparsify.runtime.packed_weight import PackedWeight
+
+TOKENS = (0, 1, 2, 3, 4, 5, 8, 9, 16, 17, 33, 64, 65)
+
+
+def check_products(shapes: tuple[tuple[int, int], ...], tokens: tuple[int, ...]) -> int:
+    """Every layout, dtype, token count, with and without bias; the number of products."""
+    count = 0
+    for rows, columns in shapes:
+        for dtype in DTYPES:
+            for layout, weight in (
+                ("packed24", pruned_24(rows, columns, dtype)),
+                ("bitmask", pruned(rows, columns, 0.5, dtype)),
+            ):
+                packed = PackedWeight.of(weight, layout)  # type: ignore[arg-type]
+                for number in tokens:
+                    x, bias = torch.randn(number, columns).to(dtype), torch.randn(rows).to(dtype)
+                    exact = x.double() @ weight.double().t()
+                    assert packed.linear(x).shape == (number, rows)
+                    assert error(packed.linear(x), exact) < TOLERANCE[dtype], (layout, rows, columns, dtype, number)
+                    got = packed.operator(x, *packed.tensors.values(), bias)
+                    assert error(got, exact + bias.double()) < TOLERANCE[dtype], (layout, rows, columns, dtype, number)
+                    count += 2
+    return count
+
+
+def test_against_float64_on_ragged_shapes() -> None:
+    torch.manual_seed(0)
+    assert check_products(((1, 1), (7, 63), (33, 64), (130, 200), (12, 1100), (5, 4160)), TOKENS)
+
+
+@pytest.mark.parametrize("isa", ["avx2", "scalar"])
+def test_with_a_lower_instruction_set(isa: str) -> None:
+    if native.library() is None or native.ISAS.index(isa) > native.library().best_isa:  # type: ignore[union-attr]
+        pytest.skip(f"this machine has no {isa} kernels")
+    code = (
+        "import torch; torch.manual_seed(0)\nfrom packed.test_ops import check_products\n"
+        "from sparsify.runtime import native\n"
+        f"assert native.ISAS[native.isa()] == {isa!r}\n"
+        "print(check_products(((1, 1), (7, 63), (33, 64), (60, 1100)), (0, 1, 2, 3, 4, 7, 16, 17, 64, 65)), 'products')"
+    )
+    done = run_python(code, SPARSIFY_CPU_ISA=isa)
+    assert done.returncode == 0 and "products" in done.stdout, done.stderr
+
+
+def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    tests = Path(__file__).parents[1]
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tests, env={**os.environ, **environment}
+    )
+
+
+def test_an_instruction_set_that_is_not_here() -> None:
+    done = run_python("from sparsify.runtime import native; native.isa()", SPARSIFY_CPU_ISA="avx1024")
+    assert SpecError.__name__ in done.stderr and "no such instruction set" in done.stderr
+
+
+def test_without_a_compiler_one_warning_and_right_results(tmp_path: Path) -> None:
+    code = (
+        "import warnings, torch\nfrom packed.test_ops import check_products\n"
+        "from sparsify.runtime import native\n"
+        "native.BUILT = 'none-of-these'\n"
+        "with warnings.catch_warnings(record=True) as seen:\n"
+        "    warnings.simplefilter('always')\n"
+        "    check_products(((7, 63), (33, 64)), (0, 1, 5, 65))\n"
+        "assert native.library() is None\n"
+        "print([str(w.message) for w in seen if 'kernels' in str(w.message)])"
+    )
+    done = run_python(code, SPARSIFY_CACHE=str(tmp_path), CXX="no-such-compiler")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Install a C++ compiler") == 1
+
+
+def test_kernels_are_compiled_once_into_the_cache(tmp_path: Path) -> None:
+    if native.find_compiler() is None:
+        pytest.skip("no C++ compiler here")
+    code = "from sparsify.runtime import native; native.BUILT = 'x'; print(native.library().path)"
+    first, second = (run_python(code, SPARSIFY_CACHE=str(tmp_path)).stdout.strip() for _ in range(2))
+    assert first == second and Path(first).parent == tmp_path and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_extreme_values(layout: str, dtype: torch.dtype) -> None:
+    """Rows and inputs of 1e-30 to 1e30 (as far as the dtype goes), denormals, all-zero and fully dense rows."""
+    torch.manual_seed(0)
+    weight = pruned_24(16, 256)
+    # bfloat16 products of subnormal numbers count as zero (vdpbf16ps): they are beside normal ones here.
+    top = 4.0 if dtype is torch.float16 else 30.0
+    weight *= 10.0 ** torch.linspace(-top, top, 16)[:, None]
+    weight[3] = 0
+    if layout == "bitmask":
+        weight[5] = torch.randn(256)
+    weight[7, weight[7].nonzero()[0]] = 1e-40
+    weight = weight.to(dtype)
+    packed = PackedWeight.of(weight, layout)  # type: ignore[arg-type]
+    for number in (1, 4, 16, 65):
+        x = (torch.randn(number, 256) * (1.0 if dtype is torch.float16 else 1e3)).to(dtype)
+        exact = x.double() @ weight.double().t()
+        got = packed.linear(x).double()
+        assert not bool(got[:, 3].any())
+        finite = exact.abs() < torch.finfo(dtype).max
+        scale = (x.double().abs() @ weight.double().abs().t()).clamp(min=float(torch.finfo(dtype).tiny))
+        assert bool((((got - exact).abs() / scale)[finite] < TOLERANCE[dtype]).all())
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_threads_change_no_bit(layout: str, dtype: torch.dtype) -> None:
+    weight = PackedWeight.of(pruned_24(1030, 512, dtype), layout)  # type: ignore[arg-type]
+    before = torch.get_num_threads()
+    try:
+        for number in (1, 2, 4, 7, 16, 64, 100):
+            x = torch.randn(number, 512).to(dtype)
+            torch.set_num_threads(1)
+            one = weight.linear(x)
+            torch.set_num_threads(2)
+            two = weight.linear(x)
+            if number > ops.MANY:  # a dense product of torch's, which promises no such thing
+                torch.testing.assert_close(one, two)
+            else:
+                assert torch.equal(one, two), number
+    finally:
+        torch.set_num_threads(before)
+
+
+class Layer(nn.Module):
+    def __init__(self, layout: str, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.weight = PackedWeight.of(pruned_24(96, 130, dtype), layout)  # type: ignore[arg-type]
+        for name, tensor in self.weight.tensors.items():
+            self.register_buffer(f"packed_{name}", tensor)
+        self.names = [f"packed_{name}" for name in self.weight.tensors]
+        self.register_buffer("bias", torch.randn(96).to(dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        tensors = [getattr(self, name) for name in self.names]
+        return torch.relu(self.weight.operator(x, *tensors, self.bias)) + 1
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_any_leading_dimensions(layout: str) -> None:
+    layer, x = Layer(layout), torch.randn(2, 3, 5, 130)
+    got = layer(x)
+    assert got.shape == (2, 3, 5, 96)
+    torch.testing.assert_close(got.view(30, 96), layer(x.view(30, 130)), rtol=1e-4, atol=1e-4)
+    assert layer(x[0, 0, 0]).shape == (96,) and layer(x[:0]).shape == (0, 3, 5, 96)
+    strided = torch.randn(130, 7).t()
+    torch.testing.assert_close(layer(strided), layer(strided.contiguous()))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_under_torchs_compilers(layout: str) -> None:
+    layer, x = Layer(layout), torch.randn(2, 3, 130)
+    tensors = [*layer.weight.tensors.values()]
+    torch.library.opcheck(layer.weight.operator, (x, *tensors, layer.bias))
+    torch.library.opcheck(layer.weight.operator, (x, *tensors))
+    with torch.no_grad():
+        compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend="aot_eager")
+        for tokens in (1, 2, 7, 70):
+            batch = torch.randn(2, tokens, 130)
+            assert torch.equal(compiled(batch), layer(batch))
+    with torch.inference_mode():
+        assert torch.equal(compiled(x), layer(x))
+    exported = torch.export.export(layer, (x,), dynamic_shapes=({1: torch.export.Dim("tokens", min=1, max=4096)},))
+    file = io.BytesIO()
+    torch.export.save(exported, file)
+    file.seek(0)
+    module = torch.export.load(file).module()
+    for tokens in (1, 9, 80):
+        batch = torch.randn(2, tokens, 130)
+        assert torch.equal(module(batch), layer(batch))
+    traced = torch.fx.symbolic_trace(layer)
+    assert torch.equal(traced(x), layer(x))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_under_inductor(layout: str) -> None:
+    layer = Layer(layout, torch.bfloat16)
+    with torch.no_grad():
+        compiled = torch.compile(layer, fullgraph=True, dynamic=True)
+        for tokens in (1, 3, 70):
+            batch = torch.randn(2, tokens, 130).bfloat16()
+            torch.testing.assert_close(compiled(batch), layer(batch))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_experts_are_each_their_own_product(layout: str, dtype: torch.dtype) -> None:
+    stack = torch.stack([pruned_24(40, 70, dtype, seed) for seed in range(4)])
+    packed = PackedWeight.of(stack, layout)  # type: ignore[arg-type]
+    x = torch.randn(11, 70).to(dtype)
+    offsets = torch.tensor([3, 3, 9, 10], dtype=torch.int32)  # the second expert has no token, the last token no expert
+    got = packed.operator(x, *packed.tensors.values(), offsets)
+    for expert, (start, end) in enumerate(((0, 3), (3, 3), (3, 9), (9, 10))):
+        exact = x[start:end].double() @ stack[expert].double().t()
+        assert start == end or error(got[start:end], exact) < TOLERANCE[dtype]
+    assert not bool(got[10:].any())
+    torch.library.opcheck(packed.operator, (x, *packed.tensors.values(), offsets))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("columns", [1, 31, 64, 100, 513])
+def test_dense_weights_of_one_token_and_of_more(dtype: torch.dtype, columns: int) -> None:
+    weight, bias = torch.randn(37, columns).to(dtype), torch.randn(37).to(dtype)
+    for shape in ((1, columns), (1, 1, columns), (columns,), (3, columns), (0, columns)):
+        x = torch.randn(shape).to(dtype)
+        got = ops.linear_dense(x, weight, bias)
+        assert got.shape == (*shape[:-1], 37)
+        assert not x.numel() or error(got, x.double() @ weight.double().t() + bias.double()) < TOLERANCE[dtype]
+    torch.library.opcheck(ops.linear_dense, (torch.randn(2, columns).to(dtype), weight, bias))
+
+
+def test_arguments_that_do_not_fit() -> None:
+    good = pack(pruned_24(8, 64), "packed24")
+    mask = pack(pruned_24(8, 64), "bitmask")
+    starts, x = row_starts(mask.codes), torch.randn(2, 64)
+    if native.library() is None:
+        pytest.skip("the reference path leaves this to torch")
+    calls: list[tuple[Any, tuple[Any, ...], str]] = [
+        (ops.linear_24, (x.half(), good.values, good.codes), "x of torch.float16, weights of torch.float32"),
+        (ops.linear_24, (x.double(), good.values.double(), good.codes), "float64"),
+        (ops.linear_24, (torch.randn(2, 200), good.values, good.codes), "not one matrix for x"),
+        (ops.linear_24, (torch.randn(100, 200), good.values, good.codes), "not one matrix for x"),
+        (ops.linear_24, (x, good.values, good.codes[:4]), "not one matrix"),
+        (ops.linear_24, (x, good.values, good.codes, torch.zeros(8).half()), "bias of torch.float16"),
+        (ops.linear_bitmask, (x, mask.values, mask.codes, starts[1:]), "not one matrix"),
+        (ops.linear_bitmask, (x, mask.values[:-70], mask.codes, starts), "not one matrix"),
+        (ops.linear_bitmask, (x, mask.values, mask.codes, starts + 1000), "not one matrix"),
+        (ops.linear_bitmask, (x, mask.values, mask.codes.long(), starts), "int64"),
+    ]
+    for call, arguments, text in calls:
+        with pytest.raises(BackendError, match=text):
+            call(*arguments)
+
+
+def test_gradients_are_not_lost_in_silence() -> None:
+    packed = PackedWeight.of(pruned_24(8, 64), "packed24")
+    x = torch.randn(1, 64, requires_grad=True)
+    with pytest.warns(UserWarning, match="autograd"):
+        packed.linear(x).sum().backward()

@@ -1,0 +1,87 @@
+"""A graph with channels taken out: what the dense one gives with those channels at zero, in every family."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.families import FAMILIES, inputs
+from support.zeroed import Net, check_equality, program_of, run
+
+from sparsify.analysis.dimensions.groups import coupled_dimensions
+from sparsify.analysis.dimensions.kinds import roles_of
+from sparsify.errors import SpecError, TraceError
+from sparsify.inspection.dimensions import DimensionReport
+from sparsify.ir.program import Program
+from sparsify.structure.shrink import shrink
+
+QUICK = ("llama", "gpt2", "falcon")
+Reports = Callable[[str], tuple[Program, DimensionReport]]
+
+
+@pytest.fixture(scope="module")
+def report(captured: Callable[[str], Program]) -> Reports:
+    """A family's graph and its coupled dimensions."""
+
+    def of(name: str) -> tuple[Program, DimensionReport]:
+        program = captured(name)
+        return program, DimensionReport(name, coupled_dimensions(program), roles_of(program))
+
+    return cache(of)
+
+
+def test_what_cannot_be_removed_is_refused() -> None:
+    program, dimensions = program_of(Net(lambda x, n: x, 8, 8), {"0": torch.randn(2, 3, 6)})
+    number = next(i for i, g in enumerate(dimensions.groups) if g.channels == 8)
+    last = next(i for i, g in enumerate(dimensions.groups) if g.pinned.all())
+    for remove, match in (({number: range(8)}, "nothing would be left"), ({number: [8]}, "8 channels"),
+                          ({99: [0]}, "groups"), ({last: [0]}, "returns it|no parameter")):  # fmt: skip
+        with pytest.raises(SpecError, match=match):
+            shrink(program, dimensions, remove)  # type: ignore[arg-type]
+    assert run(shrink(program, dimensions, {}), {"0": torch.ones(2, 3, 6)}).shape == (2, 3, 5)
+
+
+@pytest.mark.parametrize(
+    "name", [*QUICK, *(pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES if f not in QUICK)]
+)
+def test_a_model_without_channels_is_the_model_with_zeros(name: str, report: Reports) -> None:
+    program, found = report(name)
+    dimensions, batch = found.dimensions, inputs(name)
+    exact = [i for i, g in enumerate(dimensions.groups) if len(g.free) > 1 and not g.renormalized]
+
+    @settings(max_examples=6, deadline=None)
+    @given(st.data())
+    def drawn(data: st.DataObject) -> None:
+        chosen = data.draw(st.lists(st.sampled_from(exact), min_size=1, unique=True))
+        remove = {}
+        for i in chosen:
+            free = [int(c) for c in dimensions.groups[i].free]
+            remove[i] = data.draw(st.lists(st.sampled_from(free), min_size=1, max_size=len(free) - 1, unique=True))
+        check_equality(program, dimensions, remove, batch)
+
+    drawn()
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "vit"])
+def test_the_residual_width_of_a_whole_model(name: str, report: Reports) -> None:
+    """Norms divide by another width then, so that it is no model with zeros; but it runs, everywhere narrower."""
+    program, found = report(name)
+    number, group = next((i, g) for i, g in enumerate(found.dimensions.groups) if found.kind(g) == "width")
+    assert group.renormalized
+    small = shrink(program, found.dimensions, {number: [int(c) for c in group.free[:8]]})
+    assert bool(run(small, inputs(name)).isfinite().all())
+    for member in group.members:
+        assert small.weights.read(member.parameter).shape[member.axis] == 24
+
+
+def test_experts_need_as_many_as_a_token_takes(report: Reports) -> None:
+    program, found = report("mixtral")
+    number = next(i for i, g in enumerate(found.dimensions.groups) if found.kind(g) == "experts")
+    small = shrink(program, found.dimensions, {number: [1]})
+    assert bool(run(small, inputs("mixtral")).isfinite().all())
+    with pytest.raises(TraceError, match="chooses 2 of 1"):
+        shrink(program, found.dimensions, {number: [0, 1, 2]})

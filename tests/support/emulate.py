@@ -1,0 +1,79 @@
+"""The CUDA kernels' own source on this CPU: compiled with ``emulator.h`` in the place of ``device.h``."""
+
+from __future__ import annotations
+
+import ctypes
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from sparsify.runtime.cpu.build import find_compiler
+from sparsify.runtime.cuda.variants import Arguments, Launch, Variant, add_splits, unpack
+
+HERE = Path(__file__).parent
+KERNELS = HERE.parent.parent / "sparsify" / "runtime" / "cuda" / "kernels"
+TYPES = {torch.bfloat16: "BFloat16", torch.float16: "Float16"}
+
+
+@cache
+def library(dtype: torch.dtype) -> ctypes.CDLL:
+    compiler = find_compiler()
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    target = Path(tempfile.mkdtemp(prefix="sparsify-emulator-")) / "kernels.so"
+    words = [compiler, "-O2", "-std=c++17", "-fPIC", "-shared", f"-DSPARSIFY_TYPE={TYPES[dtype]}", f"-I{KERNELS}"]
+    done = subprocess.run([*words, f"-I{HERE}", "-o", str(target), str(HERE / "emulator.cpp")], capture_output=True,
+                          text=True, check=False)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return ctypes.CDLL(str(target))
+
+
+class EmulatorError(Exception):
+    """What a kernel did that no kernel may do."""
+
+
+def run(launch: Launch, arguments: Arguments, dtype: torch.dtype, read: list[Tensor], written: list[Tensor], *,
+        backwards: bool = False) -> None:  # fmt: skip
+    code = library(dtype)
+    buffers = [*read, *written]
+    pointers = (ctypes.c_void_p * len(buffers))(*(b.data_ptr() for b in buffers))
+    sizes = (ctypes.c_uint64 * len(buffers))(*(b.nbytes for b in buffers))
+    writable = (ctypes.c_int * len(buffers))(*([0] * len(read) + [1] * len(written)))
+    error = ctypes.create_string_buffer(256)
+    function = ctypes.cast(getattr(code, launch.kernel), ctypes.c_void_p)
+    failed = code.emulate(
+        function, (ctypes.c_int * 3)(*launch.grid), launch.threads, ctypes.c_uint64(launch.shared),
+        ctypes.byref(arguments), pointers, sizes, writable, len(buffers), int(backwards), error, 256,
+    )  # fmt: skip
+    if failed:
+        raise EmulatorError(error.value.decode())
+
+
+def linear(variant: Variant, x: Tensor, fragments: Tensor, rows: int, bias: Tensor | None = None, *,
+           backwards: bool = False) -> Tensor:  # fmt: skip
+    """y = x Wᵀ + b, poisoned before it is written."""
+    tokens, columns = x.shape
+    y = torch.full((tokens, rows), float("nan"), dtype=x.dtype)
+    partial = torch.full((variant.splits if variant.splits > 1 else 0, tokens, rows), float("nan"))
+    arguments = Arguments(
+        fragments.data_ptr(), x.data_ptr(), None if bias is None else bias.data_ptr(), y.data_ptr(), partial.data_ptr(),
+        tokens, rows, columns, fragments.shape[1], variant.splits, 0, 0,
+    )  # fmt: skip
+    read = [fragments, x, *([] if bias is None else [bias])]
+    run(variant.launch(tokens, rows), arguments, x.dtype, read, [y, partial], backwards=backwards)
+    if variant.splits > 1:
+        run(add_splits(tokens, rows), arguments, x.dtype, [*read, partial], [y], backwards=backwards)
+    return y
+
+
+def unpacked(fragments: Tensor, dtype: torch.dtype, first: int, count: int, columns: int) -> Tensor:
+    y = torch.full((count, columns), float("nan"), dtype=dtype)
+    arguments = Arguments(fragments.data_ptr(), None, None, y.data_ptr(), None, 0, 0, columns, fragments.shape[1], 1,
+                          first, count)  # fmt: skip
+    run(unpack(count, columns), arguments, dtype, [fragments], [y])
+    return y

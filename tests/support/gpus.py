@@ -1,0 +1,55 @@
+"""GPUs that are not there: what is known of them, and their kernels on this CPU."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import torch
+from support import emulate
+from support.matrices import pruned_24
+from torch import Tensor
+
+import sparsify.runtime.ops  # noqa: F401
+from sparsify.runtime.cuda import ops
+from sparsify.runtime.cuda.prepared import PreparedWeight, Target, prepare
+from sparsify.runtime.cuda.variants import Arguments, Launch
+from sparsify.runtime.layout import pack
+
+H200 = Target("NVIDIA H200", (9, 0), 132, True, "cusparselt")
+
+
+A100 = Target("NVIDIA A100", (8, 0), 108, True, "cutlass")
+
+
+def prepared(rows: int, columns: int, policy: str = "decode", target: Any = H200, seed: int = 0,
+             dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, PreparedWeight]:  # fmt: skip
+    dense = pruned_24(rows, columns, dtype, seed)
+    weight = prepare(pack(dense, "packed24"), policy, target=target)  # type: ignore[arg-type]
+    assert isinstance(weight, PreparedWeight)
+    return dense, weight
+
+
+class Emulated:
+    """A GPU's loaded kernels, on this CPU. What a launch may touch is taken from its arguments."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype, self.launched = dtype, list[str]()
+
+    def launch(self, launch: Launch, arguments: Arguments) -> None:
+        self.launched.append(launch.kernel)
+        a, size = arguments, 2
+        view = lambda at, count: torch.frombuffer((ctypes.c_uint8 * count).from_address(at), dtype=torch.uint8)  # noqa: E731
+        high = -(-a.rows // 16) if a.rows else -(-(a.first + a.count) // 16)
+        read = [view(a.fragments, high * a.tiles * 4608)]
+        read += [view(a.x, a.tokens * a.columns * size)] if a.x else []
+        read += [view(a.bias, a.rows * size)] if a.bias else []
+        partial = [view(a.partial, a.splits * a.tokens * a.rows * 4)] if a.partial else []
+        y = view(a.y, (a.tokens * a.rows if a.rows else a.count * a.columns) * size)
+        y.fill_(0xFF)
+        emulate.run(launch, arguments, self.dtype, read, [*partial, y])
+
+
+def on_gpu(weight: PreparedWeight, x: Tensor, bias: Tensor | None = None, plan: str | None = None) -> Tensor:
+    *tensors, rows, own = weight.arguments(weight.tensors)
+    return ops._cuda(x, *tensors, rows, plan or own, bias)
