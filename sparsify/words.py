@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Literal, TypeVar, get_args
 
 from sparsify.errors import SpecError
 
+Word = TypeVar("Word", bound=str)
 Schedule = Literal["layer", "block", "dense"]
 SCHEDULES: tuple[Schedule, ...] = get_args(Schedule)
 
@@ -15,16 +16,25 @@ _UNITS = {
 }  # fmt: skip
 
 
+def one_of(text: str, choices: tuple[Word, ...], what: str) -> Word:
+    """``text`` as one of ``choices``; ``what`` is what they are called.
+
+    Raises:
+        SpecError: it is none of them.
+    """
+    for choice in choices:
+        if text == choice:
+            return choice
+    raise SpecError(f"{what} '{text}'", found=f"no such {what}", do=f"Choose {', '.join(choices)}")
+
+
 def check_schedule(text: str) -> Schedule:
     """``text`` as a schedule; see :mod:`sparsify.prune.engine`.
 
     Raises:
         SpecError: it is none.
     """
-    for schedule in SCHEDULES:
-        if text == schedule:
-            return schedule
-    raise SpecError(f"schedule '{text}'", found="no such schedule", do=f"Choose {', '.join(SCHEDULES)}")
+    return one_of(text, SCHEDULES, "schedule")
 
 
 def parse_bytes(text: int | str) -> int:

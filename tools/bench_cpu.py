@@ -134,12 +134,18 @@ def measure(case: Case, rounds: int) -> dict[str, Any]:
     medians = {name: statistics.median(values) for name, values in times.items()}
     best = min(baselines, key=lambda n: medians[n])
     result = {
-        "case": case.name, "label": case.label,
-        "ratio": statistics.median(ratios), "low": ratios[0], "high": ratios[-1],
-        "bar": case.bar, "best_dense": best, "bytes": weight.nbytes / packed.nbytes, "error": error,
+        "case": case.name,
+        "label": case.label,
+        "ratio": statistics.median(ratios),
+        "low": ratios[0],
+        "high": ratios[-1],
+        "bar": case.bar,
+        "best_dense": best,
+        "bytes": weight.nbytes / packed.nbytes,
+        "error": error,
         "gigabytes_per_second": packed.nbytes / medians["packed"] / 1e9,
         "milliseconds": {name: 1e3 * value for name, value in medians.items()},
-    }  # fmt: skip
+    }
     if "ours, dense" in times:
         result["over_own_dense"] = medians["ours, dense"] / medians["packed"]
     return result
@@ -172,8 +178,21 @@ def overhead(rounds: int) -> dict[str, Any]:
     assert library is not None
 
     def raw() -> Tensor:
-        library.linear_24(native.isa(), 0, packed.values.data_ptr(), packed.codes.data_ptr(), x.data_ptr(), 0,
-                          y.data_ptr(), 1, 64, 64, 64, 16, 1)  # fmt: skip
+        library.linear_24(
+            native.isa(),
+            0,
+            packed.values.data_ptr(),
+            packed.codes.data_ptr(),
+            x.data_ptr(),
+            0,
+            y.data_ptr(),
+            1,
+            64,
+            64,
+            64,
+            16,
+            1,
+        )
         return y
 
     calls: dict[str, Callable[[], Tensor]] = {"op": lambda: ops.linear_24(x, packed.values, packed.codes), "raw": raw}
@@ -196,8 +215,12 @@ def main() -> None:
     parser.add_argument("--avx2", action="store_true", help="C8: torch, oneDNN and the kernels held to AVX2")
     options = parser.parse_args()
     if options.avx2 and os.environ.get("SPARSIFY_CPU_ISA") != "avx2":
-        held = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2",
-                "SPARSIFY_CPU_ISA": "avx2"}  # fmt: skip
+        held = {
+            "ATEN_CPU_CAPABILITY": "avx2",
+            "ONEDNN_MAX_CPU_ISA": "AVX2",
+            "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+            "SPARSIFY_CPU_ISA": "avx2",
+        }
         sys.exit(subprocess.run([sys.executable, *sys.argv], env=os.environ | held, check=False).returncode)
     torch.manual_seed(0)
     torch.set_grad_enabled(False)

@@ -26,7 +26,7 @@ from torch import Tensor
 
 import sparsify.runtime.ops  # noqa: F401
 from sparsify.runtime.cuda import ops
-from sparsify.runtime.cuda.autotune import GPUClock
+from sparsify.runtime.cuda.autotune.clock import GPUClock
 from sparsify.runtime.cuda.dispatch import BUCKETS, DENSE, Policy, Timings
 from sparsify.runtime.cuda.fragments import to_fragments
 from sparsify.runtime.cuda.prepared import PreparedWeight, Target, current_gpu, prepare, race, random_24
@@ -174,8 +174,13 @@ def tables(times: dict[str, Timings]) -> list[str]:
     """Ratios to cuBLAS by number of tokens: of each product, and of all of a block."""
     lines = []
     for model, layers in SHAPES.items():
-        lines += ["", f"### {model}", "", "| product | " + " | ".join(map(str, BUCKETS)) + " |",
-                  "|---|" + "---|" * len(BUCKETS)]  # fmt: skip
+        lines += [
+            "",
+            f"### {model}",
+            "",
+            "| product | " + " | ".join(map(str, BUCKETS)) + " |",
+            "|---|" + "---|" * len(BUCKETS),
+        ]
         sums = {t: [0.0, 0.0] for t in BUCKETS}
         for name, rows, columns in layers:
             timings = times[f"{rows}x{columns}"]
@@ -242,8 +247,15 @@ def decode(device: torch.device, tokens: int, rounds: int) -> dict[str, Any]:
         ids = torch.randint(1, 30000, (1, 16), device=device)
         speed, same = decode_speed(dense, packed, ids, tokens, rounds)
     sizes = dense.get_memory_footprint(), packed.get_memory_footprint()
-    return {"dense": speed.dense, "packed": speed.packed, "ratio": speed.ratio, "low": speed.low, "high": speed.high,
-            "same_tokens": same, "weights": sizes}  # fmt: skip
+    return {
+        "dense": speed.dense,
+        "packed": speed.packed,
+        "ratio": speed.ratio,
+        "low": speed.low,
+        "high": speed.high,
+        "same_tokens": same,
+        "weights": sizes,
+    }
 
 
 def main() -> None:
@@ -283,9 +295,12 @@ def main() -> None:
     if "decode" in parts:
         found = result["decode"] = decode(device, options.tokens, options.rounds)
         dense, packed = found["weights"]
-        lines += ["", f"decode, LLaMA-7B's shape, one sequence, static cache, compiled: {found['dense']:.1f} → "
-                  f"{found['packed']:.1f} tokens/s, {found['ratio']:.2f}× ({found['low']:.2f} … {found['high']:.2f}); "
-                  f"weights in memory {packed / dense:.3f}×"]  # fmt: skip
+        lines += [
+            "",
+            f"decode, LLaMA-7B's shape, one sequence, static cache, compiled: {found['dense']:.1f} → "
+            f"{found['packed']:.1f} tokens/s, {found['ratio']:.2f}× ({found['low']:.2f} … {found['high']:.2f}); "
+            f"weights in memory {packed / dense:.3f}×",
+        ]
         write()
     print("\n".join(lines))
 

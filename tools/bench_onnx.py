@@ -31,7 +31,7 @@ import json, sys, time
 from pathlib import Path
 import torch
 from sparsify.backends.onnx import graph as g
-from sparsify.backends.onnx.trace import trace_model
+from sparsify.backends.onnx.tracing.trace import trace_model
 from sparsify.frontend.source import open_source
 source, times, last = open_source(sys.argv[1]), {}, time.perf_counter()
 def lap(name):
@@ -65,7 +65,7 @@ print(before, status("VmHWM"))
 LOAD = """
 import json, sys, time
 from pathlib import Path
-from sparsify.backends.onnx.runner import open_session
+from sparsify.backends.onnx.running.runner import open_session
 import onnxruntime
 def status(key):
     return next(int(line.split()[1]) / 1024 for line in open("/proc/self/status") if line.startswith(key))
@@ -79,8 +79,12 @@ print(json.dumps({"seconds": took, "peak": status("VmHWM") - before}))
 
 def main() -> None:
     parts: dict[str, Callable[[Path], None]] = {
-        "layers": layers, "memory": memory, "packed": packed, "decode": decode, "zeros": zeros,
-    }  # fmt: skip
+        "layers": layers,
+        "memory": memory,
+        "packed": packed,
+        "decode": decode,
+        "zeros": zeros,
+    }
     parser = argparse.ArgumentParser()
     parser.add_argument("parts", nargs="*", choices=[*parts, []], default=[])
     args = parser.parse_args()
@@ -158,12 +162,27 @@ def decode(scratch: Path) -> None:
     sparsify.compile(scratch / "model", ["magnitude:2:4"], output=scratch / "pruned")
     sparsify.compile(scratch / "pruned", to="onnx", output=scratch / "ours")
     done = subprocess.run(
-        [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", scratch / "pruned", "-o", scratch / "theirs",
-         "-p", "fp32", "-e", "cpu", "-c", scratch / "cache"], capture_output=True, text=True,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "onnxruntime_genai.models.builder",
+            "-i",
+            scratch / "pruned",
+            "-o",
+            scratch / "theirs",
+            "-p",
+            "fp32",
+            "-e",
+            "cpu",
+            "-c",
+            scratch / "cache",
+        ],
+        capture_output=True,
+        text=True,
+    )
     if done.returncode:
         sys.exit(done.stderr)
-    from sparsify.backends.onnx.runner import Runner
+    from sparsify.backends.onnx.running.runner import Runner
 
     runner = Runner(scratch / "ours")
     prompt = np.arange(5, 21)[None]
@@ -220,7 +239,7 @@ def _lend_tokenizer(folder: Path) -> None:
 
 def zeros(scratch: Path) -> None:
     """Time of one token with dense and with 2:4 weights: what stock onnxruntime gains from zeros."""
-    from sparsify.backends.onnx.runner import Runner
+    from sparsify.backends.onnx.running.runner import Runner
 
     make_checkpoint(scratch / "model", "1k", layers=4)
     sparsify.compile(scratch / "model", to="onnx", output=scratch / "dense")

@@ -30,9 +30,16 @@ ROOT = Path(__file__).parent.parent
 def llama(folder: Path, dtype: str) -> Path:
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
-        hidden_size=2048, num_hidden_layers=4, intermediate_size=5632, num_attention_heads=16, num_key_value_heads=16,
-        vocab_size=4096, max_position_embeddings=2048, eos_token_id=None, tie_word_embeddings=False,
-    )  # fmt: skip
+        hidden_size=2048,
+        num_hidden_layers=4,
+        intermediate_size=5632,
+        num_attention_heads=16,
+        num_key_value_heads=16,
+        vocab_size=4096,
+        max_position_embeddings=2048,
+        eos_token_id=None,
+        tie_word_embeddings=False,
+    )
     transformers.LlamaForCausalLM(config).to(getattr(torch, dtype)).save_pretrained(folder)
     return folder
 

@@ -68,11 +68,15 @@ def export(scratch: Path) -> list[dict[str, Any]]:
     qwen2 = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
     models = {
         "qwen2": hf.Qwen2ForCausalLM(hf.Qwen2Config(**TINY, **qwen2, intermediate_size=64)),
-        "opt": hf.OPTForCausalLM(hf.OPTConfig(**TINY, hidden_size=32, ffn_dim=64, num_hidden_layers=2,
-                                              num_attention_heads=4, word_embed_proj_dim=32)),
-        "gpt2": hf.GPT2LMHeadModel(hf.GPT2Config(vocab_size=64, n_positions=64, n_embd=32, n_layer=2, n_head=4,
-                                                 bos_token_id=1, eos_token_id=2)),
-    }  # fmt: skip
+        "opt": hf.OPTForCausalLM(
+            hf.OPTConfig(
+                **TINY, hidden_size=32, ffn_dim=64, num_hidden_layers=2, num_attention_heads=4, word_embed_proj_dim=32
+            )
+        ),
+        "gpt2": hf.GPT2LMHeadModel(
+            hf.GPT2Config(vocab_size=64, n_positions=64, n_embd=32, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=2)
+        ),
+    }
     folders = {"llama": ROOT / "models" / "pycode-6m"}
     for name, model in models.items():
         folders[name] = scratch / name
@@ -90,8 +94,15 @@ def export(scratch: Path) -> list[dict[str, Any]]:
             want = model.generate(  # type: ignore[operator]
                 ids, attention_mask=mask, do_sample=False, max_new_tokens=20, pad_token_id=0
             )
-            cases.append({"name": f"{name}, {mode}", "folder": str(out), "ids": ids.tolist(), "mask": mask.tolist(),
-                          "want": want.tolist()})  # fmt: skip
+            cases.append(
+                {
+                    "name": f"{name}, {mode}",
+                    "folder": str(out),
+                    "ids": ids.tolist(),
+                    "mask": mask.tolist(),
+                    "want": want.tolist(),
+                }
+            )
     return cases
 
 

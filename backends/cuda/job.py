@@ -40,7 +40,7 @@ class CudaJob(PackedJob):
         self.timings: dict[str, Timings] = {}
         self.groups: list[list[str]] = []
 
-    def options(self) -> dict[str, Any]:
+    def options(self) -> dict[str, str | bool]:
         return {"policy": self.policy, "tune": self.tune}
 
     def decide(self, program: Program) -> list[Decision]:
@@ -70,7 +70,7 @@ class CudaJob(PackedJob):
                     by_name[d.name] = d.left_dense(f"dense is faster on {gpu.name} ({timings.verdict(policy)})")
         return list(by_name.values())
 
-    def extras(self) -> dict[str, Any]:
+    def extras(self) -> dict[str, object]:
         return {"gpu": self.options()}
 
     def edit(self, model: nn.Module) -> None:

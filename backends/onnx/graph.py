@@ -67,7 +67,7 @@ def to_graph(
     Raises:
         BackendError: an operator has no ONNX translation.
     """
-    table: dict[Callable[..., Any], Callable[..., Any]] = {}
+    table: dict[Callable[..., object], Callable[..., object]] = {}
     if linear == "gemm":
         table[aten.linear.default] = _linear_as_gemm
     _share_heads(exported)

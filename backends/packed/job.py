@@ -50,7 +50,7 @@ class PackedJob:
         """The parameters that are packed."""
         return {d.name: d.site for d in self.decisions if d.site is not None}
 
-    def options(self) -> dict[str, Any]:
+    def options(self) -> dict[str, str | bool]:
         """The backend's options, as the manifest has them."""
         return {"layout": self.layout, "choice": self.choice}
 
@@ -58,7 +58,7 @@ class PackedJob:
         """What becomes of every weight."""
         return decide(program, self.weights, self.source.module, self.layout, self.choice)
 
-    def extras(self) -> dict[str, Any]:
+    def extras(self) -> dict[str, object]:
         """What config.json says beside the sites."""
         return {}
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -85,9 +86,14 @@ def _decode(runner: Runner, model: Any, tokens: int) -> Behaviour:
     model.generation_config.eos_token_id = None
     with torch.no_grad():
         out = model.generate(
-            ids, attention_mask=mask, do_sample=False, max_new_tokens=tokens, pad_token_id=0, output_logits=True,
+            ids,
+            attention_mask=mask,
+            do_sample=False,
+            max_new_tokens=tokens,
+            pad_token_id=0,
+            output_logits=True,
             return_dict_in_generate=True,
-        )  # fmt: skip
+        )
     want = torch.stack(out.logits, 1).float().numpy()
     chosen = out.sequences[:, 12:].numpy()
     # The same tokens are fed to both, so that one near-tie does not make all that follows differ.
@@ -103,9 +109,9 @@ def _decode(runner: Runner, model: Any, tokens: int) -> Behaviour:
     return Behaviour(worst, 2 * tokens, agreeing)
 
 
-def _relative(one: Any, other: Any) -> float:
-    one, other = np.asarray(one, np.float32), np.asarray(other, np.float32)
-    return float(np.abs(one - other).max() / max(1.0, float(np.abs(other).max())))
+def _relative(one: npt.ArrayLike, other: npt.ArrayLike) -> float:
+    a, b = np.asarray(one, np.float32), np.asarray(other, np.float32)
+    return float(np.abs(a - b).max() / max(1.0, float(np.abs(b).max())))
 
 
 def _inputs(session: Any, model: Any) -> dict[str, Tensor]:

@@ -35,7 +35,8 @@ def command_errors(debug: bool, log_level: str) -> Iterator[None]:
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         yield
-    except (typer.Exit, SystemExit):
+    except (typer.Exit, SystemExit, BrokenPipeError):
+        # Whoever read the output has seen enough: typer ends the process quietly.
         raise
     except KeyboardInterrupt:
         _complain("interrupted; nothing was written")

@@ -30,11 +30,16 @@ class Wanted:
         names = _Names(weights)
         return cls(names.matching(only, "--only") if only else None, names.matching(ignore, "--ignore"))
 
-    def renamed(self, names: Mapping[str, str]) -> Wanted:
-        """The same tensors in a model in which they have new names; one that is not among ``names`` kept its own."""
+    def renamed(self, names: Mapping[str, str | None]) -> Wanted:
+        """The same tensors in a model in which they have new names.
+
+        Args:
+            names: the new name of each, None for one that is gone; what is not among them kept its own.
+        """
 
         def follow(tensors: frozenset[str]) -> frozenset[str]:
-            return frozenset(names.get(name, name) for name in tensors)
+            moved = (names.get(name, name) for name in tensors)
+            return frozenset(name for name in moved if name is not None)
 
         return Wanted(None if self.only is None else follow(self.only), follow(self.ignored))
 

@@ -59,13 +59,14 @@ def _with_widths(content: dict[str, Any], config: Mapping[str, Any]) -> dict[str
     return {**content, **config}
 
 
-def renamed_experts(weights: Weights, kept: Mapping[str, Mapping[int, Ids]]) -> dict[str, str]:
-    """Checkpoint tensors of experts that come to stand under another number, where some before them went.
+def renamed_experts(weights: Weights, kept: Mapping[str, Mapping[int, Ids]]) -> dict[str, str | None]:
+    """The new names of the checkpoint tensors of experts that come to stand under another number; None of those that
+    are gone.
 
     Args:
         kept: parameter -> axis -> the positions that stay; a stack of experts has them on its first axis.
     """
-    renamed: dict[str, str] = {}
+    renamed: dict[str, str | None] = {}
     for name, axes in kept.items():
         conversion = weights.conversion(name)
         if conversion is None or 0 not in axes:
@@ -74,6 +75,9 @@ def renamed_experts(weights: Weights, kept: Mapping[str, Mapping[int, Ids]]) -> 
         for source, pattern in conversion.sources:
             # The one number of a converter's pattern is the expert's.
             found = re.search(pattern.replace(".*.", r".(\d+)."), source) if ".*." in pattern else None
-            if found is not None and int(found[1]) in place:
-                renamed[source] = f"{source[: found.start(1)]}{place[int(found[1])]}{source[found.end(1) :]}"
+            if found is None:
+                continue
+            number = place.get(int(found[1]))
+            moved = None if number is None else f"{source[: found.start(1)]}{number}{source[found.end(1) :]}"
+            renamed[source] = moved
     return renamed

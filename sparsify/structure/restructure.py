@@ -124,7 +124,8 @@ def _without_layers(
     done = Restructured(structural_pass, [cut], [], config, counts)
     _note(source, done, into)
     captured = capture(smaller, _shapes(program), context.device)
-    wanted = model.wanted.renamed(layers.tensors_kept(program.weights, stack, gone))
+    names: dict[str, str | None] = dict.fromkeys(program.weights.store.names())
+    wanted = model.wanted.renamed(names | layers.tensors_kept(program.weights, stack, gone))
     return Captured(smaller, captured, wanted), done
 
 

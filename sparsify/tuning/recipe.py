@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Literal, get_args
 
 from sparsify.errors import SpecError
+from sparsify.words import one_of
 
 Method = Literal["lora", "full"]
 METHODS: tuple[Method, ...] = get_args(Method)
@@ -17,10 +18,7 @@ def check_method(text: str) -> Method:
     Raises:
         SpecError: it is none.
     """
-    for method in METHODS:
-        if text == method:
-            return method
-    raise SpecError(f"--method {text}", found="no such method", do=f"Take {' or '.join(METHODS)}")
+    return one_of(text, METHODS, "method")
 
 
 @dataclass(frozen=True)

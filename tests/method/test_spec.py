@@ -8,6 +8,7 @@ from sparsify.errors import SpecError
 from sparsify.method.pattern import NM, Unstructured
 from sparsify.method.registry import find, registered
 from sparsify.method.spec import describe_passes, parse_pass, spec_text
+from sparsify.method.weight_pass import WeightPass
 from sparsify.passes import LowerSparse, Magnitude, Wanda
 
 groups = st.sampled_from(["output", "input", None])
@@ -71,4 +72,10 @@ def test_what_cannot_be_meant_is_refused(text: str, says: str) -> None:
 
 def test_passes_describe_themselves() -> None:
     rows = {name: options for name, _, options in describe_passes()}
-    assert "variant" in rows["wanda"] and "variant" not in rows["magnitude"]
+    assert "variant" in rows["wanda:PATTERN"] and "variant" not in rows["magnitude:PATTERN"]
+    assert rows["lower-sparse"]["choice"] == "measured or smallest (default measured)"
+    assert "target" not in rows["lower-sparse"], "which no text can spell"
+    with pytest.raises(SpecError, match="option 'target' of lower-sparse: no such option"):
+        parse_pass("lower-sparse:target=H200")
+    assert rows[WeightPass.common_to]["blocksize"] == "a whole number (default 1)"
+    assert rows["sparsegpt:PATTERN"]["blocksize"] == "a whole number (default 128)", "its own default stands with it"

@@ -15,8 +15,7 @@ from torch.fx.passes.infra.pass_manager import PassManager
 from torch.nn import functional
 
 import sparsify
-from sparsify.analysis.contraction import operator_name
-from sparsify.errors import TraceError
+from sparsify.errors import SpecError, TraceError
 from sparsify.method.pattern import NM
 from sparsify.passes import LowerSparse, Wanda
 from sparsify.prune.fx_pass import GraphPrune
@@ -26,9 +25,7 @@ SMALLEST = LowerSparse(choice="smallest")
 
 
 def ops_of(graph: fx.GraphModule) -> Counter[str]:
-    return Counter(
-        operator_name(n) for n in graph.graph.nodes if n.op in ("call_function", "call_method", "call_module")
-    )
+    return Counter(operator_name(n) for n in graph.graph.nodes if n.op in ("call_function", "call_method", "call_module"))
 
 
 def records(graph: fx.GraphModule) -> dict[str, str]:
@@ -132,8 +129,14 @@ class Siblings(nn.Module):
         return torch.cat([self.q(x), self.k(x) * self.v(x)], dim=-1)
 
 
-def times(monkeypatch: pytest.MonkeyPatch, *, torch_: float = 3.0, dense: float = 3.0, packed: float = 1.0,
-          merged: float = 1.0) -> None:  # fmt: skip
+def times(
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    torch_: float = 3.0,
+    dense: float = 3.0,
+    packed: float = 1.0,
+    merged: float = 1.0,
+) -> None:
     """What the stopwatch shall say: of two calls the second is the merged one, of three the third the packed."""
 
     def race(self: Stopwatch, calls: list[Callable[[], object]]) -> list[float]:
@@ -260,6 +263,21 @@ def test_after_wanda_in_one_pass_manager() -> None:
         SMALLEST(net)  # type: ignore[arg-type]
     with pytest.raises(TraceError, match="placeholders"):
         SMALLEST(fx.symbolic_trace(net), [x, x])
+
+
+def test_as_the_last_pass_of_a_compile(tmp_path: Any) -> None:
+    net, x = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64)).eval(), torch.randn(8, 64)
+    passes = ["wanda:2:4", "lower-sparse:choice=smallest"]
+    result = sparsify.compile(net, passes, calibration=[x])
+    plain = sparsify.compile(net, passes[:1], calibration=[x]).model
+    lowered: Any = result.model
+    assert ops_of(lowered)["linear_24"] == 2 and not result.runs[1].written and result.runs[0].kept == 0.5
+    with torch.no_grad():
+        torch.testing.assert_close(lowered(x)[0], plain(x), rtol=1e-4, atol=1e-4)
+    with pytest.raises(SpecError, match="writes the parameters of a model, and lower-sparse changes its graph"):
+        sparsify.compile(net, passes, calibration=[x], output=tmp_path / "out")
+    with pytest.raises(SpecError, match="wanda after lower-sparse"):
+        sparsify.compile(net, passes[::-1], calibration=[x])
 
 
 def test_a_language_model_lifted_by_torch_compile(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import io
-import os
-import subprocess
-import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +14,12 @@ from torch import Tensor, nn
 
 from sparsify.errors import BackendError, SpecError
 from sparsify.runtime import ops
-from sparsify.runtime.cpu import native
-from sparsify.runtime.layout import LAYOUTS, pack, row_starts
+from sparsify.runtime.codes import row_starts
+from sparsify.runtime.cpu import native, products
+from sparsify.runtime.cpu.build import find_compiler
+from sparsify.runtime.layout import pack
 from sparsify.runtime.packed_weight import PackedWeight
+from sparsify.runtime.words import LAYOUTS, Layout
 
 TOKENS = (0, 1, 2, 3, 4, 5, 8, 9, 16, 17, 33, 64, 65)
 
@@ -28,16 +29,17 @@ def check_products(shapes: tuple[tuple[int, int], ...], tokens: tuple[int, ...])
     count = 0
     for rows, columns in shapes:
         for dtype in DTYPES:
-            for layout, weight in (
-                ("packed24", pruned_24(rows, columns, dtype)),
-                ("bitmask", pruned(rows, columns, 0.5, dtype)),
-            ):
-                packed = PackedWeight.of(weight, layout)  # type: ignore[arg-type]
+            weights: dict[Layout, Tensor] = {
+                "packed24": pruned_24(rows, columns, dtype),
+                "bitmask": pruned(rows, columns, 0.5, dtype),
+            }
+            for layout, weight in weights.items():
+                packed, turned = PackedWeight.of(weight, layout), weight.double().t()
                 for number in tokens:
                     x, bias = torch.randn(number, columns).to(dtype), torch.randn(rows).to(dtype)
-                    exact = x.double() @ weight.double().t()
-                    assert packed.linear(x).shape == (number, rows)
-                    assert error(packed.linear(x), exact) < TOLERANCE[dtype], (layout, rows, columns, dtype, number)
+                    got, exact = packed.linear(x), x.double() @ turned
+                    assert got.shape == (number, rows)
+                    assert error(got, exact) < TOLERANCE[dtype], (layout, rows, columns, dtype, number)
                     got = packed.operator(x, *packed.tensors.values(), bias)
                     assert error(got, exact + bias.double()) < TOLERANCE[dtype], (layout, rows, columns, dtype, number)
                     count += 2
@@ -49,59 +51,68 @@ def test_against_float64_on_ragged_shapes() -> None:
     assert check_products(((1, 1), (7, 63), (33, 64), (130, 200), (12, 1100), (5, 4160)), TOKENS)
 
 
+@pytest.fixture
+def afresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+    """Kernels are looked for anew, in the environment that the test makes, and again after it."""
+    for known in (native.library, native.isa):
+        known.cache_clear()
+    with monkeypatch.context() as patch:
+        yield patch
+    for known in (native.library, native.isa):
+        known.cache_clear()
+
+
 @pytest.mark.parametrize("isa", ["avx2", "scalar"])
-def test_with_a_lower_instruction_set(isa: str) -> None:
-    if native.library() is None or native.ISAS.index(isa) > native.library().best_isa:  # type: ignore[union-attr]
+def test_with_a_lower_instruction_set(isa: str, afresh: pytest.MonkeyPatch) -> None:
+    kernels = native.library()
+    if kernels is None or native.ISAS.index(isa) > kernels.best_isa:
         pytest.skip(f"this machine has no {isa} kernels")
-    code = (
-        "import torch; torch.manual_seed(0)\nfrom packed.test_ops import check_products\n"
-        "from sparsify.runtime import native\n"
-        f"assert native.ISAS[native.isa()] == {isa!r}\n"
-        "print(check_products(((1, 1), (7, 63), (33, 64), (60, 1100)), (0, 1, 2, 3, 4, 7, 16, 17, 64, 65)), 'products')"
-    )
-    done = run_python(code, SPARSIFY_CPU_ISA=isa)
-    assert done.returncode == 0 and "products" in done.stdout, done.stderr
+    torch.manual_seed(0)
+    afresh.setenv("SPARSIFY_CPU_ISA", isa)
+    assert native.ISAS[native.isa()] == isa
+    assert check_products(((1, 1), (7, 63), (33, 64), (60, 1100)), (0, 1, 2, 3, 4, 7, 16, 17, 64, 65))
 
 
-def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    tests = Path(__file__).parents[1]
-    return subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tests, env={**os.environ, **environment}
-    )
+def test_an_instruction_set_that_is_not_here(afresh: pytest.MonkeyPatch) -> None:
+    afresh.setenv("SPARSIFY_CPU_ISA", "avx1024")
+    with pytest.raises(SpecError, match="no such instruction set"):
+        native.isa()
 
 
-def test_an_instruction_set_that_is_not_here() -> None:
-    done = run_python("from sparsify.runtime import native; native.isa()", SPARSIFY_CPU_ISA="avx1024")
-    assert SpecError.__name__ in done.stderr and "no such instruction set" in done.stderr
+def test_without_a_compiler_one_warning_and_right_results(tmp_path: Path, afresh: pytest.MonkeyPatch) -> None:
+    afresh.setattr(native, "BUILT", "none-of-these")
+    afresh.setenv("SPARSIFY_CACHE", str(tmp_path))
+    afresh.setenv("CXX", "no-such-compiler")
+    with pytest.warns(RuntimeWarning, match=r"kernels are not here.*Install a C\+\+ compiler") as seen:
+        check_products(((7, 63), (33, 64)), (0, 1, 5, 65))
+    assert native.library() is None and sum("kernels" in str(w.message) for w in seen) == 1
 
 
-def test_without_a_compiler_one_warning_and_right_results(tmp_path: Path) -> None:
-    code = (
-        "import warnings, torch\nfrom packed.test_ops import check_products\n"
-        "from sparsify.runtime import native\n"
-        "native.BUILT = 'none-of-these'\n"
-        "with warnings.catch_warnings(record=True) as seen:\n"
-        "    warnings.simplefilter('always')\n"
-        "    check_products(((7, 63), (33, 64)), (0, 1, 5, 65))\n"
-        "assert native.library() is None\n"
-        "print([str(w.message) for w in seen if 'kernels' in str(w.message)])"
-    )
-    done = run_python(code, SPARSIFY_CACHE=str(tmp_path), CXX="no-such-compiler")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("Install a C++ compiler") == 1
-
-
-def test_kernels_are_compiled_once_into_the_cache(tmp_path: Path) -> None:
-    if native.find_compiler() is None:
+@pytest.mark.parametrize("real", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_kernels_are_compiled_once_into_the_cache(real: bool, tmp_path: Path, afresh: pytest.MonkeyPatch) -> None:
+    kernels = native.library()
+    if find_compiler() is None or kernels is None:
         pytest.skip("no C++ compiler here")
-    code = "from sparsify.runtime import native; native.BUILT = 'x'; print(native.library().path)"
-    first, second = (run_python(code, SPARSIFY_CACHE=str(tmp_path)).stdout.strip() for _ in range(2))
-    assert first == second and Path(first).parent == tmp_path and len(list(tmp_path.iterdir())) == 1
+    if not real:
+        # One that is quick: it hands out what was compiled earlier.
+        compiler = tmp_path / "c++"
+        compiler.write_text(f'#!/bin/sh\nfor w; do test "$last" = -o && cp {kernels.path} "$w"; last=$w; done\n')
+        compiler.chmod(0o755)
+        afresh.setenv("CXX", str(compiler))
+    afresh.setenv("SPARSIFY_CACHE", str(tmp_path / "cache"))
+    afresh.setattr(native, "BUILT", "none-of-these")
+    native.library.cache_clear()
+    first = native.library()
+    afresh.setenv("CXX", "no-such-compiler")
+    native.library.cache_clear()
+    second = native.library()
+    assert first is not None and second is not None and first.path == second.path
+    assert first.path.parent == tmp_path / "cache" and list((tmp_path / "cache").iterdir()) == [first.path]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_extreme_values(layout: str, dtype: torch.dtype) -> None:
+def test_extreme_values(layout: Layout, dtype: torch.dtype) -> None:
     """Rows and inputs of 1e-30 to 1e30 (as far as the dtype goes), denormals, all-zero and fully dense rows."""
     torch.manual_seed(0)
     weight = pruned_24(16, 256)
@@ -113,7 +124,7 @@ def test_extreme_values(layout: str, dtype: torch.dtype) -> None:
         weight[5] = torch.randn(256)
     weight[7, weight[7].nonzero()[0]] = 1e-40
     weight = weight.to(dtype)
-    packed = PackedWeight.of(weight, layout)  # type: ignore[arg-type]
+    packed = PackedWeight.of(weight, layout)
     for number in (1, 4, 16, 65):
         x = (torch.randn(number, 256) * (1.0 if dtype is torch.float16 else 1e3)).to(dtype)
         exact = x.double() @ weight.double().t()
@@ -126,8 +137,8 @@ def test_extreme_values(layout: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_threads_change_no_bit(layout: str, dtype: torch.dtype) -> None:
-    weight = PackedWeight.of(pruned_24(1030, 512, dtype), layout)  # type: ignore[arg-type]
+def test_threads_change_no_bit(layout: Layout, dtype: torch.dtype) -> None:
+    weight = PackedWeight.of(pruned_24(1030, 512, dtype), layout)
     before = torch.get_num_threads()
     try:
         for number in (1, 2, 4, 7, 16, 64, 100):
@@ -136,7 +147,7 @@ def test_threads_change_no_bit(layout: str, dtype: torch.dtype) -> None:
             one = weight.linear(x)
             torch.set_num_threads(2)
             two = weight.linear(x)
-            if number > ops.MANY:  # a dense product of torch's, which promises no such thing
+            if number > products.MANY:  # a dense product of torch's, which promises no such thing
                 torch.testing.assert_close(one, two)
             else:
                 assert torch.equal(one, two), number
@@ -145,9 +156,9 @@ def test_threads_change_no_bit(layout: str, dtype: torch.dtype) -> None:
 
 
 class Layer(nn.Module):
-    def __init__(self, layout: str, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, layout: Layout, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
-        self.weight = PackedWeight.of(pruned_24(96, 130, dtype), layout)  # type: ignore[arg-type]
+        self.weight = PackedWeight.of(pruned_24(96, 130, dtype), layout)
         for name, tensor in self.weight.tensors.items():
             self.register_buffer(f"packed_{name}", tensor)
         self.names = [f"packed_{name}" for name in self.weight.tensors]
@@ -159,7 +170,7 @@ class Layer(nn.Module):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_any_leading_dimensions(layout: str) -> None:
+def test_any_leading_dimensions(layout: Layout) -> None:
     layer, x = Layer(layout), torch.randn(2, 3, 5, 130)
     got = layer(x)
     assert got.shape == (2, 3, 5, 96)
@@ -170,7 +181,7 @@ def test_any_leading_dimensions(layout: str) -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_under_torchs_compilers(layout: str) -> None:
+def test_under_torchs_compilers(layout: Layout) -> None:
     layer, x = Layer(layout), torch.randn(2, 3, 130)
     tensors = [*layer.weight.tensors.values()]
     torch.library.opcheck(layer.weight.operator, (x, *tensors, layer.bias))
@@ -196,7 +207,8 @@ def test_under_torchs_compilers(layout: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_under_inductor(layout: str) -> None:
+def test_under_inductor(layout: Layout) -> None:
+    torch._dynamo.reset()
     layer = Layer(layout, torch.bfloat16)
     with torch.no_grad():
         compiled = torch.compile(layer, fullgraph=True, dynamic=True)
@@ -207,9 +219,9 @@ def test_under_inductor(layout: str) -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_experts_are_each_their_own_product(layout: str, dtype: torch.dtype) -> None:
+def test_experts_are_each_their_own_product(layout: Layout, dtype: torch.dtype) -> None:
     stack = torch.stack([pruned_24(40, 70, dtype, seed) for seed in range(4)])
-    packed = PackedWeight.of(stack, layout)  # type: ignore[arg-type]
+    packed = PackedWeight.of(stack, layout)
     x = torch.randn(11, 70).to(dtype)
     offsets = torch.tensor([3, 3, 9, 10], dtype=torch.int32)  # the second expert has no token, the last token no expert
     got = packed.operator(x, *packed.tensors.values(), offsets)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import hashlib
+import os
 import subprocess
 import tempfile
 from functools import cache
@@ -25,11 +27,19 @@ def library(dtype: torch.dtype) -> ctypes.CDLL:
     compiler = find_compiler()
     if compiler is None:
         pytest.skip("no C++ compiler")
-    target = Path(tempfile.mkdtemp(prefix="sparsify-emulator-")) / "kernels.so"
+    # Named for what it is made of: the next process that wants it finds it.
+    sources = [*sorted(KERNELS.iterdir()), *sorted(HERE.glob("emulator.*"))]
+    made_of = hashlib.sha256(b"".join(p.read_bytes() for p in sources)).hexdigest()[:16]
+    target = Path(tempfile.gettempdir()) / f"sparsify-emulator-{os.getuid()}" / f"{TYPES[dtype]}-{made_of}.so"
+    if target.exists():
+        return ctypes.CDLL(str(target))
+    target.parent.mkdir(mode=0o700, exist_ok=True)
     words = [compiler, "-O2", "-std=c++17", "-fPIC", "-shared", f"-DSPARSIFY_TYPE={TYPES[dtype]}", f"-I{KERNELS}"]
-    done = subprocess.run([*words, f"-I{HERE}", "-o", str(target), str(HERE / "emulator.cpp")], capture_output=True,
-                          text=True, check=False)  # fmt: skip
+    made = target.with_suffix(f".{os.getpid()}")
+    words += [f"-I{HERE}", "-o", str(made), str(HERE / "emulator.cpp")]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+    made.replace(target)
     return ctypes.CDLL(str(target))
 
 
@@ -37,8 +47,15 @@ class EmulatorError(Exception):
     """What a kernel did that no kernel may do."""
 
 
-def run(launch: Launch, arguments: Arguments, dtype: torch.dtype, read: list[Tensor], written: list[Tensor], *,
-        backwards: bool = False) -> None:  # fmt: skip
+def run(
+    launch: Launch,
+    arguments: Arguments,
+    dtype: torch.dtype,
+    read: list[Tensor],
+    written: list[Tensor],
+    *,
+    backwards: bool = False,
+) -> None:
     code = library(dtype)
     buffers = [*read, *written]
     pointers = (ctypes.c_void_p * len(buffers))(*(b.data_ptr() for b in buffers))
@@ -47,23 +64,44 @@ def run(launch: Launch, arguments: Arguments, dtype: torch.dtype, read: list[Ten
     error = ctypes.create_string_buffer(256)
     function = ctypes.cast(getattr(code, launch.kernel), ctypes.c_void_p)
     failed = code.emulate(
-        function, (ctypes.c_int * 3)(*launch.grid), launch.threads, ctypes.c_uint64(launch.shared),
-        ctypes.byref(arguments), pointers, sizes, writable, len(buffers), int(backwards), error, 256,
-    )  # fmt: skip
+        function,
+        (ctypes.c_int * 3)(*launch.grid),
+        launch.threads,
+        ctypes.c_uint64(launch.shared),
+        ctypes.byref(arguments),
+        pointers,
+        sizes,
+        writable,
+        len(buffers),
+        int(backwards),
+        error,
+        256,
+    )
     if failed:
         raise EmulatorError(error.value.decode())
 
 
-def linear(variant: Variant, x: Tensor, fragments: Tensor, rows: int, bias: Tensor | None = None, *,
-           backwards: bool = False) -> Tensor:  # fmt: skip
+def linear(
+    variant: Variant, x: Tensor, fragments: Tensor, rows: int, bias: Tensor | None = None, *, backwards: bool = False
+) -> Tensor:
     """y = x Wᵀ + b, poisoned before it is written."""
     tokens, columns = x.shape
     y = torch.full((tokens, rows), float("nan"), dtype=x.dtype)
     partial = torch.full((variant.splits if variant.splits > 1 else 0, tokens, rows), float("nan"))
     arguments = Arguments(
-        fragments.data_ptr(), x.data_ptr(), None if bias is None else bias.data_ptr(), y.data_ptr(), partial.data_ptr(),
-        tokens, rows, columns, fragments.shape[1], variant.splits, 0, 0,
-    )  # fmt: skip
+        fragments.data_ptr(),
+        x.data_ptr(),
+        None if bias is None else bias.data_ptr(),
+        y.data_ptr(),
+        partial.data_ptr(),
+        tokens,
+        rows,
+        columns,
+        fragments.shape[1],
+        variant.splits,
+        0,
+        0,
+    )
     read = [fragments, x, *([] if bias is None else [bias])]
     run(variant.launch(tokens, rows), arguments, x.dtype, read, [y, partial], backwards=backwards)
     if variant.splits > 1:
@@ -73,7 +111,8 @@ def linear(variant: Variant, x: Tensor, fragments: Tensor, rows: int, bias: Tens
 
 def unpacked(fragments: Tensor, dtype: torch.dtype, first: int, count: int, columns: int) -> Tensor:
     y = torch.full((count, columns), float("nan"), dtype=dtype)
-    arguments = Arguments(fragments.data_ptr(), None, None, y.data_ptr(), None, 0, 0, columns, fragments.shape[1], 1,
-                          first, count)  # fmt: skip
+    arguments = Arguments(
+        fragments.data_ptr(), None, None, y.data_ptr(), None, 0, 0, columns, fragments.shape[1], 1, first, count
+    )
     run(unpack(count, columns), arguments, dtype, [fragments], [y])
     return y

@@ -1,4 +1,4 @@
-// The kernels of sparsify/cuda/kernels for a host, and one function that launches any of them.
+// The kernels of sparsify/runtime/cuda/kernels for a host, and one function that launches any of them.
 #define SPARSIFY_EMULATOR
 #include "kernels.cu"
 
@@ -24,7 +24,7 @@ extern "C" int emulate(void* function, const int* grid, int threads, u64 shared_
   return 0;
 }
 
-// The calls of the CUDA driver that sparsify/cuda/driver.py makes, over the emulator. Every address counts as a buffer.
+// The calls of the CUDA driver that sparsify/runtime/cuda/driver.py makes, over the emulator. Every address counts as a buffer.
 #include <dlfcn.h>
 
 static void* own_library() {

@@ -1,4 +1,4 @@
-// A multiprocessor of one block, on a CPU: what sparsify/cuda/kernels/device.h offers, under the same names, so that the
+// A multiprocessor of one block, on a CPU: what sparsify/runtime/cuda/kernels/device.h offers, under the same names, so that the
 // kernels' own source runs where there is no GPU. A thread is a fiber that runs until it has to wait for others.
 //
 // What it checks: every global access against the buffers that it was told of; copies without a register arrive when

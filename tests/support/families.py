@@ -79,6 +79,19 @@ def build(family: str, seed: int = 0) -> Any:
     return model
 
 
+def deep(family: str, layers: int) -> Any:
+    """The family's model with so many blocks, seeded; norms and biases are as transformers begins with them."""
+    model = build(family)
+    config = model.config
+    for name in ("num_hidden_layers", "n_layer"):
+        if name in config.to_dict():
+            setattr(config, name, layers)
+    if hasattr(config, "layer_types"):
+        config.layer_types = ["sliding_attention" if i % 2 else "full_attention" for i in range(layers)]
+    torch.manual_seed(0)
+    return type(model)(config).eval()
+
+
 def inputs(family: str, rows: int = 2, length: int = 16, seed: int = 0, **more: Tensor) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     if family in ("vit", "convnext"):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-from typing import Any
 
 import torch
 from support import emulate
@@ -12,20 +11,26 @@ from torch import Tensor
 
 import sparsify.runtime.ops  # noqa: F401
 from sparsify.runtime.cuda import ops
-from sparsify.runtime.cuda.prepared import PreparedWeight, Target, prepare
+from sparsify.runtime.cuda.gpu import GPU
+from sparsify.runtime.cuda.prepared import PreparedWeight, prepare
 from sparsify.runtime.cuda.variants import Arguments, Launch
 from sparsify.runtime.layout import pack
+from sparsify.runtime.words import Policy
 
-H200 = Target("NVIDIA H200", (9, 0), 132, True, "cusparselt")
+H200 = GPU("NVIDIA H200", (9, 0), 132, True, "cusparselt")
+A100 = GPU("NVIDIA A100", (8, 0), 108, True, "cutlass")
 
 
-A100 = Target("NVIDIA A100", (8, 0), 108, True, "cutlass")
-
-
-def prepared(rows: int, columns: int, policy: str = "decode", target: Any = H200, seed: int = 0,
-             dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, PreparedWeight]:  # fmt: skip
+def prepared(
+    rows: int,
+    columns: int,
+    policy: Policy = "decode",
+    target: GPU = H200,
+    seed: int = 0,
+    dtype: torch.dtype = torch.bfloat16,
+) -> tuple[Tensor, PreparedWeight]:
     dense = pruned_24(rows, columns, dtype, seed)
-    weight = prepare(pack(dense, "packed24"), policy, target=target)  # type: ignore[arg-type]
+    weight = prepare(pack(dense, "packed24"), policy, target=target)
     assert isinstance(weight, PreparedWeight)
     return dense, weight
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,14 @@ def endless(family: str) -> Any:
     model.config.eos_token_id = None
     model.generation_config.eos_token_id = None
     return model
+
+
+def shallow(family: str) -> Any:
+    """The same with one block: half as long to trace."""
+    model = endless(family)
+    config = copy.deepcopy(model.config)
+    config.num_hidden_layers = 1
+    return type(model)(config).eval()
 
 
 def export(family: str, folder: Path, **options: Any) -> tuple[Any, Path]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from sparsify.backends.packed.bench.benchmark import Benchmark
 from sparsify.backends.packed.bench.layers import site_speeds
@@ -99,7 +100,7 @@ def _loads(
     return dense, measure_loading(folder, trust_remote_code=trust)
 
 
-def _file_bytes(dense: Any, against: str | None) -> int:
+def _file_bytes(dense: nn.Module, against: str | None) -> int:
     """Bytes of the dense model's weight files; of its weights where they are not at hand."""
     if against is not None and Path(against).is_dir():
         return Checkpoint(Path(against)).nbytes()

@@ -96,7 +96,7 @@ def measure_loading(folder: str | Path, *, trust_remote_code: bool = False) -> L
     return Loading(**json.loads(done.stdout.strip().splitlines()[-1]))
 
 
-def first_inputs(model: Any, length: int = 1) -> dict[str, Any]:
+def first_inputs(model: Any, length: int = 1) -> dict[str, torch.Tensor]:
     """Seeded inputs for one forward: ``length`` tokens, or an image."""
     import torch
 

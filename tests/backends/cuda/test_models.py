@@ -17,18 +17,19 @@ import pytest
 import torch
 from support.families import build, inputs, run
 from support.folders import load
-from support.gpus import A100, H200
+from support.gpus import A100, H200, Emulated
 from torch import nn
 
 import sparsify
-from sparsify.backends.cuda import Prepared, backend
-from sparsify.backends.packed.loaded import linear, prepare
+from sparsify.backends.cuda import job
+from sparsify.backends.packed.loaded import Prepared, linear, prepare
 from sparsify.backends.packed.loaded.linear import PackedLinear
 from sparsify.errors import BackendError, CheckpointError, SpecError
 from sparsify.runtime.cuda import driver, ops
 from sparsify.runtime.cuda import prepared as weight
 from sparsify.runtime.cuda.dispatch import Timings
-from sparsify.runtime.cuda.prepared import Target
+from sparsify.runtime.cuda.gpu import GPU
+from sparsify.runtime.words import Policy
 
 WIDE = ("llama", "qwen2", "gpt2")
 MORE = ("phi3", "gpt_neox", "falcon", "opt", "mixtral", "mamba", "bert", "t5")
@@ -39,8 +40,17 @@ def wide(family: str, folder: Path) -> Path:
     torch.manual_seed(0)
     model = build(family)
     config = copy.deepcopy(model.config)
-    sizes = {"hidden_size": 64, "n_embd": 64, "d_model": 64, "intermediate_size": 128, "ffn_dim": 128, "d_ff": 128,
-             "word_embed_proj_dim": 64, "head_dim": 16, "d_kv": 16}  # fmt: skip
+    sizes = {
+        "hidden_size": 64,
+        "n_embd": 64,
+        "d_model": 64,
+        "intermediate_size": 128,
+        "ffn_dim": 128,
+        "d_ff": 128,
+        "word_embed_proj_dim": 64,
+        "head_dim": 16,
+        "d_kv": 16,
+    }
     for name, value in sizes.items():
         if name in config.to_dict():
             setattr(config, name, value)
@@ -65,7 +75,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return write("llama", tmp_path_factory.mktemp("llama"))
 
 
-def prepared(folder: Path, policy: Any = "decode", target: Any = H200) -> tuple[Any, list[Prepared]]:
+def prepared(folder: Path, policy: Policy = "decode", target: GPU = H200) -> tuple[Any, list[Prepared]]:
     model = load(folder)
     return model, prepare(model, policy, tune=False, target=target)
 
@@ -101,8 +111,12 @@ def test_a_prepared_model_is_the_pruned_model(family: str, tmp_path: Path) -> No
 def test_siblings_are_one_product(llama: tuple[Path, Path]) -> None:
     model, records = prepared(llama[1])
     ends = {tuple(name.split(".")[-2] for name in r.names): r.shape for r in records}
-    assert ends == {("q_proj", "k_proj", "v_proj"): (128, 64), ("o_proj",): (64, 64),
-                    ("gate_proj", "up_proj"): (256, 64), ("down_proj",): (64, 128)}  # fmt: skip
+    assert ends == {
+        ("q_proj", "k_proj", "v_proj"): (128, 64),
+        ("o_proj",): (64, 64),
+        ("gate_proj", "up_proj"): (256, 64),
+        ("down_proj",): (64, 128),
+    }
     calls: list[int] = []
     original = linear.linear_24_prepared
 
@@ -149,8 +163,8 @@ def test_what_a_user_does_to_a_prepared_model(llama: tuple[Path, Path]) -> None:
 
 def test_layers_that_come_to_lie_on_a_gpu(llama: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """With this CPU taken for one: loading, converting and filling a model end in the GPU's layouts."""
-    monkeypatch.setattr(linear, "GPU", "cpu")
-    monkeypatch.setattr(Target, "of", lambda device: H200)
+    monkeypatch.setattr(linear, "GPU_TYPE", "cpu")
+    monkeypatch.setattr(GPU, "of", lambda device: H200)
     measured: list[tuple[int, int]] = []
 
     def times(rows: int, columns: int, dtype: torch.dtype, *rest: Any) -> Timings:
@@ -255,15 +269,13 @@ def test_a_bitmask_becomes_dense(tmp_path: Path) -> None:
 
 def test_without_nvrtc_layers_stay_portable_for_triton(llama: tuple[Path, Path]) -> None:
     with pytest.warns(RuntimeWarning, match="8 weights wait for NVRTC"):
-        model, records = prepared(llama[1], target=Target("H200", (9, 0), 132, False, "cusparselt"))
+        model, records = prepared(llama[1], target=GPU("H200", (9, 0), 132, False, "cusparselt"))
     assert all(r.plan is None and "NVRTC" in str(r.reason) for r in records) and len(layers(model)) == 14
     assert torch.equal(run(model, inputs("llama")), run(load(llama[1]), inputs("llama")))
 
 
 def test_a_model_runs_on_the_kernels_themselves(llama: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """From the folder to logits, through every product's own CUDA code, emulated."""
-    from cuda.test_op import Emulated
-
     emulated = Emulated(torch.bfloat16)
     monkeypatch.setattr(driver, "module", lambda dtype, device: emulated)
     model, _ = prepared(llama[1])
@@ -297,9 +309,9 @@ def test_a_shape_that_is_faster_dense_stays_dense(tmp_path: Path, monkeypatch: p
         fast = 10.0 if rows == 64 else 5.0
         return Timings({1: {"dense": 8.0, "decode_w8_r1_m1": fast}, 2048: {"dense": 80.0, "unpack": 90.0}})
 
-    monkeypatch.setattr(backend, "current_gpu", lambda: torch.device("cuda:0"))
-    monkeypatch.setattr(backend, "timings_of", times)
-    monkeypatch.setattr(backend.Target, "of", lambda device: H200)
+    monkeypatch.setattr(job, "current_gpu", lambda: torch.device("cuda:0"))
+    monkeypatch.setattr(job, "timings_of", times)
+    monkeypatch.setattr(job.GPU, "of", lambda device: H200)
     dense = wide("llama", tmp_path / "dense")
     result = sparsify.compile(dense, ["magnitude:2:4"], output=tmp_path / "out", to="cuda")
     text = "\n".join(result.notes)
@@ -316,17 +328,26 @@ def test_wrong_words(llama: tuple[Path, Path], tmp_path: Path) -> None:
         with pytest.raises(SpecError):
             sparsify.compile(dense, ["magnitude:2:4"], output=tmp_path / "out", to=spec)
     with pytest.raises(BackendError, match="LowerSparse"):
-        sparsify.compile(nn.Linear(64, 64), ["magnitude:2:4"], calibration=[torch.randn(1, 64)],
-                         output=tmp_path / "out", to="cuda")  # fmt: skip
+        sparsify.compile(
+            nn.Linear(64, 64), ["magnitude:2:4"], calibration=[torch.randn(1, 64)], output=tmp_path / "out", to="cuda"
+        )
     with pytest.raises(SpecError, match="policy"):
         prepare(load(llama[1]), "fast")  # type: ignore[arg-type]
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(("key", "value"), [
-    ("siblings", "all"), ("siblings", [["model.nothing.weight", "x"]]), ("gpu", {"policy": "fast"}), ("gpu", 3),
-    ("gpu", {"tune": "yes"}), ("gpu", {"clock": 1}), ("siblings", [[1, 2]]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("siblings", "all"),
+        ("siblings", [["model.nothing.weight", "x"]]),
+        ("gpu", {"policy": "fast"}),
+        ("gpu", 3),
+        ("gpu", {"tune": "yes"}),
+        ("gpu", {"clock": 1}),
+        ("siblings", [[1, 2]]),
+    ],
+)
 def test_a_damaged_config_is_refused(llama: tuple[Path, Path], tmp_path: Path, key: str, value: Any) -> None:
     import shutil
 
@@ -340,8 +361,12 @@ def test_a_damaged_config_is_refused(llama: tuple[Path, Path], tmp_path: Path, k
 
 def test_a_folder_for_gpus_runs_on_a_cpu_and_unpacks(llama: tuple[Path, Path], tmp_path: Path) -> None:
     close(run(load(llama[1]), inputs("llama")), run(load(llama[0]), inputs("llama")))
-    said = subprocess.run([sys.executable, "-m", "sparsify", "unpack", llama[1], "-o", tmp_path / "back"],
-                          capture_output=True, text=True, check=False)  # fmt: skip
+    said = subprocess.run(
+        [sys.executable, "-m", "sparsify", "unpack", llama[1], "-o", tmp_path / "back"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert said.returncode == 0, said.stderr
     for path in llama[0].glob("*.safetensors"):
         assert path.read_bytes() == (tmp_path / "back" / path.name).read_bytes()

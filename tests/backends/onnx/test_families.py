@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
-from support.families import inputs, run
+from support.families import build, inputs, run
+from support.folders import load
 from support.onnx_models import endless, export, greedy, logits, padded
 
 import sparsify
 from sparsify.backends.onnx.backend import ONNX
-from sparsify.backends.onnx.runner import Runner, open_session
+from sparsify.backends.onnx.running.runner import Runner
+from sparsify.backends.onnx.running.session import open_session
 from sparsify.files.checkpoint import Checkpoint
 
 DECODERS = ["llama", "qwen2", "opt", "gpt2", "gemma3", "mixtral", "mamba"]
@@ -35,8 +38,11 @@ SLOW = [(f, o) for f in DECODERS for o in (20, 23) if (f, o) not in QUICK] + [(f
 
 
 @pytest.mark.parametrize(("family", "opset"), QUICK + [pytest.param(*case, marks=pytest.mark.slow) for case in SLOW])
-def test_a_decoder_gives_the_tokens_and_logits_of_transformers(family: str, opset: int, tmp_path: Path) -> None:
-    model, folder = export(family, tmp_path, opset=opset)
+def test_a_decoder_gives_the_tokens_and_logits_of_transformers(
+    family: str, opset: int, written: Callable[[str, str], Path]
+) -> None:
+    folder = written(family, f"onnx:opset={opset}" if opset != 23 else "onnx")
+    model = load(folder)
     runner = Runner(folder)
     ids, mask = padded()
     got = np.stack(list(runner.generate(ids.numpy(), mask.numpy(), tokens=40)), 1)
@@ -65,14 +71,19 @@ def test_a_decoder_gives_the_tokens_and_logits_of_transformers(family: str, opse
 
 
 @pytest.mark.parametrize(
-    "family", ["vit", pytest.param("bert", marks=pytest.mark.slow), pytest.param("convnext", marks=pytest.mark.slow),
-               pytest.param("t5", marks=pytest.mark.slow)]
-)  # fmt: skip
-def test_other_models_are_plain_graphs_with_a_dynamic_batch(family: str, folder, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    "family",
+    [
+        "vit",
+        pytest.param("bert", marks=pytest.mark.slow),
+        pytest.param("convnext", marks=pytest.mark.slow),
+        pytest.param("t5", marks=pytest.mark.slow),
+    ],
+)
+def test_other_models_are_plain_graphs_with_a_dynamic_batch(
+    family: str, folder: Callable[[str], Path], tmp_path: Path
+) -> None:
     sparsify.compile(folder(family), to="onnx", output=tmp_path / "out")
     session = open_session(tmp_path / "out" / "model.onnx")
-    from families import build
-
     for rows in (1, 3):
         batch = inputs(family, rows=rows, length=9)
         if family in ("bert", "t5"):

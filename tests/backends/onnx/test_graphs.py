@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
-from support.onnx_models import endless, logits, padded
+import transformers
+from support.onnx_models import logits, padded, shallow
 
 from sparsify.backends.onnx import export_onnx, trace_onnx
-from sparsify.backends.onnx.runner import Runner, open_session
+from sparsify.backends.onnx.running.runner import Runner
+from sparsify.backends.onnx.running.session import open_session
 from sparsify.errors import SparsifyError
 
 
@@ -91,7 +94,7 @@ def test_a_plain_module_exports_with_its_weights_stored_each_way(weights: str, t
 
 
 def test_a_decoder_traced_edited_and_exported_still_generates(tmp_path: Path) -> None:
-    model = endless("llama")
+    model = shallow("llama")
     program = trace_onnx(model)
     for name, parameter in program.graph_module.named_parameters():
         if name.endswith("down_proj.weight"):
@@ -109,11 +112,7 @@ def test_a_decoder_traced_edited_and_exported_still_generates(tmp_path: Path) ->
 
 def test_an_mlp_shrunk_in_a_traced_decoder(tmp_path: Path) -> None:
     """Against a model whose config says the new width."""
-    import copy
-
-    import transformers
-
-    model = endless("llama")
+    model = shallow("llama")
     config = copy.deepcopy(model.config)
     config.intermediate_size = 48
     small = transformers.LlamaForCausalLM(config).eval()

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,12 +12,13 @@ import onnx_ir as ir
 import pytest
 import torch
 import transformers
-from support.onnx_models import endless, greedy, logits, padded
+from support.folders import command_here
+from support.onnx_models import greedy, logits, padded, shallow
 
 import sparsify
 from sparsify.backends.onnx import export_onnx
 from sparsify.backends.onnx.backend import ONNX
-from sparsify.backends.onnx.runner import Runner, Sampling
+from sparsify.backends.onnx.running.runner import Runner, Sampling
 from sparsify.backends.verify.onnx_folder import verify_onnx
 from sparsify.data.batches import evaluation_windows
 from sparsify.errors import SparsifyError
@@ -27,19 +26,13 @@ from sparsify.evaluation.perplexity import evaluate
 from sparsify.frontend.source import open_source
 
 
-def command(*words: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "sparsify", *map(str, words)], capture_output=True, text=True, timeout=300
-    )
-
-
 @pytest.fixture(scope="module")
 def pruned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The bundled model, pruned 2:4 and exported by the command line."""
     out = tmp_path_factory.mktemp("bundled") / "out"
     model = Path(__file__).parents[3] / "models" / "pycode-6m"
-    done = command("compile", model, "--pass", "wanda:2:4", "--calibration", "python-stdlib", "--samples", 8,
-                   "--sequence-length", 64, "--to", "onnx", "-o", out)  # fmt: skip
+    drawn = ("--calibration", "python-stdlib", "--samples", 8, "--sequence-length", 64)
+    done = command_here("compile", model, "--pass", "wanda:2:4", *drawn, "--to", "onnx", "-o", out)
     assert done.returncode == 0, done.stderr
     assert "model.onnx: opset 23, decoder" in done.stdout
     return out
@@ -77,24 +70,23 @@ def test_transformers_onnxruntime_and_genai_write_the_same_tokens(pruned: Path) 
     assert theirs == got[: len(theirs)] and len(theirs) == 40
 
 
-def test_run_and_verify_at_the_command_line(pruned: Path, tmp_path: Path) -> None:
-    said = command("run", pruned, "def main(", "--tokens", 8)
+def test_run_and_verify_at_the_command_line(pruned: Path) -> None:
+    said = command_here("run", pruned, "def main(", "--tokens", 8)
     assert said.returncode == 0 and said.stdout.startswith("def main(") and "8 tokens" in said.stderr
-    checked = command("verify", pruned)
+    checked = command_here("verify", pruned)
     assert checked.returncode == 0 and "sound" in checked.stdout and "42 of 42 sparse weights" in checked.stdout
-    wrong = command("verify", pruned, "--pattern", "1:4", "--weights-only", "--json")
+    wrong = command_here("verify", pruned, "--pattern", "1:4", "--weights-only", "--json")
     told = json.loads(wrong.stdout)
     assert wrong.returncode == 1 and "1:4 does not hold" in told["problems"][0] and len(told["weights"]) == 43
 
 
 @pytest.mark.slow
 def test_run_is_repeatable_and_commands_refuse_in_sentences(pruned: Path, tmp_path: Path) -> None:
-    again = [
-        command("run", pruned, "import", "--tokens", 8, "--temperature", 1.0, "--seed", s).stdout for s in (1, 1, 2)
-    ]
+    drawn = ("--tokens", 8, "--temperature", 1.0)
+    again = [command_here("run", pruned, "import", *drawn, "--seed", seed).stdout for seed in (1, 1, 2)]
     assert again[0] == again[1] != again[2]
     for words in (("run", tmp_path, "x"), ("verify", tmp_path), ("expand", pruned)):
-        refused = command(*words)
+        refused = command_here(*words)
         assert refused.returncode == 1 and refused.stderr.startswith("error:"), refused.stderr
 
 
@@ -129,7 +121,7 @@ def test_perplexity_of_stories_equals_torchs(stories: Path, tmp_path: Path) -> N
 
 
 def test_a_bfloat16_checkpoint_runs_on_a_cpu_at_its_own_size(tmp_path: Path) -> None:
-    model = endless("llama").to(torch.bfloat16)
+    model = shallow("llama").to(torch.bfloat16)
     model.save_pretrained(tmp_path / "dense")
     sparsify.compile(tmp_path / "dense", to="onnx", output=tmp_path / "out")
     ids, mask = padded()
@@ -142,8 +134,8 @@ def test_a_bfloat16_checkpoint_runs_on_a_cpu_at_its_own_size(tmp_path: Path) -> 
 
 
 def test_a_sharded_checkpoint_is_linked_shard_by_shard(tmp_path: Path) -> None:
-    model = endless("gpt2")
-    model.save_pretrained(tmp_path / "dense", max_shard_size="40KB")
+    model = shallow("gpt2")
+    model.save_pretrained(tmp_path / "dense", max_shard_size="20KB")
     sparsify.compile(tmp_path / "dense", ["magnitude:50%"], to="onnx", output=tmp_path / "out")
     graph = ir.load(tmp_path / "out" / "model.onnx").graph
     files = {
@@ -153,12 +145,11 @@ def test_a_sharded_checkpoint_is_linked_shard_by_shard(tmp_path: Path) -> None:
     assert verify_onnx(tmp_path / "out").sound
 
 
-@pytest.mark.parametrize("family", ["mixtral", "gpt2"])
+@pytest.mark.parametrize(("family", "to"), [("mixtral", "onnx"), ("gpt2", "onnx:opset=20")])
 def test_experts_and_conv1d_are_verified_along_their_own_axis(
-    family: str, folder: Callable[[str], Path], tmp_path: Path
+    family: str, to: str, written: Callable[[str, str], Path]
 ) -> None:
-    sparsify.compile(folder(family), ["magnitude:2:4"], to="onnx", output=tmp_path / "out")
-    result = verify_onnx(tmp_path / "out", run=False)
+    result = verify_onnx(written(family, to), run=False)
     assert result.sound, result.problems
     pruned = [w for w in result.weights if w.pattern == "2:4"]
     assert {w.axis for w in pruned} == ({0} if family == "gpt2" else {1})
@@ -224,10 +215,21 @@ def test_an_operator_without_a_translation_is_named_and_nothing_is_written(tmp_p
 
 def test_a_hybrid_cache_is_refused_by_name(tmp_path: Path) -> None:
     config = transformers.JambaConfig(
-        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=64,
-        vocab_size=64, attn_layer_period=2, attn_layer_offset=1, expert_layer_period=4, expert_layer_offset=3,
-        num_experts=2, mamba_d_state=8, mamba_dt_rank=4, use_mamba_kernels=False,
-    )  # fmt: skip
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=64,
+        vocab_size=64,
+        attn_layer_period=2,
+        attn_layer_offset=1,
+        expert_layer_period=4,
+        expert_layer_offset=3,
+        num_experts=2,
+        mamba_d_state=8,
+        mamba_dt_rank=4,
+        use_mamba_kernels=False,
+    )
     model = transformers.JambaForCausalLM(config).eval()
     with pytest.raises(SparsifyError, match="JambaForCausalLM to ONNX as a decoder"):
         export_onnx(model, tmp_path / "out")
@@ -245,7 +247,7 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("sparsify.backends.onnx.backend.ir.save", full)
+    monkeypatch.setattr("sparsify.backends.onnx.writing.ir.save", full)
     with pytest.raises(SparsifyError, match="No space left"):
         export_onnx(net(), tmp_path / "out", example_inputs=[torch.randn(2, 64)])
     assert not list(tmp_path.iterdir())
@@ -254,7 +256,7 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_packed_weights_that_would_not_fit_in_memory_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sparsify.backends.onnx.backend._physical_memory", lambda: 10_000)
+    monkeypatch.setattr("sparsify.backends.onnx.writing._physical_memory", lambda: 10_000)
     with pytest.raises(SparsifyError, match=r"onnxruntime would need some .* to unpack it"):
         export_onnx(net(), tmp_path / "out", weights="packed", example_inputs=[torch.randn(2, 64)])
     assert not list(tmp_path.iterdir())

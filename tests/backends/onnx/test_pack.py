@@ -11,9 +11,11 @@ from hypothesis import strategies as st
 
 from sparsify.backends.onnx import export_onnx
 from sparsify.backends.onnx.backend import ONNX
-from sparsify.backends.onnx.pack import best_format, nonzero_bits, pack, pack_bits, unpack, unpack_bits
-from sparsify.backends.onnx.store import GraphStore
-from sparsify.backends.verify.behaviour import runtime_weights
+from sparsify.backends.onnx.running.session import open_session
+from sparsify.backends.onnx.storage.pack import best_format, nonzero_bits, pack, unpack
+from sparsify.backends.onnx.storage.store import GraphStore
+from sparsify.backends.verify.runtime_weights import runtime_weights
+from sparsify.runtime.codes import pack_bits, unpack_bits
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
@@ -103,8 +105,6 @@ class Layers(torch.nn.Module):
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_onnxruntime_unpacks_to_the_same_bits_and_outputs(dtype: str, tmp_path: Path) -> None:
-    from sparsify.backends.onnx.runner import open_session
-
     net, kind = Layers(), getattr(torch, dtype)
     export_onnx(
         net, tmp_path / "packed", backend=ONNX(weights="packed", dtype=dtype), example_inputs=[torch.randn(2, 64)]
@@ -154,8 +154,6 @@ def test_nothing_of_the_unpacking_is_left_in_a_session(tmp_path: Path) -> None:
 
 
 def test_a_sparse_bfloat16_embedding_is_unpacked_where_a_cpu_can(tmp_path: Path) -> None:
-    from sparsify.backends.onnx.runner import open_session
-
     net = torch.nn.Sequential(torch.nn.Embedding(32, 16), torch.nn.Linear(16, 4)).to(torch.bfloat16)
     with torch.no_grad():
         net[0].weight[torch.rand(32, 16) < 0.6] = 0

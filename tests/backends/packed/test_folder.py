@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from support.families import build, inputs, run
-from support.folders import SMALLEST, command, load, same_files, write_both
+from support.folders import SMALLEST, command_here, load, same_files, write_both
 
 import sparsify
 from sparsify.backends.packed.loaded.linear import PackedLinear
@@ -110,7 +110,7 @@ def test_the_folder_is_read_by_every_command(llama: tuple[Path, Path], tmp_path:
     assert "quantization_config" not in json.loads((tmp_path / "more" / "config.json").read_text())
     weight = load(tmp_path / "more").model.layers[0].mlp.up_proj.weight
     assert int((weight != 0).sum()) * 4 == weight.numel()
-    said = command("verify", llama[1], "--weights-only").stdout
+    said = command_here("verify", llama[1], "--weights-only").stdout
     assert "sound" in said and "packed24" in said and "sparsify bench" in said
 
 
@@ -122,18 +122,29 @@ def test_verify_finds_one_changed_byte(llama: tuple[Path, Path], tmp_path: Path)
     content = bytearray(path.read_bytes())
     content[start + 5] ^= 1
     path.write_bytes(content)
-    done = command("verify", tmp_path / "bad", "--weights-only")
+    done = command_here("verify", tmp_path / "bad", "--weights-only")
     assert done.returncode == 1 and "up_proj" in done.stdout
 
 
 def test_without_the_import_it_does_not_load_in_silence(llama: tuple[Path, Path]) -> None:
-    code = f"from transformers import LlamaForCausalLM as M; M.from_pretrained({str(llama[1])!r})"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode and "got sparsify" in done.stderr
+    load_it = f"M.from_pretrained({str(llama[1])!r})"
+    late = f"""
+from transformers import LlamaForCausalLM as M
+try:
+    {load_it}
+except RuntimeError as error:
+    print("refused", error)
+import sparsify
+{load_it}
+print("loaded")
+"""
+    done = subprocess.run([sys.executable, "-c", late], capture_output=True, text=True)
+    assert "got sparsify" in done.stderr and done.stdout.startswith("refused") and not done.returncode, done.stderr
+    assert "loaded" in done.stdout, "transformers first, then sparsify"
     assert "import sparsify" in json.loads((llama[1] / "config.json").read_text())["quantization_config"]["note"]
-    for first, second in (("import sparsify", "import transformers"), ("import transformers", "import sparsify")):
-        ok = subprocess.run([sys.executable, "-c", f"{first}; {second}\n{code}"], capture_output=True, text=True)
-        assert not ok.returncode, ok.stderr
+    early = f"import sparsify\nfrom transformers import LlamaForCausalLM as M\n{load_it}"
+    done = subprocess.run([sys.executable, "-c", early], capture_output=True, text=True)
+    assert not done.returncode, done.stderr
 
 
 def test_importing_sparsify_imports_neither_torch_nor_transformers() -> None:
@@ -206,25 +217,29 @@ def test_a_module_in_memory_is_packed_too(tmp_path: Path) -> None:
     )
 
 
-def test_from_the_command_line(llama: tuple[Path, Path], bundled: Path, tmp_path: Path) -> None:
+def test_from_the_command_line(bundled: Path, tmp_path: Path) -> None:
     out = tmp_path / "packed"
-    done = command("compile", bundled, "--pass", "wanda:2:4", "--calibration", "python-stdlib", "--samples", 4,
-                   "--sequence-length", 64, "--to", "packed:choice=smallest", "-o", out)  # fmt: skip
+    drawn = ("--calibration", "python-stdlib", "--samples", 4, "--sequence-length", 64)
+    done = command_here("compile", bundled, "--pass", "wanda:2:4", *drawn, "--to", "packed:choice=smallest", "-o", out)
     assert done.returncode == 0 and "42 as packed24" in done.stdout and "import sparsify" in done.stdout, done.stderr
-    assert command("unpack", out, "-o", tmp_path / "dense").returncode == 0
-    assert command("unpack", out, "-o", tmp_path / "dense").returncode == 1
-    no = command("unpack", tmp_path / "dense", "-o", tmp_path / "x")
+    assert command_here("unpack", out, "-o", tmp_path / "dense").returncode == 0
+    assert command_here("unpack", out, "-o", tmp_path / "dense").returncode == 1
+    no = command_here("unpack", tmp_path / "dense", "-o", tmp_path / "x")
     assert no.returncode == 1 and "no packed folder" in no.stderr and not (tmp_path / "x").exists()
-    said = command("bench", out, "--against", tmp_path / "dense", "--prompt", 8, "--tokens", 4, "--rounds", 1, "--json",
-                   "-o", tmp_path / "bench")  # fmt: skip
+    table = command_here("bench", out, "--prompt", 8, "--tokens", 4, "--rounds", 1).stdout
+    assert "decode of 4" in table and "mlp.down_proj ×6" in table and "packed24" in table
+    assert "not a packed folder" in command_here("bench", bundled).stderr
+    long = command_here("bench", out, "--prompt", 100000)
+    assert long.returncode == 2 and "context" in long.stderr
+
+
+def test_bench_against_the_dense_folder(llama: tuple[Path, Path], tmp_path: Path) -> None:
+    few = ("--prompt", 8, "--tokens", 4, "--rounds", 1)
+    said = command_here("bench", llama[1], "--against", llama[0], *few, "--json", "-o", tmp_path)
     assert said.returncode == 0, said.stderr
     result = json.loads(said.stdout)
     assert result["decode"]["packed"] > 0 and result["file_bytes"][1] < result["file_bytes"][0]
-    assert result["loading"][0]["peak"] > 0 and {s["layout"] for s in result["sites"]} == {"packed24", "dense"}
-    assert (tmp_path / "bench" / "bench.png").read_bytes().startswith(b"\x89PNG")
-    assert json.loads((tmp_path / "bench" / "bench.json").read_text())["prompt"] == 8
-    table = command("bench", out, "--prompt", 8, "--tokens", 4, "--rounds", 1).stdout
-    assert "decode of 4" in table and "mlp.down_proj ×6" in table and "packed24" in table
-    assert "not a packed folder" in command("bench", bundled).stderr
-    long = command("bench", out, "--prompt", 100000)
-    assert long.returncode == 2 and "context" in long.stderr
+    assert result["loading"][0]["peak"] > 0
+    assert {s["layout"] for s in result["sites"]} == {"packed24", "bitmask", "dense"}
+    assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
+    assert json.loads((tmp_path / "bench.json").read_text())["prompt"] == 8

@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 from support.families import save
 
 import sparsify
-from sparsify.backends.packed.format import PackedSite, sites_of
+from sparsify.backends.packed.config import sites_of
+from sparsify.backends.packed.format import PackedSite
 from sparsify.backends.packed.unpack import unpack_folder
 from sparsify.errors import CheckpointError, SparsifyError
 from sparsify.frontend.source import open_source

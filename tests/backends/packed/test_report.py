@@ -7,21 +7,44 @@ from pathlib import Path
 
 from rich.console import Console
 
-from sparsify.backends.cuda import Prepared
 from sparsify.backends.packed.bench.benchmark import Benchmark, Speed
-from sparsify.backends.packed.bench.report import benchmark_report, siblings_label, write_report
+from sparsify.backends.packed.bench.report import benchmark_report, write_report
+from sparsify.backends.packed.labels import siblings_label
+from sparsify.backends.packed.loaded import Prepared
 
 
 def made_up(gains: dict[int, float]) -> Benchmark:
     products = [
-        Prepared(tuple(f"model.layers.{i}.self_attn.{n}_proj.weight" for n in "qkv"), (12288, 4096), "bfloat16", 5, 9,
-                 "*:unpack", gains)
+        Prepared(
+            tuple(f"model.layers.{i}.self_attn.{n}_proj.weight" for n in "qkv"),
+            (12288, 4096),
+            "bfloat16",
+            5,
+            9,
+            "*:unpack",
+            gains,
+        )
         for i in range(2)
-    ] + [Prepared(("lm_head.weight",), (64, 64), "bfloat16", 9, 9, None, {}, "dense is faster here")]  # fmt: skip
+    ] + [Prepared(("lm_head.weight",), (64, 64), "bfloat16", 9, 9, None, {}, "dense is faster here")]
     return Benchmark(
-        "OUT", "MODEL", "NVIDIA H200", 2, "bfloat16", 128, 64, 5, Speed(1000, 1100, 1.1, 1, 1.2),
-        Speed(100, 140, 1.4, 1.3, 1.5), True, (10**9, 6 * 10**8), None, [], "cuda:0", (10**9, 6 * 10**8), products,
-    )  # fmt: skip
+        "OUT",
+        "MODEL",
+        "NVIDIA H200",
+        2,
+        "bfloat16",
+        128,
+        64,
+        5,
+        Speed(1000, 1100, 1.1, 1, 1.2),
+        Speed(100, 140, 1.4, 1.3, 1.5),
+        True,
+        (10**9, 6 * 10**8),
+        None,
+        [],
+        "cuda:0",
+        (10**9, 6 * 10**8),
+        products,
+    )
 
 
 def shown(result: Benchmark) -> str:

@@ -12,24 +12,19 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.families import FAMILIES
-from support.onnx_models import endless
 
 import sparsify
-from sparsify.backends.onnx.backend import ONNX
 from sparsify.backends.onnx.expand import expand
 from sparsify.backends.verify.checkpoint import verify_checkpoint
 from sparsify.backends.verify.onnx_folder import verify_onnx
 from sparsify.errors import SparsifyError
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+@pytest.fixture
+def folders(written: Callable[[str, str], Path]) -> dict[str, Path]:
     """The tiny Llama pruned 2:4 by magnitude, as link, packed, plain checkpoint; and the dense one."""
-    root = tmp_path_factory.mktemp("verify")
-    endless("llama").save_pretrained(root / "dense")
-    for name, to in (("link", ONNX()), ("packed", ONNX(weights="packed", dtype="float16")), ("hf", "hf")):
-        sparsify.compile(root / "dense", ["magnitude:2:4"], to=to, output=root / name)
-    return {path.name: path for path in root.iterdir()}
+    backends = {"dense": "dense", "link": "onnx", "packed": "onnx:weights=packed,dtype=float16", "hf": "hf"}
+    return {name: written("llama", to) for name, to in backends.items()}
 
 
 @pytest.fixture
@@ -37,7 +32,7 @@ def link(folders: dict[str, Path], tmp_path: Path) -> Path:
     return Path(shutil.copytree(folders["link"], tmp_path / "link"))
 
 
-def edit(folder: Path, change) -> None:  # type: ignore[no-untyped-def]
+def edit(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
     tensors = load_file(folder / "model.safetensors")
     change(tensors)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
@@ -100,9 +95,7 @@ def test_pruning_along_the_wrong_axis(link: Path) -> None:
     assert any(p.startswith(NAME) and "wrong axis" in p for p in verify_onnx(link).problems)
     forget(link)
     problems = verify_onnx(link, run=False).problems
-    assert problems == [
-        f"{NAME}: 2:4 holds along axis 0, but Gemm sums over axis 1: pruned along the wrong axis"
-    ]  # fmt: skip
+    assert problems == [f"{NAME}: 2:4 holds along axis 0, but Gemm sums over axis 1: pruned along the wrong axis"]
 
 
 def test_a_file_of_another_exporter(folders: dict[str, Path], tmp_path: Path) -> None:

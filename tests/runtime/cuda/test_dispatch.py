@@ -16,19 +16,27 @@ from hypothesis import strategies as st
 from support.gpus import A100, H200
 from support.matrices import pruned_24
 
-from sparsify.errors import BackendError, SpecError
-from sparsify.runtime.cuda import autotune as tune
+from sparsify.errors import BackendError, Refused, SpecError
+from sparsify.runtime.cuda.autotune.measure import RacedMatrix, measure
+from sparsify.runtime.cuda.autotune.times import TimesFile, random_24
+from sparsify.runtime.cuda.compressed import SparseLibrary
 from sparsify.runtime.cuda.dispatch import BUCKETS, LEAST, Plan, Timings, default_plan
-from sparsify.runtime.cuda.prepared import PreparedWeight, Target, prepare, random_24
+from sparsify.runtime.cuda.gpu import GPU
+from sparsify.runtime.cuda.prepared import NO_COMPILER, PreparedWeight, prepare
 from sparsify.runtime.cuda.variants import DECODE, VARIANTS, Variant
-from sparsify.runtime.layout import check, holds_24, pack, unpack
+from sparsify.runtime.layout import Packed, holds_24, pack, unpack
+from sparsify.runtime.soundness import check
+from sparsify.runtime.words import POLICIES, Policy
 
-KERNELS = st.sampled_from(["unpack", "cutlass", "cusparselt:0", "cusparselt:31", *(v.name for v in VARIANTS[8:]),
-                           "tiled_w8_r2_m8_s4"])  # fmt: skip
+KERNELS = st.sampled_from(
+    ["unpack", "cutlass", "cusparselt:0", "cusparselt:31", *(v.name for v in VARIANTS[8:]), "tiled_w8_r2_m8_s4"]
+)
 
 
-@given(st.lists(st.tuples(st.integers(1, 1 << 20), KERNELS), min_size=1, max_size=8, unique_by=lambda step: step[0]),
-       st.integers(1, 1 << 21))  # fmt: skip
+@given(
+    st.lists(st.tuples(st.integers(1, 1 << 20), KERNELS), min_size=1, max_size=8, unique_by=lambda step: step[0]),
+    st.integers(1, 1 << 21),
+)
 def test_plans_survive_being_text(steps: list[tuple[int, str]], tokens: int) -> None:
     steps.sort()
     plan = Plan.of(steps)
@@ -37,11 +45,27 @@ def test_plans_survive_being_text(steps: list[tuple[int, str]], tokens: int) -> 
     assert plan.kernel(tokens) == wanted
 
 
-@pytest.mark.parametrize("text", [
-    "", "*", "*:", "*:fast", "8:unpack", "16:unpack,8:unpack,*:unpack", "0:unpack,*:unpack", "x:unpack,*:unpack",
-    "*:decode_w8_r1_m1", "16:decode_w8_r1_m1,*:unpack", "*:cusparselt", "*:cusparselt:-1", "*:tiled_w8_r2_m8_s",
-    "*:tiled_w8_r2_m8_s65", "8:decode_w8_r1_m1_s2,*:unpack", "*:dense",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "*",
+        "*:",
+        "*:fast",
+        "8:unpack",
+        "16:unpack,8:unpack,*:unpack",
+        "0:unpack,*:unpack",
+        "x:unpack,*:unpack",
+        "*:decode_w8_r1_m1",
+        "16:decode_w8_r1_m1,*:unpack",
+        "*:cusparselt",
+        "*:cusparselt:-1",
+        "*:tiled_w8_r2_m8_s",
+        "*:tiled_w8_r2_m8_s65",
+        "8:decode_w8_r1_m1_s2,*:unpack",
+        "*:dense",
+    ],
+)
 def test_what_is_no_plan_is_refused(text: str) -> None:
     with pytest.raises(BackendError):
         Plan.parse(text)
@@ -50,8 +74,10 @@ def test_what_is_no_plan_is_refused(text: str) -> None:
 @pytest.mark.parametrize("rows", [16, 100, 1024, 4096, 12288, 28672])
 @pytest.mark.parametrize("columns", [64, 4096, 14336])
 def test_defaults_serve_every_count(rows: int, columns: int) -> None:
-    for policy, library in (("decode", None), ("both", "cusparselt"), ("both", "cutlass"), ("prefill", "cutlass")):
-        plan = Plan.parse(str(default_plan(rows, columns, policy, library)))  # type: ignore[arg-type]
+    cases: list[tuple[Policy, SparseLibrary | None]]
+    cases = [("decode", None), ("both", "cusparselt"), ("both", "cutlass"), ("prefill", "cutlass")]
+    for policy, library in cases:
+        plan = Plan.parse(str(default_plan(rows, columns, policy, library)))
         for tokens in (1, 2, 8, 9, 16, 17, 100, 257, 5000):
             kernel = plan.kernel(tokens)
             if kernel.startswith(("decode", "tiled")):
@@ -61,14 +87,23 @@ def test_defaults_serve_every_count(rows: int, columns: int) -> None:
 
 
 def test_a_count_is_served_as_the_next_that_was_measured() -> None:
-    timings = Timings({1: {"dense": 10, "decode_w8_r1_m1": 6, "decode_w4_r1_m1": 5},
-                       8: {"dense": 10, "decode_w8_r1_m1": 6, "decode_w4_r1_m1": 7},
-                       64: {"dense": 12, "tiled_w8_r2_m8": 14, "unpack": 13},
-                       2048: {"dense": 300, "unpack": 330}})  # fmt: skip
+    timings = Timings(
+        {
+            1: {"dense": 10, "decode_w8_r1_m1": 6, "decode_w4_r1_m1": 5},
+            8: {"dense": 10, "decode_w8_r1_m1": 6, "decode_w4_r1_m1": 7},
+            64: {"dense": 12, "tiled_w8_r2_m8": 14, "unpack": 13},
+            2048: {"dense": 300, "unpack": 330},
+        }
+    )
     plan = timings.plan()
     assert str(plan) == "1:decode_w4_r1_m1,8:decode_w8_r1_m1,*:unpack"
     assert [plan.kernel(t) for t in (1, 2, 8, 9, 9999)] == [
-        "decode_w4_r1_m1", "decode_w8_r1_m1", "decode_w8_r1_m1", "unpack", "unpack"]  # fmt: skip
+        "decode_w4_r1_m1",
+        "decode_w8_r1_m1",
+        "decode_w8_r1_m1",
+        "unpack",
+        "unpack",
+    ]
     assert timings.gain(1) == 2 and timings.gain(2048) == pytest.approx(300 / 330)
     assert timings.pays("decode") and not timings.pays("prefill") and timings.pays("both")
 
@@ -101,9 +136,9 @@ def test_what_is_raced_and_what_is_made_of_it() -> None:
     packed = pack(dense, "packed24")
     prepared = prepare(packed, "both", target=A100)
     assert isinstance(prepared, PreparedWeight)
-    weights = tune.Weights(dense, prepared.fragments, prepared.compressed, prepared.codes)
+    weights = RacedMatrix(dense, prepared.fragments, prepared.compressed, prepared.codes)
     clock = FakeClock(lambda name, tokens: {"dense": 10e-6, "cutlass": 9e-6}.get(name, 5e-6 + 1e-7 * tokens))
-    timings = tune.measure(weights, lambda kernel, w: lambda x: (kernel, x.shape[0]), clock)
+    timings = measure(weights, lambda kernel, w: lambda x: (kernel, x.shape[0]), clock)
     assert tuple(timings.micro) == BUCKETS and all("dense" in times for times in timings.micro.values())
     ones = {name for name, tokens in clock.ran if tokens == 1}
     assert ones == {"dense", "cutlass", *(v.name for v in DECODE if v.token_tiles == 1)}
@@ -125,32 +160,34 @@ def test_a_kernel_that_fails_is_left_out_and_said() -> None:
             raise RuntimeError(f"{name} cannot run here\nat all")
         return 1e-5
 
-    weights = tune.Weights(dense, prepared.fragments, None, None)
+    weights = RacedMatrix(dense, prepared.fragments, None, None)
     with pytest.warns(
         RuntimeWarning, match="tiled_w4_r1_m4 is left out for 32 tokens of 64×512: tiled_w4_r1_m4 cannot"
     ):
-        timings = tune.measure(weights, lambda kernel, w: lambda x: (kernel, x.shape[0]), FakeClock(time), (16, 32, 64))
+        timings = measure(weights, lambda kernel, w: lambda x: (kernel, x.shape[0]), FakeClock(time), (16, 32, 64))
     assert {t: set(times) for t, times in timings.micro.items() if t > 16} == {64: {"dense", "unpack"}}
     assert timings.plan().kernel(32) == "unpack"
 
 
 def test_times_are_kept(tmp_path: Path) -> None:
-    cache = tune.Cache(tmp_path / "deep" / "times.json")
-    assert cache.get("4096x4096") is None
+    times = TimesFile(tmp_path / "deep" / "times.json")
+    assert times.get("4096x4096") is None
     timings = Timings({1: {"dense": 7.5, "decode_w8_r1_m1": 4.5}, 64: {"dense": 9.0, "tiled_w8_r2_m8_s2": 8.0}})
-    cache.put("4096x4096", timings)
-    cache.put("64x64", Timings({1: {"dense": 1.0, "unpack": 2.0}}))
-    assert cache.get("4096x4096") == timings and cache.get("64x64") is not None
+    times.put("4096x4096", timings)
+    times.put("64x64", Timings({1: {"dense": 1.0, "unpack": 2.0}}))
+    assert times.get("4096x4096") == timings and times.get("64x64") is not None
     assert [p.name for p in (tmp_path / "deep").iterdir()] == ["times.json"]
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{", '{"k": 3}', '{"k": {"1": {"rm -rf": 1}}}', '{"k": {"x": {}}}',
-                                     '{"k": {"1": {"unpack": "fast"}}}'])  # fmt: skip
+@pytest.mark.parametrize(
+    "content",
+    ["", "[]", "{", '{"k": 3}', '{"k": {"1": {"rm -rf": 1}}}', '{"k": {"x": {}}}', '{"k": {"1": {"unpack": "fast"}}}'],
+)
 def test_a_damaged_file_of_times_is_measured_again(tmp_path: Path, content: str) -> None:
     (tmp_path / "times.json").write_text(content)
-    cache = tune.Cache(tmp_path / "times.json")
-    assert cache.get("k") is None
-    cache.put("k", Timings({1: {"dense": 1.0, "unpack": 2.0}}))
+    times = TimesFile(tmp_path / "times.json")
+    assert times.get("k") is None
+    times.put("k", Timings({1: {"dense": 1.0, "unpack": 2.0}}))
     assert json.loads((tmp_path / "times.json").read_text())["k"]
 
 
@@ -161,16 +198,23 @@ def test_random_matrices_are_2_of_4() -> None:
         assert unpack(packed).shape == (rows, columns) and holds_24(unpack(packed))
 
 
+def refused(packed: Packed, policy: Policy = "decode", target: GPU = H200) -> Refused:
+    found = prepare(packed, policy, target=target)
+    assert isinstance(found, Refused)
+    return found
+
+
 def test_why_a_weight_is_not_prepared() -> None:
     packed = pack(pruned_24(32, 64, torch.bfloat16), "packed24")
     wide = pack(pruned_24(32, 64, torch.float32), "packed24")
     odd = pack(pruned_24(30, 60, torch.bfloat16), "packed24")
-    assert "float32" in str(prepare(wide, target=H200))
-    assert "2:4" in str(prepare(pack(unpack(packed), "bitmask"), target=H200))
-    assert "sparse tensor cores" in str(prepare(packed, target=Target("V100", (7, 0), 80, True, None)))
-    assert "NVRTC" in str(prepare(packed, target=Target("H200", (9, 0), 132, False, "cusparselt")))
-    assert "cutlass" in str(prepare(odd, "prefill", target=A100))
-    assert "cuSPARSELt" in str(prepare(packed, "prefill", target=Target("H200", (9, 0), 132, True, None)))
+    assert "float32" in refused(wide).reason
+    assert "2:4" in refused(pack(unpack(packed), "bitmask")).reason
+    assert "sparse tensor cores" in refused(packed, target=GPU("V100", (7, 0), 80, True, None)).reason
+    waiting = refused(packed, target=GPU("H200", (9, 0), 132, False, "cusparselt"))
+    assert "NVRTC" in waiting.reason and waiting.code == NO_COMPILER
+    assert "cutlass" in refused(odd, "prefill", A100).reason
+    assert "cuSPARSELt" in refused(packed, "prefill", GPU("H200", (9, 0), 132, True, None)).reason
     # For both, what one library does not take is still kept for few tokens.
     both = prepare(odd, "both", target=A100)
     assert isinstance(both, PreparedWeight) and both.compressed is None
@@ -181,6 +225,9 @@ def test_why_a_weight_is_not_prepared() -> None:
 def test_what_a_policy_takes_of_memory() -> None:
     dense = pruned_24(128, 1024, torch.bfloat16)
     packed = pack(dense, "packed24")
-    sizes = {policy: prepare(packed, policy, target=A100).nbytes / dense.nbytes  # type: ignore[arg-type,union-attr]
-             for policy in ("decode", "prefill", "both")}  # fmt: skip
+    sizes = {}
+    for policy in POLICIES:
+        weight = prepare(packed, policy, target=A100)
+        assert isinstance(weight, PreparedWeight)
+        sizes[policy] = weight.nbytes / dense.nbytes
     assert sizes == {"decode": 0.5625, "prefill": 0.5625, "both": 1.125}

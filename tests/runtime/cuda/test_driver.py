@@ -15,7 +15,7 @@ from support.gpus import on_gpu, prepared
 from support.matrices import error
 
 from sparsify.errors import BackendError
-from sparsify.runtime.cuda import driver, ops
+from sparsify.runtime.cuda import driver, products
 from sparsify.runtime.cuda.variants import Arguments, Launch
 
 
@@ -46,7 +46,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 
 def test_a_product_through_the_driver(gpu: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
-    monkeypatch.setattr(ops, "_module", lambda x: driver.module(x.dtype, 0))
+    monkeypatch.setattr(products, "_module", lambda x: driver.module(x.dtype, 0))
     dense, weight = prepared(40, 600)
     bias = torch.randn(40).bfloat16()
     for tokens in (1, 16, 70):

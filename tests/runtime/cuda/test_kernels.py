@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from support import emulate
+from support.machine_code import machine_code
 from support.matrices import error, pruned_24
 from torch import Tensor
 
@@ -36,7 +37,8 @@ def check(variant: Variant, dtype: torch.dtype, shape: tuple[int, int], tokens: 
     assert error(y, exact + bias.double()) < 4e-3, (variant.name, dtype, shape, tokens)
     # Threads in the other order: a missing barrier shows.
     assert torch.equal(y, emulate.linear(variant, x, fragments, shape[0], bias, backwards=True))
-    assert error(emulate.linear(variant, x, fragments, shape[0]), exact) < 4e-3
+    if tokens < 16:
+        assert error(emulate.linear(variant, x, fragments, shape[0]), exact) < 4e-3
 
 
 QUICK = (DECODE[0], DECODE[-1], TILED[0], TILED[-1], SPLIT[1])
@@ -45,13 +47,15 @@ CASES = [
     (SPLIT[1], torch.float16),
     *(pytest.param(v, torch.bfloat16, marks=pytest.mark.slow) for v in (*VARIANTS, *SPLIT) if v not in QUICK),
 ]
+SHAPES = (((16, 256), (1, 7, 16)), ((7, 64), (3, 9, 33)), ((100, 840), (2, 16, 70)))
 
 
 @pytest.mark.parametrize(("variant", "dtype"), CASES, ids=lambda v: getattr(v, "name", str(v)))
 def test_against_float64_on_ragged_shapes(variant: Variant, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    for shape, counts in (((16, 256), (1, 7, 16)), ((7, 64), (3, 9, 33)), ((100, 1096), (2, 16, 70))):
-        for tokens in counts:
+    for shape, counts in SHAPES:
+        # A tiled kernel does as much for one token as for its whole tile of them.
+        for tokens in counts if variant.kind == "decode" else counts[-1:]:
             if variant.fits(tokens, shape[1]):
                 check(variant, dtype, shape, tokens)
 
@@ -97,31 +101,6 @@ def test_the_emulator_finds_shared_memory_that_is_too_small() -> None:
 # Machine code.
 
 
-def disassembler() -> list[Path]:
-    """cuobjdump and nvdisasm: Triton's package brings both."""
-    triton = pytest.importorskip("triton")
-    place = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    found = [place / "cuobjdump", place / "nvdisasm"]
-    if not all(p.exists() for p in found):
-        pytest.skip("Triton's package has no cuobjdump and nvdisasm here")
-    return found
-
-
-def machine_code(binary: Path) -> dict[str, list[str]]:
-    """Instructions of every kernel."""
-    cuobjdump, nvdisasm = disassembler()
-    done = subprocess.run([cuobjdump, "--dump-sass", binary], capture_output=True, text=True, check=True,
-                          env={"PATH": f"{nvdisasm.parent}:/usr/bin:/bin"})  # fmt: skip
-    kernels: dict[str, list[str]] = {}
-    name = ""
-    for line in done.stdout.splitlines():
-        if (start := re.search(r"Function : (\w+)", line)) is not None:
-            name = start[1]
-        elif (word := re.search(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][A-Z0-9_.]+)", line)) is not None:
-            kernels.setdefault(name, []).append(word[1])
-    return kernels
-
-
 def check_machine_code(binary: Path) -> None:
     kernels = machine_code(binary)
     assert set(kernels) == {v.kernel for v in VARIANTS} | {"add_splits", "unpack"}
@@ -143,40 +122,66 @@ def check_machine_code(binary: Path) -> None:
             assert any(w.startswith("LDGSTS") and "128" in w for w in words), f"{name} has no asynchronous copies"
 
 
-@pytest.mark.parametrize("architecture", [90, *(pytest.param(a, marks=pytest.mark.slow) for a in (80, 100))])
-def test_what_nvcc_makes_of_it(tmp_path: Path, architecture: int) -> None:
-    nvcc = shutil.which("nvcc")
+ARCHITECTURES = ((8, 0), (9, 0), (10, 0))
+
+
+def each(quick: tuple[tuple[int, int], torch.dtype]) -> list[Any]:
+    """Every architecture in every dtype; all but one are slow."""
+    every = [(capability, dtype) for capability in ARCHITECTURES for dtype in DTYPES]
+    return [
+        pytest.param(c, d, id=f"sm_{c[0]}{c[1]}-{nvrtc.TYPES[d]}", marks=[] if (c, d) == quick else pytest.mark.slow)
+        for c, d in every
+    ]
+
+
+@pytest.mark.parametrize(("capability", "dtype"), each(((9, 0), torch.bfloat16)))
+def test_what_nvcc_makes_of_it(tmp_path: Path, capability: tuple[int, int], dtype: torch.dtype) -> None:
+    nvcc, name = shutil.which("nvcc"), f"sm_{capability[0]}{capability[1]}"
     if nvcc is None:
         pytest.skip("no nvcc on this machine")
     known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout
-    if f"sm_{architecture}" not in known.split():
-        pytest.skip(f"this nvcc does not know sm_{architecture}")
-    for kind in nvrtc.TYPES.values():
-        words = [nvcc, "-std=c++17", "-O3", f"-arch=sm_{architecture}", f"-DSPARSIFY_TYPE={kind}", "-cubin"]
-        subprocess.run([*words, "-o", tmp_path / "k.cubin", nvrtc.SOURCES / nvrtc.MAIN], check=True)
-        check_machine_code(tmp_path / "k.cubin")
+    if name not in known.split():
+        pytest.skip(f"this nvcc does not know {name}")
+    words = [nvcc, "-std=c++17", "-O3", f"-arch={name}", f"-DSPARSIFY_TYPE={nvrtc.TYPES[dtype]}", "-cubin"]
+    subprocess.run([*words, "-o", tmp_path / "k.cubin", nvrtc.SOURCES / nvrtc.MAIN], check=True)
+    check_machine_code(tmp_path / "k.cubin")
 
 
-@pytest.mark.parametrize("capability", [(8, 0), *(pytest.param(c, marks=pytest.mark.slow) for c in ((9, 0), (10, 0)))])
-def test_what_nvrtc_makes_of_it(tmp_path: Path, capability: tuple[int, int]) -> None:
-    compiler = nvrtc.nvrtc()
-    if compiler is None:
+@pytest.fixture(scope="module")
+def compiler() -> nvrtc.NVRTC:
+    found = nvrtc.nvrtc()
+    if found is None:
         pytest.skip("no NVRTC on this machine")
+    return found
+
+
+@pytest.mark.parametrize(("capability", "dtype"), each(((8, 0), torch.float16)))
+def test_what_nvrtc_makes_of_it(
+    tmp_path: Path, capability: tuple[int, int], dtype: torch.dtype, compiler: nvrtc.NVRTC
+) -> None:
     if 10 * capability[0] + capability[1] not in compiler.architectures:
         pytest.skip(f"this NVRTC does not know sm_{capability[0]}{capability[1]}")
-    for dtype in DTYPES:
-        (tmp_path / "k.cubin").write_bytes(compiler.compile(dtype, capability))
-        check_machine_code(tmp_path / "k.cubin")
+    (tmp_path / "k.cubin").write_bytes(compiler.compile(dtype, capability))
+    check_machine_code(tmp_path / "k.cubin")
 
 
-def test_a_gpu_that_nvrtc_does_not_know_gets_ptx(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    compiler = nvrtc.nvrtc()
-    if compiler is None:
-        pytest.skip("no NVRTC on this machine")
+def test_a_gpu_that_nvrtc_does_not_know_gets_ptx(compiler: nvrtc.NVRTC) -> None:
     code = compiler.compile(torch.bfloat16, (99, 0))
     assert b".target" in code and b"mma.sp::ordered_metadata" in code
-    # Compiled once, then read from the cache folder.
+
+
+def test_compiled_once_then_read_from_the_cache_folder(
+    compiler: nvrtc.NVRTC, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    made: list[tuple[torch.dtype, tuple[int, int]]] = []
+
+    def compile(self: nvrtc.NVRTC, dtype: torch.dtype, capability: tuple[int, int]) -> bytes:
+        made.append((dtype, capability))
+        return f"code {len(made)}".encode()
+
     monkeypatch.setenv("SPARSIFY_CACHE", str(tmp_path))
-    first = nvrtc.machine_code(torch.bfloat16, (9, 0))
-    monkeypatch.setattr(nvrtc.NVRTC, "compile", lambda *_: pytest.fail("compiled again"))
-    assert nvrtc.machine_code(torch.bfloat16, (9, 0)) == first
+    monkeypatch.setattr(nvrtc.NVRTC, "compile", compile)
+    assert nvrtc.machine_code(torch.bfloat16, (9, 0)) == b"code 1"
+    assert nvrtc.machine_code(torch.bfloat16, (9, 0)) == b"code 1"
+    assert nvrtc.machine_code(torch.float16, (9, 0)) == b"code 2"
+    assert made == [(torch.bfloat16, (9, 0)), (torch.float16, (9, 0))]

@@ -1,5 +1,5 @@
 // What the kernels need of the device: types, loads, and the sparse tensor core. Needs no header of CUDA, so that NVRTC
-// compiles it where no toolkit is installed. tests/cuda/emulator.h offers the same names to a host compiler.
+// compiles it where no toolkit is installed. tests/support/emulator.h offers the same names to a host compiler.
 #pragma once
 
 typedef unsigned int u32;

@@ -1,4 +1,4 @@
-// The layout "fragments" of a 2:4 matrix [rows, columns] (sparsify/cuda/fragments.py packs it).
+// The layout "fragments" of a 2:4 matrix [rows, columns] (sparsify/runtime/cuda/fragments.py packs it).
 //
 // Tiles of 16 rows and 256 columns, row tiles outermost, each 4608 contiguous bytes: 9 chunks of 32 lanes x 16 bytes.
 //   chunk j = 0..7: the values of columns 32 j .. 32 j + 31, as the four registers of mma.sp.m16n8k32's operand A:

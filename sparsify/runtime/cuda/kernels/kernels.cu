@@ -1,4 +1,4 @@
-// Every kernel of one dtype (SPARSIFY_TYPE: BFloat16 or Float16), under the names that sparsify/cuda/kernels.py calls.
+// Every kernel of one dtype (SPARSIFY_TYPE: BFloat16 or Float16), under the names that sparsify/runtime/cuda/variants.py calls.
 #ifdef SPARSIFY_EMULATOR
 #include "emulator.h"
 #else
