@@ -6,7 +6,7 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 # Workers of two threads each share few cores: threads that wait must not keep one busy.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-# As many tests run at once as there are cores. More threads than that wait for each other ten times as long as they work.
+# As many tests run at once as there are cores: more threads than cores wait ten times as long as they work.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import gc

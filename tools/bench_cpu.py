@@ -20,6 +20,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,9 @@ from torch.nn import functional
 
 from sparsify.host import processor
 from sparsify.runtime import ops
+from sparsify.runtime.codes import row_starts
 from sparsify.runtime.cpu import native
-from sparsify.runtime.layout import pack, row_starts
+from sparsify.runtime.layout import pack
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 TOLERANCE = {"bf16": 4e-3, "fp16": 4e-3, "fp32": 1e-5}
@@ -109,18 +111,15 @@ def measure(case: Case, rounds: int) -> dict[str, Any]:
     dense = [weight.clone() for _ in range(copies)]
     candidates: dict[str, list[Callable[[], Tensor]]] = {
         "packed": [ours(packed.values.clone(), packed.codes.clone()) for _ in range(copies)],
-        "F.linear": [lambda w=w: functional.linear(x, w) for w in dense],  # type: ignore[misc]
-        "F.linear without oneDNN": [lambda w=w: without_onednn(w) for w in dense],  # type: ignore[misc]
+        "F.linear": [partial(functional.linear, x, w) for w in dense],
+        "F.linear without oneDNN": [partial(without_onednn, w) for w in dense],
     }
     if case.dtype == "fp32" or (case.dtype == "bf16" and native.isa() == 2):
         reordered = [torch.ops.mkldnn._reorder_linear_weight(w, case.tokens) for w in dense]
         pointwise = torch.ops.mkldnn._linear_pointwise
-        candidates["oneDNN, packed before"] = [
-            lambda w=w: pointwise(x, w, None, "none", [], "")
-            for w in reordered  # type: ignore[misc]
-        ]
+        candidates["oneDNN, packed before"] = [partial(pointwise, x, w, None, "none", [], "") for w in reordered]
     if case.tokens == 1:
-        candidates["ours, dense"] = [lambda w=w: ops.linear_dense(x, w) for w in dense]  # type: ignore[misc]
+        candidates["ours, dense"] = [partial(ops.linear_dense, x, w) for w in dense]
     if (case.tokens > 4 and case.dtype == "fp16") or (case.tokens > 1 and case.dtype != "fp32"):
         # Some hundred times slower than the others with several tokens: no candidate for the fastest.
         del candidates["F.linear without oneDNN"]

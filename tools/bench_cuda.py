@@ -25,13 +25,17 @@ import torch
 from torch import Tensor
 
 import sparsify.runtime.ops  # noqa: F401
-from sparsify.runtime.cuda import ops
+from sparsify.errors import Refused
+from sparsify.runtime.cuda import products
 from sparsify.runtime.cuda.autotune.clock import GPUClock
-from sparsify.runtime.cuda.dispatch import BUCKETS, DENSE, Policy, Timings
+from sparsify.runtime.cuda.autotune.times import race, random_24
+from sparsify.runtime.cuda.dispatch import BUCKETS, DENSE, Timings
 from sparsify.runtime.cuda.fragments import to_fragments
-from sparsify.runtime.cuda.prepared import PreparedWeight, Target, current_gpu, prepare, race, random_24
+from sparsify.runtime.cuda.gpu import GPU, current_gpu
+from sparsify.runtime.cuda.prepared import PreparedWeight, prepare_weight
 from sparsify.runtime.cuda.variants import VARIANTS, Variant
 from sparsify.runtime.layout import unpack
+from sparsify.runtime.words import POLICIES, Policy
 
 # (layers, rows, columns) of one decoder block, siblings joined.
 SHAPES = {
@@ -65,10 +69,13 @@ def check_kernels(device: torch.device) -> int:
                 names = [v.name for v in (*VARIANTS, *splits) if v.fits(tokens, columns)] + ["unpack"]
                 for name in names:
                     poison(tokens * rows, dtype, device)
-                    y = ops.run(name, x, fragments, None, None, rows, bias)
+                    y = products.run_kernel(name, x, fragments, None, None, rows, bias)
                     found = error(y, exact)
                     assert found < BAR, (name, dtype, rows, columns, tokens, found)
-                    assert torch.equal(y, ops.run(name, x, fragments, None, None, rows, bias)), (name, "differs")
+                    assert torch.equal(y, products.run_kernel(name, x, fragments, None, None, rows, bias)), (
+                        name,
+                        "differs",
+                    )
                     count += 1
     return count
 
@@ -76,11 +83,11 @@ def check_kernels(device: torch.device) -> int:
 def check_policies(device: torch.device) -> list[str]:
     """The operator under each policy that this GPU has; their plans."""
     plans = []
-    for policy in ("decode", "prefill", "both"):
+    for policy in POLICIES:
         packed = random_24(4096, 4096, torch.bfloat16, device)
-        weight = prepare(packed, policy, tune=False)  # type: ignore[arg-type]
-        if isinstance(weight, str):
-            plans.append(f"{policy}: {weight}")
+        weight = prepare_weight(packed, policy, tune=False)
+        if isinstance(weight, Refused):
+            plans.append(f"{policy}: {weight.reason}")
             continue
         dense = unpack(packed)
         for shape in ((0, 4096), (1, 4096), (3, 5, 4096), (16, 4096), (100, 4096), (1000, 4096)):
@@ -101,7 +108,7 @@ def check_torch(device: torch.device) -> list[str]:
     import threading
 
     packed = random_24(4096, 4096, torch.bfloat16, device)
-    dense, weight = unpack(packed), prepare(packed, tune=False)
+    dense, weight = unpack(packed), prepare_weight(packed, tune=False)
     assert isinstance(weight, PreparedWeight), weight
     done = []
     for tokens in (1, 16, 100, 600):
@@ -142,7 +149,7 @@ def check_torch(device: torch.device) -> list[str]:
     done.append('torch.compile(mode="reduce-overhead")')
     for number in range(1, torch.cuda.device_count()):
         there = random_24(4096, 4096, torch.bfloat16, torch.device("cuda", number))
-        second = prepare(there, tune=False)
+        second = prepare_weight(there, tune=False)
         assert isinstance(second, PreparedWeight), second
         x = torch.randn(4, 4096, device=there.values.device).bfloat16()
         assert error(second.linear(x), x.double() @ unpack(there).double().t()) < BAR
@@ -159,8 +166,7 @@ def check_torch(device: torch.device) -> list[str]:
 
 
 def time_shapes(device: torch.device, policy: Policy) -> dict[str, Timings]:
-    target = Target.of(device)
-    library = target.library if policy != "decode" else None
+    library = GPU.of(device).library_for(policy)
     clock, found = GPUClock(device), {}
     for shape in sorted({(rows, columns) for layers in SHAPES.values() for _, rows, columns in layers}):
         start = time.perf_counter()
@@ -240,7 +246,7 @@ def llama(device: torch.device, tune: bool = True, **sizes: int) -> tuple[Any, A
 
 
 def decode(device: torch.device, tokens: int, rounds: int) -> dict[str, Any]:
-    from sparsify.backends.packed.bench.measure import decode_speed
+    from sparsify.backends.packed.bench.speed import decode_speed
 
     with torch.inference_mode():
         dense, packed = llama(device)

@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from bench_prune import processor
 from make_checkpoint import make_checkpoint
 
 import sparsify
+from sparsify.host import processor
 
 STAGES = """
 import json, sys, time
@@ -65,7 +65,7 @@ print(before, status("VmHWM"))
 LOAD = """
 import json, sys, time
 from pathlib import Path
-from sparsify.backends.onnx.running.runner import open_session
+from sparsify.backends.onnx.running.session import open_session
 import onnxruntime
 def status(key):
     return next(int(line.split()[1]) / 1024 for line in open("/proc/self/status") if line.startswith(key))

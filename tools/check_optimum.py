@@ -89,11 +89,9 @@ def export(scratch: Path) -> list[dict[str, Any]]:
         for mode in ("link", "packed"):
             out = scratch / f"{name}-{mode}"
             result = sparsify.compile(folder, ["magnitude:2:4"], to=f"onnx:weights={mode}", output=out)
-            model = result.model.float()
-            model.generation_config.eos_token_id = None  # type: ignore[union-attr]
-            want = model.generate(  # type: ignore[operator]
-                ids, attention_mask=mask, do_sample=False, max_new_tokens=20, pad_token_id=0
-            )
+            pruned: Any = result.model.float()
+            pruned.generation_config.eos_token_id = None
+            want = pruned.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=20, pad_token_id=0)
             cases.append(
                 {
                     "name": f"{name}, {mode}",

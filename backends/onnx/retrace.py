@@ -13,7 +13,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils import _pytree as pytree
 
 from sparsify.backends.onnx.tracing.contract import Contract
-from sparsify.backends.onnx.tracing.trace import export, fake_copy, quiet_export
+from sparsify.backends.onnx.tracing.trace import export_contract, fake_copy, quiet_export
 from sparsify.errors import BackendError, TraceError, first_line
 
 # Example inputs, by position or by name.
@@ -52,7 +52,7 @@ def retrace(graph: fx.GraphModule, example: Example | None, contract: Contract |
             contract.kind, fake_copy(graph, mode), contract.inputs, contract.states, contract.outputs, contract.dims
         )
         with quiet_export():
-            return _run_again(lambda: export(fresh))
+            return _run_again(lambda: export_contract(fresh))
     args, kwargs, shapes = _arguments(graph, example)
     with torch.no_grad(), quiet_export():
         return _run_again(lambda: torch.export.export(graph, args, kwargs, dynamic_shapes=shapes, strict=False))

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from sparsify.runtime.words import AskedLayout, Choice
+from sparsify.runtime.words import AskedLayout, PackingChoice
 
 if TYPE_CHECKING:
     from sparsify.backends.packed.job import PackedJob
@@ -25,7 +25,7 @@ class PackedBackend:
     """
 
     layout: AskedLayout = "auto"
-    choice: Choice = "measured"
+    choice: PackingChoice = "measured"
 
     name: ClassVar[str] = "packed"
     needs_pass: ClassVar[bool] = False

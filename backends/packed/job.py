@@ -13,7 +13,7 @@ from sparsify.backends.packed.format import PackedSite
 from sparsify.backends.packed.loaded.modules import pack_modules
 from sparsify.backends.packed.plan import Decision, decide, siblings, summary
 from sparsify.backends.packed.store import PackedStore
-from sparsify.backends.packed.writing import differences, write_tensors
+from sparsify.backends.packed.writing import differences, write_packed
 from sparsify.errors import BackendError, TraceError
 from sparsify.files.checkpoint import INDEX
 from sparsify.files.companions import rewrite_config
@@ -23,7 +23,7 @@ from sparsify.frontend.source import Source
 from sparsify.frontend.widths import sizes_of
 from sparsify.ir.program import Program
 from sparsify.ir.weights import Weights
-from sparsify.runtime.words import AskedLayout, Choice
+from sparsify.runtime.words import AskedLayout, PackingChoice
 
 # What transformers prints where it does not know the method leads to config.json.
 NOTE = "packed by sparsify: pip install sparsify-fx, and `import sparsify` before from_pretrained"
@@ -38,8 +38,10 @@ class PackedJob:
 
     advice = "Prune it first (--pass wanda:2:4), or take --to packed:choice=smallest to pack for size alone"
 
-    def __init__(self, source: Source, out: Path, *, overwrite: bool, layout: AskedLayout, choice: Choice) -> None:
-        check_source(source)
+    def __init__(
+        self, source: Source, out: Path, *, overwrite: bool, layout: AskedLayout, choice: PackingChoice
+    ) -> None:
+        check_loadable(source)
         self.source, self.layout, self.choice = source, layout, choice
         self.hf = HuggingFaceJob(source, out, overwrite=overwrite)
         self.weights: Weights = self.hf.weights
@@ -99,7 +101,7 @@ class PackedJob:
         """The packed weight files in the place of the dense ones, checked before those go; CRC-32 of each tensor."""
         inside = folder / "packed"
         inside.mkdir()
-        sums = write_tensors(inside, self.weights, self.decisions)
+        sums = write_packed(inside, self.weights, self.decisions)
         for name, found, do in differences(PackedStore(inside, self.sites), self.weights, sums):
             out = self.hf.staging.out
             raise BackendError(f"output {out}", found=f"{name} {found}", do=f"{do}; nothing was left")
@@ -143,7 +145,7 @@ class PackedJob:
         self.hf.__exit__(*error)
 
 
-def check_source(source: Source) -> None:
+def check_loadable(source: Source) -> None:
     """Raises:
     BackendError: transformers, who loads a packed folder, does not know the model, or its layers differ in width.
     """

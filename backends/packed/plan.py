@@ -19,7 +19,7 @@ from sparsify.prune.targets import read_elsewhere
 from sparsify.runtime.layout import choose_layout
 from sparsify.runtime.packed_weight import PackedWeight
 from sparsify.runtime.stopwatch import Stopwatch, Timing
-from sparsify.runtime.words import LAYOUTS, AskedLayout, Choice, Layout
+from sparsify.runtime.words import LAYOUTS, AskedLayout, Layout, PackingChoice
 from sparsify.words import format_bytes
 
 
@@ -60,7 +60,9 @@ class Decision:
         }
 
 
-def decide(program: Program, weights: Weights, model: nn.Module, layout: AskedLayout, choice: Choice) -> list[Decision]:
+def decide(
+    program: Program, weights: Weights, model: nn.Module, layout: AskedLayout, choice: PackingChoice
+) -> list[Decision]:
     """One decision per parameter that a linear site reads, in topological order.
 
     Args:
@@ -104,7 +106,7 @@ def _decide(
     weights: Weights,
     reason: str | None,
     layout: AskedLayout,
-    choice: Choice,
+    choice: PackingChoice,
     watch: Stopwatch,
 ) -> Decision:
     stored = weights.read(name)

@@ -14,7 +14,7 @@ from sparsify.files.writer import lay_out
 from sparsify.ir.weights import Weights
 
 
-def write_tensors(folder: Path, weights: Weights, decisions: Iterable[Decision]) -> dict[str, int]:
+def write_packed(folder: Path, weights: Weights, decisions: Iterable[Decision]) -> dict[str, int]:
     """Every tensor into ``folder``, parameters under the model's own names; the CRC-32 of each."""
     packed = {d.name: d for d in decisions if d.site is not None}
     tensors: dict[str, tuple[torch.dtype, Sequence[int]]] = {}

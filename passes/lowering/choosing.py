@@ -10,21 +10,21 @@ from torch import Tensor
 
 from sparsify.errors import Refused
 from sparsify.runtime.cuda.gpu import GPU, NO_EXPERTS
-from sparsify.runtime.cuda.prepared import PreparedWeight, prepare
+from sparsify.runtime.cuda.prepared import PreparedWeight, prepare_weight
 from sparsify.runtime.layout import choose_layout, concatenate
 from sparsify.runtime.packed_weight import PackedWeight
 from sparsify.runtime.stopwatch import LEAST, Stopwatch, Timing
-from sparsify.runtime.words import AskedLayout, Choice, Policy
+from sparsify.runtime.words import AskedLayout, PackingChoice, Policy
 
 _Key = tuple[int, tuple[int, ...], tuple[int, ...], torch.dtype]
 
 
 @dataclass
-class Chooser:
+class Packer:
     """Decides for one graph, by options of the pass. Each weight is packed once, and each shape timed once."""
 
     layout: AskedLayout
-    choice: Choice
+    choice: PackingChoice
     policy: Policy
     target: GPU | None
     watch: Stopwatch = field(default_factory=Stopwatch)
@@ -91,7 +91,7 @@ class Chooser:
     def prepared(self, weights: Sequence[PackedWeight]) -> PreparedWeight | Refused:
         """One matrix, or siblings as one, in the layouts of the GPU; or why it is better dense."""
         packed = weights[0].packed if len(weights) == 1 else concatenate([w.packed for w in weights])
-        return prepare(packed, self.policy, tune=self.measures, target=self.target)
+        return prepare_weight(packed, self.policy, tune=self.measures, target=self.target)
 
     def dense_timing(self, weight: Tensor) -> Timing:
         """What a weight on a CPU that stays dense takes by torch's kernel and by ours."""

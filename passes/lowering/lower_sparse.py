@@ -20,14 +20,14 @@ from sparsify.analysis.contraction import Contraction, NotUnderstood, find_contr
 from sparsify.analysis.graph_pass import LoweringPass
 from sparsify.errors import Refused, TraceError
 from sparsify.ir.graph import placeholder_values
-from sparsify.passes.lowering.choosing import Chooser
+from sparsify.passes.lowering.choosing import Packer
 from sparsify.passes.lowering.record import Lowered
 from sparsify.passes.lowering.rewrite import Rewriter
 from sparsify.runtime.cuda.gpu import GPU
 from sparsify.runtime.cuda.prepared import PreparedWeight
 from sparsify.runtime.packed_weight import PackedWeight
 from sparsify.runtime.stopwatch import LEAST
-from sparsify.runtime.words import AskedLayout, Choice, Policy
+from sparsify.runtime.words import AskedLayout, PackingChoice, Policy
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class LowerSparse(LoweringPass):
     """
 
     layout: AskedLayout = "auto"
-    choice: Choice = "measured"
+    choice: PackingChoice = "measured"
     merge: bool = True
     dense: bool = True
     policy: Policy = "decode"
@@ -86,7 +86,7 @@ class LowerSparse(LoweringPass):
         result = copy.deepcopy(graph, memo=dict(shared))
         given = _parameters(result, example_inputs)
         found, lost = find_contractions(result, given)
-        run = _Run(self, Chooser(self.layout, self.choice, self.policy, self.target), Rewriter(result, given))
+        run = _Run(self, Packer(self.layout, self.choice, self.policy, self.target), Rewriter(result, given))
         run.lower(found)
         modified = run.rewriter.finish()
         records = [*run.records, *(Lowered.dense(item, item.reason) for item in lost)]
@@ -101,10 +101,10 @@ _Group = list[tuple[Contraction, PackedWeight]]
 
 @dataclass
 class _Run:
-    """The pass over one graph: what ``chooser`` decides of each weight, ``rewriter`` does to its nodes."""
+    """The pass over one graph: what ``packer`` decides of each weight, ``rewriter`` does to its nodes."""
 
     options: LowerSparse
-    chooser: Chooser
+    packer: Packer
     rewriter: Rewriter
     records: list[Lowered] = field(default_factory=list)
     # Kept until the end: the rewriter knows them by their identity.
@@ -113,13 +113,13 @@ class _Run:
     def lower(self, contractions: list[Contraction]) -> None:
         chosen: _Group = []
         for c in contractions:
-            packed = self.chooser.packed(c.weight)
+            packed = self.packer.packed(c.weight)
             if isinstance(packed, Refused):
                 self._stay_dense(c, packed.reason)
             else:
                 chosen.append((c, packed))
         for group in self._groups(chosen):
-            if self.chooser.gpu(group[0][0].weight) is not None:
+            if self.packer.gpu(group[0][0].weight) is not None:
                 self._lower_on_gpu(group)
             else:
                 self._lower_on_cpu(group)
@@ -129,7 +129,7 @@ class _Run:
         groups: dict[tuple[Hashable, ...], _Group] = {}
         for c, weight in chosen:
             alone = c.offsets is not None or (c.bias is not None and self.rewriter.known_bias(c) is None)
-            unmeasured = self.chooser.gpu(c.weight) is None and not self.chooser.measures
+            unmeasured = self.packer.gpu(c.weight) is None and not self.packer.measures
             apart = c.node if alone or unmeasured or not self.options.merge else None
             groups.setdefault((c.x, weight.layout, weight.columns, weight.dtype, apart), []).append((c, weight))
         return list(groups.values())
@@ -140,10 +140,10 @@ class _Run:
 
     def _lower_on_cpu(self, group: _Group) -> None:
         sites, weights = [c for c, _ in group], [weight for _, weight in group]
-        joined = self.chooser.joined(weights) if len(group) > 1 and self._joinable(group) else None
+        joined = self.packer.joined(weights) if len(group) > 1 and self._joinable(group) else None
         for c, weight in group:
             merged = _others(c, sites) if joined is not None else ()
-            self.records.append(Lowered.packed(c, weight, merged, timing=self.chooser.timing(c.weight)))
+            self.records.append(Lowered.packed(c, weight, merged, timing=self.packer.timing(c.weight)))
             if joined is None:
                 self.rewriter.pack(c, weight)
         if joined is not None:
@@ -154,7 +154,7 @@ class _Run:
         whole = len(group) == 1 or self._joinable(group)
         for part in [group] if whole else [[one] for one in group]:
             sites = [c for c, _ in part]
-            weight = self.chooser.prepared([packed for _, packed in part])
+            weight = self.packer.prepared([packed for _, packed in part])
             if isinstance(weight, Refused):
                 for c in sites:
                     self._stay_dense(c, weight.reason)
@@ -169,12 +169,12 @@ class _Run:
                 self.records.append(Lowered.packed(c, weight, _others(c, sites), plan=str(weight.plan), gains=gains))
 
     def _stay_dense(self, c: Contraction, reason: str) -> None:
-        weight, timing = c.weight, self.chooser.timing(c.weight)
+        weight, timing = c.weight, self.packer.timing(c.weight)
         plain = weight.dim() == 2 and weight.is_contiguous() and c.node.op != "call_module"
         kernel = "as it was"
-        measured = self.chooser.measures and self.options.dense
+        measured = self.packer.measures and self.options.dense
         if measured and plain and weight.device.type == "cpu" and weight.is_floating_point():
-            timing = self.chooser.dense_timing(weight)
+            timing = self.packer.dense_timing(weight)
             if timing.dense < LEAST * timing.torch:
                 self.rewriter.dense(c)
                 kernel = "sparsify.linear_dense.default"

@@ -63,7 +63,7 @@ class WeightPass(Pass):
     follows: ClassVar[frozenset[Kind]] = frozenset({"structure", "graph", "weights"})
     misplaced: ClassVar[str] = "weights that are packed by then"
     changes: ClassVar[frozenset[Change]] = frozenset({"weights"})
-    common_to: ClassVar[str] = "every pass but structural ones"
+    common_to: ClassVar[str] = "every pass that prunes weights"
     default_group: ClassVar[Axis] = "output"
 
     @property

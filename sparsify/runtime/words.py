@@ -13,7 +13,7 @@ LAYOUTS: tuple[Layout, ...] = get_args(Layout)
 AskedLayout = Literal["auto", "packed24", "bitmask"]
 
 # Which weights are packed: those that are measured to gain by it, or all that become smaller.
-Choice = Literal["measured", "smallest"]
+PackingChoice = Literal["measured", "smallest"]
 
 # What a weight on a GPU is kept for: few tokens at a time, many, or twice.
 Policy = Literal["decode", "prefill", "both"]

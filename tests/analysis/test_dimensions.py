@@ -73,8 +73,8 @@ def test_what_operators_do(case: str) -> None:
     batch = {"0": torch.randn(2, 3, 6)}
     program, dimensions = program_of(Net(between, width, back, **more), batch)
     assert not dimensions.without_rule
-    number = next(i for i, g in enumerate(dimensions.groups)
-                  if any(m.parameter == "first.weight" and m.axis == 0 for m in g.members))  # fmt: skip
+    of_first = [any((m.parameter, m.axis) == ("first.weight", 0) for m in g.members) for g in dimensions.groups]
+    number = of_first.index(True)
     group = dimensions.groups[number]
     assert len(group.free) == free and not group.renormalized
     for channels in ([int(group.free[0])], [int(c) for c in group.free[1::2]], [int(c) for c in group.free[:-1]]):

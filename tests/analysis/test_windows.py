@@ -47,9 +47,14 @@ def convolution(
 
 @settings(max_examples=100, deadline=None)
 @given(
-    st.integers(1, 2), st.integers(1, 4), st.integers(1, 3), st.integers(0, 2), st.integers(1, 2), st.booleans(),
+    st.integers(1, 2),
+    st.integers(1, 4),
+    st.integers(1, 3),
+    st.integers(0, 2),
+    st.integers(1, 2),
+    st.booleans(),
     st.integers(0, 10**6),
-)  # fmt: skip
+)
 def test_rows_times_matrix_is_the_convolution(
     dimensions: int, kernel: int, stride: int, padding: int, dilation: int, depthwise: bool, seed: int
 ) -> None:

@@ -30,9 +30,18 @@ def test_help_does_not_import_torch() -> None:
 def test_the_main_job(bundled: Path, tmp_path: Path) -> None:
     """In a process of its own, as a user runs it; what comes after in this one."""
     done = process(
-        "compile", bundled, "--pass", "wanda:2:4", "--calibration", "python-stdlib", "--samples", 4,
-        "--sequence-length", 64, cwd=tmp_path,
-    )  # fmt: skip
+        "compile",
+        bundled,
+        "--pass",
+        "wanda:2:4",
+        "--calibration",
+        "python-stdlib",
+        "--samples",
+        4,
+        "--sequence-length",
+        64,
+        cwd=tmp_path,
+    )
     assert done.returncode == 0, done.stderr
     out = tmp_path / "pycode-6m-wanda-2-4"
     assert f"wrote {out}" in done.stdout.replace("\n", "")
@@ -90,7 +99,7 @@ def test_inspect(folder: Callable[[str], Path], tmp_path: Path) -> None:
         (["eval", "{bert}", "--data", "python-stdlib"], 1, "tokenizer"),
         (["inspect", "{llama}/config.json"], 1, "a file"),
     ],
-)  # fmt: skip
+)
 def test_errors_are_sentences_with_the_right_exit_code(
     words: list[str], code: int, says: str, folder: Callable[[str], Path], tmp_path: Path
 ) -> None:
@@ -112,13 +121,29 @@ def test_a_killed_run_leaves_no_output_and_the_source_untouched(
     before = {p.name: p.read_bytes() for p in bundled.iterdir()}
     out = tmp_path / "out"
     child = subprocess.Popen(
-        [sys.executable, "-m", "sparsify", "compile", str(bundled), "--pass", "wanda:2:4",
-         "--calibration", "random",
-         "--samples", "512", "--sequence-length", "512", "-o", str(out)],
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        [
+            sys.executable,
+            "-m",
+            "sparsify",
+            "compile",
+            str(bundled),
+            "--pass",
+            "wanda:2:4",
+            "--calibration",
+            "random",
+            "--samples",
+            "512",
+            "--sequence-length",
+            "512",
+            "-o",
+            str(out),
+        ],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
         # A background job of a script ignores Ctrl-C, and its children after it; a user's command does not.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )  # fmt: skip
+    )
     deadline = time.monotonic() + 120
     while not any(p.suffix == ".safetensors" for d in tmp_path.iterdir() for p in d.iterdir()):
         assert child.poll() is None and time.monotonic() < deadline

@@ -95,9 +95,14 @@ def test_two_runs_write_the_same_bytes(folder: Callable[[str], Path], tmp_path: 
 
 def test_the_manifest_says_what_was_done(folder: Callable[[str], Path], tmp_path: Path, ids: Tensor) -> None:
     result = sparsify.compile(
-        folder("mixtral"), ["wanda:2:4"], calibration=[ids], output=tmp_path / "out", schedule="block", seed=7,
+        folder("mixtral"),
+        ["wanda:2:4"],
+        calibration=[ids],
+        output=tmp_path / "out",
+        schedule="block",
+        seed=7,
         ignore=["*o_proj"],
-    )  # fmt: skip
+    )
     manifest = json.loads((tmp_path / "out" / "sparsify.json").read_text())
     sums = manifest.pop("checksums")
     assert manifest == json.loads(json.dumps(result.manifest))
@@ -197,9 +202,12 @@ def test_magnitude_with_data_measures_errors(ids: Tensor) -> None:
 
 def test_some_experts_of_a_stack(folder: Callable[[str], Path], tmp_path: Path, ids: Tensor) -> None:
     sparsify.compile(
-        folder("mixtral"), ["wanda:2:4"], calibration=[ids], output=tmp_path / "out",
+        folder("mixtral"),
+        ["wanda:2:4"],
+        calibration=[ids],
+        output=tmp_path / "out",
         only=["re:.*layers.0.block_sparse_moe.experts.[01].w1"],
-    )  # fmt: skip
+    )
     before, after = tensors(folder("mixtral")), tensors(tmp_path / "out")
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed == {f"model.layers.0.block_sparse_moe.experts.{e}.w1.weight" for e in (0, 1)}

@@ -35,9 +35,23 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_compare_from_the_command_line(model: Path, text: Path, tmp_path: Path) -> None:
     out = tmp_path / "compared"
     done = sparsify(
-        "compare", model, "--passes", "magnitude:2:4,wanda:50%,group=layer,sparsegpt:2:4", "--data", text,
-        "--calibration", text, "--samples", 4, "--sequence-length", 64, "--windows", 4, "-o", out,
-    )  # fmt: skip
+        "compare",
+        model,
+        "--passes",
+        "magnitude:2:4,wanda:50%,group=layer,sparsegpt:2:4",
+        "--data",
+        text,
+        "--calibration",
+        text,
+        "--samples",
+        4,
+        "--sequence-length",
+        64,
+        "--windows",
+        4,
+        "-o",
+        out,
+    )
     assert done.returncode == 0, done.stderr
     for word in ("dense", "magnitude:2:4", "wanda:50%,group=layer", "sparsegpt:2:4", "perplexity", "peak memory"):
         assert word in done.stdout

@@ -8,6 +8,7 @@ import pytest
 import torch
 from support.families import build
 
+from sparsify.context import Context, Progress
 from sparsify.errors import CalibrationError, TraceError
 from sparsify.evaluation.perplexity import evaluate, perplexity
 from sparsify.frontend.source import open_source
@@ -45,3 +46,12 @@ def test_too_little_text_and_wrong_ids(bundled: Path, tmp_path: Path, folder: Ca
         evaluate(bundled, str(tmp_path / "a.txt"))
     with pytest.raises(CalibrationError, match="vocabulary of 64"):
         perplexity(open_source(folder("llama")), torch.full((1, 8), 64))
+
+
+def test_the_observer_is_told_of_every_region(folder: Callable[[str], Path]) -> None:
+    told: list[Progress] = []
+    context = Context(observe=told.append)
+    perplexity(open_source(folder("llama")), torch.randint(3, 60, (4, 16)), context)
+    # Two blocks, and what comes before them.
+    assert [(step.regions_done, step.regions) for step in told] == [(1, 3), (2, 3), (3, 3)]
+    assert {step.label for step in told} == {"evaluating"}

@@ -64,11 +64,14 @@ def test_unstructured_equals_the_rule(scores, pattern, axis, blocksize, count) -
         lambda m: st.tuples(
             st.integers(1, m - 1),
             st.just(m),
-            hnp.arrays(np.float32, st.tuples(st.integers(1, 5), st.integers(1, 4).map(lambda g: g * m)),
-                       elements=st.sampled_from([0, 1, 2])),
+            hnp.arrays(
+                np.float32,
+                st.tuples(st.integers(1, 5), st.integers(1, 4).map(lambda g: g * m)),
+                elements=st.sampled_from([0, 1, 2]),
+            ),
         )
     )
-)  # fmt: skip
+)
 def test_nm_prunes_the_lowest_of_each_group_with_ties_to_the_lower_index(case) -> None:  # type: ignore[no-untyped-def]
     n, m, scores = case
     mask = select(torch.from_numpy(scores), NM(n, m))
@@ -189,9 +192,14 @@ def test_holds_counts_the_smaller_group_at_the_end_by_its_own_size() -> None:
 
 @settings(deadline=None, max_examples=100)
 @given(
-    st.integers(1, 7), st.integers(1, 24), shares, st.sampled_from(["output", "input", "layer"]), st.integers(1, 5),
-    st.sampled_from(["floor", "exact", "threshold", "total"]), st.integers(0, 10**6),
-)  # fmt: skip
+    st.integers(1, 7),
+    st.integers(1, 24),
+    shares,
+    st.sampled_from(["output", "input", "layer"]),
+    st.integers(1, 5),
+    st.sampled_from(["floor", "exact", "threshold", "total"]),
+    st.integers(0, 10**6),
+)
 def test_what_select_prunes_holds(rows, columns, pattern, axis, blocksize, count, seed) -> None:  # type: ignore[no-untyped-def]
     comparison = Comparison(axis, 1 if axis == "layer" else blocksize, count)
     scores = torch.rand(rows, columns, generator=torch.Generator().manual_seed(seed)) + 0.1
@@ -200,9 +208,13 @@ def test_what_select_prunes_holds(rows, columns, pattern, axis, blocksize, count
 
 @settings(deadline=None, max_examples=100)
 @given(
-    st.integers(1, 7), st.integers(1, 24), shares, st.sampled_from(["output", "input", "layer"]), st.integers(1, 5),
+    st.integers(1, 7),
+    st.integers(1, 24),
+    shares,
+    st.sampled_from(["output", "input", "layer"]),
+    st.integers(1, 5),
     st.integers(0, 10**6),
-)  # fmt: skip
+)
 def test_one_zero_too_few_anywhere_does_not_hold(rows, columns, pattern, axis, blocksize, seed) -> None:  # type: ignore[no-untyped-def]
     comparison = Comparison(axis, 1 if axis == "layer" else blocksize)
     scores = torch.rand(rows, columns, generator=torch.Generator().manual_seed(seed)) + 0.1

@@ -22,9 +22,11 @@ def test_activation_pruning_removes_whole_neurons_and_their_bias() -> None:
         net[0].bias[3] = 5
         y = net[0](x).double()
     expected = {
-        "mean": y.abs().mean(dim=0), "square": y.square().mean(dim=0), "std": y.std(dim=0, correction=0),
+        "mean": y.abs().mean(dim=0),
+        "square": y.square().mean(dim=0),
+        "std": y.std(dim=0, correction=0),
         "correlation": 1 - (torch.corrcoef(y.T) - torch.eye(12)).abs().amax(dim=1),
-    }  # fmt: skip
+    }
     for metric, scores in expected.items():
         made = sparsify.compile(net, [f"activation:25%,metric={metric}"], calibration=[x], only=["0"]).model
         gone = scores.argsort()[:3]

@@ -19,9 +19,12 @@ def test_gradient_metrics(metric: Any) -> None:
     g = torch.randn(weight.shape, generator=generator)
     stats = slow.statistics(x, gradient=g, gradient_platon=g.abs(), gradient_l1=g.abs(), gradient_l2=g.abs())
     scores = {
-        "snip": (weight * g).abs(), "movement": -weight * g, "platon": weight**2 * g.abs(), "l1": (weight * g).abs(),
+        "snip": (weight * g).abs(),
+        "movement": -weight * g,
+        "platon": weight**2 * g.abs(),
+        "l1": (weight * g).abs(),
         "l2": (weight * g).abs(),
-    }[metric]  # fmt: skip
+    }[metric]
     pruned = Gradient(Unstructured("0.5"), metric=metric).prune(weight, stats)
     assert scores[pruned.mask].max() <= scores[~pruned.mask].min()
     assert int(pruned.mask.sum()) == weight.numel() // 2

@@ -27,24 +27,35 @@ def slow_scores(parts: list[Part], channels: int, importance: str, group: str) -
     """algorithms.md, section 9.2, weight by weight."""
     every: list[list[float]] = []
     for part in parts:
-        found = [0.0] * channels
+        of_part = [0.0] * channels
         for row in range(part.weight.shape[0]):
             signed = whole = 0.0
             for column in range(part.weight.shape[1]):
                 w = float(part.weight[row, column])
                 g, f = (0.0 if t is None else float(t[row, column]) for t in (part.gradient, part.fisher))
-                value = {"l1": abs(w), "l2": w * w, "taylor-second": w * f * w,
-                         "taylor-mix": w * g - w * f * w / 2}.get(importance, w * g)  # fmt: skip
+                value = {
+                    "l1": abs(w),
+                    "l2": w * w,
+                    "taylor-second": w * f * w,
+                    "taylor-mix": w * g - w * f * w / 2,
+                }.get(importance, w * g)
                 signed, whole = signed + value, whole + abs(value)
-            found[int(part.channel[row])] += abs(signed) if importance == "taylor-vector" else whole
-        every.append(found)
+            of_part[int(part.channel[row])] += abs(signed) if importance == "taylor-vector" else whole
+        every.append(of_part)
     combined = []
     for scores in zip(*every, strict=True):
         product = 1.0
         for score in scores:
             product *= score
-        combined.append({"sum": sum(scores), "mean": sum(scores) / len(scores), "max": max(scores), "product": product,
-                         "first": scores[0], "last": scores[-1]}[group])  # fmt: skip
+        found = {
+            "sum": sum(scores),
+            "mean": sum(scores) / len(scores),
+            "max": max(scores),
+            "product": product,
+            "first": scores[0],
+            "last": scores[-1],
+        }
+        combined.append(found[group])
     return combined
 
 
@@ -87,10 +98,19 @@ def test_specs_and_options() -> None:
         LLMPruner(NM(2, 4))
 
 
-@pytest.mark.parametrize(("ratio", "free", "kind", "left"), [
-    (0.25, 64, "channels", 48), (0.25, 11008, "channels", 8256), (0.2, 11008, "channels", 8800), (0.5, 10, "channels",
-    5), (0.25, 4, "heads", 3), (0.2, 4, "heads", 3), (0.5, 32, "heads", 16), (0.6, 4, "heads", 2),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("ratio", "free", "kind", "left"),
+    [
+        (0.25, 64, "channels", 48),
+        (0.25, 11008, "channels", 8256),
+        (0.2, 11008, "channels", 8800),
+        (0.5, 10, "channels", 5),
+        (0.25, 4, "heads", 3),
+        (0.2, 4, "heads", 3),
+        (0.5, 32, "heads", 16),
+        (0.6, 4, "heads", 2),
+    ],
+)
 def test_how_many_stay(ratio: float, free: int, kind: str, left: int) -> None:
     assert LLMPruner(Unstructured(ratio)).left(free, kind) == left
 

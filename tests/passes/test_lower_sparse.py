@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from support.families import build
+from support.gpus import A100, H200
 from support.matrices import error, pruned, pruned_24
 from torch import Tensor, fx, nn
 from torch.fx.passes.infra.pass_manager import PassManager
@@ -16,16 +18,19 @@ from torch.nn import functional
 
 import sparsify
 from sparsify.errors import SpecError, TraceError
+from sparsify.ir.operators import operator_name
 from sparsify.method.pattern import NM
 from sparsify.passes import LowerSparse, Wanda
 from sparsify.prune.fx_pass import GraphPrune
+from sparsify.runtime.cuda.gpu import GPU
 from sparsify.runtime.stopwatch import Stopwatch
 
 SMALLEST = LowerSparse(choice="smallest")
 
 
 def ops_of(graph: fx.GraphModule) -> Counter[str]:
-    return Counter(operator_name(n) for n in graph.graph.nodes if n.op in ("call_function", "call_method", "call_module"))
+    calls = [n for n in graph.graph.nodes if n.op in ("call_function", "call_method", "call_module")]
+    return Counter(operator_name(n) for n in calls)
 
 
 def records(graph: fx.GraphModule) -> dict[str, str]:
@@ -295,6 +300,34 @@ def test_a_language_model_lifted_by_torch_compile(monkeypatch: pytest.MonkeyPatc
         torch.testing.assert_close(got, model(ids, use_cache=False).logits, rtol=1e-4, atol=1e-5)
     counts = Counter(records(seen[0]).values())
     assert counts["packed24"] + counts["bitmask"] == 14 and counts["dense"] == 1
+
+
+def test_for_a_gpu_that_is_not_here() -> None:
+    """Siblings are one matrix, plans are built-in defaults, and a plain reference runs them."""
+    net, x = Siblings().eval().to(torch.bfloat16), torch.randn(5, 64).bfloat16()
+    with torch.no_grad():
+        lowered = LowerSparse(target=H200)(fx.symbolic_trace(net)).graph_module
+        assert error(lowered(x), net(x).double()) < 1e-2
+        apart = LowerSparse(target=A100, policy="both", merge=False)(fx.symbolic_trace(net)).graph_module
+        assert error(apart(x), net(x).double()) < 1e-2
+    assert ops_of(lowered)["linear_24_prepared"] == 1 and ops_of(lowered)["split_with_sizes_copy"] == 1
+    found = {r.name: r for r in lowered.meta["sparsify"]}
+    assert found["q.weight"].merged == ("k.weight", "v.weight") and found["q.weight"].layout == "packed24"
+    assert str(found["q.weight"].plan).startswith("8:decode_w8_r1_m1") and not found["q.weight"].gains
+    assert ops_of(apart)["linear_24_prepared"] == 3 and not any(r.merged for r in apart.meta["sparsify"])
+
+
+def test_what_a_gpu_does_not_take_stays_dense_and_is_named() -> None:
+    old = GPU("V100", (7, 0), 80, True, None)
+    for net, options, why in (
+        (Siblings(), LowerSparse(target=H200), "float32"),
+        (Siblings().bfloat16(), LowerSparse(target=H200, layout="bitmask"), "not 2:4, the only sparsity"),
+        (Siblings().bfloat16(), LowerSparse(target=old), "no sparse tensor cores"),
+        (Siblings().bfloat16(), LowerSparse(target=replace(H200, compiler=False)), "no NVRTC"),
+    ):
+        result = options(fx.symbolic_trace(net.eval()))
+        assert not result.modified
+        assert all(why in str(r.reason) for r in result.graph_module.meta["sparsify"])
 
 
 def test_the_backend_of_torch_compile(monkeypatch: pytest.MonkeyPatch) -> None:

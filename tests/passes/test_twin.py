@@ -74,7 +74,7 @@ def test_zeros_of_an_earlier_pass_are_refitted_to_the_model_as_given(target: str
     chain, x = Chain(), torch.randn(256, 16)
     two = sparsify.compile(
         chain, ["magnitude:2:4", f"apt:2:4,mask=zeros,target={target},dead=keep"], calibration=[x]
-    ).model  # fmt: skip
+    ).model
     one = sparsify.compile(chain, [f"magnitude:2:4,update=exact,target={target},dead=keep"], calibration=[x]).model
     for name, weight in one.named_parameters():
         torch.testing.assert_close(two.get_parameter(name), weight)

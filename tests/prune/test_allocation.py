@@ -102,8 +102,9 @@ def test_what_cannot_be_met_is_refused() -> None:
 
 @settings(max_examples=100, deadline=None)
 @given(
-    st.lists(st.tuples(st.integers(1, 500), st.fractions(0, 1)), min_size=1, max_size=6), st.fractions(0, 1),
-)  # fmt: skip
+    st.lists(st.tuples(st.integers(1, 500), st.fractions(0, 1)), min_size=1, max_size=6),
+    st.fractions(0, 1),
+)
 def test_meeting_a_total(sites: list[tuple[int, Fraction]], share: Fraction) -> None:
     sizes = {str(i): size for i, (size, _) in enumerate(sites)}
     wished = {str(i): wish for i, (_, wish) in enumerate(sites)}

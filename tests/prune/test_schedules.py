@@ -15,6 +15,7 @@ from support.reference import prune_blocks_with_hooks
 from torch import Tensor, nn
 
 import sparsify
+from sparsify.context import Progress
 from sparsify.frontend.capture import capture
 from sparsify.frontend.source import open_source
 from sparsify.ir.program import Program
@@ -150,8 +151,12 @@ def test_encoder_and_decoder_have_masks_of_their_own() -> None:
     def pad(x: Tensor) -> Tensor:
         return torch.cat([x, torch.full((2, 4), 7)], dim=1)
 
-    both = {"input_ids": pad(ids), "attention_mask": mask, "decoder_input_ids": pad(decoder),
-            "decoder_attention_mask": mask}  # fmt: skip
+    both = {
+        "input_ids": pad(ids),
+        "attention_mask": mask,
+        "decoder_input_ids": pad(decoder),
+        "decoder_attention_mask": mask,
+    }
     masked = pruned_weights(model, [both])
     same = [torch.equal(masked[name] == 0, plain[name] == 0) for name in plain]
     assert all(same)
@@ -289,3 +294,19 @@ def test_a_nan_weight_names_the_weight(bad: float, spec: str) -> None:
 def test_all_zero_inputs_are_refused_by_name() -> None:
     with pytest.raises(sparsify.SparsifyError, match=r"wanda scores of layers\.0\.0.*zero on every"):
         sparsify.compile(Chain(), ["wanda:2:4"], calibration=[torch.zeros(8, 16)])
+
+
+@pytest.mark.parametrize(("schedule", "regions"), [("layer", 8), ("block", 2), ("dense", 8)])
+def test_what_an_observer_is_told(schedule: Any, regions: int) -> None:
+    """Every token that counts leaves every region once, and every site has its turn once."""
+    told: list[Progress] = []
+    mask = (torch.arange(12) < torch.tensor([[12], [9], [7], [12]])).long()
+    batches = [{"input_ids": torch.full((2, 12), 5), "attention_mask": part} for part in mask.split(2)]
+    options: dict[str, Any] = {"schedule": schedule, "observe": told.append}
+    result = sparsify.compile(build("llama"), ["wanda:2:4"], calibration=batches, **options)
+    assert {step.regions for step in told} == {regions}
+    counted = [step for step in told if step.tokens]
+    assert sum(step.tokens for step in counted) == 40 * regions
+    assert [step.regions_done for step in counted] == [number for number in range(regions) for _ in batches]
+    sites = [step.site.name for step in told if step.site is not None]
+    assert sites == [site.name for site in result.runs[0].sites] and len(set(sites)) == 14

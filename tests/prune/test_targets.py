@@ -120,11 +120,19 @@ def test_nothing_that_fits_is_an_error(program: Callable[[str], Program]) -> Non
 def test_tensors_by_the_names_that_they_come_to_have(program: Callable[[str], Program]) -> None:
     """A smaller model renames some; who was named stays named, and who was not does not become so."""
     wanted = Wanted(frozenset({"block.3.up", "block.5.up", "head"}), frozenset({"block.5.down"}))
-    after = wanted.renamed({"block.3.up": "block.2.up", "block.5.up": "block.3.up", "block.5.down": "block.3.down",
-                            "block.4.up": "block.4.up"})  # fmt: skip
+    after = wanted.renamed(
+        {
+            "block.3.up": "block.2.up",
+            "block.5.up": "block.3.up",
+            "block.5.down": "block.3.down",
+            "block.4.up": "block.4.up",
+        }
+    )
     assert after == Wanted(frozenset({"block.2.up", "block.3.up", "head"}), frozenset({"block.3.down"}))
     assert Wanted(ignored=frozenset({"head"})).renamed({"head": "tail"}) == Wanted(None, frozenset({"tail"}))
     assert Wanted().renamed({"a": "b"}) == Wanted(), "everything is still everything"
+    gone = Wanted(frozenset({"experts.0", "experts.1"}), frozenset({"experts.0"}))
+    assert gone.renamed({"experts.0": None, "experts.1": "experts.0"}) == Wanted(frozenset({"experts.0"}), frozenset())
     named = Wanted.of(program("llama").weights, ["model.layers.1.mlp"], ["*.up_proj"])
     assert named.only is not None
     moved = named.renamed({n: n.replace("layers.1.", "layers.0.") for n in named.only | named.ignored})

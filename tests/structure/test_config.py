@@ -48,9 +48,13 @@ def test_a_family_whose_config_cannot_say_it(family: str, folder: Callable[[str]
     ],
 )
 def test_which_fields_say_a_width(
-    family: str, kind: str, left: int, says: dict[str, int] | None, folder: Callable[[str], Path],
+    family: str,
+    kind: str,
+    left: int,
+    says: dict[str, int] | None,
+    folder: Callable[[str], Path],
     captured: Callable[[str], Program],
-) -> None:  # fmt: skip
+) -> None:
     program, widths = captured(family), Widths(open_source(folder(family)))
     roles = roles_of(program)
     group = next(g for g in coupled_dimensions(program).prunable if group_kind(g, roles) == kind)

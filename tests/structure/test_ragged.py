@@ -17,6 +17,7 @@ from torch import Tensor
 import sparsify
 from sparsify.errors import BackendError, CheckpointError, SpecError
 from sparsify.evaluation.perplexity import perplexity
+from sparsify.frontend.source import open_source
 from sparsify.method.spec import parse_pass
 
 # Attention of these has its sizes built in.
@@ -43,7 +44,10 @@ def test_a_block_that_stays_whole(family: str, folder: Callable[[str], Path], tm
         if family in ("mamba", "mamba2"):
             return
         only = {"only": ["*mlp*", "*fc1*", "*fc2*", "*DenseReluDense*"]}
-        named = {k: [n for n in v if any(n.strip("*") in p for p in _names(dense))] for k, v in only.items()}
+        named = {
+            k: [n for n in v if any(n.strip("*") in p for p in open_source(dense).weights.parameters())]
+            for k, v in only.items()
+        }
         check(dense, tmp_path / "out", family, passes, **named)
     else:
         check(dense, tmp_path / "out", family, passes)
@@ -51,41 +55,60 @@ def test_a_block_that_stays_whole(family: str, folder: Callable[[str], Path], tm
         load(tmp_path / "out")
 
 
-def _names(folder: Path) -> list[str]:
-    from sparsify.frontend.source import open_source
-
-    return open_source(folder).weights.parameters()
+Ragged = tuple[Path, Path, sparsify.Compiled]
 
 
-def test_what_is_done_with_a_ragged_folder(folder: Callable[[str], Path], tmp_path: Path, ids: Tensor) -> None:
-    dense = folder("llama")
-    result = check(dense, tmp_path / "out", "llama", ["llm-pruner:50%,keep_last=1"], calibration=[ids])
+@pytest.fixture(scope="module")
+def ragged(folder: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Ragged:
+    """A dense folder, the one whose first block is narrower than its last, and what was done."""
+    out = tmp_path_factory.mktemp("ragged") / "out"
+    return folder("llama"), out, check(folder("llama"), out, "llama", ["llm-pruner:50%,importance=l2,keep_last=1"])
+
+
+@pytest.fixture(scope="module")
+def more(ragged: Ragged) -> Path:
+    """The narrower model pruned further, to 2:4."""
+    out = ragged[1].with_name("more")
+    result = sparsify.compile(ragged[1], ["wanda:2:4"], calibration=[torch.arange(64).view(4, 16) % 60], output=out)
+    assert result.runs[0].kept == 0.5
+    return out
+
+
+def test_a_ragged_folder_loads_and_generates(ragged: Ragged) -> None:
+    dense, out, result = ragged
     assert any("sparsify.load(OUT)" in line for line in result.structure[0].lines())
-    assert json.loads((tmp_path / "out" / "config.json").read_text())["intermediate_size"] == 64
-    model = sparsify.load(tmp_path / "out")
+    assert json.loads((out / "config.json").read_text())["intermediate_size"] == 64
+    model = sparsify.load(out)
     assert [layer.mlp.up_proj.out_features for layer in model.model.layers] == [32, 64]
-    prompt = torch.tensor([[5, 6]])
-    wanted = zeroed_model(dense, result.structure[0]).generate(
-        prompt, max_new_tokens=5, do_sample=False, pad_token_id=0
-    )
-    assert torch.equal(model.generate(prompt, max_new_tokens=5, do_sample=False, pad_token_id=0), wanted)
-    assert sparsify.load(tmp_path / "out", dtype=torch.bfloat16).dtype is torch.bfloat16
-    # Other commands read it: evaluation, more pruning (ragged still), ONNX, verification.
-    from sparsify.frontend.source import open_source
+    prompt, options = torch.tensor([[5, 6]]), {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+    wanted = zeroed_model(dense, result.structure[0]).generate(prompt, **options)
+    assert torch.equal(model.generate(prompt, **options), wanted)
+    assert sparsify.load(out, dtype=torch.bfloat16).dtype is torch.bfloat16
 
-    assert perplexity(open_source(tmp_path / "out"), ids) > 1
-    more = sparsify.compile(tmp_path / "out", ["wanda:2:4"], calibration=[ids], output=tmp_path / "more")
-    assert more.runs[0].kept == 0.5
-    weight = sparsify.load(tmp_path / "more").model.layers[0].mlp.up_proj.weight
+
+def test_gradients_choose_in_a_ragged_model_too(folder: Callable[[str], Path], tmp_path: Path, ids: Tensor) -> None:
+    check(folder("llama"), tmp_path / "out", "llama", ["llm-pruner:50%,keep_last=1"], calibration=[ids])
+
+
+def test_a_ragged_folder_is_evaluated_and_pruned_further(ragged: Ragged, more: Path, ids: Tensor) -> None:
+    assert perplexity(open_source(ragged[1]), ids) > 1
+    weight = sparsify.load(more).model.layers[0].mlp.up_proj.weight
     assert weight.shape == (32, 32) and int((weight != 0).sum()) == weight.numel() // 2
-    said = command("verify", tmp_path / "more", "--weights-only")
+    said = command("verify", more, "--weights-only")
     assert said.returncode == 0, said.stdout + said.stderr
-    sparsify.compile(tmp_path / "out", [], output=tmp_path / "onnx", to="onnx")
+
+
+def test_a_ragged_folder_becomes_onnx_and_is_verified(ragged: Ragged, tmp_path: Path) -> None:
+    sparsify.compile(ragged[1], [], output=tmp_path / "onnx", to="onnx")
     said = command("verify", tmp_path / "onnx")
     assert said.returncode == 0 and "of torch's" in said.stdout, said.stdout + said.stderr
-    for backend in ("packed:choice=smallest", "cuda"):
-        with pytest.raises(BackendError, match="different widths"):
-            sparsify.compile(tmp_path / "more", [], output=tmp_path / "none", to=backend)
+
+
+@pytest.mark.parametrize("backend", ["packed:choice=smallest", "cuda"])
+def test_backends_that_cannot_say_it_refuse_a_ragged_folder(more: Path, tmp_path: Path, backend: str) -> None:
+    with pytest.raises(BackendError, match="different widths"):
+        sparsify.compile(more, [], output=tmp_path / "none", to=backend)
+    assert not (tmp_path / "none").exists()
 
 
 def test_heads_and_channels_of_all_layers_together(folder: Callable[[str], Path], tmp_path: Path) -> None:
@@ -105,9 +128,12 @@ def test_heads_and_channels_of_all_layers_together(folder: Callable[[str], Path]
 
 
 def test_wrong_words_and_damaged_lists(folder: Callable[[str], Path], tmp_path: Path) -> None:
-    for text in ("llm-pruner:25%,granularity=channel,keep_first=1", "llm-pruner:25%,keep_first=-1",
-    "llm-pruner:25%,steps=0",
-                 "llm-pruner:25%,scope=everywhere"):  # fmt: skip
+    for text in (
+        "llm-pruner:25%,granularity=channel,keep_first=1",
+        "llm-pruner:25%,keep_first=-1",
+        "llm-pruner:25%,steps=0",
+        "llm-pruner:25%,scope=everywhere",
+    ):
         with pytest.raises(SpecError):
             parse_pass(text)
     dense = folder("llama")

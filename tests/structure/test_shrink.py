@@ -38,8 +38,12 @@ def test_what_cannot_be_removed_is_refused() -> None:
     program, dimensions = program_of(Net(lambda x, n: x, 8, 8), {"0": torch.randn(2, 3, 6)})
     number = next(i for i, g in enumerate(dimensions.groups) if g.channels == 8)
     last = next(i for i, g in enumerate(dimensions.groups) if g.pinned.all())
-    for remove, match in (({number: range(8)}, "nothing would be left"), ({number: [8]}, "8 channels"),
-                          ({99: [0]}, "groups"), ({last: [0]}, "returns it|no parameter")):  # fmt: skip
+    for remove, match in (
+        ({number: range(8)}, "nothing would be left"),
+        ({number: [8]}, "8 channels"),
+        ({99: [0]}, "groups"),
+        ({last: [0]}, "returns it|no parameter"),
+    ):
         with pytest.raises(SpecError, match=match):
             shrink(program, dimensions, remove)  # type: ignore[arg-type]
     assert run(shrink(program, dimensions, {}), {"0": torch.ones(2, 3, 6)}).shape == (2, 3, 5)

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from typer.testing import CliRunner
 
 from sparsify.cli.main import application
@@ -42,8 +43,13 @@ def process(*words: object, cwd: Path | None = None) -> subprocess.CompletedProc
     """``sparsify WORDS`` in a process of its own."""
     return subprocess.run(
         [sys.executable, "-m", "sparsify", *map(str, words)],
-        capture_output=True, text=True, cwd=cwd, env={**os.environ, **WIDE}, timeout=300, check=False,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env={**os.environ, **WIDE},
+        timeout=300,
+        check=False,
+    )
 
 
 @contextlib.contextmanager
@@ -58,13 +64,15 @@ def _elsewhere(folder: Path | None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _settings_kept() -> Iterator[None]:
-    handler, environment = signal.getsignal(signal.SIGTERM), dict(os.environ)
-    levels = {name: logging.getLogger(name).level for name in ("", "datasets", "httpx", "transformers", "torch")}
+    handler, environment, threads = signal.getsignal(signal.SIGTERM), dict(os.environ), torch.get_num_threads()
+    loggers = [logging.getLogger(name) for name in (None, *logging.root.manager.loggerDict)]
+    levels = [logger.level for logger in loggers]
     try:
         yield
     finally:
         signal.signal(signal.SIGTERM, handler)
         os.environ.clear()
         os.environ.update(environment)
-        for name, level in levels.items():
-            logging.getLogger(name).setLevel(level)
+        torch.set_num_threads(threads)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sparsify.runtime.cpu.build import find_compiler
-from sparsify.runtime.cuda.variants import Arguments, Launch, Variant, add_splits, unpack
+from sparsify.runtime.cuda.variants import Arguments, Launch, Variant, add_splits_launch, unpack_launch
 
 HERE = Path(__file__).parent
 KERNELS = HERE.parent.parent / "sparsify" / "runtime" / "cuda" / "kernels"
@@ -105,7 +105,7 @@ def linear(
     read = [fragments, x, *([] if bias is None else [bias])]
     run(variant.launch(tokens, rows), arguments, x.dtype, read, [y, partial], backwards=backwards)
     if variant.splits > 1:
-        run(add_splits(tokens, rows), arguments, x.dtype, [*read, partial], [y], backwards=backwards)
+        run(add_splits_launch(tokens, rows), arguments, x.dtype, [*read, partial], [y], backwards=backwards)
     return y
 
 
@@ -114,5 +114,5 @@ def unpacked(fragments: Tensor, dtype: torch.dtype, first: int, count: int, colu
     arguments = Arguments(
         fragments.data_ptr(), None, None, y.data_ptr(), None, 0, 0, columns, fragments.shape[1], 1, first, count
     )
-    run(unpack(count, columns), arguments, dtype, [fragments], [y])
+    run(unpack_launch(count, columns), arguments, dtype, [fragments], [y])
     return y

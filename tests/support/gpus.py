@@ -12,7 +12,7 @@ from torch import Tensor
 import sparsify.runtime.ops  # noqa: F401
 from sparsify.runtime.cuda import ops
 from sparsify.runtime.cuda.gpu import GPU
-from sparsify.runtime.cuda.prepared import PreparedWeight, prepare
+from sparsify.runtime.cuda.prepared import PreparedWeight, prepare_weight
 from sparsify.runtime.cuda.variants import Arguments, Launch
 from sparsify.runtime.layout import pack
 from sparsify.runtime.words import Policy
@@ -30,7 +30,7 @@ def prepared(
     dtype: torch.dtype = torch.bfloat16,
 ) -> tuple[Tensor, PreparedWeight]:
     dense = pruned_24(rows, columns, dtype, seed)
-    weight = prepare(pack(dense, "packed24"), policy, target=target)
+    weight = prepare_weight(pack(dense, "packed24"), policy, target=target)
     assert isinstance(weight, PreparedWeight)
     return dense, weight
 

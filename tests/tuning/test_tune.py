@@ -186,8 +186,22 @@ def test_a_diverging_run_stops(sparse: Path, text: str, tmp_path: Path) -> None:
 
 
 def test_at_the_command_line(sparse: Path, text: str, tmp_path: Path) -> None:
-    words = ("tune", sparse, "--data", text, "-o", tmp_path / "out", "--steps", 2, "--batch", 4, "--samples", 8,
-             "--sequence-length", 32)  # fmt: skip
+    words = (
+        "tune",
+        sparse,
+        "--data",
+        text,
+        "-o",
+        tmp_path / "out",
+        "--steps",
+        2,
+        "--batch",
+        4,
+        "--samples",
+        8,
+        "--sequence-length",
+        32,
+    )
     done = command(*words)
     assert done.returncode == 0, done.stderr
     assert "2 steps, 256 tokens" in done.stdout and "the zeros of 7 weights were held" in done.stdout

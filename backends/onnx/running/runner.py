@@ -13,7 +13,7 @@ import numpy.typing as npt
 from sparsify.backends.onnx.running.session import find_onnx, open_session
 from sparsify.errors import BackendError
 
-Ids = npt.NDArray[np.int64]
+TokenIds = npt.NDArray[np.int64]
 # The states that a graph takes and gives, by the names of its inputs; onnxruntime's own values.
 Cache = dict[str, Any]
 
@@ -64,7 +64,7 @@ class Runner:
         """The cache before the first token."""
         return {name: self._zeros(self.inputs[name], rows) for name in self.past}
 
-    def forward(self, ids: Ids, mask: Ids, cache: Cache) -> tuple[npt.NDArray[np.generic], Cache]:
+    def forward(self, ids: TokenIds, mask: TokenIds, cache: Cache) -> tuple[npt.NDArray[np.generic], Cache]:
         """Logits [rows, tokens, vocabulary] of ``ids`` after ``cache``, and the cache after them.
 
         Args:
@@ -79,7 +79,7 @@ class Runner:
             parts.append(logits)
         return np.concatenate(parts, 1), cache
 
-    def _run(self, ids: Ids, mask: Ids, cache: Cache) -> tuple[npt.NDArray[np.generic], Cache]:
+    def _run(self, ids: TokenIds, mask: TokenIds, cache: Cache) -> tuple[npt.NDArray[np.generic], Cache]:
         import onnxruntime as ort
 
         length = ids.shape[1]
@@ -99,8 +99,8 @@ class Runner:
         return out["logits"].numpy(), dict(zip(self.past, (out[name] for name in self.present), strict=True))
 
     def generate(
-        self, ids: Ids, mask: Ids | None = None, *, tokens: int, sampling: Sampling | None = None
-    ) -> Iterator[Ids]:
+        self, ids: TokenIds, mask: TokenIds | None = None, *, tokens: int, sampling: Sampling | None = None
+    ) -> Iterator[TokenIds]:
         """Yield the next token of every row, ``tokens`` times.
 
         Args:
@@ -128,7 +128,7 @@ class Runner:
         return ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, _NUMPY[info.type]))
 
 
-def _choose(logits: npt.NDArray[np.float32], sampling: Sampling, random: np.random.Generator) -> Ids:
+def _choose(logits: npt.NDArray[np.float32], sampling: Sampling, random: np.random.Generator) -> TokenIds:
     if sampling.temperature <= 0:
         return logits.argmax(-1).astype(np.int64)
     scaled = logits / sampling.temperature

@@ -12,7 +12,7 @@ from torch import Tensor
 from sparsify.backends.onnx.options import Mode
 from sparsify.backends.onnx.storage.builder import Builder
 from sparsify.backends.onnx.storage.datafile import DATA, TYPES, DataFile, external
-from sparsify.backends.onnx.storage.pack import Format, best_format, pack, unpacking_bytes
+from sparsify.backends.onnx.storage.pack import Format, best_format, pack_tensor, unpacking_bytes
 from sparsify.backends.onnx.storage.spread import spread_24, spread_bitmask
 from sparsify.backends.onnx.storage.stored import StoredWeight
 from sparsify.backends.onnx.storage.uses import cast_after_gather, gathered_only, transposes
@@ -108,7 +108,7 @@ class Attachment:
         return self._packed(key, tensor, form, wanted, crc)
 
     def _packed(self, key: str, tensor: Tensor, form: Format, wanted: ir.DataType, crc: int) -> ir.Value:
-        packed = pack(tensor, form)
+        packed = pack_tensor(tensor, form)
         count, values = tensor.numel(), packed.values.numel()
         self.stored[key] = StoredWeight(
             key,

@@ -64,8 +64,8 @@ def as_bits(tensor: Tensor) -> Tensor:
     return tensor.contiguous().view(_INTEGERS[tensor.element_size()])
 
 
-def pack(weight: Tensor, form: Format) -> PackedTensor:
-    """Pack ``weight`` [..., in_features] as ``2:4`` or ``bitmask``; :func:`unpack` gives it back bit for bit."""
+def pack_tensor(weight: Tensor, form: Format) -> PackedTensor:
+    """Pack ``weight`` [..., in_features] as ``2:4`` or ``bitmask``; :func:`unpack_tensor` gives it back bit for bit."""
     kept = nonzero_bits(weight)
     if form == "bitmask":
         if not bool(kept.any()):
@@ -77,7 +77,7 @@ def pack(weight: Tensor, form: Format) -> PackedTensor:
     return PackedTensor(form, tuple(weight.shape), values, codes)
 
 
-def unpack(packed: PackedTensor) -> Tensor:
+def unpack_tensor(packed: PackedTensor) -> Tensor:
     """The matrix that was packed, of shape ``packed.shape``."""
     size = math.prod(packed.shape)
     if packed.format == "bitmask":

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sparsify.backends.onnx.storage.datafile import TYPES
-from sparsify.backends.onnx.storage.pack import Format, PackedTensor, unpack
+from sparsify.backends.onnx.storage.pack import Format, PackedTensor, unpack_tensor
 from sparsify.errors import CheckpointError, first_line
 from sparsify.tensors import read_into
 
@@ -77,7 +77,7 @@ class GraphStore:
         if name not in self.packed:
             return self._read(name).t().contiguous() if name in self.transposed else self._read(name)
         codes, values = self._read(f"{name}.codes").view(-1), self._read(f"{name}.values")
-        return unpack(PackedTensor(self.packed[name], tuple(self._shapes[name]), values, codes))
+        return unpack_tensor(PackedTensor(self.packed[name], tuple(self._shapes[name]), values, codes))
 
     def write(self, name: str, tensor: Tensor) -> None:
         raise CheckpointError(f"writing {name}", found=f"{self.file} is finished", do="Compile again")

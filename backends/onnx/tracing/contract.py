@@ -15,13 +15,13 @@ from typing import Any, Literal, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from sparsify.backends.onnx.tracing.wrappers import CACHES, Decoder, Plain, States, Step, cache_argument
+from sparsify.backends.onnx.tracing.wrappers import CACHES, Decoder, Plain, RecurrentStep, States, cache_argument
 from sparsify.errors import BackendError, first_line
 
 T = TypeVar("T")
 
 BATCH, SEQUENCE, PAST, TOTAL = "batch_size", "sequence_length", "past_sequence_length", "total_sequence_length"
-Kind = Literal["decoder", "step", "plain"]
+GraphKind = Literal["decoder", "step", "plain"]
 Dims = dict[str, list[str | int]]
 
 
@@ -42,7 +42,7 @@ class Contract:
         outputs: names, in order.
     """
 
-    kind: Kind
+    kind: GraphKind
     wrapper: nn.Module
     inputs: dict[str, Tensor]
     states: States
@@ -131,7 +131,7 @@ def _decoder(model: nn.Module, run: Run) -> Contract:
 def _step(model: nn.Module, run: Run) -> Contract:
     rows = 2
     ids = torch.zeros(rows, 1, dtype=torch.long)
-    wrapper = Step(model)
+    wrapper = RecurrentStep(model)
     try:
         _, cache = run(lambda: wrapper.run(None, {"input_ids": ids}))
         pairs = [(layer.conv_states[0], layer.recurrent_states[0]) for layer in cache.layers]

@@ -45,10 +45,10 @@ def trace_model(
         contract = contract_for(model, run, batch)
         if compute is not None:
             _match_inputs(contract, compute)
-        return export(contract), contract
+        return export_contract(contract), contract
 
 
-def export(contract: Contract) -> torch.export.ExportedProgram:
+def export_contract(contract: Contract) -> torch.export.ExportedProgram:
     """``torch.export`` of the contract's wrapper; every dimension that it names is dynamic."""
     state_names = iter(contract.state_names("past"))
     shapes = {name: _dynamic(contract.dims.get(name, [])) for name in contract.inputs}

@@ -47,7 +47,7 @@ class Decoder(Cached):
         return logits, [(layer.keys, layer.values) for layer in cache.layers]
 
 
-class Step(Cached):
+class RecurrentStep(Cached):
     """One token of a model with recurrent states."""
 
     def forward(self, inputs: dict[str, Tensor], states: States) -> tuple[Any, States]:

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from sparsify.backends.packed.bench.benchmark import Benchmark, SiteSpeed
 
 
-def draw(result: Benchmark, path: Path) -> None:
+def draw_benchmark(result: Benchmark, path: Path) -> None:
     """Ratios of the whole model on the left; on the right times of its layers, or on a GPU gains by number of
     tokens.
     """

@@ -108,8 +108,8 @@ def _times(site: SiteSpeed) -> tuple[str, ...]:
 
 def write_report(result: Benchmark, folder: Path) -> None:
     """``bench.json`` and ``bench.png`` into ``folder``."""
-    from sparsify.backends.packed.bench.picture import draw
+    from sparsify.backends.packed.bench.picture import draw_benchmark
 
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "bench.json", result.as_dict())
-    draw(result, folder / "bench.png")
+    draw_benchmark(result, folder / "bench.png")

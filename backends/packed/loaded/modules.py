@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from sparsify.backends.packed.format import CODES, PackedSite
 from sparsify.backends.packed.loaded.experts import is_stack, packed_experts
-from sparsify.backends.packed.loaded.linear import PackedLinear, Product, hold
+from sparsify.backends.packed.loaded.linear import PackedLinear, hold
+from sparsify.backends.packed.loaded.product import Product
 from sparsify.errors import CheckpointError
 from sparsify.runtime.codes import row_starts
 from sparsify.runtime.layout import Packed

@@ -10,11 +10,11 @@ from importlib.util import find_spec
 from torch import Tensor, nn
 
 from sparsify.backends.packed.format import PackedSite
-from sparsify.backends.packed.loaded import linear
 from sparsify.backends.packed.loaded.dense import dense_modules
 from sparsify.backends.packed.loaded.experts import stacks
-from sparsify.backends.packed.loaded.linear import PackedLinear, Product
+from sparsify.backends.packed.loaded.linear import PackedLinear
 from sparsify.backends.packed.loaded.modules import owner_of
+from sparsify.backends.packed.loaded.product import Product, lies_on_gpu
 from sparsify.errors import BackendError
 from sparsify.runtime.cpu.unpacking import unpacked
 from sparsify.runtime.cuda.gpu import GPU, NO_EXPERTS
@@ -124,7 +124,7 @@ def _check_together(product: Product, names: tuple[str, ...]) -> None:
 
 
 def _lies_there(weight: Tensor, target: GPU | None) -> bool:
-    return target is not None or weight.device.type == linear.GPU_TYPE
+    return target is not None or lies_on_gpu(weight)
 
 
 def _record(product: Product, names: tuple[str, ...]) -> Prepared:

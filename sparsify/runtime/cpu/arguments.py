@@ -8,7 +8,7 @@ from sparsify.errors import BackendError
 from sparsify.runtime.cpu import native
 
 
-def kind_of(x: Tensor, values: Tensor, bias: Tensor | None) -> int:
+def dtype_code(x: Tensor, values: Tensor, bias: Tensor | None) -> int:
     if x.dtype != values.dtype or (bias is not None and (bias.dtype != x.dtype or not bias.is_contiguous())):
         found = f"x of {x.dtype}, weights of {values.dtype}" + ("" if bias is None else f", bias of {bias.dtype}")
         raise BackendError("a product with packed weights", found=found, do="Give all of one dtype, and contiguous")

@@ -8,7 +8,7 @@ from torch.nn.functional import linear
 
 from sparsify.runtime import reference
 from sparsify.runtime.cpu import native
-from sparsify.runtime.cpu.arguments import disagreement, failure, kind_of, pointer
+from sparsify.runtime.cpu.arguments import disagreement, dtype_code, failure, pointer
 from sparsify.runtime.cpu.unpacking import unpack_rows
 
 # Up to FEW tokens are multiplied with weights that stay packed; up to MANY with four rows at a time unpacked inside the
@@ -23,7 +23,7 @@ def linear_24(x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None = Non
     if library is None:
         return reference.linear_24(x, values, meta, bias)
     rows, columns, width = values.shape[0], values.shape[1] * 2, x.shape[-1]
-    kind = kind_of(x, values, bias)
+    kind = dtype_code(x, values, bias)
     if meta.shape[0] != rows or meta.shape[1] * 8 != columns or meta.dtype is not torch.uint8:
         raise disagreement(x, values, meta)
     values, meta, x = values.contiguous(), meta.contiguous(), x.contiguous()
@@ -56,7 +56,7 @@ def linear_bitmask(x: Tensor, values: Tensor, mask: Tensor, rowptr: Tensor, bias
     if library is None:
         return reference.linear_bitmask(x, values, mask, rowptr, bias)
     rows, columns, width = mask.shape[0], mask.shape[1] * 32, x.shape[-1]
-    kind = kind_of(x, values, bias)
+    kind = dtype_code(x, values, bias)
     if mask.dtype is not torch.int32 or rowptr.dtype is not torch.int64 or rowptr.numel() != rows + 1:
         raise disagreement(x, values, mask)
     values, mask, rowptr, x = values.contiguous(), mask.contiguous(), rowptr.contiguous(), x.contiguous()
@@ -106,7 +106,7 @@ def linear_dense(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
     columns = weight.shape[1]
     if library is None or x.numel() != columns or x.dtype not in native.KINDS or not weight.is_contiguous():
         return linear(x, weight, bias)
-    kind, isa = kind_of(x, weight, bias), native.isa()
+    kind, isa = dtype_code(x, weight, bias), native.isa()
     if isa == 0:
         return linear(x, weight, bias)
     x = x.contiguous()

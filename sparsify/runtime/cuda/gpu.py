@@ -13,7 +13,8 @@ from sparsify.runtime.words import Layout, Policy
 
 # The sparse tensor cores begin with Ampere.
 OLDEST = (8, 0)
-# Why such a weight stays dense on a GPU.
+# Why such weights stay dense on a GPU.
+NOT_24 = "not 2:4, the only sparsity that GPUs multiply"
 NO_EXPERTS = "a stack of experts, for which there is no GPU kernel"
 
 
@@ -45,7 +46,7 @@ class GPU:
     def unfit(self, dtype: torch.dtype, layout: Layout = "packed24") -> str | None:
         """Why no kernel of this GPU takes a weight of ``dtype`` packed as ``layout``, or None."""
         if layout != "packed24":
-            return "not 2:4, the only sparsity that GPUs multiply"
+            return NOT_24
         if dtype not in DTYPES:
             return f"{str(dtype).removeprefix('torch.')}, and 2:4 kernels take bfloat16 and float16"
         if self.capability < OLDEST:

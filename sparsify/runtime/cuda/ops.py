@@ -25,7 +25,7 @@ from sparsify.errors import BackendError
 from sparsify.runtime.cuda import compressed as libraries
 from sparsify.runtime.cuda.dispatch import Plan
 from sparsify.runtime.cuda.fragments import DTYPES, from_fragments
-from sparsify.runtime.cuda.products import missing, run
+from sparsify.runtime.cuda.products import missing, run_kernel
 from sparsify.runtime.layout import Packed, unpack
 
 
@@ -46,7 +46,7 @@ def _cuda(
     if not tokens:
         return x.new_empty((*x.shape[:-1], rows))
     kernel = Plan.parse(plan).kernel(tokens)
-    y = run(kernel, x.reshape(tokens, columns), fragments, compressed, codes, rows, bias)
+    y = run_kernel(kernel, x.reshape(tokens, columns), fragments, compressed, codes, rows, bias)
     return y.view(*x.shape[:-1], rows)
 
 

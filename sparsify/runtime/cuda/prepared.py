@@ -72,7 +72,7 @@ class PreparedWeight:
         return libraries.decompress(self.compressed, self.codes, (self.rows, self.columns))
 
 
-def prepare(
+def prepare_weight(
     packed: Packed, policy: Policy = "decode", *, tune: bool = True, target: GPU | None = None
 ) -> PreparedWeight | Refused:
     """Bring a packed24 matrix on a GPU into the layouts of that GPU, or say why it is better left as it is or dense.

@@ -20,7 +20,7 @@ WORKSPACE = 64 << 20
 _UNIT = 8
 
 
-def run(
+def run_kernel(
     kernel: str,
     x: Tensor,
     fragments: Tensor | None,
@@ -78,7 +78,7 @@ def _own_product(variant: Variant, x: Tensor, fragments: Tensor, rows: int, bias
     )
     module.launch(variant.launch(tokens, rows), arguments)
     if partial is not None:
-        module.launch(variants.add_splits(tokens, rows), arguments)
+        module.launch(variants.add_splits_launch(tokens, rows), arguments)
     return y
 
 
@@ -107,7 +107,7 @@ def dense_rows(fragments: Tensor, like: Tensor, first: int, count: int, columns:
     arguments = Arguments(
         fragments.data_ptr(), None, None, out.data_ptr(), None, 0, 0, columns, fragments.shape[1], 1, first, count
     )
-    _module(like).launch(variants.unpack(count, columns), arguments)
+    _module(like).launch(variants.unpack_launch(count, columns), arguments)
     return out
 
 

@@ -91,11 +91,11 @@ TILED = tuple(Variant("tiled", w, r, m) for w, r in ((4, 1), (8, 1), (8, 2)) for
 VARIANTS = DECODE + TILED
 
 
-def add_splits(tokens: int, rows: int) -> Launch:
+def add_splits_launch(tokens: int, rows: int) -> Launch:
     return Launch("add_splits", (-(-tokens * rows // 256), 1, 1), 256, 0)
 
 
-def unpack(count: int, columns: int) -> Launch:
+def unpack_launch(count: int, columns: int) -> Launch:
     """``count`` rows of ``columns``."""
     high, wide = tiles(count, columns)
     return Launch("unpack", (wide, high, 1), 32, 0)

@@ -6,15 +6,13 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from support.command_line import sparsify as command
 from support.families import build, inputs, run
 from support.folders import load
 from support.gpus import A100, H200, Emulated
@@ -22,7 +20,7 @@ from torch import nn
 
 import sparsify
 from sparsify.backends.cuda import job
-from sparsify.backends.packed.loaded import Prepared, linear, prepare
+from sparsify.backends.packed.loaded import Prepared, prepare, product
 from sparsify.backends.packed.loaded.linear import PackedLinear
 from sparsify.errors import BackendError, CheckpointError, SpecError
 from sparsify.runtime.cuda import driver, ops
@@ -118,7 +116,7 @@ def test_siblings_are_one_product(llama: tuple[Path, Path]) -> None:
         ("down_proj",): (64, 128),
     }
     calls: list[int] = []
-    original = linear.linear_24_prepared
+    original = product.linear_24_prepared
 
     def counted(x: torch.Tensor, *rest: Any) -> torch.Tensor:
         calls.append(rest[3])
@@ -127,7 +125,7 @@ def test_siblings_are_one_product(llama: tuple[Path, Path]) -> None:
     attention = model.model.layers[0].self_attn
     x, other = torch.randn(2, 3, 64).bfloat16(), torch.randn(1, 64).bfloat16()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(linear, "linear_24_prepared", counted)
+        patch.setattr(product, "linear_24_prepared", counted)
         wanted = [p(x).clone() for p in (attention.q_proj, attention.k_proj, attention.v_proj)]
         assert calls == [128]
         # Called alone, twice, in another order or with another input each is still its own product.
@@ -163,7 +161,7 @@ def test_what_a_user_does_to_a_prepared_model(llama: tuple[Path, Path]) -> None:
 
 def test_layers_that_come_to_lie_on_a_gpu(llama: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """With this CPU taken for one: loading, converting and filling a model end in the GPU's layouts."""
-    monkeypatch.setattr(linear, "GPU_TYPE", "cpu")
+    monkeypatch.setattr(product, "GPU_TYPE", "cpu")
     monkeypatch.setattr(GPU, "of", lambda device: H200)
     measured: list[tuple[int, int]] = []
 
@@ -279,7 +277,7 @@ def test_a_model_runs_on_the_kernels_themselves(llama: tuple[Path, Path], monkey
     emulated = Emulated(torch.bfloat16)
     monkeypatch.setattr(driver, "module", lambda dtype, device: emulated)
     model, _ = prepared(llama[1])
-    monkeypatch.setattr(linear, "linear_24_prepared", ops._cuda)
+    monkeypatch.setattr(product, "linear_24_prepared", ops._cuda)
     for length in (1, 12, 24):
         ids = torch.randint(3, 60, (1, length), generator=torch.Generator().manual_seed(length))
         with torch.no_grad():
@@ -361,12 +359,7 @@ def test_a_damaged_config_is_refused(llama: tuple[Path, Path], tmp_path: Path, k
 
 def test_a_folder_for_gpus_runs_on_a_cpu_and_unpacks(llama: tuple[Path, Path], tmp_path: Path) -> None:
     close(run(load(llama[1]), inputs("llama")), run(load(llama[0]), inputs("llama")))
-    said = subprocess.run(
-        [sys.executable, "-m", "sparsify", "unpack", llama[1], "-o", tmp_path / "back"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    said = command("unpack", llama[1], "-o", tmp_path / "back")
     assert said.returncode == 0, said.stderr
     for path in llama[0].glob("*.safetensors"):
         assert path.read_bytes() == (tmp_path / "back" / path.name).read_bytes()
@@ -374,6 +367,5 @@ def test_a_folder_for_gpus_runs_on_a_cpu_and_unpacks(llama: tuple[Path, Path], t
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_bench_on_a_gpu_that_is_not_there(llama: tuple[Path, Path]) -> None:
-    words = [sys.executable, "-m", "sparsify", "bench", llama[1], "--device", "cuda"]
-    done = subprocess.run(words, capture_output=True, text=True, env={**os.environ, "COLUMNS": "200"}, check=False)
+    done = command("bench", llama[1], "--device", "cuda")
     assert done.returncode == 2 and "no CUDA device" in done.stderr

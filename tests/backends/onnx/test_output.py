@@ -12,7 +12,7 @@ import onnx_ir as ir
 import pytest
 import torch
 import transformers
-from support.folders import command_here
+from support.command_line import sparsify as command
 from support.onnx_models import greedy, logits, padded, shallow
 
 import sparsify
@@ -32,7 +32,7 @@ def pruned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("bundled") / "out"
     model = Path(__file__).parents[3] / "models" / "pycode-6m"
     drawn = ("--calibration", "python-stdlib", "--samples", 8, "--sequence-length", 64)
-    done = command_here("compile", model, "--pass", "wanda:2:4", *drawn, "--to", "onnx", "-o", out)
+    done = command("compile", model, "--pass", "wanda:2:4", *drawn, "--to", "onnx", "-o", out)
     assert done.returncode == 0, done.stderr
     assert "model.onnx: opset 23, decoder" in done.stdout
     return out
@@ -71,11 +71,11 @@ def test_transformers_onnxruntime_and_genai_write_the_same_tokens(pruned: Path) 
 
 
 def test_run_and_verify_at_the_command_line(pruned: Path) -> None:
-    said = command_here("run", pruned, "def main(", "--tokens", 8)
+    said = command("run", pruned, "def main(", "--tokens", 8)
     assert said.returncode == 0 and said.stdout.startswith("def main(") and "8 tokens" in said.stderr
-    checked = command_here("verify", pruned)
+    checked = command("verify", pruned)
     assert checked.returncode == 0 and "sound" in checked.stdout and "42 of 42 sparse weights" in checked.stdout
-    wrong = command_here("verify", pruned, "--pattern", "1:4", "--weights-only", "--json")
+    wrong = command("verify", pruned, "--pattern", "1:4", "--weights-only", "--json")
     told = json.loads(wrong.stdout)
     assert wrong.returncode == 1 and "1:4 does not hold" in told["problems"][0] and len(told["weights"]) == 43
 
@@ -83,10 +83,10 @@ def test_run_and_verify_at_the_command_line(pruned: Path) -> None:
 @pytest.mark.slow
 def test_run_is_repeatable_and_commands_refuse_in_sentences(pruned: Path, tmp_path: Path) -> None:
     drawn = ("--tokens", 8, "--temperature", 1.0)
-    again = [command_here("run", pruned, "import", *drawn, "--seed", seed).stdout for seed in (1, 1, 2)]
+    again = [command("run", pruned, "import", *drawn, "--seed", seed).stdout for seed in (1, 1, 2)]
     assert again[0] == again[1] != again[2]
     for words in (("run", tmp_path, "x"), ("verify", tmp_path), ("expand", pruned)):
-        refused = command_here(*words)
+        refused = command(*words)
         assert refused.returncode == 1 and refused.stderr.startswith("error:"), refused.stderr
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from sparsify.backends.onnx import export_onnx
 from sparsify.backends.onnx.backend import ONNX
 from sparsify.backends.onnx.running.session import open_session
-from sparsify.backends.onnx.storage.pack import best_format, nonzero_bits, pack, unpack
+from sparsify.backends.onnx.storage.pack import best_format, nonzero_bits, pack_tensor, unpack_tensor
 from sparsify.backends.onnx.storage.store import GraphStore
 from sparsify.backends.verify.runtime_weights import runtime_weights
 from sparsify.runtime.codes import pack_bits, unpack_bits
@@ -48,8 +48,8 @@ def test_unpacking_gives_every_bit_back(weight: torch.Tensor, mask: bool) -> Non
     form = best_format(weight)
     if form == "dense" or mask:
         form = "bitmask"
-    packed = pack(weight, form)
-    assert torch.equal(bits(unpack(packed)), bits(weight))
+    packed = pack_tensor(weight, form)
+    assert torch.equal(bits(unpack_tensor(packed)), bits(weight))
     if form == "2:4":
         assert packed.nbytes == weight.numel() // 8 + weight.numel() // 2 * weight.element_size()
     else:
@@ -62,16 +62,16 @@ def test_unpacking_gives_every_bit_back(weight: torch.Tensor, mask: bool) -> Non
 def test_the_chosen_format_is_never_larger_than_the_dense_matrix(weight: torch.Tensor) -> None:
     form = best_format(weight)
     if form != "dense":
-        assert pack(weight, form).nbytes <= weight.numel() * weight.element_size()
+        assert pack_tensor(weight, form).nbytes <= weight.numel() * weight.element_size()
 
 
 def test_codes_are_the_positions_that_the_format_says() -> None:
     weight = torch.tensor([[0, 5, 0, 6, 7, 0, 0, 0.0]])
-    packed = pack(weight, "2:4")
+    packed = pack_tensor(weight, "2:4")
     # Group 0 keeps positions 1 and 3, group 1 position 0 and, to fill it, 1.
     assert packed.codes.tolist() == [1 | 3 << 2 | 0 << 4 | 1 << 6]
     assert packed.values.tolist() == [[5, 6], [7, 0]]
-    mask = pack(weight, "bitmask")
+    mask = pack_tensor(weight, "bitmask")
     assert mask.codes.tolist() == [0b00011010] and mask.values.tolist() == [5, 6, 7]
 
 

@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+from support.command_line import sparsify as command
 from support.families import build, inputs, run
-from support.folders import SMALLEST, command_here, load, same_files, write_both
+from support.folders import SMALLEST, load, same_files, write_both
 
 import sparsify
 from sparsify.backends.packed.loaded.linear import PackedLinear
@@ -110,7 +111,7 @@ def test_the_folder_is_read_by_every_command(llama: tuple[Path, Path], tmp_path:
     assert "quantization_config" not in json.loads((tmp_path / "more" / "config.json").read_text())
     weight = load(tmp_path / "more").model.layers[0].mlp.up_proj.weight
     assert int((weight != 0).sum()) * 4 == weight.numel()
-    said = command_here("verify", llama[1], "--weights-only").stdout
+    said = command("verify", llama[1], "--weights-only").stdout
     assert "sound" in said and "packed24" in said and "sparsify bench" in said
 
 
@@ -122,7 +123,7 @@ def test_verify_finds_one_changed_byte(llama: tuple[Path, Path], tmp_path: Path)
     content = bytearray(path.read_bytes())
     content[start + 5] ^= 1
     path.write_bytes(content)
-    done = command_here("verify", tmp_path / "bad", "--weights-only")
+    done = command("verify", tmp_path / "bad", "--weights-only")
     assert done.returncode == 1 and "up_proj" in done.stdout
 
 
@@ -220,22 +221,22 @@ def test_a_module_in_memory_is_packed_too(tmp_path: Path) -> None:
 def test_from_the_command_line(bundled: Path, tmp_path: Path) -> None:
     out = tmp_path / "packed"
     drawn = ("--calibration", "python-stdlib", "--samples", 4, "--sequence-length", 64)
-    done = command_here("compile", bundled, "--pass", "wanda:2:4", *drawn, "--to", "packed:choice=smallest", "-o", out)
+    done = command("compile", bundled, "--pass", "wanda:2:4", *drawn, "--to", "packed:choice=smallest", "-o", out)
     assert done.returncode == 0 and "42 as packed24" in done.stdout and "import sparsify" in done.stdout, done.stderr
-    assert command_here("unpack", out, "-o", tmp_path / "dense").returncode == 0
-    assert command_here("unpack", out, "-o", tmp_path / "dense").returncode == 1
-    no = command_here("unpack", tmp_path / "dense", "-o", tmp_path / "x")
+    assert command("unpack", out, "-o", tmp_path / "dense").returncode == 0
+    assert command("unpack", out, "-o", tmp_path / "dense").returncode == 1
+    no = command("unpack", tmp_path / "dense", "-o", tmp_path / "x")
     assert no.returncode == 1 and "no packed folder" in no.stderr and not (tmp_path / "x").exists()
-    table = command_here("bench", out, "--prompt", 8, "--tokens", 4, "--rounds", 1).stdout
+    table = command("bench", out, "--prompt", 8, "--tokens", 4, "--rounds", 1).stdout
     assert "decode of 4" in table and "mlp.down_proj ×6" in table and "packed24" in table
-    assert "not a packed folder" in command_here("bench", bundled).stderr
-    long = command_here("bench", out, "--prompt", 100000)
+    assert "not a packed folder" in command("bench", bundled).stderr
+    long = command("bench", out, "--prompt", 100000)
     assert long.returncode == 2 and "context" in long.stderr
 
 
 def test_bench_against_the_dense_folder(llama: tuple[Path, Path], tmp_path: Path) -> None:
     few = ("--prompt", 8, "--tokens", 4, "--rounds", 1)
-    said = command_here("bench", llama[1], "--against", llama[0], *few, "--json", "-o", tmp_path)
+    said = command("bench", llama[1], "--against", llama[0], *few, "--json", "-o", tmp_path)
     assert said.returncode == 0, said.stderr
     result = json.loads(said.stdout)
     assert result["decode"]["packed"] > 0 and result["file_bytes"][1] < result["file_bytes"][0]

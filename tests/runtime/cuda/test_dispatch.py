@@ -22,7 +22,7 @@ from sparsify.runtime.cuda.autotune.times import TimesFile, random_24
 from sparsify.runtime.cuda.compressed import SparseLibrary
 from sparsify.runtime.cuda.dispatch import BUCKETS, LEAST, Plan, Timings, default_plan
 from sparsify.runtime.cuda.gpu import GPU
-from sparsify.runtime.cuda.prepared import NO_COMPILER, PreparedWeight, prepare
+from sparsify.runtime.cuda.prepared import NO_COMPILER, PreparedWeight, prepare_weight
 from sparsify.runtime.cuda.variants import DECODE, VARIANTS, Variant
 from sparsify.runtime.layout import Packed, holds_24, pack, unpack
 from sparsify.runtime.soundness import check
@@ -134,7 +134,7 @@ class FakeClock:
 def test_what_is_raced_and_what_is_made_of_it() -> None:
     dense = pruned_24(64, 2048, torch.bfloat16)
     packed = pack(dense, "packed24")
-    prepared = prepare(packed, "both", target=A100)
+    prepared = prepare_weight(packed, "both", target=A100)
     assert isinstance(prepared, PreparedWeight)
     weights = RacedMatrix(dense, prepared.fragments, prepared.compressed, prepared.codes)
     clock = FakeClock(lambda name, tokens: {"dense": 10e-6, "cutlass": 9e-6}.get(name, 5e-6 + 1e-7 * tokens))
@@ -152,7 +152,7 @@ def test_what_is_raced_and_what_is_made_of_it() -> None:
 
 def test_a_kernel_that_fails_is_left_out_and_said() -> None:
     dense = pruned_24(64, 512, torch.bfloat16)
-    prepared = prepare(pack(dense, "packed24"), target=H200)
+    prepared = prepare_weight(pack(dense, "packed24"), target=H200)
     assert isinstance(prepared, PreparedWeight)
 
     def time(name: str, tokens: int) -> float:
@@ -199,7 +199,7 @@ def test_random_matrices_are_2_of_4() -> None:
 
 
 def refused(packed: Packed, policy: Policy = "decode", target: GPU = H200) -> Refused:
-    found = prepare(packed, policy, target=target)
+    found = prepare_weight(packed, policy, target=target)
     assert isinstance(found, Refused)
     return found
 
@@ -216,10 +216,10 @@ def test_why_a_weight_is_not_prepared() -> None:
     assert "cutlass" in refused(odd, "prefill", A100).reason
     assert "cuSPARSELt" in refused(packed, "prefill", GPU("H200", (9, 0), 132, True, None)).reason
     # For both, what one library does not take is still kept for few tokens.
-    both = prepare(odd, "both", target=A100)
+    both = prepare_weight(odd, "both", target=A100)
     assert isinstance(both, PreparedWeight) and both.compressed is None
     with pytest.raises(SpecError, match="policy"):
-        prepare(packed, "fast", target=H200)  # type: ignore[arg-type]
+        prepare_weight(packed, "fast", target=H200)  # type: ignore[arg-type]
 
 
 def test_what_a_policy_takes_of_memory() -> None:
@@ -227,7 +227,7 @@ def test_what_a_policy_takes_of_memory() -> None:
     packed = pack(dense, "packed24")
     sizes = {}
     for policy in POLICIES:
-        weight = prepare(packed, policy, target=A100)
+        weight = prepare_weight(packed, policy, target=A100)
         assert isinstance(weight, PreparedWeight)
         sizes[policy] = weight.nbytes / dense.nbytes
     assert sizes == {"decode": 0.5625, "prefill": 0.5625, "both": 1.125}

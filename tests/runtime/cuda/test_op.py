@@ -21,7 +21,7 @@ from sparsify.errors import BackendError
 from sparsify.runtime.cuda import driver, ops, products
 from sparsify.runtime.cuda.dispatch import Plan
 from sparsify.runtime.cuda.gpu import GPU
-from sparsify.runtime.cuda.prepared import PreparedWeight, prepare
+from sparsify.runtime.cuda.prepared import PreparedWeight, prepare_weight
 from sparsify.runtime.layout import concatenate, pack
 from sparsify.runtime.words import Policy
 
@@ -95,12 +95,12 @@ def test_splits_are_added_with_the_bias_once(gpu: dict[torch.dtype, Emulated]) -
 
 def test_siblings_as_one_matrix_give_the_same_bits(gpu: dict[torch.dtype, Emulated]) -> None:
     dense = [pruned_24(rows, 320, torch.bfloat16, seed=rows) for rows in (48, 16, 16)]
-    joined = prepare(concatenate([pack(d, "packed24") for d in dense]), target=H200)
+    joined = prepare_weight(concatenate([pack(d, "packed24") for d in dense]), target=H200)
     assert isinstance(joined, PreparedWeight)
     x = torch.randn(4, 320).bfloat16()
     parts = on_gpu(joined, x).split([48, 16, 16], -1)
     for d, part in zip(dense, parts, strict=True):
-        alone = prepare(pack(d, "packed24"), target=H200)
+        alone = prepare_weight(pack(d, "packed24"), target=H200)
         assert isinstance(alone, PreparedWeight)
         assert torch.equal(on_gpu(alone, x), part)
 

@@ -21,7 +21,7 @@ from sparsify.runtime.cuda.autotune.measure import RacedMatrix, measure
 from sparsify.runtime.cuda.compressed import SparseLibrary
 from sparsify.runtime.cuda.dispatch import DENSE, Timings, check_kernel
 from sparsify.runtime.cuda.fragments import to_fragments
-from sparsify.runtime.cuda.products import run
+from sparsify.runtime.cuda.products import run_kernel
 from sparsify.runtime.layout import Packed, padded, unpack
 from sparsify.runtime.words import Policy
 
@@ -99,7 +99,7 @@ def race(
 def call_of(kernel: str, matrix: RacedMatrix) -> Callable[[Tensor], Tensor]:
     """The call that runs ``kernel`` on ``matrix``."""
     rows = matrix.dense.shape[0]
-    return lambda x: run(kernel, x, matrix.fragments, matrix.compressed, matrix.codes, rows)
+    return lambda x: run_kernel(kernel, x, matrix.fragments, matrix.compressed, matrix.codes, rows)
 
 
 def random_24(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Packed:
