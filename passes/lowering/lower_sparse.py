@@ -24,7 +24,6 @@ from sparsify.passes.lowering.choosing import Packer
 from sparsify.passes.lowering.record import Lowered
 from sparsify.passes.lowering.rewrite import Rewriter
 from sparsify.runtime.cuda.gpu import GPU
-from sparsify.runtime.cuda.prepared import PreparedWeight
 from sparsify.runtime.packed_weight import PackedWeight
 from sparsify.runtime.stopwatch import LEAST
 from sparsify.runtime.words import AskedLayout, PackingChoice, Policy
@@ -107,8 +106,6 @@ class _Run:
     packer: Packer
     rewriter: Rewriter
     records: list[Lowered] = field(default_factory=list)
-    # Kept until the end: the rewriter knows them by their identity.
-    _prepared: list[PreparedWeight] = field(default_factory=list)
 
     def lower(self, contractions: list[Contraction]) -> None:
         chosen: _Group = []
@@ -159,7 +156,6 @@ class _Run:
                 for c in sites:
                     self._stay_dense(c, weight.reason)
                 continue
-            self._prepared.append(weight)
             if len(part) == 1:
                 self.rewriter.pack(sites[0], weight)
             else:

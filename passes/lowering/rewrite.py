@@ -49,7 +49,9 @@ class Rewriter:
     def __init__(self, module: fx.GraphModule, values: Mapping[fx.Node, Tensor]) -> None:
         self.module, self.graph, self.values = module, module.graph, values
         self.modified = False
-        self._stored: dict[int, list[str]] = {}
+        # What the module holds already, by its identity, with where; kept here, so that no other gets that identity.
+        self._stored: dict[int, tuple[Weight, list[str]]] = {}
+        self._dense = 0
         # A contraction may read another one that has been replaced already.
         self._replaced: dict[fx.Node, fx.Node] = {}
         self._order = {node: i for i, node in enumerate(self.graph.nodes)}
@@ -79,10 +81,10 @@ class Rewriter:
     def dense(self, c: Contraction) -> None:
         """Let ``c`` stay dense and run our kernel where it has one token."""
         with self.graph.inserting_before(c.node):
-            name = f"{PLACE}.dense_{len(self._stored)}"
+            name = f"{PLACE}.dense_{len(self._stored) + self._dense}"
+            self._dense += 1
             # A view of the graph's own tensor: nothing is copied.
             set_tensor(self.module, name, c.weight)
-            self._stored[id(c)] = [name]
             self._replace(c, self._with_bias(c, ops.linear_dense, [self._now(c.x), self.graph.get_attr(name)]))
 
     def known_bias(self, c: Contraction) -> Tensor | None:
@@ -150,13 +152,12 @@ class Rewriter:
         tensors = weight.tensors
         if id(weight) not in self._stored:
             safe = "".join(ch if ch.isalnum() else "_" for ch in name)
-            place = f"{PLACE}.{safe}_{len(self._stored)}"
+            place = f"{PLACE}.{safe}_{len(self._stored) + self._dense}"
             for part, tensor in tensors.items():
                 set_tensor(self.module, f"{place}.{part}", tensor)
-            self._stored[id(weight)] = [f"{place}.{part}" for part in tensors]
-        return {
-            part: self.graph.get_attr(stored) for part, stored in zip(tensors, self._stored[id(weight)], strict=True)
-        }
+            self._stored[id(weight)] = (weight, [f"{place}.{part}" for part in tensors])
+        _, places = self._stored[id(weight)]
+        return {part: self.graph.get_attr(place) for part, place in zip(tensors, places, strict=True)}
 
 
 def _may_write(node: fx.Node) -> bool:

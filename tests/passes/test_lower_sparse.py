@@ -176,6 +176,23 @@ def test_siblings_are_joined_where_that_pays(
     assert ops_of(never)["linear_24"] == 3
 
 
+def test_many_groups_of_siblings_each_keep_their_own_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A joined matrix that is done with must not be taken for the next one."""
+    times(monkeypatch, merged=0.1)
+    layers: list[nn.Module] = []
+    for number in range(6):
+        layer = Siblings()
+        with torch.no_grad():
+            for at, part in enumerate((layer.q, layer.k, layer.v)):
+                part.weight.copy_(pruned_24(*part.weight.shape, seed=3 * number + at) / 8)
+        layers += [layer, nn.Linear(96, 64)]
+    net, x = nn.Sequential(*layers).eval(), torch.randn(3, 64)
+    with torch.no_grad():
+        lowered = LowerSparse()(fx.symbolic_trace(net)).graph_module
+        torch.testing.assert_close(lowered(x), net(x), rtol=1e-4, atol=1e-4)
+    assert ops_of(lowered)["linear_24"] == 6
+
+
 def test_an_input_written_in_place_keeps_its_siblings_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     class InPlace(Siblings):
         def forward(self, x: Tensor) -> Tensor:
@@ -220,10 +237,11 @@ def test_each_shape_is_timed_once(monkeypatch: pytest.MonkeyPatch) -> None:
         return [3.0, 3.0, 1.0][: len(calls)]
 
     monkeypatch.setattr(Stopwatch, "race", race)
-    net = nn.Sequential(*(nn.Linear(64, 64) for _ in range(6))).eval()
+    layers = [nn.Linear(64, 64) for _ in range(6)]
     with torch.no_grad():
-        for layer in net:
-            layer.weight.copy_(pruned_24(64, 64))  # type: ignore[union-attr]
+        for layer in layers:
+            layer.weight.copy_(pruned_24(64, 64))
+    net = nn.Sequential(*layers).eval()
     LowerSparse()(fx.symbolic_trace(net))
     assert seen == [3]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -195,9 +196,9 @@ class Sorted(torch.nn.Module):
         ({"dtype": "float16"}, "weights=link points at the checkpoint's own bytes"),
     ],
 )
-def test_options_that_cannot_be_meant(options: dict[str, object], says: str) -> None:
+def test_options_that_cannot_be_meant(options: dict[str, Any], says: str) -> None:
     with pytest.raises(SparsifyError, match=says) as caught:
-        ONNX(**options)  # type: ignore[arg-type]
+        ONNX(**options)
     assert caught.value.exit_code == 2
 
 

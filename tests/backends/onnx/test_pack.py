@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from sparsify.backends.onnx import export_onnx
 from sparsify.backends.onnx.backend import ONNX
+from sparsify.backends.onnx.options import Dtype
 from sparsify.backends.onnx.running.session import open_session
 from sparsify.backends.onnx.storage.pack import best_format, nonzero_bits, pack_tensor, unpack_tensor
 from sparsify.backends.onnx.storage.store import GraphStore
@@ -104,7 +105,7 @@ class Layers(torch.nn.Module):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-def test_onnxruntime_unpacks_to_the_same_bits_and_outputs(dtype: str, tmp_path: Path) -> None:
+def test_onnxruntime_unpacks_to_the_same_bits_and_outputs(dtype: Dtype, tmp_path: Path) -> None:
     net, kind = Layers(), getattr(torch, dtype)
     export_onnx(
         net, tmp_path / "packed", backend=ONNX(weights="packed", dtype=dtype), example_inputs=[torch.randn(2, 64)]
@@ -129,13 +130,13 @@ def test_onnxruntime_unpacks_to_the_same_bits_and_outputs(dtype: str, tmp_path: 
 
 
 @pytest.mark.parametrize(("dtype", "theory"), [("float32", 17 / 32), ("float16", 9 / 16)])
-def test_the_file_is_within_two_percent_of_theory(dtype: str, theory: float, tmp_path: Path) -> None:
+def test_the_file_is_within_two_percent_of_theory(dtype: Dtype, theory: float, tmp_path: Path) -> None:
     net = torch.nn.Linear(512, 512, bias=False)
     for name, cut in (("pairs", lambda w: w.view(-1, 4)[:, :2].zero_()), ("half", lambda w: w[::2].zero_())):
         with torch.no_grad():
             net.reset_parameters()
             cut(net.weight)
-        backend = ONNX(weights="packed", dtype=dtype)  # type: ignore[arg-type]
+        backend = ONNX(weights="packed", dtype=dtype)
         export_onnx(net, tmp_path / name, backend=backend, example_inputs=[torch.randn(2, 512)])
         size = (tmp_path / name / "model.onnx.data").stat().st_size
         assert size <= 1.02 * theory * 512 * 512 * getattr(torch, dtype).itemsize
