@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import re
+import sys
+import types
 from pathlib import Path
 
 import pytest
+import torch
 from support.layers import STOREYS
+
+import sparsify
 
 ROOT = Path(__file__).parent.parent
 PAGES = ("docs/architecture.md", "CONTRIBUTING.md")
@@ -35,3 +40,15 @@ def test_every_room_has_a_line() -> None:
     for storey in STOREYS:
         for room in storey:
             assert f"{room}/`" in text or f"{room}.py`" in text, room
+
+
+def test_the_graph_pass_of_the_architecture_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "architecture.md").read_text(), flags=re.S)
+    module = types.ModuleType("graph_pass_of_the_architecture")
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    exec(compile(code, "architecture.md", "exec"), module.__dict__)
+    net = torch.nn.Sequential(torch.nn.Linear(8, 8))
+    clipped = sparsify.compile(net, [module.Clip(0.1), "magnitude:2:4"], calibration=[torch.randn(4, 8)]).weight(
+        "0.weight"
+    )
+    assert float(clipped.abs().max()) == pytest.approx(0.1) and int((clipped == 0).sum()) == 32

@@ -46,7 +46,9 @@ def compile_command(
     to: Annotated[
         str,
         typer.Option(
-            "--to", help="What to write: hf, an ordinary checkpoint; onnx[:OPTION=VALUE,…].", metavar="BACKEND"
+            "--to",
+            help="What to write: hf, an ordinary checkpoint; packed, cuda or onnx[:OPTION=VALUE,…].",
+            metavar="BACKEND",
         ),
     ] = "hf",
     calibration: Annotated[

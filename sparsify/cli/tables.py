@@ -56,6 +56,11 @@ def plan_report(compiled: Compiled) -> RenderableType:
     for done in compiled.structure:
         parts += [Text(f"{spec_text(done.structural_pass)} would leave", "bold"), *map(Text, done.lines())]
     for run in compiled.runs:
+        if run.pattern is not None and not run.targets:
+            parts.append(
+                Text(f"{spec_text(run.applied)} would prune what is left; what that is, is known once it is cut")
+            )
+            continue
         if run.pattern is None:
             parts.append(Text(f"{spec_text(run.applied)} would see the graph as a whole"))
             continue

@@ -87,7 +87,12 @@ def parse(
         SpecError: a pass, an option, a backend or a schedule that there is not, or that cannot go together.
         CalibrationError: amounts of data that are none.
     """
+    if isinstance(passes, str):
+        raise SpecError(f"passes '{passes}'", found="one text", do=f'Give a list: ["{passes}"]')
     parsed = [parse_pass(own) if isinstance(own, str) else own for own in passes]
+    for own in parsed:
+        if not isinstance(own, Pass) or not hasattr(own, "name"):
+            raise SpecError(f"pass {own!r}", found="no pass", do='Give a spec ("wanda:2:4") or a pass: Wanda(NM(2, 4))')
     check_order(parsed)
     backend, chosen = as_backend(to), check_schedule(schedule)
     if not parsed and backend.needs_pass:

@@ -11,10 +11,11 @@ from typing import Any
 from torch import fx
 
 from sparsify.context import Context, Progress
-from sparsify.errors import VerifyError
+from sparsify.errors import SparsifyError, VerifyError, first_line
 from sparsify.ir.program import Program
 from sparsify.method.base import Pass
 from sparsify.method.spec import spec_text
+from sparsify.tensors import all_finite
 
 # Told of every pass that has run, with the program as it is then.
 After = Callable[[Pass, Program], None]
@@ -61,11 +62,14 @@ class Seam:
             self.context.observe(Progress(0, 1, spec_text(own), 0))
         before = _snapshot(program)
         program.weights.written.clear()
-        yield ran
-        ran.seconds, ran.written = time.perf_counter() - started, set(ran.program.weights.written)
-        if ran.program is program:
-            self._check_declared(own, ran, before)
-        ran.program.verify()
+        with _named(own):
+            yield ran
+            ran.seconds, ran.written = time.perf_counter() - started, set(ran.program.weights.written)
+            if ran.program is program:
+                self._check_declared(own, ran, before)
+            if own.kind == "graph":
+                _check_written(ran)
+            ran.program.verify()
         self.after(own, ran.program)
 
     def _check_declared(self, own: Pass, ran: Ran, before: list[Any]) -> None:
@@ -83,6 +87,44 @@ class Seam:
                 found=f"it changed {found}, and declares that it changes {', '.join(sorted(own.changes)) or 'nothing'}",
                 do="Report this as a bug in the pass; its author sets `changes`",
             )
+
+
+@contextmanager
+def _named(own: Pass) -> Iterator[None]:
+    """Errors of a pass that sees the graph as a whole say which pass it was; the engine's name the site."""
+    try:
+        yield
+    except SparsifyError as error:
+        if own.kind != "graph" or own.name in error.asked:
+            raise
+        raise type(error)(f"pass {own.name}: {error.asked}", found=error.found, do=error.do) from error
+    except Exception as error:
+        if own.kind not in ("graph", "lowering"):
+            raise
+        raise VerifyError(
+            f"pass {own.name}",
+            found=f"it raised {type(error).__name__}: {first_line(error)}",
+            do="Report this to its author; --debug shows where",
+        ) from error
+
+
+def _check_written(ran: Ran) -> None:
+    """What a graph pass wrote: the engine checks each weight of a weight pass itself.
+
+    Raises:
+        VerifyError: a weight that is NaN or infinite, or of another dtype or shape.
+    """
+    said = {ran.program.weights.canonical(str(n.target)): n for n in ran.program.graph.nodes if n.op == "get_attr"}
+    for name in sorted(ran.written):
+        value = ran.program.weights.read(name)
+        expected = tuple(said[name].meta["val"].shape) if name in said else tuple(value.shape)
+        found = None
+        if tuple(value.shape) != expected:
+            found = f"shape {list(value.shape)} for {list(expected)}"
+        elif value.is_floating_point() and not all_finite(value):
+            found = "a weight that is NaN or infinite"
+        if found is not None:
+            raise VerifyError(f"weight {name}", found=found, do="Report this as a bug in the pass")
 
 
 def _snapshot(program: Program) -> list[tuple[fx.Node, Any, Any, Any]]:

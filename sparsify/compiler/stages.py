@@ -116,7 +116,9 @@ def plan(source: Source, request: Request, context: Context) -> tuple[Planned, C
     program = capture(source, _first_batch(source, request, given), context.device)
     model = Captured(source, program, wanted)
     structure = [plan_structure(source, program, own, wanted) for own in request.structural]
-    return Planned(model, structure, [] if structure else _runs(model, request)), given
+    # What other passes are for is known once the model is smaller.
+    later = [PassRun(own, "later") for own in request.others]
+    return Planned(model, structure, later if structure else _runs(model, request)), given
 
 
 def draw(

@@ -149,6 +149,7 @@ def _names_images(data: str, source: Source) -> bool:
 
 def evaluation_windows(data: str, source: Source, length: int | None, limit: int | None) -> tuple[Tensor, str]:
     """Disjoint windows of held-out text, [windows, length], and where they are from."""
+    check_amount(None, length)
     documents = read_documents(data, "heldout")
     return disjoint_windows(documents, _encoder(source), length or default_length(source), limit), documents.label
 

@@ -135,7 +135,9 @@ def runnable(program: Program) -> fx.GraphModule:
         constant = program.parameter(node) is None or not value.is_floating_point()
         set_tensor(root, str(node.target), value if constant else nn.Parameter(value, requires_grad=False))
     graph = fx.Graph()
-    graph.output(graph.graph_copy(program.graph, {}))
+    found: Any = graph.graph_copy(program.graph, {})
+    # A single output is given as it is, not as a tuple of one.
+    graph.output(found[0] if isinstance(found, (tuple, list)) and len(found) == 1 else found)
     return fx.GraphModule(root, graph)
 
 

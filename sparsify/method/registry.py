@@ -8,7 +8,7 @@ from __future__ import annotations
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
-from sparsify.errors import SpecError, near
+from sparsify.errors import SpecError, first_line, near
 
 # The package's own table; entry points add to it; a checkout that was never installed still works.
 _OWN = {
@@ -84,6 +84,14 @@ def find(group: str, name: str) -> Any:
     """Load what ``name`` stands for in ``group``.
 
     Raises:
-        SpecError: nothing of that name is registered.
+        SpecError: nothing of that name is registered, or it does not load.
     """
-    return known(group, name).load()
+    entry = known(group, name)
+    try:
+        return entry.load()
+    except (ImportError, AttributeError) as error:
+        raise SpecError(
+            f"{_KINDS[group]} '{name}'",
+            found=f"its entry point {entry.value} does not load ({type(error).__name__}: {first_line(error)})",
+            do="Mend or remove the package that brings it",
+        ) from error

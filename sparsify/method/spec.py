@@ -97,7 +97,12 @@ def describe_passes() -> list[tuple[str, str, dict[str, str]]]:
     rows = []
     bases: dict[str, type[Pass]] = {}
     for name in sorted(registered("sparsify.passes")):
-        kind: type[Pass] = find("sparsify.passes", name)
+        try:
+            kind: type[Pass] = find("sparsify.passes", name)
+        except SpecError as error:
+            # One broken package costs its own line and nothing else.
+            rows.append((name, f"cannot be used: {error.found}", {}))
+            continue
         base = kind.shared_base()
         if base is not None:
             bases[base.common_to] = base

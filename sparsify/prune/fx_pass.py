@@ -19,7 +19,7 @@ from torch.fx.passes.infra.pass_base import PassBase, PassResult
 from sparsify.calibration.gradients import Samples
 from sparsify.context import Context
 from sparsify.data.batches import load_calibration
-from sparsify.errors import CalibrationError, TraceError
+from sparsify.errors import CalibrationError, SpecError, TraceError
 from sparsify.frontend.capture import capture
 from sparsify.frontend.matching import weights_of_module
 from sparsify.frontend.source import Source
@@ -55,6 +55,12 @@ class GraphPrune(PassBase):
         device: torch.device | None = None,
     ) -> None:
         super().__init__()
+        if not isinstance(weight_pass, WeightPass):
+            raise SpecError(
+                f"GraphPrune of {weight_pass!r}",
+                found="no pass that prunes weights",
+                do='Give one: GraphPrune(Wanda(NM(2, 4)), …), or GraphPrune(parse_pass("wanda:2:4"), …)',
+            )
         self.weight_pass, self.calibration, self.example_inputs = weight_pass, calibration, example_inputs
         self.ignore, self.only, self.schedule, self.device = ignore, only, schedule, device
 

@@ -118,6 +118,49 @@ def test_a_pass_that_changes_what_it_declares_not_to_is_stopped() -> None:
         sparsify.compile(net(), [SecretlyWriting()], calibration=[X])
 
 
+@dataclass(frozen=True)
+class Bad(GraphPass):
+    what: str = "nan"
+
+    name: ClassVar[str] = "bad"
+
+    def apply(self, program: Program, batches: Sequence[Mapping[str, Tensor]] | None, context: Context) -> None:
+        value = program.weights.read("0.weight").clone()
+        if self.what == "raise":
+            raise KeyError("missing")
+        if self.what == "unknown":
+            program.weights.write("no.such", value)
+        if self.what == "shape":
+            program.weights.write("0.weight", value[1:])
+        value[0, 0] = float(self.what) if self.what in ("nan", "inf") else 0
+        if self.what in ("nan", "inf"):
+            program.weights.write("0.weight", value)
+
+
+@pytest.mark.parametrize(
+    ("what", "found"),
+    [
+        ("nan", "pass bad: weight 0.weight: a weight that is NaN or infinite"),
+        ("inf", "pass bad: weight 0.weight: a weight that is NaN or infinite"),
+        ("shape", "pass bad: weight 0.weight: shape [63, 64] for [64, 64]"),
+        ("raise", "pass bad: it raised KeyError: 'missing'"),
+        ("unknown", "pass bad: it raised KeyError: 'no.such'"),
+    ],
+)
+def test_what_a_graph_pass_gets_wrong_is_named(what: str, found: str) -> None:
+    with pytest.raises(VerifyError) as caught:
+        sparsify.compile(net(), [Bad(what)], calibration=[X])
+    assert found in str(caught.value)
+
+
+@pytest.mark.parametrize("passes", [[3], [Wanda], "magnitude:2:4", [None]])
+def test_what_is_no_pass_is_refused(passes: list[str]) -> None:
+    with pytest.raises(SpecError, match=r"no pass|Give a list"):
+        sparsify.compile(net(), passes, calibration=[X])
+    with pytest.raises(SpecError, match="no pass that prunes weights"):
+        sparsify.GraphPrune(Scale(), [X])  # type: ignore[arg-type]
+
+
 def test_a_pass_that_changes_the_graph_has_no_folder(tmp_path: Path) -> None:
     made = sparsify.compile(net(), [Admitted()], calibration=[X])
     assert sum(n.target is torch.ops.aten.relu.default for n in made.program.graph.nodes) == 2
@@ -184,7 +227,9 @@ def package(tmp_path: Path) -> Path:
     facts = place / "halving-1.0.dist-info"
     facts.mkdir()
     (facts / "METADATA").write_text("Metadata-Version: 2.1\nName: halving\nVersion: 1.0\n")
-    (facts / "entry_points.txt").write_text("[sparsify.passes]\nhalve = halving:Halve\n")
+    (facts / "entry_points.txt").write_text(
+        "[sparsify.passes]\nhalve = halving:Halve\ngone = halving:Gone\nlost = nowhere:X\n"
+    )
     return place
 
 
@@ -204,6 +249,8 @@ def test_a_graph_pass_of_another_package_at_the_command_line(package: Path, bund
     wrong = command("compile", bundled, "--pass", "halve:tims=2", "-o", tmp_path / "x", PYTHONPATH=str(package))
     assert wrong.returncode == 2 and "Near names: times" in wrong.stderr
     listed = command("passes", PYTHONPATH=str(package))
+    assert "gone  cannot be used: its entry point halving:Gone does not load" in listed.stdout
+    assert "lost  cannot be used: its entry point nowhere:X does not load" in listed.stdout
     assert "halve  halves the weights" in listed.stdout and "times=a whole number (default 1)" in listed.stdout
 
 
