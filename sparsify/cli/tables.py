@@ -57,9 +57,7 @@ def plan_report(compiled: Compiled) -> RenderableType:
         parts += [Text(f"{spec_text(done.structural_pass)} would leave", "bold"), *map(Text, done.lines())]
     for run in compiled.runs:
         if run.pattern is not None and not run.targets:
-            parts.append(
-                Text(f"{spec_text(run.applied)} would prune what is left; what that is, is known once it is cut")
-            )
+            parts.append(Text(f"{spec_text(run.applied)} would then prune the smaller model, once it is there"))
             continue
         if run.pattern is None:
             parts.append(Text(f"{spec_text(run.applied)} would see the graph as a whole"))
