@@ -94,7 +94,7 @@ def describe_passes() -> list[tuple[str, str, dict[str, str]]]:
 
     Options that all passes of a base have stand once, at the end, under what the base calls them.
     """
-    rows = []
+    rows: list[tuple[str, str, dict[str, str]]] = []
     bases: dict[str, type[Pass]] = {}
     for name in sorted(registered("sparsify.passes")):
         try:
