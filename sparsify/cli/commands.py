@@ -88,6 +88,12 @@ def compile_command(
         console = Console(quiet=quiet, soft_wrap=False)
         specs = passes or []
         _check_words(specs, schedule, memory, to)
+        if dry_run and print_after:
+            raise SpecError(
+                f"--print-after {print_after[0]} with --dry-run",
+                found="a dry run runs no pass, so there is no graph after one",
+                do="Leave one of the two out; `sparsify inspect MODEL --graph` prints the graph as it is",
+            )
         from sparsify.cli.progress import ProgressLine
         from sparsify.cli.tables import plan_report, result_report
         from sparsify.compiler.pipeline import compile

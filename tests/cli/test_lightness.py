@@ -55,6 +55,7 @@ WRONG = {
     "no such method of tuning": ["tune", "out", "--data", "text", "-o", "tuned", "--method", "qlora"],
     "amounts that do not divide": ["tune", "out", "--data", "text", "-o", "tuned", "--batch", "6", "--micro", "4"],
     "nothing to unpack": ["unpack"],
+    "a graph after no pass": ["compile", "model", "--pass", "wanda:2:4", "--dry-run", "--print-after", "all"],
     "two forms at once": ["inspect", "model", "--graph", "--json"],
 }
 
