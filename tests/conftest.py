@@ -17,9 +17,13 @@ from pathlib import Path
 import pytest
 import torch
 from support.families import inputs, save
+from support.zeroed import Reports
 
+from sparsify.analysis.dimensions.groups import coupled_dimensions
+from sparsify.analysis.dimensions.kinds import roles_of
 from sparsify.frontend.capture import capture
 from sparsify.frontend.source import open_source
+from sparsify.inspection.dimensions import DimensionReport
 from sparsify.ir.program import Program
 
 ROOT = Path(__file__).parent.parent
@@ -44,6 +48,17 @@ def captured(folder: Callable[[str], Path]) -> Callable[[str], Program]:
     """``captured("llama")``: the graph of that folder for ``inputs("llama")``, traced once per session; do not change
     it, nor its weights."""
     return cache(lambda family: capture(open_source(folder(family)), inputs(family)))
+
+
+@pytest.fixture(scope="session")
+def report(captured: Callable[[str], Program]) -> Reports:
+    """``report("llama")``: that graph and its coupled dimensions."""
+
+    def of(name: str) -> tuple[Program, DimensionReport]:
+        program = captured(name)
+        return program, DimensionReport(name, coupled_dimensions(program), roles_of(program))
+
+    return cache(of)
 
 
 @pytest.fixture

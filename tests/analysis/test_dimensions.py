@@ -5,19 +5,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import pytest
 import torch
-from support.zeroed import Net, check_equality, program_of
+from support.zeroed import Net, Reports, check_equality, program_of
 from torch import Tensor, nn
 from torch.nn import functional as F
-
-from sparsify.analysis.dimensions.groups import coupled_dimensions
-from sparsify.analysis.dimensions.kinds import roles_of
-from sparsify.inspection.dimensions import DimensionReport
-from sparsify.ir.program import Program
 
 
 def heads(x: Tensor, net: nn.Module, n: int = 4) -> Tensor:
@@ -102,20 +96,6 @@ def test_what_is_pinned_says_why(case: str) -> None:
     group = next(g for g in dimensions.groups if any(m.parameter == "first.weight" and m.axis == 0 for m in g.members))
     assert bool(group.pinned.any()) and why in str(group.reason)
     assert dimensions.without_rule.keys() == ({"flip"} if case == "no rule" else set())
-
-
-Reports = Callable[[str], tuple[Program, DimensionReport]]
-
-
-@pytest.fixture(scope="module")
-def report(captured: Callable[[str], Program]) -> Reports:
-    """A family's graph and its coupled dimensions."""
-
-    def of(name: str) -> tuple[Program, DimensionReport]:
-        program = captured(name)
-        return program, DimensionReport(name, coupled_dimensions(program), roles_of(program))
-
-    return cache(of)
 
 
 # What each family has in two blocks: (kind, free channels, how many such groups).

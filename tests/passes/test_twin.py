@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from support import slow
+from support.chain import Chain
 from support.families import build, inputs
 from torch import Tensor, nn
 
@@ -15,18 +16,6 @@ import sparsify
 from sparsify.errors import SparsifyError, SpecError
 from sparsify.method.spec import parse_pass
 from sparsify.prune.fx_pass import GraphPrune
-
-
-class Chain(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(3)
-        self.layers = nn.ModuleList([nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16)) for _ in range(2)])
-
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in self.layers:
-            x = x + layer(x)
-        return x
 
 
 def chain_inputs(chain: Chain, x: Tensor) -> list[tuple[nn.Linear, Tensor]]:

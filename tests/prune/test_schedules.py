@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.chain import Chain
 from support.families import FAMILIES, build, inputs
 from support.pruning import prune_captured
 from support.reference import prune_blocks_with_hooks
@@ -47,20 +48,6 @@ def test_block_masks_equal_the_papers_procedure_bit_for_bit(family: str, pattern
     for name, mask in masks.items():
         assert torch.equal(ours[name] == 0, mask), name
         assert torch.equal(ours[name], plain.get_parameter(name)), name
-
-
-class Chain(nn.Module):
-    """Two blocks of two linears, whose inputs can be computed by hand."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(3)
-        self.layers = nn.ModuleList([nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16)) for _ in range(2)])
-
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in self.layers:
-            x = x + layer(x)
-        return x
 
 
 def by_hand(chain: Chain, x: Tensor, schedule: str) -> dict[str, Tensor]:

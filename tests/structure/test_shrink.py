@@ -2,36 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cache
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.families import FAMILIES, inputs
-from support.zeroed import Net, check_equality, program_of, run
+from support.zeroed import Net, Reports, check_equality, program_of, run
 
-from sparsify.analysis.dimensions.groups import coupled_dimensions
-from sparsify.analysis.dimensions.kinds import roles_of
 from sparsify.errors import SpecError, TraceError
-from sparsify.inspection.dimensions import DimensionReport
-from sparsify.ir.program import Program
 from sparsify.structure.shrink import shrink
 
 QUICK = ("llama", "gpt2", "falcon")
-Reports = Callable[[str], tuple[Program, DimensionReport]]
-
-
-@pytest.fixture(scope="module")
-def report(captured: Callable[[str], Program]) -> Reports:
-    """A family's graph and its coupled dimensions."""
-
-    def of(name: str) -> tuple[Program, DimensionReport]:
-        program = captured(name)
-        return program, DimensionReport(name, coupled_dimensions(program), roles_of(program))
-
-    return cache(of)
 
 
 def test_what_cannot_be_removed_is_refused() -> None:

@@ -13,10 +13,14 @@ from torch import Tensor, fx, nn
 from sparsify.analysis.dimensions.groups import Dimensions, coupled_dimensions
 from sparsify.frontend.capture import capture
 from sparsify.frontend.source import open_source
+from sparsify.inspection.dimensions import DimensionReport
 from sparsify.ir.program import Program
 from sparsify.ir.store import MemoryStore
 from sparsify.ir.weights import Weights
 from sparsify.structure.shrink import shrink
+
+# A family's graph and its coupled dimensions: what the fixture ``report`` gives.
+Reports = Callable[[str], tuple[Program, DimensionReport]]
 
 
 def run(program: Program, batch: Mapping[str, Tensor], weights: Weights | None = None) -> Tensor:
