@@ -23,6 +23,10 @@ class SparsifyError(Exception):
         self.asked, self.found, self.do = asked, found, do
         super().__init__(f"{asked}: {found}. {do}")
 
+    def asking(self, asked: str) -> SparsifyError:
+        """The same refusal of what its caller knows to have been ``asked``: a site or a pass named, say."""
+        return type(self)(asked, found=self.found, do=self.do)
+
 
 class SpecError(SparsifyError):
     """A pass, an option or a name pattern that cannot be meant."""

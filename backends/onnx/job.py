@@ -6,8 +6,6 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from sparsify.backends.hf.job import HuggingFaceJob
 from sparsify.backends.onnx.folder import write_genai_config
 from sparsify.backends.onnx.notes import storage_notes
@@ -32,8 +30,7 @@ class ONNXJob:
 
     def __init__(self, options: Options, source: Source, out: Path, *, overwrite: bool, program: Program) -> None:
         self.options, self.source = options, source
-        batch = {n.meta["input"]: torch.zeros(n.meta["val"].shape, dtype=n.meta["val"].dtype) for n in program.inputs}
-        self.graph, self.parameters, self.contract = build_graph(source.module, batch, options)
+        self.graph, self.parameters, self.contract = build_graph(source.module, program.zero_batch(), options)
         # Only now: it copies the weights.
         self.hf = HuggingFaceJob(source, out, overwrite=overwrite)
         self.weights: Weights = self.hf.weights

@@ -7,13 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim, ExportedProgram
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils import _pytree as pytree
 
 from sparsify.backends.onnx.tracing.contract import Contract
-from sparsify.backends.onnx.tracing.trace import export_contract, fake_copy, quiet_export
+from sparsify.backends.onnx.tracing.trace import export_contract, fake_copy, quiet_export, symbolic_mode
 from sparsify.errors import BackendError, TraceError, first_line
 
 # Example inputs, by position or by name.
@@ -47,9 +45,13 @@ def check_fresh(exported: ExportedProgram) -> None:
 def retrace(graph: fx.GraphModule, example: Example | None, contract: Contract | None) -> ExportedProgram:
     """Export an edited graph again, so that every shape in it is what the edited weights make it."""
     if contract is not None:
-        mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
         fresh = Contract(
-            contract.kind, fake_copy(graph, mode), contract.inputs, contract.states, contract.outputs, contract.dims
+            contract.kind,
+            fake_copy(graph, symbolic_mode()),
+            contract.inputs,
+            contract.states,
+            contract.outputs,
+            contract.dims,
         )
         with quiet_export():
             return _run_again(lambda: export_contract(fresh))

@@ -97,7 +97,7 @@ def _named(own: Pass) -> Iterator[None]:
     except SparsifyError as error:
         if own.kind != "graph" or own.name in error.asked:
             raise
-        raise type(error)(f"pass {own.name}: {error.asked}", found=error.found, do=error.do) from error
+        raise error.asking(f"pass {own.name}: {error.asked}") from error
     except Exception as error:
         if own.kind not in ("graph", "lowering"):
             raise
@@ -114,7 +114,7 @@ def _check_written(ran: Ran) -> None:
     Raises:
         VerifyError: a weight that is NaN or infinite, or of another dtype or shape.
     """
-    said = {ran.program.weights.canonical(str(n.target)): n for n in ran.program.graph.nodes if n.op == "get_attr"}
+    said = ran.program.parameter_nodes()
     for name in sorted(ran.written):
         value = ran.program.weights.read(name)
         expected = tuple(said[name].meta["val"].shape) if name in said else tuple(value.shape)

@@ -71,6 +71,18 @@ class Program:
             return str(node.target)
         return None
 
+    def parameter_nodes(self) -> dict[str, fx.Node]:
+        """The first node that reads each parameter, by the parameter's canonical name."""
+        found: dict[str, fx.Node] = {}
+        for node in self.graph.nodes:
+            if (name := self.parameter(node)) is not None:
+                found.setdefault(self.weights.canonical(name), node)
+        return found
+
+    def zero_batch(self) -> dict[str, Tensor]:
+        """A batch with nothing in it, of the shapes and dtypes that the model was captured with."""
+        return {n.meta["input"]: torch.zeros(n.meta["val"].shape, dtype=n.meta["val"].dtype) for n in self.inputs}
+
     def load(self, node: fx.Node) -> Tensor:
         """The value of a ``get_attr`` node, in the dtype that the graph computes with."""
         target = str(node.target)

@@ -129,7 +129,7 @@ class Turn:
         try:
             pruned = method.prune(weight, self._statistics(expert))
         except SparsifyError as error:
-            raise type(error)(f"{error.asked} of {self.site.name}", found=error.found, do=error.do) from error
+            raise error.asking(f"{error.asked} of {self.site.name}") from error
         verify_pruned(self.site.name, method, weight, pruned)
         return pruned
 

@@ -12,14 +12,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from sparsify.analysis.dimensions.walk import Ids
 from sparsify.calibration.gradients import Gradients, Samples, measure_gradients
 from sparsify.context import Context
 from sparsify.errors import BackendError, CheckpointError, TraceError
 from sparsify.files.manifest import read_manifest, write_manifest
-from sparsify.frontend.capture import Batch, capture
+from sparsify.frontend.capture import capture
 from sparsify.frontend.source import Source, open_source
 from sparsify.ir.difference import difference
 from sparsify.ir.program import Program
@@ -92,7 +92,7 @@ def _without_channels(
     write_files(source, cut, program.weights, config, into)
     cuts = [_cut(c, remove[c.number], kept) for c in chosen]
     own = {program.weights.canonical(name) for name, _ in source.module.named_parameters()}
-    after = sum(math.prod(node.meta["val"].shape) for name, node in _parameter_nodes(small).items() if name in own)
+    after = sum(math.prod(node.meta["val"].shape) for name, node in small.parameter_nodes().items() if name in own)
     done = Restructured(structural_pass, cuts, choices.skipped, config, (count_parameters(source), after))
     _note(source, done, into)
     smaller, captured = _compared(into, source, small, context)
@@ -123,7 +123,7 @@ def _without_layers(
     counts = count_parameters(source), count_parameters(smaller)
     done = Restructured(structural_pass, [cut], [], config, counts)
     _note(source, done, into)
-    captured = capture(smaller, _shapes(program), context.device)
+    captured = capture(smaller, program.zero_batch(), context.device)
     names: dict[str, str | None] = dict.fromkeys(program.weights.store.names())
     wanted = model.wanted.renamed(names | layers.tensors_kept(program.weights, stack, gone))
     return Captured(smaller, captured, wanted), done
@@ -150,20 +150,6 @@ def _note(source: Source, done: Restructured, into: Path) -> None:
     write_manifest(into, {"structure": [*before, done.as_dict()]})
 
 
-def _parameter_nodes(program: Program) -> dict[str, fx.Node]:
-    """The first node of each parameter."""
-    found: dict[str, fx.Node] = {}
-    for node in program.nodes:
-        if (name := program.parameter(node)) is not None:
-            found.setdefault(program.weights.canonical(name), node)
-    return found
-
-
-def _shapes(program: Program) -> Batch:
-    """A batch with nothing in it, of the shapes that ``program`` was captured with."""
-    return {n.meta["input"]: torch.zeros(n.meta["val"].shape, dtype=n.meta["val"].dtype) for n in program.inputs}
-
-
 def _compared(folder: Path, source: Source, small: Program, context: Context) -> tuple[Source, Program]:
     """The model that the folder holds, traced: it must have the parameters of the cut graph, and compute the same.
 
@@ -173,7 +159,7 @@ def _compared(folder: Path, source: Source, small: Program, context: Context) ->
     asked, cut = f"the smaller model of {source.name}", "cut the graph in Python: sparsify.structure.shrink.shrink"
     try:
         smaller = open_source(folder, trust_remote_code=source.trust_remote_code)
-        program = capture(smaller, _shapes(small), context.device)
+        program = capture(smaller, small.zero_batch(), context.device)
     except TraceError as error:
         raise BackendError(
             asked,

@@ -33,7 +33,7 @@ def trace_model(
     Raises:
         BackendError: the model cannot be traced with a dynamic batch and sequence.
     """
-    mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
+    mode = symbolic_mode()
     model = fake_copy(module, mode, compute)
     _choose_implementations(model)
 
@@ -71,6 +71,11 @@ def export_contract(contract: Contract) -> torch.export.ExportedProgram:
 
 def _dynamic(dims: list[str | int]) -> dict[int, object]:
     return {axis: Dim.DYNAMIC for axis, dim in enumerate(dims) if isinstance(dim, str)}
+
+
+def symbolic_mode() -> FakeTensorMode:
+    """A mode for tensors without numbers, some of whose sizes are symbols."""
+    return FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
 
 
 def fake_copy(module: nn.Module, mode: FakeTensorMode, dtype: torch.dtype | None = None) -> nn.Module:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from rich import box
 from rich.console import Group, RenderableType
+from rich.padding import PaddingDimensions
 from rich.table import Table
 from rich.text import Text
 
@@ -48,15 +49,20 @@ def benchmark_report(result: Benchmark) -> RenderableType:
     return Group(*parts)
 
 
-def _sites(result: Benchmark) -> Table:
-    # No lines between columns: it is to fit a terminal of 80.
-    table = Table(
-        title="one token through one layer",
+def _table(title: str, padding: PaddingDimensions) -> Table:
+    """No lines between columns: it is to fit a terminal of 80."""
+    return Table(
+        title=title,
         title_justify="left",
         caption_justify="left",
         box=box.SIMPLE,
         pad_edge=False,
+        padding=padding,
     )
+
+
+def _sites(result: Benchmark) -> Table:
+    table = _table("one token through one layer", padding=(0, 1))
     for column in ("layer", "out × in", "runs"):
         table.add_column(column, no_wrap=True)
     for column in ("torch", "dense", "packed", "gain"):
@@ -74,14 +80,7 @@ _COUNTS = (1, 8, 16, 64, 256, 2048)
 
 def _products(result: Benchmark) -> Table:
     """One row for every kind of product on a GPU: what it gains over cuBLAS."""
-    table = Table(
-        title="products by number of tokens",
-        title_justify="left",
-        caption_justify="left",
-        box=box.SIMPLE,
-        pad_edge=False,
-        padding=(0, 1, 0, 0),
-    )
+    table = _table("products by number of tokens", padding=(0, 1, 0, 0))
     table.add_column("layers", overflow="fold")
     table.add_column("out × in", no_wrap=True)
     for count in _COUNTS:
