@@ -38,12 +38,13 @@ optimum: .venv/installed-test
 	$(BIN)/python -W ignore tools/check_optimum.py
 
 # What CI adds to the tests. The type checker does not follow the mapped folders of an editable install, so it is shown
-# a plain one.
+# a plain one; the tools are checked against it.
 check: .venv/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	rm -rf build && $(BIN)/pip install --quiet --no-deps --target build/plain .
 	cd build/plain && ../../$(BIN)/mypy -p sparsify --config-file ../../pyproject.toml
+	cd build/plain && MYPYPATH=../../tests:../../tools/gpu ../../$(BIN)/mypy ../../tools --config-file ../../pyproject.toml
 
 clean:
 	rm -rf .venv .venv-optimum demo-output build *.egg-info

@@ -19,7 +19,9 @@ from bench_prune import processor, timed
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from sparsify.calibration.gradients import Samples
 from sparsify.calibration.recorder import GroupRecorder
+from sparsify.context import Context
 from sparsify.data.batches import load_calibration
 from sparsify.frontend.capture import capture
 from sparsify.frontend.source import open_source
@@ -28,6 +30,7 @@ from sparsify.method.pattern import parse_pattern
 from sparsify.method.selection import select
 from sparsify.method.spec import parse_pass
 from sparsify.method.statistics import InputStatistics
+from sparsify.method.weight_pass import WeightPass
 from sparsify.passes.solvers.exact import conjugate_gradients, solve_rows
 from sparsify.passes.solvers.gram import damped_gram
 from sparsify.passes.solvers.sweep import sweep
@@ -47,6 +50,12 @@ def main() -> None:
     with torch.no_grad():
         for part in args.parts:
             {"sweep": bench_sweep, "exact": bench_exact, "model": bench_model}[part]()
+
+
+def weight_pass_of(spec: str) -> WeightPass:
+    found = parse_pass(spec)
+    assert isinstance(found, WeightPass), spec
+    return found
 
 
 def activations(tokens: int, features: int) -> Tensor:
@@ -104,7 +113,7 @@ def bench_sweep() -> None:
     for rows in (4096, 11008):
         weight = torch.randn(rows, 4096, generator=torch.Generator().manual_seed(1))
         for text in ("2:4", "50%"):
-            method = parse_pass(f"sparsegpt:{text}")
+            method = weight_pass_of(f"sparsegpt:{text}")
             theirs, ours = float("inf"), float("inf")
             for _ in range(3):
                 stats.derived.clear()
@@ -203,10 +212,10 @@ def bench_model() -> None:
     program = capture(source, data.batches[0])
 
     def run(spec: str) -> None:
-        weight_pass = parse_pass(spec)
+        weight_pass = weight_pass_of(spec)
         targets, _ = choose(program, weight_pass.pattern, Wanted())
         program.weights = source.weights.on(MemoryStore(source.weights.store))
-        prune(program, weight_pass, targets, data.batches, dense=source.weights)
+        prune(program, weight_pass, targets, Samples(data.batches), Context(), dense=source.weights)
 
     weights = {n: p for n, p in model.named_parameters() if p.dim() == 2 and "layers" in n}
     inputs = {width: torch.randn(2048, width) for width in (1024, 2816)}

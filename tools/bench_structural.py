@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -107,10 +108,9 @@ def speed(place: Path) -> None:
         out = place / f"{ratio}-speed"
         pruned(ratio, "l2", out)
         small = transformers.AutoModelForCausalLM.from_pretrained(out).eval()
-        forward = in_turns([lambda: dense(ids), lambda m=small: m(ids)])  # type: ignore[misc]
-        decode = in_turns(
-            [lambda: dense.generate(ids[:, :16], **options), lambda m=small: m.generate(ids[:, :16], **options)]
-        )  # type: ignore[misc]
+        both = (dense, small)
+        forward = in_turns([partial(m, ids) for m in both])
+        decode = in_turns([partial(m.generate, ids[:, :16], **options) for m in both])
         share = multiply_adds(small) / multiply_adds(dense)
         print(f"| {ratio} | {share:.3f}× | {forward:.2f}× faster | {decode:.2f}× faster |", flush=True)
 

@@ -66,7 +66,7 @@ def make_checkpoint(out: Path, size: str, *, layers: int | None = None, seed: in
         shards[-1].append((name, shape))
         filled, total = filled + size_, total + size_
     generator = torch.Generator().manual_seed(seed)
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, content in enumerate(shards, 1):
         file = f"model-{number:05}-of-{len(shards):05}.safetensors"
         weight_map |= {name: file for name, _ in content}

@@ -23,21 +23,23 @@ TYPES = {torch.bfloat16: "BFloat16", torch.float16: "Float16"}
 
 
 @cache
-def library(dtype: torch.dtype) -> ctypes.CDLL:
+def library(dtype: torch.dtype, more: str = "") -> ctypes.CDLL:
+    """The kernels of ``dtype``, and those of ``more``, the text of a header beside them."""
     compiler = find_compiler()
     if compiler is None:
         pytest.skip("no C++ compiler")
     # Named for what it is made of: the next process that wants it finds it.
     sources = [*sorted(KERNELS.iterdir()), *sorted(HERE.glob("emulator.*"))]
-    made_of = hashlib.sha256(b"".join(p.read_bytes() for p in sources)).hexdigest()[:16]
+    made_of = hashlib.sha256(b"".join([*(p.read_bytes() for p in sources), more.encode()])).hexdigest()[:16]
     target = Path(tempfile.gettempdir()) / f"sparsify-emulator-{os.getuid()}" / f"{TYPES[dtype]}-{made_of}.so"
     if target.exists():
         return ctypes.CDLL(str(target))
     target.parent.mkdir(mode=0o700, exist_ok=True)
     words = [compiler, "-O2", "-std=c++17", "-fPIC", "-shared", f"-DSPARSIFY_TYPE={TYPES[dtype]}", f"-I{KERNELS}"]
     made = target.with_suffix(f".{os.getpid()}")
-    words += [f"-I{HERE}", "-o", str(made), str(HERE / "emulator.cpp")]
-    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    words += [f"-I{HERE}", "-o", str(made), "-x", "c++", "-"]
+    source = f'#include "emulator.cpp"\n{more}'
+    done = subprocess.run(words, input=source, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     made.replace(target)
     return ctypes.CDLL(str(target))
@@ -55,8 +57,14 @@ def run(
     written: list[Tensor],
     *,
     backwards: bool = False,
+    more: str = "",
 ) -> None:
-    code = library(dtype)
+    """Launch a kernel that may touch ``read`` and ``written``.
+
+    Raises:
+        EmulatorError: it touched something else, or did what else the emulator knows to be wrong.
+    """
+    code = library(dtype, more)
     buffers = [*read, *written]
     pointers = (ctypes.c_void_p * len(buffers))(*(b.data_ptr() for b in buffers))
     sizes = (ctypes.c_uint64 * len(buffers))(*(b.nbytes for b in buffers))
@@ -67,6 +75,7 @@ def run(
         function,
         (ctypes.c_int * 3)(*launch.grid),
         launch.threads,
+        launch.cluster,
         ctypes.c_uint64(launch.shared),
         ctypes.byref(arguments),
         pointers,
@@ -81,13 +90,18 @@ def run(
         raise EmulatorError(error.value.decode())
 
 
+# So few that blocks which stay have several groups of rows each.
+MULTIPROCESSORS = 1
+
+
 def linear(
     variant: Variant, x: Tensor, fragments: Tensor, rows: int, bias: Tensor | None = None, *, backwards: bool = False
 ) -> Tensor:
     """y = x Wᵀ + b, poisoned before it is written."""
     tokens, columns = x.shape
+    summed = variant.kind == "tiled" and variant.splits > 1
     y = torch.full((tokens, rows), float("nan"), dtype=x.dtype)
-    partial = torch.full((variant.splits if variant.splits > 1 else 0, tokens, rows), float("nan"))
+    partial = torch.full((variant.splits if summed else 0, tokens, rows), float("nan"))
     arguments = Arguments(
         fragments.data_ptr(),
         x.data_ptr(),
@@ -99,12 +113,13 @@ def linear(
         columns,
         fragments.shape[1],
         variant.splits,
+        int(variant.early),
         0,
         0,
     )
     read = [fragments, x, *([] if bias is None else [bias])]
-    run(variant.launch(tokens, rows), arguments, x.dtype, read, [y, partial], backwards=backwards)
-    if variant.splits > 1:
+    run(variant.launch(tokens, rows, MULTIPROCESSORS), arguments, x.dtype, read, [y, partial], backwards=backwards)
+    if summed:
         run(add_splits_launch(tokens, rows), arguments, x.dtype, [*read, partial], [y], backwards=backwards)
     return y
 
@@ -112,7 +127,7 @@ def linear(
 def unpacked(fragments: Tensor, dtype: torch.dtype, first: int, count: int, columns: int) -> Tensor:
     y = torch.full((count, columns), float("nan"), dtype=dtype)
     arguments = Arguments(
-        fragments.data_ptr(), None, None, y.data_ptr(), None, 0, 0, columns, fragments.shape[1], 1, first, count
+        fragments.data_ptr(), None, None, y.data_ptr(), None, 0, 0, columns, fragments.shape[1], 1, 0, first, count
     )
     run(unpack_launch(count, columns), arguments, dtype, [fragments], [y])
     return y

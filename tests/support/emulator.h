@@ -1,9 +1,11 @@
-// A multiprocessor of one block, on a CPU: what sparsify/runtime/cuda/kernels/device.h offers, under the same names, so that the
+// A cluster of blocks (mostly of one) on a CPU: what sparsify/runtime/cuda/kernels/device.h offers, under the same names, so that the
 // kernels' own source runs where there is no GPU. A thread is a fiber that runs until it has to wait for others.
 //
 // What it checks: every global access against the buffers that it was told of; copies without a register arrive when
-// they are awaited and not before; shared memory begins as NaN and may not be written past its end; threads that wait
-// for others who never come; and, run in the other order of threads, results that depend on it.
+// they are awaited and not before, bulk ones when as many bytes as were announced are on their way; nothing but a
+// prefetch touches memory before the kernel before has ended; no block of a cluster reads another's shared memory after
+// that one has ended; shared memory begins as NaN and may not be written past its end; threads that wait for others who
+// never come; and, run in the other order of threads, results that depend on it.
 // Sparse tensor core: PTX ISA, "Matrix fragments for sparse mma.m16n8k32 with .f16 and .bf16 types", lane by lane.
 #pragma once
 #include <ucontext.h>
@@ -13,6 +15,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <map>
 #include <vector>
 
 typedef unsigned int u32;
@@ -21,19 +24,21 @@ typedef unsigned long long u64;
 struct uint2 { u32 x, y; };
 struct uint4 { u32 x, y, z, w; };
 
+#define HOPPER 1
 #define DEVICE inline
 #define KERNEL(name, threads) extern "C" void name(const Arguments a)
-#define SHARED(name) unsigned char* name = emulator::shared
+#define RESIDENT_KERNEL(name, threads, blocks) KERNEL(name, threads)
+#define SHARED(name) unsigned char* name = emulator::own().shared
 
 namespace emulator {
 
-struct Copy { unsigned char* to; const void* from; bool there; };
+struct Copy { unsigned char* to; const void* from; bool there; u64 bytes = 16; };
 struct Wait { int count = 0; u64 round = 0; };
 struct Thread {
   ucontext_t context;
   std::vector<std::vector<Copy>> groups;
   std::vector<Copy> open;
-  bool done = false;
+  bool done = false, waited = false;
 };
 struct Buffer { const unsigned char* begin; u64 bytes; bool writable; };
 struct Warp {
@@ -44,22 +49,33 @@ struct Warp {
   float c[32][4];
 };
 
-static unsigned char* shared;
+// A phase of it ends when it was announced, and what is on its way is as much as that.
+struct Phases { u64 announced = 0, on_their_way = 0; bool arrived = false, published = false; int phase = 0; std::vector<Copy> copies; };
+struct Block {
+  std::vector<unsigned char> memory;
+  unsigned char* shared;
+  Wait everyone;
+  int alive;
+  std::map<const void*, Phases> signals;
+};
+
 static std::vector<Thread> threads;
 static std::vector<Warp> warps;
+static std::vector<Block> blocks;
 static std::vector<std::vector<unsigned char>> stacks;
 static std::vector<Buffer> buffers;
-static Wait everyone;
-static int current, alive, at_x, at_y, at_z;
+static Wait whole_cluster;
+static int current, block_threads, alive, at_x, at_y, at_z, grid_x;
 static u64 progress;
 static ucontext_t scheduler;
 static char failure[256];
 
 [[noreturn]] inline void fail(const char* what) {
-  snprintf(failure, sizeof failure, "%s (block %d %d %d, thread %d)", what, at_x, at_y, at_z, current);
+  snprintf(failure, sizeof failure, "%s (block %d %d %d, thread %d)", what, at_x, at_y, at_z + current / block_threads, current % block_threads);
   setcontext(&scheduler);
   abort();
 }
+inline Block& own() { return blocks[current / block_threads]; }
 inline void yield() { swapcontext(&threads[current].context, &scheduler); }
 
 template <class Last>
@@ -78,7 +94,8 @@ void meet(Wait& wait, int of, Last last) {
 
 inline void check(const void* p, u64 bytes, bool write) {
   const unsigned char* at = (const unsigned char*)p;
-  if ((u64)at % bytes) fail("access off its boundary");
+  if (!threads[current].waited) fail("memory touched before the kernel before has ended");
+  if ((u64)at % (bytes < 16 ? bytes : 16)) fail("access off its boundary");
   for (const Buffer& b : buffers)
     if (at >= b.begin && (u64)(at - b.begin) + bytes <= b.bytes && (b.writable || !write)) return;
   fail(write ? "write outside of every buffer" : "read outside of every buffer");
@@ -86,18 +103,39 @@ inline void check(const void* p, u64 bytes, bool write) {
 
 inline void deliver(std::vector<Copy>& copies) {
   for (const Copy& copy : copies)
-    if (copy.there) memcpy(copy.to, copy.from, 16);
-    else memset(copy.to, 0, 16);
+    if (copy.there) memcpy(copy.to, copy.from, copy.bytes);
+    else memset(copy.to, 0, copy.bytes);
   copies.clear();
 }
 
 }  // namespace emulator
 
-inline int thread() { return emulator::current; }
+inline int thread() { return emulator::current % emulator::block_threads; }
 inline int block_x() { return emulator::at_x; }
 inline int block_y() { return emulator::at_y; }
-inline int block_z() { return emulator::at_z; }
-inline void barrier() { emulator::meet(emulator::everyone, emulator::alive, [] {}); }
+inline int block_z() { return emulator::at_z + emulator::current / emulator::block_threads; }
+inline int blocks_x() { return emulator::grid_x; }
+inline void barrier() { emulator::meet(emulator::own().everyone, emulator::own().alive, [] {}); }
+inline void warp_barrier() { emulator::meet(emulator::warps[emulator::current >> 5].wait, 32, [] {}); }
+inline void cluster_barrier() { emulator::meet(emulator::whole_cluster, emulator::threads.size(), [] {}); }
+inline void await_previous() { emulator::threads[emulator::current].waited = true; }
+inline void let_next_start() {}
+inline void prefetch(const void* p, u32 bytes) {
+  bool& waited = emulator::threads[emulator::current].waited;
+  const bool before = waited;
+  waited = true;
+  if (bytes % 16) emulator::fail("a prefetch of other than sixteens of bytes");
+  emulator::check(p, bytes, false);
+  waited = before;
+}
+inline float load_of_block(const float* p, int rank) {
+  using namespace emulator;
+  if (rank >= (int)blocks.size()) fail("no such block in the cluster");
+  if (blocks[rank].alive < block_threads) fail("shared memory of a block that has ended");
+  float v;
+  memcpy(&v, blocks[rank].shared + ((const unsigned char*)p - own().shared), 4);
+  return v;
+}
 
 template <class V>
 V read_checked(const void* p) {
@@ -119,7 +157,7 @@ inline void store_half(u16* p, u16 v) { write_checked(p, v); }
 inline void store_float(float* p, float v) { write_checked(p, v); }
 inline void store_pair(uint2* p, uint2 v) { write_checked(p, v); }
 inline uint4 load_shared(const unsigned char* p) {
-  if ((p - emulator::shared) % 16) emulator::fail("shared access off its boundary");
+  if ((p - emulator::own().shared) % 16) emulator::fail("shared access off its boundary");
   uint4 v;
   memcpy(&v, p, sizeof v);
   return v;
@@ -142,6 +180,48 @@ void await_copies() {
   while (groups.size() > left) {
     emulator::deliver(groups.front());
     groups.erase(groups.begin());
+  }
+}
+
+typedef u64 Signal;
+inline void make_signal(Signal* s) {
+  if ((const unsigned char*)s - emulator::own().shared & 7) emulator::fail("a signal off its boundary");
+  *s = 1;
+  emulator::own().signals[s] = emulator::Phases();
+}
+inline void publish_signals() {
+  for (auto& one : emulator::own().signals) one.second.published = true;
+}
+inline emulator::Phases& signal_of(Signal* s) {
+  auto found = emulator::own().signals.find(s);
+  if (found == emulator::own().signals.end() || !found->second.published) emulator::fail("a signal that nobody made");
+  return found->second;
+}
+inline void announce(Signal* s, u32 bytes) {
+  emulator::Phases& phases = signal_of(s);
+  if (phases.arrived) emulator::fail("a phase announced twice");
+  phases.announced = bytes, phases.arrived = true;
+  emulator::progress++;
+}
+inline void copy_bulk(unsigned char* to, const void* from, u32 bytes, Signal* s) {
+  if (bytes % 16 || (to - emulator::own().shared) % 16) emulator::fail("a bulk copy of other than sixteens of bytes");
+  emulator::check(from, bytes, false);
+  memset(to, 0xff, bytes);
+  emulator::Phases& phases = signal_of(s);
+  phases.copies.push_back({to, from, true, bytes});
+  phases.on_their_way += bytes;
+  emulator::progress++;
+}
+inline void await_signal(Signal* s, int phase) {
+  emulator::Phases& phases = signal_of(s);
+  while (phases.phase == phase) {
+    if (phases.arrived && phases.on_their_way == phases.announced) {
+      emulator::deliver(phases.copies);
+      phases.arrived = false, phases.on_their_way = 0, phases.phase ^= 1;
+      emulator::progress++;
+    } else {
+      emulator::yield();
+    }
   }
 }
 
@@ -244,20 +324,26 @@ inline void fiber() {
   run_kernel();
   threads[current].done = true;
   alive--;
+  own().alive--;
   progress++;
   if (!threads[current].open.empty()) fail("copies that were never committed");
   yield();
 }
 
-inline bool run_block(int count, u64 shared_bytes, bool backwards) {
-  std::vector<unsigned char> memory(shared_bytes + 4096 + 16, 0xff);
-  shared = memory.data() + (16 - (u64)memory.data() % 16) % 16;
-  threads.assign(count, Thread());
-  warps.assign((count + 31) / 32, Warp());
-  everyone = Wait();
-  alive = count;
-  while ((int)stacks.size() < count) stacks.emplace_back(128 << 10);
-  for (int i = 0; i < count; i++) {
+// `cluster` blocks of `count` threads.
+inline bool run_cluster(int count, int cluster, u64 shared_bytes, bool backwards) {
+  block_threads = count, alive = count * cluster;
+  blocks.assign(cluster, Block());
+  for (Block& block : blocks) {
+    block.memory.assign(shared_bytes + 4096 + 128, 0xff);
+    block.shared = block.memory.data() + (128 - (u64)block.memory.data() % 128) % 128;
+    block.alive = count;
+  }
+  whole_cluster = Wait();
+  threads.assign(alive, Thread());
+  warps.assign(alive / 32, Warp());
+  while ((int)stacks.size() < alive) stacks.emplace_back(128 << 10);
+  for (int i = 0; i < alive; i++) {
     ucontext_t& context = threads[i].context;
     getcontext(&context);
     context.uc_stack.ss_sp = stacks[i].data();
@@ -265,10 +351,11 @@ inline bool run_block(int count, u64 shared_bytes, bool backwards) {
     context.uc_link = &scheduler;
     makecontext(&context, fiber, 0);
   }
+  const int all = alive;
   while (alive > 0) {
     const u64 before = progress;
-    for (int i = 0; i < count && !failure[0]; i++) {
-      current = backwards ? count - 1 - i : i;
+    for (int i = 0; i < all && !failure[0]; i++) {
+      current = backwards ? all - 1 - i : i;
       if (!threads[current].done) swapcontext(&scheduler, &threads[current].context);
     }
     if (failure[0]) return false;
@@ -277,11 +364,18 @@ inline bool run_block(int count, u64 shared_bytes, bool backwards) {
       return false;
     }
   }
-  for (int i = 0; i < 4096; i++)
-    if (shared[shared_bytes + i] != 0xff) {
-      snprintf(failure, sizeof failure, "shared memory written past its end (block %d %d %d)", at_x, at_y, at_z);
-      return false;
-    }
+  for (Block& block : blocks) {
+    for (int i = 0; i < 4096; i++)
+      if (block.shared[shared_bytes + i] != 0xff) {
+        snprintf(failure, sizeof failure, "shared memory written past its end (block %d %d %d)", at_x, at_y, at_z);
+        return false;
+      }
+    for (auto& one : block.signals)
+      if (!one.second.copies.empty()) {
+        snprintf(failure, sizeof failure, "bulk copies that nobody awaited (block %d %d %d)", at_x, at_y, at_z);
+        return false;
+      }
+  }
   return true;
 }
 

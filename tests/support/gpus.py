@@ -39,7 +39,7 @@ class Emulated:
     """A GPU's loaded kernels, on this CPU. What a launch may touch is taken from its arguments."""
 
     def __init__(self, dtype: torch.dtype) -> None:
-        self.dtype, self.launched = dtype, list[str]()
+        self.dtype, self.launched, self.multiprocessors = dtype, list[str](), emulate.MULTIPROCESSORS
 
     def launch(self, launch: Launch, arguments: Arguments) -> None:
         self.launched.append(launch.kernel)
@@ -56,5 +56,6 @@ class Emulated:
 
 
 def on_gpu(weight: PreparedWeight, x: Tensor, bias: Tensor | None = None, plan: str | None = None) -> Tensor:
-    *tensors, rows, own = weight.arguments(weight.tensors)
-    return ops._cuda(x, *tensors, rows, plan or own, bias)
+    return ops._cuda(
+        x, weight.fragments, weight.compressed, weight.codes, weight.rows, plan or str(weight.plan), bias
+    )

@@ -3,7 +3,7 @@
 A plan is text, so that a graph can carry it: ``8:decode_w8_r1_m1,16:decode_w8_r1_m2,*:unpack`` runs the first kernel
 for up to 8 tokens, the second up to 16, and multiplies with an unpacked copy above. Kernels are
 
-- ``decode_…``, ``tiled_…``: our own, on fragments (:class:`sparsify.runtime.cuda.variants.Variant`);
+- ``decode_…``, ``bulk_…``, ``tiled_…``: our own, on fragments (:class:`sparsify.runtime.cuda.variants.Variant`);
 - ``unpack``: fragments to a dense copy that the next layer reuses, and cuBLAS;
 - ``cusparselt:ALGORITHM``, ``cutlass``: NVIDIA's, on the compressed copy.
 """
@@ -59,7 +59,7 @@ class Plan:
             if parts[-1][0] != "*" or any(a >= b for a, b in pairwise((0, *limits))):
                 raise ValueError("limits that do not ascend to *")
             for kernel, limit in zip(kernels, (*limits, 1 << 30), strict=True):
-                if kernel.startswith("decode") and limit > 8 * Variant.named(kernel).token_tiles:
+                if is_own(kernel) and limit > (Variant.named(kernel).most_tokens or limit):
                     raise ValueError(f"{kernel} for {limit} tokens")
         except ValueError as error:
             raise BackendError(f"the plan {text!r}", found=str(error), do="Prepare the weight again") from error
@@ -77,6 +77,11 @@ class Plan:
                 limits.append(limit)
                 kernels.append(kernel)
         return cls(tuple(limits[:-1]), tuple(kernels))
+
+
+def is_own(kernel: str) -> bool:
+    """Whether ``kernel`` is one of ours that multiplies with fragments."""
+    return kernel.startswith(("decode", "bulk", "tiled"))
 
 
 def check_kernel(name: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from functools import cache
+from typing import ClassVar
 
 import torch
 
@@ -13,8 +14,32 @@ from sparsify.runtime.cuda.variants import Arguments, Launch
 
 # Above this a kernel has to be told that it may.
 _PLAIN_SHARED = 48 << 10
+_CLUSTER_DIMENSION = 4  # CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+_PROGRAMMATIC = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 _INVALID_CONTEXT = 201  # CUDA_ERROR_INVALID_CONTEXT
 _MAX_DYNAMIC_SHARED_SIZE = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+_CARVEOUT = 9  # CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT, in percent of what a multiprocessor has
+# What the system keeps of shared memory for each block, and all that a multiprocessor of compute capability 9.0 has.
+_OF_SYSTEM, _ALL_SHARED = 1 << 10, 228 << 10
+
+
+class _Attribute(ctypes.Structure):
+    """CUlaunchAttribute: which, and 64 bytes for its value."""
+
+    _fields_: ClassVar = [("id", ctypes.c_int), ("pad", ctypes.c_int), ("value", ctypes.c_uint * 16)]
+
+
+class _Configuration(ctypes.Structure):
+    """CUlaunchConfig."""
+
+    _fields_: ClassVar = [
+        ("grid", ctypes.c_uint * 3),
+        ("block", ctypes.c_uint * 3),
+        ("shared", ctypes.c_uint),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(_Attribute)),
+        ("count", ctypes.c_uint),
+    ]
 
 
 class Module:
@@ -22,6 +47,7 @@ class Module:
 
     def __init__(self, code: bytes, device: int) -> None:
         self.device, self._functions = device, dict[str, ctypes.c_void_p]()
+        self.multiprocessors: int = torch.cuda.get_device_properties(device).multi_processor_count
         self._module = ctypes.c_void_p()
         with torch.cuda.device(device):
             # The driver's calls go to the context that is current: torch's own, once it has done something there.
@@ -32,12 +58,18 @@ class Module:
         """Queue ``launch`` on the current stream of the device. Neither waits nor allocates."""
         function = self._functions.get(launch.kernel) or self._function(launch)
         parameters = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
-        stream = ctypes.c_void_p(torch.cuda.current_stream(self.device).cuda_stream)
+        attributes = _attributes(launch)
+        configuration = _Configuration(
+            launch.grid,
+            (launch.threads, 1, 1),
+            launch.shared,
+            torch.cuda.current_stream(self.device).cuda_stream,
+            attributes,
+            len(attributes),
+        )
 
         def queue() -> int:
-            failed: int = _driver().cuLaunchKernel(
-                function, *launch.grid, launch.threads, 1, 1, launch.shared, stream, parameters, None
-            )
+            failed: int = _driver().cuLaunchKernelEx(ctypes.byref(configuration), function, parameters, None)
             return failed
 
         if torch.cuda.current_device() == self.device:
@@ -56,14 +88,28 @@ class Module:
         with torch.cuda.device(self.device):
             found = _driver().cuModuleGetFunction(ctypes.byref(function), self._module, launch.kernel.encode())
             _check(found, f"kernel {launch.kernel}")
-            if launch.kernel.startswith("tiled"):
-                # Once and for all, so that a launch inside a CUDA graph's capture has nothing left to set.
-                size = max(launch.shared, _PLAIN_SHARED)
-                _check(
-                    _driver().cuFuncSetAttribute(function, _MAX_DYNAMIC_SHARED_SIZE, size), f"kernel {launch.kernel}"
-                )
+            # Once and for all, so that a launch inside a CUDA graph's capture has nothing left to set: a kernel takes
+            # the same shared memory in every launch.
+            if launch.shared > _PLAIN_SHARED:
+                failed = _driver().cuFuncSetAttribute(function, _MAX_DYNAMIC_SHARED_SIZE, launch.shared)
+                _check(failed, f"kernel {launch.kernel} with {launch.shared} bytes of shared memory")
+            if launch.resident:
+                # The rest of that memory is L1, which the inputs want.
+                share = -(-100 * launch.resident * (launch.shared + _OF_SYSTEM) // _ALL_SHARED)
+                failed = _driver().cuFuncSetAttribute(function, _CARVEOUT, min(share, 100))
+                _check(failed, f"kernel {launch.kernel}")
         self._functions[launch.kernel] = function
         return function
+
+
+def _attributes(launch: Launch) -> ctypes.Array[_Attribute]:
+    """What of ``launch`` is more than a grid of blocks after the kernel before it."""
+    asked = []
+    if launch.cluster > 1:
+        asked.append(_Attribute(_CLUSTER_DIMENSION, 0, (1, 1, launch.cluster)))
+    if launch.early:
+        asked.append(_Attribute(_PROGRAMMATIC, 0, (1,)))
+    return (_Attribute * len(asked))(*asked)
 
 
 @cache

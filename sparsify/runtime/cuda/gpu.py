@@ -13,6 +13,7 @@ from sparsify.runtime.words import Layout, Policy
 
 # The sparse tensor cores begin with Ampere.
 OLDEST = (8, 0)
+HOPPER = (9, 0)
 # Why such weights stay dense on a GPU.
 NOT_24 = "not 2:4, the only sparsity that GPUs multiply"
 NO_EXPERTS = "a stack of experts, for which there is no GPU kernel"
@@ -42,6 +43,11 @@ class GPU:
         if library == "cusparselt" and (built is None or not built.is_available()):
             library = None
         return cls(properties.name, capability, properties.multi_processor_count, nvrtc() is not None, library)
+
+    @property
+    def hopper(self) -> bool:
+        """Whether it has clusters, bulk copies and early starts."""
+        return self.capability >= HOPPER
 
     def unfit(self, dtype: torch.dtype, layout: Layout = "packed24") -> str | None:
         """Why no kernel of this GPU takes a weight of ``dtype`` packed as ``layout``, or None."""

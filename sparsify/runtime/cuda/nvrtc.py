@@ -30,6 +30,10 @@ def source_hash() -> str:
     return hashlib.sha256(text).hexdigest()[:16]
 
 
+class CompileLog(Exception):
+    """All that NVRTC says of a source that does not compile: the cause of the error that a user sees."""
+
+
 class NVRTC:
     """The library.
 
@@ -79,7 +83,8 @@ class NVRTC:
             options = (ctypes.c_char_p * len(words))(*(w.encode() for w in words))
             if self._library.nvrtcCompileProgram(program, len(words), options):
                 log = self._output(program, "nvrtcGetProgramLogSize", "nvrtcGetProgramLog").decode(errors="replace")
-                raise self._failure(target, next((line for line in log.splitlines() if "error" in line), log[:200]))
+                line = next((line for line in log.splitlines() if "error" in line), log[:200])
+                raise self._failure(target, line) from CompileLog(log)
             if known:
                 return self._output(program, "nvrtcGetCUBINSize", "nvrtcGetCUBIN")
             return self._output(program, "nvrtcGetPTXSize", "nvrtcGetPTX")

@@ -60,7 +60,10 @@ def _own_product(variant: Variant, x: Tensor, fragments: Tensor, rows: int, bias
     tokens, columns = x.shape
     module = _module(x)
     y = x.new_empty(tokens, rows)
-    partial = x.new_empty((variant.splits, tokens, rows), dtype=torch.float32) if variant.splits > 1 else None
+    # Clusters add their sums in shared memory.
+    partial = None
+    if variant.kind == "tiled" and variant.splits > 1:
+        partial = x.new_empty((variant.splits, tokens, rows), dtype=torch.float32)
     bias = None if bias is None else bias.contiguous()
     arguments = Arguments(
         fragments.data_ptr(),
@@ -73,12 +76,13 @@ def _own_product(variant: Variant, x: Tensor, fragments: Tensor, rows: int, bias
         columns,
         fragments.shape[1],
         variant.splits,
+        int(variant.early),
         0,
         0,
     )
-    module.launch(variant.launch(tokens, rows), arguments)
+    module.launch(variant.launch(tokens, rows, module.multiprocessors), arguments)
     if partial is not None:
-        module.launch(variants.add_splits_launch(tokens, rows), arguments)
+        module.launch(variants.add_splits_launch(tokens, rows, variant.early), arguments)
     return y
 
 
@@ -105,7 +109,7 @@ def dense_rows(fragments: Tensor, like: Tensor, first: int, count: int, columns:
     """Rows [first, first + count) of the weight, [count, columns] in the dtype of ``like``; ``first`` in sixteens."""
     out = like.new_empty(count, columns)
     arguments = Arguments(
-        fragments.data_ptr(), None, None, out.data_ptr(), None, 0, 0, columns, fragments.shape[1], 1, first, count
+        fragments.data_ptr(), None, None, out.data_ptr(), None, 0, 0, columns, fragments.shape[1], 1, 0, first, count
     )
     _module(like).launch(variants.unpack_launch(count, columns), arguments)
     return out

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from sparsify.runtime.cuda.fragments import tiles
+from sparsify.runtime.cuda.fragments import TILE_BYTES, tiles
 
 
 class Arguments(ctypes.Structure):
@@ -14,18 +16,27 @@ class Arguments(ctypes.Structure):
 
     _fields_: ClassVar = [
         *((name, ctypes.c_void_p) for name in ("fragments", "x", "bias", "y", "partial")),
-        *((name, ctypes.c_int) for name in ("tokens", "rows", "columns", "tiles", "splits", "first", "count")),
+        *((name, ctypes.c_int) for name in ("tokens", "rows", "columns", "tiles", "splits", "early", "first", "count")),
     ]
 
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch: ``threads`` a block, ``shared`` bytes of dynamic shared memory."""
+    """One launch: ``threads`` a block, ``shared`` bytes of dynamic shared memory.
+
+    Attributes:
+        cluster: blocks along z that run together and read each other's shared memory (compute capability 9.0).
+        early: may start before the kernel before it on the stream has ended, which it waits for itself (9.0).
+        resident: blocks that should find room on one multiprocessor; 0 leaves it to the driver.
+    """
 
     kernel: str
     grid: tuple[int, int, int]
     threads: int
     shared: int
+    cluster: int = 1
+    early: bool = False
+    resident: int = 0
 
 
 @dataclass(frozen=True)
@@ -33,10 +44,13 @@ class Variant:
     """How a product with fragments is cut up.
 
     Attributes:
-        kind: ``decode`` (a block's warps split the columns) or ``tiled`` (they split the rows).
-        warps: of a block. row_tiles: of 16 rows, of a block (decode) or a warp (tiled). token_tiles: of 8 tokens, at
-            most (decode) or of a block (tiled).
-        splits: blocks that share the columns of the same rows; their sums are added by a second kernel.
+        kind: ``decode`` (a block's warps split the columns), ``bulk`` (so too, with weights brought by the copy engine
+            to blocks that stay for several groups of rows) or ``tiled`` (the warps split the rows).
+        warps: of a block. row_tiles: of 16 rows, of a block (of a warp: ``tiled``). token_tiles: of 8 tokens, at most
+            (of a block: ``tiled``).
+        splits: blocks that share the columns of the same rows. They are a cluster and add their sums there; those of
+            ``tiled`` leave them to a second kernel.
+        early: see :class:`Launch`.
     """
 
     kind: str
@@ -44,6 +58,7 @@ class Variant:
     row_tiles: int
     token_tiles: int
     splits: int = 1
+    early: bool = False
 
     @property
     def kernel(self) -> str:
@@ -51,7 +66,7 @@ class Variant:
 
     @property
     def name(self) -> str:
-        return self.kernel if self.splits == 1 else f"{self.kernel}_s{self.splits}"
+        return self.kernel + (f"_s{self.splits}" if self.splits > 1 else "") + ("_e" if self.early else "")
 
     @classmethod
     def named(cls, name: str) -> Variant:
@@ -60,39 +75,71 @@ class Variant:
         Raises:
             ValueError: no variant of that name is compiled.
         """
-        kernel, _, splits = name.partition("_s")
-        found = next((v for v in VARIANTS if v.kernel == kernel), None)
-        split = found is not None and found.kind == "tiled" and splits.isdigit() and 2 <= int(splits) <= MOST_SPLITS
-        if found is None or (name != kernel and not split):
-            raise ValueError(f"no kernel {name!r}")
-        return replace(found, splits=int(splits)) if split else found
+        parts = re.fullmatch(r"(\w+?)(?:_s(\d{1,2}))?(_e)?", name)
+        base = next((v for v in VARIANTS if parts is not None and v.kernel == parts[1]), None)
+        if parts is not None and base is not None:
+            found = replace(base, splits=int(parts[2] or 1), early=parts[3] is not None)
+            if found.name == name and found.splits in found.possible_splits:
+                return found
+        raise ValueError(f"no kernel {name!r}")
+
+    @property
+    def possible_splits(self) -> Sequence[int]:
+        return range(1, MOST_SPLITS + 1) if self.kind == "tiled" else CLUSTERS
+
+    @property
+    def needs_hopper(self) -> bool:
+        """Whether compute capability 9.0 is the least that runs it."""
+        return self.kind == "bulk" or self.early or (self.kind == "decode" and self.splits > 1)
+
+    @property
+    def most_tokens(self) -> int | None:
+        """That it takes at once; None: any number."""
+        return None if self.kind == "tiled" else 8 * self.token_tiles
 
     def fits(self, tokens: int, columns: int) -> bool:
         """Whether it takes ``tokens`` at once, and has columns enough to split."""
-        return (self.kind != "decode" or tokens <= 8 * self.token_tiles) and self.splits <= tiles(1, columns)[1]
+        return tokens <= (self.most_tokens or tokens) and self.splits <= tiles(1, columns)[1]
 
-    def launch(self, tokens: int, rows: int) -> Launch:
-        if self.kind == "decode":
-            blocks = -(-rows // (16 * self.row_tiles))
-            return Launch(
-                self.kernel, (blocks, 1, 1), 32 * self.warps, self.warps * self.row_tiles * self.token_tiles * 512
-            )
-        grid = (-(-tokens // (8 * self.token_tiles)), -(-rows // (16 * self.row_tiles * self.warps)), self.splits)
-        return Launch(self.kernel, grid, 32 * self.warps, 2 * 8 * self.token_tiles * _STAGE_ROW)
+    def launch(self, tokens: int, rows: int, multiprocessors: int = 132) -> Launch:
+        """For a GPU of so many ``multiprocessors``."""
+        groups, threads = -(-rows // (16 * self.row_tiles)), 32 * self.warps
+        # A round of the sums over warps: floats of 16 rows and 8 tokens.
+        sums = self.warps * self.row_tiles * self.token_tiles * 512
+        match self.kind:
+            case "decode":
+                return Launch(self.kernel, (groups, 1, self.splits), threads, sums, self.splits, self.early)
+            case "bulk":
+                depth, resident = _RINGS[self.warps, self.row_tiles]
+                shared = self.warps * depth * (self.row_tiles * TILE_BYTES + _SIGNAL) + 2 * sums
+                blocks = min(groups, max(1, multiprocessors * resident // self.splits))
+                return Launch(self.kernel, (blocks, 1, self.splits), threads, shared, self.splits, self.early, resident)
+            case _:
+                high = -(-rows // (16 * self.row_tiles * self.warps))
+                grid = (-(-tokens // (8 * self.token_tiles)), high, self.splits)
+                return Launch(self.kernel, grid, threads, 2 * 8 * self.token_tiles * _STAGE_ROW, early=self.early)
 
 
 # Bytes that kernels/tiled.h stages of a token.
 _STAGE_ROW = 576
-# Of the columns, at most.
+# Of kernels/device.h.
+_SIGNAL = 8
+# Tiles that a warp of a bulk kernel has on their way, and how many of its blocks share a multiprocessor, as
+# kernels/kernels.cu compiles them: 150 to 170 KB on their way on each multiprocessor, some four times what the latency
+# of the memory (about a microsecond at 4 TB/s) asks for, and as many blocks as 227 KB of shared memory hold.
+_RINGS = {(8, 1): (2, 2), (4, 1): (3, 3), (8, 2): (2, 1)}
+# Of the columns, at most, by a second kernel; and by clusters, of which 8 is the most that every GPU with them runs.
 MOST_SPLITS = 64
-# Those that kernels/kernels.cu compiles.
+CLUSTERS = (1, 2, 4, 8)
+# Those that kernels/kernels.cu compiles; the bulk ones for compute capability 9.0 and later.
 DECODE = tuple(Variant("decode", w, r, m) for w, r in ((8, 1), (4, 1), (16, 1), (8, 2)) for m in (1, 2))
+BULK = tuple(Variant("bulk", w, r, m) for w, r in _RINGS for m in (1, 2))
 TILED = tuple(Variant("tiled", w, r, m) for w, r in ((4, 1), (8, 1), (8, 2)) for m in (4, 8))
-VARIANTS = DECODE + TILED
+VARIANTS = DECODE + BULK + TILED
 
 
-def add_splits_launch(tokens: int, rows: int) -> Launch:
-    return Launch("add_splits", (-(-tokens * rows // 256), 1, 1), 256, 0)
+def add_splits_launch(tokens: int, rows: int, early: bool = False) -> Launch:
+    return Launch("add_splits", (-(-tokens * rows // 256), 1, 1), 256, 0, early=early)
 
 
 def unpack_launch(count: int, columns: int) -> Launch:

@@ -17,19 +17,19 @@ from support.gpus import A100, H200
 from support.matrices import pruned_24
 
 from sparsify.errors import BackendError, Refused, SpecError
-from sparsify.runtime.cuda.autotune.measure import RacedMatrix, measure
+from sparsify.runtime.cuda.autotune.measure import RacedMatrix, measure, own_candidates
 from sparsify.runtime.cuda.autotune.times import TimesFile, random_24
 from sparsify.runtime.cuda.compressed import SparseLibrary
 from sparsify.runtime.cuda.dispatch import BUCKETS, LEAST, Plan, Timings, default_plan
 from sparsify.runtime.cuda.gpu import GPU
 from sparsify.runtime.cuda.prepared import NO_COMPILER, PreparedWeight, prepare_weight
-from sparsify.runtime.cuda.variants import DECODE, VARIANTS, Variant
+from sparsify.runtime.cuda.variants import BULK, DECODE, TILED, Variant
 from sparsify.runtime.layout import Packed, holds_24, pack, unpack
 from sparsify.runtime.soundness import check
 from sparsify.runtime.words import POLICIES, Policy
 
 KERNELS = st.sampled_from(
-    ["unpack", "cutlass", "cusparselt:0", "cusparselt:31", *(v.name for v in VARIANTS[8:]), "tiled_w8_r2_m8_s4"]
+    ["unpack", "cutlass", "cusparselt:0", "cusparselt:31", *(v.name for v in TILED), "tiled_w8_r2_m8_s4_e"]
 )
 
 
@@ -62,7 +62,13 @@ def test_plans_survive_being_text(steps: list[tuple[int, str]], tokens: int) -> 
         "*:cusparselt:-1",
         "*:tiled_w8_r2_m8_s",
         "*:tiled_w8_r2_m8_s65",
-        "8:decode_w8_r1_m1_s2,*:unpack",
+        "8:decode_w8_r1_m1_s3,*:unpack",
+        "8:decode_w8_r1_m1_s1,*:unpack",
+        "8:decode_w8_r1_m1_e_s2,*:unpack",
+        "8:decode_w8_r1_m1_s2_s2,*:unpack",
+        "16:bulk_w8_r1_m1,*:unpack",
+        "*:bulk_w8_r1_m2",
+        "8:bulk_w16_r1_m1,*:unpack",
         "*:dense",
     ],
 )
@@ -138,7 +144,7 @@ def test_what_is_raced_and_what_is_made_of_it() -> None:
     assert isinstance(prepared, PreparedWeight)
     weights = RacedMatrix(dense, prepared.fragments, prepared.compressed, prepared.codes)
     clock = FakeClock(lambda name, tokens: {"dense": 10e-6, "cutlass": 9e-6}.get(name, 5e-6 + 1e-7 * tokens))
-    timings = measure(weights, lambda kernel, w: lambda x: (kernel, x.shape[0]), clock)
+    timings = measure(weights, lambda kernel, w: lambda x: (kernel, x.shape[0]), clock, A100)
     assert tuple(timings.micro) == BUCKETS and all("dense" in times for times in timings.micro.values())
     ones = {name for name, tokens in clock.ran if tokens == 1}
     assert ones == {"dense", "cutlass", *(v.name for v in DECODE if v.token_tiles == 1)}
@@ -148,6 +154,35 @@ def test_what_is_raced_and_what_is_made_of_it() -> None:
     assert "tiled_w8_r2_m8_s8" not in sixty
     plan = timings.plan()
     assert plan.kernel(1).startswith("decode") and plan.kernel(32).startswith("tiled") and plan.kernel(64) == "cutlass"
+
+
+@pytest.mark.parametrize("rows", [64, 1024, 4096, 28672])
+@pytest.mark.parametrize("tokens", [1, 8, 9, 16, 17, 64, 512, 513])
+def test_what_of_ours_is_raced(rows: int, tokens: int) -> None:
+    old, new = (own_candidates(tokens, rows, 4096, gpu) for gpu in (A100, H200))
+    assert len(set(new)) == len(new) and {*old} == {v for v in new if not v.needs_hopper}
+    for variant in new:
+        assert variant.fits(tokens, 4096) and Variant.named(variant.name) == variant
+        # Of few tokens no group of eight is empty, and more blocks than the GPU holds twice are not split further.
+        launch = variant.launch(tokens, rows, H200.multiprocessors)
+        assert tokens > 16 or (8 * (variant.token_tiles - 1) < tokens <= 8 * variant.token_tiles)
+        assert launch.cluster == 1 or launch.grid[0] * launch.grid[2] <= 2 * H200.multiprocessors
+        assert launch.shared <= 227 << 10 and launch.threads <= 1024
+    kinds = {v.kind for v in new}
+    assert kinds == ({"decode", "bulk"} if tokens <= 16 else {"tiled"} if tokens <= 512 else set())
+    split = any(v.splits > 1 for v in new)
+    assert split == (tokens <= 512 and (rows <= 4096 or tokens > 16)), "rows that leave the GPU idle are split"
+
+
+def test_blocks_that_stay_fill_the_gpu_once() -> None:
+    """As many as find room, each with groups of rows to go on with; no more than there are groups."""
+    for variant in BULK:
+        for rows in (16, 4096, 28672):
+            launch = variant.launch(1, rows, 132)
+            assert launch.grid[0] == min(-(-rows // (16 * variant.row_tiles)), 132 * launch.resident)
+            # 228 KB, of which the system takes one for each block.
+            assert launch.resident * (launch.shared + 1024) <= 228 << 10
+    assert [v.launch(1, 64).resident for v in BULK[::2]] == [2, 3, 1]
 
 
 def test_a_kernel_that_fails_is_left_out_and_said() -> None:
@@ -164,7 +199,9 @@ def test_a_kernel_that_fails_is_left_out_and_said() -> None:
     with pytest.warns(
         RuntimeWarning, match="tiled_w4_r1_m4 is left out for 32 tokens of 64×512: tiled_w4_r1_m4 cannot"
     ):
-        timings = measure(weights, lambda kernel, w: lambda x: (kernel, x.shape[0]), FakeClock(time), (16, 32, 64))
+        timings = measure(
+            weights, lambda kernel, w: lambda x: (kernel, x.shape[0]), FakeClock(time), H200, (16, 32, 64)
+        )
     assert {t: set(times) for t, times in timings.micro.items() if t > 16} == {64: {"dense", "unpack"}}
     assert timings.plan().kernel(32) == "unpack"
 

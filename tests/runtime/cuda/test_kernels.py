@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,19 @@ from torch import Tensor
 
 from sparsify.runtime.cuda import nvrtc
 from sparsify.runtime.cuda.fragments import to_fragments
-from sparsify.runtime.cuda.variants import DECODE, TILED, VARIANTS, Arguments, Variant
+from sparsify.runtime.cuda.variants import BULK, DECODE, TILED, VARIANTS, Variant
 from sparsify.runtime.layout import pack
 
 DTYPES = (torch.bfloat16, torch.float16)
-SPLIT = (Variant("tiled", 8, 2, 8, 2), Variant("tiled", 4, 1, 4, 3))
+SPLIT = (
+    Variant("tiled", 8, 2, 8, 2),
+    Variant("tiled", 4, 1, 4, 3, early=True),
+    Variant("decode", 8, 1, 1, 2),
+    Variant("decode", 8, 2, 2, 4, early=True),
+    Variant("bulk", 8, 1, 2, 2, early=True),
+    Variant("bulk", 4, 1, 1, 4),
+)
+EARLY = tuple(replace(v, early=True) for v in (DECODE[0], BULK[0], TILED[0]))
 
 
 def weight(rows: int, columns: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -41,13 +50,16 @@ def check(variant: Variant, dtype: torch.dtype, shape: tuple[int, int], tokens: 
         assert error(emulate.linear(variant, x, fragments, shape[0]), exact) < 4e-3
 
 
-QUICK = (DECODE[0], DECODE[-1], TILED[0], TILED[-1], SPLIT[1])
+QUICK = (DECODE[0], DECODE[-1], BULK[0], BULK[-1], TILED[0], TILED[-1], SPLIT[1], SPLIT[3], SPLIT[4], EARLY[1])
 CASES = [
     *((variant, torch.bfloat16) for variant in QUICK),
     (SPLIT[1], torch.float16),
-    *(pytest.param(v, torch.bfloat16, marks=pytest.mark.slow) for v in (*VARIANTS, *SPLIT) if v not in QUICK),
+    (SPLIT[4], torch.float16),
+    *(pytest.param(v, torch.bfloat16, marks=pytest.mark.slow) for v in (*VARIANTS, *SPLIT, *EARLY) if v not in QUICK),
 ]
-SHAPES = (((16, 256), (1, 7, 16)), ((7, 64), (3, 9, 33)), ((100, 840), (2, 16, 70)))
+# Seven row tiles: blocks that stay (two or three of them, see emulate.MULTIPROCESSORS) go on to others. 2048 columns:
+# more tiles than a ring of copies has places.
+SHAPES = (((16, 256), (1, 7, 16)), ((7, 64), (3, 9, 33)), ((100, 840), (2, 16, 70)), ((36, 2048), (5,)))
 
 
 @pytest.mark.parametrize(("variant", "dtype"), CASES, ids=lambda v: getattr(v, "name", str(v)))
@@ -55,7 +67,7 @@ def test_against_float64_on_ragged_shapes(variant: Variant, dtype: torch.dtype) 
     torch.manual_seed(0)
     for shape, counts in SHAPES:
         # A tiled kernel does as much for one token as for its whole tile of them.
-        for tokens in counts if variant.kind == "decode" else counts[-1:]:
+        for tokens in counts[-1:] if variant.kind == "tiled" else counts:
             if variant.fits(tokens, shape[1]):
                 check(variant, dtype, shape, tokens)
 
@@ -78,40 +90,27 @@ def test_values_that_floats_have_beside_numbers() -> None:
     assert bool(y[0, kept].isinf().all()) and kept.any() and not kept.all()
 
 
-def test_the_emulator_finds_what_it_is_for() -> None:
-    """A kernel that reads past a buffer, and one that is told of more tokens than there are."""
-    _, fragments = weight(32, 256, torch.bfloat16)
-    x, y = torch.randn(4, 256).bfloat16(), torch.empty(4, 32, dtype=torch.bfloat16)
-    for count, held, variant in ((4, fragments[:1], DECODE[0]), (5, fragments, DECODE[0]), (5, fragments, TILED[0])):
-        arguments = Arguments(held.data_ptr(), x.data_ptr(), None, y.data_ptr(), None, count, 32, 256, 1, 1, 0, 0)
-        with pytest.raises(emulate.EmulatorError, match=r"outside of every buffer"):
-            emulate.run(variant.launch(count, 32), arguments, torch.bfloat16, [held, x], [y])
-
-
-def test_the_emulator_finds_shared_memory_that_is_too_small() -> None:
-    _, fragments = weight(32, 256, torch.bfloat16)
-    x, y = torch.randn(4, 256).bfloat16(), torch.empty(4, 32, dtype=torch.bfloat16)
-    arguments = Arguments(fragments.data_ptr(), x.data_ptr(), None, y.data_ptr(), None, 4, 32, 256, 1, 1, 0, 0)
-    launch = DECODE[0].launch(4, 32)
-    short = type(launch)(launch.kernel, launch.grid, launch.threads, launch.shared - 16)
-    with pytest.raises(emulate.EmulatorError, match=r"past its end"):
-        emulate.run(short, arguments, torch.bfloat16, [fragments, x], [y])
-
-
 # Machine code.
 
 
-def check_machine_code(binary: Path) -> None:
+def check_machine_code(binary: Path, hopper: bool) -> None:
     kernels = machine_code(binary)
-    assert set(kernels) == {v.kernel for v in VARIANTS} | {"add_splits", "unpack"}
+    assert set(kernels) == {v.kernel for v in VARIANTS if hopper or not v.needs_hopper} | {"add_splits", "unpack"}
     for name, words in kernels.items():
         assert not [w for w in words if w.startswith(("LDL", "STL"))], f"{name} spills registers to local memory"
+        # Each waits for the kernel before it, and does so before its first load of anything.
+        first = min(i for i, w in enumerate(words) if w.startswith(("LDG", "UBLKCP")))
+        assert ("ACQBULK" in words[:first]) == hopper, name
         if name == "add_splits":
             continue
         loads = [w for w in words if w.split(".")[0] == "LDG"]
         wide = [w for w in loads if w.endswith(".128") or ".128." in w]
         # Nine 16-byte loads are one tile of weights. The bias is two bytes, and no more than that is narrow.
-        assert len(wide) >= 9, (name, loads)
+        if name.startswith("bulk"):
+            assert sum(w.startswith("UBLKCP.S.G") for w in words) >= 2, f"{name} has no bulk copies"
+            assert sum(w.startswith("LDS") and "128" in w for w in words) >= 9, name
+        else:
+            assert len(wide) >= 9, (name, loads)
         assert all(".U16" in w for w in loads if w not in wide), (name, loads)
         if name != "unpack":
             products = [w for w in words if w.startswith("HMMA.SP.16832.F32")]
@@ -144,7 +143,7 @@ def test_what_nvcc_makes_of_it(tmp_path: Path, capability: tuple[int, int], dtyp
         pytest.skip(f"this nvcc does not know {name}")
     words = [nvcc, "-std=c++17", "-O3", f"-arch={name}", f"-DSPARSIFY_TYPE={nvrtc.TYPES[dtype]}", "-cubin"]
     subprocess.run([*words, "-o", tmp_path / "k.cubin", nvrtc.SOURCES / nvrtc.MAIN], check=True)
-    check_machine_code(tmp_path / "k.cubin")
+    check_machine_code(tmp_path / "k.cubin", capability >= (9, 0))
 
 
 @pytest.fixture(scope="module")
@@ -162,7 +161,7 @@ def test_what_nvrtc_makes_of_it(
     if 10 * capability[0] + capability[1] not in compiler.architectures:
         pytest.skip(f"this NVRTC does not know sm_{capability[0]}{capability[1]}")
     (tmp_path / "k.cubin").write_bytes(compiler.compile(dtype, capability))
-    check_machine_code(tmp_path / "k.cubin")
+    check_machine_code(tmp_path / "k.cubin", capability >= (9, 0))
 
 
 def test_a_gpu_that_nvrtc_does_not_know_gets_ptx(compiler: nvrtc.NVRTC) -> None:

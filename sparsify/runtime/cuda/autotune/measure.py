@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -16,7 +16,8 @@ from sparsify.runtime.cuda import compressed
 from sparsify.runtime.cuda.autotune.clock import Clock
 from sparsify.runtime.cuda.dispatch import BUCKETS, DENSE, Timings
 from sparsify.runtime.cuda.fragments import tiles
-from sparsify.runtime.cuda.variants import DECODE, TILED, Variant
+from sparsify.runtime.cuda.gpu import GPU
+from sparsify.runtime.cuda.variants import BULK, CLUSTERS, DECODE, TILED, Variant
 
 _SPLITS = (1, 2, 4, 8)
 
@@ -50,8 +51,9 @@ MakeCall = Callable[[str, RacedMatrix], Callable[[Tensor], object]]
 
 
 @torch.inference_mode()
-def measure(matrix: RacedMatrix, call: MakeCall, clock: Clock, buckets: Sequence[int] = BUCKETS) -> Timings:
-    """Time every kernel that ``matrix`` allows at each of ``buckets``. One that fails is left out, with a warning.
+def measure(matrix: RacedMatrix, call: MakeCall, clock: Clock, gpu: GPU, buckets: Sequence[int] = BUCKETS) -> Timings:
+    """Time every kernel that ``matrix`` and ``gpu`` allow at each of ``buckets``. One that fails is left out, with a
+    warning.
 
     Args:
         call: makes the call that runs a kernel: :func:`sparsify.runtime.cuda.autotune.times.call_of`.
@@ -64,16 +66,16 @@ def measure(matrix: RacedMatrix, call: MakeCall, clock: Clock, buckets: Sequence
         wanted = clock.copies(min(matrix.layouts), sum(matrix.layouts)) if tokens <= 256 else 2
         held = held[:wanted] + [matrix.copy() for _ in range(wanted - len(held))]
         x = torch.randn(tokens, columns, device=matrix.dense.device).to(matrix.dense.dtype)
-        times = _times(held, x, call, clock)
+        times = _times(held, x, call, clock, gpu)
         if len(times) > 1:
             found[tokens] = times
     return Timings(found)
 
 
-def _times(held: Sequence[RacedMatrix], x: Tensor, call: MakeCall, clock: Clock) -> dict[str, float]:
-    (rows, columns), tokens = held[0].dense.shape, x.shape[0]
+def _times(held: Sequence[RacedMatrix], x: Tensor, call: MakeCall, clock: Clock, gpu: GPU) -> dict[str, float]:
+    rows = held[0].dense.shape[0]
     calls: dict[str, list[Callable[[], object]]] = {DENSE: [partial(linear, x, w.dense) for w in held]}
-    for kernel in candidates(tokens, rows, columns, held[0], x):
+    for kernel in candidates(held[0], x, gpu):
         calls[kernel] = [partial(call(kernel, w), x) for w in held]
     found = {}
     for kernel, run in calls.items():
@@ -91,19 +93,12 @@ def _left_out(kernel: str, x: Tensor, rows: int, error: Exception) -> None:
     warnings.warn(f"sparsify: {kernel} is left out for {where}: {first_line(error)}", RuntimeWarning, stacklevel=4)
 
 
-def candidates(tokens: int, rows: int, columns: int, matrix: RacedMatrix, x: Tensor) -> list[str]:
-    """The kernels that may be fastest for ``tokens``."""
+def candidates(matrix: RacedMatrix, x: Tensor, gpu: GPU) -> list[str]:
+    """The kernels that may be fastest for ``x`` on ``gpu``."""
+    (tokens, columns), rows = x.shape, matrix.dense.shape[0]
     names: list[str] = []
     if matrix.fragments is not None:
-        own: list[Variant] = []
-        if tokens <= 16:
-            own = [v for v in DECODE if v.fits(tokens, columns) and 8 * (v.token_tiles - 1) < tokens]
-        elif tokens <= 512:
-            groups = 4 if tokens <= 32 else 8
-            some = [v for v in TILED if v.token_tiles == groups]
-            own = [Variant(v.kind, v.warps, v.row_tiles, v.token_tiles, s) for v in some for s in _SPLITS]
-            own = [v for v in own if v.splits <= max(1, tiles(1, columns)[1] // 2)]
-        names += [v.name for v in own]
+        names = [v.name for v in own_candidates(tokens, rows, columns, gpu)]
         if tokens > 16:
             names.append("unpack")
     if matrix.compressed is not None and matrix.codes is not None:
@@ -114,6 +109,27 @@ def candidates(tokens: int, rows: int, columns: int, matrix: RacedMatrix, x: Ten
         except RuntimeError as error:
             _left_out("cusparselt", x, rows, error)
     return names
+
+
+def own_candidates(tokens: int, rows: int, columns: int, gpu: GPU) -> list[Variant]:
+    """Of our own kernels. Each is raced started early, too, where the GPU can."""
+    if tokens > 512:
+        return []
+    if tokens > 16:
+        groups = 4 if tokens <= 32 else 8
+        found = [replace(v, splits=s) for v in TILED if v.token_tiles == groups for s in _SPLITS]
+        # Two tiles of columns a split at least, for one to be on its way while the other is used.
+        found = [v for v in found if v.splits <= max(1, tiles(1, columns)[1] // 2)]
+    else:
+        some = [v for v in DECODE + BULK if 8 * (v.token_tiles - 1) < tokens]
+        # Columns are split over more blocks where there are too few rows to occupy the GPU.
+        blocks = 2 * gpu.multiprocessors
+        found = [
+            replace(v, splits=s) for v in some for s in CLUSTERS if s == 1 or s * rows <= 16 * v.row_tiles * blocks
+        ]
+        found = [v for v in found if v.fits(tokens, columns)]
+    found += [replace(v, early=True) for v in found]
+    return [v for v in found if gpu.hopper or not v.needs_hopper]
 
 
 def _algorithm(weight: Tensor, x: Tensor) -> int:

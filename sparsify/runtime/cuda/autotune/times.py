@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -17,10 +17,11 @@ from sparsify.runtime.cache import cache_folder, put_whole
 from sparsify.runtime.cuda import compressed as libraries
 from sparsify.runtime.cuda import nvrtc
 from sparsify.runtime.cuda.autotune.clock import Clock, GPUClock
-from sparsify.runtime.cuda.autotune.measure import RacedMatrix, measure
+from sparsify.runtime.cuda.autotune.measure import MakeCall, RacedMatrix, measure
 from sparsify.runtime.cuda.compressed import SparseLibrary
-from sparsify.runtime.cuda.dispatch import DENSE, Timings, check_kernel
+from sparsify.runtime.cuda.dispatch import BUCKETS, DENSE, Timings, check_kernel
 from sparsify.runtime.cuda.fragments import to_fragments
+from sparsify.runtime.cuda.gpu import GPU
 from sparsify.runtime.cuda.products import run_kernel
 from sparsify.runtime.layout import Packed, padded, unpack
 from sparsify.runtime.words import Policy
@@ -75,9 +76,15 @@ def timings_of(
     key = f"{rows}x{columns}:{str(dtype).removeprefix('torch.')}:{policy}:{library or 'none'}"
     found = store.get(key)
     if found is None:
-        found = race(rows, columns, dtype, policy, library, device, GPUClock(device))
+        found = race(rows, columns, dtype, policy, library, device, GPUClock(device), GPU.of(device))
         store.put(key, found)
     return found
+
+
+def call_of(kernel: str, matrix: RacedMatrix) -> Callable[[Tensor], Tensor]:
+    """The call that runs ``kernel`` on ``matrix``."""
+    rows = matrix.dense.shape[0]
+    return lambda x: run_kernel(kernel, x, matrix.fragments, matrix.compressed, matrix.codes, rows)
 
 
 def race(
@@ -88,18 +95,15 @@ def race(
     library: SparseLibrary | None,
     device: torch.device,
     clock: Clock,
+    gpu: GPU,
+    buckets: Sequence[int] = BUCKETS,
+    call: MakeCall = call_of,
 ) -> Timings:
-    """Time the kernels on a random 2:4 matrix."""
+    """Time the kernels of ``gpu`` on a random 2:4 matrix that lies on ``device``."""
     packed = random_24(rows, columns, dtype, device)
     held, codes = libraries.compress(packed, library) if library is not None else (None, None)
     fragments = to_fragments(packed) if policy != "prefill" else None
-    return measure(RacedMatrix(unpack(packed), fragments, held, codes), call_of, clock)
-
-
-def call_of(kernel: str, matrix: RacedMatrix) -> Callable[[Tensor], Tensor]:
-    """The call that runs ``kernel`` on ``matrix``."""
-    rows = matrix.dense.shape[0]
-    return lambda x: run_kernel(kernel, x, matrix.fragments, matrix.compressed, matrix.codes, rows)
+    return measure(RacedMatrix(unpack(packed), fragments, held, codes), call, clock, gpu, buckets)
 
 
 def random_24(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Packed:

@@ -6,15 +6,23 @@ typedef unsigned int u32;
 typedef unsigned short u16;
 typedef unsigned long long u64;
 
+// Hopper and later have clusters of blocks, bulk copies, and kernels that start before the one before them has ended.
+#define HOPPER (__CUDA_ARCH__ >= 900)
+
 #define DEVICE __device__ __forceinline__
 #define KERNEL(name, threads) extern "C" __global__ void __launch_bounds__(threads) name(const Arguments a)
-#define SHARED(name) extern __shared__ __align__(16) unsigned char name[]
+// `blocks` of it fit on one multiprocessor.
+#define RESIDENT_KERNEL(name, threads, blocks) \
+  extern "C" __global__ void __launch_bounds__(threads, blocks) name(const Arguments a)
+#define SHARED(name) extern __shared__ __align__(128) unsigned char name[]
 
 DEVICE int thread() { return threadIdx.x; }
 DEVICE int block_x() { return blockIdx.x; }
 DEVICE int block_y() { return blockIdx.y; }
 DEVICE int block_z() { return blockIdx.z; }
+DEVICE int blocks_x() { return gridDim.x; }
 DEVICE void barrier() { __syncthreads(); }
+DEVICE void warp_barrier() { __syncwarp(); }
 
 // Weights are read once: they stay out of L1, and L2 is asked for 256 bytes at a time.
 DEVICE uint4 load_weights(const uint4* p) {
@@ -24,10 +32,11 @@ DEVICE uint4 load_weights(const uint4* p) {
   return r;
 }
 
-// Inputs are read by every block: L1 keeps them for the blocks that follow on the same multiprocessor.
+// Inputs are read by every block: L1 keeps them for the blocks that follow on the same multiprocessor. Not the path of
+// constants ("nc"), and volatile, so that no load moves above await_previous: the kernel before may still write them.
 DEVICE uint4 load_input(const void* p) {
   uint4 r;
-  asm("ld.global.nc.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(r.x), "=r"(r.y), "=r"(r.z), "=r"(r.w) : "l"(p));
+  asm volatile("ld.global.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(r.x), "=r"(r.y), "=r"(r.z), "=r"(r.w) : "l"(p) : "memory");
   return r;
 }
 
@@ -49,6 +58,65 @@ DEVICE void commit_copies() { asm volatile("cp.async.commit_group;"); }
 // Until all copies but those of the last `left` commits are there.
 template <int left>
 DEVICE void await_copies() { asm volatile("cp.async.wait_group %0;" ::"n"(left)); }
+
+#if HOPPER
+// Until the kernel before this one on the stream has ended and what it wrote is to be seen. At once, where this kernel
+// was not started early. Before it a kernel may fetch into L2 and do nothing else to memory: L2 is what all writes go
+// through, so not even a weight that the kernel before has just written can be taken from there in its old state.
+DEVICE void await_previous() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+// The next kernel, if it is one that waits, may start as soon as every block has said so.
+DEVICE void let_next_start() { asm volatile("griddepcontrol.launch_dependents;"); }
+// `bytes`, a multiple of 16, into L2.
+DEVICE void prefetch(const void* p, u32 bytes) {
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(p), "r"(bytes));
+}
+
+// The blocks of a cluster run at the same time and read each other's shared memory.
+DEVICE void cluster_barrier() {
+  asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+// `p` lies in shared memory; the same place in block `rank` of the cluster.
+DEVICE float load_of_block(const float* p, int rank) {
+  u32 at;
+  float r;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(at) : "r"((u32)__cvta_generic_to_shared(p)), "r"(rank));
+  asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(r) : "r"(at) : "memory");
+  return r;
+}
+
+// Bulk copies: one thread asks, the copy engine writes, and a Signal in shared memory tells how far it is. Its phases
+// take turns, 0 first; each ends when the bytes that were announced for it are there.
+typedef u64 Signal;
+DEVICE u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
+DEVICE void make_signal(Signal* s) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(s)) : "memory");
+}
+// By who made them, before others use them.
+DEVICE void publish_signals() {
+  asm volatile("fence.mbarrier_init.release.cluster;\n\tfence.proxy.async.shared::cta;" ::: "memory");
+}
+DEVICE void announce(Signal* s, u32 bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(s)), "r"(bytes) : "memory");
+}
+// Both on a boundary of 16 bytes, and `bytes` a multiple of it.
+DEVICE void copy_bulk(unsigned char* to, const void* from, u32 bytes, Signal* s) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                   shared_address(to)),
+               "l"(from), "r"(bytes), "r"(shared_address(s))
+               : "memory");
+}
+DEVICE void await_signal(Signal* s, int phase) {
+  asm volatile(
+      "{\n\t.reg .pred done;\n"
+      "again:\n\tmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n\t@!done bra again;\n}" ::"r"(
+          shared_address(s)),
+      "r"(phase)
+      : "memory");
+}
+#else
+DEVICE void await_previous() {}
+DEVICE void let_next_start() {}
+#endif
 
 DEVICE u32 from_neighbour(u32 v) { return __shfl_xor_sync(0xffffffffu, v, 1); }
 DEVICE u32 from_lane(u32 v, int lane) { return __shfl_sync(0xffffffffu, v, lane); }

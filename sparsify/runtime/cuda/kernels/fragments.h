@@ -20,10 +20,12 @@ struct Arguments {
   int tokens, rows, columns;
   int tiles;           // of 256 columns
   int splits;          // blocks that share the columns of one row
+  int early;           // whether this kernel was started before the one before it had ended
   int first, count;    // rows that unpack writes, a multiple of 16 first
 };
 
 const int CHUNKS = 8, LANE_CHUNKS = 9, TILE = LANE_CHUNKS * 32;  // a tile in units of 16 bytes
+const int TILE_BYTES = TILE * 16;
 
 struct Tile {
   uint4 a[CHUNKS];
@@ -35,6 +37,13 @@ DEVICE void load_tile(Tile& tile, const uint4* p) {
 #pragma unroll
   for (int j = 0; j < CHUNKS; j++) tile.a[j] = load_weights(p + 32 * j);
   tile.codes = load_weights(p + 32 * CHUNKS);
+}
+
+// The same of a tile that was copied to shared memory.
+DEVICE void read_tile(Tile& tile, const unsigned char* p) {
+#pragma unroll
+  for (int j = 0; j < CHUNKS; j++) tile.a[j] = load_shared(p + 512 * j);
+  tile.codes = load_shared(p + 512 * CHUNKS);
 }
 
 DEVICE u32 word_of(const uint4& v, int q) { return q == 0 ? v.x : q == 1 ? v.y : q == 2 ? v.z : v.w; }

@@ -4,6 +4,7 @@
 #else
 #include "device.h"
 #endif
+#include "bulk.h"
 #include "decode.h"
 #include "tiled.h"
 #include "unpack.h"
@@ -14,6 +15,15 @@ DECODE(4, 1, 1) DECODE(4, 1, 2)
 DECODE(8, 1, 1) DECODE(8, 1, 2)
 DECODE(16, 1, 1) DECODE(16, 1, 2)
 DECODE(8, 2, 1) DECODE(8, 2, 2)
+
+#if HOPPER
+// Depth and blocks a multiprocessor: see Variant.depth and Variant.resident.
+#define BULK(w, r, m, depth, blocks) \
+  RESIDENT_KERNEL(bulk_w##w##_r##r##_m##m, w * 32, blocks) { bulk<SPARSIFY_TYPE, w, r, m, depth>(a); }
+BULK(8, 1, 1, 2, 2) BULK(8, 1, 2, 2, 2)
+BULK(4, 1, 1, 3, 3) BULK(4, 1, 2, 3, 3)
+BULK(8, 2, 1, 2, 1) BULK(8, 2, 2, 2, 1)
+#endif
 
 #define TILED(w, r, m) \
   KERNEL(tiled_w##w##_r##r##_m##m, w * 32) { tiled<SPARSIFY_TYPE, w, r, m>(a); }

@@ -28,6 +28,16 @@ DEVICE void tiled(const Arguments& a) {
   const int stage = MT * 8 * STAGE_ROW;
   const uint4* base[RT];
   Tile now[RT], next[RT];
+#if HOPPER
+  if (a.early && lane == 0 && first < last)
+#pragma unroll
+    for (int r = 0; r < RT; r++)
+      if (row_tile + r < row_tiles)
+        prefetch(a.fragments + ((u64)(row_tile + r) * a.tiles + first) * TILE, TILE_BYTES);
+#endif
+  await_previous();
+  // The sum of the splits waits for all of this in any case.
+  if (a.splits > 1) let_next_start();
   if (first < last) stage_inputs<WARPS, MT>(a, shared, token0, first);
   commit_copies();
 #pragma unroll
@@ -81,6 +91,7 @@ DEVICE void tiled(const Arguments& a) {
 // y of the sums of all splits, always in the same order. Grid: ceil(tokens * rows / 256).
 template <class T>
 DEVICE void add_splits(const Arguments& a) {
+  await_previous();
   const u64 i = (u64)block_x() * 256 + thread(), all = (u64)a.tokens * a.rows;
   if (i >= all) return;
   float sum = 0;

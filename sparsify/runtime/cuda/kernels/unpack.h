@@ -6,6 +6,7 @@
 DEVICE void unpack_tile(const Arguments& a) {
   const int lane = thread(), g = lane >> 2, t = lane & 3, k = block_x();
   Tile tile;
+  await_previous();
   load_tile(tile, a.fragments + ((u64)((a.first >> 4) + block_y()) * a.tiles + k) * TILE + lane);
 #pragma unroll
   for (int j = 0; j < CHUNKS; j++)
