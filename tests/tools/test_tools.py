@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
@@ -58,3 +59,15 @@ def test_tools_explain_themselves(
     with pytest.raises(SystemExit) as ended:
         runpy.run_path(str(ROOT / "tools" / script), run_name="__main__")
     assert ended.value.code == 0 and script in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_speed_of_a_run_is_measured() -> None:
+    """tools/bench_prune.py at a size that takes a moment: it uses the engine's own entrance, which may change."""
+    words = ["--layers", "1", "--samples", "2", "--length", "32", "--repeat", "1"]
+    done = subprocess.run(
+        [sys.executable, ROOT / "tools" / "bench_prune.py", *words], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    for name in ("forward, 1 at once", "layer", "block", "dense", "select 2:4"):
+        assert name in done.stdout
