@@ -78,6 +78,9 @@ def lost():
 def dead():
     os.kill(os.getpid(), signal.SIGSEGV)
 
+def needed():
+    raise RuntimeError("does not compile")
+
 def slow():
     time.sleep(600)
 
@@ -94,7 +97,13 @@ def faulty(tmp_path: Path, steps: str, limit: float = 60) -> Path:
         (root / name).symlink_to(ROOT / name)
     shutil.copytree(ROOT / "tools" / "gpu", root / "tools" / "gpu")
     parts = root / "tools" / "gpu" / "parts"
-    (parts / "__init__.py").write_text(f'PARTS = {{"faulty": {limit}, "after": {limit}}}\nBUDGET = 500\n')
+    lines = [
+        f'PARTS = {{"faulty": {limit}, "after": {limit}}}',
+        "BUDGET = 500",
+        'NEEDED = {"faulty": ("needed",)}',
+        "WITHOUT = ()",
+    ]
+    (parts / "__init__.py").write_text("\n".join(lines) + "\n")
     source = FAULTY.replace("\\\\n", "\\n")
     (parts / "faulty.py").write_text(f"{source}\nSTEPS = [{steps}]\n")
     (parts / "after.py").write_text(f"{source}\nSTEPS = [good]\n")
@@ -127,3 +136,29 @@ def test_a_part_that_hangs_is_stopped_and_the_next_goes_on(tmp_path: Path) -> No
     assert again["parts"]["faulty"] == content["parts"]["faulty"]
     _, spent, _ = run(tmp_path, "--emulate", "--budget", "1", root=root)
     assert {s["part"]["status"] for s in spent["parts"].values()} == {"not run: the time is used up"}
+
+
+def test_what_leans_on_a_part_that_failed_is_not_run(tmp_path: Path) -> None:
+    code, content, report = run(tmp_path, "--emulate", root=faulty(tmp_path, "needed, good"))
+    assert code == 1 and content["parts"]["faulty"]["good"]["answer"] == 42
+    assert content["parts"]["after"]["part"]["status"].startswith("not run: faulty, needed, failed")
+    assert "does not compile" in report
+
+
+def test_a_report_of_half_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shapes that were measured in part, a count at which nothing but cuBLAS ran, and one at which that did not."""
+    monkeypatch.syspath_prepend(ROOT / "tools" / "gpu")
+    from report import BLOCKS, report
+
+    steps: dict[str, Any] = {
+        f"{shape}, {tokens} tokens": {"micro": {tokens: {"dense": 10.0, "unpack": 8.0}}}
+        for shape in BLOCKS["LLaMA-7B"]
+        for tokens in ("1", "16")
+    }
+    steps["4096x4096, 16 tokens"] = {"micro": {"16": {"dense": 10.0}}}
+    steps["4096x14336, 1 tokens"] = {"micro": {"1": {"unpack": 10.0}}}
+    steps["1024x4096, 16 tokens"] = {"failed": "RuntimeError: an illegal memory access"}
+    lines = list(report({"emulated": False, "parts": {"shapes": steps}}))
+    assert "| **LLaMA-7B, a block** | **1.25** | – |" in lines
+    assert "| **Llama-3-8B, a block** | – | – |" in lines
+    assert "- shapes, 1024x4096, 16 tokens: RuntimeError: an illegal memory access" in lines

@@ -13,12 +13,13 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 import warnings
 from importlib import import_module
 from pathlib import Path
 from typing import IO
 
-from parts import BUDGET, PARTS
+from parts import BUDGET, NEEDED, PARTS, WITHOUT
 from report import write_report
 from results import FAILED, Results
 
@@ -72,14 +73,27 @@ def run_all(names: list[str], results: Results, budget: float, emulate: bool) ->
     """Each in a process of its own. The exit status: 1 where anything failed."""
     began, statuses = time.monotonic(), list[str]()
     for name in names:
+        needed = [(part, step) for part, steps in NEEDED.items() for step in steps]
+        broken = [f"{part}, {step}," for part, step in needed if FAILED in results.part(part).get(step, {})]
         results.forget(name)
         start, end = time.monotonic(), min(began + budget, time.monotonic() + PARTS[name])
-        status = "not run: the time is used up" if end - start < 5 else _supervise(name, results, end, emulate)
+        if broken and name not in NEEDED and name not in WITHOUT:
+            status = f"not run: {broken[0]} failed, and this leans on it"
+        elif end - start < 5:
+            status = "not run: the time is used up"
+        else:
+            status = _supervise(name, results, end, emulate)
         results.record(name, "part", {"status": status, "seconds": round(time.monotonic() - start, 1)})
         print(f"== {name}: {status}, {time.monotonic() - start:.0f} s", flush=True)
         statuses.append(status)
-        write_report(results)
-    print((results.out / "report.md").read_text(encoding="utf-8"))
+        try:
+            write_report(results)
+        except Exception:
+            # The parts that follow are worth more than the page: results.json has what it is made of.
+            traceback.print_exc()
+            statuses.append("no report")
+    page = results.out / "report.md"
+    print(page.read_text(encoding="utf-8") if page.exists() else "no report: see results.json")
     failed = [s for name in names for s in results.part(name).values() if FAILED in s]
     return int(bool(failed) or any(s != "done" for s in statuses))
 

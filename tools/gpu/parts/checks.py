@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -61,14 +62,20 @@ def within(found: float, *what: object) -> float:
     return found
 
 
-def check_variant(machine: Machine, variant: Variant, shape: tuple[int, int]) -> Found:
-    """In both dtypes, at every number of tokens that it takes."""
+def check_variant(
+    machine: Machine,
+    variant: Variant,
+    shape: tuple[int, int],
+    counts: Sequence[int] | None = None,
+    dtypes: Sequence[torch.dtype] = (torch.bfloat16, torch.float16),
+) -> Found:
+    """At every number of tokens that it takes."""
     (rows, columns), worst, count = shape, 0.0, 0
-    for dtype in (torch.bfloat16, torch.float16):
+    for dtype in dtypes:
         packed = random_24(rows, columns, dtype, machine.device)
         dense, fragments = unpack(packed).double(), to_fragments(packed)
         bias = torch.randn(rows, device=machine.device).to(dtype)
-        for tokens in machine.sizes.checked_tokens:
+        for tokens in counts or machine.sizes.checked_tokens:
             if not variant.fits(tokens, columns):
                 continue
             x = torch.randn(tokens, columns, device=machine.device).to(dtype)

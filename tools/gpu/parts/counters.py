@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import csv
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -57,17 +58,22 @@ def smallest(machine: Machine, broken: set[str]) -> None:
     """Every kernel on small ragged shapes."""
     for variant in every_variant(machine, broken):
         for shape in ((7, 72), (100, 1096)):
-            check_variant(machine, variant, shape)
+            check_variant(machine, variant, shape, (1, 9, 33), (torch.bfloat16,))
     machine.synchronize()
 
 
-def _inside(results: Results, what: str, tool: list[str], limit: float) -> subprocess.CompletedProcess[str]:
+def _inside(results: Results, what: str, tool: list[str], limit: int) -> subprocess.CompletedProcess[str]:
     if shutil.which(tool[0]) is None:
         raise FileNotFoundError(f"{tool[0]} is not on this machine's PATH")
     main = Path(__file__).parents[1] / "main.py"
     command = [*tool, sys.executable, str(main), "--run", "counters", "--work", str(results.kept.parent)]
     environment = os.environ | {INSIDE: what}
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=limit, env=environment)
+    if what == "smallest":
+        # Each tensor an allocation of its own, so that an access past its end is one that memcheck sees.
+        environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
+    # `timeout` ends the whole group of processes, and what they said until then is kept.
+    command = ["timeout", "--kill-after=5", str(limit), *command]
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
 
 
 def profile(results: Results) -> Found:
@@ -82,7 +88,11 @@ def profile(results: Results) -> Found:
         raise RuntimeError(f"ncu gave no table: {(done.stderr or done.stdout).strip()[-300:]}")
     found: dict[str, dict[str, float]] = {}
     for row in csv.DictReader(lines[start:]):
-        found.setdefault(row["Kernel Name"], {})[row["Metric Name"]] = float(row["Metric Value"].replace(",", ""))
+        try:
+            value = float((row.get("Metric Value") or "").replace(",", ""))
+        except ValueError:
+            continue
+        found.setdefault(str(row.get("Kernel Name")), {})[str(row.get("Metric Name"))] = value
     return {"kernels": found}
 
 
@@ -91,6 +101,6 @@ def sanitize(results: Results, name: str) -> Found:
     text = done.stdout + done.stderr
     (results.out / f"{name}.txt").write_text(text, encoding="utf-8")
     summary = next((line for line in reversed(text.splitlines()) if "SUMMARY" in line), "no summary")
-    if "0 errors" not in summary and "0 hazards" not in summary:
+    if not re.search(r"SUMMARY: 0 (errors|hazards)", summary):
         raise RuntimeError(summary)
     return {"summary": summary.strip("= ")}

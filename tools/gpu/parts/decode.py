@@ -8,9 +8,9 @@ token fed to the next, is replayed from a CUDA graph.
 from __future__ import annotations
 
 import copy
+import gc
 import statistics
 import time
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -19,30 +19,35 @@ from machine import Found, Machine, Step
 from results import Results
 from torch import Tensor, nn
 
+from parts.checks import broken_families
+from parts.shapes import key_of, time_shape
 from sparsify.backends.packed.format import PackedSite
 from sparsify.backends.packed.loaded import prepare
 from sparsify.backends.packed.loaded.modules import pack_modules
-from sparsify.runtime.cuda.autotune.times import random_24
+from sparsify.runtime.cuda.autotune.times import TimesFile, random_24
 from sparsify.runtime.layout import unpack
 
 _PROMPT = 16
 
 
 def steps(machine: Machine, results: Results) -> list[Step]:
-    return [(f"{name} layers", partial(decode, machine, name)) for name in ("eager", "compiled")]
+    broken = broken_families(results)
+    return [(f"{name} layers", partial(decode, machine, name, broken)) for name in ("eager", "compiled")]
 
 
-def decode(machine: Machine, layers: str) -> Found:
+def decode(machine: Machine, layers: str, broken: set[str]) -> Found:
     sizes = machine.sizes
+    # The models of the step before are cycles.
+    gc.collect()
     with torch.inference_mode():
-        dense, packed = llama(machine)
+        dense, packed = llama(machine, broken)
         ids = torch.randint(1, sizes.decoded["vocab_size"], (1, _PROMPT), device=machine.device)
         torch._dynamo.reset()
         torch._dynamo.utils.counters.clear()
         decoders = [Decoder(machine, model, ids, sizes.steps, layers == "compiled") for model in (dense, packed)]
         tokens = [decoder.run(sizes.steps) for decoder in decoders]
         # In turns: what else the card does meets both.
-        times = [[seconds(machine, partial(d.run, sizes.steps)) for d in decoders] for _ in range(sizes.rounds)]
+        times = [[d.seconds(machine, sizes.steps) for d in decoders] for _ in range(sizes.rounds)]
     ratios = [a / b for a, b in times]
     one, other = (sizes.steps / statistics.median(t[i] for t in times) for i in (0, 1))
     memory = [model.get_memory_footprint() for model in (dense, packed)]
@@ -60,7 +65,17 @@ def decode(machine: Machine, layers: str) -> Found:
     }
 
 
-def llama(machine: Machine) -> tuple[Any, Any]:
+def know_times(machine: Machine, config: Any, broken: set[str]) -> None:
+    """Race what part ``shapes`` did not get to: of itself a model is prepared by times at every number of tokens."""
+    wide, inner = config.hidden_size, config.intermediate_size
+    head = wide // config.num_attention_heads
+    joined = (config.num_attention_heads + 2 * config.num_key_value_heads) * head
+    for rows, columns in ((joined, wide), (wide, wide), (2 * inner, wide), (wide, inner)):
+        if TimesFile.of(machine.device).get(key_of(rows, columns)) is None:
+            time_shape(machine, rows, columns, (1, 16), broken)
+
+
+def llama(machine: Machine, broken: set[str]) -> tuple[Any, Any]:
     """A random model whose blocks are 2:4: dense, and prepared for this GPU."""
     import transformers
 
@@ -84,6 +99,8 @@ def llama(machine: Machine) -> tuple[Any, Any]:
         layer.weight.data.copy_(content.values * 0.02)
         layer.weight_meta.copy_(content.codes)
         dense.get_parameter(name).data.copy_(unpack(layer.packed()))
+    if not machine.emulated:
+        know_times(machine, config, broken)
     packed.sparsify_prepared = prepare(packed, tune=not machine.emulated, target=machine.target)
     return dense, packed
 
@@ -157,10 +174,12 @@ class Decoder:
             self.replay()
         return self.said[self.ids.shape[1] :][:count].clone()
 
-
-def seconds(machine: Machine, call: Callable[[], object]) -> float:
-    machine.synchronize()
-    began = time.perf_counter()
-    call()
-    machine.synchronize()
-    return time.perf_counter() - began
+    def seconds(self, machine: Machine, count: int) -> float:
+        """What the same takes without the prompt."""
+        self.prefill()
+        machine.synchronize()
+        began = time.perf_counter()
+        for _ in range(count):
+            self.replay()
+        machine.synchronize()
+        return time.perf_counter() - began

@@ -36,12 +36,20 @@ FAMILIES: dict[str, Sequence[tuple[str, int]]] = {
 }
 
 
+CAPTURED = (
+    "decode_w8_r1_m1", "unpack", "library", "decode_w8_r1_m1_e", "tiled_w4_r1_m4_s2_e", "decode_w8_r1_m1_s2",
+    "bulk_w8_r1_m1_e", "decode_w8_r1_m1_s2_e",
+)  # fmt: skip
+
+
 def steps(machine: Machine, results: Results) -> list[Step]:
     listed: list[Step] = [("environment", partial(environment, machine))]
     for dtype in nvrtc.TYPES:
         listed.append((f"compile {nvrtc.TYPES[dtype]}", partial(compile_kernels, machine, dtype)))
+    # Before what may hang.
+    listed.append(("ceilings", partial(ceilings, machine)))
     listed += [(family, partial(try_family, machine, family)) for family in FAMILIES]
-    return [*listed, ("ceilings", partial(ceilings, machine))]
+    return [*listed, *((f"captured {name}", partial(capture, machine, name)) for name in CAPTURED)]
 
 
 def environment(machine: Machine) -> Found:
@@ -72,11 +80,10 @@ def environment(machine: Machine) -> Found:
 
 
 def compile_kernels(machine: Machine, dtype: torch.dtype) -> Found:
-    compiler = nvrtc.nvrtc()
-    if compiler is None:
-        raise RuntimeError("no NVRTC here")
     began = time.perf_counter()
-    code = compiler.compile(dtype, machine.gpu.capability)
+    code = nvrtc.machine_code(dtype, machine.gpu.capability)
+    if code is None:
+        raise RuntimeError("no NVRTC here")
     return {"bytes": len(code), "compiled_in": round(time.perf_counter() - began, 2)}
 
 
@@ -117,6 +124,22 @@ def _try(machine: Machine, name: str, tokens: int, rows: int, columns: int) -> f
     if not torch.equal(y, product()):
         raise RuntimeError(f"{name} of {tokens} tokens with {rows}×{columns} gives other bits the second time")
     return error
+
+
+def capture(machine: Machine, name: str) -> Found:
+    """A kernel in a CUDA graph, on two matrices in turns: what every time of the later parts leans on."""
+    size = machine.sizes.square
+    packed = [random_24(size, size, torch.bfloat16, machine.device) for _ in range(2)]
+    x = torch.randn(8, size, device=machine.device).bfloat16()
+    held: list[torch.Tensor | None] = [None, None]
+    if name == "library":
+        if machine.gpu.library is None:
+            raise RuntimeError("this torch has neither cuSPARSELt nor CUTLASS for this GPU")
+        held = [libraries.compress(p, "cusparselt")[0] for p in packed]
+        name = "cusparselt:0"
+    fragments = [to_fragments(p) for p in packed]
+    calls = [partial(run_kernel, name, x, f, h, None, size) for f, h in zip(fragments, held, strict=True)]
+    return {"micro": 1e6 * machine.clock.seconds(calls)}
 
 
 def ceilings(machine: Machine) -> Found:

@@ -25,16 +25,20 @@ from sparsify.prune.targets import choose
 from sparsify.words import Schedule
 
 # Spec and schedule.
-RUNS: list[tuple[str, Schedule]] = [("wanda:2:4", "layer"), ("sparsegpt:2:4", "layer"), ("wanda:2:4", "block")]
-# That which takes longest, behind everything else.
-LAST: tuple[str, Schedule] = ("twin:2:4", "layer")
+RUNS: list[tuple[str, Schedule]] = [
+    ("wanda:2:4", "layer"),
+    ("sparsegpt:2:4", "layer"),
+    ("wanda:2:4", "block"),
+    # That which takes longest, behind everything else.
+    ("twin:2:4", "layer"),
+]
 
 
 def steps(machine: Machine, results: Results) -> list[Step]:
     """One model for all of them, made when the first asks for it."""
     trial = Trial(machine)
-    runs: list[Step] = [(f"{spec} {schedule}", partial(trial.run, spec, schedule)) for spec, schedule in (*RUNS, LAST)]
-    return [*runs[:-1], ("metrics", partial(metrics, machine)), runs[-1]]
+    runs: list[Step] = [(f"{spec} {schedule}", partial(trial.run, spec, schedule)) for spec, schedule in RUNS]
+    return [("metrics", partial(metrics, machine)), *runs]
 
 
 class Trial:

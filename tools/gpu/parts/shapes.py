@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -19,31 +19,46 @@ from sparsify.runtime.cuda.dispatch import DENSE, Timings
 
 def steps(machine: Machine, results: Results) -> list[Step]:
     broken = broken_families(results)
-    shapes = {(rows, columns) for layers in machine.sizes.shapes.values() for _, rows, columns in layers}
-    # The largest first: they are what a model's time goes into.
-    ordered = sorted(shapes, key=lambda shape: -shape[0] * shape[1])
-    return [(f"{rows}x{columns}", partial(time_shape, machine, rows, columns, broken)) for rows, columns in ordered]
+    layers = machine.sizes.shapes
+    shapes = {(rows, columns) for model in layers.values() for _, rows, columns in model}
+    # Those of the model that `decode` runs, then the rest; the largest first: a model's time goes into them.
+    own = {(rows, columns) for _, rows, columns in next(iter(layers.values()))}
+    ordered = sorted(shapes, key=lambda shape: (shape not in own, -shape[0] * shape[1]))
+    return [
+        (f"{rows}x{columns}, {tokens} tokens", partial(time_shape, machine, rows, columns, [tokens], broken))
+        for rows, columns in ordered
+        for tokens in machine.sizes.tokens
+    ]
 
 
-def time_shape(machine: Machine, rows: int, columns: int, broken: set[str]) -> Found:
-    """Microseconds by number of tokens and kernel, ``dense`` (cuBLAS) among them."""
+def time_shape(machine: Machine, rows: int, columns: int, counts: Sequence[int], broken: set[str]) -> Found:
+    """Microseconds by number of tokens and kernel, ``dense`` (cuBLAS) among them; kept for `decode` to prepare with."""
     dtype, library = torch.bfloat16, machine.gpu.library
     if library is not None and ("library" in broken or libraries.unfit(library, rows, columns) is not None):
         library = None
     timings = race(
-        rows, columns, dtype, "both", library, machine.device, machine.clock, machine.gpu, machine.sizes.tokens,
+        rows, columns, dtype, "both", library, machine.device, machine.clock, machine.gpu, counts,
         partial(sound_call, broken),
     )  # fmt: skip
-    # What `decode` prepares a model with, so that it has not to be measured again.
-    few = {tokens: {k: t for k, t in times.items() if not k.startswith(("cusparselt", "cutlass"))}
-           for tokens, times in timings.micro.items()}  # fmt: skip
-    TimesFile.of(machine.device).put(f"{rows}x{columns}:bfloat16:decode:none", Timings(few))
+    few = {
+        tokens: {name: time for name, time in times.items() if not name.startswith(("cusparselt", "cutlass"))}
+        for tokens, times in timings.micro.items()
+    }
+    store, key = TimesFile.of(machine.device), key_of(rows, columns)
+    before = store.get(key)
+    known = dict(before.micro) if before is not None else {}
+    store.put(key, Timings(known | {tokens: times for tokens, times in few.items() if len(times) > 1}))
     if not machine.emulated:
         torch.cuda.empty_cache()
-    lines = [f"{t} tokens: {timings.gain(t):.2f}× {timings.best(t)[0]}, dense {timings.micro[t][DENSE]:.1f} µs"
-             for t in timings.micro]  # fmt: skip
-    print(f"{rows}×{columns}: " + "; ".join(lines), flush=True)
+    for t in timings.micro:
+        best = f"{timings.gain(t):.2f}× {timings.best(t)[0]}, dense {timings.micro[t][DENSE]:.1f} µs"
+        print(f"{rows}×{columns}, {t} tokens: {best}", flush=True)
     return {"micro": {str(tokens): dict(times) for tokens, times in timings.micro.items()}}
+
+
+def key_of(rows: int, columns: int) -> str:
+    """Under which the times of the policy ``decode`` are kept."""
+    return f"{rows}x{columns}:bfloat16:decode:none"
 
 
 def sound_call(broken: set[str], kernel: str, matrix: RacedMatrix) -> Callable[[Tensor], Tensor]:

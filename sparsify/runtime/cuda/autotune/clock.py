@@ -9,6 +9,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Protocol
 
 import torch
@@ -16,6 +17,8 @@ import torch
 # How much more than the L2 cache the copies take together.
 _TIMES_CACHE = 4
 _REPLAYS = 15
+# Calls of one replay, at least.
+_CALLS = 16
 
 
 class Clock(Protocol):
@@ -41,24 +44,26 @@ class GPUClock:
         return max(1, min(-(-_TIMES_CACHE * cache // read), free // 2 // held, 256))
 
     def seconds(self, calls: Sequence[Callable[[], object]]) -> float:
-        with torch.cuda.device(self.device):
+        # Left as it was also where a capture fails, which leaves its own stream behind.
+        with torch.cuda.device(self.device), torch.cuda.stream(torch.cuda.current_stream(self.device)):
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 for call in calls:
                     call()
             torch.cuda.synchronize()
-            graph = torch.cuda.CUDAGraph()
+            graph, many = torch.cuda.CUDAGraph(), [*calls] * -(-_CALLS // len(calls))
             with torch.cuda.graph(graph, stream=stream):
-                for call in calls:
+                for call in many:
                     call()
+            events = [torch.cuda.Event(enable_timing=True) for _ in range(_REPLAYS + 1)]
+            # One replay is queued while another runs, so that no gap between two is counted: the first ones keep the
+            # GPU busy meanwhile.
             graph.replay()
-            spent = []
-            for _ in range(_REPLAYS):
-                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                start.record()
+            graph.replay()
+            events[0].record()
+            for event in events[1:]:
                 graph.replay()
-                end.record()
-                end.synchronize()
-                spent.append(start.elapsed_time(end) / 1e3 / len(calls))
-            return statistics.median(spent)
+                event.record()
+            events[-1].synchronize()
+            return statistics.median(one.elapsed_time(other) / 1e3 / len(many) for one, other in pairwise(events))

@@ -105,13 +105,16 @@ DEVICE void copy_bulk(unsigned char* to, const void* from, u32 bytes, Signal* s)
                "l"(from), "r"(bytes), "r"(shared_address(s))
                : "memory");
 }
+// A signal that never comes ends the kernel with an error rather than the GPU's usefulness to everybody.
 DEVICE void await_signal(Signal* s, int phase) {
-  asm volatile(
-      "{\n\t.reg .pred done;\n"
-      "again:\n\tmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n\t@!done bra again;\n}" ::"r"(
-          shared_address(s)),
-      "r"(phase)
-      : "memory");
+  u32 done = 0;
+  for (u32 tries = 0; !done; tries++) {
+    asm volatile("{\n\t.reg .pred p;\n\tmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n\tselp.u32 %0, 1, 0, p;\n}"
+                 : "=r"(done)
+                 : "r"(shared_address(s)), "r"(phase)
+                 : "memory");
+    if (tries == 1u << 22) __trap();
+  }
 }
 #else
 DEVICE void await_previous() {}
