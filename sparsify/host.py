@@ -6,6 +6,7 @@ import ctypes
 import functools
 import logging
 import platform
+import re
 import resource
 import sys
 from collections.abc import Callable, Iterator
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from sparsify.errors import SpecError
+from sparsify.errors import CalibrationError, SpecError, first_line
 
 
 def peak_memory() -> int:
@@ -66,20 +67,84 @@ def _trimmer() -> Callable[[], object]:
     return lambda: trim(0)
 
 
+def free_memory(device: torch.device) -> tuple[int, int] | None:
+    """Bytes of a GPU that are free, what torch holds in reserve among them, and all that it has; None where nothing
+    says."""
+    if device.type != "cuda":
+        return None
+    try:
+        free, total = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device), total
+    except (RuntimeError, AssertionError):
+        return None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory is short: torch's own, or one of CUDA's libraries or the CPU's allocator."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    text = str(error)
+    return isinstance(error, RuntimeError) and any(
+        sign in text for sign in ("out of memory", "ALLOC_FAILED", "can't allocate memory")
+    )
+
+
+@contextmanager
+def within_memory(asked: str, device: torch.device, do: str | None = None) -> Iterator[None]:
+    """Around what may need more memory than there is; where one such stands in another the inner one is heard.
+
+    Args:
+        asked: what is being done. do: what helps, where that is another thing than to keep less at once.
+
+    Raises:
+        CalibrationError: the memory was not enough.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        wanted = re.search(r"tried to allocate (\d[\d.]* \w+)", str(error), flags=re.IGNORECASE)
+        parts = [f"{wanted[1]} asked for"] if wanted else []
+        if (memory := free_memory(device)) is not None:
+            parts.append(" of ".join(f"{count / (1 << 30):.2f} GiB" for count in memory) + " free")
+        ways = ["less --memory for activations", "shorter sequences (--sequence-length)"]
+        last = ways.pop() if device.type == "cpu" else "--device cpu"
+        raise CalibrationError(
+            f"{asked} on {device}",
+            found=f"out of memory ({', '.join(parts) or first_line(error)})",
+            do=do or f"Take {', '.join(ways)} or {last}",
+        ) from error
+
+
 def resolve_device(text: str) -> torch.device:
     """``auto`` is CUDA where there is one.
 
     Raises:
-        SpecError: no such device here.
+        SpecError: no such device here, or one that cannot compute.
     """
-    if text == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    gpus = [f"cuda:{number}" for number in range(torch.cuda.device_count() if torch.cuda.is_available() else 0)]
     try:
-        device = torch.device(text)
-        torch.empty(0, device=device)
+        device = torch.device(text if text != "auto" else "cuda" if gpus else "cpu")
+        # A GPU that this torch has no kernels for, or whose memory is full, shows at the first sum.
+        float(torch.ones(2, device=device).sum())
     except (RuntimeError, AssertionError) as error:
-        raise SpecError(f"device '{text}'", found="no such device on this machine", do="Use auto or cpu") from error
+        raise SpecError(
+            f"device '{text}'",
+            found=f"none that works on this machine ({first_line(error)})",
+            do=f"Use {', '.join(['auto', 'cpu', *gpus])}",
+        ) from error
     return device
+
+
+@contextmanager
+def cpu_by_default() -> Iterator[None]:
+    """What is made without naming a device lies on the CPU meanwhile, whatever ``torch.set_default_device`` said."""
+    if torch.get_default_device().type == "cpu":
+        yield
+        return
+    with torch.device("cpu"):
+        yield
 
 
 @contextmanager

@@ -95,7 +95,8 @@ class Gram:
 
     def _of(self, expert: int) -> Tensor:
         if expert not in self._sums:
-            self._sums[expert] = torch.zeros(self.features, self.features, device=self.device)
+            size = (self.features, self.features)
+            self._sums[expert] = torch.zeros(size, dtype=torch.float32, device=self.device)
         return self._sums[expert]
 
 

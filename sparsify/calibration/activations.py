@@ -1,4 +1,4 @@
-"""Where activations wait between regions: in memory up to a budget, past it in an unlinked file."""
+"""Where activations wait between regions: in memory up to a budget, the GPU's first, past it in an unlinked file."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from sparsify.host import free_memory
 from sparsify.tensors import read_into, write_from
 
 if TYPE_CHECKING:
@@ -26,17 +27,28 @@ class _Spilled:
     size: int
 
 
+# Of a GPU's free memory each store may take this part: three may stand side by side, and a region needs the rest.
+_PART = 4
+
+
 class ActivationStore:
     """Values of live nodes per batch, of which at most ``budget`` bytes lie in memory.
 
     Past the budget a value is written to a temporary file that has no name, so that nothing is left behind
     however the process ends. Space in the file is reused by values of the same size.
+
+    Args:
+        device: where values come from and go to. While a GPU has room they stay there: to the CPU's memory and back
+            takes longer than most regions take to run.
     """
 
-    def __init__(self, budget: int, folder: Path | None = None) -> None:
+    def __init__(self, budget: int, device: torch.device | None = None, folder: Path | None = None) -> None:
         self.budget = budget
         self.held = 0
         self.spilled = 0
+        memory = None if device is None else free_memory(device)
+        # Bytes that more values may take on the GPU.
+        self.room = 0 if memory is None else min(budget, memory[0] // _PART)
         self._folder = folder
         self._values: dict[tuple[int, str], Tensor | _Spilled | object] = {}
         self._free: dict[int, list[int]] = {}
@@ -44,13 +56,20 @@ class ActivationStore:
         self._end = 0
 
     def put(self, batch: int, name: str, value: object) -> None:
-        """Keep ``value``; anything but a tensor is small and stays in memory."""
+        """Keep ``value``, in the place of what was kept by that name; anything but a tensor is small and stays in
+        memory."""
+        self._free_place(self._values.pop((batch, name), None))
         if isinstance(value, Tensor):
-            tensor = value.detach().cpu()
-            size = tensor.numel() * tensor.element_size()
-            if self.held + size > self.budget:
-                self._values[batch, name] = self._spill(tensor, size)
-                return
+            tensor = value.detach()
+            size = _size(tensor)
+            if not tensor.is_cpu and size <= self.room and self.held + size <= self.budget:
+                self.room -= size
+            else:
+                tensor = tensor.cpu()
+                size = _size(tensor)
+                if self.held + size > self.budget:
+                    self._values[batch, name] = self._spill(tensor, size)
+                    return
             self.held += size
             value = tensor
         self._values[batch, name] = value
@@ -58,18 +77,23 @@ class ActivationStore:
     def take(self, batch: int, name: str, device: torch.device, *, keep: bool = False) -> object:
         """Return a value; unless ``keep``, the store forgets it."""
         value = self._values[batch, name] if keep else self._values.pop((batch, name))
+        found: object = value
         if isinstance(value, _Spilled):
             tensor = torch.empty(value.shape, dtype=value.dtype)
             assert self._file is not None
             read_into(self._file, tensor, value.offset)
-            if not keep:
-                self._free.setdefault(value.size, []).append(value.offset)
-            return tensor.to(device)
-        if isinstance(value, Tensor):
-            if not keep:
-                self.held -= value.numel() * value.element_size()
-            return value.to(device)
-        return value
+            found = tensor
+        if not keep:
+            self._free_place(value)
+        return found.to(device) if isinstance(found, Tensor) else found
+
+    def _free_place(self, value: object) -> None:
+        """What ``value`` took is free for others."""
+        if isinstance(value, _Spilled):
+            self._free.setdefault(value.size, []).append(value.offset)
+        elif isinstance(value, Tensor):
+            self.held -= _size(value)
+            self.room += 0 if value.is_cpu else _size(value)
 
     def _spill(self, tensor: Tensor, size: int) -> _Spilled:
         if self._file is None:
@@ -92,3 +116,8 @@ class ActivationStore:
         if self._file is not None:
             os.close(self._file)
             self._file = None
+
+
+def _size(tensor: Tensor) -> int:
+    """Bytes that keeping ``tensor`` takes: on a GPU all that it may be a part of, for that is not given back."""
+    return tensor.numel() * tensor.element_size() if tensor.is_cpu else tensor.untyped_storage().nbytes()

@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor, fx
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sparsify.analysis.flow import Flow
 from sparsify.analysis.linear import LinearSite, block_starts
@@ -24,7 +26,9 @@ from sparsify.calibration.interpreter import Interpreter, Region, Work
 from sparsify.calibration.loss import check_loss, loss, loss_scale
 from sparsify.context import Context, Progress
 from sparsify.errors import CalibrationError, TraceError
+from sparsify.host import within_memory
 from sparsify.ir.program import Program
+from sparsify.precision import exact_products
 from sparsify.tensors import all_finite
 
 
@@ -49,17 +53,19 @@ class Gradients(ActivationStore):
         for name, value in values.items():
             self.put(0, f"{parameter} {name}", value)
 
-    def read(self, site: LinearSite) -> dict[str, Tensor]:
-        """Statistic name to [experts, out_features, in_features] float32; empty where none was measured."""
+    def read(self, site: LinearSite, device: torch.device | None = None) -> dict[str, Tensor]:
+        """Statistic name to [experts, out_features, in_features] float32 on ``device``, or the CPU; empty where none
+        was measured."""
         names = self._names.get(site.parameter, ())
         found: dict[str, Tensor] = {}
         for name in names:
-            value = self.take(0, f"{site.parameter} {name}", torch.device("cpu"), keep=True)
+            value = self.take(0, f"{site.parameter} {name}", device or torch.device("cpu"), keep=True)
             assert isinstance(value, Tensor)
             found[name] = site.matrices(value)
         return found
 
 
+@exact_products()
 def measure_gradients(
     program: Program,
     parameters: Collection[str],
@@ -86,8 +92,9 @@ def measure_gradients(
     cuts = [0, *block_starts(program, flow), stop]
     # Live values are kept though nothing later reads them: the way back does.
     regions = [Region(start, end, stop, retain=True) for start, end in itertools.pairwise(cuts)]
-    with ActivationStore(context.memory) as store, ActivationStore(context.memory // 4) as backward:
-        runner = _Backward(program, flow, data, store, context.device, backward, logits)
+    device = context.device
+    with ActivationStore(context.memory, device) as store, ActivationStore(context.memory // 4, device) as backward:
+        runner = _Backward(program, flow, data, store, device, backward, logits)
 
         def tell(done: int, what: str) -> None:
             context.observe(Progress(done, 2 * len(regions), f"gradients, {what}", 0))
@@ -107,13 +114,19 @@ def measure_gradients(
                 )
             seen |= own
             sums = {p: _Sums(wanted) for p in own}
-            for index in range(len(data.batches)):
-                for parameter, gradient in runner.backward(region, index, own):
-                    sums[parameter].add(gradient)
-                tell(len(regions) + number, "backward")
-            for parameter, total in sums.items():
-                into.keep(parameter, total.finished(parameter))
+            with within_memory(f"gradients of {', '.join(sorted(own)[:2]) or 'a region'}", device):
+                for index in range(len(data.batches)):
+                    for parameter, gradient in runner.backward(region, index, own):
+                        sums[parameter].add(gradient)
+                    tell(len(regions) + number, "backward")
+                for parameter, total in sums.items():
+                    into.keep(parameter, total.finished(parameter))
             runner.resident.clear()
+
+
+def _repeatable(device: torch.device) -> AbstractContextManager[object]:
+    """Attention by plain products on a GPU: its faster kernels add derivatives up in another order at every run."""
+    return sdpa_kernel(SDPBackend.MATH) if device.type == "cuda" else nullcontext()
 
 
 class _Sums:
@@ -177,19 +190,14 @@ class _Backward(Interpreter):
 
     def parameters(self, region: Region) -> set[str]:
         """Names of the parameters that the region reads."""
-        read: set[str] = set()
-        for node in self.flow.order[region.start : region.stop]:
-            if node in self.flow.varying:
-                for argument in node.all_input_nodes:
-                    read |= self.flow.parameters.get(argument, frozenset())
-        return read
+        return set(self.reads(region))
 
     def backward(self, region: Region, index: int, own: Collection[str]) -> list[tuple[str, Tensor]]:
         """Gradients of the loss of batch ``index`` for the parameters ``own``, each in float32.
 
         What flows to the regions before is left in the store of gradients.
         """
-        with torch.enable_grad():
+        with torch.enable_grad(), _repeatable(self.device):
             leaves = self._leaves(own)
             self.load_weights(region)
             work = self.ready(region, twice=True)

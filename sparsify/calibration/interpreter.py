@@ -18,6 +18,7 @@ from torch import Tensor, fx
 from sparsify.analysis.flow import Flow, root_of
 from sparsify.calibration.activations import ActivationStore
 from sparsify.errors import TraceError, first_line
+from sparsify.host import is_out_of_memory, within_memory
 from sparsify.ir.program import Program
 
 Values = dict[fx.Node, Any]
@@ -88,28 +89,48 @@ class Interpreter(fx.Interpreter):
         Args:
             watch: nodes of interest; ``on_value`` is called for each as soon as it is computed, or at the beginning
                 for one that was live already.
+
+        Raises:
+            TraceError: an operator that fails. CalibrationError: too little memory.
         """
-        self.load_weights(region)
-        work = self.ready(region, watch)
-        for index in range(len(self.batches)):
-            self.env = {**self.resident, **self.begin(work, index)}
-            if on_value is not None:
-                for node in watch:
-                    if node in self.env:
-                        on_value(index, node, self.env)
-            for node in work.nodes:
-                self.env[node] = self.compute(node)
-                if on_value is not None and node in watch:
-                    on_value(index, node, self.env)
-                for dead in work.dying.get(node, ()):
-                    del self.env[dead]
-            for node in work.leaving:
-                self.store.put(index, node.name, self.env[node])
-            self.env = {}
-            if after_batch is not None:
-                after_batch()
+        with within_memory(f"running the model, {self._where(region)}", self.device):
+            self.load_weights(region)
+            work = self.ready(region, watch)
+            for index in range(len(self.batches)):
+                self._run_batch(work, index, watch, on_value)
+                if after_batch is not None:
+                    after_batch()
         if not region.again:
             self._unload(region.stop)
+
+    def _run_batch(self, work: Work, index: int, watch: Collection[fx.Node], on_value: OnValue | None) -> None:
+        self.env = {**self.resident, **self.begin(work, index)}
+        if on_value is not None:
+            for node in watch:
+                if node in self.env:
+                    on_value(index, node, self.env)
+        for node in work.nodes:
+            self.env[node] = self.compute(node)
+            if on_value is not None and node in watch:
+                on_value(index, node, self.env)
+            for dead in work.dying.get(node, ()):
+                del self.env[dead]
+        for node in work.leaving:
+            self.store.put(index, node.name, self.env[node])
+        self.env = {}
+
+    def reads(self, region: Region) -> list[str]:
+        """Names of the parameters that the region reads, in its order."""
+        nodes = [n for n in self.flow.order[region.start : region.stop] if n in self.flow.varying]
+        read = (self.flow.parameters.get(argument, frozenset()) for node in nodes for argument in node.all_input_nodes)
+        return [name for names in read for name in sorted(names)]
+
+    def _where(self, region: Region) -> str:
+        """Which part of the model a region is, for people."""
+        if names := self.reads(region):
+            return f"{names[0]} to {names[-1]}"
+        after = self.reads(Region(region.stop, len(self.flow.order), region.end))
+        return f"before {after[0]}" if after else "its end"
 
     def ready(self, region: Region, watch: Collection[fx.Node] = (), *, twice: bool = False) -> Work:
         """What running ``region`` takes.
@@ -124,14 +145,24 @@ class Interpreter(fx.Interpreter):
         needed = flow.varying if region.wanted is None else flow.needs(start, stop, region.wanted)
         nodes = [n for n in flow.order[start:stop] if n in needed and n.op == "call_function"]
         entering = [n for n in flow.live(start, region.end) if n in watch or flow.read_within(n, start, stop)]
-        leaving = [] if region.again else [n for n in flow.live(stop, region.end) if flow.position[n] >= start]
+        leaving = [] if region.again else self._leaving(region, entering)
         copied = self._written_inside(entering, start, stop) if region.again or twice else set()
         return Work(region, nodes, entering, leaving, self._deaths(nodes, entering, leaving), copied)
+
+    def _leaving(self, region: Region, entering: list[fx.Node]) -> list[fx.Node]:
+        """What is read later of what the region makes, and of what it was given and writes to."""
+        flow, start, stop = self.flow, region.start, region.stop
+        written = {root for at, root in flow.mutations if start <= at < stop}
+        changed = {node for node in entering if root_of(node) in written}
+        return [n for n in flow.live(stop, region.end) if flow.position[n] >= start or n in changed]
 
     def begin(self, work: Work, index: int) -> Values:
         """The inputs of batch ``index`` and the live values that the region begins with."""
         batch, region = self.batches[index], work.region
-        values: Values = {node: batch[node.meta["input"]].to(self.device) for node in self.program.inputs}
+        # Nobody waits for a copy to a GPU.
+        values: Values = {
+            node: batch[node.meta["input"]].to(self.device, non_blocking=True) for node in self.program.inputs
+        }
         for node in work.entering:
             keep = region.again or region.retain or self.flow.read_within(node, region.stop, region.end)
             value = self.store.take(index, node.name, self.device, keep=keep)
@@ -147,7 +178,7 @@ class Interpreter(fx.Interpreter):
         try:
             return self.run_node(node)
         except (RuntimeError, IndexError, ValueError, TypeError) as error:
-            if isinstance(error, torch.OutOfMemoryError):
+            if is_out_of_memory(error):
                 raise
             raise TraceError(
                 f"running {node.format_node()}",

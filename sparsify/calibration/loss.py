@@ -65,14 +65,14 @@ def loss(program: Program, logits: Tensor, batch: Mapping[str, Tensor], labels: 
             )
         if is_causal(program):
             scores, labels = scores[:, :-1], labels[:, 1:]
-        return nn.functional.cross_entropy(scores.flatten(0, -2), labels.to(scores.device).flatten())
+        return nn.functional.cross_entropy(scores.flatten(0, -2), labels.to(scores.device, non_blocking=True).flatten())
     if scores.dim() == 2:
         return nn.functional.cross_entropy(scores, scores.detach().argmax(dim=1))
     prefix = "decoder_" if "decoder_input_ids" in batch else ""
-    following = batch[f"{prefix}input_ids"].to(scores.device)[:, 1:].clone()
+    following = batch[f"{prefix}input_ids"].to(scores.device, non_blocking=True)[:, 1:].clone()
     mask = batch.get(f"{prefix}attention_mask")
     if mask is not None:
-        following[mask.to(scores.device)[:, 1:] == 0] = -100
+        following[mask.to(scores.device, non_blocking=True)[:, 1:] == 0] = -100
     return nn.functional.cross_entropy(scores[:, :-1].flatten(0, 1), following.flatten())
 
 

@@ -22,8 +22,10 @@ from sparsify.calibration.rows import RowReader
 from sparsify.calibration.streams import Streams
 from sparsify.context import Context, Progress
 from sparsify.data.batches import count_sequences
+from sparsify.host import within_memory
 from sparsify.ir.program import Program
 from sparsify.ir.weights import Weights
+from sparsify.precision import exact_products
 
 
 @dataclass(frozen=True)
@@ -184,6 +186,7 @@ def measure_inputs(
     return found | measuring.merged()
 
 
+@exact_products()
 def drift(
     program: Program,
     sites: Sequence[LinearSite],
@@ -196,8 +199,10 @@ def drift(
     found: dict[str, float] = {}
     for group, recorder in measuring.once(dense):
         for site in group.sites:
-            before, after = (
-                site.matrices(weights.read(site.parameter)).to(context.device) for weights in (dense, program.weights)
-            )
-            found[site.name] = recorder.sketch.relative_error(before, after) or 0.0
+            with within_memory(f"the error of {site.name}", context.device):
+                before, after = (
+                    site.matrices(weights.read(site.parameter)).to(context.device)
+                    for weights in (dense, program.weights)
+                )
+                found[site.name] = recorder.sketch.relative_error(before, after) or 0.0
     return found

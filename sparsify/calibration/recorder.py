@@ -28,7 +28,7 @@ class OutputSketch:
         self, experts: int, features: int, device: torch.device, size: int = 256, *, twin: bool = False
     ) -> None:
         self.size = max(size // experts, 32)
-        self.rows = torch.zeros(experts, self.size, features, device=device)
+        self.rows = torch.zeros(experts, self.size, features, dtype=torch.float32, device=device)
         self.dense = torch.zeros_like(self.rows) if twin else self.rows
         self._next = [0] * experts
         self._filled = [0] * experts
@@ -41,7 +41,8 @@ class OutputSketch:
         while done < len(rows):
             at = self._next[expert]
             part = rows[done : done + self.size - at]
-            signs = torch.randint(0, 2, (len(part), 1), generator=self._signs).mul_(2).sub_(1).to(part)
+            signs = torch.randint(0, 2, (len(part), 1), generator=self._signs).mul_(2).sub_(1)
+            signs = signs.to(part, non_blocking=True)
             self.rows[expert, at : at + len(part)].addcmul_(part, signs)
             if self.dense is not self.rows:
                 self.dense[expert, at : at + len(part)].addcmul_(dense[done : done + len(part)], signs)
@@ -116,15 +117,15 @@ class GroupRecorder:
         self.tokens = [0] * experts
         self._shared: InputStatistics | None = None
 
-    def update(self, rows: Tensor, ends: Tensor | None = None, dense: Tensor | None = None) -> bool:
-        """Record one batch; False where it is not finite.
+    def update(self, rows: Tensor, ends: Tensor | None = None, dense: Tensor | None = None) -> Tensor:
+        """Record one batch; whether it is finite, as a tensor where the rows lie, so that nobody need wait for it now.
 
         Args:
-            rows: [tokens, in_features], for experts sorted by expert with ``ends`` [experts].
+            rows: [tokens, in_features], for experts sorted by expert with ``ends`` [experts] on the CPU.
             dense: the same rows in the dense model, where there are two; else the rows themselves.
         """
         dense = rows if dense is None else dense
-        bounds = [0, len(rows)] if ends is None else [0, *(int(end) for end in ends)]
+        bounds = [0, len(rows)] if ends is None else [0, *ends.tolist()]
         for expert, (start, stop) in enumerate(zip(bounds, bounds[1:], strict=False)):
             part, other = rows[start:stop], dense[start:stop]
             if not len(part):
@@ -135,7 +136,8 @@ class GroupRecorder:
             for moments in self.outputs.values():
                 moments.update(expert, part)
             self.sketch.update(expert, part, other)
-        return all_finite(rows) and (dense is rows or all_finite(dense))
+        finite = _finite(rows)
+        return finite if dense is rows else finite & _finite(dense)
 
     def statistics(self, expert: int, sequences: int) -> InputStatistics:
         """What was recorded for ``expert``. Sites that read one input share the object, and what is derived from it."""
@@ -147,3 +149,8 @@ class GroupRecorder:
             self._shared = made
             self.accumulators.clear()
         return made
+
+
+def _finite(values: Tensor) -> Tensor:
+    """Whether all of ``values`` are finite, where they lie."""
+    return torch.tensor(all_finite(values)) if values.is_cpu else values.isfinite().all()

@@ -56,7 +56,8 @@ class RowReader:
     def read(
         self, group: InputGroup, batch: Mapping[str, Tensor], values: Mapping[fx.Node, Any]
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Rows of ``group`` in one batch; for experts, where each expert's rows end and which token each row is.
+        """Rows of ``group`` in one batch; for experts, where each expert's rows end (on the CPU, for Python cuts them)
+        and which token each row is.
 
         The tokens are None where the rows of experts cannot be traced back to them.
 
@@ -87,15 +88,17 @@ class RowReader:
             tokens = values[self._routes[site.offsets]].reshape(-1)
         if counted is None:
             return rows, ends, tokens
-        flat = counted.reshape(-1).to(rows.device)
+        # Which rows count is found on the CPU, where the mask is: a GPU that is asked how many stands still.
+        flat = counted.reshape(-1)
         if tokens is not None:
-            flat = flat[tokens]
+            flat = flat[tokens.cpu()]
         if flat.numel() != len(rows):
             raise self._unmatched(group, value, counted)
         if ends is not None:
-            before = torch.cat([torch.zeros(1, dtype=torch.long), flat.cpu().long().cumsum(0)])
+            before = torch.cat([torch.zeros(1, dtype=torch.long), flat.long().cumsum(0)])
             ends = before[ends.long()]
-        return rows[flat], ends, None if tokens is None else tokens[flat]
+        index = flat.nonzero().flatten().to(rows.device, non_blocking=True)
+        return rows[index], ends, None if tokens is None else tokens[index]
 
     def _counted(self, group: InputGroup, batch: Mapping[str, Tensor]) -> Tensor | None:
         depends = self.flow.inputs[group.activation]

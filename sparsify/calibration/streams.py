@@ -50,12 +50,14 @@ class Streams:
         self.batches, self.rows, self.device = batches, rows, context.device
         self._stack = ExitStack()
         share = context.memory if dense is None else context.memory // 3
-        store, self._kept = ActivationStore(share), ActivationStore(share)
+        store, self._kept = ActivationStore(share, self.device), ActivationStore(share, self.device)
         self._stores = [store, self._kept]
+        # Of each group in each batch that has run in this region, whether its rows were finite.
+        self._finite: list[tuple[int, str, Tensor]] = []
         self.runner = Interpreter(program, flow, batches, store, self.device)
         self.dense: Interpreter | None = None
         if dense is not None:
-            self._stores.append(ActivationStore(share))
+            self._stores.append(ActivationStore(share, self.device))
             original = dataclasses.replace(program, weights=dense)
             self.dense = Interpreter(original, flow, batches, self._stores[-1], self.device)
 
@@ -78,6 +80,7 @@ class Streams:
         if self.dense is not None:
             self.dense.run_region(region, watch=recorders, on_value=self._keep(recorders))
         self.runner.run_region(region, watch=recorders, on_value=self._record(recorders), after_batch=after_batch)
+        self._check_finite()
 
     def _keep(self, recorders: Recorders) -> OnValue:
         def keep(batch: int, node: fx.Node, values: Mapping[fx.Node, Any]) -> None:
@@ -94,24 +97,32 @@ class Streams:
                 rows, ends, tokens = self.rows.read(group, self.batches[batch], values)
                 dense = None
                 if self.dense is not None:
-                    names = [f"{group.name} {name}" for name in ("rows", "ends", "tokens")]
-                    kept: list[Any] = [self._kept.take(batch, name, self.device) for name in names]
+                    # Where rows end is a matter of the CPU.
+                    places = {"rows": self.device, "ends": torch.device("cpu"), "tokens": self.device}
+                    kept: list[Any] = [self._kept.take(batch, f"{group.name} {n}", on) for n, on in places.items()]
                     dense = paired(group.name, (rows, ends, tokens), (kept[0], kept[1], kept[2]))
-                if not recorder.update(rows, ends, dense):
-                    raise CalibrationError(
-                        f"the input of {group.name}",
-                        found=f"NaN or infinity in calibration batch {batch}",
-                        do="Look for broken weights before this site, or run in float32",
-                    )
+                self._finite.append((batch, group.name, recorder.update(rows, ends, dense)))
 
         return record
+
+    def _check_finite(self) -> None:
+        """Once a region: a GPU that is asked after every batch stands still meanwhile."""
+        seen, self._finite = self._finite, []
+        found = torch.stack([finite for *_, finite in seen]).tolist() if seen else []
+        for (batch, name, _), finite in zip(seen, found, strict=True):
+            if not finite:
+                raise CalibrationError(
+                    f"the input of {name}",
+                    found=f"NaN or infinity in calibration batch {batch}",
+                    do="Look for broken weights before this site, or run in float32",
+                )
 
 
 Read = tuple[Tensor, Tensor | None, Tensor | None]
 
 
 def paired(name: str, pruned: Read, dense: Read) -> Tensor:
-    """The dense model's row for each row of the pruned model: [tokens, in_features].
+    """The dense model's row for each row of the pruned model: [tokens, in_features]; where rows end is on the CPU.
 
     Experts are chosen by each model for itself. A token that both send to one expert is paired there; one that
     only the pruned model sends there has no dense row, and stands for itself.
@@ -121,7 +132,7 @@ def paired(name: str, pruned: Read, dense: Read) -> Tensor:
     """
     rows, ends, tokens = pruned
     other, other_ends, other_tokens = dense
-    if ends is None or other_ends is None or (torch.equal(ends.cpu(), other_ends.cpu()) and tokens is None):
+    if ends is None or other_ends is None or (torch.equal(ends, other_ends) and tokens is None):
         return other
     if tokens is None or other_tokens is None:
         raise CalibrationError(
@@ -129,9 +140,9 @@ def paired(name: str, pruned: Read, dense: Read) -> Tensor:
             found="experts whose rows cannot be traced back to tokens",
             do="Leave these experts out with --ignore, or use target=pruned",
         )
-    span = int(max(tokens.max(), other_tokens.max())) + 1
-    keys = _expert_of(ends, len(rows)).to(tokens) * span + tokens
-    known = _expert_of(other_ends, len(other)).to(other_tokens) * span + other_tokens
+    span = torch.maximum(tokens.max(), other_tokens.max()) + 1
+    keys = _expert_of(ends, len(rows)).to(tokens, non_blocking=True) * span + tokens
+    known = _expert_of(other_ends, len(other)).to(other_tokens, non_blocking=True) * span + other_tokens
     order = known.argsort()
     at = torch.searchsorted(known[order], keys).clamp(max=len(known) - 1)
     found = order[at]
@@ -139,4 +150,4 @@ def paired(name: str, pruned: Read, dense: Read) -> Tensor:
 
 
 def _expert_of(ends: Tensor, rows: int) -> Tensor:
-    return torch.searchsorted(ends.cpu(), torch.arange(rows), right=True)
+    return torch.searchsorted(ends, torch.arange(rows), right=True)

@@ -14,11 +14,12 @@ from sparsify.compiler.request import Data, parse
 from sparsify.compiler.result import Compiled
 from sparsify.compiler.seam import After, Seam, nobody
 from sparsify.context import Context, Observer, unobserved
-from sparsify.host import resolve_device
+from sparsify.host import cpu_by_default, resolve_device, within_memory
 from sparsify.method.base import Pass
 from sparsify.words import Schedule, parse_bytes
 
 
+@cpu_by_default()
 def compile(
     model: str | Path | nn.Module,
     passes: Sequence[str | Pass] = (),
@@ -82,7 +83,7 @@ def compile(
     )
     context = Context(resolve_device(device), parse_bytes(memory), seed, observe)
     seam = Seam(context, after)
-    with ExitStack() as stack:
+    with within_memory("compiling", context.device), ExitStack() as stack:
         place = stages.Workplace(stack)
         source = stages.open_model(model, request, place, allow_bin=allow_bin, trust_remote_code=trust_remote_code)
         planned, data = stages.plan(source, request, context)

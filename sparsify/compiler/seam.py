@@ -12,6 +12,7 @@ from torch import fx
 
 from sparsify.context import Context, Progress
 from sparsify.errors import SparsifyError, VerifyError, first_line
+from sparsify.host import is_out_of_memory, within_memory
 from sparsify.ir.program import Program
 from sparsify.method.base import Pass
 from sparsify.method.spec import spec_text
@@ -55,6 +56,7 @@ class Seam:
 
         Raises:
             VerifyError: the program breaks a rule afterwards, or the pass changed what it declares not to change.
+            CalibrationError: too little memory.
         """
         ran, started = Ran(program), time.perf_counter()
         if own.kind in ("graph", "lowering"):
@@ -62,7 +64,7 @@ class Seam:
             self.context.observe(Progress(0, 1, spec_text(own), 0))
         before = _snapshot(program)
         program.weights.written.clear()
-        with _named(own):
+        with within_memory(f"pass {own.name}", self.context.device), _named(own):
             yield ran
             ran.seconds, ran.written = time.perf_counter() - started, set(ran.program.weights.written)
             if ran.program is program:
@@ -99,7 +101,7 @@ def _named(own: Pass) -> Iterator[None]:
             raise
         raise error.asking(f"pass {own.name}: {error.asked}") from error
     except Exception as error:
-        if own.kind not in ("graph", "lowering"):
+        if own.kind not in ("graph", "lowering") or is_out_of_memory(error):
             raise
         raise VerifyError(
             f"pass {own.name}",

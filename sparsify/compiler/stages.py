@@ -206,7 +206,7 @@ def prune(
             elif isinstance(own, GraphPass):
                 own.apply(program, None if data is None else data.batches, seam.context)
             elif isinstance(own, LoweringPass):
-                compiled.lowered = own.lower(runnable(program))
+                compiled.lowered = own.lower(runnable(program, seam.context.device))
         run.seconds, run.written = ran.seconds, ran.written
     return job, compiled
 

@@ -51,13 +51,14 @@ def sample_from_model(source: Source, samples: int, length: int, seed: int) -> T
         max_new_tokens=None,
     )
     parts: list[Tensor] = []
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
+    # A seed is set on every GPU that this process has used.
+    used = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    with torch.random.fork_rng(devices=used), torch.no_grad():
         torch.manual_seed(seed)
         for begin in range(0, samples, _BATCH):
-            first = torch.full((min(_BATCH, samples - begin), 1), start)
-            parts.append(
-                model.generate(first, attention_mask=torch.ones_like(first), generation_config=settings)[:, :length]
-            )
+            first = torch.full((min(_BATCH, samples - begin), 1), start, device=model.device)
+            made = model.generate(first, attention_mask=torch.ones_like(first), generation_config=settings)
+            parts.append(made[:, :length].cpu())
     model.train(training)
     return torch.cat(parts)
 

@@ -22,11 +22,12 @@ from sparsify.evaluation.figure import draw
 from sparsify.evaluation.perplexity import perplexity
 from sparsify.files.staging import Staging, check_output
 from sparsify.frontend.source import Source, open_source
-from sparsify.host import recent_peak, reset_peak, resolve_device
+from sparsify.host import cpu_by_default, recent_peak, reset_peak, resolve_device
 from sparsify.method.spec import parse_pass
 from sparsify.words import Schedule, parse_bytes
 
 
+@cpu_by_default()
 def compare(
     model: str | Path,
     passes: Sequence[str],

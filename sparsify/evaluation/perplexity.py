@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,9 @@ from sparsify.data.batches import as_inputs, evaluation_windows
 from sparsify.errors import CalibrationError, TraceError
 from sparsify.frontend.capture import capture
 from sparsify.frontend.source import Source, open_source
+from sparsify.host import cpu_by_default, within_memory
 from sparsify.ir.program import Program
+from sparsify.precision import exact_products
 
 # Logits of a window are wide: few windows at a time.
 _TOKENS_AT_ONCE = 1024
@@ -44,6 +46,7 @@ class Evaluation:
     seconds: float
 
 
+@cpu_by_default()
 def evaluate(
     model: str | Path | nn.Module,
     data: str,
@@ -70,8 +73,13 @@ def evaluate(
     return Evaluation(value, len(ids), ids.shape[1], label, time.perf_counter() - started)
 
 
+@exact_products()
 def perplexity(source: Source, windows: Tensor, context: Context | None = None) -> float:
-    """Perplexity on ``windows`` [count, length] of token ids."""
+    """Perplexity on ``windows`` [count, length] of token ids.
+
+    Raises:
+        CalibrationError: ids of another vocabulary, or too little memory. TraceError: no causal language model.
+    """
     context = context or Context()
     count, length = windows.shape
     vocabulary = source.vocab_size
@@ -84,7 +92,14 @@ def perplexity(source: Source, windows: Tensor, context: Context | None = None) 
     most = max(1, _TOKENS_AT_ONCE // length)
     size = max(d for d in range(1, min(most, count) + 1) if count % d == 0)
     batches = [as_inputs(windows[i : i + size], source) for i in range(0, count, size)]
-    program = capture(source, batches[0], context.device)
+    with within_memory(f"evaluating {source.name}", context.device):
+        losses = _losses(capture(source, batches[0], context.device), batches, context)
+    mean = float(losses.mean())
+    return math.exp(mean) if mean < 700 else math.inf
+
+
+def _losses(program: Program, batches: Sequence[Mapping[str, Tensor]], context: Context) -> Tensor:
+    """The mean loss of each window, float64."""
     logits = _logits(program)
     flow = Flow.of(program)
     stop = flow.position[logits] + 1
@@ -93,19 +108,18 @@ def perplexity(source: Source, windows: Tensor, context: Context | None = None) 
     losses: list[Tensor] = []
 
     def record(index: int, node: fx.Node, values: Mapping[fx.Node, Any]) -> None:
-        ids = batches[index]["input_ids"].to(values[node].device)
+        ids = batches[index]["input_ids"].to(values[node].device, non_blocking=True)
         flat = nn.functional.cross_entropy(
             values[node][:, :-1].float().flatten(0, 1), ids[:, 1:].flatten(), reduction="none"
         )
-        losses.append(flat.view(len(ids), -1).mean(dim=1).double().cpu())
+        losses.append(flat.view(len(ids), -1).mean(dim=1).double())
 
-    with ActivationStore(context.memory) as store, torch.no_grad():
+    with ActivationStore(context.memory, context.device) as store, torch.no_grad():
         runner = Interpreter(program, flow, batches, store, context.device)
         for number, region in enumerate(regions):
             runner.run_region(region, watch={logits} if region.stop == stop else (), on_value=record)
             context.observe(Progress(number + 1, len(regions), "evaluating", 0))
-    mean = float(torch.cat(losses).mean())
-    return math.exp(mean) if mean < 700 else math.inf
+    return torch.cat(losses).cpu()
 
 
 def _logits(program: Program) -> fx.Node:

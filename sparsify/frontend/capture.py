@@ -54,7 +54,9 @@ def export(module: nn.Module, batch: Batch) -> torch.export.ExportedProgram:
     Raises:
         TraceError: it cannot be exported.
     """
-    args, kwargs = call_arguments(module, {k: torch.zeros_like(v, device="cpu") for k, v in batch.items()})
+    # Inputs lie where the module does; which device a graph is for is said once it is one.
+    device = next((p.device for p in module.parameters() if not p.is_meta), torch.device("cpu"))
+    args, kwargs = call_arguments(module, {k: torch.zeros_like(v, device=device) for k, v in batch.items()})
     training = module.training
     _set_mode(module, training=False)
     try:

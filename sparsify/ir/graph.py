@@ -122,16 +122,16 @@ def _as_meta(value: Any) -> Any:
     return value
 
 
-def runnable(program: Program) -> fx.GraphModule:
+def runnable(program: Program, device: torch.device) -> fx.GraphModule:
     """The graph of ``program`` as a module that runs by itself: every tensor is read into memory.
 
-    It takes inputs of the shapes and on the device that the program was captured for.
+    It takes inputs of the shapes that the program was captured with, on the ``device`` that it was captured for.
     """
     root = nn.Module()
     for node in program.graph.nodes:
         if node.op != "get_attr":
             continue
-        value = program.load(node)
+        value = program.load(node).to(device)
         constant = program.parameter(node) is None or not value.is_floating_point()
         set_tensor(root, str(node.target), value if constant else nn.Parameter(value, requires_grad=False))
     graph = fx.Graph()

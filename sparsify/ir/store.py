@@ -33,7 +33,10 @@ class DenseView(Protocol):
 
 
 class MemoryStore:
-    """Tensors held in memory over a store that is only read: what a compile without an output writes to."""
+    """Tensors held in memory over a store that is only read: what a compile without an output writes to.
+
+    They may be those of a module on a GPU; like those of a file they are read on the CPU.
+    """
 
     def __init__(self, base: TensorStore | None, tensors: Mapping[str, Tensor] | None = None) -> None:
         self.base = base
@@ -50,7 +53,7 @@ class MemoryStore:
         return self.tensors[name].dtype if name in self.tensors else self._base().dtype(name)
 
     def read(self, name: str) -> Tensor:
-        return self.tensors[name] if name in self.tensors else self._base().read(name)
+        return self.tensors[name].cpu() if name in self.tensors else self._base().read(name)
 
     def write(self, name: str, tensor: Tensor) -> None:
         self.tensors[name] = tensor.detach().clone()

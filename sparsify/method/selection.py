@@ -24,8 +24,9 @@ Count = Literal["floor", "exact", "threshold", "total"]
 
 # Comparing all pairs in a group costs M(M-1)/2 streaming passes; past this a sort of each group is cheaper.
 _PAIRWISE_LIMIT = 8
-# Pairs are compared over this many groups at a time, so that the working set stays in the cache.
-_GROUPS_AT_ONCE = 1 << 16
+# Pairs are compared over this many groups at a time, so that the working set stays in a CPU's cache; a GPU, which takes
+# as long to be told as to compute, takes many more at once.
+_GROUPS_AT_ONCE, _ON_GPU = 1 << 16, 1 << 24
 # How many values guess where the k-th of a long row lies.
 _SAMPLE = 1 << 13
 
@@ -141,9 +142,9 @@ def _select_nm(scores: Tensor, pattern: NM) -> Tensor:
         raise PatternError(f"pattern {pattern}", found=reason, do="Leave this weight dense or choose another M")
     groups, drop = scores.reshape(-1, pattern.m), pattern.m - pattern.n
     mask = torch.empty(groups.shape, dtype=torch.bool, device=scores.device)
-    for start in range(0, groups.shape[0], _GROUPS_AT_ONCE):
-        part = groups[start : start + _GROUPS_AT_ONCE]
-        mask[start : start + _GROUPS_AT_ONCE] = lowest(part.t().contiguous(), drop).t()
+    size = _GROUPS_AT_ONCE if scores.is_cpu else _ON_GPU
+    for start in range(0, groups.shape[0], size):
+        mask[start : start + size] = lowest(groups[start : start + size].t().contiguous(), drop).t()
     return mask.view(rows, columns)
 
 

@@ -26,15 +26,18 @@ from sparsify.calibration.streams import Streams
 from sparsify.context import Context, Progress, SiteResult
 from sparsify.data.batches import count_sequences
 from sparsify.errors import SpecError
+from sparsify.host import within_memory
 from sparsify.ir.program import Program
 from sparsify.ir.weights import Weights
 from sparsify.method.weight_pass import WeightPass
+from sparsify.precision import exact_products
 from sparsify.prune.allocation import Measured, allocate
 from sparsify.prune.targets import Target
 from sparsify.prune.turn import Turn, prune_without_data
 from sparsify.words import Schedule
 
 
+@exact_products()
 def prune(
     program: Program,
     weight_pass: WeightPass,
@@ -58,7 +61,7 @@ def prune(
     if data is None:
         return prune_without_data(program, weight_pass, targets, context)
     wanted = GRADIENTS & set(weight_pass.statistics)
-    with Gradients(context.memory // 4) as gradients:
+    with within_memory(f"pass {weight_pass.name}", context.device), Gradients(context.memory // 4) as gradients:
         if wanted:
             measure_gradients(program, [t.parameter for t in targets], data, wanted, gradients, context)
         passes = {target.parameter: weight_pass for target in targets}
@@ -131,7 +134,8 @@ class Engine:
                     recorder = recorders.pop(0)
                     for site in group.sites:
                         if site.parameter not in done:
-                            self._prune_site(streams, step, site, merged.get(site.parameter, recorder))
+                            with within_memory(f"pruning {site.name}", self.context.device):
+                                self._prune_site(streams, step, site, merged.get(site.parameter, recorder))
                             done.add(site.parameter)
                     del recorder
                 start = step.start
@@ -146,7 +150,7 @@ class Engine:
 
     def _prune_site(self, streams: Streams, step: Step, site: LinearSite, recorder: GroupRecorder) -> None:
         target, device = self.targets[site.parameter], self.context.device
-        own = self.gradients.read(site) if self.gradients is not None else {}
+        own = self.gradients.read(site, device) if self.gradients is not None else {}
         if "dense_weight" in self.wanted and self.dense is not None:
             own["dense_weight"] = site.matrices(self.dense.read(site.parameter).to(device))
         turn = Turn(self.program, self.passes[site.parameter], target, device, recorder, self.measuring.sequences, own)

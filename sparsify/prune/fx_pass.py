@@ -23,6 +23,7 @@ from sparsify.errors import CalibrationError, SpecError, TraceError
 from sparsify.frontend.capture import capture
 from sparsify.frontend.matching import weights_of_module
 from sparsify.frontend.source import Source
+from sparsify.host import cpu_by_default
 from sparsify.ir.graph import placeholder_values, set_tensor
 from sparsify.ir.store import MemoryStore
 from sparsify.method.weight_pass import WeightPass
@@ -77,6 +78,7 @@ class GraphPrune(PassBase):
                 do="Give a torch.fx.GraphModule or an ExportedProgram; for a plain module use sparsify.compile",
             )
 
+    @cpu_by_default()
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         """Return the pruned GraphModule.
 
@@ -93,7 +95,10 @@ class GraphPrune(PassBase):
         program.weights = given.on(MemoryStore(given.store))
         data = Samples(batches) if self.weight_pass.needs_data else None
         done = prune(program, self.weight_pass, targets, data, context, schedule=self.schedule, dense=given)
-        pruned = {name: program.weights.read(name) for site in done for name in site.written}
+        # Results are read on the CPU; each goes to where the parameter lay that it replaces.
+        places = {name: t.device for name, t in (*lifted.named_parameters(), *lifted.named_buffers())}
+        written = [name for site in done for name in site.written]
+        pruned = {name: program.weights.read(name).to(places[name]) for name in written}
         return PassResult(_with_parameters(graph_module, pruned, names, program.weights.aliases), True)
 
     def _batches(self, lifted: fx.GraphModule, source: Source) -> list[dict[str, Tensor]]:

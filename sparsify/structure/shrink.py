@@ -218,7 +218,8 @@ def _index(edit: _Edit, node: fx.Node, copied: fx.Node, graph: fx.Graph) -> None
         if index is None or row is None or str(index.target) not in edit.program.constants:
             continue
         before = edit.program.constants[str(index.target)]
-        after = torch.tensor([edit.left_of(row, int(i) % len(row)) for i in before], dtype=before.dtype)
+        left = [edit.left_of(row, i % len(row)) for i in before.tolist()]
+        after = torch.tensor(left, dtype=before.dtype, device=before.device)
         name = f"{index.target}_{node.name}"
         edit.constants[name] = after
         with graph.inserting_before(copied):
@@ -284,12 +285,19 @@ def _propagate(program: Program, shapes: Mapping[str, Tensor]) -> None:
         TraceError: the graph does not run any more, which would be a rule's mistake.
     """
     values: dict[fx.Node, Any] = {}
+
+    def value_of(given: Any) -> Any:
+        # Shapes are the same on every device; fake values of two would not go together.
+        if isinstance(given, torch.device):
+            return torch.device("cpu")
+        return values[given] if isinstance(given, fx.Node) else given
+
     with FakeTensorMode():
         for node in program.graph.nodes:
             if node.op == "output":
                 continue
             if node.op == "call_function":
-                args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: values[n])
+                args, kwargs = fx.node.map_aggregate((node.args, node.kwargs), value_of)
                 try:
                     values[node] = node.target(*args, **kwargs)
                 except (RuntimeError, ValueError, IndexError) as error:

@@ -31,7 +31,7 @@ from sparsify.files.staging import Staging, check_output
 from sparsify.frontend.capture import capture
 from sparsify.frontend.materialize import materialize
 from sparsify.frontend.source import Source, open_source
-from sparsify.host import quiet
+from sparsify.host import cpu_by_default, quiet, within_memory
 from sparsify.ir.program import Program
 from sparsify.tuning.recipe import Recipe
 from sparsify.tuning.state import TuneState
@@ -58,6 +58,7 @@ class Tuned:
         return asdict(self) | {"output": str(self.output)}
 
 
+@cpu_by_default()
 def tune(
     model: str | Path,
     data: str,
@@ -83,7 +84,8 @@ def tune(
         observe: told (step, steps, loss).
 
     Raises:
-        SpecError: a recipe that cannot be meant. CalibrationError: data too short. VerifyError: a mask that broke.
+        SpecError: a recipe that cannot be meant. CalibrationError: data too short, or too little memory.
+        VerifyError: a mask that broke.
         CheckpointError, TraceError: no causal language model there.
     """
     recipe, out, place = recipe or Recipe(), Path(output), device or torch.device("cpu")
@@ -108,12 +110,14 @@ def tune(
     before = perplexity(source, held_out, context)
     program = capture(source, example_batch(source))
     masks = masks_of(program)
-    network, wrapped = _network(source, recipe, place)
-    state = TuneState.of(out, recipe, wrapped, resume=resume)
-    started = time.perf_counter()
-    steps = recipe.steps or max(1, recipe.epochs * len(ids) // recipe.batch)
-    _train(wrapped, network, ids, recipe, steps, masks, state, save_every, place, observe)
-    seconds = time.perf_counter() - started
+    less = "Take fewer sequences at once (--micro), shorter ones (--sequence-length) or --device cpu"
+    with within_memory(f"tuning {source.name}", place, less):
+        network, wrapped = _network(source, recipe, place)
+        state = TuneState.of(out, recipe, wrapped, resume=resume)
+        started = time.perf_counter()
+        steps = recipe.steps or max(1, recipe.epochs * len(ids) // recipe.batch)
+        _train(wrapped, network, ids, recipe, steps, masks, state, save_every, place, observe)
+        seconds = time.perf_counter() - started
     known = Tuned(
         recipe,
         out,
@@ -125,9 +129,10 @@ def tune(
         len(masks),
         state.losses,
     )
-    if adapter:
-        return _write_adapter(source, wrapped, known, held_out, overwrite)
-    new = _merged(wrapped, source, masks, recipe)
+    with within_memory(f"what tuning {source.name} gave", place, less):
+        if adapter:
+            return _write_adapter(source, wrapped, known, held_out, overwrite)
+        new = _merged(wrapped, source, masks, recipe)
     check_masks(new, masks)
     after = _Output(source, program, backend, overwrite).write(new, known, held_out, context)
     return replace(known, perplexity=(before, after))
@@ -206,7 +211,9 @@ def _train(
     accelerator = Accelerator(cpu=device.type == "cpu")
     optimizer = torch.optim.AdamW(state.trained.values(), lr=recipe.highest_rate, weight_decay=0.0)
     state.restore(optimizer)
-    prepared, optimizer = accelerator.prepare(wrapped, optimizer)
+    # One process has its model and moments where it was told to; accelerate would take its own first device.
+    several = accelerator.num_processes > 1
+    prepared, optimizer = accelerator.prepare(wrapped, optimizer, device_placement=[several, several])
     held = dict(network.named_parameters())
     kept = {name: mask.to(held[name].device) for name, mask in masks.items() if recipe.method == "full"}
     deadline = time.monotonic() + 60 * recipe.minutes if recipe.minutes is not None else math.inf
@@ -217,13 +224,15 @@ def _train(
             break
         for group in optimizer.param_groups:
             group["lr"] = recipe.highest_rate * _share(number, steps, recipe.warmup)
-        total = 0.0
+        losses: list[tuple[Tensor, int]] = []
         for micro in chosen.split(recipe.micro):
             batch = ids[micro].to(device)
             logits = prepared(input_ids=batch).logits[:, :-1].float()
             loss = nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
             accelerator.backward(loss * len(micro) / recipe.batch)
-            total += float(loss.detach()) * len(micro) / recipe.batch
+            losses.append((loss.detach(), len(micro)))
+        # Once a step: a GPU that is asked after every part stands still meanwhile.
+        total = sum((float(loss) * count / recipe.batch for loss, count in losses), start=0.0)
         if not math.isfinite(total):
             raise CalibrationError(f"tuning, step {number + 1}", found=f"a loss of {total}", do="Give a smaller --rate")
         accelerator.clip_grad_norm_(state.trained.values(), 1.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -35,6 +36,34 @@ def test_any_module_in_regions(cuts: int) -> None:
     for batch, result in zip(batches, execute(program, batches, cuts), strict=True):
         with torch.no_grad():
             torch.testing.assert_close(result, module(batch["0"]), rtol=0, atol=1e-6)
+
+
+class WrittenLate(nn.Module):
+    """A value that is read, written to in place, and read again."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        start = x.cos()
+        first = start.exp()
+        start[..., 0] = 5
+        return first.sin() + start * 2
+
+
+@pytest.mark.parametrize("budget", [0, 1 << 30])
+def test_what_a_region_writes_to_is_what_later_ones_read(budget: int) -> None:
+    module, batches = WrittenLate(), [{"0": torch.randn(4, 8)} for _ in range(2)]
+    program = capture(open_source(module), batches[0])
+    flow, results = Flow.of(program), list[torch.Tensor]()
+    node = {n.name: n for n in flow.order}
+    # The view through which it is written is made and used in one region.
+    edges = [0, flow.position[node["exp"]] + 1, flow.position[node["fill_"]] + 1, len(flow.order)]
+    with ActivationStore(budget) as store, torch.no_grad():
+        runner = Interpreter(program, flow, batches, store, CPU)
+        for start, stop in pairwise(edges):
+            watch = [node["add"]] if stop == edges[-1] else []
+            runner.run_region(
+                Region(start, stop, edges[-1]), watch=watch, on_value=lambda i, n, values: results.append(values[n])
+            )
+    assert all(torch.equal(made, module(batch["0"])) for made, batch in zip(results, batches, strict=True))
 
 
 def test_a_failing_node_names_its_source_line(captured: Callable[[str], Program]) -> None:

@@ -56,6 +56,4 @@ class Emulated:
 
 
 def on_gpu(weight: PreparedWeight, x: Tensor, bias: Tensor | None = None, plan: str | None = None) -> Tensor:
-    return ops._cuda(
-        x, weight.fragments, weight.compressed, weight.codes, weight.rows, plan or str(weight.plan), bias
-    )
+    return ops._cuda(x, weight.fragments, weight.compressed, weight.codes, weight.rows, plan or str(weight.plan), bias)

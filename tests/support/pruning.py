@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
+from support.regions import CPU
 from torch import Tensor
 
 from sparsify.calibration.gradients import Samples
@@ -25,12 +27,17 @@ def fresh(program: Program) -> Program:
 
 
 def prune_captured(
-    program: Program, spec: str, batches: Sequence[Mapping[str, Tensor]], schedule: Any = "layer", memory: int = 8 << 30
+    program: Program,
+    spec: str,
+    batches: Sequence[Mapping[str, Tensor]],
+    schedule: Any = "layer",
+    memory: int = 8 << 30,
+    device: torch.device = CPU,
 ) -> tuple[dict[str, Tensor], list[SiteResult]]:
     """The weights that ``spec`` pruned, by name, and what is said of each; ``program`` stays as it is."""
     own, copy = parse_pass(spec), fresh(program)
     assert isinstance(own, WeightPass)
     targets, _ = choose(copy, own.pattern, Wanted())
-    data, context = Samples(batches), Context(memory=memory)
+    data, context = Samples(batches), Context(device, memory)
     done = prune(copy, own, targets, data, context, schedule=schedule, dense=program.weights)
     return {target.parameter: copy.weights.read(target.parameter) for target in targets}, done

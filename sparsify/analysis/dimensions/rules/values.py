@@ -123,7 +123,7 @@ def indexed(walk: Walk, node: fx.Node) -> Rows:
     if len(held) == 1 and (row := rows[held[0]]) is not None:
         index = walk.program.constants.get(str(indices[held[0]].target))
         if index is not None and index.dim() == 1 and not index.dtype.is_floating_point:
-            return [*rows[: held[0]], some(walk, row, row.ids[index.numpy()], node), *rows[held[0] + 1 :]]
+            return [*rows[: held[0]], some(walk, row, row.ids[index.cpu().numpy()], node), *rows[held[0] + 1 :]]
     for i in held:
         own = walk.indexing.get(indices[i])
         if own is not None:
