@@ -61,8 +61,9 @@ class Context:
     """Made once and handed down; nothing else says where and within what a compile runs.
 
     Attributes:
-        device: where regions run and weights are pruned. memory: bytes of activations that are kept there or in
-            memory; more are spilled to a file. seed: of everything that is drawn. observe: who is told.
+        device: where regions run and weights are pruned. memory: bytes of activations that are kept there, while a
+            quarter of a GPU's free memory holds them, or in memory; more are spilled to a file. seed: of everything
+            that is drawn. observe: who is told.
     """
 
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))

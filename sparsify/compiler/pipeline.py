@@ -55,7 +55,7 @@ def compile(
         output: the folder to write; None keeps the result in memory.
         samples, sequence_length, seed: how sequences are drawn from a named source.
         ignore, only: names, globs or ``re:`` patterns of parameters or modules.
-        memory: bytes of activations kept in memory, as a number or as "8GiB".
+        memory: bytes of activations kept on the GPU and in memory, as a number or as "8GiB".
         dry_run: decide what would be pruned and stop there.
         observe: told of every batch and every site. after: told of every pass that has run, with the program.
 

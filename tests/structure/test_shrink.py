@@ -6,10 +6,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.fake_gpu import GPU, FakeGPU
 from support.families import FAMILIES, inputs
 from support.zeroed import Net, Reports, check_equality, program_of, run
+from torch import Tensor, nn
 
+from sparsify.analysis.dimensions.groups import coupled_dimensions
 from sparsify.errors import SpecError, TraceError
+from sparsify.frontend.capture import capture
+from sparsify.frontend.source import open_source
 from sparsify.structure.shrink import shrink
 
 QUICK = ("llama", "gpt2", "falcon")
@@ -49,6 +54,28 @@ def test_a_model_without_channels_is_the_model_with_zeros(name: str, report: Rep
         check_equality(program, dimensions, remove, batch)
 
     drawn()
+
+
+class Picked(nn.Module):
+    """The last two of eight channels, by a list of positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 8), nn.Linear(2, 5)
+        self.register_buffer("places", torch.tensor([7, -2]), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x)[..., self.places])
+
+
+def test_a_list_of_positions_is_corrected_where_it_lies() -> None:
+    with FakeGPU():
+        program = capture(open_source(Picked()), {"0": torch.randn(2, 3, 6)}, GPU)
+        dimensions = coupled_dimensions(program)
+        number = next(i for i, group in enumerate(dimensions.groups) if group.channels == 8)
+        small = shrink(program, dimensions, {number: [0, 3]})
+        (made,) = (value for name, value in small.constants.items() if name not in program.constants)
+        assert made.device == GPU and made.tolist() == [5, 4]
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "vit"])
