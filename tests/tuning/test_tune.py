@@ -22,7 +22,7 @@ from sparsify.errors import BackendError, CalibrationError, CheckpointError, Spe
 from sparsify.frontend.capture import capture
 from sparsify.frontend.source import open_source
 from sparsify.tuning.recipe import Recipe
-from sparsify.tuning.tune import check_masks, masks_of, tune
+from sparsify.tuning.tune import _share, check_masks, masks_of, tune
 
 pytest.importorskip("peft")
 QUICK = Recipe(steps=6, batch=8, micro=4, samples=24, length=32, warmup=2, rate=2e-2)
@@ -218,3 +218,15 @@ def test_at_the_command_line(sparse: Path, text: str, tmp_path: Path) -> None:
     again = command(*words)
     assert again.returncode == 1 and "exists" in again.stderr
     assert math.isfinite(float(done.stdout.rpartition("→ ")[2].split()[0]))
+
+
+@pytest.mark.parametrize(
+    ("steps", "warmup", "rising"), [(100, 5, 5), (100, 10, 10), (100, 99, 10), (25, 100, 2), (6, 9, 1)]
+)
+def test_the_rate_rises_for_a_tenth_of_a_run_at_most_and_falls_to_nothing(steps: int, warmup: int, rising: int) -> None:
+    shares = [_share(step, steps, warmup) for step in range(steps)]
+    assert shares[:rising] == pytest.approx([(i + 1) / rising for i in range(rising)])
+    assert shares.index(max(shares)) in (rising - 1, rising) and max(shares) == 1
+    falling = [(steps - step) / (steps - rising) for step in range(rising, steps)]
+    assert shares[rising:] == pytest.approx(falling) and shares[-1] == pytest.approx(1 / (steps - rising))
+    assert _share(0, steps, 0) == 1
