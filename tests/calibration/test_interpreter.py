@@ -130,3 +130,15 @@ def test_a_write_to_one_of_two_living_views_cannot_be_run_again() -> None:
         runner.run_region(Region(0, cut, end))
         with pytest.raises(TraceError, match="two views are alive"):
             runner.run_region(Region(cut, end, end, again=True))
+
+
+def test_a_device_without_memory_is_told_as_that(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not as a node that fails."""
+    program = capture(open_source(Steps()), {"0": torch.randn(3, 4)})
+
+    def full(self: Interpreter, node: fx.Node) -> None:
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(Interpreter, "run_node", full)
+    with pytest.raises(torch.OutOfMemoryError, match="no room"):
+        execute(program, [{"0": torch.randn(3, 4)}])

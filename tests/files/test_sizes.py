@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import zlib
 from pathlib import Path
 
@@ -12,8 +13,8 @@ from sparsify import tensors
 from sparsify.backends.hf import saving
 from sparsify.backends.hf.saving import same_bytes, save_tensors
 from sparsify.errors import BackendError, CheckpointError
-from sparsify.files.checkpoint import WEIGHTS, Checkpoint
-from sparsify.files.staging import Staging
+from sparsify.files.checkpoint import INDEX, WEIGHTS, Checkpoint
+from sparsify.files.staging import Staging, copy_checkpoint
 from sparsify.files.writer import lay_out
 from sparsify.tensors import all_finite, checksum, checksum_of_span, read_into, write_from
 
@@ -55,6 +56,31 @@ def test_a_new_file_begins_where_one_is_full(shard: int, files: int, tmp_path: P
     for name, (dtype, shape) in kinds.items():
         checkpoint.write(name, torch.ones(shape, dtype=dtype))
     assert all(bool((Checkpoint(tmp_path).read(name) == 1).all()) for name in kinds)
+
+
+def test_every_file_is_filled_as_far_as_the_first(tmp_path: Path) -> None:
+    kinds = {name: (torch.int8, (size,)) for name, size in zip("abcde", (20, 20, 20, 21, 19), strict=True)}
+    checkpoint = lay_out(tmp_path, kinds, 40)
+    together: dict[Path, list[str]] = {}
+    for name in checkpoint.names():
+        together.setdefault(checkpoint.span(name)[0], []).append(name)
+    assert list(together.values()) == [["a", "b"], ["c"], ["d", "e"]]
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_an_index_is_copied_with_the_shards_that_need_it(shards: int, tmp_path: Path) -> None:
+    """One shard too, where it is not called model.safetensors."""
+    for name in ("source", "out"):
+        (tmp_path / name).mkdir()
+    table = {}
+    for number in range(shards):
+        file = f"model-{number}.safetensors"
+        save_tensors({f"w{number}": torch.ones(3)}, tmp_path / "source" / file)
+        table[f"w{number}"] = file
+    (tmp_path / "source" / INDEX).write_text(json.dumps({"weight_map": table}))
+    copied = copy_checkpoint(Checkpoint(tmp_path / "source"), tmp_path / "out")
+    assert list(copied.names()) == list(table) and copied.writable
+    assert (tmp_path / "out" / INDEX).read_bytes() == (tmp_path / "source" / INDEX).read_bytes()
 
 
 def test_finite_sums_that_overflow() -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from sparsify.errors import CheckpointError
 from sparsify.frontend.source import open_source
 from sparsify.ir.store import MemoryStore
-from sparsify.ir.weights import Weights
+from sparsify.ir.weights import Conversion, Weights
 
 STACK = "model.layers.0.mlp.experts.gate_up_proj"
 
@@ -58,3 +58,18 @@ def test_a_conversion_to_other_tensors_than_the_folders_is_refused(folder: Calla
     conversion.sources.append(("a.tensor.of.an.older.version", conversion.sources[0][1]))
     with pytest.raises(CheckpointError, match=r"transformers turns it back into .*the folder holds"):
         weights.on(MemoryStore(weights.store)).write(STACK, value)
+
+
+def test_one_of_two_parameters_that_a_tensor_holds_is_written_and_the_other_stays() -> None:
+    """A checkpoint with queries and keys in one tensor, for a model that has them apart."""
+    loading = pytest.importorskip("transformers.core_model_loading")
+    converter = loading.WeightConverter(["qk"], ["query", "key"], operations=[loading.Chunk(dim=0)])
+    shapes = {name: torch.Size((2, 3)) for name in ("query", "key")}
+    conversion = Conversion(converter, [("qk", "qk")], ["query", "key"], shapes)
+    store = MemoryStore(None, {"qk": torch.arange(12.0).view(4, 3)})
+    model = torch.nn.Module()
+    model.config = None  # type: ignore[assignment]
+    weights = Weights(store, {}, dict.fromkeys(shapes, conversion), {}, model, [converter])
+    assert torch.equal(weights.read("key"), store.read("qk")[2:]) and weights.sources("query") == ["qk"]
+    weights.write("query", torch.zeros(2, 3))
+    assert not weights.read("query").any() and weights.read("key").tolist() == [[6, 7, 8], [9, 10, 11]]

@@ -17,7 +17,10 @@ class Area:
 FEWER = "--deselect=tests/prune/test_schedules.py::test_every_family_is_pruned_in_every_schedule"
 
 AREAS = {
-    "selection": Area(("sparsify/method/selection.py", "sparsify/method/pattern.py"), ("tests/method/test_selection.py", "tests/method/test_selection_sizes.py", "tests/method/test_pattern.py")),
+    "selection": Area(
+        ("sparsify/method/selection.py", "sparsify/method/pattern.py"),
+        ("tests/method/test_selection.py", "tests/method/test_selection_sizes.py", "tests/method/test_pattern.py"),
+    ),
     "engine": Area(
         ("sparsify/prune",),
         ("tests/prune/test_verify.py", "tests/prune/test_turn.py", "tests/prune/test_experts_in_part.py",
@@ -40,7 +43,8 @@ AREAS = {
     ),
     "weights": Area(
         ("sparsify/ir/weights.py", "sparsify/ir/store.py"),
-        ("tests/ir", "tests/frontend/test_matching.py", "tests/prune/test_experts_in_part.py"),
+        ("tests/ir", "tests/files/test_checkpoint.py", "tests/frontend/test_matching.py",
+         "tests/prune/test_experts_in_part.py"),
     ),
     "passes": Area(
         ("sparsify/passes/wanda.py", "sparsify/passes/gblm.py", "sparsify/passes/activation.py",

@@ -128,3 +128,20 @@ def test_updates_in_blocks_of_128_columns(spec: str, columns: int) -> None:
     else:
         reference, mask = slow.column_by_column(weight, h, dead, "50%", lambda columns, first, diagonal: columns.abs())
     assert torch.equal(ours.mask, mask) and slow.close(ours.weight, reference)
+
+
+@pytest.mark.parametrize("tolerance", [0.3, 0.1, 0.03, 1e-2])
+def test_conjugate_gradients_stop_once_a_step_gains_less_than_its_share(tolerance: float) -> None:
+    """Of the objective that is left, which each step lowers; counted by runs of one step more each."""
+    weight, inputs = slow.problem("ill-conditioned", rows=6)
+    h, _ = slow.damped(inputs)
+    mask = torch.rand(weight.shape, generator=torch.Generator().manual_seed(0)) < 0.5
+    start = weight.masked_fill(mask, 0)
+
+    def after(**how: float) -> torch.Tensor:
+        return conjugate_gradients(weight, h.float(), mask, start, rank=1, **how)  # type: ignore[arg-type]
+
+    runs = [start, *(after(tolerance=0, most=steps) for steps in range(1, 25))]
+    left = [slow.objective(run, weight, h) for run in runs]
+    stop = next(n for n in range(1, len(left)) if left[n - 1] - left[n] <= tolerance * left[n])
+    assert torch.equal(after(tolerance=tolerance), runs[stop])
