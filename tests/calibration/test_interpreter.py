@@ -15,7 +15,7 @@ from torch import fx, nn
 from sparsify.analysis.flow import Flow
 from sparsify.calibration.activations import ActivationStore
 from sparsify.calibration.interpreter import Interpreter, Region
-from sparsify.errors import TraceError
+from sparsify.errors import CalibrationError, TraceError
 from sparsify.frontend.capture import capture
 from sparsify.frontend.source import open_source
 from sparsify.ir.program import Program
@@ -133,12 +133,12 @@ def test_a_write_to_one_of_two_living_views_cannot_be_run_again() -> None:
 
 
 def test_a_device_without_memory_is_told_as_that(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not as a node that fails."""
+    """Not as a node that fails; and what would help is said."""
     program = capture(open_source(Steps()), {"0": torch.randn(3, 4)})
 
     def full(self: Interpreter, node: fx.Node) -> None:
         raise torch.OutOfMemoryError("no room")
 
     monkeypatch.setattr(Interpreter, "run_node", full)
-    with pytest.raises(torch.OutOfMemoryError, match="no room"):
+    with pytest.raises(CalibrationError, match=r"out of memory \(no room\)"):
         execute(program, [{"0": torch.randn(3, 4)}])

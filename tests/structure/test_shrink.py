@@ -92,7 +92,7 @@ def test_a_rule_that_corrects_nothing_is_found(monkeypatch: pytest.MonkeyPatch) 
     number = next(i for i, g in enumerate(dimensions.groups) if any(m.parameter == "first.weight" for m in g.members))
     monkeypatch.setitem(_CORRECTIONS, "view", lambda edit, node, copied, graph: None)
     channel = int(dimensions.groups[number].free[0])
-    with pytest.raises(TraceError, match="it does not run any more.*Report this as a bug"):
+    with pytest.raises(TraceError, match=r"it does not run any more.*Report this as a bug"):
         shrink(program, dimensions, {number: [channel]})
 
 
