@@ -21,7 +21,11 @@ ROOT = Path(__file__).parent.parent
 FOLDERS = ("sparsify", "passes", "backends")
 
 # "file function": why no quick test can or need reach what it raises. One that is reached is told, and must go.
-JUSTIFIED: dict[str, str] = {}
+JUSTIFIED: dict[str, str] = {
+    "sparsify/data/sources.py _parquet": "today's pyarrow refuses a missing column itself, older ones do not",
+    "sparsify/runtime/cpu/products.py linear_dense": "the kernel fails for want of memory alone",
+    "sparsify/runtime/cpu/unpacking.py unpack_rows": "its callers have checked the shapes: want of memory alone",
+}
 
 
 @dataclass(frozen=True)
