@@ -6,7 +6,7 @@ TORCH ?= torch==2.13.0
 # Tests at once.
 JOBS ?= 2
 
-.PHONY: demo test slow optimum check clean
+.PHONY: demo test slow optimum check raises mutants clean
 
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -45,6 +45,23 @@ check: .venv/installed-test
 	rm -rf build && $(BIN)/pip install --quiet --no-deps --target build/plain .
 	cd build/plain && ../../$(BIN)/mypy -p sparsify --config-file ../../pyproject.toml
 	cd build/plain && MYPYPATH=../../tests:../../tools/gpu ../../$(BIN)/mypy ../../tools --config-file ../../pyproject.toml
+
+.venv/installed-mutants: .venv/installed-test
+	$(BIN)/pip install --quiet --editable ".[mutants]"
+	touch $@
+
+# Every refusal of ours that no quick test reaches.
+raises: .venv/installed-mutants
+	rm -rf build/coverage && mkdir -p build/coverage
+	$(BIN)/coverage run -m pytest -n $(JOBS) -m "not slow"
+	$(BIN)/coverage combine --quiet && $(BIN)/coverage json --quiet -o build/coverage/lines.json
+	$(BIN)/python tools/unreached_raises.py build/coverage/lines.json
+
+# Faults planted one at a time, and whether the quick tests see them: EACH in each area, drawn by SEED.
+EACH ?= 20
+SEED ?= 0
+mutants: .venv/installed-mutants
+	$(BIN)/python tools/mutants.py --each $(EACH) --seed $(SEED)
 
 clean:
 	rm -rf .venv .venv-optimum demo-output build *.egg-info

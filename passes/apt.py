@@ -24,6 +24,9 @@ from sparsify.method.weight_pass import Pruned, WeightPass
 from sparsify.passes.fitting import FittingPass, Problem
 from sparsify.passes.solvers.gram import DampedGram
 
+# Weights whose losses are compared at once.
+_WEIGHTS = 1 << 24
+
 
 @dataclass(frozen=True)
 class MaskedPass(FittingPass):
@@ -164,7 +167,7 @@ def multiple_removal_mask(weight: Tensor, gram: DampedGram, pattern: NM) -> Tens
     for number, chosen in enumerate(candidates):
         table[number, chosen] = True
     losses = torch.stack([torch.linalg.inv(inverse[:, c][:, :, c]) for c in candidates]).float()
-    for index in torch.arange(rows, device=weight.device).split(max(1, (1 << 24) // columns)):
+    for index in torch.arange(rows, device=weight.device).split(max(1, _WEIGHTS // columns)):
         part = weight[index].view(len(index), groups, size)
         best = torch.full((len(index), groups), torch.inf, device=weight.device)
         choice = torch.zeros(len(index), groups, dtype=torch.long, device=weight.device)

@@ -16,6 +16,7 @@ from torch import Tensor
 Solver = Literal["auto", "cholesky", "cg"]
 
 _CHUNK = 1 << 28  # bytes of H_KK in flight
+_FEATURES = 1024  # features whose outer products are in memory at once
 
 
 def solve_rows(goal: Tensor, gram: Tensor, mask: Tensor) -> Tensor:
@@ -106,10 +107,10 @@ def _low_rank_inverse(gram: Tensor, keep: Tensor, rank: int) -> Callable[[Tensor
     weights = 1 / (scale.square() * rest)
     # S = I + V_Kᵀ Δ_K⁻¹ V_K for every row, by one product with the outer products of V's rows.
     inner = torch.zeros(len(keep), rank * rank, device=gram.device)
-    for chunk in range(0, features, 1024):
-        part = leading[chunk : chunk + 1024]
-        outer = (part.unsqueeze(2) * part.unsqueeze(1)).flatten(1) * weights[chunk : chunk + 1024].unsqueeze(1)
-        inner.addmm_(keep[:, chunk : chunk + 1024], outer)
+    for chunk in range(0, features, _FEATURES):
+        part = leading[chunk : chunk + _FEATURES]
+        outer = (part.unsqueeze(2) * part.unsqueeze(1)).flatten(1) * weights[chunk : chunk + _FEATURES].unsqueeze(1)
+        inner.addmm_(keep[:, chunk : chunk + _FEATURES], outer)
     inner = inner.view(-1, rank, rank)
     inner.diagonal(dim1=1, dim2=2).add_(1)
     factor = torch.linalg.cholesky(inner)

@@ -18,6 +18,8 @@ from sparsify.tensors import all_finite
 
 # Raised by this much at a time where H will not factor, until λ is a hundred times the mean of the diagonal.
 _STEP, _MOST = 10.0, 100.0
+# Triangular matrices up to this width are inverted by one solve, wider ones by halves.
+_DIRECT = 256
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,7 @@ def upper_root(matrix: Tensor) -> Tensor | None:
 def invert_upper(upper: Tensor) -> Tensor:
     """Inverse of an upper triangular matrix by halves: [A B; 0 D]⁻¹ = [A⁻¹ −A⁻¹BD⁻¹; 0 D⁻¹]."""
     n = len(upper)
-    if n <= 256:
+    if n <= _DIRECT:
         return torch.linalg.solve_triangular(upper, torch.eye(n, dtype=upper.dtype, device=upper.device), upper=True)
     half = n // 2
     result = torch.zeros_like(upper)

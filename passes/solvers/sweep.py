@@ -16,6 +16,8 @@ from torch import Tensor
 
 # Blocks up to this width are inverted all at once beforehand.
 _SMALL = 16
+# Rows whose joint systems are solved at once.
+_ROWS = 1024
 
 Chooser = Callable[[Tensor, int], Tensor]
 
@@ -96,7 +98,7 @@ def block_update(weight: Tensor, inverse_root: Tensor, mask: Tensor, blocksize: 
         own = inverse_root[start:stop, start:stop]
         pruned = mask[:, start:stop].to(weight)
         inverse = own.t() @ own
-        for rows in torch.arange(len(weight), device=weight.device).split(1024):
+        for rows in torch.arange(len(weight), device=weight.device).split(_ROWS):
             gone = pruned[rows]
             # G_PP with ones on the diagonal where a weight stays: the solution is zero there.
             system = inverse * gone.unsqueeze(2) * gone.unsqueeze(1)

@@ -75,7 +75,7 @@ class AbsoluteMax(_Vector):
 class Gram:
     """XᵀX in float32. Only the blocks on and above the diagonal are computed: 5/8 of the products."""
 
-    BLOCKS = 4
+    BLOCKS, LEAST = 4, 64
 
     def __init__(self, experts: int, features: int, device: torch.device) -> None:
         self.features, self.device = features, device
@@ -84,7 +84,7 @@ class Gram:
     def update(self, expert: int, rows: Tensor, dense: Tensor) -> None:
         total = self._of(expert)
         rows = rows.float()
-        size = max(64, -(-self.features // self.BLOCKS))
+        size = max(self.LEAST, -(-self.features // self.BLOCKS))
         for start in range(0, self.features, size):
             total[start : start + size, start:].addmm_(rows[:, start : start + size].t(), rows[:, start:])
 

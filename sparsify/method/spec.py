@@ -63,6 +63,10 @@ def parse_backend(text: str) -> Any:
     """
     name, _, options = text.strip().partition(":")
     kind = find("sparsify.backends", name)
+    if not (isinstance(kind, type) and dataclasses.is_dataclass(kind)):
+        raise SpecError(
+            f"backend '{name}'", found=f"{kind!r}, which is none", do="Register a dataclass: sparsify.compiler.backend"
+        )
     return kind(**_options(kind, name, options.split(",") if options else []))
 
 

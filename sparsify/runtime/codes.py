@@ -11,6 +11,8 @@ from sparsify.runtime.cpu import native
 # with zeros of its own. These six codes are the ones that NVIDIA's sparse tensor cores take.
 _NIBBLES = (4, 4, 4, 4, 8, 8, 9, 0, 12, 12, 13, 0, 14, 0, 0, 0)
 _BITS = (1, 2, 4, 8, 16, 32, 64, 128)
+# Words of a mask whose bytes are looked up at once: that takes eight bytes for each.
+_LOOKED_UP = 1 << 22
 
 
 def at_most_two(kept: Tensor) -> bool:
@@ -66,8 +68,7 @@ def row_starts(mask: Tensor) -> Tensor:
     counts = torch.tensor([i.bit_count() for i in range(256)], dtype=torch.uint8, device=mask.device)
     rows = mask.shape[0]
     starts = torch.zeros(rows + 1, dtype=torch.int64, device=mask.device)
-    # Some rows at a time: looking bytes up takes eight bytes for each.
-    step = max(1, (1 << 22) // max(1, mask.shape[1]))
+    step = max(1, _LOOKED_UP // max(1, mask.shape[1]))
     for at in range(0, rows, step):
         part = mask[at : at + step].contiguous().view(torch.uint8)
         starts[at + 1 : at + 1 + part.shape[0]] = counts[part.int()].sum(1, dtype=torch.int64)

@@ -129,3 +129,39 @@ def test_a_model_without_a_loss_is_refused() -> None:
     net = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
     with pytest.raises(TraceError, match="no logits"):
         sparsify.compile(net, ["gradient:50%"], calibration=[torch.randn(4, 8)])
+
+
+def test_a_weight_that_two_blocks_share_is_refused() -> None:
+    """Each block is differentiated for itself: the sum over both would be half of it, twice."""
+    model = build("llama")
+    first, second = model.model.layers
+    second.mlp.up_proj.weight = first.mlp.up_proj.weight
+    with pytest.raises(TraceError, match=r"layers\.0\.mlp\.up_proj\.weight.*several blocks share"):
+        ours(model, [inputs("llama", rows=2)])
+    sparsify.compile(model, ["gblm:50%"], calibration=[inputs("llama")], ignore=["*.up_proj"])
+
+
+def test_gradients_of_a_float16_model_are_those_of_its_loss() -> None:
+    """The loss is multiplied on the way back, or small ones would vanish; what is kept is not."""
+    model = build("llama").half()
+    batch = inputs("llama", rows=2)
+    found = ours(model, [batch])
+    single = [{n: t[i : i + 1] for n, t in batch.items()} for i in range(2)]
+    expected = eager(model.float(), single, list(found))
+    for name, values in expected.items():
+        for statistic in ("gradient", "gradient_l1", "gradient_l2"):
+            lost = (found[name][statistic].float() - values[statistic]).norm() / values[statistic].norm()
+            assert float(lost) < 0.02, (name, statistic)
+
+
+def test_gradients_that_say_nothing_are_refused() -> None:
+    model = build("llama")
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.weight.zero_()
+    with pytest.raises(CalibrationError, match=r"layers\.0\.mlp\.\w+_proj\.weight.*zero on every calibration sample"):
+        ours(model, [inputs("llama", rows=2)])
+    model = build("llama")
+    with torch.no_grad():
+        model.lm_head.weight.copy_(torch.randn(64, 32) * 1e38)
+    with pytest.raises(CalibrationError, match="NaN or infinity"):
+        ours(model, [inputs("llama", rows=2)])

@@ -15,7 +15,7 @@ from torch import fx, nn
 from sparsify.analysis.flow import Flow
 from sparsify.calibration.activations import ActivationStore
 from sparsify.calibration.interpreter import Interpreter, Region
-from sparsify.errors import TraceError
+from sparsify.errors import CalibrationError, TraceError
 from sparsify.frontend.capture import capture
 from sparsify.frontend.source import open_source
 from sparsify.ir.program import Program
@@ -106,3 +106,39 @@ def test_a_region_that_runs_again_sees_what_it_saw_and_computes_what_is_wanted()
     expected = {"exp": x.cos().exp(), "sin": x.cos().sin(), "add_": x.cos() + 1}
     assert [name for name, _ in seen] == ["exp", "exp", *["exp", "sin", "add_"] * 3]
     assert all(torch.equal(value, expected[name]) for name, value in seen)
+
+
+class Views(nn.Module):
+    """Two views of one value, of which one is written to."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        start = x.cos()
+        one, other = start[:, :2], start[:, 2:]
+        one.add_(1)
+        return one + other + start[:, 1:3]
+
+
+def test_a_write_to_one_of_two_living_views_cannot_be_run_again() -> None:
+    """Each run would need a copy of both that is one memory still."""
+    x = torch.randn(3, 4)
+    program = capture(open_source(Views()), {"0": x})
+    flow = Flow.of(program)
+    end = len(flow.order)
+    cut = min(flow.position[n] for n in flow.order if "add_" in n.name)
+    with ActivationStore(1 << 30) as store, torch.no_grad():
+        runner = Interpreter(program, flow, [{"0": x}], store, CPU)
+        runner.run_region(Region(0, cut, end))
+        with pytest.raises(TraceError, match="two views are alive"):
+            runner.run_region(Region(cut, end, end, again=True))
+
+
+def test_a_device_without_memory_is_told_as_that(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not as a node that fails; and what would help is said."""
+    program = capture(open_source(Steps()), {"0": torch.randn(3, 4)})
+
+    def full(self: Interpreter, node: fx.Node) -> None:
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(Interpreter, "run_node", full)
+    with pytest.raises(CalibrationError, match=r"out of memory \(no room\)"):
+        execute(program, [{"0": torch.randn(3, 4)}])

@@ -23,6 +23,18 @@ def test_rows_are_paired_by_expert_and_token() -> None:
         paired("experts", (pruned, ends, None), (dense, torch.tensor([1, 4]), None))
 
 
+def test_a_token_that_only_the_dense_model_has_is_nobody_elses_row() -> None:
+    """Expert 0 sees tokens 0, 1 pruned and 0, 4 dense; expert 1 tokens 2, 3 and 2, 3: token 4 is not another's."""
+    pruned, dense = torch.tensor([[0.0], [1.0], [2.0]]), torch.tensor([[10.0], [13.0], [12.0]])
+    found = paired(
+        "experts",
+        (pruned, torch.tensor([2, 3]), torch.tensor([0, 1, 0])),
+        (dense, torch.tensor([2, 3]), torch.tensor([0, 2, 1])),
+    )
+    # With a span of the pruned tokens alone, (0, 2) would be taken for (1, 0).
+    assert found.flatten().tolist() == [10.0, 1.0, 2.0]
+
+
 def test_padding_is_left_out_of_both_streams() -> None:
     model = build("llama")
     ids = inputs("llama", rows=2)["input_ids"]

@@ -49,6 +49,13 @@ def test_windows_repeat_with_the_seed_and_change_with_it() -> None:
     assert torch.equal(one, again) and not torch.equal(one, other)
 
 
+@pytest.mark.parametrize("more", [1, 2, 3])
+def test_windows_begin_wherever_the_papers_do(more: int) -> None:
+    """Of n tokens a window of L begins at 0 … n − L − 1, each of them as likely: the last token is never drawn."""
+    windows = random_windows(Documents("x", [torch.arange(8 + more)]), no_encoder, 200, 8, 0)
+    assert {int(w[0]) for w in windows} == set(range(more))
+
+
 def test_too_short_names_the_counts() -> None:
     documents = Documents("x", [torch.arange(5), torch.arange(9)])
     with pytest.raises(CalibrationError, match="4 samples of 16 tokens from x: 2 documents, the longest of 9 tokens"):

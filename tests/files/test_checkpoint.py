@@ -52,7 +52,10 @@ def test_a_source_is_never_written(tmp_path: Path, tensors: dict[str, torch.Tens
         Checkpoint(tmp_path).write("c", torch.zeros(7, dtype=torch.long))
 
 
-@pytest.mark.parametrize("wrong", [torch.zeros(5, 3), torch.zeros(3, 5, dtype=torch.float16)])
+@pytest.mark.parametrize(
+    "wrong",
+    [torch.zeros(5, 3), torch.zeros(2, 5), torch.zeros(3, 6), torch.zeros(15), torch.zeros(3, 5, dtype=torch.float16)],
+)
 def test_a_write_of_another_shape_or_dtype_is_refused(
     tmp_path: Path, tensors: dict[str, torch.Tensor], wrong: torch.Tensor
 ) -> None:
@@ -123,6 +126,13 @@ def header(entries: dict[str, object], data: bytes) -> bytes:
 
 def f32(begin: int, end: int) -> dict[str, object]:
     return {"dtype": "F32", "shape": [(end - begin) // 4], "data_offsets": [begin, end]}
+
+
+def test_a_dtype_that_torch_has_not_here_is_named(tmp_path: Path) -> None:
+    entry = {"dtype": "U16", "shape": [4], "data_offsets": [0, 8]}
+    (tmp_path / WEIGHTS).write_bytes(header({"a": entry}, bytes(8)))
+    with pytest.raises(CheckpointError, match=r"tensor a in model\.safetensors: dtype U16, which has no torch"):
+        Checkpoint(tmp_path)
 
 
 @pytest.mark.parametrize(

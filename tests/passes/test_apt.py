@@ -73,6 +73,7 @@ def test_mask_s_ranks_by_the_loss_of_one_removal() -> None:
         ("apt:50%,mask=M", "all candidates"),
         ("apt:2:4,mask=wandas", "wanda"),
         ("apt:2:4,mask=twin", "takes its mask from another"),
+        ("apt:50%,mask=sparsegpt,group=output", "mask=sparsegpt.*the sweep compares blocks of columns"),
         ("apt:2:4,compensation=none,target=dense", "moves no weight"),
     ],
 )

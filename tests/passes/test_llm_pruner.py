@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -168,3 +168,67 @@ def test_at_the_command_line(folder: Callable[[str], Path], tmp_path: Path) -> N
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == sorted(
         {p.name for p in dense.iterdir()} | {"sparsify.json"}
     )
+
+
+class Seen(NamedTuple):
+    gradient: Tensor
+    fisher: Tensor
+
+
+def test_gradients_and_fisher_are_means_over_the_samples(folder: Callable[[str], Path], ids: Tensor) -> None:
+    """What a structural pass is shown, of a model and four sequences: by autograd, one sequence at a time."""
+    seen: list[Part] = []
+
+    class Watching(LLMPruner):
+        def scores(self, parts: Sequence[Part], channels: int, seed: int) -> Tensor:
+            seen.extend(parts)
+            return super().scores(parts, channels, seed)
+
+    sparsify.compile(folder("llama"), [Watching(Unstructured("0.5"), importance="taylor-mix")], calibration=[ids])
+    model, every = load(folder("llama")), dict[str, list[Tensor]]()
+    for row in ids:
+        model.zero_grad()
+        logits = model(row[None]).logits[0, :-1]
+        nn.functional.cross_entropy(logits, row[1:]).backward()
+        for name, parameter in model.named_parameters():
+            every.setdefault(name, []).append(parameter.grad.clone())
+    checked = 0
+    for name, parameter in model.named_parameters():
+        for part in seen:
+            for turned in (False, True):
+                own = parameter.detach().t() if turned and parameter.dim() == 2 else parameter.detach()
+                if own.shape == part.weight.shape and torch.equal(own, part.weight):
+                    exact = Seen(sum(every[name]) / 4, sum(g.square() for g in every[name]) / 4)  # type: ignore[arg-type]
+                    for found, value in zip((part.gradient, part.fisher), exact, strict=True):
+                        assert found is not None
+                        value = value.t() if turned else value
+                        torch.testing.assert_close(found, value, rtol=2e-3, atol=2e-4 * float(value.abs().max()))
+                    checked += 1
+    assert checked >= 14
+
+
+@pytest.mark.parametrize("importance", ["taylor-mix", "taylor-second", "taylor-vector"])
+def test_the_least_important_go_by_other_importances(
+    importance: str, folder: Callable[[str], Path], ids: Tensor
+) -> None:
+    """Over several samples, end to end: the channels of the first block's mlp, by gradients of the whole model."""
+    result = sparsify.compile(folder("llama"), [f"llm-pruner:50%,importance={importance}"], calibration=[ids])
+    model, every = load(folder("llama")), dict[str, list[Tensor]]()
+    with torch.enable_grad():
+        for row in ids:
+            model.zero_grad()
+            nn.functional.cross_entropy(model(row[None]).logits[0, :-1], row[1:]).backward()
+            for name, parameter in model.named_parameters():
+                every.setdefault(name, []).append(parameter.grad.clone())
+    total = torch.zeros(64)
+    for part, axis in (("gate", 1), ("up", 1), ("down", 0)):
+        name = f"model.layers.0.mlp.{part}_proj.weight"
+        w = model.get_parameter(name).detach()
+        g = torch.stack(every[name]).mean(0)
+        f = torch.stack(every[name]).square().mean(0)
+        if importance == "taylor-vector":
+            total += (w * g).sum(axis).abs()
+        else:
+            total += {"taylor-mix": w * g - w * f * w / 2, "taylor-second": w * f * w}[importance].abs().sum(axis)
+    cuts = {c.name.rpartition(".")[2]: c for c in result.structure[0].cuts if "layers.0." in c.name}
+    assert list(cuts["down_proj"].removed) == sorted(total.argsort()[:32].tolist())

@@ -54,6 +54,15 @@ def test_in_torchs_pass_manager(x: Tensor) -> None:
     assert not follows(net.up.weight), "the module given is not changed"
 
 
+def test_an_input_may_be_a_parameter_of_somebody_elses(x: Tensor) -> None:
+    """Parameters are weights only where all placeholders were given, weights among them."""
+    graph = fx.symbolic_trace(Net())
+    plain = GraphPrune(Wanda(NM(2, 4)), [(x,)])(graph)
+    held = GraphPrune(Wanda(NM(2, 4)), [(nn.Parameter(x),)])(graph)
+    assert isinstance(plain, PassResult) and isinstance(held, PassResult)
+    assert torch.equal(plain.graph_module.up.weight, held.graph_module.up.weight)
+
+
 def test_called_directly_with_its_inputs(x: Tensor) -> None:
     result = GraphPrune(Wanda(NM(2, 4)), [x[:4], x[4:]])(fx.symbolic_trace(Net()))
     assert isinstance(result, PassResult) and follows(result.graph_module.up.weight)

@@ -227,6 +227,22 @@ def test_a_weight_used_repeatedly_is_pruned_once_with_merged_statistics(schedule
     assert torch.equal(ours["inner.weight"] == 0, mask)
 
 
+def test_schedule_dense_goes_on_with_a_dense_shared_weight() -> None:
+    """The second and third use, and what follows them, are measured with the weight as it was."""
+    module, x = Repeated(), torch.randn(20, 16, generator=torch.Generator().manual_seed(0))
+    ours = pruned_weights(module, [x[:10], x[10:]], "wanda:50%", schedule="dense")
+    with torch.no_grad():
+        value = x
+        for _ in range(3):
+            value = module.inner(value).tanh()
+    scores = module.outer.weight.abs() * value.double().square().sum(0).sqrt().float()
+    order = scores.sort(dim=1, stable=True).indices[:, :8]
+    mask = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, order, True)
+    assert torch.equal(ours["outer.weight"] == 0, mask)
+    felt = pruned_weights(module, [x[:10], x[10:]], "wanda:50%", schedule="layer")
+    assert not torch.equal(felt["outer.weight"], ours["outer.weight"])
+
+
 @pytest.mark.parametrize("budget", [0, 3000, 1 << 30])
 @pytest.mark.parametrize("schedule", ["layer", "block"])
 def test_the_memory_budget_changes_no_mask(budget: int, schedule: Any) -> None:

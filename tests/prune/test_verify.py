@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import pytest
@@ -66,3 +66,26 @@ def test_any_pass_may_declare_it() -> None:
         sparsify.compile(net, [FirstRows(Unstructured("0.5"))], calibration=[x])
     made = sparsify.compile(net, [Loose(Unstructured("0.5"))], calibration=[x])
     assert not made.weight("0.weight")[:2].any() and made.weight("0.weight")[2:].all()
+
+
+@pytest.mark.parametrize("spec", ["sparsegpt:50%", "wanda:50%", "wanda:50%,update=exact"])
+def test_what_a_pass_may_not_leave(spec: str) -> None:
+    """Whether it moves the weights that it keeps or not: zeros under the mask, shapes, and finite numbers."""
+    weight = torch.rand(4, 8) + 0.1
+    mask = torch.zeros(4, 8, dtype=torch.bool)
+    mask[:, ::2] = True
+    method = parse_pass(spec)
+    assert isinstance(method, WeightPass)
+    method = replace(method, group="layer") if method.name == "wanda" else method
+    good = weight.masked_fill(mask, 0)
+    verify_pruned("x", method, weight, Pruned(good, mask))
+    left, broken = good.clone(), good.clone()
+    left[2, 4], broken[0, 1] = 1e-3, torch.nan
+    with pytest.raises(VerifyError, match="a pruned weight that is not zero"):
+        verify_pruned("x", method, weight, Pruned(left, mask))
+    with pytest.raises(VerifyError, match="a weight that is NaN or infinite"):
+        verify_pruned("x", method, weight, Pruned(broken, mask))
+    with pytest.raises(VerifyError, match=r"shape \(2, 8\) for a weight of \(4, 8\)"):
+        verify_pruned("x", method, weight, Pruned(good[:2], mask[:2]))
+    with pytest.raises(VerifyError, match="shape"):
+        verify_pruned("x", method, weight, Pruned(good, mask[:2]))

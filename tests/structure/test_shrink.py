@@ -15,7 +15,7 @@ from sparsify.analysis.dimensions.groups import coupled_dimensions
 from sparsify.errors import SpecError, TraceError
 from sparsify.frontend.capture import capture
 from sparsify.frontend.source import open_source
-from sparsify.structure.shrink import shrink
+from sparsify.structure.shrink import _CORRECTIONS, CutStore, kept_positions, shrink
 
 QUICK = ("llama", "gpt2", "falcon")
 
@@ -97,3 +97,36 @@ def test_experts_need_as_many_as_a_token_takes(report: Reports) -> None:
     assert bool(run(small, inputs("mixtral")).isfinite().all())
     with pytest.raises(TraceError, match="chooses 2 of 1"):
         shrink(program, found.dimensions, {number: [0, 1, 2]})
+
+
+def test_every_other_channel_goes_with_its_neighbour_or_not_at_all() -> None:
+    net = Net(lambda x, n: x[..., ::2], 8, 4)
+    batch = {"0": torch.randn(2, 3, 6)}
+    program, dimensions = program_of(net, batch)
+    number = next(i for i, g in enumerate(dimensions.groups) if any(m.parameter == "first.weight" for m in g.members))
+    member = next(m for m in dimensions.groups[number].members if m.parameter == "first.weight")
+    one, two = (int(member.channel[at]) for at in (2, 3))
+    with pytest.raises(TraceError, match="every 2th of channels that are not removed in 2s"):
+        shrink(program, dimensions, {number: [one]})
+    if two in dimensions.groups[number].free and two != one:
+        check_equality(program, dimensions, {number: sorted((one, two))}, batch)
+
+
+def test_a_rule_that_corrects_nothing_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    program, dimensions = program_of(
+        Net(lambda x, n: x.view(2, 3, 4, 2).view(2, 3, 8), 8, 8), {"0": torch.randn(2, 3, 6)}
+    )
+    number = next(i for i, g in enumerate(dimensions.groups) if any(m.parameter == "first.weight" for m in g.members))
+    monkeypatch.setitem(_CORRECTIONS, "view", lambda edit, node, copied, graph: None)
+    channel = int(dimensions.groups[number].free[0])
+    with pytest.raises(TraceError, match=r"it does not run any more.*Report this as a bug"):
+        shrink(program, dimensions, {number: [channel]})
+
+
+def test_a_cut_store_is_only_read() -> None:
+    program, dimensions = program_of(Net(lambda x, n: x, 8, 8), {"0": torch.randn(2, 3, 6)})
+    number = next(i for i, g in enumerate(dimensions.groups) if g.channels == 8)
+    cut = CutStore(program.weights, kept_positions(dimensions, {number: [0]}))
+    assert cut.shape("first.weight") == cut.read("first.weight").shape == (7, 6)
+    with pytest.raises(SpecError, match="weights that are only read"):
+        cut.write("first.weight", cut.read("first.weight"))

@@ -1,0 +1,67 @@
+"""Every refusal of packed folders that other tests do not meet."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.families import save
+from support.folders import SMALLEST
+
+import sparsify
+from sparsify.backends.packed import job
+from sparsify.backends.packed.bench import measure
+from sparsify.backends.packed.loaded.loading import load_model, measure_loading
+from sparsify.backends.packed.store import open_packed
+from sparsify.errors import BackendError, CheckpointError, SpecError, TraceError
+
+
+def test_what_cannot_be_measured(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"no config\.json there"):
+        measure._sites(tmp_path)
+    with pytest.raises(CheckpointError, match="not a packed folder"):
+        measure._sites(save("llama", tmp_path / "dense"))
+    for name in ("abacus", "meta"):
+        with pytest.raises(SpecError, match="no such device"):
+            measure._device(name)
+    assert measure._device("cpu") == torch.device("cpu")
+    if not torch.cuda.is_available():
+        with pytest.raises(SpecError, match="no CUDA device 0"):
+            measure._device("cuda")
+
+
+def test_folders_that_transformers_does_not_load(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="transformers refuses it"):
+        load_model(tmp_path)
+    with pytest.raises(CheckpointError, match="Load it with transformers to see why"):
+        measure_loading(tmp_path)
+
+
+def test_a_packed_folder_is_only_read(tmp_path: Path) -> None:
+    sparsify.compile(save("llama", tmp_path / "dense"), ["magnitude:2:4"], output=tmp_path / "out", to=SMALLEST)
+    store = open_packed(tmp_path / "out")
+    assert store is not None
+    with pytest.raises(CheckpointError, match=r"a packed folder\. Write to an output"):
+        store.write("lm_head.weight", torch.zeros(1))
+
+
+def test_a_packed_model_that_is_not_right_is_not_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dense = save("llama", tmp_path / "dense")
+
+    def attempt(says: str) -> None:
+        with pytest.raises(BackendError, match=says):
+            sparsify.compile(dense, ["magnitude:2:4"], output=tmp_path / "out", to=SMALLEST)
+        assert [p.name for p in tmp_path.iterdir() if not p.name.endswith("lock")] == ["dense"]
+
+    with monkeypatch.context() as patched:
+        patched.setattr(job, "differences", lambda *given: [("w", "differs", "Look at the disk")])
+        attempt(r"w differs\. Look at the disk; nothing was left")
+
+    def refuse(*given: Any) -> None:
+        raise TraceError("x", found="a product by hand", do="y")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(job, "export", refuse)
+        attempt(r"does not run with packed layers \(a product by hand\)")

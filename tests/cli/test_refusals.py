@@ -1,0 +1,61 @@
+"""How commands end when something is wrong: one sentence, and the code that the documentation gives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import typer
+from support.command_line import sparsify
+
+from sparsify.cli.options import command_errors
+from sparsify.errors import CheckpointError, SparsifyError, SpecError
+
+
+def words(text: str) -> str:
+    return " ".join(text.split())
+
+
+def test_words_that_contradict_each_other(folder: Callable[[str], Path]) -> None:
+    model = folder("llama")
+    for command, says in (
+        (("compile", model, "--pass", "magnitude:2:4", "--dry-run", "--print-after", "all"), "a dry run runs no pass"),
+        (("inspect", model, "--graph", "--json"), "another form beside it"),
+        (("inspect", model, "--graph", "--dimensions"), "Give --graph alone"),
+        (("compile", model, "--pass", "magnitude:2:4", "--print-after", "wanda", "-o", "x"), "no such pass"),
+    ):
+        done = sparsify(*command)
+        assert done.returncode == 2 and says in words(done.stderr), command
+    assert sparsify().returncode in (0, 2)
+    version = sparsify("--version")
+    assert version.returncode == 0 and version.stdout[0].isdigit()
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "says"),
+    [
+        (SpecError("a", found="b", do="C"), 2, "a: b. C"),
+        (CheckpointError("a", found="b", do="C"), 1, "a: b. C"),
+        (KeyboardInterrupt(), 130, "interrupted; nothing was written"),
+        (ZeroDivisionError("x\nand more"), 1, "unexpected ZeroDivisionError: x (run again with --debug"),
+        (SystemExit(7), 7, ""),
+        (BrokenPipeError(), None, ""),
+        (typer.Exit(3), None, ""),
+    ],
+)
+def test_exit_codes(error: BaseException, code: int | None, says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(BaseException) as caught, command_errors(False, "error"):
+        raise error
+    if code is None:
+        assert caught.value is error
+    else:
+        assert isinstance(caught.value, SystemExit) and caught.value.code == code
+    assert says in words(capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("error", [SpecError("a", found="b", do="C"), ZeroDivisionError("x")])
+def test_with_debug_the_error_comes_as_it_is(error: Exception) -> None:
+    with pytest.raises((SparsifyError, ZeroDivisionError)) as caught, command_errors(True, "error"):
+        raise error
+    assert caught.value is error

@@ -1,0 +1,136 @@
+"""Both sides of every size at which reading or writing a file goes on in another piece, and of a failure on the way."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from pathlib import Path
+
+import pytest
+import torch
+
+from sparsify import tensors
+from sparsify.backends.hf import saving
+from sparsify.backends.hf.saving import same_bytes, save_tensors
+from sparsify.errors import BackendError, CheckpointError
+from sparsify.files.checkpoint import INDEX, WEIGHTS, Checkpoint
+from sparsify.files.staging import Staging, copy_checkpoint
+from sparsify.files.writer import lay_out
+from sparsify.tensors import all_finite, checksum, checksum_of_span, read_into, write_from
+
+
+@pytest.mark.parametrize("piece", [1, 7, 39, 40, 41])
+def test_tensors_in_pieces(piece: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tensors, "_AT_ONCE", piece)
+    monkeypatch.setattr(tensors, "_PIECE", piece)
+    value, back = torch.arange(10.0), torch.empty(10)
+    with (tmp_path / "x").open("w+b", buffering=0) as file:
+        write_from(file.fileno(), value, 3)
+        read_into(file.fileno(), back, 3)
+        assert torch.equal(back, value)
+        with pytest.raises(EOFError, match="1 bytes are missing"):
+            read_into(file.fileno(), back, 4)
+    content = (tmp_path / "x").read_bytes()
+    assert content == bytes(3) + value.numpy().tobytes()
+    assert checksum_of_span(tmp_path / "x", 3, 40) == checksum(value) == zlib.crc32(content[3:])
+    assert checksum_of_span(tmp_path / "x", 4, 8) == zlib.crc32(content[4:12])
+    with pytest.raises(EOFError, match="missing"):
+        checksum_of_span(tmp_path / "x", 4, 40)
+
+
+@pytest.mark.parametrize("chunk", [1, 11, 12, 13])
+def test_bytes_are_compared_to_the_last(chunk: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(saving, "_CHUNK", chunk)
+    for name, value in (("a", [1.0, 2.0, 3.0]), ("b", [1.0, 2.0, 3.0]), ("c", [1.0, 2.0, 4.0]), ("d", [1.0, 2.0])):
+        (tmp_path / name).mkdir()
+        save_tensors({"w": torch.tensor(value)}, tmp_path / name / WEIGHTS)
+    a, b, c, d = (Checkpoint(tmp_path / name) for name in "abcd")
+    assert same_bytes(a, b, "w") and not same_bytes(a, c, "w") and not same_bytes(a, d, "w")
+
+
+@pytest.mark.parametrize(("shard", "files"), [(39, 3), (40, 2), (79, 2), (80, 1), (1, 3)])
+def test_a_new_file_begins_where_one_is_full(shard: int, files: int, tmp_path: Path) -> None:
+    kinds = {"a": (torch.float32, (5,)), "b": (torch.float32, (5,)), "c": (torch.bfloat16, (4, 5))}
+    checkpoint = lay_out(tmp_path, kinds, shard)
+    assert len(checkpoint.files) == files and list(checkpoint.names()) == ["a", "b", "c"]
+    for name, (dtype, shape) in kinds.items():
+        checkpoint.write(name, torch.ones(shape, dtype=dtype))
+    assert all(bool((Checkpoint(tmp_path).read(name) == 1).all()) for name in kinds)
+
+
+def test_every_file_is_filled_as_far_as_the_first(tmp_path: Path) -> None:
+    kinds = {name: (torch.int8, (size,)) for name, size in zip("abcde", (20, 20, 20, 21, 19), strict=True)}
+    checkpoint = lay_out(tmp_path, kinds, 40)
+    together: dict[Path, list[str]] = {}
+    for name in checkpoint.names():
+        together.setdefault(checkpoint.span(name)[0], []).append(name)
+    assert list(together.values()) == [["a", "b"], ["c"], ["d", "e"]]
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_an_index_is_copied_with_the_shards_that_need_it(shards: int, tmp_path: Path) -> None:
+    """One shard too, where it is not called model.safetensors."""
+    for name in ("source", "out"):
+        (tmp_path / name).mkdir()
+    table = {}
+    for number in range(shards):
+        file = f"model-{number}.safetensors"
+        save_tensors({f"w{number}": torch.ones(3)}, tmp_path / "source" / file)
+        table[f"w{number}"] = file
+    (tmp_path / "source" / INDEX).write_text(json.dumps({"weight_map": table}))
+    copied = copy_checkpoint(Checkpoint(tmp_path / "source"), tmp_path / "out")
+    assert list(copied.names()) == list(table) and copied.writable
+    assert (tmp_path / "out" / INDEX).read_bytes() == (tmp_path / "source" / INDEX).read_bytes()
+
+
+def test_finite_sums_that_overflow() -> None:
+    for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        most = torch.finfo(dtype).max
+        values = torch.full((1000,), most, dtype=dtype)
+        assert all_finite(values)
+        for broken in (torch.nan, torch.inf, -torch.inf):
+            values[-1] = broken
+            assert not all_finite(values)
+
+
+def test_a_file_that_shrinks_under_its_reader_is_named(tmp_path: Path) -> None:
+    save_tensors({"a": torch.ones(4), "b": torch.ones(4)}, tmp_path / WEIGHTS)
+    checkpoint = Checkpoint(tmp_path)
+    with (tmp_path / WEIGHTS).open("r+b") as file:
+        file.truncate((tmp_path / WEIGHTS).stat().st_size - 4)
+    assert torch.equal(checkpoint.read("a"), torch.ones(4))
+    for read in (checkpoint.read, checkpoint.checksum):
+        with pytest.raises(CheckpointError, match=r"reading b: model\.safetensors ended early"):
+            read("b")
+
+
+@pytest.mark.parametrize("at", [1, 2])
+def test_a_commit_that_fails_leaves_the_older_output_whole(
+    at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever of its renames fails."""
+    import os
+
+    out, rename, calls = tmp_path / "out", os.rename, []
+    out.mkdir()
+    (out / "old").write_text("old")
+
+    def failing(*names: object, **more: object) -> None:
+        calls.append(names)
+        if len(calls) == at:
+            raise PermissionError(13, "not allowed")
+        rename(*names, **more)  # type: ignore[call-overload]
+
+    def commit() -> None:
+        with Staging(out, overwrite=True) as staging:
+            (staging.folder / "new").write_text("new")
+            monkeypatch.setattr(os, "rename", failing)
+            staging.commit()
+
+    try:
+        commit()
+        assert not calls, "a commit that tells nobody of its failure"
+    except BackendError as error:
+        assert "cannot be put in place" in str(error)
+        assert [p.name for p in out.iterdir()] == ["old"] and (out / "old").read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir() if not p.name.endswith("lock")] == ["out"]

@@ -1,0 +1,95 @@
+"""What a user may name as the model, and what is refused before a weight is read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from support.families import build
+from torch import nn
+
+from sparsify.errors import CheckpointError, TraceError
+from sparsify.frontend.source import Source, open_source, require_real
+
+
+def pickled(folder: Path, place: str) -> None:
+    """A llama in pickles of which the index says that they lie at ``place``."""
+    model = build("llama")
+    model.save_pretrained(folder)
+    (folder / "model.safetensors").unlink()
+    (folder / place).parent.mkdir(exist_ok=True, parents=True)
+    torch.save(model.state_dict(), folder / place)
+    table = dict.fromkeys(model.state_dict(), place)
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": table}))
+
+
+def test_pickles_beside_their_index_are_read(tmp_path: Path) -> None:
+    pickled(tmp_path / "model", "pytorch_model-1.bin")
+    source = open_source(tmp_path / "model", allow_bin=True)
+    assert torch.equal(source.weights.read("lm_head.weight"), build("llama").lm_head.weight)
+
+
+@pytest.mark.parametrize("place", ["../elsewhere.bin", "sub/pytorch_model.bin"])
+def test_an_index_of_pickles_may_not_leave_the_folder(tmp_path: Path, place: str) -> None:
+    pickled(tmp_path / "model", place)
+    with pytest.raises(CheckpointError):
+        open_source(tmp_path / "model", allow_bin=True)
+
+
+def test_an_index_may_not_name_an_absolute_path(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    pickled(tmp_path / "model", str(tmp_path / "elsewhere.bin"))
+    with pytest.raises(CheckpointError):
+        open_source(tmp_path / "model", allow_bin=True)
+
+
+def of(**config: Any) -> Source:
+    module = nn.Linear(2, 2)
+    module.config = SimpleNamespace(**config)  # type: ignore[assignment]
+    return Source("x", module, None)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("key", ["max_position_embeddings", "n_positions", "max_seq_len", "seq_length"])
+@pytest.mark.parametrize(("value", "expected"), [(7, 7), (1, 1), (0, None), (-1, None), ("8", None), (None, None)])
+def test_the_context_length_is_a_positive_number_or_unknown(key: str, value: Any, expected: int | None) -> None:
+    assert of(**{key: value}).context_length == expected
+
+
+def test_the_first_context_length_that_is_one_counts() -> None:
+    assert of(max_position_embeddings=-1, n_positions=9, seq_length=3).context_length == 9
+    assert of().context_length is None and of().vocab_size is None
+    assert Source("x", nn.Linear(2, 2), None).context_length is None  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("model", ["no/such/folder/here", "./nowhere", "a b", "../x"])
+def test_what_is_no_folder_and_no_hub_id(model: str) -> None:
+    with pytest.raises(CheckpointError, match=r"no such folder\. Check the path"):
+        open_source(model)
+
+
+def test_a_hub_id_that_cannot_be_had() -> None:
+    with pytest.raises(CheckpointError, match="the hub did not give it"):
+        open_source("nobody/nothing-of-this-name")
+
+
+def test_tokenizers(tmp_path: Path, folder: Callable[[str], Path]) -> None:
+    with pytest.raises(CheckpointError, match="a module in memory, which has none"):
+        open_source(build("llama")).tokenizer()
+    with pytest.raises(CheckpointError, match="no tokenizer files in"):
+        open_source(folder("llama")).tokenizer()
+    build("llama").save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="none that loads in"):
+        open_source(tmp_path).tokenizer()
+
+
+def test_a_module_without_numbers_is_refused() -> None:
+    net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2, device="meta"))
+    require_real(net[0])
+    with pytest.raises(TraceError, match=r"parameter 1\.weight is on the meta device"):
+        require_real(net)
