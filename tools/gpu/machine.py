@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from results import FAILED, Results
+from results import FAILED, LOST, Results
 from torch import Tensor, nn
 
 import sparsify.runtime.ops  # noqa: F401 (the operators)
@@ -21,7 +21,6 @@ from sparsify.runtime.cuda.variants import Variant
 # What a step found, by name.
 Found = Mapping[str, Any]
 Step = tuple[str, Callable[[], Found]]
-LOST = 75
 # (layer, rows, columns) of one decoder block, siblings joined.
 Shapes = Mapping[str, Sequence[tuple[str, int, int]]]
 SHAPES: Shapes = {

@@ -21,10 +21,8 @@ from typing import IO
 
 from parts import BUDGET, NEEDED, PARTS, WITHOUT
 from report import write_report
-from results import FAILED, Results
+from results import FAILED, LOST, Results
 
-# How a part says that the GPU's context is lost: start it again.
-LOST = 75
 _MOST_STARTS = 12
 
 

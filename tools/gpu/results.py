@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 FAILED = "failed"
+# The exit status of a part whose GPU has lost its context: start it again.
+LOST = 75
 
 
 @dataclass(frozen=True)

@@ -146,14 +146,6 @@ def test_what_nvcc_makes_of_it(tmp_path: Path, capability: tuple[int, int], dtyp
     check_machine_code(tmp_path / "k.cubin", capability >= (9, 0))
 
 
-@pytest.fixture(scope="module")
-def compiler() -> nvrtc.NVRTC:
-    found = nvrtc.nvrtc()
-    if found is None:
-        pytest.skip("no NVRTC on this machine")
-    return found
-
-
 @pytest.mark.parametrize(("capability", "dtype"), each(((8, 0), torch.float16)))
 def test_what_nvrtc_makes_of_it(
     tmp_path: Path, capability: tuple[int, int], dtype: torch.dtype, compiler: nvrtc.NVRTC

@@ -15,14 +15,6 @@ from sparsify.runtime.cuda.autotune.measure import RacedMatrix, measure
 from sparsify.runtime.cuda.products import run_kernel
 
 
-@pytest.fixture(scope="module")
-def compiler() -> nvrtc.NVRTC:
-    found = nvrtc.nvrtc()
-    if found is None:
-        pytest.skip("no NVRTC on this machine")
-    return found
-
-
 def test_kernels_that_do_not_compile(compiler: nvrtc.NVRTC, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(BackendError, match="it is too old for every kernel"):
         compiler.compile(torch.float16, (1, 0))

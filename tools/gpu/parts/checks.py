@@ -12,7 +12,7 @@ from machine import Found, Machine, Step, families_of
 from results import FAILED, Results
 from torch import Tensor
 
-from parts.first import BAR
+from parts.first import BAR, error
 from sparsify.errors import Refused
 from sparsify.runtime.cuda.autotune.times import random_24
 from sparsify.runtime.cuda.fragments import to_fragments
@@ -50,10 +50,6 @@ def every_variant(machine: Machine, broken: set[str]) -> list[Variant]:
     split = [replace(v, splits=s) for v in VARIANTS for s in (2, 4) if v.kind == "tiled"]
     split += [replace(v, splits=s, early=s == 2) for v in VARIANTS for s in CLUSTERS[1:] if v.kind != "tiled"]
     return [v for v in plain + split if (machine.gpu.hopper or not v.needs_hopper) and not broken & families_of(v.name)]
-
-
-def error(got: Tensor, exact: Tensor) -> float:
-    return float((got.double() - exact).norm() / exact.norm())
 
 
 def within(found: float, *what: object) -> float:

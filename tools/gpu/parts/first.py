@@ -11,13 +11,14 @@ from functools import partial
 import torch
 from machine import Found, Machine, Step
 from results import Results
+from torch import Tensor
 
 from sparsify.runtime.cuda import compressed as libraries
 from sparsify.runtime.cuda import nvrtc
 from sparsify.runtime.cuda.autotune.times import random_24
 from sparsify.runtime.cuda.fragments import to_fragments
 from sparsify.runtime.cuda.products import run_kernel
-from sparsify.runtime.layout import unpack
+from sparsify.runtime.layout import Packed, unpack
 
 # ‖y − exact‖ / ‖exact‖ that a product in 16 bits stays below.
 BAR = 4e-3
@@ -102,11 +103,7 @@ def _try(machine: Machine, name: str, tokens: int, rows: int, columns: int) -> f
     bias = torch.randn(rows, device=machine.device).bfloat16()
     fragments, held, codes = to_fragments(packed), None, None
     if name == "library":
-        library = machine.gpu.library
-        if library is None:
-            raise RuntimeError("this torch has neither cuSPARSELt nor CUTLASS for this GPU")
-        held, codes = libraries.compress(packed, library)
-        name = "cutlass" if library == "cutlass" else "cusparselt:0"
+        name, held, codes = compressed(machine, packed)
 
     def product() -> torch.Tensor:
         # What is not written shows.
@@ -118,12 +115,24 @@ def _try(machine: Machine, name: str, tokens: int, rows: int, columns: int) -> f
         return run_kernel(name, x, fragments, held, codes, rows, bias)
 
     y, exact = product(), x.double() @ unpack(packed).double().t() + bias.double()
-    error = float((y.double() - exact).norm() / exact.norm())
-    if not error < BAR:
-        raise RuntimeError(f"{name} of {tokens} tokens with {rows}×{columns} is {error:.2e} off")
+    found = error(y, exact)
+    if not found < BAR:
+        raise RuntimeError(f"{name} of {tokens} tokens with {rows}×{columns} is {found:.2e} off")
     if not torch.equal(y, product()):
         raise RuntimeError(f"{name} of {tokens} tokens with {rows}×{columns} gives other bits the second time")
-    return error
+    return found
+
+
+def error(got: Tensor, exact: Tensor) -> float:
+    return float((got.double() - exact).norm() / exact.norm())
+
+
+def compressed(machine: Machine, packed: Packed) -> tuple[str, Tensor, Tensor | None]:
+    """The kernel of NVIDIA's library for this GPU, and a matrix as that takes it."""
+    library = machine.gpu.library
+    if library is None:
+        raise RuntimeError("this torch has neither cuSPARSELt nor CUTLASS for this GPU")
+    return "cutlass" if library == "cutlass" else "cusparselt:0", *libraries.compress(packed, library)
 
 
 def capture(machine: Machine, name: str) -> Found:
@@ -131,14 +140,10 @@ def capture(machine: Machine, name: str) -> Found:
     size = machine.sizes.square
     packed = [random_24(size, size, torch.bfloat16, machine.device) for _ in range(2)]
     x = torch.randn(8, size, device=machine.device).bfloat16()
-    held: list[torch.Tensor | None] = [None, None]
-    if name == "library":
-        if machine.gpu.library is None:
-            raise RuntimeError("this torch has neither cuSPARSELt nor CUTLASS for this GPU")
-        held = [libraries.compress(p, "cusparselt")[0] for p in packed]
-        name = "cusparselt:0"
-    fragments = [to_fragments(p) for p in packed]
-    calls = [partial(run_kernel, name, x, f, h, None, size) for f, h in zip(fragments, held, strict=True)]
+    calls = []
+    for matrix in packed:
+        own, held, codes = compressed(machine, matrix) if name == "library" else (name, None, None)
+        calls.append(partial(run_kernel, own, x, to_fragments(matrix), held, codes, size))
     return {"micro": 1e6 * machine.clock.seconds(calls)}
 
 
