@@ -6,7 +6,11 @@ TORCH ?= torch==2.13.0
 # Tests at once.
 JOBS ?= 2
 
-.PHONY: demo test slow optimum check raises mutants clean
+# Where the generators of `make fuzz` and `make mutants` begin; how long `make fuzz` tries each kind of input.
+SEED ?= 0
+SECONDS ?= 300
+
+.PHONY: demo test slow optimum fuzz check raises mutants clean
 
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -37,6 +41,10 @@ slow: .venv/installed-test
 optimum: .venv/installed-test
 	$(BIN)/python -W ignore tools/check_optimum.py
 
+# Spoils what sparsify reads, runs commands on it, prints how they ended; fails where one ended as none may.
+fuzz: .venv/installed-test
+	$(BIN)/python tools/fuzz --seed $(SEED) --seconds $(SECONDS)
+
 # What CI adds to the tests. The type checker does not follow the mapped folders of an editable install, so it is shown
 # a plain one; the tools are checked against it.
 check: .venv/installed-test
@@ -44,7 +52,7 @@ check: .venv/installed-test
 	$(BIN)/ruff format --check .
 	rm -rf build && $(BIN)/pip install --quiet --no-deps --target build/plain .
 	cd build/plain && ../../$(BIN)/mypy -p sparsify --config-file ../../pyproject.toml
-	cd build/plain && MYPYPATH=../../tests:../../tools/gpu ../../$(BIN)/mypy ../../tools --config-file ../../pyproject.toml
+	cd build/plain && MYPYPATH=../../tests:../../tools/gpu:../../tools/fuzz ../../$(BIN)/mypy ../../tools --config-file ../../pyproject.toml
 
 .venv/installed-mutants: .venv/installed-test
 	$(BIN)/pip install --quiet --editable ".[mutants]"
@@ -59,7 +67,6 @@ raises: .venv/installed-mutants
 
 # Faults planted one at a time, and whether the quick tests see them: EACH in each area, drawn by SEED.
 EACH ?= 20
-SEED ?= 0
 mutants: .venv/installed-mutants
 	$(BIN)/python tools/mutants.py --each $(EACH) --seed $(SEED)
 

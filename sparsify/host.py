@@ -9,6 +9,7 @@ import platform
 import re
 import resource
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -137,6 +138,19 @@ def resolve_device(text: str) -> torch.device:
     return device
 
 
+# Not data: what is shared is torch's.
+_ALONE = threading.RLock()
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """One thread of this process at a time: torch traces, and transformers builds models, with modes, hooks and
+    default dtypes that are the whole process's.
+    """
+    with _ALONE:
+        yield
+
+
 @contextmanager
 def cpu_by_default() -> Iterator[None]:
     """What is made without naming a device lies on the CPU meanwhile, whatever ``torch.set_default_device`` said."""
@@ -149,19 +163,23 @@ def cpu_by_default() -> Iterator[None]:
 
 @contextmanager
 def quiet(*more: str) -> Iterator[None]:
-    """Silence what torch, transformers and the loggers ``more`` say meanwhile; errors still surface as exceptions."""
+    """Silence what torch, transformers and the loggers ``more`` say meanwhile; errors still surface as exceptions.
+
+    One thread at a time, like :func:`alone`: loggers are the whole process's too.
+    """
     loggers = [
         logging.getLogger(name) for name in ("torch.export", "transformers", "torch.fx", "torch._subclasses", *more)
     ]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        # What they log as an error comes as an exception too.
-        logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+    with alone():
+        levels = [logger.level for logger in loggers]
+        for logger in loggers:
+            # What they log as an error comes as an exception too.
+            logger.setLevel(logging.CRITICAL)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
 
 
 def processor() -> str:

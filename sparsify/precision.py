@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -17,8 +18,46 @@ def exact_products() -> Iterator[None]:
     """Products of float32 in float32 meanwhile, sums of shorter types in float32, convolutions by one algorithm.
 
     On a GPU torch's own default for convolutions is TF32, whose numbers have 11 bits, and a user may have asked for it
-    in products too; on a CPU for bfloat16. Everything is as it was afterwards.
+    in products too; on a CPU for bfloat16. Everything is as it was afterwards: when the last thread has left that was
+    in here, since torch keeps these settings for the whole process.
     """
+    with _HOLDERS.one_more(), ExitStack() as stack:
+        # No autocast of whoever called us: it is the thread's.
+        for kind in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
+
+
+class _Holders:
+    """Threads inside of :func:`exact_products`: the first sets what is the process's, the last puts it back."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._count = 0
+        self._set = ExitStack()
+
+    @contextmanager
+    def one_more(self) -> Iterator[None]:
+        with self._lock:
+            if not self._count:
+                self._set.enter_context(_exact_process())
+            self._count += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._count -= 1
+                if not self._count:
+                    self._set.close()
+
+
+# Not data: what is shared is torch's.
+_HOLDERS = _Holders()
+
+
+@contextmanager
+def _exact_process() -> Iterator[None]:
     matmul: Any = torch.backends.cuda.matmul
     cudnn: Any = torch.backends.cudnn
     asked = _asked_of_products(), _asked_of_convolutions()
@@ -35,7 +74,7 @@ def exact_products() -> Iterator[None]:
         for name, (_, split) in sums.items():
             setattr(matmul, name, False if split is None else (False, split))
         matmul.allow_fp16_accumulation, cudnn.benchmark, cudnn.deterministic = False, False, True
-        with _nothing_automatic():
+        with _only_warned():
             yield
     finally:
         matmul.allow_fp16_accumulation, cudnn.benchmark, cudnn.deterministic = rest
@@ -51,18 +90,17 @@ def exact_products() -> Iterator[None]:
 
 
 @contextmanager
-def _nothing_automatic() -> Iterator[None]:
-    """No autocast of whoever called us, and of deterministic algorithms no more than a warning where one is missing:
-    torch would not even select the k-th smallest value on a GPU."""
+def _only_warned() -> Iterator[None]:
+    """Of deterministic algorithms no more than a warning where one is missing: torch would not even select the k-th
+    smallest value on a GPU."""
     strict = torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled()
-    with ExitStack() as stack:
-        for kind in ("cpu", "cuda"):
-            if torch.is_autocast_enabled(kind):
-                stack.enter_context(torch.autocast(kind, enabled=False))
-        if strict:
-            stack.callback(torch.use_deterministic_algorithms, True)
-            torch.use_deterministic_algorithms(True, warn_only=True)
+    if strict:
+        torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
         yield
+    finally:
+        if strict:
+            torch.use_deterministic_algorithms(True)
 
 
 def _places() -> list[Any]:

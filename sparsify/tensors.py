@@ -5,16 +5,25 @@ Not memory maps: mapped pages would count as resident memory of this process.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import zlib
+from collections.abc import Collection
+from io import RawIOBase
 from pathlib import Path
+from typing import Any, Final, Protocol
 
 import torch
 from torch import Tensor
 
 # The kernel moves at most 2 GiB in one call.
 _AT_ONCE = 1 << 30
-_PIECE = 16 << 20
+# Small enough to stay in a core's cache between reading and hashing.
+_PIECE = 1 << 20
+
+# How the bytes of a tensor or a file are told from others.
+BLAKE: Final = "blake2b-256"
+CRC: Final = "crc-32"
 
 
 def as_bytes(tensor: Tensor) -> memoryview:
@@ -46,27 +55,76 @@ def write_from(fd: int, tensor: Tensor, offset: int) -> None:
         done += os.pwritev(fd, [view[done : done + _AT_ONCE]], offset + done)
 
 
-def checksum(tensor: Tensor) -> int:
-    """CRC-32 of the bytes of ``tensor``."""
-    return zlib.crc32(as_bytes(tensor.contiguous()))
+class Hash(Protocol):
+    """What takes bytes piece by piece and then says, in hexadecimal, which they were."""
+
+    def update(self, data: Any, /) -> None: ...
+
+    def hexdigest(self) -> str: ...
 
 
-def checksum_of_span(path: Path, start: int, size: int) -> int:
-    """CRC-32 of ``size`` bytes of a file from ``start`` on.
+class Crc32:
+    """CRC-32 as a :class:`Hash`: what manifests of format 1 hold."""
+
+    def __init__(self) -> None:
+        self._value = 0
+
+    def update(self, data: Any, /) -> None:
+        self._value = zlib.crc32(data, self._value)
+
+    def hexdigest(self) -> str:
+        return f"{self._value:08x}"
+
+
+def new_hash(algorithm: str = BLAKE) -> Hash:
+    """A fresh hash: BLAKE2b of 256 bits, or CRC-32."""
+    return Crc32() if algorithm == CRC else hashlib.blake2b(digest_size=32)
+
+
+def digest(tensor: Tensor, algorithm: str = BLAKE) -> str:
+    """The digest of the bytes of ``tensor``, row by row, in its dtype."""
+    whole = new_hash(algorithm)
+    whole.update(as_bytes(tensor.contiguous()))
+    return whole.hexdigest()
+
+
+def digest_of_span(path: Path, start: int = 0, size: int | None = None, algorithm: str = BLAKE) -> str:
+    """The digest of ``size`` bytes of a file from ``start`` on (None: of all that follow), read in pieces.
 
     Raises:
         EOFError: the file ends before.
     """
-    total = 0
-    with path.open("rb") as file:
+    whole, piece = new_hash(algorithm), memoryview(bytearray(_PIECE if size is None else min(size, _PIECE)))
+    with path.open("rb", buffering=0) as file:
         file.seek(start)
-        while size:
-            part = file.read(min(size, _PIECE))
-            if not part:
+        while size is None or size:
+            count = file.readinto(piece if size is None else piece[: min(size, _PIECE)])
+            if not count:
+                if size is None:
+                    break
                 raise EOFError(f"{size} bytes are missing")
-            total = zlib.crc32(part, total)
-            size -= len(part)
-    return total
+            whole.update(piece[:count])
+            size = None if size is None else size - count
+    return whole.hexdigest()
+
+
+def copy_span(source: RawIOBase, target: RawIOBase, size: int, hashes: Collection[Hash] = ()) -> None:
+    """Copy ``size`` bytes from where ``source`` is to where ``target`` is, and show them to ``hashes`` on the way.
+
+    Raises:
+        EOFError: the source ends before.
+    """
+    piece = memoryview(bytearray(min(size, _PIECE)))
+    while size:
+        count = source.readinto(piece[: min(size, _PIECE)])
+        if not count:
+            raise EOFError(f"{size} bytes are missing")
+        for each in hashes:
+            each.update(piece[:count])
+        done = 0
+        while done < count:
+            done += target.write(piece[done:count]) or 0
+        size -= count
 
 
 def all_finite(values: Tensor) -> bool:

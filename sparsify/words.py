@@ -48,13 +48,49 @@ def parse_bytes(text: int | str) -> int:
     digits = text.strip().rstrip("BbiIKkMmGgTt ")
     unit = text.strip()[len(digits) :].strip().upper()
     try:
-        if unit in _UNITS and float(digits) >= 0:
+        if unit in _UNITS and 0 <= float(digits) < float("inf"):
             return int(float(digits) * _UNITS[unit])
-    except ValueError:
+    except (ValueError, OverflowError):
         pass
     raise SpecError(f"memory '{text}'", found="not an amount of memory", do="Write 8GiB or 500MB, say")
 
 
+# Beside the C0 and C1 controls: what changes the direction of text or breaks lines, and halves of characters.
+_UNSEEN = frozenset(map(chr, (*range(0x2028, 0x202F), *range(0x2066, 0x206A), 0x200E, 0x200F, 0x061C)))
+
+
+def plain(text: str, keep: str = "") -> str:
+    """``text`` with every control character but those in ``keep`` shown as an escape: ``\\x1b``, ``\\u202e``."""
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(c if c in keep or not _controls(c) else ascii(c)[1:-1] for c in text)
+
+
+def _controls(c: str) -> bool:
+    code = ord(c)
+    return code < 0x20 or 0x7F <= code < 0xA0 or 0xD800 <= code < 0xE000 or c in _UNSEEN
+
+
+def check_amount(samples: int | None, sequence_length: int | None) -> None:
+    """Raises:
+    SpecError: fewer than one sample, or than two tokens.
+    """
+    if samples is not None and samples < 1:
+        raise SpecError(f"{samples} samples", found="fewer than one", do="Give --samples 1 or more")
+    if sequence_length is not None and sequence_length < 2:
+        raise SpecError(f"sequence length {sequence_length}", found="fewer than two tokens", do="Give 2 or more")
+
+
+def check_seed(seed: int) -> None:
+    """Raises:
+    SpecError: no seed that every generator of random numbers takes.
+    """
+    if not 0 <= seed < 1 << 63:
+        raise SpecError(f"seed {seed}", found="not a number from 0 to 2**63 - 1", do="Give --seed 0, say")
+
+
 def format_bytes(count: int) -> str:
-    """``count`` bytes for people: 1.50 GiB, 12 MiB."""
-    return f"{count / (1 << 30):.2f} GiB" if count >= 1 << 30 else f"{count / (1 << 20):.0f} MiB"
+    """``count`` bytes for people: 1.50 GiB, 12 MiB, 4 KiB."""
+    if count >= 1 << 30:
+        return f"{count / (1 << 30):.2f} GiB"
+    return f"{count / (1 << 20):.0f} MiB" if count >= 1 << 19 or not count else f"{-(-count // 1024)} KiB"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -140,3 +141,22 @@ def test_masks_do_not_hang_on_the_default_dtype() -> None:
     finally:
         torch.set_default_dtype(torch.float32)
     assert torch.equal(found, expected)
+
+
+def test_threads_that_overlap_leave_everything_as_it_was() -> None:
+    """The first to come leaves before the second: what is put back is what was there before both."""
+    before, first_out, second_in = settings(), threading.Event(), threading.Event()
+
+    def second() -> None:
+        with exact_products():
+            second_in.set()
+            first_out.wait(30)
+            check_exact()
+
+    other = threading.Thread(target=second)
+    with exact_products():
+        other.start()
+        assert second_in.wait(30)
+    first_out.set()
+    other.join()
+    assert settings() == before

@@ -177,16 +177,20 @@ def overhead(rounds: int) -> dict[str, Any]:
     assert library is not None
 
     def raw() -> Tensor:
-        library.linear_24(
+        library.linear(
             native.isa(),
             0,
             packed.values.data_ptr(),
+            64 * 32,
             packed.codes.data_ptr(),
-            x.data_ptr(),
+            64 * 8,
             0,
-            y.data_ptr(),
-            1,
+            0,
+            x.data_ptr(),
             64,
+            0,
+            -1,
+            y.data_ptr(),
             64,
             64,
             16,

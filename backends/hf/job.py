@@ -6,16 +6,16 @@ about the sparsity are in ``sparsify.json``.
 
 from __future__ import annotations
 
-import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sparsify.backends.hf.saving import same_bytes, save_tensors
+from sparsify.backends.hf.saving import save_tensors
 from sparsify.errors import BackendError
 from sparsify.files.checkpoint import WEIGHTS, Checkpoint
 from sparsify.files.companions import copy_companions, rewrite_config
-from sparsify.files.manifest import write_manifest
-from sparsify.files.staging import Staging, copy_checkpoint
+from sparsify.files.ledger import write_manifest
+from sparsify.files.staging import Staging
 from sparsify.frontend.matching import weights_of_checkpoint
 from sparsify.frontend.source import Source
 from sparsify.host import quiet
@@ -57,7 +57,7 @@ class HuggingFaceJob:
             if isinstance(source.weights.store, DenseView):
                 rewrite_config(folder, source.weights.store.dense_config)
         if source.checkpoint is not None:
-            return copy_checkpoint(source.checkpoint, folder)
+            return source.checkpoint.copy_to(folder)
         if source.is_transformers and source.folder is None:
             model: Any = source.module
             # transformers reports shards in its warnings, which are not about the user's command.
@@ -70,31 +70,28 @@ class HuggingFaceJob:
 
     def finish(self, program: Program, manifest: dict[str, Any]) -> tuple[Path, Weights]:
         """Read everything back, write the manifest, and put the folder in place."""
-        out = self.seal(manifest | {"checksums": self.verify()})
+        out = self.seal(manifest, self.verify())
         return out, self.weights.on(Checkpoint(out))
 
     def notes(self) -> list[str]:
         return []
 
-    def seal(self, manifest: dict[str, Any]) -> Path:
-        """Write the manifest beside what is there, and put the folder in place."""
-        write_manifest(self.staging.folder, manifest)
-        for path in self.staging.folder.iterdir():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
+    def seal(
+        self, manifest: dict[str, Any], tensors: Mapping[str, str], files: Mapping[str, str] | None = None
+    ) -> Path:
+        """Write the manifest beside what is there, and put the folder in place.
+
+        Args:
+            tensors: the digest of each tensor. files: those of other files that are known already.
+        """
+        write_manifest(self.staging.folder, manifest, tensors, files)
         return self.staging.commit()
 
-    def verify(self) -> dict[str, int]:
-        """Check that what was pruned reads back, and that all else is what it was; the CRC-32 of every tensor."""
-        back, dense = Checkpoint(self.staging.folder), self.source.checkpoint
-        sums = {}
-        for name in back.names():
-            sums[name] = back.checksum(name)
-            if name in self.store.written:
-                sound = sums[name] == self.store.written[name]
-            else:
-                sound = dense is None or same_bytes(back, dense, name)
-            if not sound:
+    def verify(self) -> dict[str, str]:
+        """Check that what was pruned reads back, and that all else is what it was; the digest of every tensor."""
+        sums, meant = Checkpoint(self.staging.folder).digests(), self.store.copied | self.store.written
+        for name, found in sums.items():
+            if meant.get(name, found) != found:
                 raise BackendError(
                     f"output {self.staging.out}",
                     found=f"tensor {name} reads back otherwise than it was written",

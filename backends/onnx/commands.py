@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
-from sparsify.cli.options import Debug, command_errors
+from sparsify.cli.options import Debug, NoCheck, command_errors
+from sparsify.cli.terminal import Terminal, say
 
 Folder = Annotated[Path, typer.Argument(help="Folder with model.onnx, or an ONNX file.", metavar="OUT")]
 
@@ -22,6 +22,7 @@ def run(
     seed: Annotated[int, typer.Option(help="Seed for drawing.")] = 0,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     threads: Annotated[int, typer.Option(help="0: as many as onnxruntime likes.", min=0)] = 0,
+    no_check: NoCheck = False,
     debug: Debug = False,
 ) -> None:
     """Write text with OUT in onnxruntime, token by token."""
@@ -37,10 +38,11 @@ def run(
             seed=seed,
             device=device,
             threads=threads,
+            check=not no_check,
         ):
-            print(piece.text, end="", flush=True)
-        print()
-        Console(stderr=True).print(
+            say(piece.text, lines=True, end="", flush=True)
+        say("")
+        Terminal(stderr=True).print(
             f"{piece.count} tokens, {piece.rate:.1f} a second after the first (the prompt took {piece.first:.2f} s)",
             style="dim",
         )
@@ -52,10 +54,11 @@ def expand(
         Path | None, typer.Option("--output", "-o", help="Folder to write. [default: in place]", metavar="DENSE")
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace DENSE if it exists.")] = False,
+    no_check: NoCheck = False,
     debug: Debug = False,
 ) -> None:
     """Unpack OUT, written with onnx:weights=packed: dense safetensors, and model.onnx pointing into them."""
     with command_errors(debug, "error"):
         from sparsify.backends.onnx.expand import expand as unpack_folder
 
-        print(f"wrote {unpack_folder(folder, output, overwrite=overwrite)}")
+        say(f"wrote {unpack_folder(folder, output, overwrite=overwrite, check=not no_check)}")

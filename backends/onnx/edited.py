@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +18,13 @@ from sparsify.backends.onnx.notes import storage_notes
 from sparsify.backends.onnx.options import Options
 from sparsify.backends.onnx.retrace import Example, check_fresh, retrace
 from sparsify.backends.onnx.storage.store import GraphStore
+from sparsify.backends.onnx.storage.stored import digests_of, transposed
 from sparsify.backends.onnx.tracing.contract import Contract
 from sparsify.backends.onnx.tracing.trace import quiet_export
 from sparsify.backends.onnx.writing import FILE, write_graph
 from sparsify.errors import SpecError
 from sparsify.files.checkpoint import WEIGHTS, Checkpoint
+from sparsify.files.ledger import write_manifest
 from sparsify.files.staging import Staging
 from sparsify.ir.weights import Weights
 
@@ -68,7 +71,8 @@ def export_graph(
     need = sum(t.numel() * t.element_size() for t in state.values())
     with Staging(out, overwrite=overwrite, need=need) as staging:
         weights = _save_state(state, prefix, staging.folder)
-        stored = write_graph(model, parameters, weights, staging.folder, options, prefix)
+        stored, files = write_graph(model, parameters, weights, staging.folder, options, prefix)
+        sums = Checkpoint(staging.folder).digests() if options.weights == "link" else digests_of(stored)
         if options.weights != "link":
             (staging.folder / WEIGHTS).unlink()
         if config is not None and contract is not None:
@@ -76,6 +80,8 @@ def export_graph(
             write_genai_config(staging.folder, config, contract)
         # Read back what was written, so that a full disk is found here and not by the user.
         GraphStore(staging.folder / FILE)
+        facts = {"kind": contract.kind if contract is not None else "graph", "transposed": transposed(stored)}
+        write_manifest(staging.folder, {"onnx": {**dataclasses.asdict(options), **facts}}, sums, files)
         staging.commit()
     return storage_notes(options, stored, contract)
 

@@ -10,45 +10,57 @@ import onnx_ir.passes.common as common
 from sparsify.backends.onnx.running.session import find_onnx
 from sparsify.backends.onnx.storage.datafile import external
 from sparsify.backends.onnx.storage.store import GraphStore
-from sparsify.errors import BackendError
+from sparsify.errors import BackendError, CheckpointError, SparsifyError, first_line
 from sparsify.files.checkpoint import WEIGHTS, Checkpoint
-from sparsify.files.companions import copy_companions
-from sparsify.files.manifest import read_manifest, write_manifest
+from sparsify.files.companions import check_companions, copy_companions
+from sparsify.files.ledger import Ledger, write_manifest
+from sparsify.files.manifest import section
 from sparsify.files.staging import Staging
 from sparsify.files.writer import lay_out_files
 
 
-def expand(folder: Path, out: Path | None = None, *, overwrite: bool = False) -> Path:
+def expand(folder: Path, out: Path | None = None, *, overwrite: bool = False, check: bool = True) -> Path:
     """Write the packed ``folder`` dense: a safetensors file, and ``model.onnx`` pointing into it.
 
     Args:
-        out: where; in place of ``folder`` where None.
+        out: where; in place of ``folder`` where None. check: hold every byte against the folder's ``sparsify.json``.
 
     Raises:
         BackendError: nothing in it is packed, or the output cannot be written.
-        CheckpointError: no sound ONNX file.
+        CheckpointError: no sound ONNX file, or not what was written.
     """
     file = find_onnx(folder)
     folder = file.parent
-    store = GraphStore(file)
+    ledger = Ledger.of(folder, check)
+    if ledger.manifest:
+        check_companions(folder, ledger)
+    store = GraphStore(file, ledger=ledger)
     if not store.packed:
         raise BackendError(f"expanding {folder}", found="no packed weight in it", do="It is dense already")
     names = list(store.names())
     need = sum(store.shape(n).numel() * store.dtype(n).itemsize for n in names)
     place = out if out is not None else folder
     in_place = place.absolute() == folder.absolute()
-    with Staging(place, overwrite=overwrite or in_place, source=None if in_place else folder, need=need) as staging:
+    source = None if in_place else folder
+    with Staging(place, overwrite=overwrite or in_place, source=source, like=folder, need=need) as staging:
         copy_companions(folder, staging.folder)
         # One file, whatever its size: the graph points into it.
         layout = {WEIGHTS: {name: (store.dtype(name), list(store.shape(name))) for name in names}}
         dense = lay_out_files(staging.folder, layout)
         for name in names:
             dense.write(name, store.read(name))
-        _relink(store, staging.folder, file.name)
-        if manifest := read_manifest(folder):
-            manifest["checksums"] = dense.written
-            manifest.get("onnx", {}).update(weights="link", dtype=None)
-            write_manifest(staging.folder, manifest)
+        try:
+            _relink(store, staging.folder, file.name)
+        except (SparsifyError, OSError):
+            raise
+        except Exception as error:  # onnx_ir refuses a graph that breaks rules in many ways
+            raise CheckpointError(
+                f"ONNX file {file}", found=f"a graph that breaks a rule ({first_line(error)})", do="Export it again"
+            ) from error
+        if ledger.manifest:
+            onnx = {**section(ledger.manifest, "onnx"), "weights": "link", "dtype": None}
+            changed = {**ledger.manifest, "onnx": onnx, "source_check": ledger.checked}
+            write_manifest(staging.folder, changed, dense.written)
         return staging.commit()
 
 

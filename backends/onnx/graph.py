@@ -72,7 +72,7 @@ def to_graph(
         table[aten.linear.default] = _linear_as_gemm
     _share_heads(exported)
     try:
-        with contextlib.redirect_stdout(io.StringIO()), quiet_export():
+        with quiet_export(), contextlib.redirect_stdout(io.StringIO()):
             program = torch.onnx.export(
                 exported,
                 input_names=input_names,

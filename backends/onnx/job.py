@@ -11,7 +11,7 @@ from sparsify.backends.onnx.folder import write_genai_config
 from sparsify.backends.onnx.notes import storage_notes
 from sparsify.backends.onnx.options import Options
 from sparsify.backends.onnx.storage.store import GraphStore
-from sparsify.backends.onnx.storage.stored import StoredWeight
+from sparsify.backends.onnx.storage.stored import StoredWeight, digests_of, transposed
 from sparsify.backends.onnx.writing import FILE, build_graph, write_graph
 from sparsify.files.checkpoint import INDEX, Checkpoint
 from sparsify.files.companions import rewrite_config
@@ -40,7 +40,7 @@ class ONNXJob:
         """Write the graph and the files beside it, check them, and put the folder in place."""
         options, folder = self.options, self.hf.staging.folder
         sums = self.hf.verify()
-        self.stored = write_graph(self.graph, self.parameters, self.weights, folder, options)
+        self.stored, files = write_graph(self.graph, self.parameters, self.weights, folder, options)
         write_genai_config(folder, self.source.config, self.contract)
         linked = options.weights == "link"
         if not linked:
@@ -48,7 +48,7 @@ class ONNXJob:
                 path.unlink(missing_ok=True)
         if options.dtype is not None and (folder / "config.json").is_file():
             rewrite_config(folder, self._restated)
-        turned = [w.name for w in self.stored if w.transposed]
+        turned = transposed(self.stored)
         manifest["onnx"] = {
             **dataclasses.asdict(options),
             "kind": self.contract.kind,
@@ -56,8 +56,7 @@ class ONNXJob:
             "file_bytes": sum(p.stat().st_size for p in folder.iterdir() if p.is_file()),
         }
         # A link has every tensor of the checkpoint, other files only those that the graph reads, as they are stored.
-        manifest["checksums"] = sums if linked else {w.name: w.checksum for w in self.stored}
-        path = self.hf.seal(manifest)
+        path = self.hf.seal(manifest, sums if linked else digests_of(self.stored), files)
         store: TensorStore = Checkpoint(path) if linked else GraphStore(path / FILE, turned)
         return path, self.weights.on(store)
 

@@ -42,8 +42,8 @@ def write_graph(
     folder: Path,
     options: Options,
     prefix: str = "model.",
-) -> list[StoredWeight]:
-    """Attach the weights and write ``model.onnx``.
+) -> tuple[list[StoredWeight], dict[str, str]]:
+    """Attach the weights and write ``model.onnx``; what became of each, and the digest of the file that they went to.
 
     Raises:
         BackendError: packed weights that this machine has not the memory to unpack; see :class:`Attachment`.
@@ -62,7 +62,7 @@ def write_graph(
             do="Take weights=link; to ship a smaller file, compress it, which gains nearly as much",
         )
     ir.save(model, folder / FILE)
-    return stored
+    return stored, attachment.data.digests()
 
 
 def _physical_memory() -> int:

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
-from sparsify.cli.options import AsJson, Debug, Trust, command_errors
+from sparsify.cli.options import AsJson, Debug, NoCheck, Trust, command_errors
+from sparsify.cli.terminal import Terminal, say, stage_line
 
 Folder = Annotated[Path, typer.Argument(help="Folder that compile --to packed wrote.", metavar="OUT")]
 
@@ -18,6 +18,7 @@ def unpack(
     folder: Folder,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.", metavar="DENSE")],
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace DENSE if it exists.")] = False,
+    no_check: NoCheck = False,
     trust_remote_code: Trust = False,
     debug: Debug = False,
 ) -> None:
@@ -25,7 +26,10 @@ def unpack(
     with command_errors(debug, "error"):
         from sparsify.backends.packed.unpack import unpack_folder
 
-        print(f"wrote {unpack_folder(folder, output, overwrite=overwrite, trust_remote_code=trust_remote_code)}")
+        wrote = unpack_folder(
+            folder, output, overwrite=overwrite, trust_remote_code=trust_remote_code, check=not no_check
+        )
+        say(f"wrote {wrote}")
 
 
 def bench(
@@ -43,6 +47,7 @@ def bench(
         Path | None, typer.Option("--output", "-o", help="Folder for bench.json and bench.png.", metavar="DIR")
     ] = None,
     as_json: AsJson = False,
+    no_check: NoCheck = False,
     trust_remote_code: Trust = False,
     debug: Debug = False,
 ) -> None:
@@ -55,7 +60,7 @@ def bench(
 
         if threads:
             torch.set_num_threads(threads)
-        with Console(stderr=True).status("") as status:
+        with stage_line() as show:
             result = measure(
                 folder,
                 against,
@@ -65,13 +70,14 @@ def bench(
                 device=device,
                 tune=not no_tune,
                 trust_remote_code=trust_remote_code,
-                observe=status.update,
+                check=not no_check,
+                observe=show,
             )
         if output is not None:
             write_report(result, output)
         if as_json:
-            print(json.dumps(result.as_dict()))
+            say(json.dumps(result.as_dict()))
             return
-        Console().print(benchmark_report(result))
+        Terminal().print(benchmark_report(result))
         if output is not None:
-            print(f"wrote {output / 'bench.json'} and {output / 'bench.png'}")
+            say(f"wrote {output / 'bench.json'} and {output / 'bench.png'}")

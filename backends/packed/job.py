@@ -91,14 +91,13 @@ class PackedJob:
             "sites": self.records(),
             "dense_files": layout_to_json(dense),
         }
-        manifest["checksums"] = sums
-        path = self.hf.seal(manifest)
+        path = self.hf.seal(manifest, sums)
         names = {name: name for name in weights.parameters()}
         store = PackedStore(path, self.sites)
         return path, Weights(store, names, aliases=weights.aliases, model=self.source.module)
 
-    def _write(self, folder: Path, program: Program) -> dict[str, int]:
-        """The packed weight files in the place of the dense ones, checked before those go; CRC-32 of each tensor."""
+    def _write(self, folder: Path, program: Program) -> dict[str, str]:
+        """The packed weight files in the place of the dense ones, checked before those go; the digest of each."""
         inside = folder / "packed"
         inside.mkdir()
         sums = write_packed(inside, self.weights, self.decisions)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,8 @@ from sparsify.backends.packed.config import sites_of, without_packing
 from sparsify.backends.packed.format import PackedSite, codes_name
 from sparsify.errors import CheckpointError
 from sparsify.files.checkpoint import Checkpoint
+from sparsify.files.ledger import Ledger
+from sparsify.files.reading import kind_at, read_json
 from sparsify.runtime.codes import row_starts
 from sparsify.runtime.cpu.unpacking import unpacked
 from sparsify.runtime.layout import Packed
@@ -23,12 +24,15 @@ from sparsify.runtime.soundness import check
 class PackedStore:
     """The tensors of a packed folder under the names of the model's parameters, dense.
 
+    Args:
+        ledger: what the files are held against; see :class:`Checkpoint`.
+
     Raises:
         CheckpointError: a tensor that is missing, of another shape or dtype than config.json says, or damaged.
     """
 
-    def __init__(self, folder: Path, sites: Mapping[str, PackedSite]) -> None:
-        self.checkpoint = Checkpoint(folder)
+    def __init__(self, folder: Path, sites: Mapping[str, PackedSite], ledger: Ledger | None = None) -> None:
+        self.checkpoint = Checkpoint(folder, ledger=ledger)
         self.sites = dict(sites)
         names = set(self.checkpoint.names())
         check_tensors(
@@ -67,18 +71,17 @@ class PackedStore:
         raise CheckpointError(f"writing {name}", found="a packed folder", do="Write to an output")
 
 
-def open_packed(folder: Path) -> PackedStore | None:
-    """The store of a packed folder; None where config.json says that it is not one.
+def open_packed(folder: Path, ledger: Ledger) -> PackedStore | None:
+    """The store of a packed folder, whose tensors are held against ``ledger``; None where config.json says that it is
+    not one.
 
     Raises:
         CheckpointError: a packed folder that is damaged, or of a newer format.
     """
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None  # whoever reads the config itself says what is wrong with it
-    sites = sites_of(config, str(folder)) if isinstance(config, dict) else None
-    return None if sites is None else PackedStore(folder, sites)
+    if kind_at(folder / "config.json") is None:
+        return None  # whoever builds a model of it says so
+    sites = sites_of(read_json(folder / "config.json"), str(folder))
+    return None if sites is None else PackedStore(folder, sites, ledger)
 
 
 def check_tensors(

@@ -9,33 +9,42 @@ from typing import Any
 from sparsify.backends.packed.store import PackedStore, open_packed
 from sparsify.errors import CheckpointError
 from sparsify.files.checkpoint import Checkpoint
-from sparsify.files.companions import copy_companions, rewrite_config
-from sparsify.files.manifest import MANIFEST, read_manifest, write_manifest
+from sparsify.files.companions import check_companions, copy_companions, rewrite_config
+from sparsify.files.ledger import Ledger, write_manifest
+from sparsify.files.manifest import MANIFEST, section
 from sparsify.files.staging import Staging
-from sparsify.files.writer import FileLayout, lay_out, lay_out_files, layout_from_json
+from sparsify.files.writer import FileLayout, lay_out, lay_out_files, layout_from_json, nbytes
 from sparsify.frontend.matching import weights_of_checkpoint
 from sparsify.frontend.skeleton import build_skeleton
 
 
-def unpack_folder(folder: Path, out: Path, *, overwrite: bool = False, trust_remote_code: bool = False) -> Path:
+def unpack_folder(
+    folder: Path, out: Path, *, overwrite: bool = False, trust_remote_code: bool = False, check: bool = True
+) -> Path:
     """Write the packed ``folder`` as the dense checkpoint that it was packed from: its names, shards and dtypes.
 
     A folder that was saved again by transformers does not say what those were: the model's own names are used.
 
+    Args:
+        check: hold every byte that is read against the folder's ``sparsify.json``.
+
     Raises:
         CheckpointError: not a packed folder, or a damaged one. BackendError: the output cannot be written.
     """
-    store = open_packed(folder)
+    ledger = Ledger.of(folder, check)
+    check_companions(folder, ledger)
+    store = open_packed(folder, ledger)
     if store is None:
         raise CheckpointError(
             f"unpacking {folder}",
             found="no packed folder (config.json has no quantization_config of sparsify)",
             do="An ordinary checkpoint is dense already; of packed ONNX folders sparsify expand makes dense ones",
         )
-    manifest = read_manifest(folder)
-    files = _dense_files(manifest)
+    manifest = dict(ledger.manifest)
     names = list(store.names())
-    need = sum(store.shape(n).numel() * store.dtype(n).itemsize for n in names)
+    plain: FileLayout = {n: (store.dtype(n), list(store.shape(n))) for n in names}
+    files = _dense_files(manifest)
+    need = sum(nbytes(layout) for layout in (files or {"": plain}).values())
     with Staging(out, overwrite=overwrite, source=folder, need=need) as staging:
         copy_companions(folder, staging.folder)
         rewrite_config(staging.folder, store.dense_config)
@@ -43,19 +52,18 @@ def unpack_folder(folder: Path, out: Path, *, overwrite: bool = False, trust_rem
             dense = lay_out_files(staging.folder, files)
             _write_converted(store, dense, staging.folder, trust_remote_code)
         else:
-            dense = lay_out(staging.folder, {n: (store.dtype(n), list(store.shape(n))) for n in names})
+            dense = lay_out(staging.folder, plain)
             for name in names:
                 dense.write(name, store.read(name))
         if manifest:
             manifest.pop("packed", None)
-            manifest["checksums"] = dense.written
-            write_manifest(staging.folder, manifest)
+            write_manifest(staging.folder, manifest | {"source_check": ledger.checked}, dense.written)
         return staging.commit()
 
 
 def _write_converted(store: PackedStore, dense: Checkpoint, folder: Path, trust_remote_code: bool) -> None:
     """Every parameter of ``store`` into the tensors of the original checkpoint, converted back where it has to be."""
-    weights = weights_of_checkpoint(build_skeleton(folder, trust_remote_code), dense)
+    weights = weights_of_checkpoint(build_skeleton(folder, trust_remote_code, store=dense), dense)
     if missing := sorted({*weights.parameters()} - {*store.names()}):
         raise CheckpointError(
             f"unpacking {store.checkpoint.folder}", found=f"it does not hold {missing[0]}", do="Fetch the folder again"
@@ -68,7 +76,7 @@ def _write_converted(store: PackedStore, dense: Checkpoint, folder: Path, trust_
 
 
 def _dense_files(manifest: Mapping[str, Any]) -> dict[str, FileLayout] | None:
-    content = manifest.get("packed", {}).get("dense_files")
+    content = section(manifest, "packed").get("dense_files")
     if content is None:
         return None
     try:

@@ -14,8 +14,8 @@ from sparsify.files.writer import lay_out
 from sparsify.ir.weights import Weights
 
 
-def write_packed(folder: Path, weights: Weights, decisions: Iterable[Decision]) -> dict[str, int]:
-    """Every tensor into ``folder``, parameters under the model's own names; the CRC-32 of each."""
+def write_packed(folder: Path, weights: Weights, decisions: Iterable[Decision]) -> dict[str, str]:
+    """Every tensor into ``folder``, parameters under the model's own names; the digest of each."""
     packed = {d.name: d for d in decisions if d.site is not None}
     tensors: dict[str, tuple[torch.dtype, Sequence[int]]] = {}
     for name in weights.parameters():
@@ -47,10 +47,10 @@ def write_packed(folder: Path, weights: Weights, decisions: Iterable[Decision]) 
     return dict(out.written)
 
 
-def differences(store: PackedStore, weights: Weights, sums: Mapping[str, int]) -> Iterable[tuple[str, str, str]]:
+def differences(store: PackedStore, weights: Weights, sums: Mapping[str, str]) -> Iterable[tuple[str, str, str]]:
     """What lies in the files otherwise than it was meant: the tensor, what was found, what to do."""
-    for name, crc in sums.items():
-        if store.checkpoint.checksum(name) != crc:
+    for name, found in store.checkpoint.digests(sums).items():
+        if found != sums[name]:
             yield name, "reads back otherwise than it was written", "Check the disk and run again"
     for name in store.sites:
         # Equal as numbers: a pruned weight may be -0.0, which is packed as zero.

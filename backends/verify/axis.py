@@ -13,6 +13,8 @@ import onnx_ir as ir
 
 _SAME = {"Cast", "Identity", "DequantizeLinear"}
 _OPAQUE = {"MatMulNBits", "MatMulInteger", "QLinearMatMul", "QMoE", "MoE", "MatMulBnb4"}
+# What a node raises whose attributes, inputs or shapes are not those of its operator.
+_BROKEN = (KeyError, IndexError, TypeError, ValueError, ZeroDivisionError, RecursionError)
 
 
 @dataclass(frozen=True)
@@ -35,9 +37,12 @@ def summed_axes(model: ir.Model, packed: Collection[str] = ()) -> tuple[list[Sum
     found: dict[tuple[str, int], SummedAxis] = {}
     lost: list[str] = []
     for node in model.graph.all_nodes():
-        for value, axis, flat in _operands(node):
-            for name, at in _follow(value, axis, stored):
-                found.setdefault((name, at), SummedAxis(name, at, node.op_type, flat))
+        try:
+            for value, axis, flat in _operands(node):
+                for name, at in _follow(value, axis, stored, set()):
+                    found.setdefault((name, at), SummedAxis(name, at, node.op_type, flat))
+        except _BROKEN:
+            lost.append(f"{node.name or node.op_type}: it, or what leads to it, breaks the rules of its operator")
         if node.op_type in _OPAQUE:
             lost.append(f"{node.name or node.op_type} ({node.domain or 'ai.onnx'}::{node.op_type}: not float weights)")
     return list(found.values()), lost
@@ -69,9 +74,16 @@ def _flag(node: ir.Node, name: str) -> bool:
     return name in node.attributes and node.attributes[name].as_int() == 1
 
 
-def _follow(value: ir.Value | None, axis: int, stored: set[str]) -> list[tuple[str, int]]:
-    """Stored tensors that ``value`` is made of, with the axis of each that its ``axis`` is."""
+def _follow(value: ir.Value | None, axis: int, stored: set[str], seen: set[ir.Value]) -> list[tuple[str, int]]:
+    """Stored tensors that ``value`` is made of, with the axis of each that its ``axis`` is.
+
+    Args:
+        seen: values on the way so far: a damaged graph may run in a circle.
+    """
     while value is not None:
+        if value in seen:
+            return []
+        seen.add(value)
         if value.name in stored:
             return [(str(value.name), axis)]
         node = value.producer()
@@ -81,7 +93,7 @@ def _follow(value: ir.Value | None, axis: int, stored: set[str]) -> list[tuple[s
         if kind == "Transpose":
             axis = list(node.attributes["perm"].as_ints())[axis]
         elif kind == "Concat":
-            parts = [_follow(v, axis, stored) for v in node.inputs]
+            parts = [_follow(v, axis, stored, seen) for v in node.inputs]
             return [pair for part in parts for pair in part]
         elif kind == "Gather":
             index = node.inputs[1]

@@ -2,52 +2,54 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from sparsify.analysis.linear import LinearSite, find_sites
 from sparsify.backends.packed.store import open_packed
 from sparsify.backends.verify.axis import SummedAxis
+from sparsify.backends.verify.content import check_content
 from sparsify.backends.verify.judge import judge
 from sparsify.backends.verify.promises import promises
 from sparsify.backends.verify.result import Verification
 from sparsify.data.batches import example_batch
-from sparsify.errors import CheckpointError
+from sparsify.errors import CheckpointError, SparsifyError
 from sparsify.files.checkpoint import Checkpoint
-from sparsify.files.manifest import MANIFEST, read_manifest
+from sparsify.files.ledger import Ledger
 from sparsify.frontend.capture import capture
 from sparsify.frontend.source import open_source
-from sparsify.method.pattern import parse_pattern
+from sparsify.method.pattern import Pattern, parse_pattern
 
 
 def verify_checkpoint(folder: Path, *, pattern: str | None = None) -> Verification:
-    """Check a Hugging Face folder: every tensor's checksum, and each pruned one's pattern.
+    """Check a Hugging Face folder: every tensor and every other file of it, and each pruned weight's pattern.
 
     Raises:
         CheckpointError, TraceError: no sound folder, or no graph to find the axes in.
     """
-    manifest: dict[str, Any] = read_manifest(folder)
+    ledger = Ledger.of(folder)
     result = Verification(folder)
-    files = Checkpoint(folder)
-    packed = open_packed(folder)
     # Checksums are of what lies in the files, patterns of the weights that a packed folder unpacks to.
-    store = packed or files
-    equal: dict[str, bool] = {}
-    for name, crc in manifest.get("checksums", {}).items():
-        if name not in set(files.names()):
-            result.problems.append(f"{name}: {MANIFEST} names it, and no file holds it")
-            continue
-        equal[name] = files.checksum(name) == crc
-        result.compared += 1
-        if not equal[name]:
-            result.problems.append(f"{name}: its bytes are not those that were written (checksum of {MANIFEST})")
-    if not manifest.get("checksums"):
-        result.unchecked.append(f"bytes: no {MANIFEST} with checksums to compare with")
-    source = open_source(folder)
+    equal = check_content(result, folder, ledger)
+    try:
+        _check_patterns(result, folder, ledger, equal, parse_pattern(pattern) if pattern else None)
+    except SparsifyError as error:
+        if not result.problems:
+            raise
+        result.problems.append(str(error))
+    return result
+
+
+def _check_patterns(
+    result: Verification, folder: Path, ledger: Ledger, equal: Mapping[str, bool], asked: Pattern | None
+) -> None:
+    # What differs is known by now: here it is looked at all the same.
+    packed = open_packed(folder, Ledger())
+    store = packed or Checkpoint(folder)
+    source = open_source(folder, check=False)
     program = capture(source, example_batch(source))
     sites, opaque = find_sites(program)
-    promised = promises(manifest)
-    asked = parse_pattern(pattern) if pattern else None
+    promised = promises(ledger.manifest)
     result.unchecked += [f"{', '.join(o.parameters)}: {o.reason}" for o in opaque]
     for site in {site.parameter: site for site in sites}.values():
         if site.window is not None:
@@ -64,7 +66,6 @@ def verify_checkpoint(folder: Path, *, pattern: str | None = None) -> Verificati
             check = judge(result, at, weight, form, promised.get(name), asked)
             check.equal = equal.get(name)
             result.weights.append(check)
-    return result
 
 
 def _axis(site: LinearSite, rank: int) -> int:

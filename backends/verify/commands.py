@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from sparsify.cli.options import AsJson, Debug, command_errors
+from sparsify.cli.terminal import Terminal, say, stage_line
+from sparsify.files.reading import kind_at
 
 
 def verify(
@@ -32,16 +33,14 @@ def verify(
         from sparsify.backends.verify.onnx_folder import verify_onnx
         from sparsify.backends.verify.report import verification_report
 
-        console = Console()
-        with Console(stderr=True).status("") as status:
-            if (folder / "config.json").is_file() and not any(folder.glob("*.onnx")):
+        console = Terminal()
+        with stage_line() as show:
+            if kind_at(folder / "config.json") and not any(folder.glob("*.onnx")):
                 result = verify_checkpoint(folder, pattern=pattern)
             else:
-                result = verify_onnx(
-                    folder, against=against, pattern=pattern, run=not weights_only, observe=status.update
-                )
+                result = verify_onnx(folder, against=against, pattern=pattern, run=not weights_only, observe=show)
         if as_json:
-            print(json.dumps(result.as_dict()))
+            say(json.dumps(result.as_dict()))
         else:
             console.print(verification_report(result))
         if not result.sound:

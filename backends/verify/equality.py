@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,16 +12,15 @@ from sparsify.backends.onnx.storage.store import GraphStore
 from sparsify.backends.verify.result import Verification
 from sparsify.backends.verify.runtime_weights import runtime_weights
 from sparsify.errors import SparsifyError
+from sparsify.files.ledger import Ledger
 from sparsify.ir.store import TensorStore
-from sparsify.tensors import checksum
+from sparsify.tensors import digest
 
 
-def check_equal(
-    result: Verification, store: GraphStore, manifest: Mapping[str, Any], checkpoint: TensorStore | None
-) -> None:
+def check_equal(result: Verification, store: GraphStore, ledger: Ledger, checkpoint: TensorStore | None) -> None:
     """Compare every weight that onnxruntime gives with what it should be; what differs goes to ``result``."""
     rows = {row.name: row for row in result.weights}
-    originals = _Originals(store, checkpoint, frozenset(manifest.get("checksums", {})))
+    originals = _Originals(store, checkpoint, frozenset(ledger.tensors))
     unknown: list[str] = []
     try:
         for name, got in runtime_weights(store, [*store.names(), *store.inline()]):
@@ -53,7 +50,7 @@ class _Originals:
     store: GraphStore
     checkpoint: TensorStore | None
     written: frozenset[str]
-    _by_value: dict[int, str] | None = None
+    _by_value: dict[str, str] | None = None
 
     def find(self, name: str, got: Tensor) -> Tensor | None:
         """What ``got``, called ``name`` in the graph, should be; None where nothing says it."""
@@ -65,9 +62,9 @@ class _Originals:
             return self.store.read(name) if name in self.written else None
         # A file that is not ours names weights as it likes: find them by their values.
         if self._by_value is None:
-            self._by_value = {checksum(self.checkpoint.read(n)): n for n in self.checkpoint.names()}
-        sums = [checksum(got), *([checksum(got.t())] if got.dim() == 2 else [])]
-        match = next((self._by_value[crc] for crc in sums if crc in self._by_value), None)
+            self._by_value = {digest(self.checkpoint.read(n)): n for n in self.checkpoint.names()}
+        sums = [digest(got), *([digest(got.t())] if got.dim() == 2 else [])]
+        match = next((self._by_value[each] for each in sums if each in self._by_value), None)
         return None if match is None else self.checkpoint.read(match)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import onnx
 from torch import Tensor
@@ -13,15 +12,17 @@ from sparsify.backends.onnx.running.session import find_onnx
 from sparsify.backends.onnx.storage.store import GraphStore
 from sparsify.backends.verify.axis import SummedAxis, summed_axes
 from sparsify.backends.verify.behaviour import check_behaviour
+from sparsify.backends.verify.content import check_content, differs
 from sparsify.backends.verify.equality import check_equal
 from sparsify.backends.verify.judge import judge
 from sparsify.backends.verify.promises import promises
 from sparsify.backends.verify.result import Verification
 from sparsify.errors import CheckpointError, first_line
 from sparsify.files.checkpoint import INDEX, WEIGHTS, Checkpoint
-from sparsify.files.manifest import MANIFEST, read_manifest
+from sparsify.files.ledger import Ledger
+from sparsify.files.manifest import MANIFEST
 from sparsify.method.pattern import Pattern, parse_pattern
-from sparsify.tensors import checksum
+from sparsify.tensors import digest
 
 
 def verify_onnx(
@@ -43,19 +44,22 @@ def verify_onnx(
         CheckpointError: no ONNX file there. What is wrong with the file itself is in ``problems``.
     """
     file = find_onnx(folder)
+    ledger = Ledger.of(file.parent)
+    manifest = ledger.manifest
     store = GraphStore(file)
     result = Verification(file, opset=store.model.opset_imports.get("", 0), packed=bool(store.packed))
-    manifest = read_manifest(file.parent)
     observe("checking the file")
     _check_file(result, store)
+    equal = check_content(result, file.parent, ledger) if manifest else {}
     observe("reading the weights")
-    readable = _check_patterns(result, store, manifest, parse_pattern(pattern) if pattern else None)
-    checkpoint = _checkpoint(against or file.parent, result)
+    readable = _check_patterns(result, store, ledger, equal, parse_pattern(pattern) if pattern else None)
+    # The folder's own tensors were compared already; those of another one are held against its list as they are read.
+    checkpoint = _checkpoint(against or file.parent, Ledger() if against is None else Ledger.of(against), result)
     if not readable:
         result.unchecked.append("runtime: some weights cannot be read, so nothing was run")
         return result
     observe("comparing weights with onnxruntime's")
-    check_equal(result, store, manifest, checkpoint)
+    check_equal(result, store, ledger, checkpoint)
     if run and not result.problems:
         observe("running onnxruntime and torch")
         check_behaviour(result, store, checkpoint, against or file.parent, manifest)
@@ -78,17 +82,17 @@ def _check_file(result: Verification, store: GraphStore) -> None:
 
 
 def _check_patterns(
-    result: Verification, store: GraphStore, manifest: Mapping[str, Any], asked: Pattern | None
+    result: Verification, store: GraphStore, ledger: Ledger, equal: Mapping[str, bool], asked: Pattern | None
 ) -> bool:
-    """Fill in ``result.weights``; whether every tensor could be read."""
-    promised = promises(manifest)
+    """Fill in ``result.weights``; whether every tensor could be read. ``equal``: what is known of some already."""
+    promised = promises(ledger.manifest)
     found, lost = summed_axes(store.model, store.packed)
     result.unchecked += lost
-    sums = manifest.get("checksums", {})
     readers: dict[str, list[SummedAxis]] = {}
     for summed in found:
         readers.setdefault(summed.name, []).append(summed)
     names = {*store.names(), *store.inline()}
+    result.unchecked += [f"{name}: {kind} data, which is not looked at" for name, kind in store.foreign().items()]
     readable = True
     # What contractions read first, in their order: that of the report.
     for name in dict.fromkeys([*(n for n in readers if n in names), *sorted(names)]):
@@ -98,11 +102,15 @@ def _check_patterns(
             result.problems.append(str(error))
             readable = False
             continue
-        written = name not in sums or _sum_is(weight, sums[name])
-        if not written:
-            result.problems.append(f"{name}: its bytes are not those that were written (checksum of {MANIFEST})")
+        written = equal.get(name, True)
+        if name in ledger.tensors and name not in equal and not _is_written(weight, ledger, name):
+            written = False
+            result.problems.append(differs(name))
         if weight.is_floating_point() and weight.dim() >= 2:
             for at in readers.get(name, ()):
+                if not 0 <= at.axis < weight.dim():
+                    result.problems.append(f"{name}: {at.operator} sums over axis {at.axis} of {weight.dim()}")
+                    continue
                 check = judge(result, at, weight, store.packed.get(name, "dense"), promised.get(name), asked)
                 check.equal = None if written else False
                 result.weights.append(check)
@@ -115,16 +123,17 @@ def _check_patterns(
     return readable
 
 
-def _sum_is(weight: Tensor, crc: int) -> bool:
-    """Whether ``weight`` has that checksum; a MatMul's weight may lie transposed."""
-    return checksum(weight) == crc or (weight.dim() == 2 and checksum(weight.t()) == crc)
+def _is_written(weight: Tensor, ledger: Ledger, name: str) -> bool:
+    """Whether ``weight`` is what was written; a MatMul's weight may lie transposed."""
+    ways = [weight, *([weight.t()] if weight.dim() == 2 else [])]
+    return ledger.tensors[name] in (digest(way, ledger.algorithm) for way in ways)
 
 
-def _checkpoint(folder: Path, result: Verification) -> Checkpoint | None:
+def _checkpoint(folder: Path, ledger: Ledger, result: Verification) -> Checkpoint | None:
     if not (folder / WEIGHTS).exists() and not (folder / INDEX).exists():
         return None
     try:
-        return Checkpoint(folder)
+        return Checkpoint(folder, ledger=ledger)
     except CheckpointError as error:
         result.problems.append(str(error))
         return None

@@ -22,7 +22,8 @@ def verification_report(result: Verification) -> RenderableType:
         same = f", {seen.agreeing} of {seen.tokens} greedy tokens the same" if seen.tokens else ""
         parts.append(Text(f"outputs: within {seen.difference:.1e} of torch's, relative to their size{same}"))
     what = "with what onnxruntime gives back" if result.opset else "with the checksums of sparsify.json"
-    parts.append(Text(f"weights: {result.compared} compared bit for bit {what}"))
+    beside = f", {result.files} files beside them with sparsify.json" if result.files else ""
+    parts.append(Text(f"weights: {result.compared} compared bit for bit {what}{beside}"))
     parts += [Text(problem, "bold red") for problem in _few(result.problems, 10)]
     verdict = f"{result.file}: sound" if result.sound else f"{result.file}: {len(result.problems)} problems"
     parts.append(Text(verdict, "green" if result.sound else "bold red"))

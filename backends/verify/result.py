@@ -43,7 +43,10 @@ class Behaviour:
 
 @dataclass
 class Verification:
-    """The result: sound where ``problems`` is empty. ``unchecked`` says what could not be looked at, and why."""
+    """The result: sound where ``problems`` is empty. ``unchecked`` says what could not be looked at, and why.
+
+    ``compared``: weights that were compared bit for bit; ``files``: other files, and headers.
+    """
 
     file: Path
     weights: list[WeightCheck] = field(default_factory=list)
@@ -51,6 +54,7 @@ class Verification:
     unchecked: list[str] = field(default_factory=list)
     opset: int = 0
     compared: int = 0
+    files: int = 0
     behaviour: Behaviour | None = None
     packed: bool = False
 

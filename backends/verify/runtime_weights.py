@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sparsify.backends.onnx.running.session import open_session
 from sparsify.backends.onnx.storage.store import GraphStore
+from sparsify.errors import BackendError, SparsifyError, first_line
 
 # Weights asked of onnxruntime at once: enough to be quick, little beside a model.
 _AT_ONCE = 256 << 20
@@ -29,10 +30,23 @@ def runtime_weights(store: GraphStore, names: Iterable[str]) -> Iterator[tuple[s
         part.append(name)
         size += store.shape(name).numel() * 4
         if size > _AT_ONCE:
-            yield from _ask(store, part)
+            yield from _given(store, part)
             part, size = [], 0
     if part:
-        yield from _ask(store, part)
+        yield from _given(store, part)
+
+
+def _given(store: GraphStore, names: list[str]) -> list[tuple[str, Tensor]]:
+    try:
+        return list(_ask(store, names))
+    except SparsifyError:
+        raise
+    except Exception as error:  # onnx_ir and onnxruntime refuse a graph that breaks rules in many ways
+        raise BackendError(
+            f"asking onnxruntime for the weights of {store.file.name}",
+            found=f"the graph breaks a rule ({first_line(error)})",
+            do="Export it again",
+        ) from error
 
 
 def _ask(store: GraphStore, names: list[str]) -> Iterator[tuple[str, Tensor]]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from sparsify.errors import BackendError
 from sparsify.host import free_memory
 from sparsify.tensors import read_into, write_from
 
@@ -96,6 +97,16 @@ class ActivationStore:
             self.room += 0 if value.is_cpu else _size(value)
 
     def _spill(self, tensor: Tensor, size: int) -> _Spilled:
+        try:
+            return self._write(tensor, size)
+        except OSError as error:
+            raise BackendError(
+                f"activations in the temporary folder {self._folder or tempfile.gettempdir()}",
+                found=f"cannot be written ({error.strerror or error})",
+                do="Free some space there, name another with TMPDIR, or give more --memory",
+            ) from error
+
+    def _write(self, tensor: Tensor, size: int) -> _Spilled:
         if self._file is None:
             with tempfile.TemporaryFile(dir=self._folder) as file:
                 self._file = os.dup(file.fileno())

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from sparsify.cli.graphs import GraphPrinter
 from sparsify.cli.options import (
@@ -20,13 +19,16 @@ from sparsify.cli.options import (
     LogLevel,
     Memory,
     Model,
+    NoCheck,
     Quiet,
     Trust,
     command_errors,
 )
-from sparsify.errors import SpecError
+from sparsify.cli.terminal import Terminal, say
+from sparsify.errors import BackendError, SpecError
+from sparsify.files.reading import kind_at
 from sparsify.method.spec import check_pass, describe_passes, parse_backend, parse_pass, split_specs
-from sparsify.words import check_schedule, parse_bytes
+from sparsify.words import check_amount, check_schedule, check_seed, parse_bytes, plain
 
 
 def compile_command(
@@ -78,6 +80,7 @@ def compile_command(
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be pruned, and stop.")] = False,
     allow_bin: AllowBin = False,
+    no_check: NoCheck = False,
     trust_remote_code: Trust = False,
     quiet: Quiet = False,
     log_level: LogLevel = "warning",
@@ -85,9 +88,9 @@ def compile_command(
 ) -> None:
     """Prune MODEL with the given passes and write the result to OUT."""
     with command_errors(debug, log_level):
-        console = Console(quiet=quiet, soft_wrap=False)
+        console = Terminal(quiet=quiet)
         specs = passes or []
-        _check_words(specs, schedule, memory, to)
+        _check_words(specs, schedule, memory, to, samples, sequence_length, seed)
         if dry_run and print_after:
             raise SpecError(
                 f"--print-after {print_after[0]} with --dry-run",
@@ -99,8 +102,7 @@ def compile_command(
         from sparsify.compiler.pipeline import compile
         from sparsify.compiler.request import default_output
 
-        local = Path(model).expanduser()
-        name = local.resolve().name if local.exists() else model.rpartition("/")[2]
+        name = Path(model).expanduser().resolve().name if kind_at(model) else model.rpartition("/")[2]
         out = output or default_output(name, specs, to)
         shown = GraphPrinter(print_after or (), [parse_pass(spec).name for spec in specs])
         started = time.perf_counter()
@@ -123,6 +125,7 @@ def compile_command(
                 dry_run=dry_run,
                 allow_bin=allow_bin,
                 trust_remote_code=trust_remote_code,
+                check=not no_check,
                 observe=line.show,
                 after=shown.after,
             )
@@ -134,8 +137,8 @@ def compile_command(
             console.print(f"calibrated on {data.size}: {data.label}", style="bold red" if data.plumbing else None)
         console.print(result_report(compiled, time.perf_counter() - started))
         for note in compiled.notes:
-            console.print(note)
-        console.print(f"wrote {compiled.output}")
+            console.print(plain(note))
+        console.print(f"wrote {plain(str(compiled.output))}")
 
 
 def inspect_command(
@@ -149,6 +152,7 @@ def inspect_command(
         bool, typer.Option("--graph", help="The graph as text, with the zeros of every weight, which are read for it.")
     ] = False,
     allow_bin: AllowBin = False,
+    no_check: NoCheck = False,
     trust_remote_code: Trust = False,
     debug: Debug = False,
 ) -> None:
@@ -156,18 +160,23 @@ def inspect_command(
     with command_errors(debug, "error"):
         if graph and (dimensions or as_json or dot is not None):
             raise SpecError("inspect --graph", found="another form beside it", do="Give --graph alone")
+        from sparsify.files.single import put_file
         from sparsify.inspection.dimensions import DimensionReport, inspect_dimensions
         from sparsify.inspection.graph import inspect_graph
         from sparsify.inspection.sites import Inspection, inspect
 
         if graph:
-            print(inspect_graph(model, allow_bin=allow_bin, trust_remote_code=trust_remote_code))
+            text = inspect_graph(model, allow_bin=allow_bin, trust_remote_code=trust_remote_code, check=not no_check)
+            say(text, lines=True)
             return
         look = inspect_dimensions if dimensions else inspect
-        found: Inspection | DimensionReport = look(model, allow_bin=allow_bin, trust_remote_code=trust_remote_code)
+        found: Inspection | DimensionReport = look(
+            model, allow_bin=allow_bin, trust_remote_code=trust_remote_code, check=not no_check
+        )
         if dot is not None:
-            dot.write_text(found.dot(), encoding="utf-8")
-        print(json.dumps(found.as_dict(), indent=2) if as_json else "\n".join(found.lines()))
+            put_file(dot, found.dot().encode())
+        said = json.dumps(found.as_dict(), indent=2) if as_json else "\n".join(map(plain, found.lines()))
+        say(said, lines=True)
 
 
 def eval_command(
@@ -179,6 +188,7 @@ def eval_command(
     device: Device = "auto",
     memory: Memory = "8GiB",
     allow_bin: AllowBin = False,
+    no_check: NoCheck = False,
     trust_remote_code: Trust = False,
     quiet: Quiet = False,
     log_level: LogLevel = "warning",
@@ -194,7 +204,7 @@ def eval_command(
 
         budget, results = parse_bytes(memory), []
         for model in models:
-            with ProgressLine(Console(stderr=True), not (quiet or as_json)) as line:
+            with ProgressLine(Terminal(stderr=True), not (quiet or as_json)) as line:
                 result = evaluate(
                     model,
                     data,
@@ -203,13 +213,14 @@ def eval_command(
                     sequence_length=sequence_length,
                     allow_bin=allow_bin,
                     trust_remote_code=trust_remote_code,
+                    check=not no_check,
                 )
             results.append((model, result))
         if as_json:
             rows = [{"model": model, **vars(result)} for model, result in results]
             print(json.dumps(rows[0] if len(rows) == 1 else rows))
         else:
-            Console(quiet=quiet).print(evaluation_report(results))
+            Terminal(quiet=quiet).print(evaluation_report(results))
 
 
 def compare_command(
@@ -234,6 +245,7 @@ def compare_command(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")] = False,
     as_json: AsJson = False,
     allow_bin: AllowBin = False,
+    no_check: NoCheck = False,
     trust_remote_code: Trust = False,
     quiet: Quiet = False,
     log_level: LogLevel = "warning",
@@ -242,12 +254,12 @@ def compare_command(
     """Prune MODEL by each pass on the same calibration tokens; one table and one picture."""
     with command_errors(debug, log_level):
         specs = split_specs(passes)
-        _check_words(specs, schedule, memory, "hf")
+        _check_words(specs, schedule, memory, "hf", samples, sequence_length, seed)
         from sparsify.cli.progress import ProgressLine
         from sparsify.cli.tables import comparison_report
         from sparsify.evaluation.compare import compare
 
-        with ProgressLine(Console(stderr=True), not (quiet or as_json)) as line:
+        with ProgressLine(Terminal(stderr=True), not (quiet or as_json)) as line:
             result = compare(
                 model,
                 specs,
@@ -264,27 +276,39 @@ def compare_command(
                 memory=memory,
                 allow_bin=allow_bin,
                 trust_remote_code=trust_remote_code,
+                check=not no_check,
                 observe=line.show,
             )
         if as_json:
             print(json.dumps(result.as_dict()))
             return
-        console = Console(quiet=quiet)
+        console = Terminal(quiet=quiet)
         console.print(comparison_report(result))
         if result.output is not None:
-            console.print(f"wrote {result.output}")
+            console.print(f"wrote {plain(str(result.output))}")
 
 
 def passes_command() -> None:
     """List the pruning methods and their options."""
     for name, summary, options in describe_passes():
-        print(f"{name}  {summary}" if summary else f"{name} has")
+        say(f"{name}  {summary}" if summary else f"{name} has")
         for option, meaning in options.items():
-            print(f"    {option}={meaning}")
+            say(f"    {option}={meaning}")
 
 
-def _check_words(specs: list[str], schedule: str, memory: str, to: str) -> None:
+def _write_text(path: Path, text: str) -> None:
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise BackendError(f"output {path}", found=f"cannot be written ({error})", do="Choose another place") from error
+
+
+def _check_words(
+    specs: list[str], schedule: str, memory: str, to: str, samples: int | None, length: int | None, seed: int
+) -> None:
     """Check the words of the command before anything large is imported or read."""
+    check_amount(samples, length)
+    check_seed(seed)
     for spec in specs:
         check_pass(spec)
     check_schedule(schedule)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from sparsify.cli.terminal import say
 from sparsify.errors import SpecError
 
 if TYPE_CHECKING:
@@ -38,4 +39,4 @@ class GraphPrinter:
         if ALL in self.names or own.name in self.names:
             from sparsify.inspection.graph import graph_text
 
-            print(f"# after {own.name}\n{graph_text(program)}")
+            say(f"# after {own.name}\n{graph_text(program)}", lines=True)

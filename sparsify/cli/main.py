@@ -5,13 +5,43 @@ Nothing heavy is imported before a command runs, so that ``--help`` answers at o
 
 from __future__ import annotations
 
-from typing import Annotated
+import contextlib
+from collections.abc import Iterator
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
+from sparsify.cli.terminal import complain, replace_what_cannot_be_written
 from sparsify.method.registry import registered
+from sparsify.words import plain
+
+
+class Commands(TyperGroup):
+    """typer's group, whose complaints about the words of a command line show control characters escaped."""
+
+    def make_context(self, *args: Any, **kwargs: Any) -> Any:
+        with _plainly():
+            return super().make_context(*args, **kwargs)
+
+    def invoke(self, ctx: Any) -> Any:
+        with _plainly():
+            return super().invoke(ctx)
+
+
+@contextlib.contextmanager
+def _plainly() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        # typer's own kinds of error are not importable by name.
+        if hasattr(error, "format_message"):
+            error.message = plain(str(getattr(error, "message", "")))  # type: ignore[attr-defined]
+        raise
+
 
 app = typer.Typer(
+    cls=Commands,
     help="Prune large language models after training, and write them sparse.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -39,7 +69,13 @@ def root(
 
 
 def main() -> None:
-    application()()
+    """The command line of this process."""
+    replace_what_cannot_be_written()
+    try:
+        application()()
+    except KeyboardInterrupt:
+        complain("interrupted; nothing was written")
+        raise SystemExit(130) from None
 
 
 def application() -> typer.Typer:

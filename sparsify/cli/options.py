@@ -8,16 +8,18 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from rich.console import Console
 
+from sparsify.cli.terminal import complain
 from sparsify.errors import SparsifyError, first_line
+from sparsify.words import plain
 
 Model = Annotated[str, typer.Argument(help="Hugging Face folder or hub id.", metavar="MODEL")]
 AllowBin = Annotated[bool, typer.Option("--allow-bin", help="Read pytorch_model.bin (weights only, no code).")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that the model brings along.")]
+NoCheck = Annotated[bool, typer.Option("--no-check", help="Do not hold a folder's bytes against its sparsify.json.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show a traceback with an error.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Length = Annotated[int | None, typer.Option(help="Tokens per sequence. [default: min(2048, the model's context)]")]
@@ -39,42 +41,41 @@ def command_errors(debug: bool, log_level: str) -> Iterator[None]:
         # Whoever read the output has seen enough: typer ends the process quietly.
         raise
     except KeyboardInterrupt:
-        _complain("interrupted; nothing was written")
+        complain("interrupted; nothing was written")
         raise SystemExit(130) from None
     except SparsifyError as error:
         if debug:
             raise
-        _complain(str(error))
+        complain(str(error))
         raise SystemExit(error.exit_code) from None
     except Exception as error:
         if debug:
             raise
-        _complain(f"unexpected {type(error).__name__}: {first_line(error)} (run again with --debug for the traceback)")
+        complain(f"unexpected {type(error).__name__}: {first_line(error)} (run again with --debug for the traceback)")
         raise SystemExit(1) from None
 
 
-def _complain(message: str) -> None:
-    Console(stderr=True, soft_wrap=True).print(f"[bold red]error[/]: {_escape(message)}", highlight=False)
+class _Plain(logging.Formatter):
+    """What libraries log holds names from files."""
 
-
-def _escape(text: str) -> Any:
-    from rich.markup import escape
-
-    return escape(text)
+    def format(self, record: logging.LogRecord) -> str:
+        return plain(super().format(record), keep="\n\t")
 
 
 def _set_logging(level: str) -> None:
     number = logging.getLevelNamesMapping().get(level.upper()) if hasattr(logging, "getLevelNamesMapping") else None
     number = number or {"DEBUG": 10, "INFO": 20, "WARNING": 30, "ERROR": 40}.get(level.upper())
     if number is None:
-        _complain(f"log level '{level}': no such level. Choose debug, info, warning or error")
+        complain(f"log level '{level}': no such level. Choose debug, info, warning or error")
         raise SystemExit(2)
     # Read by transformers and the hub when they are first imported; a user's own setting wins.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error" if number >= logging.WARNING else level.lower())
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error" if number >= logging.WARNING else level.lower())
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    logging.basicConfig(level=number)
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Plain(logging.BASIC_FORMAT))
+    logging.basicConfig(level=number, handlers=[handler])
     if number >= logging.WARNING:
         # What the hub's client and its transport say of their retries is not about the user's command.
         for name in ("huggingface_hub", "datasets", "httpx", "transformers", "torch"):

@@ -30,7 +30,7 @@ class ProgressLine:
         self._progress = Progress(
             BarColumn(24),
             MofNCompleteColumn(),
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             TextColumn("{task.fields[rate]}"),
             TimeElapsedColumn(),
             TimeRemainingColumn(),

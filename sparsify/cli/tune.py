@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
-from sparsify.cli.options import AsJson, Debug, Device, Trust, command_errors
+from sparsify.cli.options import AsJson, Debug, Device, NoCheck, Trust, command_errors
+from sparsify.cli.terminal import say, stage_line
 from sparsify.method.spec import parse_backend
 from sparsify.tuning.recipe import Recipe, check_method
 
@@ -34,13 +34,16 @@ def tune_command(
     batch: Annotated[int, typer.Option(help="Sequences a step.")] = 64,
     micro: Annotated[int, typer.Option(help="Of them at once.")] = 4,
     samples: Annotated[int, typer.Option(help="Sequences drawn.")] = 2000,
-    sequence_length: Annotated[int, typer.Option(help="Tokens of each.")] = 256,
+    sequence_length: Annotated[
+        int | None, typer.Option(help="Tokens of each. [default: min(256, the model's context)]")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of data and order.")] = 0,
     save_every: Annotated[int, typer.Option(help="Steps between saved states (TUNED.tuning).")] = 100,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from TUNED.tuning.")] = False,
     device: Device = "auto",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace TUNED if it exists.")] = False,
     as_json: AsJson = False,
+    no_check: NoCheck = False,
     trust_remote_code: Trust = False,
     debug: Debug = False,
 ) -> None:
@@ -67,7 +70,7 @@ def tune_command(
         from sparsify.host import resolve_device
         from sparsify.tuning.tune import tune
 
-        with Console(stderr=True).status("") as status:
+        with stage_line() as show:
             result = tune(
                 model,
                 data,
@@ -80,15 +83,16 @@ def tune_command(
                 device=resolve_device(device),
                 overwrite=overwrite,
                 trust_remote_code=trust_remote_code,
-                observe=lambda step, of, loss: status.update(f"step {step} of {of}, loss {loss:.3f}"),
+                check=not no_check,
+                observe=lambda step, of, loss: show(f"step {step} of {of}, loss {loss:.3f}"),
             )
         if as_json:
             print(json.dumps(result.as_dict()))
             return
         before, after = result.perplexity
         first, last = (result.losses[0], result.losses[-1]) if result.losses else (0.0, 0.0)
-        print(f"{result.steps} steps, {result.tokens:,} tokens, {result.seconds:.0f} s; loss {first:.3f} → {last:.3f}")
-        print(f"perplexity on {result.validation}: {before:.3f} → {after:.3f}")
+        say(f"{result.steps} steps, {result.tokens:,} tokens, {result.seconds:.0f} s; loss {first:.3f} → {last:.3f}")
+        say(f"perplexity on {result.validation}: {before:.3f} → {after:.3f}")
         if result.masked:
-            print(f"the zeros of {result.masked} weights were held")
-        print(f"wrote {result.output}")
+            say(f"the zeros of {result.masked} weights were held")
+        say(f"wrote {result.output}")

@@ -11,17 +11,19 @@ from sparsify.compiler.request import Request
 from sparsify.compiler.result import Compiled, PassRun
 from sparsify.context import SiteResult
 from sparsify.data.batches import Calibration
-from sparsify.files.manifest import FORMAT, read_manifest
+from sparsify.files.manifest import FORMAT
 from sparsify.method.spec import spec_text
 
 
 def make_manifest(compiled: Compiled, request: Request, seed: int) -> dict[str, Any]:
     """The manifest of a compile: passes with all options, data, versions, and every site."""
-    calibration, folder = compiled.calibration, compiled.source.folder
-    structure = read_manifest(folder).get("structure") if folder is not None else None
+    calibration, source = compiled.calibration, compiled.source
+    structure = source.ledger.manifest.get("structure")
     return {
         "format": FORMAT,
         "model": compiled.source.name,
+        # By what the source's bytes were checked; see docs/format.md.
+        "source_check": source.checked,
         "architecture": type(compiled.source.module).__name__,
         "versions": {name: _version(name) for name in ("sparsify-fx", "torch", "transformers", "safetensors")}
         | {"python": platform.python_version()},

@@ -38,6 +38,7 @@ def compile(
     overwrite: bool = False,
     allow_bin: bool = False,
     trust_remote_code: bool = False,
+    check: bool = True,
     dry_run: bool = False,
     observe: Observer = unobserved,
     after: After = nobody,
@@ -56,6 +57,7 @@ def compile(
         samples, sequence_length, seed: how sequences are drawn from a named source.
         ignore, only: names, globs or ``re:`` patterns of parameters or modules.
         memory: bytes of activations kept on the GPU and in memory, as a number or as "8GiB".
+        check: hold the bytes of a folder that sparsify wrote against its ``sparsify.json``; the output's says how.
         dry_run: decide what would be pruned and stop there.
         observe: told of every batch and every site. after: told of every pass that has run, with the program.
 
@@ -85,7 +87,9 @@ def compile(
     seam = Seam(context, after)
     with within_memory("compiling", context.device), ExitStack() as stack:
         place = stages.Workplace(stack)
-        source = stages.open_model(model, request, place, allow_bin=allow_bin, trust_remote_code=trust_remote_code)
+        source = stages.open_model(
+            model, request, place, allow_bin=allow_bin, trust_remote_code=trust_remote_code, check=check
+        )
         planned, data = stages.plan(source, request, context)
         if dry_run:
             return planned.compiled

@@ -9,12 +9,12 @@ from typing import Any
 
 from sparsify.calibration.accumulators import GRADIENTS
 from sparsify.compiler.backend import Backend, as_backend
-from sparsify.data.batches import Calibration, check_amount
+from sparsify.data.batches import Calibration
 from sparsify.errors import SpecError
 from sparsify.method.base import Pass, check_order
 from sparsify.method.spec import parse_pass, spec_text
 from sparsify.method.structural_pass import StructuralPass
-from sparsify.words import Schedule, check_schedule
+from sparsify.words import Schedule, check_amount, check_schedule
 
 Data = str | Iterable[Any] | Calibration | None
 
@@ -84,8 +84,8 @@ def parse(
     """Understand the words, and refuse what can be refused before a model is opened.
 
     Raises:
-        SpecError: a pass, an option, a backend or a schedule that there is not, or that cannot go together.
-        CalibrationError: amounts of data that are none.
+        SpecError: a pass, an option, a backend or a schedule that there is not, or that cannot go together; amounts of
+            data that are none.
     """
     if isinstance(passes, str):
         raise SpecError(f"passes '{passes}'", found="one text", do=f'Give a list: ["{passes}"]')

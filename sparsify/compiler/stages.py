@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,8 @@ from sparsify.compiler.seam import Seam
 from sparsify.context import Context
 from sparsify.data.batches import Calibration, example_batch, expected_batch, load_calibration
 from sparsify.errors import SpecError
+from sparsify.files.ownership import Scratch
+from sparsify.files.reading import kind_at
 from sparsify.files.staging import check_output
 from sparsify.frontend.capture import Batch, capture
 from sparsify.frontend.source import Source, open_source, require_real
@@ -41,12 +42,12 @@ class Workplace:
     """A temporary folder, made when it is first asked for and gone when the compile is, unless somebody keeps it."""
 
     stack: ExitStack
-    _folder: tempfile.TemporaryDirectory[str] | None = None
+    _folder: Scratch | None = None
 
     @property
     def path(self) -> Path:
         if self._folder is None:
-            self._folder = tempfile.TemporaryDirectory(prefix="sparsify-smaller-")
+            self._folder = Scratch("sparsify-smaller")
             self.stack.callback(self._clean)
         return Path(self._folder.name)
 
@@ -81,7 +82,13 @@ class Planned:
 
 
 def open_model(
-    model: str | Path | nn.Module, request: Request, place: Workplace, *, allow_bin: bool, trust_remote_code: bool
+    model: str | Path | nn.Module,
+    request: Request,
+    place: Workplace,
+    *,
+    allow_bin: bool,
+    trust_remote_code: bool,
+    check: bool,
 ) -> Source:
     """The model that a user names, and a look at where its output will lie.
 
@@ -89,9 +96,9 @@ def open_model(
         CheckpointError: no such model, or a broken one. BackendError: no place for the output.
     """
     if request.out is not None and not request.dry_run:
-        local = Path(model) if not isinstance(model, nn.Module) and Path(model).exists() else None
+        local = Path(model) if not isinstance(model, nn.Module) and kind_at(model) else None
         check_output(request.out, overwrite=request.overwrite, source=local)
-    source = open_source(model, allow_bin=allow_bin, trust_remote_code=trust_remote_code)
+    source = open_source(model, allow_bin=allow_bin, trust_remote_code=trust_remote_code, check=check)
     if isinstance(model, nn.Module):
         require_real(model)
     if request.structural:

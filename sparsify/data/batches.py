@@ -15,8 +15,10 @@ from sparsify.data.generate import sample_from_model
 from sparsify.data.images import read_images
 from sparsify.data.sources import FORMS, Documents, read_documents
 from sparsify.data.windows import disjoint_windows, random_windows
-from sparsify.errors import CalibrationError, SparsifyError
+from sparsify.errors import CalibrationError, SparsifyError, SpecError
+from sparsify.files.reading import kind_at
 from sparsify.frontend.source import Source
+from sparsify.words import check_amount
 
 # Tokens that run through the graph at once: enough to keep the matrix products busy, few enough for the cache.
 TOKENS_AT_ONCE = 2048
@@ -87,6 +89,8 @@ def load_calibration(
     if isinstance(data, Calibration):
         return data
     check_amount(samples, sequence_length)
+    if data is None or isinstance(data, str):
+        check_length(sequence_length, source)
     if data is not None and not isinstance(data, str):
         batches, label = _from_python(data, source, samples), "batches given in Python"
     elif data is not None and _names_images(data, source):
@@ -108,14 +112,18 @@ def load_calibration(
     return Calibration(batches, label, digest.hexdigest(), labels, plumbing=data == "random")
 
 
-def check_amount(samples: int | None, sequence_length: int | None) -> None:
+def check_length(length: int | None, source: Source) -> None:
     """Raises:
-    CalibrationError: fewer than one sample, or than two tokens.
+    SpecError: sequences of fewer than two tokens, or of more than the model has positions for.
     """
-    if samples is not None and samples < 1:
-        raise CalibrationError(f"{samples} samples", found="fewer than one", do="Give --samples 1 or more")
-    if sequence_length is not None and sequence_length < 2:
-        raise CalibrationError(f"sequence length {sequence_length}", found="fewer than two tokens", do="Give 2 or more")
+    check_amount(None, length)
+    most = source.context_length
+    if length is not None and most is not None and length > most:
+        raise SpecError(
+            f"sequence length {length}",
+            found=f"the context of {source.name} is {most} tokens (config.json)",
+            do=f"Give at most {most}",
+        )
 
 
 def expected_batch(
@@ -137,6 +145,7 @@ def expected_batch(
     if data is not None and _names_images(data, source):
         rows = 1 if one_by_one else _rows_at_once(samples or _SAMPLES, _IMAGE_TOKENS)
         return example_batch(source, rows)
+    check_length(sequence_length, source)
     own = data == "self"
     length = sequence_length or default_length(source, _SELF_LENGTH if own else _LENGTH)
     rows = 1 if one_by_one else _rows_at_once(samples or (_SELF_SAMPLES if own else _SAMPLES), length)
@@ -144,12 +153,12 @@ def expected_batch(
 
 
 def _names_images(data: str, source: Source) -> bool:
-    return getattr(source.module, "main_input_name", None) == "pixel_values" and bool(data) and Path(data).is_dir()
+    return getattr(source.module, "main_input_name", None) == "pixel_values" and kind_at(data) == "folder"
 
 
 def evaluation_windows(data: str, source: Source, length: int | None, limit: int | None) -> tuple[Tensor, str]:
     """Disjoint windows of held-out text, [windows, length], and where they are from."""
-    check_amount(None, length)
+    check_length(length, source)
     documents = read_documents(data, "heldout")
     return disjoint_windows(documents, _encoder(source), length or default_length(source), limit), documents.label
 

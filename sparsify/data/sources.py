@@ -7,7 +7,6 @@ A document is text, or token ids already. Model-made data (``self``, ``random``)
 from __future__ import annotations
 
 import hashlib
-import json
 import sysconfig
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,6 +16,8 @@ from typing import Any, Literal
 from torch import Tensor
 
 from sparsify.errors import CalibrationError, first_line
+from sparsify.files.json_text import parse_json
+from sparsify.files.reading import kind_at
 
 Split = Literal["calibration", "heldout"]
 Document = str | Tensor
@@ -57,7 +58,7 @@ def _read(spec: str, split: Split) -> Documents:
     if spec == "c4":
         return Documents("c4", c4(split))
     path, _, field = spec.partition(":")
-    if Path(path).is_dir():
+    if kind_at(path) == "folder":
         raise CalibrationError(f"data '{spec}'", found="a folder", do=f"Name {FORMS}")
     readers: dict[str, Callable[[Path, str], Documents]] = {
         ".jsonl": _jsonl,
@@ -66,8 +67,13 @@ def _read(spec: str, split: Split) -> Documents:
         ".safetensors": _token_file,
     }
     suffix = Path(path).suffix.lower()
-    if Path(path).is_file():
-        return readers.get(suffix, _text)(Path(path), field)
+    if kind_at(path) == "file":
+        try:
+            return readers.get(suffix, _text)(Path(path), field)
+        except OSError as error:
+            raise CalibrationError(
+                f"data '{path}'", found=f"cannot be read ({error.strerror or error})", do="Check the file"
+            ) from error
     if suffix in (*readers, ".txt", ".md", ".py") or path.startswith(("/", ".", "~")) or not path:
         raise CalibrationError(f"data '{spec}'", found="no such file", do=f"Name {FORMS}")
     return Documents(spec, _dataset(spec, split))
@@ -114,18 +120,21 @@ def _text(path: Path, field: str) -> Documents:
 def _jsonl(path: Path, field: str) -> Documents:
     field = field or "text"
     documents: list[Document] = []
-    with path.open(encoding="utf-8") as file:
+    with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
             try:
-                value = json.loads(line)[field]
-            except (ValueError, KeyError, TypeError) as error:
+                row = parse_json(line)
+            except ValueError as error:
                 raise CalibrationError(
-                    f"data '{path}'",
-                    found=f"line {number} has no field '{field}'",
-                    do=f"Name it: {path}:FIELD",
+                    f"data '{path}'", found=f"line {number} is not JSON ({error})", do="Give one JSON object a line"
                 ) from error
+            if not isinstance(row, dict) or field not in row:
+                raise CalibrationError(
+                    f"data '{path}'", found=f"line {number} has no field '{field}'", do=f"Name it: {path}:FIELD"
+                )
+            value = row[field]
             documents.append(_document(value, f"{path}, line {number}"))
     return Documents(f"{path}:{field}", documents)
 
@@ -140,7 +149,7 @@ def _parquet(path: Path, field: str) -> Documents:
         ) from error
     try:
         table = pyarrow.parquet.read_table(path, columns=[field])
-    except (pyarrow.ArrowException, OSError, ValueError) as error:
+    except Exception as error:  # pyarrow has kinds of its own
         raise CalibrationError(
             f"data '{path}:{field}'", found=f"cannot be read ({first_line(error)})", do=f"Name {FORMS}"
         ) from error
@@ -165,7 +174,7 @@ def _token_file(path: Path, field: str) -> Documents:
             do=f"Name one of them: {path}:TENSOR",
         )
     ids = tensors[name]
-    if ids.is_floating_point() or ids.dim() not in (1, 2):
+    if ids.is_floating_point() or ids.is_complex() or ids.dim() not in (1, 2):
         raise CalibrationError(
             f"data '{path}:{name}'",
             found=f"a tensor of {ids.dtype} and shape {tuple(ids.shape)}",
@@ -178,7 +187,7 @@ def _token_file(path: Path, field: str) -> Documents:
 def _dataset(spec: str, split: Split) -> list[Document]:
     name, config, part, field = (*spec.split(":"), "", "", "", "")[:4]
     part = part or {"calibration": "train", "heldout": "test"}[split]
-    if not Path(name).exists():
+    if kind_at(name) is None:
         _require_hub(spec, name)
     rows = _load_dataset(spec, name, config or None, split=part)
     field = field or "text"
@@ -227,7 +236,8 @@ def _load_dataset(spec: str, *args: Any, **kwargs: Any) -> Any:
 def _document(value: Any, where: str) -> Document:
     if isinstance(value, str):
         return value
-    if isinstance(value, list) and all(isinstance(i, int) for i in value):
+    # A vocabulary is smaller; what is larger fits no tensor.
+    if isinstance(value, list) and all(type(i) is int and abs(i) < 1 << 31 for i in value):
         import torch
 
         return torch.tensor(value, dtype=torch.long)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +19,8 @@ from sparsify.errors import SpecError
 from sparsify.evaluation.comparison import Compared, ComparedPass
 from sparsify.evaluation.figure import draw
 from sparsify.evaluation.perplexity import perplexity
+from sparsify.files.ownership import Scratch
+from sparsify.files.reading import kind_at
 from sparsify.files.staging import Staging, check_output
 from sparsify.frontend.source import Source, open_source
 from sparsify.host import cpu_by_default, recent_peak, reset_peak, resolve_device
@@ -45,6 +46,7 @@ def compare(
     memory: int | str = "8GiB",
     allow_bin: bool = False,
     trust_remote_code: bool = False,
+    check: bool = True,
     observe: Observer = unobserved,
 ) -> Compared:
     """Prune ``model`` by each of ``passes`` on the same calibration tokens, and evaluate each on ``data``.
@@ -69,9 +71,9 @@ def compare(
             do="Compile with it, and compare the results by sparsify eval",
         )
     if output is not None:
-        check_output(Path(output), overwrite=overwrite, source=Path(model) if Path(model).exists() else None)
+        check_output(Path(output), overwrite=overwrite, source=Path(model) if kind_at(model) else None)
     context = Context(resolve_device(device), parse_bytes(memory), seed)
-    source = open_source(model, allow_bin=allow_bin, trust_remote_code=trust_remote_code)
+    source = open_source(model, allow_bin=allow_bin, trust_remote_code=trust_remote_code, check=check)
     text: tuple[Tensor, str] | None = None
     if data is not None:
         text = evaluation_windows(data, source, sequence_length, windows)
@@ -91,7 +93,7 @@ def compare(
     for spec in passes:
         reset = reset_peak(context.device)
         started = time.perf_counter()
-        with tempfile.TemporaryDirectory(prefix="sparsify-compare-") as folder:
+        with Scratch("sparsify-compare") as folder:
             made = compile(
                 model,
                 [spec],
@@ -102,6 +104,7 @@ def compare(
                 memory=memory,
                 allow_bin=allow_bin,
                 trust_remote_code=trust_remote_code,
+                check=check,
                 observe=observe,
             )
             seconds, peak = time.perf_counter() - started, recent_peak(context.device) if reset else None

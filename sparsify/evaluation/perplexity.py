@@ -56,17 +56,19 @@ def evaluate(
     windows: int | None = None,
     allow_bin: bool = False,
     trust_remote_code: bool = False,
+    check: bool = True,
 ) -> Evaluation:
     """Perplexity of a causal language model on ``data``.
 
     Args:
         data: a source's name; of sources in parts the held-out part is read.
         windows: evaluate on the first so many windows only.
+        check: hold the bytes of a folder of ours against its ``sparsify.json``.
 
     Raises:
         CalibrationError: data that is missing or too short. TraceError: no causal language model.
     """
-    source = open_source(model, allow_bin=allow_bin, trust_remote_code=trust_remote_code)
+    source = open_source(model, allow_bin=allow_bin, trust_remote_code=trust_remote_code, check=check)
     ids, label = evaluation_windows(data, source, sequence_length, windows)
     started = time.perf_counter()
     value = perplexity(source, ids, context)

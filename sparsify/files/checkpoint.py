@@ -8,16 +8,27 @@ names, order, sharding and every other tensor stay as they were, to the bit.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sparsify.errors import CheckpointError
-from sparsify.tensors import checksum, checksum_of_span, read_into, write_from
+from sparsify.files.ledger import Ledger
+from sparsify.files.reading import MAX_INDEX, admit, kind_at, read_json
+from sparsify.tensors import BLAKE, copy_span, digest, digest_of_span, new_hash, read_into, write_from
+
+# Bytes of a safetensors header (the library's own limit), and tensors in it; the largest models have 10^5.
+MAX_HEADER, MAX_TENSORS = 100_000_000, 1 << 20
+# Hashing takes a core and lets the interpreter go: past this many the disk is what takes time.
+_HASHING_AT_ONCE = 8
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLED, PICKLED_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
@@ -51,20 +62,27 @@ class _Entry:
 class Checkpoint:
     """The safetensors of a model folder, one file or sharded.
 
+    Args:
+        ledger: what headers are held against now, and each tensor when it is first read; None: nothing.
+
     Raises:
         CheckpointError: the folder or a file is missing, an index points outside the folder or disagrees with its
-            shards, or a file is truncated, overlapping or otherwise no safetensors.
+            shards, or a file is truncated, overlapping or otherwise no safetensors, or not what the ledger says.
     """
 
-    def __init__(self, folder: Path, *, writable: bool = False) -> None:
+    def __init__(self, folder: Path, *, writable: bool = False, ledger: Ledger | None = None) -> None:
         self.folder = folder
         self.writable = writable
-        self.files = _weight_files(folder)
+        self.ledger = ledger or Ledger()
+        self.files = _weight_files(folder, self.ledger)
         self._entries: dict[str, _Entry] = {}
-        # Checksums of what was written, for whoever reads it back.
-        self.written: dict[str, int] = {}
+        # Digests of what was written or copied here, for whoever reads it back.
+        self.written: dict[str, str] = {}
+        self.copied: dict[str, str] = {}
+        self._sound: set[str] = set()
         for path, listed in self.files.items():
-            entries = _read_header(path)
+            entries, header = _read_header(path)
+            self.ledger.check_header(path.name, header)
             if listed is not None and (missing := sorted(listed - entries.keys())):
                 raise CheckpointError(
                     f"tensor {missing[0]}",
@@ -94,7 +112,11 @@ class Checkpoint:
         return sum(path.stat().st_size for path in self.files)
 
     def read(self, name: str) -> Tensor:
-        """Return the tensor ``name``, freshly read into memory of its own."""
+        """Return the tensor ``name``, freshly read into memory of its own.
+
+        Raises:
+            CheckpointError: it is not what the ledger says, or its file was cut short.
+        """
         entry = self._entries[name]
         tensor = torch.empty(entry.shape, dtype=entry.dtype)
         with entry.path.open("rb", buffering=0) as file:
@@ -106,6 +128,9 @@ class Checkpoint:
                     found=f"{entry.path.name} ended early ({error})",
                     do="Something truncated it while it was read: fetch it again",
                 ) from error
+        if name not in self._sound:
+            self.ledger.check_tensor(name, tensor)
+            self._sound.add(name)
         return tensor
 
     def write(self, name: str, tensor: Tensor) -> None:
@@ -122,21 +147,68 @@ class Checkpoint:
         tensor = tensor.detach().cpu().contiguous()
         with entry.path.open("r+b", buffering=0) as file:
             write_from(file.fileno(), tensor, entry.start)
-        self.written[name] = checksum(tensor)
+        self.written[name] = digest(tensor)
 
-    def checksum(self, name: str) -> int:
-        """CRC-32 of the bytes of ``name``, read in pieces.
+    def digest(self, name: str, algorithm: str = BLAKE) -> str:
+        """The digest of the bytes of ``name`` as they lie in the file, read in pieces.
 
         Raises:
             CheckpointError: the file ends before the tensor does.
         """
         entry = self._entries[name]
         try:
-            return checksum_of_span(entry.path, entry.start, entry.size)
+            return digest_of_span(entry.path, entry.start, entry.size, algorithm)
         except EOFError as error:
             raise CheckpointError(
                 f"reading {name}", found=f"{entry.path.name} ended early ({error})", do="Fetch it again"
             ) from error
+
+    def digests(self, names: Iterable[str] | None = None, algorithm: str = BLAKE) -> dict[str, str]:
+        """:meth:`digest` of ``names`` (None: all), several cores at once."""
+        wanted = list(self.names() if names is None else names)
+        with ThreadPoolExecutor(min(_HASHING_AT_ONCE, os.cpu_count() or 1)) as pool:
+            return dict(zip(wanted, pool.map(lambda name: self.digest(name, algorithm), wanted), strict=True))
+
+    def check(self) -> None:
+        """Hold every tensor against the ledger.
+
+        Raises:
+            CheckpointError: one is not what was written.
+        """
+        wanted = [name for name in self.names() if name not in self._sound and self.ledger.wants(name)]
+        for name, found in self.digests(wanted, self.ledger.algorithm).items():
+            self.ledger.compare("tensor", self.ledger.tensors, name, found)
+            self._sound.add(name)
+
+    def copy_to(self, folder: Path) -> Checkpoint:
+        """Copy the weight files (and their index) into ``folder``, hashed on the way, and open them for patching.
+
+        Raises:
+            CheckpointError: a tensor is not what the ledger says.
+        """
+        copied: dict[str, str] = {}
+        for path in self.files:
+            held = sorted((e.start, name) for name, e in self._entries.items() if e.path == path)
+            begin = held[0][0] if held else path.stat().st_size
+            with path.open("rb", buffering=0) as source, (folder / path.name).open("wb", buffering=0) as target:
+                copy_span(source, target, begin)
+                for _, name in held:
+                    hashes = {kind: new_hash(kind) for kind in {BLAKE, self.ledger.algorithm}}
+                    try:
+                        copy_span(source, target, self._entries[name].size, hashes.values())
+                    except EOFError as error:
+                        raise CheckpointError(
+                            f"copying {name}", found=f"{path.name} ended early ({error})", do="Fetch it again"
+                        ) from error
+                    copied[name] = hashes[BLAKE].hexdigest()
+                    if self.ledger.wants(name):
+                        found = hashes[self.ledger.algorithm].hexdigest()
+                        self.ledger.compare("tensor", self.ledger.tensors, name, found)
+        if list(self.files) != [self.folder / WEIGHTS]:
+            shutil.copyfile(admit(self.folder / INDEX), folder / INDEX)
+        result = Checkpoint(folder, writable=True)
+        result.copied = copied
+        return result
 
     def span(self, name: str) -> tuple[Path, int, int]:
         """Where the bytes of ``name`` lie: file, offset, length."""
@@ -144,9 +216,9 @@ class Checkpoint:
         return entry.path, entry.start, entry.size
 
 
-def _weight_files(folder: Path) -> dict[Path, set[str] | None]:
+def _weight_files(folder: Path, ledger: Ledger) -> dict[Path, set[str] | None]:
     """Weight files of ``folder``, each with the tensors that the index lists for it (None without an index)."""
-    if not folder.exists():
+    if kind_at(folder) is None:
         raise CheckpointError(f"model folder {folder}", found="no such folder", do="Check the path")
     if not folder.is_dir():
         raise CheckpointError(f"model folder {folder}", found="a file", do="Name the folder that holds config.json")
@@ -166,40 +238,54 @@ def _weight_files(folder: Path) -> dict[Path, set[str] | None]:
             if any(folder.glob("*.onnx"))
             else "Is this a Hugging Face model folder?",
         )
+    content: dict[str, Any] = read_json(folder / INDEX, MAX_INDEX)
+    ledger.check_file(folder / INDEX)
     try:
-        weight_map = json.loads((folder / INDEX).read_text())["weight_map"]
+        weight_map = content["weight_map"]
         if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
             raise TypeError("weight_map is not a table of names")
-    except (ValueError, KeyError, TypeError) as error:
+    except (KeyError, TypeError) as error:
         raise CheckpointError(
             f"{INDEX} of {folder}", found=f"not a weight index ({error})", do="Fetch the folder again"
         ) from error
     files: dict[Path, set[str]] = {}
     for name, file in weight_map.items():
-        if Path(file).name != file or file in ("", ".", ".."):
+        if Path(file).name != file or file in ("", ".", "..") or "\0" in file:
             raise CheckpointError(
                 f"{INDEX} of {folder}",
                 found=f"{name} is placed in '{file}', outside the folder",
                 do="Do not trust this folder; a shard must lie beside its index",
             )
-        if not (folder / file).is_file():
+        if kind_at(folder / file) != "file":
             raise CheckpointError(f"shard {file} of {folder}", found="no such file", do="Fetch the folder again")
         files.setdefault(folder / file, set()).add(name)
     return dict(files)
 
 
-def _read_header(path: Path) -> dict[str, _Entry]:
+def _read_header(path: Path) -> tuple[dict[str, _Entry], str]:
+    """The tensors that a file says it holds, and the digest of what says so."""
+    admit(path)
+    with path.open("rb") as file:
+        first = file.read(8)
+        length = int.from_bytes(first, "little")
+        if length > MAX_HEADER:
+            raise _unsound(path, f"a header of {length} bytes, more than {MAX_HEADER}")
+        text = file.read(length)
     try:
         # The library checks lengths, offsets, overlaps and dtypes; the offsets themselves it does not show.
         with safe_open(path, framework="pt"):
             pass
-    except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(
-            f"weights file {path}", found=f"not a sound safetensors file ({error})", do="Fetch it again"
-        ) from error
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
+        header = json.loads(text)
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
+        raise _unsound(path, str(error)) from error
+    if len(header) > MAX_TENSORS:
+        raise _unsound(path, f"{len(header)} tensors, more than {MAX_TENSORS}")
+    whole = new_hash()
+    whole.update(first + text)
+    return _entries_of(path, header, 8 + length), whole.hexdigest()
+
+
+def _entries_of(path: Path, header: Mapping[str, Any], start: int) -> dict[str, _Entry]:
     entries = {}
     for name, info in header.items():
         if name == "__metadata__":
@@ -211,5 +297,9 @@ def _read_header(path: Path) -> dict[str, _Entry]:
                 do=f"Known dtypes: {', '.join(DTYPES)}",
             )
         begin, end = info["data_offsets"]
-        entries[name] = _Entry(path, DTYPES[info["dtype"]], torch.Size(info["shape"]), 8 + length + begin, end - begin)
+        entries[name] = _Entry(path, DTYPES[info["dtype"]], torch.Size(info["shape"]), start + begin, end - begin)
     return entries
+
+
+def _unsound(path: Path, why: str) -> CheckpointError:
+    return CheckpointError(f"weights file {path}", found=f"not a sound safetensors file ({why})", do="Fetch it again")

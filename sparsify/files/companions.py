@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from sparsify.errors import CheckpointError
+from sparsify.files.ledger import Ledger
 from sparsify.files.manifest import MANIFEST, write_json
+from sparsify.files.reading import MAX_INDEX, admit, read_json
 
 # Files that hold weights, of any framework. They are written anew or left behind: copied they would still be dense.
 WEIGHT_SUFFIXES = frozenset(
@@ -17,11 +19,28 @@ WEIGHT_SUFFIXES = frozenset(
 
 
 def companions(folder: Path) -> Iterator[Path]:
-    """The files of ``folder`` that an output carries along: no weights, no index of weights, no manifest."""
+    """The files of ``folder`` that an output carries along: no weights, no index of weights, no manifest.
+
+    Raises:
+        CheckpointError: one that is no regular file of the folder; see :func:`sparsify.files.reading.admit`.
+    """
     for path in folder.iterdir():
         weights = path.suffix.lower() in WEIGHT_SUFFIXES or path.name.endswith(".index.json")
-        if path.is_file() and not weights and path.name != MANIFEST and not path.name.startswith("."):
-            yield path
+        if not weights and path.name != MANIFEST and not path.name.startswith(".") and not path.is_dir():
+            yield admit(path)
+
+
+def check_companions(folder: Path, ledger: Ledger) -> None:
+    """Look at everything that lies beside the weights before any of it is read, by us or by transformers.
+
+    Raises:
+        CheckpointError: a file that is not what was written, JSON out of bounds, or no regular file of the folder.
+    """
+    for path in companions(folder):
+        size = path.stat().st_size
+        if path.suffix == ".json" and size > MAX_INDEX:
+            raise CheckpointError(f"{path}", found=f"{size} bytes, more than {MAX_INDEX}", do="Fetch the folder again")
+        ledger.check_file(path)
 
 
 def copy_companions(folder: Path, into: Path) -> None:
@@ -33,7 +52,7 @@ def copy_companions(folder: Path, into: Path) -> None:
 def rewrite_config(folder: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
     """Replace the content of ``folder``'s config.json by what ``change`` makes of it."""
     path = folder / "config.json"
-    before: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    before = read_json(path)
     after = change(before)
     if after is not before:
         write_json(path, after)

@@ -2,37 +2,68 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from sparsify.errors import CheckpointError
+from sparsify.files.manifest_form import misfit
+from sparsify.files.reading import MAX_MANIFEST, read_json
 
-FORMAT = 1
+# 1: CRC-32 of tensors under "checksums". 2: "digests", see docs/format.md.
+FORMAT = 2
 MANIFEST = "sparsify.json"
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """``sparsify.json`` of ``folder``; empty where there is none.
+    """``sparsify.json`` of ``folder`` as it lies there; empty where there is none. What is read by it should be held
+    against it: :class:`sparsify.files.ledger.Ledger`.
 
     Raises:
-        CheckpointError: it is no JSON.
+        CheckpointError: it is no JSON, not a regular file, out of bounds, or not of a manifest's form.
     """
-    try:
-        content = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        return content if isinstance(content, dict) else {}
-    except FileNotFoundError:
+    path = folder / MANIFEST
+    if not path.exists() and not path.is_symlink():
         return {}
-    except ValueError as error:
-        raise CheckpointError(f"{folder / MANIFEST}", found=f"not JSON ({error})", do="Compile again") from error
+    content = read_json(path, MAX_MANIFEST)
+    if (found := misfit(content)) is not None:
+        raise CheckpointError(
+            str(path), found=found, do="Fetch the folder or compile again; without it the folder is an ordinary one"
+        )
+    return content
 
 
-def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Put ``sparsify.json`` into ``folder``."""
-    write_json(folder / MANIFEST, manifest)
+def section(manifest: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """A table in the manifest; an empty one where there is none of that name.
+
+    Raises:
+        CheckpointError: something else is there.
+    """
+    found = manifest.get(name, {})
+    if not isinstance(found, Mapping):
+        raise CheckpointError(f"{name} in {MANIFEST}", found=f"{type(found).__name__}, no table", do="Compile again")
+    return found
+
+
+def digest_of_manifest(manifest: Mapping[str, Any]) -> str:
+    """The digest of a manifest's content, without the one that it holds of itself: of JSON with sorted keys, no
+    spaces, and characters as they are."""
+    digests = {k: v for k, v in manifest.get("digests", {}).items() if k != "manifest"}
+    text = json.dumps({**manifest, "digests": digests}, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=32).hexdigest()
 
 
 def write_json(path: Path, content: Any) -> None:
     """As transformers and people write it: indented, every language as it is."""
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    path.write_bytes(to_json(content))
+
+
+def to_json(content: Any) -> bytes:
+    """The same, as bytes."""
+    try:
+        text = json.dumps(content, indent=2, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError:  # half of a pair, which JSON can spell and UTF-8 cannot
+        text = json.dumps(content, indent=2).encode("ascii")
+    return text + b"\n"

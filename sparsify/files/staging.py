@@ -1,19 +1,21 @@
 """Output folders that appear whole or not at all.
 
-Work happens in a hidden sibling of the output, which one rename turns into the output at the end. A process that
-dies leaves only the hidden folder; the next run to the same output removes it.
+Work happens in a hidden sibling of the output, closed to others, which one call turns into the output at the end. A
+process that dies leaves only hidden things; the next run to the same output puts them right (:mod:`.ownership`).
 """
 
 from __future__ import annotations
 
-import os
 import shutil
-import socket
+import stat
 from pathlib import Path
 from types import TracebackType
 
+from sparsify.durable import aside, discard, exchange, move_new, sync, sync_tree
 from sparsify.errors import BackendError
-from sparsify.files.checkpoint import Checkpoint
+from sparsify.files.modes import carry_modes, set_mode
+from sparsify.files.ownership import Claim, settle
+from sparsify.words import format_bytes
 
 
 class Staging:
@@ -21,56 +23,97 @@ class Staging:
 
     Args:
         source: a folder that must not be touched: ``out`` may not be it, nor hold it, nor lie in it.
+        like: the folder whose files' modes the output carries; ``source`` where None.
         need: bytes that will be written, checked against the free space before anything is.
+        claim: of an owner of ``out`` who keeps it.
 
     Raises:
-        BackendError: ``out`` exists (without ``overwrite``), is a file, has no room or cannot be made.
+        BackendError: ``out`` exists (without ``overwrite``), is a file, is written by another job, has no room or
+            cannot be made.
     """
 
-    def __init__(self, out: Path, *, overwrite: bool = False, source: Path | None = None, need: int = 0) -> None:
-        self.out = out.absolute()
-        check_output(self.out, overwrite=overwrite, source=source)
-        self.folder = self.out.parent / f".{self.out.name}.partial-{socket.gethostname()}-{os.getpid()}"
+    def __init__(
+        self,
+        out: Path,
+        *,
+        overwrite: bool = False,
+        source: Path | None = None,
+        like: Path | None = None,
+        need: int = 0,
+        claim: Claim | None = None,
+    ) -> None:
+        self.out, self.overwrite = out.absolute(), overwrite
+        self._like = like if like is not None else source
+        _check_place(self.out, source)
+        self.folder = aside(self.out, "partial")
         try:
-            self.out.parent.mkdir(parents=True, exist_ok=True)
-            self._remove_stale()
-            free = shutil.disk_usage(self.out.parent).free
-            if free < need:
-                raise BackendError(
-                    f"output {out}",
-                    found=f"{free / 1e9:.2f} GB free, {need / 1e9:.2f} GB needed",
-                    do="Free some space or choose another place with -o",
-                )
-            self.folder.mkdir()
+            self._claim, self._lent = claim or Claim(self.out), claim is not None
+            try:
+                # Only now: an older output may have come back to its place.
+                _check_free(self.out, overwrite=overwrite)
+                _check_room(self.out, need)
+                self.folder.mkdir()
+                self._mode = stat.S_IMODE(self.folder.stat().st_mode)
+                set_mode(self.folder, self._mode & ~0o077)
+            except BaseException:
+                self._release()
+                raise
         except OSError as error:
             raise BackendError(
                 f"output {out}", found=f"cannot be made ({error})", do="Choose another place with -o"
             ) from error
 
-    def _remove_stale(self) -> None:
-        prefix = f".{self.out.name}.partial-{socket.gethostname()}-"
-        for path in self.out.parent.glob(f"{prefix}*"):
-            pid = path.name.removeprefix(prefix)
-            if pid.isdigit() and (int(pid) == os.getpid() or not _alive(int(pid))):
-                shutil.rmtree(path, ignore_errors=True)
-
     def commit(self) -> Path:
-        """Make the output appear, replacing an older one, and return its path."""
-        old = self.folder.with_name(self.folder.name.replace(".partial-", ".replaced-"))
+        """Make the output appear, replacing an older one, and return its path: on the disk when this returns.
+
+        Raises:
+            BackendError: it cannot be put there, or something else has come there meanwhile. The older one stays.
+        """
         try:
-            if self.out.exists():
-                self.out.rename(old)
-            self.folder.rename(self.out)
+            carry_modes(self._like, self.folder, self._mode)
+            sync_tree(self.folder)
+            old = self._put_in_place()
+            sync(self.out.parent)
+        except FileExistsError as error:
+            raise BackendError(
+                f"output {self.out}",
+                found="another job has put one there meanwhile",
+                do="Look at that one, pass --overwrite to replace it, or choose another place with -o",
+            ) from error
         except OSError as error:
-            if old.exists() and not self.out.exists():
-                old.rename(self.out)
             raise BackendError(
                 f"output {self.out}",
                 found=f"cannot be put in place ({error})",
                 do="Choose another place with -o",
             ) from error
-        shutil.rmtree(old, ignore_errors=True)
+        discard(old)
         return self.out
+
+    def _put_in_place(self) -> Path:
+        """Where the older output lies now, if there was one."""
+        try:
+            move_new(self.folder, self.out)
+            return self.folder
+        except FileExistsError:
+            if not self.overwrite:
+                raise
+        _check_kind(self.out)
+        if exchange(self.folder, self.out):
+            return self.folder
+        # Two steps; who is killed between them leaves the older one to be moved back by the next.
+        old = aside(self.out, "replaced")
+        self.out.rename(old)
+        sync(self.out.parent)
+        try:
+            move_new(self.folder, self.out)
+        except BaseException:
+            move_new(old, self.out)
+            raise
+        return old
+
+    def _release(self) -> None:
+        if not self._lent:
+            self._claim.release()
 
     def __enter__(self) -> Staging:
         return self
@@ -78,7 +121,8 @@ class Staging:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        shutil.rmtree(self.folder, ignore_errors=True)
+        discard(self.folder)
+        self._release()
         if isinstance(error, OSError):
             raise BackendError(
                 f"output {self.out}", found=f"writing failed ({error})", do="Nothing was left; see the cause"
@@ -86,18 +130,48 @@ class Staging:
 
 
 def check_output(out: Path, *, overwrite: bool, source: Path | None) -> None:
-    """Raise BackendError unless ``out`` may be written without losing anything the user did not offer."""
+    """Raise BackendError unless ``out`` may be written without losing anything the user did not offer.
+
+    What killed jobs left there is put right first: an older output may be back.
+    """
     out = out.absolute()
-    if out.is_symlink() or (out.exists() and not out.is_dir()):
+    _check_place(out, source)
+    try:
+        settle(out)
+    except OSError as error:
+        raise BackendError(
+            f"output {out}", found=f"what a killed job left cannot be removed ({error})", do="Remove it by hand"
+        ) from error
+    _check_free(out, overwrite=overwrite)
+
+
+def _check_place(out: Path, source: Path | None) -> None:
+    _check_kind(out)
+    if source is None:
+        return
+    one, other = out.resolve(), source.resolve()
+    if one == other or one in other.parents or other in one.parents:
+        raise BackendError(
+            f"output {out}",
+            found=f"it is, holds or lies in the source {source}",
+            do="The source is never written; choose another place with -o",
+        )
+
+
+def _check_kind(out: Path) -> None:
+    try:
+        there = out.lstat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    except (OSError, ValueError) as error:
+        raise BackendError(
+            f"output {out}", found=f"no name for a folder ({error})", do="Choose another name with -o"
+        ) from error
+    if not stat.S_ISDIR(there):
         raise BackendError(f"output {out}", found="a file or a link of that name", do="Choose another name with -o")
-    if source is not None:
-        one, other = out.resolve(), source.resolve()
-        if one == other or one in other.parents or other in one.parents:
-            raise BackendError(
-                f"output {out}",
-                found=f"it is, holds or lies in the source {source}",
-                do="The source is never written; choose another place with -o",
-            )
+
+
+def _check_free(out: Path, *, overwrite: bool) -> None:
     if out.exists() and not overwrite:
         raise BackendError(
             f"output {out}",
@@ -106,21 +180,11 @@ def check_output(out: Path, *, overwrite: bool, source: Path | None) -> None:
         )
 
 
-def copy_checkpoint(source: Checkpoint, folder: Path) -> Checkpoint:
-    """Copy the weight files of ``source`` (and its index) into ``folder`` and open them for patching."""
-    for path in source.files:
-        shutil.copyfile(path, folder / path.name)
-    index = source.folder / "model.safetensors.index.json"
-    if len(source.files) > 1 or next(iter(source.files)).name != "model.safetensors":
-        shutil.copyfile(index, folder / index.name)
-    return Checkpoint(folder, writable=True)
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+def _check_room(out: Path, need: int) -> None:
+    free = shutil.disk_usage(out.parent).free
+    if free < need:
+        raise BackendError(
+            f"output {out}",
+            found=f"{format_bytes(free)} free, {format_bytes(need)} needed",
+            do="Free some space or choose another place with -o",
+        )

@@ -14,6 +14,8 @@ from sparsify.files.checkpoint import DTYPES, INDEX, WEIGHTS, Checkpoint
 
 # What transformers cuts its files at.
 SHARD = 5 * 10**9
+# Bytes of one tensor that a folder of ours may speak of.
+MAX_TENSOR = 1 << 44
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 FileLayout = Mapping[str, tuple[torch.dtype, Sequence[int]]]
@@ -72,14 +74,24 @@ def layout_from_json(content: Mapping[str, Mapping[str, Sequence[Any]]]) -> dict
     """Undo :func:`layout_to_json`.
 
     Raises:
-        KeyError, TypeError, ValueError: content of another form.
+        KeyError, TypeError, ValueError: content of another form, or out of bounds.
     """
     files: dict[str, FileLayout] = {}
     for file, tensors in content.items():
         if Path(file).name != file or not file.endswith(".safetensors"):
             raise ValueError(f"file name {file!r}")
-        files[file] = {n: (DTYPES[str(d)], [int(i) for i in s]) for n, (d, s) in tensors.items()}
+        for name, (dtype, shape) in tensors.items():
+            sizes = all(type(size) is int and size >= 0 for size in shape)
+            if not sizes or math.prod(shape) * DTYPES[dtype].itemsize > MAX_TENSOR:
+                raise ValueError(f"{name!r} of the shape {shape}")
+            name.encode("utf-8")
+        files[file] = {n: (DTYPES[d], list(s)) for n, (d, s) in tensors.items()}
     return files
+
+
+def nbytes(tensors: FileLayout) -> int:
+    """The bytes that they take, headers left out."""
+    return sum(math.prod(shape) * dtype.itemsize for dtype, shape in tensors.values())
 
 
 def _make_file(path: Path, tensors: FileLayout) -> None:

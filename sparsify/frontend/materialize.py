@@ -38,15 +38,18 @@ def materialize(source: Source, weights: Weights, changed: set[str]) -> nn.Modul
     return model
 
 
-def load(folder: str | Path, *, trust_remote_code: bool = False, dtype: torch.dtype | None = None) -> nn.Module:
+def load(
+    folder: str | Path, *, trust_remote_code: bool = False, dtype: torch.dtype | None = None, check: bool = True
+) -> nn.Module:
     """The model of any folder that sparsify wrote, in memory and in eval mode: ordinary, packed, or of ragged widths.
 
     Args:
         dtype: of its parameters; None: as they are stored.
+        check: hold every byte against the folder's ``sparsify.json``.
 
     Raises:
-        CheckpointError: no such folder, or a broken one.
+        CheckpointError: no such folder, a broken one, or one whose bytes are not those that were written.
     """
-    source = open_source(folder, trust_remote_code=trust_remote_code)
+    source = open_source(folder, trust_remote_code=trust_remote_code, check=check)
     model = materialize(source, source.weights, set(source.weights.parameters()))
     return model.eval() if dtype is None else model.to(dtype).eval()

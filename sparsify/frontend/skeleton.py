@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,16 +11,20 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sparsify.errors import CheckpointError, first_line
+from sparsify.files.reading import read_json
+from sparsify.frontend.bounds import check_config, few_parts, small_buffers
 from sparsify.frontend.widths import resize, sizes_of
-from sparsify.ir.store import DenseView
+from sparsify.host import alone
+from sparsify.ir.store import DenseView, TensorStore
 
 
+@alone()
 def build_skeleton(
     folder: Path,
     trust_remote_code: bool = False,
     dtype: torch.dtype | None = None,
     edit: Callable[[nn.Module], None] = lambda model: None,
-    store: object = None,
+    store: TensorStore | None = None,
 ) -> nn.Module:
     """The model that ``folder``'s config.json describes, in eval mode, with parameters that take no memory.
 
@@ -31,7 +34,8 @@ def build_skeleton(
     model while it is on the meta device.
 
     Args:
-        store: what reads the folder's weights: where it gives them dense, so is the model.
+        store: what reads the folder's weights: where it gives them dense, so is the model, and the model may not be
+            out of all proportion to them.
 
     Raises:
         CheckpointError: no config, one that builds no model, or weights that only a quantizer reads.
@@ -40,6 +44,9 @@ def build_skeleton(
 
     if not (folder / "config.json").exists():
         raise CheckpointError(f"config.json of {folder}", found="no such file", do="Is this a model folder?")
+    content = read_json(folder / "config.json")
+    tensors = None if store is None else sum(1 for _ in store.names())
+    check_config(content, tensors, folder)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
     except Exception as error:  # a config's own checks raise whatever they like
@@ -49,7 +56,7 @@ def build_skeleton(
             do="Check the file; a model with code of its own needs --trust-remote-code",
         ) from error
     quantization = getattr(config, "quantization_config", None)
-    if isinstance(store, DenseView) and "quantization_config" not in store.dense_config(_content(folder)):
+    if isinstance(store, DenseView) and "quantization_config" not in store.dense_config(content):
         if quantization is not None:
             del config.quantization_config
     elif quantization is not None:
@@ -60,7 +67,7 @@ def build_skeleton(
         )
     sizes = sizes_of(folder)
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), few_parts(tensors, folder):
             model = construct(config, trust_remote_code, getattr(config, "dtype", None) or dtype or torch.float32)
             if sizes is not None:
                 resize(model, sizes)
@@ -73,14 +80,10 @@ def build_skeleton(
             found=f"its config.json builds no model ({first_line(error)})",
             do="Compare config.json with the one that the model was published with",
         ) from error
+    small_buffers(model, folder)
     _restore_buffers(model)
     _fake_parameters(model)
     return model.eval()
-
-
-def _content(folder: Path) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    return content
 
 
 def construct(config: Any, trust_remote_code: bool, dtype: torch.dtype) -> nn.Module:

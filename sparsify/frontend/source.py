@@ -5,7 +5,6 @@ A folder's model is built from its config without memory for its parameters, so 
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -17,6 +16,9 @@ from torch import nn
 
 from sparsify.errors import CheckpointError, TraceError, first_line
 from sparsify.files.checkpoint import PICKLED, PICKLED_INDEX, WEIGHTS, Checkpoint
+from sparsify.files.companions import check_companions
+from sparsify.files.ledger import Checked, Ledger
+from sparsify.files.reading import MAX_INDEX, admit, kind_at, read_json
 from sparsify.frontend.matching import weights_of_checkpoint, weights_of_module
 from sparsify.frontend.skeleton import build_skeleton
 from sparsify.ir.store import MemoryStore, TensorStore
@@ -31,7 +33,8 @@ class Source:
     """An opened model: its structure, its parameters, and where it came from.
 
     ``module`` is a skeleton (see :func:`build_skeleton`) for a folder and the user's own for a module; ``folder`` is
-    None for a module in memory.
+    None for a module in memory. ``ledger``: what the folder says of its bytes; ``checked``: by what those that the user
+    named were checked (a model that was made smaller lies in a folder of its own).
     """
 
     name: str
@@ -40,6 +43,8 @@ class Source:
     folder: Path | None = None
     checkpoint: Checkpoint | None = None
     trust_remote_code: bool = False
+    ledger: Ledger = field(default_factory=Ledger, repr=False)
+    checked: Checked = "none"
     _tokenizer: Any = field(default=None, repr=False)
 
     @property
@@ -98,7 +103,7 @@ class Source:
                 self._tokenizer = AutoTokenizer.from_pretrained(
                     self.folder, trust_remote_code=self.trust_remote_code, local_files_only=True
                 )
-            except (OSError, ValueError, KeyError, TypeError) as error:
+            except Exception as error:  # of many kinds, the tokenizers library's own among them
                 raise CheckpointError(
                     f"a tokenizer for {self.name}",
                     found=f"none that loads in {self.folder} ({first_line(error)})",
@@ -107,52 +112,59 @@ class Source:
         return self._tokenizer
 
 
-def open_source(model: str | Path | nn.Module, *, allow_bin: bool = False, trust_remote_code: bool = False) -> Source:
+def open_source(
+    model: str | Path | nn.Module, *, allow_bin: bool = False, trust_remote_code: bool = False, check: bool = True
+) -> Source:
     """Open ``model`` without reading its weights.
 
     Args:
         model: a local Hugging Face folder, a hub id, or a module.
         allow_bin: read ``pytorch_model.bin`` (with ``weights_only=True``) where there is no safetensors.
         trust_remote_code: run Python that the folder brings along.
+        check: hold files now, and tensors when they are read, against the folder's ``sparsify.json``.
 
     Raises:
-        CheckpointError: no such model, or a broken one.
+        CheckpointError: no such model, a broken one, or one whose bytes are not those that were written.
     """
     if isinstance(model, nn.Module):
         return Source(type(model).__name__.lower(), model, weights_of_module(model))
     folder = _find_folder(model)
+    if not folder.is_dir():
+        raise CheckpointError(f"model folder {folder}", found="a file", do="Name the folder that holds config.json")
+    ledger = Ledger.of(folder, check)
+    check_companions(folder, ledger)
     store: TensorStore
     if allow_bin and not (folder / WEIGHTS).exists() and _pickles(folder):
         store = _read_pickles(folder)
     else:
-        store = open_store(folder)
+        store = open_store(folder, ledger)
     stored = (store.dtype(name) for name in store.names())
     dtype = next((d for d in stored if d.is_floating_point), None)
     module = build_skeleton(folder, trust_remote_code, dtype, store=store)
     weights = weights_of_checkpoint(module, store)
     checkpoint = store if isinstance(store, Checkpoint) else None
     # The hub's cache names a folder by its commit; the model's own name serves outputs better.
-    name = folder.name if Path(model).expanduser().exists() else str(model).rpartition("/")[2]
-    return Source(name, module, weights, folder, checkpoint, trust_remote_code)
+    name = folder.name if kind_at(model) else str(model).rpartition("/")[2]
+    return Source(name, module, weights, folder, checkpoint, trust_remote_code, ledger, ledger.checked)
 
 
-def open_store(folder: Path) -> TensorStore:
-    """What reads the tensors of ``folder``: a registered store that knows it, else its safetensors as they lie.
+def open_store(folder: Path, ledger: Ledger) -> TensorStore:
+    """What reads the tensors of ``folder``, each held against ``ledger``: a registered store that knows it, else its
+    safetensors as they lie.
 
     Raises:
         CheckpointError: no sound model folder.
     """
     for entry in registered("sparsify.stores").values():
-        store: TensorStore | None = entry.load()(folder)
+        store: TensorStore | None = entry.load()(folder, ledger)
         if store is not None:
             return store
-    return Checkpoint(folder)
+    return Checkpoint(folder, ledger=ledger)
 
 
 def _find_folder(model: str | Path) -> Path:
-    path = Path(model).expanduser()
-    if path.exists():
-        return path.absolute()
+    if kind_at(model):
+        return Path(model).expanduser().absolute()
     text = str(model)
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", text) or text.startswith("."):
         raise CheckpointError(f"model {text}", found="no such folder", do="Check the path")
@@ -175,8 +187,10 @@ def _pickles(folder: Path) -> list[Path]:
     if (folder / PICKLED).exists():
         return [folder / PICKLED]
     if (folder / PICKLED_INDEX).exists():
-        names = set(json.loads((folder / PICKLED_INDEX).read_text())["weight_map"].values())
-        return [folder / Path(name).name for name in sorted(names)]
+        placed = read_json(folder / PICKLED_INDEX, MAX_INDEX).get("weight_map")
+        if not isinstance(placed, dict) or not all(isinstance(name, str) for name in placed.values()):
+            raise CheckpointError(f"{folder / PICKLED_INDEX}", found="no weight_map in it", do="Fetch the folder again")
+        return [folder / Path(name).name for name in sorted(set(placed.values()))]
     return []
 
 
@@ -184,7 +198,9 @@ def _read_pickles(folder: Path) -> MemoryStore:
     tensors: dict[str, torch.Tensor] = {}
     for path in _pickles(folder):
         try:
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            state = torch.load(admit(path), map_location="cpu", weights_only=True, mmap=True)
+        except CheckpointError:
+            raise
         except Exception as error:  # unpickling refuses in many ways, all of them final
             raise CheckpointError(
                 f"weights file {path}",

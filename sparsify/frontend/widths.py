@@ -7,14 +7,14 @@ division); the graph of the result is compared with the cut one before the folde
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from sparsify.errors import CheckpointError
-from sparsify.files.manifest import MANIFEST, read_manifest
+from sparsify.files.manifest import read_manifest
 
 # (parameter, axis, how many positions stay).
 Sizes = Sequence[tuple[str, int, int]]
@@ -26,25 +26,14 @@ def sizes_of(folder: Path) -> Sizes | None:
     """The sizes that a folder's list gives; None where its config.json says them.
 
     Raises:
-        CheckpointError: a list that is damaged.
+        CheckpointError: a manifest that is damaged.
     """
-    try:
-        records = read_manifest(folder).get("structure")
-    except CheckpointError:
-        return None  # whoever reads the manifest for itself says what is wrong with it
-    if not isinstance(records, list) or not any(isinstance(r, Mapping) and r.get("ragged") for r in records):
-        return None
-    try:
-        last: dict[tuple[str, int], int] = {}
-        for record in records:
-            if record["ragged"]:
-                for cut in record["cuts"]:
-                    last |= {(str(name), int(axis)): len(kept) for name, axis, kept in cut["members"]}
-        return [(name, axis, size) for (name, axis), size in last.items()]
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(
-            f"{folder / MANIFEST}", found=f"a list of cuts that cannot be read ({error!r})", do="Compile it again"
-        ) from error
+    ragged = [record for record in read_manifest(folder).get("structure", []) if record["ragged"]]
+    last: dict[tuple[str, int], int] = {}
+    for record in ragged:
+        for cut in record["cuts"]:
+            last |= {(name, axis): len(kept) for name, axis, kept in cut["members"]}
+    return [(name, axis, size) for (name, axis), size in last.items()] if ragged else None
 
 
 def resize(model: nn.Module, sizes: Sizes) -> None:

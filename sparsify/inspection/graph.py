@@ -38,13 +38,15 @@ def graph_text(program: Program) -> str:
     return "\n".join(line for part in parts for line in part)
 
 
-def inspect_graph(model: str | Path | nn.Module, *, allow_bin: bool = False, trust_remote_code: bool = False) -> str:
+def inspect_graph(
+    model: str | Path | nn.Module, *, allow_bin: bool = False, trust_remote_code: bool = False, check: bool = True
+) -> str:
     """Trace ``model`` and give its graph as text.
 
     Raises:
         CheckpointError, TraceError: no such model, or no graph of it.
     """
-    source = open_source(model, allow_bin=allow_bin, trust_remote_code=trust_remote_code)
+    source = open_source(model, allow_bin=allow_bin, trust_remote_code=trust_remote_code, check=check)
     return graph_text(capture(source, example_batch(source)))
 
 

@@ -104,9 +104,11 @@ class Inspection:
         return "\n".join([*out, "}"]) + "\n"
 
 
-def inspect(model: str | Path | nn.Module, *, allow_bin: bool = False, trust_remote_code: bool = False) -> Inspection:
+def inspect(
+    model: str | Path | nn.Module, *, allow_bin: bool = False, trust_remote_code: bool = False, check: bool = True
+) -> Inspection:
     """Trace ``model`` without reading a weight and report its sites."""
-    source = open_source(model, allow_bin=allow_bin, trust_remote_code=trust_remote_code)
+    source = open_source(model, allow_bin=allow_bin, trust_remote_code=trust_remote_code, check=check)
     program = capture(source, example_batch(source))
     flow = Flow.of(program)
     sites, opaque = find_sites(program)

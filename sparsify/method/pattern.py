@@ -12,6 +12,8 @@ from fractions import Fraction
 
 from sparsify.errors import PatternError
 
+# Longer ones are no numbers that anybody means, and Python converts no number of 5000 digits.
+_LONGEST = 64
 _FORMS = "Write a percentage (50%), a fraction of zeros (0.5), or N:M (2:4 keeps 2 of every 4)"
 
 
@@ -26,11 +28,14 @@ class Unstructured:
 
     def __init__(self, sparsity: Fraction | float | str) -> None:
         # Fraction(repr(0.29)) is 29/100, Fraction(0.29) is not.
-        exact = sparsity if isinstance(sparsity, Fraction) else Fraction(str(sparsity))
+        try:
+            exact = sparsity if isinstance(sparsity, Fraction) else Fraction(str(sparsity))
+        except (ValueError, ZeroDivisionError) as error:
+            raise PatternError(f"sparsity {sparsity}", found="not a number", do=_FORMS) from error
         object.__setattr__(self, "sparsity", exact)
         if not 0 < exact < 1:
             raise PatternError(
-                f"sparsity {sparsity}",
+                f"sparsity {self if isinstance(sparsity, Fraction) else sparsity}",
                 found="not strictly between 0 and 1 (0% prunes nothing, 100% leaves nothing)",
                 do=_FORMS,
             )
@@ -85,6 +90,8 @@ def parse_pattern(text: str) -> Pattern:
         PatternError: ``text`` is no pattern, or one that cannot hold.
     """
     text = text.strip()
+    if len(text) > _LONGEST:
+        raise PatternError(f"pattern '{text[:_LONGEST]}…'", found=f"{len(text)} characters", do=_FORMS)
     if match := re.fullmatch(r"(\d+):(\d+)", text):
         return NM(int(match[1]), int(match[2]))
     if match := re.fullmatch(r"(\d+(?:\.\d+)?|\.\d+)%", text):

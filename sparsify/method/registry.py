@@ -45,7 +45,8 @@ _OWN = {
         "unpack": "sparsify.backends.packed.commands:unpack",
         "bench": "sparsify.backends.packed.commands:bench",
     },
-    # Functions from a model folder to a store that reads it as if it were dense, or None where it is not of their kind.
+    # Functions from a model folder and its ledger to a store that reads it as if it were dense; None where it is not of
+    # their kind.
     "sparsify.stores": {"packed": "sparsify.backends.packed.store:open_packed"},
     # Loading one registers it with transformers.
     "sparsify.quantizers": {"sparsify": "sparsify.backends.packed.loaded.quantizer:SparsifyQuantizer"},

@@ -136,6 +136,13 @@ class Turn:
     def _statistics(self, expert: int) -> InputStatistics:
         recorder = self.recorder
         found = InputStatistics({}, 0, 0) if recorder is None else recorder.statistics(expert, self.sequences)
+        # The rows were finite: their sums of squares went past what float32 holds.
+        if (over := next((n for n, v in found.values.items() if not all_finite(v)), None)) is not None:
+            raise CalibrationError(
+                f"the input of {self.site.name}",
+                found=f"values so large that their {over} overflows",
+                do="Look at the weights before this site: activations past 1e18 are no language model's",
+            )
         values = {name: value[expert] for name, value in self.own.items()}
         if recorder is not None and self.site.parameter in recorder.outputs:
             values |= recorder.outputs[self.site.parameter].values(expert)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from pathlib import Path
+
+from sparsify.durable import make_folders, write_whole
 
 
 def cache_folder() -> Path:
@@ -19,9 +20,7 @@ def put_whole(path: Path, content: bytes) -> None:
     A folder that cannot be written costs the work once more the next time, and nothing else.
     """
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            file.write(content)
-        Path(file.name).replace(path)
+        make_folders(path.parent, 0o700)
+        write_whole(path, content, mode=0o600)
     except OSError:
         return

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sparsify.errors import BackendError
 from sparsify.runtime.cpu import native
 
 # For the four kept-bits of a group, its nibble idx0 | idx1 << 2, idx0 < idx1; a group of fewer than two is filled up
@@ -40,7 +41,7 @@ def ascending(codes: Tensor) -> bool:
     """Whether every nibble is two ascending positions."""
     if (kernels := native.library() if codes.device.type == "cpu" else None) is not None:
         codes = codes.contiguous()
-        return bool(kernels.check_24(codes.data_ptr(), codes.numel()))
+        return bool(kernels.check_24(codes.data_ptr(), codes.nbytes))
     return bool((((codes >> 2 & 3) > (codes & 3)) & ((codes >> 6) > (codes >> 4 & 3))).all())
 
 
@@ -59,11 +60,19 @@ def unpack_bits(codes: Tensor) -> Tensor:
 
 
 def row_starts(mask: Tensor) -> Tensor:
-    """Where each row's values begin in a bitmask's values, and where the last ends: int64 [rows + 1]."""
+    """Where each row's values begin in a bitmask's values, and where the last ends: int64 [rows + 1].
+
+    Raises:
+        BackendError: ``mask`` is not int32 [rows, words].
+    """
+    if mask.dim() != 2 or mask.dtype is not torch.int32:
+        raise BackendError(
+            "the starts of a bitmask's rows", found=f"{list(mask.shape)} of {mask.dtype}", do="Give int32 [rows, words]"
+        )
     if (kernels := native.library() if mask.device.type == "cpu" else None) is not None:
         mask = mask.contiguous()
         starts = torch.zeros(mask.shape[0] + 1, dtype=torch.int64)
-        kernels.row_starts(native.isa(), mask.data_ptr(), mask.shape[0], mask.shape[1], starts.data_ptr())
+        kernels.row_starts(native.isa(), mask.data_ptr(), mask.nbytes, *mask.shape, starts.data_ptr())
         return starts
     counts = torch.tensor([i.bit_count() for i in range(256)], dtype=torch.uint8, device=mask.device)
     rows = mask.shape[0]

@@ -14,6 +14,7 @@ runs what :mod:`sparsify.runtime.cuda.ops` registers, and weights that were prep
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +22,8 @@ from torch._ops import OpOverload
 from torch.library import Library, register_fake
 from torch.nn.functional import linear
 
-from sparsify.runtime import reference
+from sparsify.runtime import arguments, reference
+from sparsify.runtime.arguments import checked
 from sparsify.runtime.cpu import products
 from sparsify.runtime.cuda.ops import register_portable
 
@@ -29,12 +31,10 @@ _Product = Callable[..., Tensor]
 
 
 def _fake_24(x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None = None) -> Tensor:
-    torch._check(x.shape[-1] <= values.shape[1] * 2, lambda: f"x {x.shape} for weights of {values.shape[1] * 2} inputs")
     return x.new_empty((*x.shape[:-1], values.shape[0]))
 
 
 def _fake_bitmask(x: Tensor, values: Tensor, mask: Tensor, rowptr: Tensor, bias: Tensor | None = None) -> Tensor:
-    torch._check(x.shape[-1] <= mask.shape[1] * 32, lambda: f"x {x.shape} for weights of {mask.shape[1] * 32} inputs")
     return x.new_empty((*x.shape[:-1], mask.shape[0]))
 
 
@@ -47,7 +47,6 @@ def _fake_experts_bitmask(x: Tensor, values: Tensor, mask: Tensor, rowptr: Tenso
 
 
 def _fake_dense(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    torch._check(x.shape[-1] == weight.shape[1], lambda: f"x {x.shape} for weights {weight.shape}")
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
@@ -55,42 +54,54 @@ def _fake_dense(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
 _library = Library("sparsify", "DEF")
 
 
-def _define(schema: str, plain: _Product, on_cpu: _Product, fake: _Product) -> OpOverload[..., Tensor]:
-    """The operator of ``schema``: what runs on any device, on CPUs, and in tracing."""
+def _define(
+    schema: str, check: Callable[..., Any], plain: _Product, on_cpu: _Product, fake: _Product
+) -> OpOverload[..., Tensor]:
+    """The operator of ``schema``: what refuses wrong arguments, what runs on any device, on CPUs (which checks what it
+    is given itself), and in tracing.
+    """
     name = schema.partition("(")[0]
     _library.define(f"{schema} -> Tensor")
-    _library.impl(name, plain, "CompositeExplicitAutograd")
+    _library.impl(name, checked(check, plain), "CompositeExplicitAutograd")
     _library.impl(name, on_cpu, "CPU")
-    register_fake(f"sparsify::{name}", fake, lib=_library)
+    register_fake(f"sparsify::{name}", checked(check, fake), lib=_library)
     operator: OpOverload[..., Tensor] = getattr(torch.ops.sparsify, name).default
     return operator
 
 
 linear_24 = _define(
     "linear_24(Tensor x, Tensor values, Tensor meta, Tensor? bias=None)",
+    arguments.check_24,
     reference.linear_24,
     products.linear_24,
     _fake_24,
 )
 linear_bitmask = _define(
     "linear_bitmask(Tensor x, Tensor values, Tensor mask, Tensor rowptr, Tensor? bias=None)",
+    arguments.check_bitmask,
     reference.linear_bitmask,
     products.linear_bitmask,
     _fake_bitmask,
 )
 experts_24 = _define(
     "experts_24(Tensor x, Tensor values, Tensor meta, Tensor offsets)",
+    arguments.check_experts_24,
     reference.experts_24,
     products.experts_24,
     _fake_experts_24,
 )
 experts_bitmask = _define(
     "experts_bitmask(Tensor x, Tensor values, Tensor mask, Tensor rowptr, Tensor offsets)",
+    arguments.check_experts_bitmask,
     reference.experts_bitmask,
     products.experts_bitmask,
     _fake_experts_bitmask,
 )
 linear_dense = _define(
-    "linear_dense(Tensor x, Tensor weight, Tensor? bias=None)", linear, products.linear_dense, _fake_dense
+    "linear_dense(Tensor x, Tensor weight, Tensor? bias=None)",
+    arguments.check_dense,
+    linear,
+    products.linear_dense,
+    _fake_dense,
 )
 register_portable(_library)

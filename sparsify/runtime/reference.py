@@ -7,6 +7,7 @@ from collections.abc import Callable
 from torch import Tensor
 from torch.nn.functional import linear
 
+from sparsify.runtime.arguments import ends_of
 from sparsify.runtime.layout import Packed, unpack
 
 
@@ -32,8 +33,8 @@ def by_expert(x: Tensor, rows: int, offsets: Tensor, product: Callable[[int, Ten
     """``product(e, tokens of expert e)``, put together. Tokens past the last offset belong to no expert: zeros."""
     y = x.new_zeros(x.shape[0], rows)
     start = 0
-    for expert, end in enumerate(offsets.tolist()):
+    for expert, end in enumerate(ends_of(offsets, x.shape[0])):
         if end > start:
             y[start:end] = product(expert, x[start:end])
-        start = max(start, end)
+        start = end
     return y

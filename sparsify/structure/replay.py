@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy
 
-from sparsify.frontend.source import open_source
+from sparsify.files.staging import Staging
+from sparsify.frontend.source import Source, open_source
 from sparsify.ir.weights import Weights
 from sparsify.structure import layers
 from sparsify.structure.folder import write_files, write_tensors
@@ -19,18 +20,25 @@ def replay(dense: str | Path, cuts: Sequence[Mapping[str, Any]], into: Path, con
     """Cut the dense checkpoint by the list that ``sparsify.json`` holds: the pruned one again, bit for bit.
 
     Args:
-        cuts: ``structure[i]["cuts"]``. config: ``structure[i]["config"]``.
+        cuts: ``structure[i]["cuts"]``. config: ``structure[i]["config"]``. into: a folder that is not there yet.
+
+    Raises:
+        BackendError: ``into`` is there, or cannot be written. CheckpointError: no such checkpoint.
     """
     source = open_source(dense)
-    into.mkdir(parents=True, exist_ok=True)
+    with Staging(into, source=source.folder) as staging:
+        _write(source, cuts, staging.folder, config)
+        return staging.commit()
+
+
+def _write(source: Source, cuts: Sequence[Mapping[str, Any]], into: Path, config: Mapping[str, Any]) -> None:
     gone = layers.removed_of(cuts)
     if gone is not None:
         write_tensors(source, lambda: layers.stored_without(source.weights, *gone), config, into)
-        return into
+        return
     kept: dict[str, dict[int, Any]] = {}
     for cut in cuts:
         for name, axis, positions in cut["members"]:
             kept.setdefault(str(name), {})[int(axis)] = numpy.asarray(positions)
     weights = Weights(CutStore(source.weights, kept), {n: n for n in source.weights.parameters()})
     write_files(source, weights, source.weights, config, into)
-    return into

@@ -7,6 +7,7 @@ compared with the cut graph before anything is believed.
 from __future__ import annotations
 
 import math
+import stat
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +19,9 @@ from sparsify.analysis.dimensions.walk import Ids
 from sparsify.calibration.gradients import Gradients, Samples, measure_gradients
 from sparsify.context import Context
 from sparsify.errors import BackendError, CheckpointError, TraceError
-from sparsify.files.manifest import read_manifest, write_manifest
+from sparsify.files.ledger import Ledger
+from sparsify.files.manifest import MANIFEST, write_json
+from sparsify.files.modes import carry_modes
 from sparsify.frontend.capture import capture
 from sparsify.frontend.source import Source, open_source
 from sparsify.ir.difference import difference
@@ -97,7 +100,7 @@ def _without_channels(
     _note(source, done, into)
     smaller, captured = _compared(into, source, small, context)
     wanted = model.wanted.renamed(renamed_experts(program.weights, kept))
-    return Captured(replace(smaller, name=source.name), captured, wanted), done
+    return Captured(replace(smaller, name=source.name, checked=source.checked), captured, wanted), done
 
 
 def _without_layers(
@@ -118,11 +121,12 @@ def _without_layers(
     gone = layers.least_important(stack, structural_pass, [scores.of_all(names, i) for i, names in enumerate(parts)])
     config = layers.config_without(source, stack, gone)
     write_tensors(source, lambda: layers.stored_without(program.weights, stack, gone), config, into)
-    smaller = replace(open_source(into, trust_remote_code=source.trust_remote_code), name=source.name)
+    smaller = open_source(into, trust_remote_code=source.trust_remote_code)
     cut = Cut("layers", stack.container, stack.count, stack.count - len(gone), tuple(gone), ())
     counts = count_parameters(source), count_parameters(smaller)
     done = Restructured(structural_pass, [cut], [], config, counts)
     _note(source, done, into)
+    smaller = replace(smaller, name=source.name, checked=source.checked, ledger=Ledger.of(into))
     captured = capture(smaller, program.zero_batch(), context.device)
     names: dict[str, str | None] = dict.fromkeys(program.weights.store.names())
     wanted = model.wanted.renamed(names | layers.tensors_kept(program.weights, stack, gone))
@@ -145,9 +149,12 @@ def _cut(choice: Choice, removed: list[int], kept: Mapping[str, Mapping[int, Ids
 
 
 def _note(source: Source, done: Restructured, into: Path) -> None:
-    """Until the output has a manifest of its own this is what says what was taken out."""
-    before = read_manifest(source.folder).get("structure", []) if source.folder is not None else []
-    write_manifest(into, {"structure": [*before, done.as_dict()]})
+    """Until the output has a manifest of its own this is what says what was taken out. The folder, which is what the
+    output is made of, is for those to read who may read the source.
+    """
+    before = source.ledger.manifest.get("structure", [])
+    write_json(into / MANIFEST, {"structure": [*before, done.as_dict()]})
+    carry_modes(source.folder, into, stat.S_IMODE(into.stat().st_mode))
 
 
 def _compared(folder: Path, source: Source, small: Program, context: Context) -> tuple[Source, Program]:

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Literal, get_args
 
 from sparsify.errors import SpecError
-from sparsify.words import one_of
+from sparsify.words import check_amount, check_seed, one_of
 
 Method = Literal["lora", "full"]
 METHODS: tuple[Method, ...] = get_args(Method)
@@ -29,7 +29,8 @@ class Recipe:
         method: ``lora`` trains low-rank additions, ``full`` every parameter.
         rate: of AdamW at its highest; None: 3e-4 for LoRA, 2e-5 for all weights. warmup: steps until then.
         steps: of the optimizer; None: as many as ``epochs`` over the samples take. minutes: stop after so many.
-        batch: sequences a step; micro: of them at once. samples, length: sequences drawn, and their tokens.
+        batch: sequences a step; micro: of them at once. samples, length: sequences drawn, and their tokens
+            (None: 256, or the context of a model that has less).
     """
 
     method: Method = "lora"
@@ -44,7 +45,7 @@ class Recipe:
     batch: int = 64
     micro: int = 4
     samples: int = 2000
-    length: int = 256
+    length: int | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -53,14 +54,12 @@ class Recipe:
         for name, value in asdict(self).items():
             if name in least and value is not None and value < least[name]:
                 raise SpecError(f"{name} {value}", found=f"it must be at least {least[name]}", do="Give more")
-            if name in ("minutes", "rate") and value is not None and value <= 0:
-                raise SpecError(f"{name} {value}", found="it must be positive", do="Give more")
-        if not 0 <= self.dropout < 1 or self.length < 2:
-            raise SpecError(
-                f"dropout {self.dropout}, length {self.length}",
-                found="out of range",
-                do="Give a dropout from 0 to 1 and two tokens or more",
-            )
+            if name in ("minutes", "rate") and value is not None and not 0 < value < float("inf"):
+                raise SpecError(f"{name} {value}", found="it must be positive", do="Give another number")
+        check_amount(None, self.length)
+        check_seed(self.seed)
+        if not 0 <= self.dropout < 1:
+            raise SpecError(f"dropout {self.dropout}", found="out of range", do="Give a dropout from 0 to 1")
         if self.batch % self.micro:
             raise SpecError(
                 f"batches of {self.batch}",

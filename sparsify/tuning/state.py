@@ -5,8 +5,8 @@ pickle.
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from sparsify.errors import CheckpointError
+from sparsify.durable import aside, discard, move_new
+from sparsify.errors import BackendError, CheckpointError
+from sparsify.files.ownership import Claim
 from sparsify.files.staging import Staging
 from sparsify.tuning.recipe import Recipe
 
@@ -37,19 +39,35 @@ class TuneState:
     step: int = 0
     losses: list[float] = field(default_factory=list)
     _moments: dict[str, Tensor] = field(default_factory=dict)
+    _like: Path | None = None
+    _claim: Claim | None = None
 
     @classmethod
-    def of(cls, out: Path, recipe: Recipe, network: nn.Module, *, resume: bool) -> TuneState:
-        """A run that begins, or with ``resume`` goes on.
+    @contextmanager
+    def of(
+        cls, out: Path, recipe: Recipe, network: nn.Module, *, resume: bool, source: Path | None = None
+    ) -> Iterator[TuneState]:
+        """A run that begins, or with ``resume`` goes on. Meanwhile no other run for the same ``out`` does.
+
+        Args:
+            source: the folder of the model, whose files' modes the state carries.
 
         Raises:
             CheckpointError: nothing to go on from, a state of another recipe, or a damaged one.
+            BackendError: another run for ``out`` is under way, or nothing can be written there.
         """
         trained = {name: p for name, p in network.named_parameters() if p.requires_grad}
-        state = cls(_folder(out), asdict(recipe), trained)
-        if resume:
-            state._load()
-        return state
+        try:
+            claim = Claim(_folder(out))
+        except OSError as error:
+            raise BackendError(
+                f"output {out}", found=f"no state can be kept beside it ({error})", do="Choose another place with -o"
+            ) from error
+        with claim:
+            state = cls(_folder(out), asdict(recipe), trained, _like=source, _claim=claim)
+            if resume:
+                state._load()
+            yield state
 
     def save(self, optimizer: torch.optim.Optimizer) -> None:
         """The whole state, put in place at once."""
@@ -60,7 +78,7 @@ class TuneState:
                 value = raw.state[parameter][moment]
                 tensors[f"{moment}.{name}"] = value.detach().cpu().contiguous().clone()
         content = {"recipe": self.recipe, "step": self.step, "losses": self.losses}
-        with Staging(self.folder, overwrite=True) as staging:
+        with Staging(self.folder, overwrite=True, like=self._like, claim=self._claim) as staging:
             save_file(tensors, staging.folder / "state.safetensors")
             (staging.folder / "state.json").write_text(json.dumps(content), encoding="utf-8")
             staging.commit()
@@ -73,9 +91,14 @@ class TuneState:
                 # torch keeps the count of steps on the CPU.
                 optimizer.state[parameter] = held | {"step": held["step"].cpu()}
 
-    @staticmethod
-    def forget(out: Path) -> None:
-        shutil.rmtree(_folder(out), ignore_errors=True)
+    def forget(self) -> None:
+        """The output is in its place: the state goes, at once."""
+        gone = aside(self.folder, "partial")
+        try:
+            move_new(self.folder, gone)
+        except FileNotFoundError:
+            return
+        discard(gone)
 
     def _load(self) -> None:
         try:

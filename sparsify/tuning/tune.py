@@ -13,6 +13,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -23,10 +24,9 @@ from torch import Tensor, nn
 from sparsify.analysis.linear import find_sites
 from sparsify.compiler.backend import Backend, as_backend
 from sparsify.context import Context
-from sparsify.data.batches import evaluation_windows, example_batch, load_calibration
+from sparsify.data.batches import default_length, evaluation_windows, example_batch, load_calibration
 from sparsify.errors import CalibrationError, SpecError, VerifyError
 from sparsify.evaluation.perplexity import perplexity
-from sparsify.files.manifest import read_manifest
 from sparsify.files.staging import Staging, check_output
 from sparsify.frontend.capture import capture
 from sparsify.frontend.materialize import materialize
@@ -72,6 +72,7 @@ def tune(
     device: torch.device | None = None,
     overwrite: bool = False,
     trust_remote_code: bool = False,
+    check: bool = True,
     observe: Callable[[int, int, float], None] = lambda step, steps, loss: None,
 ) -> Tuned:
     """Train the causal language model of the folder ``model`` on ``data`` and write it to ``output``.
@@ -81,7 +82,7 @@ def tune(
         to: the backend that writes the result, as for :func:`sparsify.compile`.
         adapter: write LoRA's additions alone, as a folder of ``peft``, and not the merged model.
         resume: go on from ``OUTPUT.tuning``, where the state is kept every ``save_every`` steps until it is done.
-        observe: told (step, steps, loss).
+        check: hold the bytes of a folder of ours against its ``sparsify.json``. observe: told (step, steps, loss).
 
     Raises:
         SpecError: a recipe that cannot be meant. CalibrationError: data too short, or too little memory.
@@ -95,8 +96,8 @@ def tune(
     if adapter and backend.name != "hf":
         raise SpecError(f"an adapter --to {backend.name}", found="a folder of peft's own form", do="Leave --to out")
     check_output(out, overwrite=overwrite, source=Path(model))
-    source = open_source(model, trust_remote_code=trust_remote_code)
-    length = min(recipe.length, source.context_length or recipe.length)
+    source = open_source(model, trust_remote_code=trust_remote_code, check=check)
+    length = recipe.length or default_length(source, 256)
     held_out, validation = evaluation_windows(data, source, length, 32)
     drawn = load_calibration(data, source, samples=recipe.samples, sequence_length=length, seed=recipe.seed)
     ids = torch.cat([batch["input_ids"] for batch in drawn.batches])
@@ -111,31 +112,35 @@ def tune(
     program = capture(source, example_batch(source))
     masks = masks_of(program)
     less = "Take fewer sequences at once (--micro), shorter ones (--sequence-length) or --device cpu"
-    with within_memory(f"tuning {source.name}", place, less):
-        network, wrapped = _network(source, recipe, place)
-        state = TuneState.of(out, recipe, wrapped, resume=resume)
-        started = time.perf_counter()
-        steps = recipe.steps or max(1, recipe.epochs * len(ids) // recipe.batch)
-        _train(wrapped, network, ids, recipe, steps, masks, state, save_every, place, observe)
-        seconds = time.perf_counter() - started
-    known = Tuned(
-        recipe,
-        out,
-        state.step,
-        state.step * recipe.batch * length,
-        seconds,
-        (before, math.nan),
-        validation,
-        len(masks),
-        state.losses,
-    )
-    with within_memory(f"what tuning {source.name} gave", place, less):
-        if adapter:
-            return _write_adapter(source, wrapped, known, held_out, overwrite)
-        new = _merged(wrapped, source, masks, recipe)
-    check_masks(new, masks)
-    after = _Output(source, program, backend, overwrite).write(new, known, held_out, context)
-    return replace(known, perplexity=(before, after))
+    with ExitStack() as stack:
+        with within_memory(f"tuning {source.name}", place, less):
+            network, wrapped = _network(source, recipe, place)
+            state = stack.enter_context(TuneState.of(out, recipe, wrapped, resume=resume, source=source.folder))
+            started = time.perf_counter()
+            steps = recipe.steps or max(1, recipe.epochs * len(ids) // recipe.batch)
+            _train(wrapped, network, ids, recipe, steps, masks, state, save_every, place, observe)
+            seconds = time.perf_counter() - started
+        known = Tuned(
+            recipe,
+            out,
+            state.step,
+            state.step * recipe.batch * length,
+            seconds,
+            (before, math.nan),
+            validation,
+            len(masks),
+            state.losses,
+        )
+        with within_memory(f"what tuning {source.name} gave", place, less):
+            if adapter:
+                tuned = _write_adapter(source, wrapped, known, held_out, overwrite)
+                state.forget()
+                return tuned
+            new = _merged(wrapped, source, masks, recipe)
+        check_masks(new, masks)
+        after = _Output(source, program, backend, overwrite).write(new, known, held_out, context)
+        state.forget()
+        return replace(known, perplexity=(before, after))
 
 
 def masks_of(program: Program) -> dict[str, Tensor]:
@@ -306,12 +311,10 @@ class _Output:
                 if not torch.equal(tensor, source.weights.read(name)):
                     job.weights.write(name, tensor)
             after = perplexity(replace(source, weights=job.weights), held_out, context)
-            before = read_manifest(source.folder) if source.folder is not None else {}
             record = replace(result, perplexity=(result.perplexity[0], after)).as_dict()
             record.pop("output")
             program.weights = job.weights
-            job.finish(program, before | {"tuned": record})
-        TuneState.forget(result.output)
+            job.finish(program, {**source.ledger.manifest, "source_check": source.checked, "tuned": record})
         return after
 
 
@@ -326,5 +329,4 @@ def _write_adapter(source: Source, wrapped: Any, result: Tuned, held_out: Tensor
     with Staging(result.output, overwrite=overwrite, source=source.folder, need=64 << 20) as staging:
         wrapped.save_pretrained(staging.folder)
         staging.commit()
-    TuneState.forget(result.output)
     return replace(result, perplexity=(result.perplexity[0], math.exp(sum(losses) / len(losses))))

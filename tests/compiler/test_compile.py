@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import sparsify
 from sparsify.errors import BackendError, CheckpointError, SpecError, TraceError
 from sparsify.files.checkpoint import Checkpoint
-from sparsify.tensors import checksum
+from sparsify.tensors import digest
 
 
 def tensors(folder: Path) -> dict[str, Tensor]:
@@ -104,10 +104,12 @@ def test_the_manifest_says_what_was_done(folder: Callable[[str], Path], tmp_path
         ignore=["*o_proj"],
     )
     manifest = json.loads((tmp_path / "out" / "sparsify.json").read_text())
-    sums = manifest.pop("checksums")
+    digests = manifest.pop("digests")
     assert manifest == json.loads(json.dumps(result.manifest))
     written = Checkpoint(tmp_path / "out")
-    assert sums == {name: checksum(written.read(name)) for name in written.names()}
+    assert digests["tensors"] == {name: digest(written.read(name)) for name in written.names()}
+    assert digests["headers"].keys() == {"model.safetensors"} and "config.json" in digests["files"]
+    assert manifest["format"] == 2 and manifest["source_check"] == "none"
     (one,) = manifest["passes"]
     assert (one["spec"], one["schedule"], one["ignore"]) == ("wanda:2:4", "block", ["*o_proj"])
     assert one["options"]["pattern"] == "2:4" and manifest["calibration"]["seed"] == 7

@@ -173,7 +173,7 @@ def test_no_room_for_a_module_is_told_before_it_is_written(tmp_path: Path, monke
         if enough:
             sparsify.compile(model, ["magnitude:2:4"], output=tmp_path / "out")
         else:
-            with pytest.raises(BackendError, match="GB needed"):
+            with pytest.raises(BackendError, match="needed"):
                 sparsify.compile(model, ["magnitude:2:4"], output=tmp_path / "out")
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from sparsify.data.batches import load_calibration
 from sparsify.data.sources import Documents, python_stdlib, read_documents
 from sparsify.data.windows import disjoint_windows, random_windows
-from sparsify.errors import CalibrationError
+from sparsify.errors import CalibrationError, SpecError
 from sparsify.frontend.source import Source, open_source
 
 
@@ -108,7 +108,7 @@ def test_parquet(tmp_path: Path) -> None:
         ("none.jsonl", None, "no such file"),
         ("empty.txt", b"  \n", "no documents"),
         ("bin.txt", b"\xff\xfe\x00\x80", "not a UTF-8"),
-        ("bad.jsonl", b'{"text": "x"}\n{oops\n', "line 2 has no field 'text'"),
+        ("bad.jsonl", b'{"text": "x"}\n{oops\n', "line 2 is not JSON"),
         ("field.jsonl:body", b'{"text": "x"}\n', "no field 'body'"),
         ("number.jsonl", b'{"text": 3}\n', "a int"),
         ("broken.safetensors", b"123", "no sound safetensors"),
@@ -219,9 +219,9 @@ def test_self_of_a_model_that_cannot_generate(family: str, folder: Callable[[str
 
 
 def test_counts_below_one_are_refused(llama: Source) -> None:
-    with pytest.raises(CalibrationError, match="fewer than one"):
+    with pytest.raises(SpecError, match="fewer than one"):
         load_calibration("random", llama, samples=0)
-    with pytest.raises(CalibrationError, match="fewer than two"):
+    with pytest.raises(SpecError, match="fewer than two"):
         load_calibration("random", llama, sequence_length=1)
 
 

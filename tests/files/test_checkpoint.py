@@ -93,7 +93,7 @@ def test_an_index_may_not_leave_the_folder(tmp_path: Path, tensors: dict[str, to
 def test_a_broken_index(tmp_path: Path, tensors: dict[str, torch.Tensor], text: str) -> None:
     shard(tmp_path, tensors)
     (tmp_path / INDEX).write_text(text)
-    with pytest.raises(CheckpointError, match="not a weight index"):
+    with pytest.raises(CheckpointError, match=r"not a weight index|not JSON|no table"):
         Checkpoint(tmp_path)
 
 

@@ -258,8 +258,8 @@ def test_arguments_that_do_not_fit() -> None:
         (ops.linear_24, (x, good.values, good.codes[:4]), "not one matrix"),
         (ops.linear_24, (x, good.values, good.codes, torch.zeros(8).half()), "bias of torch.float16"),
         (ops.linear_bitmask, (x, mask.values, mask.codes, starts[1:]), "not one matrix"),
-        (ops.linear_bitmask, (x, mask.values[:-70], mask.codes, starts), "not one matrix"),
-        (ops.linear_bitmask, (x, mask.values, mask.codes, starts + 1000), "not one matrix"),
+        (ops.linear_bitmask, (x, mask.values[:-70], mask.codes, starts), "go past the 250 values"),
+        (ops.linear_bitmask, (x, mask.values, mask.codes, starts + 1000), "do not count the bits"),
         (ops.linear_bitmask, (x, mask.values, mask.codes.long(), starts), "int64"),
     ]
     for call, arguments, text in calls:

@@ -11,6 +11,7 @@ import torch
 from support.command_line import sparsify as command
 from support.families import inputs, run, save
 from support.folders import load
+from support.manifests import edit_manifest
 from support.zeroed import zeroed_model
 from torch import Tensor
 
@@ -140,9 +141,7 @@ def test_wrong_words_and_damaged_lists(folder: Callable[[str], Path], tmp_path: 
     sparsify.compile(dense, ["llm-pruner:50%,importance=l2,keep_first=1"], output=tmp_path / "out")
     with pytest.raises(SpecError, match="nothing that can be removed"):
         sparsify.compile(dense, ["llm-pruner:50%,importance=l2,keep_first=9"], output=tmp_path / "none")
-    manifest = json.loads((tmp_path / "out" / "sparsify.json").read_text())
     for damage in ([["model.layers.0.mlp.nothing", 0, [1]]], [["model.layers.0.mlp.up_proj.weight", 7, [1]]], 5, [[1]]):
-        manifest["structure"][0]["cuts"][0]["members"] = damage
-        (tmp_path / "out" / "sparsify.json").write_text(json.dumps(manifest))
+        edit_manifest(tmp_path / "out", lambda m, d=damage: m["structure"][0]["cuts"][0].update(members=d))  # type: ignore[misc]
         with pytest.raises(CheckpointError):
             sparsify.load(tmp_path / "out")

@@ -35,7 +35,7 @@ def library(dtype: torch.dtype, more: str = "") -> ctypes.CDLL:
     if target.exists():
         return ctypes.CDLL(str(target))
     target.parent.mkdir(mode=0o700, exist_ok=True)
-    words = [compiler, "-O2", "-std=c++17", "-fPIC", "-shared", f"-DSPARSIFY_TYPE={TYPES[dtype]}", f"-I{KERNELS}"]
+    words = [*compiler, "-O2", "-std=c++17", "-fPIC", "-shared", f"-DSPARSIFY_TYPE={TYPES[dtype]}", f"-I{KERNELS}"]
     made = target.with_suffix(f".{os.getpid()}")
     words += [f"-I{HERE}", "-o", str(made), "-x", "c++", "-"]
     source = f'#include "emulator.cpp"\n{more}'

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import runpy
 import subprocess
 import sys
@@ -12,6 +13,8 @@ import sparsify
 from sparsify.files.checkpoint import Checkpoint
 
 ROOT = Path(__file__).parents[2]
+TOOLS = ROOT / "tools"
+SCRIPTS = sorted(str(path.relative_to(TOOLS)) for path in (*TOOLS.glob("*.py"), *TOOLS.glob("*/__main__.py")))
 
 
 def test_a_made_checkpoint_is_sharded_and_prunes(tmp_path: Path) -> None:
@@ -50,15 +53,17 @@ def test_the_core_imports_no_pass_and_no_backend_and_a_pass_no_backend() -> None
     assert not [p for p in sources("passes") if "sparsify.backends" in p.read_text()]
 
 
-@pytest.mark.parametrize("script", sorted(path.name for path in (ROOT / "tools").glob("*.py")))
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_tools_explain_themselves(
     script: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Each run as a script, in this process, which has imported what they import."""
     monkeypatch.setattr(sys, "argv", [script, "--help"])
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(os, "environ", {**os.environ})
     with pytest.raises(SystemExit) as ended:
-        runpy.run_path(str(ROOT / "tools" / script), run_name="__main__")
-    assert ended.value.code == 0 and script in capsys.readouterr().out
+        runpy.run_path(str(TOOLS / script), run_name="__main__")
+    assert ended.value.code == 0 and script.removesuffix("/__main__.py") in capsys.readouterr().out
 
 
 @pytest.mark.slow

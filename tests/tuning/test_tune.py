@@ -236,14 +236,16 @@ def test_the_rate_rises_for_a_tenth_of_a_run_at_most_and_falls_to_nothing(steps:
 
 def test_the_state_of_another_model_is_refused(tmp_path: Path) -> None:
     one, other = torch.nn.Linear(4, 4), torch.nn.Linear(4, 6)
-    state = TuneState.of(tmp_path / "out", QUICK, one, resume=False)
     optimizer = torch.optim.AdamW(one.parameters())
     one(torch.ones(1, 4)).sum().backward()
     optimizer.step()
-    state.save(optimizer)
-    assert TuneState.of(tmp_path / "out", QUICK, torch.nn.Linear(4, 4), resume=True).step == 0
-    with pytest.raises(CheckpointError, match=r"no weight of that shape\. Is it another model's state"):
-        TuneState.of(tmp_path / "out", QUICK, other, resume=True)
+    with TuneState.of(tmp_path / "out", QUICK, one, resume=False) as state:
+        state.save(optimizer)
+    with TuneState.of(tmp_path / "out", QUICK, torch.nn.Linear(4, 4), resume=True) as state:
+        assert state.step == 0
+    refused = pytest.raises(CheckpointError, match=r"no weight of that shape\. Is it another model's state")
+    with refused, TuneState.of(tmp_path / "out", QUICK, other, resume=True):
+        pass
 
 
 def test_lora_without_peft_is_refused(dense: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from sparsify.backends.onnx.running.session import find_onnx, open_session
-from sparsify.errors import BackendError
+from sparsify.backends.onnx.storage.store import check_written
+from sparsify.errors import BackendError, first_line
 
 TokenIds = npt.NDArray[np.int64]
 # The states that a graph takes and gives, by the names of its inputs; onnxruntime's own values.
@@ -37,14 +38,16 @@ class Sampling:
 
 
 class Runner:
-    """A decoder or step graph in a session; ``file`` is ``model.onnx`` or the folder that holds it.
+    """A decoder or step graph in a session; ``file`` is ``model.onnx`` or the folder that holds it. With ``check`` a
+    folder of ours is held against its ``sparsify.json`` first.
 
     Raises:
         BackendError, CheckpointError: no such file, or a graph that does not generate.
     """
 
-    def __init__(self, file: Path, *, device: str = "cpu", threads: int = 0) -> None:
+    def __init__(self, file: Path, *, device: str = "cpu", threads: int = 0, check: bool = True) -> None:
         self.file = find_onnx(file)
+        check_written(self.file, check)
         self.folder = self.file.parent
         self.session = open_session(self.file, device=device, threads=threads)
         self.inputs = {i.name: i for i in self.session.get_inputs()}
@@ -58,11 +61,14 @@ class Runner:
                 do="Only decoders generate; run other graphs with onnxruntime.InferenceSession",
             )
         # A graph of one step has a fixed sequence length.
-        self.step_only = self.inputs["input_ids"].shape[1] == 1
+        self.step_only = list(self.inputs["input_ids"].shape)[1:] == [1]
 
     def empty(self, rows: int) -> Cache:
         """The cache before the first token."""
-        return {name: self._zeros(self.inputs[name], rows) for name in self.past}
+        try:
+            return {name: self._zeros(self.inputs[name], rows) for name in self.past}
+        except Exception as error:  # of an input that is no state: of another kind, or of a size past all memory
+            raise self._failed(error) from error
 
     def forward(self, ids: TokenIds, mask: TokenIds, cache: Cache) -> tuple[npt.NDArray[np.generic], Cache]:
         """Logits [rows, tokens, vocabulary] of ``ids`` after ``cache``, and the cache after them.
@@ -80,6 +86,19 @@ class Runner:
         return np.concatenate(parts, 1), cache
 
     def _run(self, ids: TokenIds, mask: TokenIds, cache: Cache) -> tuple[npt.NDArray[np.generic], Cache]:
+        try:
+            return self._ran(ids, mask, cache)
+        except Exception as error:  # onnxruntime's own kinds are not importable by name
+            raise self._failed(error) from error
+
+    def _failed(self, error: Exception) -> BackendError:
+        return BackendError(
+            f"generating with {self.file}",
+            found=f"the graph does not run ({first_line(error)})",
+            do="sparsify verify says whether the files are whole",
+        )
+
+    def _ran(self, ids: TokenIds, mask: TokenIds, cache: Cache) -> tuple[npt.NDArray[np.generic], Cache]:
         import onnxruntime as ort
 
         length = ids.shape[1]

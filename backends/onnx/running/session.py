@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsify.errors import BackendError, CheckpointError, first_line
+from sparsify.files.reading import kind_at
 
 FOLD_LIMIT = "optimization.constant_folding_max_output_size_in_bytes"
 
@@ -54,12 +55,13 @@ def find_onnx(path: Path) -> Path:
     Raises:
         CheckpointError: none, or several of which none is ``model.onnx``.
     """
-    if path.is_file():
+    kind = kind_at(path)
+    if kind == "file":
         return path
-    files = sorted(path.glob("*.onnx")) if path.is_dir() else []
+    files = sorted(path.glob("*.onnx")) if kind == "folder" else []
     if path / "model.onnx" in files:
         return path / "model.onnx"
     if len(files) != 1:
-        found = f"{len(files)} ONNX files" if files else "no ONNX file" if path.is_dir() else "no such folder"
+        found = f"{len(files)} ONNX files" if files else "no ONNX file" if kind == "folder" else "no such folder"
         raise CheckpointError(f"ONNX model {path}", found=found, do="Name the file, or write one with --to onnx")
     return files[0]

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import numpy as np
 
 from sparsify.backends.onnx.running.runner import Runner, Sampling
 from sparsify.errors import CheckpointError, SpecError, first_line
+from sparsify.files.reading import read_json
 
 
 @dataclass(frozen=True)
@@ -35,14 +35,15 @@ def talk(
     seed: int = 0,
     device: str = "cpu",
     threads: int = 0,
+    check: bool = True,
 ) -> Iterator[Piece]:
-    """The prompt, then what the model makes of it, piece by piece.
+    """The prompt, then what the model makes of it, piece by piece; ``check``: as for :class:`Runner`.
 
     Raises:
         CheckpointError, BackendError: no graph that generates, or no tokenizer beside it.
         SpecError: a prompt of no tokens.
     """
-    runner = Runner(folder, device=device, threads=threads)
+    runner = Runner(folder, device=device, threads=threads, check=check)
     tokenizer = _tokenizer(runner.folder)
     ids = np.asarray([tokenizer(prompt)["input_ids"]], np.int64)
     if not ids.size:
@@ -86,7 +87,12 @@ def _stop_tokens(folder: Path) -> set[int]:
     """Tokens that end a text, by the folder's generation config or config."""
     for name in ("generation_config.json", "config.json"):
         if (folder / name).is_file():
-            value = json.loads((folder / name).read_text(encoding="utf-8")).get("eos_token_id")
+            value = read_json(folder / name).get("eos_token_id")
             if value is not None:
-                return set(value) if isinstance(value, Sequence) else {int(value)}
+                tokens = value if isinstance(value, list) else [value]
+                if not all(type(token) is int for token in tokens):
+                    raise CheckpointError(
+                        f"eos_token_id of {folder / name}", found=f"{value!r}", do="It is a token id or a list of them"
+                    )
+                return set(tokens)
     return set()

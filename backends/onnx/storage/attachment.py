@@ -19,7 +19,7 @@ from sparsify.backends.onnx.storage.uses import cast_after_gather, gathered_only
 from sparsify.errors import BackendError
 from sparsify.files.checkpoint import Checkpoint
 from sparsify.ir.weights import Conversion, Weights
-from sparsify.tensors import checksum
+from sparsify.tensors import digest
 
 
 class Attachment:
@@ -98,16 +98,16 @@ class Attachment:
             self.stored[key] = StoredWeight(key, shape, source, "dense", length, length)
             return self.build.initializer(key, external(path, start, length, source, shape, key))
         tensor = store.read(key).to(kept)
-        crc = checksum(tensor)
+        found = digest(tensor)
         if transposed:
             tensor = tensor.t()
         form: Format = best_format(tensor) if self.mode == "packed" else "dense"
         if form == "dense":
-            self.stored[key] = StoredWeight(key, shape, kept, form, size, size, checksum=crc, transposed=transposed)
+            self.stored[key] = StoredWeight(key, shape, kept, form, size, size, digest=found, transposed=transposed)
             return self.build.initializer(key, self.data.append(key, tensor))
-        return self._packed(key, tensor, form, wanted, crc)
+        return self._packed(key, tensor, form, wanted, found)
 
-    def _packed(self, key: str, tensor: Tensor, form: Format, wanted: ir.DataType, crc: int) -> ir.Value:
+    def _packed(self, key: str, tensor: Tensor, form: Format, wanted: ir.DataType, found: str) -> ir.Value:
         packed = pack_tensor(tensor, form)
         count, values = tensor.numel(), packed.values.numel()
         self.stored[key] = StoredWeight(
@@ -118,7 +118,7 @@ class Attachment:
             packed.nbytes,
             count * tensor.element_size(),
             unpacking_bytes(form, count, values, int(wanted.itemsize)),
-            crc,
+            found,
         )
         stored = self.build.initializer(f"{key}.values", self.data.append(f"{key}.values", packed.values))
         codes = self.build.initializer(f"{key}.codes", self.data.append(f"{key}.codes", packed.codes.view(-1, 1)))

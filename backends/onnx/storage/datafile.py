@@ -9,7 +9,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from sparsify.tensors import as_bytes
+from sparsify.tensors import as_bytes, new_hash
 
 DATA = "model.onnx.data"
 
@@ -33,7 +33,7 @@ class DataFile:
     ALIGN = 64
 
     def __init__(self, path: Path) -> None:
-        self.path, self.end = path, 0
+        self.path, self.end, self._hash = path, 0, new_hash()
 
     def append(self, name: str, tensor: Tensor) -> ir.ExternalTensor:
         tensor = tensor.detach().cpu().contiguous()
@@ -43,8 +43,14 @@ class DataFile:
             file.truncate(start)
             file.seek(start)
             file.write(as_bytes(tensor))
+        self._hash.update(bytes(start - self.end))
+        self._hash.update(as_bytes(tensor))
         self.end = start + size
         return external(self.path, start, size, tensor.dtype, tuple(tensor.shape), name)
+
+    def digests(self) -> dict[str, str]:
+        """The digest of the whole file, as it was meant to be written, by its name; empty where there is none."""
+        return {self.path.name: self._hash.hexdigest()} if self.end else {}
 
 
 def external(

@@ -77,6 +77,21 @@ def pack_tensor(weight: Tensor, form: Format) -> PackedTensor:
     return PackedTensor(form, tuple(weight.shape), values, codes)
 
 
+def misfit(packed: PackedTensor) -> str | None:
+    """Why what a file holds is no packed tensor of its shape; None where it is one."""
+    size, values, codes = math.prod(packed.shape), packed.values, packed.codes
+    if codes.dtype != torch.uint8 or not values.is_floating_point():
+        return f"codes of {codes.dtype} and values of {values.dtype}"
+    if packed.format == "bitmask":
+        if codes.numel() != -(-size // 8):
+            return f"{codes.numel()} bytes of bits for {size} weights"
+        kept = int(unpack_bits(codes)[:size].sum())
+        return None if values.shape == (kept,) else f"values {list(values.shape)} for {kept} bits"
+    if size % 8 or values.shape != (size // 4, 2) or codes.numel() != size // 8:
+        return f"values {list(values.shape)} and {codes.numel()} bytes of codes for {size} weights"
+    return None
+
+
 def unpack_tensor(packed: PackedTensor) -> Tensor:
     """The matrix that was packed, of shape ``packed.shape``."""
     size = math.prod(packed.shape)

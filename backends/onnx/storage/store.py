@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable
 from pathlib import Path
 
@@ -10,13 +11,20 @@ import torch
 from torch import Tensor
 
 from sparsify.backends.onnx.storage.datafile import TYPES
-from sparsify.backends.onnx.storage.pack import Format, PackedTensor, unpack_tensor
+from sparsify.backends.onnx.storage.pack import Format, PackedTensor, misfit, unpack_tensor
 from sparsify.errors import CheckpointError, first_line
-from sparsify.tensors import read_into
+from sparsify.files.checkpoint import INDEX, WEIGHTS, Checkpoint
+from sparsify.files.companions import check_companions
+from sparsify.files.ledger import HEADER_SUFFIX, Ledger, digest_of_header
+from sparsify.files.manifest import section
+from sparsify.files.reading import admit
+from sparsify.tensors import CRC, read_into
 
 _FLOATS = {ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE}
 # Smaller ones are tables that the graph computes with.
 _MATRIX = 256
+# Bytes of a graph without the data beside it: what protobuf reads at most.
+MAX_GRAPH = 1 << 31
 _TORCH = {onnx: kind for kind, onnx in TYPES.items()}
 
 
@@ -24,16 +32,20 @@ class GraphStore:
     """Tensors of the graph ``file`` by name, read one at a time.
 
     ``packed`` maps the names of packed tensors to their formats; ``transposed`` are matrices that the file holds the
-    other way round than the checkpoint, and that are read the checkpoint's way.
+    other way round than the checkpoint, and that are read the checkpoint's way. ``ledger`` is what the graph and the
+    files beside it are held against now, and each tensor, dense, when it is read.
 
     Raises:
-        CheckpointError: the file is no ONNX model, or data that it points to is missing or cut short.
+        CheckpointError: the file is no ONNX model, data that it points to is missing or cut short, or what was read is
+            not what was written.
     """
 
-    def __init__(self, file: Path, transposed: Collection[str] = ()) -> None:
-        self.file, self.transposed = file, frozenset(transposed)
+    def __init__(self, file: Path, transposed: Collection[str] = (), ledger: Ledger | None = None) -> None:
+        self.file, self.transposed, self.ledger = file, frozenset(transposed), ledger or Ledger()
+        self.ledger.check_file(file)
         self.model = load_graph(file)
         self._initializers = dict(self.model.graph.initializers)
+        self._check_data()
         self.packed: dict[str, Format] = {}
         self._shapes: dict[str, torch.Size] = {}
         for name in self._initializers:
@@ -41,10 +53,19 @@ class GraphStore:
             if stem != name and f"{stem}.values" in self._initializers:
                 self._note_packed(stem)
 
+    def _check_data(self) -> None:
+        tensors = (value.const_value for value in self._initializers.values())
+        for place in dict.fromkeys(t.location for t in tensors if isinstance(t, ir.ExternalTensor)):
+            path = self.file.parent / place
+            if path.suffix != HEADER_SUFFIX:
+                self.ledger.check_file(path)
+            elif path.is_file() and self.ledger.complete:
+                self.ledger.check_header(path.name, digest_of_header(path))
+
     def _note_packed(self, stem: str) -> None:
-        reader = next(iter(self._initializers[f"{stem}.codes"].consumers()))
-        value = next((n.outputs[0] for n in self.model.graph if n.outputs[0].name == stem), None)
-        if value is None or value.shape is None or not value.shape.is_static():
+        reader = next(iter(self._initializers[f"{stem}.codes"].consumers()), None)
+        value = next((v for n in self.model.graph for v in n.outputs if v.name == stem), None)
+        if reader is None or value is None or value.shape is None or not value.shape.is_static():
             raise CheckpointError(f"{self.file}", found=f"{stem} is packed in an unknown way", do="Export it again")
         self.packed[stem] = "2:4" if reader.op_type == "BitShift" else "bitmask"
         self._shapes[stem] = torch.Size(int(n) for n in value.shape)
@@ -52,7 +73,13 @@ class GraphStore:
     def names(self) -> Iterable[str]:
         """Names of the weights that lie beside the graph, dense and packed."""
         parts = {f"{stem}.{part}" for stem in self.packed for part in ("values", "codes")}
-        dense = [n for n in self._initializers if n not in parts and isinstance(self._tensor(n), ir.ExternalTensor)]
+        dense = [
+            name
+            for name in self._initializers
+            if name not in parts
+            and isinstance(self._tensor(name), ir.ExternalTensor)
+            and self._tensor(name).dtype in _TORCH
+        ]
         return [*dense, *self.packed]
 
     def inline(self) -> list[str]:
@@ -66,6 +93,11 @@ class GraphStore:
             and value.const_value.size >= _MATRIX
         ]
 
+    def foreign(self) -> dict[str, str]:
+        """Stored tensors of a data type that torch has not, and their types: they are named and never read."""
+        types = {name: self._tensor(name).dtype for name in self._initializers}
+        return {name: kind.name for name, kind in types.items() if kind not in _TORCH}
+
     def shape(self, name: str) -> torch.Size:
         shape = self._shapes[name] if name in self.packed else torch.Size(self._tensor(name).shape.numpy())
         return torch.Size(reversed(shape)) if name in self.transposed else shape
@@ -74,35 +106,50 @@ class GraphStore:
         return _TORCH[self._tensor(f"{name}.values" if name in self.packed else name).dtype]
 
     def read(self, name: str) -> Tensor:
+        tensor = self._dense(name)
+        self.ledger.check_tensor(name, tensor)
+        return tensor
+
+    def _dense(self, name: str) -> Tensor:
         if name not in self.packed:
             return self._read(name).t().contiguous() if name in self.transposed else self._read(name)
         codes, values = self._read(f"{name}.codes").view(-1), self._read(f"{name}.values")
-        return unpack_tensor(PackedTensor(self.packed[name], tuple(self._shapes[name]), values, codes))
+        packed = PackedTensor(self.packed[name], tuple(self._shapes[name]), values, codes)
+        if (wrong := misfit(packed)) is not None:
+            raise CheckpointError(f"packed tensor {name} of {self.file.name}", found=wrong, do="Export it again")
+        return unpack_tensor(packed)
 
     def write(self, name: str, tensor: Tensor) -> None:
         raise CheckpointError(f"writing {name}", found=f"{self.file} is finished", do="Compile again")
 
     def _tensor(self, name: str) -> ir.TensorProtocol:
-        tensor = self._initializers[name].const_value
-        assert tensor is not None
+        tensor: ir.TensorProtocol = self._initializers[name].const_value
         return tensor
 
     def _read(self, name: str) -> Tensor:
         tensor = self._tensor(name)
+        what, again = f"tensor {name} of {self.file.name}", "The file was cut short or belongs to another export"
+        kind = _TORCH.get(tensor.dtype)
+        if kind is None:
+            raise CheckpointError(what, found=f"data of type {tensor.dtype.name}", do="torch has no equivalent here")
         shape = torch.Size(tensor.shape.numpy())
         if not isinstance(tensor, ir.ExternalTensor):
-            return torch.from_numpy(tensor.numpy().copy()).view(_TORCH[tensor.dtype]).view(shape)
-        out = torch.empty(shape, dtype=_TORCH[tensor.dtype])
-        path = self.file.parent / tensor.location
+            try:
+                return torch.from_numpy(tensor.numpy().copy()).view(kind).view(shape)
+            except Exception as error:  # numpy's, protobuf's and onnx_ir's
+                raise CheckpointError(
+                    what, found=f"other data than its shape says ({first_line(error)})", do=again
+                ) from error
+        path, start, need = self.file.parent / tensor.location, tensor.offset or 0, math.prod(shape) * kind.itemsize
         try:
+            # Before memory is asked for: a shape may say anything.
+            if tensor.length not in (None, need) or start + need > admit(path).stat().st_size:
+                raise EOFError(f"{need} bytes from {start}")
+            out = torch.empty(shape, dtype=kind)
             with path.open("rb", buffering=0) as file:
-                read_into(file.fileno(), out, tensor.offset or 0)
-        except (OSError, EOFError) as error:
-            raise CheckpointError(
-                f"tensor {name} of {self.file.name}",
-                found=f"{tensor.location} does not hold it ({error})",
-                do="The file was cut short or belongs to another export: copy the folder again",
-            ) from error
+                read_into(file.fileno(), out, start)
+        except (OSError, EOFError, ValueError) as error:
+            raise CheckpointError(what, found=f"{tensor.location} does not hold it ({error})", do=again) from error
         return out
 
 
@@ -112,8 +159,10 @@ def load_graph(file: Path) -> ir.Model:
     Raises:
         CheckpointError: no such file, not ONNX, or external data that lies outside its folder.
     """
-    if not file.is_file():
+    if not file.exists():
         raise CheckpointError(f"ONNX file {file}", found="no such file", do="Name the folder that holds model.onnx")
+    if (size := admit(file).stat().st_size) > MAX_GRAPH:
+        raise CheckpointError(f"ONNX file {file}", found=f"{size} bytes, more than {MAX_GRAPH}", do="Export it again")
     try:
         model = ir.load(file)
     except Exception as error:  # protobuf's and onnx_ir's own errors
@@ -122,7 +171,13 @@ def load_graph(file: Path) -> ir.Model:
         ) from error
     for name, value in model.graph.initializers.items():
         tensor = value.const_value
+        if tensor is None or any(not isinstance(n, int) or not 0 <= n < 1 << 48 for n in tensor.shape):
+            raise CheckpointError(f"tensor {name} of {file.name}", found="no data, or no shape", do="Export it again")
         if isinstance(tensor, ir.ExternalTensor):
+            if not 0 <= (tensor.offset or 0) < 1 << 62:
+                raise CheckpointError(
+                    f"tensor {name} of {file.name}", found=f"offset {tensor.offset}", do="Export it again"
+                )
             place = Path(tensor.location)
             if place.is_absolute() or ".." in place.parts or (file.parent / place).is_symlink():
                 raise CheckpointError(
@@ -131,3 +186,28 @@ def load_graph(file: Path) -> ir.Model:
                     do="Do not trust this folder; copy the files themselves into it",
                 )
     return model
+
+
+def check_written(file: Path, check: bool = True) -> Ledger:
+    """Hold a graph and all that lies beside it against the folder's ``sparsify.json``, before a runtime opens it.
+
+    Args:
+        check: False checks nothing.
+
+    Raises:
+        CheckpointError: something is not what was written.
+    """
+    admit(file)
+    ledger = Ledger.of(file.parent, check)
+    if ledger.checked in ("none", "skipped"):
+        return ledger
+    check_companions(file.parent, ledger)
+    turned = section(ledger.manifest, "onnx").get("transposed", ())
+    store = GraphStore(file, turned if isinstance(turned, list) else (), ledger)
+    if (file.parent / WEIGHTS).exists() or (file.parent / INDEX).exists():
+        Checkpoint(file.parent, ledger=ledger).check()
+    elif ledger.checked == CRC:
+        # Which are sums of dense tensors; of the file that holds them there is none.
+        for name in store.names():
+            store.read(name)
+    return ledger

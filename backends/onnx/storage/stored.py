@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +14,7 @@ from sparsify.backends.onnx.storage.pack import Format
 class StoredWeight:
     """One tensor of the checkpoint in the graph: how it is stored, in how many bytes, and at what price.
 
-    ``checksum`` is the CRC-32 of its dense bytes in ``dtype`` and the checkpoint's layout; None where it is a link.
+    ``digest`` is that of its dense bytes in ``dtype`` and the checkpoint's layout; None where it is a link.
     ``transposed``: the file holds the other layout.
     """
 
@@ -24,5 +25,15 @@ class StoredWeight:
     nbytes: int
     dense_bytes: int
     unpacking: int = 0
-    checksum: int | None = None
+    digest: str | None = None
     transposed: bool = False
+
+
+def digests_of(stored: Iterable[StoredWeight]) -> dict[str, str]:
+    """The digest of every weight that is not a link."""
+    return {weight.name: weight.digest for weight in stored if weight.digest is not None}
+
+
+def transposed(stored: Iterable[StoredWeight]) -> list[str]:
+    """The names of those that the file holds the other way round."""
+    return [weight.name for weight in stored if weight.transposed]

@@ -113,6 +113,6 @@ def _match_inputs(contract: Contract, compute: torch.dtype) -> None:
 @contextmanager
 def quiet_export() -> Iterator[None]:
     """Silence what torch, transformers and onnxscript say while exporting; errors still surface as exceptions."""
-    with warnings.catch_warnings(), quiet("torch.onnx", "onnxscript", "onnx_ir", "torch._inductor"):
+    with quiet("torch.onnx", "onnxscript", "onnx_ir", "torch._inductor"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from sparsify.backends.packed.loaded.loading import Loading, first_inputs, load_
 from sparsify.backends.packed.loaded.on_gpu import prepared_products
 from sparsify.errors import CheckpointError, SpecError
 from sparsify.files.checkpoint import Checkpoint
+from sparsify.files.reading import kind_at, read_json
 from sparsify.host import processor
 
 
@@ -33,6 +33,7 @@ def bench(
     device: str = "cpu",
     tune: bool = True,
     trust_remote_code: bool = False,
+    check: bool = True,
     observe: Callable[[str], None] = lambda stage: None,
 ) -> Benchmark:
     """Measure a packed folder.
@@ -43,19 +44,20 @@ def bench(
         loading: also load both in processes of their own, for seconds and memory (on a CPU).
         device: ``cpu``, ``cuda`` or ``cuda:N``. On a GPU the cache is static and every forward pass compiled, as
             transformers does it by itself. tune: measure the GPU's kernels, if the folder says so too.
+        check: hold every byte of both folders, where they are ours, against their ``sparsify.json``.
 
     Raises:
         CheckpointError: no packed folder, or one that does not load. SpecError: a prompt longer than the context, or a
             device that is not there.
     """
     sites, place = _sites(folder), _device(device)
-    loads = _loads(folder, against, trust_remote_code, observe) if loading and place.type == "cpu" else None
+    loads = _loads(folder, against, trust_remote_code, check, observe) if loading and place.type == "cpu" else None
     observe("loading both")
-    dense = load_model(against or folder, trust_remote_code=trust_remote_code)
+    dense = load_model(against or folder, trust_remote_code=trust_remote_code, check=check)
     if against is None:
         dense = dense.dequantize()
     dense = dense.to(place)
-    packed = load_on(folder, place, tune=tune, trust_remote_code=trust_remote_code)
+    packed = load_on(folder, place, tune=tune, trust_remote_code=trust_remote_code, check=check and against is not None)
     inputs = {name: tensor.to(place) for name, tensor in _inputs(packed, prompt, tokens).items()}
     with torch.inference_mode():
         observe("prefill")
@@ -89,29 +91,29 @@ def bench(
 
 
 def _loads(
-    folder: Path, against: str | None, trust: bool, observe: Callable[[str], None]
+    folder: Path, against: str | None, trust: bool, check: bool, observe: Callable[[str], None]
 ) -> tuple[Loading, Loading] | None:
     """What loading takes, dense and packed, in a process each; None where there is no dense folder."""
     if against is None:
         return None
     observe("loading the dense model in a process of its own")
-    dense = measure_loading(against, trust_remote_code=trust)
+    dense = measure_loading(against, trust_remote_code=trust, check=check)
     observe("loading the packed model in a process of its own")
-    return dense, measure_loading(folder, trust_remote_code=trust)
+    return dense, measure_loading(folder, trust_remote_code=trust, check=check)
 
 
 def _file_bytes(dense: nn.Module, against: str | None) -> int:
     """Bytes of the dense model's weight files; of its weights where they are not at hand."""
-    if against is not None and Path(against).is_dir():
+    if against is not None and kind_at(against) == "folder":
         return Checkpoint(Path(against)).nbytes()
     return sum(p.numel() * p.element_size() for p in dense.parameters())
 
 
 def _sites(folder: Path) -> dict[str, PackedSite]:
     path = folder / "config.json"
-    if not path.is_file():
+    if kind_at(path) != "file":
         raise CheckpointError(f"bench {folder}", found="no config.json there", do="Name a folder of --to packed")
-    sites = sites_of(json.loads(path.read_text(encoding="utf-8")), str(folder))
+    sites = sites_of(read_json(path), str(folder))
     if sites is None:
         raise CheckpointError(
             f"bench {folder}", found="not a packed folder", do="Make one: sparsify compile MODEL --pass … --to packed"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import io
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -10,8 +10,8 @@ from matplotlib.figure import Figure
 from sparsify.backends.packed.bench.benchmark import Benchmark, SiteSpeed
 
 
-def draw_benchmark(result: Benchmark, path: Path) -> None:
-    """Ratios of the whole model on the left; on the right times of its layers, or on a GPU gains by number of
+def draw_benchmark(result: Benchmark) -> bytes:
+    """A PNG: ratios of the whole model on the left; on the right times of its layers, or on a GPU gains by number of
     tokens.
     """
     sites = [s for s in result.sites if s.timing is not None]
@@ -40,7 +40,9 @@ def draw_benchmark(result: Benchmark, path: Path) -> None:
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
     figure.suptitle(f"{result.machine}, {result.dtype}", fontsize=9, x=0.01, ha="left")
-    figure.savefig(path, dpi=120)
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=120, format="png")
+    return picture.getvalue()
 
 
 def _draw_layers(axes: Axes, sites: list[SiteSpeed]) -> None:

@@ -11,7 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 from sparsify.backends.packed.bench.benchmark import Benchmark, SiteSpeed
-from sparsify.files.manifest import write_json
+from sparsify.files.manifest import to_json
+from sparsify.files.single import put_file
 from sparsify.words import format_bytes
 
 
@@ -109,6 +110,5 @@ def write_report(result: Benchmark, folder: Path) -> None:
     """``bench.json`` and ``bench.png`` into ``folder``."""
     from sparsify.backends.packed.bench.picture import draw_benchmark
 
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "bench.json", result.as_dict())
-    draw_benchmark(result, folder / "bench.png")
+    for name, content in (("bench.json", to_json(result.as_dict())), ("bench.png", draw_benchmark(result))):
+        put_file(folder / name, content)

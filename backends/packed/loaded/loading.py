@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import sparsify  # noqa: F401 (registers packed folders with transformers)
-from sparsify.errors import CheckpointError, first_line
+from sparsify.errors import CheckpointError, SparsifyError, first_line
+from sparsify.files.whole import check_folder
 from sparsify.host import peak_memory, recent_peak, reset_peak
 
 if TYPE_CHECKING:
@@ -37,30 +38,48 @@ class Loading:
         return self.peak - self.before
 
 
-def load_model(folder: str | Path, *, trust_remote_code: bool = False) -> Any:
+def load_model(folder: str | Path, *, trust_remote_code: bool = False, check: bool = True) -> Any:
     """The model of a Hugging Face folder or hub id, packed or not, in eval mode, in the dtype that it is stored in.
 
+    Args:
+        check: hold every byte of a folder of ours against its ``sparsify.json``.
+
     Raises:
-        CheckpointError: transformers does not load it.
+        CheckpointError: transformers does not load it, or it is not what was written.
     """
     import transformers
 
+    if Path(folder).is_dir():
+        check_folder(Path(folder), check)
+        check = False  # it was, and once is enough
     try:
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        if getattr(config, "quantization_config", None):
+            config.quantization_config["check"] = check
         names = list(getattr(config, "architectures", None) or [])
         kind: Any = getattr(transformers, names[0], None) if names else None
         if kind is None:
             causal = bool(names) and "CausalLM" in names[0]
             kind = transformers.AutoModelForCausalLM if causal else transformers.AutoModel
-            return kind.from_pretrained(folder, trust_remote_code=trust_remote_code, dtype="auto").eval()
-        return kind.from_pretrained(folder, dtype="auto").eval()
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+            own = {"trust_remote_code": trust_remote_code}
+            return kind.from_pretrained(folder, config=config, dtype="auto", **own).eval()
+        return kind.from_pretrained(folder, config=config, dtype="auto").eval()
+    except SparsifyError:
+        raise
+    except Exception as error:  # configs, models and libraries raise whatever they like
         raise CheckpointError(
             f"loading {folder}", found=f"transformers refuses it: {first_line(error)}", do="Check the folder"
         ) from error
 
 
-def load_on(folder: str | Path, device: torch.device, *, tune: bool = True, trust_remote_code: bool = False) -> Any:
+def load_on(
+    folder: str | Path,
+    device: torch.device,
+    *,
+    tune: bool = True,
+    trust_remote_code: bool = False,
+    check: bool = True,
+) -> Any:
     """:func:`load_model`, on ``device``. A packed model takes the layouts of a GPU by what its folder says.
 
     Args:
@@ -72,7 +91,7 @@ def load_on(folder: str | Path, device: torch.device, *, tune: bool = True, trus
     from sparsify.backends.packed.loaded.linear import PackedLinear
     from sparsify.backends.packed.loaded.on_gpu import prepare
 
-    model = load_model(folder, trust_remote_code=trust_remote_code)
+    model = load_model(folder, trust_remote_code=trust_remote_code, check=check)
     for module in model.modules():
         if isinstance(module, PackedLinear):
             module.product.tune = module.product.tune and tune
@@ -82,13 +101,14 @@ def load_on(folder: str | Path, device: torch.device, *, tune: bool = True, trus
     return model
 
 
-def measure_loading(folder: str | Path, *, trust_remote_code: bool = False) -> Loading:
+def measure_loading(folder: str | Path, *, trust_remote_code: bool = False, check: bool = True) -> Loading:
     """Load ``folder`` in a process of its own.
 
     Raises:
         CheckpointError: it does not load.
     """
-    words = [sys.executable, "-m", __name__, str(folder), *(["--trust-remote-code"] if trust_remote_code else [])]
+    options = {"--trust-remote-code": trust_remote_code, "--no-check": not check}
+    words = [sys.executable, "-m", __name__, str(folder), *(word for word, given in options.items() if given)]
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["it died"])[-1]
@@ -123,7 +143,7 @@ def main() -> None:
     fresh = reset_peak(cpu)
     before = (recent_peak(cpu) if fresh else None) or peak_memory()
     start = time.perf_counter()
-    model = load_model(folder, trust_remote_code=trust)
+    model = load_model(folder, trust_remote_code=trust, check="--no-check" not in sys.argv)
     seconds = time.perf_counter() - start
     with torch.inference_mode():
         model(**first_inputs(model))

@@ -6,6 +6,7 @@ packed get our dense kernel where that makes a token faster.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from sparsify.backends.packed.loaded.on_gpu import prepare
 from sparsify.backends.packed.store import check_tensors
 from sparsify.errors import BackendError, CheckpointError
 from sparsify.files.checkpoint import DTYPES
+from sparsify.files.whole import check_folder
 from sparsify.runtime.cpu.unpacking import unpacked
 from sparsify.runtime.soundness import check
 from sparsify.runtime.stopwatch import Stopwatch
@@ -34,7 +36,9 @@ class SparsifyConfig(QuantizationConfigMixin):
 
     Args:
         siblings: groups of parameters that one product serves on a GPU. gpu: how a GPU keeps the weights, {"policy",
-            "tune"} as :func:`sparsify.backends.packed.loaded.prepare` takes them.
+            "tune"} as :func:`sparsify.backends.packed.loaded.prepare` takes them. check: False takes the folder's
+            bytes as they are. Set it in Python, ``config.quantization_config["check"] = False``, and give ``config`` to
+            ``from_pretrained``.
 
     Raises:
         CheckpointError: a newer format, or entries that are damaged.
@@ -47,7 +51,10 @@ class SparsifyConfig(QuantizationConfigMixin):
         quant_method: str = METHOD,
         siblings: list[list[str]] | None = None,
         gpu: dict[str, Any] | None = None,
+        check: bool = True,
     ) -> None:
+        # Only of this one loading; no file says it.
+        self.check = check
         self.quant_method: Any = quant_method
         self.format, self.sites = format, sites
         self.siblings, self.gpu = siblings or [], gpu or {}
@@ -58,8 +65,11 @@ class SparsifyConfig(QuantizationConfigMixin):
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
         # A newer format may have fields of any kind: its number is looked at before them.
         sites_of({"quantization_config": config_dict}, "(config.json)")
-        known = {k: v for k, v in config_dict.items() if k in FIELDS}
+        known = {k: v for k, v in config_dict.items() if k in FIELDS or (k == "check" and isinstance(v, bool))}
         return super().from_dict(known, return_unused_kwargs=return_unused_kwargs, **kwargs)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {key: value for key, value in super().to_dict().items() if key != "check"}
 
     def packed_sites(self) -> dict[str, PackedSite]:
         return {name: PackedSite.of(name, entry) for name, entry in self.sites.items()}
@@ -86,6 +96,8 @@ class SparsifyQuantizer(HfQuantizer):
     ) -> None:
         sites = self.quantization_config.packed_sites()
         if checkpoint_files:
+            # Before any weight is read; config.json alone was, which is held against the list here too.
+            check_folder(Path(checkpoint_files[0]).parent, self.quantization_config.check)
             # transformers fills a tensor that is missing with random numbers and goes on.
             check_tensors(sites, _headers(checkpoint_files), str(checkpoint_files[0]))
         pack_modules(model, sites, self.quantization_config.siblings)

@@ -13,6 +13,7 @@ import tempfile
 import warnings
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -39,19 +40,17 @@ class NativeLibrary:
         library.sparsify_source.restype = ctypes.c_char_p
         self.source = library.sparsify_source().decode()
         self.best_isa: int = library.sparsify_isa()
-        self.linear_24 = library.sparsify_linear_24
-        self.linear_24.argtypes = [small, small, *[pointer] * 5, *[number] * 5, small]
-        self.linear_bitmask = library.sparsify_linear_bitmask
-        self.linear_bitmask.argtypes = [small, small, pointer, number, *[pointer] * 5, *[number] * 5, small]
+        tensor: list[Any] = [pointer, number]  # where it lies, and how long it is
+        self.linear = library.sparsify_linear
+        self.linear.argtypes = [small, small, *tensor * 5, pointer, *[number] * 3, small]
         self.linear_dense = library.sparsify_linear_dense
-        self.linear_dense.argtypes = [small, small, *[pointer] * 4, number, number, small]
+        self.linear_dense.argtypes = [small, small, *tensor * 3, pointer, number, number, small]
         self.row_starts = library.sparsify_row_starts
-        self.row_starts.argtypes = [small, pointer, number, number, pointer]
-        self.row_starts.restype = None
+        self.row_starts.argtypes = [small, *tensor, number, number, pointer]
         self.check_24 = library.sparsify_check_24
-        self.check_24.argtypes = [pointer, number]
+        self.check_24.argtypes = tensor
         self.unpack = library.sparsify_unpack
-        self.unpack.argtypes = [small, small, *[pointer] * 5, number, number, number, small]
+        self.unpack.argtypes = [small, small, *tensor * 4, *[number] * 4, small]
 
 
 @cache

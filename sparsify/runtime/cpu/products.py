@@ -1,4 +1,7 @@
-"""Products of activations with packed and dense weights by the CPU kernels; in plain torch where there are none."""
+"""Products of activations with packed and dense weights by the CPU kernels; in plain torch where there are none.
+
+Each refuses what cannot be one product first (:mod:`sparsify.runtime.arguments`).
+"""
 
 from __future__ import annotations
 
@@ -7,9 +10,18 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from sparsify.runtime import reference
+from sparsify.runtime.arguments import (
+    check_24,
+    check_bitmask,
+    check_dense,
+    check_experts_24,
+    check_experts_bitmask,
+    failure,
+)
 from sparsify.runtime.cpu import native
-from sparsify.runtime.cpu.arguments import disagreement, dtype_code, failure, pointer
+from sparsify.runtime.cpu.asked_once import KnownCodes
 from sparsify.runtime.cpu.unpacking import unpack_rows
+from sparsify.runtime.layout import padded
 
 # Up to FEW tokens are multiplied with weights that stay packed; up to MANY with four rows at a time unpacked inside the
 # kernel; above, PANEL rows at a time are unpacked into a buffer that all panels share, for a dense product.
@@ -17,108 +29,73 @@ FEW_24, FEW_BITMASK = 16, 8
 MANY = 64
 PANEL = 512
 
+_codes = KnownCodes()
+
 
 def linear_24(x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None = None) -> Tensor:
-    library = native.library()
-    if library is None:
+    rows = check_24(x, values, meta, bias)
+    _codes.check(meta)
+    if native.library() is None:
         return reference.linear_24(x, values, meta, bias)
-    rows, columns, width = values.shape[0], values.shape[1] * 2, x.shape[-1]
-    kind = dtype_code(x, values, bias)
-    if meta.shape[0] != rows or meta.shape[1] * 8 != columns or meta.dtype is not torch.uint8:
-        raise disagreement(x, values, meta)
-    values, meta, x = values.contiguous(), meta.contiguous(), x.contiguous()
-    tokens = x.numel() // width
-    if tokens > MANY:
-        return _by_panels(x, values, meta, None, rows, columns, bias)
-    y = x.new_empty((*x.shape[:-1], rows))
-    failed = library.linear_24(
-        native.isa(),
-        kind,
-        values.data_ptr(),
-        meta.data_ptr(),
-        x.data_ptr(),
-        pointer(bias),
-        y.data_ptr(),
-        tokens,
-        rows,
-        width,
-        columns,
-        FEW_24,
-        torch.get_num_threads(),
-    )
-    if failed:
-        raise failure(failed, x, values, meta)
-    return y
+    return _linear(x, values, meta, None, rows, FEW_24, bias)
 
 
 def linear_bitmask(x: Tensor, values: Tensor, mask: Tensor, rowptr: Tensor, bias: Tensor | None = None) -> Tensor:
-    library = native.library()
-    if library is None:
+    rows = check_bitmask(x, values, mask, rowptr, bias)
+    if native.library() is None:
         return reference.linear_bitmask(x, values, mask, rowptr, bias)
-    rows, columns, width = mask.shape[0], mask.shape[1] * 32, x.shape[-1]
-    kind = dtype_code(x, values, bias)
-    if mask.dtype is not torch.int32 or rowptr.dtype is not torch.int64 or rowptr.numel() != rows + 1:
-        raise disagreement(x, values, mask)
-    values, mask, rowptr, x = values.contiguous(), mask.contiguous(), rowptr.contiguous(), x.contiguous()
-    tokens = x.numel() // width
-    if tokens > MANY:
-        return _by_panels(x, values, mask, rowptr, rows, columns, bias)
-    y = x.new_empty((*x.shape[:-1], rows))
-    failed = library.linear_bitmask(
-        native.isa(),
-        kind,
-        values.data_ptr(),
-        values.numel(),
-        mask.data_ptr(),
-        rowptr.data_ptr(),
-        x.data_ptr(),
-        pointer(bias),
-        y.data_ptr(),
-        tokens,
-        rows,
-        width,
-        columns,
-        FEW_BITMASK,
-        torch.get_num_threads(),
-    )
-    if failed:
-        raise failure(failed, x, values, mask)
-    return y
+    return _linear(x, values, mask, rowptr, rows, FEW_BITMASK, bias)
 
 
 def experts_24(x: Tensor, values: Tensor, meta: Tensor, offsets: Tensor) -> Tensor:
-    return reference.by_expert(x, values.shape[1], offsets, lambda e, rows: linear_24(rows, values[e], meta[e]))
+    check_experts_24(x, values, meta, offsets)
+    _codes.check(meta)
+    if native.library() is None:
+        return reference.experts_24(x, values, meta, offsets)
+    rows = values.shape[1]
+    return reference.by_expert(
+        x, rows, offsets, lambda e, part: _linear(part, values[e], meta[e], None, rows, FEW_24, None)
+    )
 
 
 def experts_bitmask(x: Tensor, values: Tensor, mask: Tensor, rowptr: Tensor, offsets: Tensor) -> Tensor:
+    check_experts_bitmask(x, values, mask, rowptr, offsets)
     if native.library() is None:
         return reference.experts_bitmask(x, values, mask, rowptr, offsets)
     rows = mask.shape[1]
+    values, rowptr = values.contiguous(), rowptr.contiguous()
 
     def product(expert: int, part: Tensor) -> Tensor:
-        return linear_bitmask(part, values, mask[expert], rowptr[expert * rows : (expert + 1) * rows + 1])
+        starts = rowptr[expert * rows : (expert + 1) * rows + 1]
+        return _linear(part, values, mask[expert], starts, rows, FEW_BITMASK, None)
 
     return reference.by_expert(x, rows, offsets, product)
 
 
 def linear_dense(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    check_dense(x, weight, bias)
     library = native.library()
-    columns = weight.shape[1]
-    if library is None or x.numel() != columns or x.dtype not in native.KINDS or not weight.is_contiguous():
+    rows, columns = weight.shape
+    # One token: no more numbers than it has inputs.
+    if library is None or x.numel() != columns or not columns or not weight.is_contiguous():
         return linear(x, weight, bias)
-    kind, isa = dtype_code(x, weight, bias), native.isa()
-    if isa == 0:
+    kind, isa = native.KINDS.get(x.dtype), native.isa()
+    if kind is None or isa == 0:
         return linear(x, weight, bias)
     x = x.contiguous()
-    y = x.new_empty((*x.shape[:-1], weight.shape[0]))
+    bias = None if bias is None else bias.contiguous()
+    y = _empty(x, [1] * (x.dim() - 1), rows)
     failed = library.linear_dense(
         isa,
         kind,
         weight.data_ptr(),
+        weight.numel(),
         x.data_ptr(),
-        pointer(bias),
+        x.numel(),
+        0 if bias is None else bias.data_ptr(),
+        -1 if bias is None else bias.numel(),
         y.data_ptr(),
-        weight.shape[0],
+        rows,
         columns,
         torch.get_num_threads(),
     )
@@ -127,19 +104,65 @@ def linear_dense(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
     return y
 
 
+def _linear(
+    x: Tensor, values: Tensor, codes: Tensor, starts: Tensor | None, rows: int, few: int, bias: Tensor | None
+) -> Tensor:
+    """The product by the kernels. ``starts`` is None for packed24."""
+    library = native.library()
+    assert library is not None, "callers run only where there are kernels"
+    x, values, codes = x.contiguous(), values.contiguous(), codes.contiguous()
+    *lead, width = x.shape
+    count = x.numel()
+    if count > MANY * width:
+        return _by_panels(x, values, codes, starts, rows, bias)
+    bias = None if bias is None else bias.contiguous()
+    starts = None if starts is None else starts.contiguous()
+    y = _empty(x, lead, rows)
+    failed = library.linear(
+        native.isa(),
+        native.KINDS[x.dtype],
+        values.data_ptr(),
+        values.numel(),
+        codes.data_ptr(),
+        codes.nbytes,
+        0 if starts is None else starts.data_ptr(),
+        0 if starts is None else starts.numel(),
+        x.data_ptr(),
+        count,
+        0 if bias is None else bias.data_ptr(),
+        -1 if bias is None else bias.numel(),
+        y.data_ptr(),
+        rows,
+        width,
+        few,
+        torch.get_num_threads(),
+    )
+    if failed:
+        raise failure(failed, x, values, codes)
+    return y
+
+
+def _empty(x: Tensor, lead: list[int], rows: int) -> Tensor:
+    """[*lead, rows] in the dtype of ``x``: by its strides, which torch takes half the time for."""
+    strides, size = [1], rows
+    for length in reversed(lead):
+        strides.insert(0, size)
+        size *= length
+    return x.new_empty_strided((*lead, rows), strides)
+
+
 def _by_panels(
-    x: Tensor, values: Tensor, codes: Tensor, rowptr: Tensor | None, rows: int, columns: int, bias: Tensor | None
+    x: Tensor, values: Tensor, codes: Tensor, starts: Tensor | None, rows: int, bias: Tensor | None
 ) -> Tensor:
     """The product with PANEL rows at a time unpacked: the memory of one panel, whatever the matrix."""
     width = x.shape[-1]
-    if not columns - 64 < width <= columns:
-        raise disagreement(x, values, codes)
+    columns, starts = padded(width), None if starts is None else starts.contiguous()
     x2 = x.reshape(-1, width)
     y = x.new_empty(x2.shape[0], rows)
     panel = values.new_empty(min(PANEL, rows), columns)
     for first in range(0, rows, PANEL):
         count = min(PANEL, rows - first)
-        unpack_rows(values, codes, rowptr, panel, first, count)
+        unpack_rows(values, codes, starts, panel, first, count)
         part = None if bias is None else bias[first : first + count]
         y[:, first : first + count] = linear(x2, panel[:count, :width], part)
     return y.view(*x.shape[:-1], rows)

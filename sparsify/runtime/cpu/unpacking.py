@@ -5,27 +5,34 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sparsify.runtime.arguments import disagreement, failure
 from sparsify.runtime.cpu import native
-from sparsify.runtime.cpu.arguments import failure
-from sparsify.runtime.layout import Packed, unpack
+from sparsify.runtime.layout import DTYPES, Packed, unpack
 
 
-def unpack_rows(values: Tensor, codes: Tensor, rowptr: Tensor | None, out: Tensor, first: int, count: int) -> None:
-    """Rows [first, first + count) of a matrix into ``out``; ``rowptr`` is None for packed24."""
+def unpack_rows(values: Tensor, codes: Tensor, starts: Tensor | None, out: Tensor, first: int, count: int) -> None:
+    """Rows [first, first + count) of a matrix into ``out``; ``starts`` is None for packed24. All are contiguous.
+
+    Raises:
+        BackendError: they are not the tensors of one matrix.
+    """
     library = native.library()
     assert library is not None, "callers run only where there are kernels"
-    meta, mask = (codes.data_ptr(), 0) if rowptr is None else (0, codes.data_ptr())
     failed = library.unpack(
         native.isa(),
         values.element_size(),
         values.data_ptr(),
-        meta,
-        mask,
-        0 if rowptr is None else rowptr.data_ptr(),
+        values.numel(),
+        codes.data_ptr(),
+        codes.nbytes,
+        0 if starts is None else starts.data_ptr(),
+        0 if starts is None else starts.numel(),
         out.data_ptr(),
+        out.numel(),
+        codes.shape[0],
+        out.shape[1],
         first,
         count,
-        out.shape[1],
         torch.get_num_threads(),
     )
     if failed:
@@ -37,12 +44,26 @@ def unpacked(packed: Packed, rowptr: Tensor | None = None) -> Tensor:
 
     Args:
         rowptr: ``row_starts`` of a bitmask, needed for one.
+
+    Raises:
+        BackendError: the tensors are not those of one matrix.
     """
     rows, columns = packed.shape
     on_cpu = packed.values.device.type == "cpu"
     if not on_cpu or native.library() is None or (packed.layout == "bitmask" and rowptr is None):
         return unpack(packed)
+    starts = rowptr if packed.layout == "bitmask" else None
+    coded = torch.uint8 if starts is None else torch.int32
+    sound = packed.values.layout is packed.codes.layout is torch.strided and packed.values.dtype in DTYPES
+    sound = sound and packed.codes.dtype is coded and packed.codes.dim() == 2
+    if not sound or packed.codes.shape[0] != rows or (starts is not None and not _are_starts(starts)):
+        raise disagreement(packed.values, packed.values, packed.codes)
     full = packed.codes.shape[1] * (8 if packed.layout == "packed24" else 32)
     out = packed.values.new_empty(rows, full)
-    unpack_rows(packed.values.contiguous(), packed.codes.contiguous(), rowptr, out, 0, rows)
+    starts = None if starts is None else starts.contiguous()
+    unpack_rows(packed.values.contiguous(), packed.codes.contiguous(), starts, out, 0, rows)
     return out[:, :columns].contiguous()
+
+
+def _are_starts(starts: Tensor) -> bool:
+    return starts.dtype is torch.int64 and starts.layout is torch.strided and starts.device.type == "cpu"

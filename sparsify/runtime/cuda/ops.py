@@ -21,8 +21,9 @@ from torch._ops import OpOverload
 from torch.library import Library, register_fake
 from torch.nn.functional import linear
 
-from sparsify.errors import BackendError
+from sparsify.runtime.arguments import check_24
 from sparsify.runtime.cuda import compressed as libraries
+from sparsify.runtime.cuda.arguments import check_one_device, check_prepared
 from sparsify.runtime.cuda.dispatch import Plan
 from sparsify.runtime.cuda.fragments import DTYPES, from_fragments
 from sparsify.runtime.cuda.products import missing, run_kernel
@@ -38,10 +39,8 @@ def _cuda(
     plan: str,
     bias: Tensor | None = None,
 ) -> Tensor:
+    check_prepared(x, fragments, compressed, codes, rows, plan, bias)
     columns = x.shape[-1]
-    held = fragments if fragments is not None else compressed
-    if x.dtype not in DTYPES or held is None or (bias is not None and bias.dtype is not x.dtype):
-        raise _mismatch(x, held, bias)
     tokens = x.numel() // columns
     if not tokens:
         return x.new_empty((*x.shape[:-1], rows))
@@ -59,7 +58,7 @@ def _reference(
     plan: str,
     bias: Tensor | None = None,
 ) -> Tensor:
-    Plan.parse(plan)
+    check_prepared(x, fragments, compressed, codes, rows, plan, bias)
     shape = (rows, x.shape[-1])
     if fragments is not None:
         packed = from_fragments(fragments, x.dtype, *shape)
@@ -79,15 +78,17 @@ def _fake(
     plan: str,
     bias: Tensor | None = None,
 ) -> Tensor:
+    check_prepared(x, fragments, compressed, codes, rows, plan, bias)
     return x.new_empty((*x.shape[:-1], rows))
 
 
 def _portable_cuda(x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None = None) -> Tensor:
     """``linear_24`` where the weight was not prepared, or there is no NVRTC."""
+    check_24(x, values, meta, bias)
+    check_one_device(x, values, meta, bias)
     columns = x.shape[-1]
     tokens = x.numel() // columns
-    same = x.dtype is values.dtype and (bias is None or bias.dtype is x.dtype)
-    triton = _triton() if same and x.dtype in DTYPES else None
+    triton = _triton() if x.dtype in DTYPES else None
     if triton is not None and 0 < tokens <= triton.MOST_TOKENS:
         y: Tensor = triton.linear(x.reshape(tokens, columns), values, meta, bias)
         return y.view(*x.shape[:-1], values.shape[0])
@@ -102,15 +103,6 @@ def _triton() -> ModuleType | None:
     except ImportError:
         return None
     return triton_kernels
-
-
-def _mismatch(x: Tensor, held: Tensor | None, bias: Tensor | None) -> BackendError:
-    found = f"x of {x.dtype}" + ("" if bias is None else f", bias of {bias.dtype}")
-    return BackendError(
-        "a 2:4 product on a GPU",
-        found=found if held is not None else "no copy of the weight",
-        do="Give x and bias of one dtype, bfloat16 or float16",
-    )
 
 
 _library = Library("sparsify", "FRAGMENT")

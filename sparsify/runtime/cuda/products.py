@@ -37,7 +37,14 @@ def run_kernel(
         if compressed is None:
             raise missing(kernel, "the compressed copy")
         algorithm = int(kernel.partition(":")[2] or 0)
-        return libraries.multiply(x, compressed, codes, bias, algorithm).contiguous()
+        y = libraries.multiply(x, compressed, codes, bias, algorithm).contiguous()
+        if y.shape != (x.shape[0], rows):
+            raise BackendError(
+                f"a 2:4 product by {kernel}",
+                found=f"a compressed copy of {y.shape[-1]} rows where {rows} were asked for",
+                do="Give the copy of a matrix of that shape",
+            )
+        return y
     if fragments is None:
         raise missing(kernel, "fragments")
     if tuple(fragments.shape[:2]) != tiles(rows, x.shape[1]) or fragments.nbytes != math.prod(
@@ -53,7 +60,15 @@ def run_kernel(
     if x.shape[1] % _UNIT or x.data_ptr() % 16:
         # A copy on a boundary of sixteen bytes, with columns that W does not have.
         x = pad(x, (0, -x.shape[1] % _UNIT)).clone(memory_format=torch.contiguous_format)
-    return _own_product(Variant.named(kernel), x, fragments, rows, bias)
+    variant = Variant.named(kernel)
+    if variant.most_tokens is not None and x.shape[0] > variant.most_tokens:
+        # The others would be left as they lay in memory.
+        raise BackendError(
+            f"a 2:4 product by {kernel}",
+            found=f"{x.shape[0]} tokens, and it takes {variant.most_tokens}",
+            do="Give a plan whose limits are those of its kernels",
+        )
+    return _own_product(variant, x, fragments, rows, bias)
 
 
 def _own_product(variant: Variant, x: Tensor, fragments: Tensor, rows: int, bias: Tensor | None) -> Tensor:

@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from support.families import save
+from support.manifests import edit_manifest, reseal
 
 import sparsify
 from sparsify.backends.packed.config import sites_of
@@ -47,6 +48,8 @@ def refuses(sound: tuple[Path, str], tmp_path: Path, change: Change, *says: str)
     change(tensors, config, sound[1])
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(config))
+    # What was damaged on the way is seen by its digests alone; here whoever made the folder lies.
+    reseal(folder)
     with pytest.raises(SparsifyError) as ours:
         source = open_source(folder)
         for name in source.weights.parameters():
@@ -141,10 +144,12 @@ def test_a_config_of_nonsense(entry: dict[str, Any], whole: Any, version: Any) -
 def test_a_manifest_that_lies_about_the_dense_files(sound: tuple[Path, str], tmp_path: Path) -> None:
     folder = tmp_path / "bad"
     shutil.copytree(sound[0], folder)
-    manifest = json.loads((folder / "sparsify.json").read_text())
-    files = manifest["packed"]["dense_files"]
-    manifest["packed"]["dense_files"] = {"../outside.safetensors": files["model.safetensors"]}
-    (folder / "sparsify.json").write_text(json.dumps(manifest))
+
+    def lie(manifest: dict[str, Any]) -> None:
+        files = manifest["packed"]["dense_files"]
+        manifest["packed"]["dense_files"] = {"../outside.safetensors": files["model.safetensors"]}
+
+    edit_manifest(folder, lie)
     with pytest.raises(CheckpointError, match="dense_files"):
         unpack_folder(folder, tmp_path / "out")
     assert not (tmp_path / "out").exists() and not (tmp_path / "outside.safetensors").exists()

@@ -16,6 +16,7 @@ from sparsify.backends.packed.bench import measure
 from sparsify.backends.packed.loaded.loading import load_model, measure_loading
 from sparsify.backends.packed.store import open_packed
 from sparsify.errors import BackendError, CheckpointError, SpecError, TraceError
+from sparsify.files.ledger import Ledger
 
 
 def test_what_cannot_be_measured(tmp_path: Path) -> None:
@@ -41,7 +42,7 @@ def test_folders_that_transformers_does_not_load(tmp_path: Path) -> None:
 
 def test_a_packed_folder_is_only_read(tmp_path: Path) -> None:
     sparsify.compile(save("llama", tmp_path / "dense"), ["magnitude:2:4"], output=tmp_path / "out", to=SMALLEST)
-    store = open_packed(tmp_path / "out")
+    store = open_packed(tmp_path / "out", Ledger.of(tmp_path / "out"))
     assert store is not None
     with pytest.raises(CheckpointError, match=r"a packed folder\. Write to an output"):
         store.write("lm_head.weight", torch.zeros(1))

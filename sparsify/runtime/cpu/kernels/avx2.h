@@ -23,7 +23,7 @@ struct Tables {
 };
 static const Tables tables;
 
-T256 static i64 count_bits_avx2(const u32* mask, i64 words) {
+T256 static i64 count_bits_avx2(const u32_anywhere* mask, i64 words) {
   i64 bits = 0;
   for (i64 i = 0; i < words; i++) bits += __builtin_popcount(mask[i]);
   return bits;
@@ -68,6 +68,7 @@ T256 static void mask_avx2(const Matrix& w, const float* x, const void* bias, vo
         UNROLL for (int m = 0; m < M; m++)
           sum[m][u] = _mm256_fmadd_ps(part, _mm256_loadu_ps(x + m * w.stride + (b + u) * 8), sum[m][u]);
       }
+    row_ends(w, n, at);
     UNROLL for (int m = 0; m < M; m++) {
       float s = sum8(_mm256_add_ps(sum[m][0], sum[m][1]));
       store(KIND, y, m * rows + n, bias ? s + load(KIND, bias, n) : s);
@@ -127,7 +128,7 @@ T256 static void dense_avx2(const void* w, const float* x, const void* bias, voi
       UNROLL for (int u = 0; u < 4; u++)
         sum[u] = _mm256_fmadd_ps(part(n * K + k + 8 * u), _mm256_loadu_ps(x + k + 8 * u), sum[u]);
     float s = sum8(_mm256_add_ps(_mm256_add_ps(sum[0], sum[1]), _mm256_add_ps(sum[2], sum[3])));
-    for (; k < K; k++) s += load(KIND, w, n * K + k) * x[k];
+    for (; k < K; k++) s += load(KIND, w, n * K + k) * load(F32, x, k);
     store(KIND, y, n, bias ? s + load(KIND, bias, n) : s);
   }
 }
@@ -182,6 +183,7 @@ T256 static void many_avx2(const Matrix& w, const float* x, const void* bias, vo
       for (; m < tail; m += M) tile_avx2<R, M>(part, x + m * w.stride + k, w.stride, columns, sums + m * R);
       for (; m < tokens; m++) tile_avx2<R, 1>(part, x + m * w.stride + k, w.stride, columns, sums + m * R);
     }
+    for (int r = 0; w.mask && r < R && n + r < to; r++) row_ends(w, n + r, at[r]);
     for (i64 m = 0; m < tokens; m++)
       for (int r = 0; r < R && n + r < to; r++) {
         float s = sum8(m < tail ? sums[m / M * M * R + r * M + m % M] : sums[m * R + r]);

@@ -42,7 +42,7 @@ T512 static void mask_bf16(const Matrix& w, const u16* x, const void* bias, void
   const u16* values = (const u16*)w.values;
   for (i64 n = from; n < to; n += R) {
     const u16* v[R];
-    const u32* bits[R];
+    const u32_anywhere* bits[R];
     __m512 sum[R][M][U];
     UNROLL for (int r = 0; r < R; r++) {
       i64 row = n + r < to ? n + r : to - 1;
@@ -74,12 +74,14 @@ T512 static void mask_bf16(const Matrix& w, const u16* x, const void* bias, void
           sum[r][m][0] = _mm512_dpbf16_ps(sum[r][m][0], part, (__m512bh)_mm512_loadu_si512(x + m * w.stride + g * 32));
       }
     UNROLL for (int r = 0; r < R; r++)
-      if (n + r < to)
+      if (n + r < to) {
+        row_ends(w, n + r, v[r] - values);
         UNROLL for (int m = 0; m < M; m++) {
           UNROLL for (int u = 1; u < U; u++) sum[r][m][0] = _mm512_add_ps(sum[r][m][0], sum[r][m][u]);
           float s = _mm512_reduce_add_ps(sum[r][m][0]);
           store(BF16, y, m * rows + n + r, bias ? s + load(BF16, bias, n + r) : s);
         }
+      }
   }
 }
 
@@ -88,7 +90,7 @@ T512 static void mask_float(const Matrix& w, const float* x, const void* bias, v
   const i64 K = w.columns, G = K / 32;
   for (i64 n = from; n < to; n += R) {
     i64 at[R];
-    const u32* bits[R];
+    const u32_anywhere* bits[R];
     __m512 sum[R][M][U];
     UNROLL for (int r = 0; r < R; r++) {
       i64 row = n + r < to ? n + r : to - 1;
@@ -114,12 +116,14 @@ T512 static void mask_float(const Matrix& w, const float* x, const void* bias, v
     for (; g + U <= G; g += U) UNROLL for (int u = 0; u < U; u++) step(u, g + u);
     for (; g < G; g++) step(0, g);
     UNROLL for (int r = 0; r < R; r++)
-      if (n + r < to)
+      if (n + r < to) {
+        row_ends(w, n + r, at[r]);
         UNROLL for (int m = 0; m < M; m++) {
           UNROLL for (int u = 1; u < U; u++) sum[r][m][0] = _mm512_add_ps(sum[r][m][0], sum[r][m][u]);
           float s = _mm512_reduce_add_ps(sum[r][m][0]);
           store(KIND, y, m * rows + n + r, bias ? s + load(KIND, bias, n + r) : s);
         }
+      }
   }
 }
 
@@ -318,14 +322,14 @@ T512 INLINE i64 unpack_floats512(const void* values, const u32* mask, i64 words,
   return at;
 }
 
-// One row back to dense, bit for bit.
-template <class T> T512 static void unpack_row512(const Matrix& w, i64 row, const T* values, u32* mask, T* out) {
+// One row back to dense, bit for bit; returns how many values it had.
+template <class T> T512 static i64 unpack_row512(const Matrix& w, i64 row, const T* values, u32* mask, T* out) {
   const i64 words = w.columns / 32;
   row_mask512(w, row, 0, words, mask);
-  if (sizeof(T) == 2 && w.mask) unpack_bits512<false>((const u16*)values, mask, words, (u16*)out);
-  else if (sizeof(T) == 2) unpack_bits512<true>((const u16*)values, mask, words, (u16*)out);
-  else if (w.mask) unpack_floats512<F32, false>(values, mask, words, (float*)out);
-  else unpack_floats512<F32, true>(values, mask, words, (float*)out);
+  if (sizeof(T) == 2 && w.mask) return unpack_bits512<false>((const u16*)values, mask, words, (u16*)out);
+  if (sizeof(T) == 2) return unpack_bits512<true>((const u16*)values, mask, words, (u16*)out);
+  if (w.mask) return unpack_floats512<F32, false>(values, mask, words, (float*)out);
+  return unpack_floats512<F32, true>(values, mask, words, (float*)out);
 }
 
 // What comes next is asked for while the sums of what is here are taken: no hardware prefetcher follows four rows in pieces.
@@ -413,6 +417,7 @@ T512 static void many512(const Matrix& w, const void* x, const void* bias, void*
         else tile_float<R, 1>((float*)part, (const float*)x + m * w.stride + k, w.stride, columns, sums + m * R, ahead, pace);
       }
     }
+    for (int r = 0; w.mask && r < R && n + r < to; r++) row_ends(w, n + r, at[r]);
     for (i64 m = 0; m < tokens; m++)
       for (int r = 0; r < R && n + r < to; r++) {
         __m512 sum = m < tail ? sums[m / M * M * R + r * M + m % M] : sums[m * R + r];

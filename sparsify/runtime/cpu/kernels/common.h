@@ -15,6 +15,11 @@ typedef uint32_t u32;
 typedef uint64_t u64;
 typedef int32_t i32;
 typedef int64_t i64;
+// The same wherever they lie: a tensor over a file's bytes need not be aligned.
+typedef float f32_anywhere __attribute__((aligned(1), may_alias));
+typedef u16 u16_anywhere __attribute__((aligned(1), may_alias));
+typedef u32 u32_anywhere __attribute__((aligned(1), may_alias));
+typedef i64 i64_anywhere __attribute__((aligned(1), may_alias));
 
 #define INLINE static inline __attribute__((always_inline))
 #if defined(__clang__)
@@ -33,12 +38,18 @@ const i64 BLOCK = 1024;   // columns that are unpacked at a time where many toke
 struct Matrix {
   const void* values;
   const u8* meta;       // packed24: a nibble per group of four columns; else null
-  const u32* mask;      // bitmask: a bit per column; else null
-  const i64* rowptr;    // bitmask: the first value of each row
+  const u32_anywhere* mask;     // bitmask: a bit per column; else null
+  const i64_anywhere* rowptr;   // bitmask: the first value of each row, and the end of the last
   i64 columns;
   i64 readable;         // values that there are, padding included
   i64 stride;           // of x, from one token to the next
+  i32* apart;           // set where the starts do not count the mask
 };
+
+// Called where the values of a bitmask's row ended, before `at`: that is where the next row's begin.
+INLINE void row_ends(const Matrix& w, i64 row, i64 at) {
+  if (at != w.rowptr[row + 1]) __atomic_store_n(w.apart, 1, __ATOMIC_RELAXED);
+}
 
 INLINE float from_bf16(u16 b) { u32 u = (u32)b << 16; float f; memcpy(&f, &u, 4); return f; }
 
@@ -79,13 +90,13 @@ INLINE u16 to_f16(float f) {
 }
 
 INLINE float load(int kind, const void* p, i64 i) {
-  if (kind == F32) return ((const float*)p)[i];
-  return kind == BF16 ? from_bf16(((const u16*)p)[i]) : from_f16(((const u16*)p)[i]);
+  if (kind == F32) return ((const f32_anywhere*)p)[i];
+  return kind == BF16 ? from_bf16(((const u16_anywhere*)p)[i]) : from_f16(((const u16_anywhere*)p)[i]);
 }
 
 INLINE void store(int kind, void* p, i64 i, float f) {
-  if (kind == F32) ((float*)p)[i] = f;
-  else ((u16*)p)[i] = kind == BF16 ? to_bf16(f) : to_f16(f);
+  if (kind == F32) ((f32_anywhere*)p)[i] = f;
+  else ((u16_anywhere*)p)[i] = kind == BF16 ? to_bf16(f) : to_f16(f);
 }
 
 // Where the values of a row begin.

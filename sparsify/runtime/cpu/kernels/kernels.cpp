@@ -69,6 +69,16 @@ template <class F4, class F2, class F1> inline void few_tokens(i64 tokens, i64 f
   }
 }
 
+i64 count_bits(int isa, const u32_anywhere* mask, i64 words) {
+#ifdef SPARSIFY_X86
+  if (isa > SCALAR) return count_bits_avx2(mask, words);
+#endif
+  (void)isa;
+  i64 bits = 0;
+  for (i64 i = 0; i < words; i++) bits += __builtin_popcount(mask[i]);
+  return bits;
+}
+
 #define OFFSET(p, m) ((char*)(p) + (m) * rows * size)
 
 #ifdef SPARSIFY_X86
@@ -144,10 +154,81 @@ const void* prepared(int kind, bool as_float, const void* x, i64 tokens, i64 wid
   return buffer.at;
 }
 
-int linear(int isa, int kind, Matrix w, const void* x, const void* bias, void* y, i64 tokens, i64 rows, i64 width,
-           i64 few, int threads) {
-  if (w.columns % UNIT || width > w.columns || width <= w.columns - UNIT || kind < 0 || kind > 2) return 1;
-  if (rows * w.columns * tokens < (1 << 16)) threads = 1;   // less work than it takes to wake a thread
+// ---- what callers may get wrong, looked at before a pointer moves
+
+enum Answer { DONE = 0, SIZES = 1, MEMORY = 2, STARTS = 3 };
+
+// What a caller hands over: where it lies, and how much of it there is.
+struct Given {
+  const void* at;
+  i64 count;
+  bool is(i64 wanted) const { return count == wanted && (at || !wanted); }
+};
+
+const i64 MOST_COLUMNS = (i64)1 << 40;   // so that no size overflows
+
+// Whether values and codes are as many as a matrix [rows, columns] has.
+bool is_matrix(const Matrix& w, Given values, Given codes, i64 starts, i64 rows) {
+  if (rows < 0 || w.columns < UNIT || w.columns % UNIT || w.columns > MOST_COLUMNS) return false;
+  if (codes.count / (w.columns / 8) != rows || !codes.is(rows * (w.columns / 8))) return false;
+  return w.mask ? starts == rows + 1 && w.rowptr && values.count >= PADDING && values.at : values.is(rows * (w.columns / 2));
+}
+
+// Whether one of `starts` lies below zero or above `limit`: it is, or leaves, a negative number.
+INLINE bool beyond(const i64_anywhere* starts, i64 count, i64 limit) {
+  u64 signs = 0;
+  for (i64 i = 0; i < count; i++) signs |= (u64)starts[i] | ((u64)limit - (u64)starts[i]);
+  return signs >> 63;
+}
+
+// Whether x is free of NaN and infinity.
+INLINE bool finite(int kind, const void* x, i64 count) {
+  u32 found = 0;
+  u16 some = 0;
+  if (kind == F32) {
+    for (i64 i = 0; i < count; i++) found |= (((const u32_anywhere*)x)[i] & 0x7f800000) == 0x7f800000;
+  } else {
+    const u16 exponent = kind == BF16 ? 0x7f80 : 0x7c00;
+    for (i64 i = 0; i < count; i++) some |= (((const u16_anywhere*)x)[i] & exponent) == exponent;
+  }
+  return !found && !some;
+}
+
+#ifdef SPARSIFY_X86
+T256 bool beyond_avx2(const i64_anywhere* starts, i64 count, i64 limit) { return beyond(starts, count, limit); }
+T256 bool finite_avx2(int kind, const void* x, i64 count) { return finite(kind, x, count); }
+#endif
+
+// Whether every row of [from, to) stays among the values, whatever its mask. A row that begins a whole row's length before
+// their end does; in the few after that the mask's bits are counted.
+bool stays_inside(int isa, const Matrix& w, i64 from, i64 to) {
+  if (!w.mask) return true;
+  const i64 end = w.readable - PADDING, words = w.columns / 32;
+  i64 last = to;
+  for (; last > from && (w.rowptr[last - 1] < 0 || w.rowptr[last - 1] > end - w.columns); last--) {
+    const i64 start = w.rowptr[last - 1];
+    if (start < 0 || start > end || count_bits(isa, w.mask + (last - 1) * words, words) > end - start) return false;
+  }
+#ifdef SPARSIFY_X86
+  if (isa > SCALAR) return !beyond_avx2(w.rowptr + from, last - from, end - w.columns);
+#endif
+  return !beyond(w.rowptr + from, last - from, end - w.columns);
+}
+
+int linear(int isa, int kind, Matrix w, Given values, Given codes, i64 starts, Given x, Given bias, void* y, i64 rows,
+           i64 width, i64 few, int threads) {
+  if (kind < F32 || kind > F16 || isa < SCALAR || isa > AVX512 || !is_matrix(w, values, codes, starts, rows)) return SIZES;
+  if (x.count % width || !x.is(x.count)) return SIZES;
+  if (bias.count >= 0 && !bias.is(rows)) return SIZES;
+  if (!stays_inside(isa, w, 0, rows)) return STARTS;
+  const i64 tokens = x.count / width;
+#ifdef SPARSIFY_X86
+  // Where x is permuted to the values nothing meets a weight that was pruned; but zero times NaN or infinity is NaN.
+  if (!w.mask && tokens <= few && isa > SCALAR && !finite_avx2(kind, x.at, x.count)) few = 0;
+#endif
+  i32 apart = 0;
+  w.apart = &apart;
+  if ((double)rows * (double)w.columns * (double)tokens < (1 << 16)) threads = 1;   // less work than it takes to wake a thread
   const bool as_float = !(isa == AVX512 && kind == BF16);
   const i64 size = as_float || kind == F32 ? 4 : 2;
   // Tokens a power of two apart would all lie in the same lines of the first cache, and the weights' rows with them.
@@ -155,38 +236,49 @@ int linear(int isa, int kind, Matrix w, const void* x, const void* bias, void* y
   const bool copy = spread || width != w.columns || (as_float && kind != F32);
   w.stride = spread ? w.columns + 64 / size : w.columns;
   Buffer buffer(copy ? tokens * w.stride * size : 0);
-  if (copy && tokens && !buffer.at) return 2;
-  const void* in = prepared(kind, as_float, x, tokens, width, w.stride, buffer);
+  if (copy && tokens && !buffer.at) return MEMORY;
+  const void* in = prepared(kind, as_float, x.at, tokens, width, w.stride, buffer);
   bool done = false;
 #ifdef SPARSIFY_X86
   if (isa == AVX512)
-    done = kind == F32    ? linear_avx512<F32>(w, in, bias, y, tokens, rows, threads, few)
-           : kind == BF16 ? linear_avx512<BF16>(w, in, bias, y, tokens, rows, threads, few)
-                          : linear_avx512<F16>(w, in, bias, y, tokens, rows, threads, few);
+    done = kind == F32    ? linear_avx512<F32>(w, in, bias.at, y, tokens, rows, threads, few)
+           : kind == BF16 ? linear_avx512<BF16>(w, in, bias.at, y, tokens, rows, threads, few)
+                          : linear_avx512<F16>(w, in, bias.at, y, tokens, rows, threads, few);
   else if (isa == AVX2) {
     const float* f = (const float*)in;
-    done = kind == F32    ? linear_avx2<F32>(w, f, bias, y, tokens, rows, threads, few)
-           : kind == BF16 ? linear_avx2<BF16>(w, f, bias, y, tokens, rows, threads, few)
-                          : linear_avx2<F16>(w, f, bias, y, tokens, rows, threads, few);
+    done = kind == F32    ? linear_avx2<F32>(w, f, bias.at, y, tokens, rows, threads, few)
+           : kind == BF16 ? linear_avx2<BF16>(w, f, bias.at, y, tokens, rows, threads, few)
+                          : linear_avx2<F16>(w, f, bias.at, y, tokens, rows, threads, few);
   } else
 #endif
     done = over_rows(rows, threads, w.columns * 4 + w.columns / 8, [&](i64 from, i64 to, u8* scratch) {
-      linear_scalar(kind, w, (const float*)in, bias, y, tokens, rows, from, to, (float*)scratch);
+      linear_scalar(kind, w, (const float*)in, bias.at, y, tokens, rows, from, to, (float*)scratch);
     });
-  return done ? 0 : 2;
+  return !done ? MEMORY : apart ? STARTS : DONE;
 }
 
 template <class T> void unpack_rows(int isa, const Matrix& w, i64 first, i64 from, i64 to, T* out, u32* mask) {
+  (void)isa;
   const i64 K = w.columns, words = K / 32;
   for (i64 n = from; n < to; n++) {
-    const T* values = (const T*)w.values + first_value(w, first + n);
+    const i64 at = first_value(w, first + n);
+    const T* values = (const T*)w.values + at;
+    i64 count;
 #ifdef SPARSIFY_X86
-    if (isa == AVX512) { unpack_row512(w, first + n, values, mask, out + n * K); continue; }
+    if (isa == AVX512) count = unpack_row512(w, first + n, values, mask, out + n * K);
+    else
 #endif
-    (void)isa;
-    row_mask(w, first + n, 0, words, mask);
-    unpack_bits(values, mask, words, out + n * K);
+    {
+      row_mask(w, first + n, 0, words, mask);
+      count = unpack_bits(values, mask, words, out + n * K);
+    }
+    if (w.mask) row_ends(w, first + n, at + count);
   }
+}
+
+Matrix matrix(const void* values, i64 count, const void* codes, const i64* starts, i64 columns) {
+  return {values, starts ? nullptr : (const u8*)codes, starts ? (const u32_anywhere*)codes : nullptr, starts, columns,
+          count, columns, nullptr};
 }
 
 }   // namespace
@@ -213,30 +305,29 @@ EXPORT int sparsify_isa() {
   return SCALAR;
 }
 
-// Each returns 0, or 1 for sizes that the layout does not have, or 2 where memory ran out. Up to `few` tokens are multiplied
-// with weights that stay packed; more with rows unpacked into a buffer.
-EXPORT int sparsify_linear_24(int isa, int kind, const void* values, const u8* meta, const void* x, const void* bias, void* y,
-                       i64 tokens, i64 rows, i64 width, i64 columns, i64 few, int threads) {
-  return linear(isa, kind, Matrix{values, meta, nullptr, nullptr, columns, rows * columns / 2, columns}, x, bias, y, tokens, rows, width, few, threads);
-}
-
-EXPORT int sparsify_linear_bitmask(int isa, int kind, const void* values, i64 count, const u32* mask, const i64* rowptr,
-                                   const void* x, const void* bias, void* y, i64 tokens, i64 rows, i64 width, i64 columns,
-                                   i64 few, int threads) {
-  if (rowptr[0] < 0 || rowptr[rows] < rowptr[0] || rowptr[rows] + PADDING > count) return 1;
-  return linear(isa, kind, Matrix{values, nullptr, mask, rowptr, columns, rowptr[rows] + PADDING, columns}, x, bias, y, tokens, rows,
-                width, few, threads);
+// Each returns an Answer. `count`s are of numbers, of codes of bytes; `starts` is null for packed24; a `bias_count` below
+// zero says that there is none. The columns are those of x, `width`, padded. Up to `few` tokens are multiplied with weights
+// that stay packed; more with rows unpacked into a buffer.
+EXPORT int sparsify_linear(int isa, int kind, const void* values, i64 value_count, const void* codes, i64 code_bytes,
+                           const i64* starts, i64 start_count, const void* x, i64 x_count, const void* bias, i64 bias_count,
+                           void* y, i64 rows, i64 width, i64 few, int threads) {
+  if (width < 1 || width > MOST_COLUMNS) return SIZES;
+  const i64 columns = (width + UNIT - 1) / UNIT * UNIT;
+  return linear(isa, kind, matrix(values, value_count, codes, starts, columns), Given{values, value_count},
+                Given{codes, code_bytes}, start_count, Given{x, x_count}, Given{bias, bias_count}, y, rows, width, few, threads);
 }
 
 // One token, dense weights [rows, columns].
-EXPORT int sparsify_linear_dense(int isa, int kind, const void* w, const void* x, const void* bias, void* y, i64 rows,
-                          i64 columns, int threads) {
+EXPORT int sparsify_linear_dense(int isa, int kind, const void* w, i64 w_count, const void* x, i64 x_count, const void* bias,
+                                 i64 bias_count, void* y, i64 rows, i64 columns, int threads) {
 #ifdef SPARSIFY_X86
-  if (isa == SCALAR || kind < 0 || kind > 2) return 1;
-  if (rows * columns < (1 << 16)) threads = 1;
+  if (isa <= SCALAR || isa > AVX512 || kind < F32 || kind > F16 || columns < 1 || rows < 0) return SIZES;
+  if (w_count / columns != rows || !Given{w, w_count}.is(rows * columns) || !Given{x, x_count}.is(columns)) return SIZES;
+  if (bias_count >= 0 && !Given{bias, bias_count}.is(rows)) return SIZES;
+  if (w_count < (1 << 16)) threads = 1;
   const bool as_float = !(isa == AVX512 && kind == BF16);
   Buffer buffer(as_float && kind != F32 ? columns * 4 : 0);
-  if (as_float && kind != F32 && !buffer.at) return 2;
+  if (as_float && kind != F32 && !buffer.at) return MEMORY;
   const void* in = prepared(kind, as_float, x, 1, columns, columns, buffer);
   over_rows(rows, threads, 0, [&](i64 from, i64 to, u8*) {
     const float* f = (const float*)in;
@@ -248,28 +339,25 @@ EXPORT int sparsify_linear_dense(int isa, int kind, const void* w, const void* x
     else if (kind == BF16) dense_avx2<BF16>(w, f, bias, y, columns, from, to);
     else dense_avx2<F16>(w, f, bias, y, columns, from, to);
   });
-  return 0;
+  return DONE;
 #else
-  return 1;
+  return SIZES;
 #endif
 }
 
-// Where each row of a mask begins in its values, and where the last one ends: starts[rows + 1].
-EXPORT void sparsify_row_starts(int isa, const u32* mask, i64 rows, i64 words, i64* starts) {
+// Where each row of a mask [rows, words] begins in its values, and where the last one ends: starts[rows + 1].
+EXPORT int sparsify_row_starts(int isa, const void* mask, i64 mask_bytes, i64 rows, i64 words, i64* starts) {
+  if (rows < 0 || words < 0 || (words && mask_bytes / words / 4 != rows) || !Given{mask, mask_bytes}.is(rows * words * 4))
+    return SIZES;
   starts[0] = 0;
-  for (i64 n = 0; n < rows; n++) {
-#ifdef SPARSIFY_X86
-    if (isa > SCALAR) { starts[n + 1] = starts[n] + count_bits_avx2(mask + n * words, words); continue; }
-#endif
-    (void)isa;
-    i64 bits = 0;
-    for (i64 i = 0; i < words; i++) bits += __builtin_popcount(mask[n * words + i]);
-    starts[n + 1] = starts[n] + bits;
-  }
+  for (i64 n = 0; n < rows; n++)
+    starts[n + 1] = starts[n] + count_bits(isa, (const u32_anywhere*)mask + n * words, words);
+  return DONE;
 }
 
 // Whether every nibble of packed24 is two ascending positions.
 EXPORT int sparsify_check_24(const u8* meta, i64 count) {
+  if (!Given{meta, count}.is(count)) return 0;
   u8 wrong = 0;
   for (i64 i = 0; i < count; i++) {
     u8 m = meta[i];
@@ -278,15 +366,21 @@ EXPORT int sparsify_check_24(const u8* meta, i64 count) {
   return !wrong;
 }
 
-// Rows [first, first + count) back to dense [count, columns], bit for bit. `size`: bytes of a value, 2 or 4.
-EXPORT int sparsify_unpack(int isa, int size, const void* values, const u8* meta, const u32* mask, const i64* rowptr, void* out,
-                    i64 first, i64 count, i64 columns, int threads) {
-  if (columns % UNIT || (size != 2 && size != 4)) return 1;
-  Matrix w{values, meta, mask, rowptr, columns, 0, columns};
+// Rows [first, first + count) of `rows` back to dense [count, columns], bit for bit. `size`: bytes of a value, 2 or 4.
+EXPORT int sparsify_unpack(int isa, int size, const void* values, i64 value_count, const void* codes, i64 code_bytes,
+                           const i64* starts, i64 start_count, void* out, i64 out_count, i64 rows, i64 columns, i64 first,
+                           i64 count, int threads) {
+  Matrix w = matrix(values, value_count, codes, starts, columns);
+  if ((size != 2 && size != 4) || !is_matrix(w, Given{values, value_count}, Given{codes, code_bytes}, start_count, rows))
+    return SIZES;
+  if (first < 0 || count < 0 || count > rows || first > rows - count || out_count / columns < count || (count && !out)) return SIZES;
+  if (!stays_inside(isa, w, first, first + count)) return STARTS;
+  i32 apart = 0;
+  w.apart = &apart;
   bool done = over_rows(count, threads, columns / 8, [&](i64 from, i64 to, u8* scratch) {
     if (size == 2) unpack_rows(isa, w, first, from, to, (u16*)out, (u32*)scratch);
     else unpack_rows(isa, w, first, from, to, (u32*)out, (u32*)scratch);
   });
-  return done ? 0 : 2;
+  return !done ? MEMORY : apart ? STARTS : DONE;
 }
 }

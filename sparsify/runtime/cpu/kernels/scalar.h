@@ -11,9 +11,15 @@ INLINE i64 unpack_scalar(int kind, const void* values, i64 at, const u32* mask, 
 }
 
 // The same with the bits as they are.
-template <class T> static void unpack_bits(const T* values, const u32* mask, i64 words, T* out) {
+template <class T> static i64 unpack_bits(const T* values, const u32* mask, i64 words, T* out) {
+  i64 at = 0;
   for (i64 g = 0; g < words; g++)
-    for (int j = 0; j < 32; j++) out[g * 32 + j] = mask[g] >> j & 1 ? *values++ : (T)0;
+    for (int j = 0; j < 32; j++) {
+      T value = 0;
+      if (mask[g] >> j & 1) memcpy(&value, values + at++, sizeof value);
+      out[g * 32 + j] = value;
+    }
+  return at;
 }
 
 static void linear_scalar(int kind, const Matrix& w, const float* x, const void* bias, void* y, i64 tokens, i64 rows,
@@ -22,10 +28,12 @@ static void linear_scalar(int kind, const Matrix& w, const float* x, const void*
   u32* mask = (u32*)(scratch + K);
   for (i64 n = from; n < to; n++) {
     row_mask(w, n, 0, words, mask);
-    unpack_scalar(kind, w.values, first_value(w, n), mask, words, scratch);
+    i64 at = first_value(w, n);
+    at += unpack_scalar(kind, w.values, at, mask, words, scratch);
+    if (w.mask) row_ends(w, n, at);
     for (i64 m = 0; m < tokens; m++) {
       double sum = bias ? load(kind, bias, n) : 0.0;
-      for (i64 k = 0; k < K; k++) sum += (double)scratch[k] * x[m * w.stride + k];
+      for (i64 k = 0; k < K; k++) sum += (double)scratch[k] * ((const f32_anywhere*)x)[m * w.stride + k];
       store(kind, y, m * rows + n, (float)sum);
     }
   }

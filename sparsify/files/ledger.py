@@ -1,0 +1,164 @@
+"""Bytes held against what ``sparsify.json`` says was written: of every tensor, weight file's header and other file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor
+
+from sparsify.errors import CheckpointError
+from sparsify.files.manifest import FORMAT, MANIFEST, digest_of_manifest, read_manifest, write_json
+from sparsify.files.reading import admit
+from sparsify.tensors import BLAKE, CRC, digest, digest_of_span
+
+# By what the bytes of a folder were checked: "none" where it holds nothing of the kind, "skipped" where a user said so.
+Checked = Literal["blake2b-256", "crc-32", "none", "skipped"]
+HEADER_SUFFIX = ".safetensors"
+_DO = "Fetch or make the folder again; if it was changed on purpose, --no-check (check=False) takes it as it is"
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """What a folder of ours says of its bytes.
+
+    Attributes:
+        folder: None for what is no folder. manifest: the whole of ``sparsify.json``.
+        tensors, headers, files: digests (hexadecimal) by the names of tensors, of safetensors files (whose headers
+            say what the tensors are), and of all other files.
+    """
+
+    folder: Path | None = None
+    checked: Checked = "none"
+    manifest: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    tensors: Mapping[str, str] = field(default_factory=dict, repr=False)
+    headers: Mapping[str, str] = field(default_factory=dict, repr=False)
+    files: Mapping[str, str] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def of(cls, folder: Path, check: bool = True) -> Ledger:
+        """Read the ledger of ``folder``.
+
+        Args:
+            check: False knows nothing of any byte, and lets all of them pass.
+
+        Raises:
+            CheckpointError: a manifest that is damaged or of a newer format.
+        """
+        if not check:
+            return cls(folder, "skipped", read_manifest(folder))
+        manifest = read_manifest(folder)
+        version = manifest.get("format", 0)
+        if type(version) is not int or version < 0:
+            raise _damaged(folder, f"format {version!r}")
+        if version > FORMAT:
+            raise CheckpointError(
+                f"{folder / MANIFEST}",
+                found=f"format {version}; this sparsify reads up to {FORMAT}",
+                do="Install a newer sparsify (pip install -U sparsify-fx)",
+            )
+        if "digests" in manifest:
+            return cls(folder, BLAKE, manifest, *_digests(folder, manifest))
+        if version >= 2:
+            raise _damaged(folder, "no digests in it")
+        if not (sums := manifest.get("checksums", {})):
+            return cls(folder, "none", manifest)
+        if not isinstance(sums, Mapping) or not all(type(value) is int for value in sums.values()):
+            raise _damaged(folder, "checksums that are no numbers")
+        return cls(folder, CRC, manifest, {name: f"{value & 0xFFFFFFFF:08x}" for name, value in sums.items()})
+
+    @property
+    def algorithm(self) -> str:
+        return CRC if self.checked == CRC else BLAKE
+
+    @property
+    def complete(self) -> bool:
+        """Whether every tensor and weight file that belongs to the folder is in here."""
+        return self.checked == BLAKE
+
+    def wants(self, name: str) -> bool:
+        """Whether the bytes of tensor ``name`` are to be checked."""
+        return name in self.tensors or self.complete
+
+    def check_tensor(self, name: str, tensor: Tensor) -> None:
+        """Raises:
+        CheckpointError: ``tensor``, read under ``name``, is not what was written.
+        """
+        if self.wants(name):
+            self.compare("tensor", self.tensors, name, digest(tensor, self.algorithm))
+
+    def check_header(self, file: str, found: str) -> None:
+        """The same for the header of a safetensors file, by its digest."""
+        if self.complete:
+            self.compare("header of", self.headers, file, found)
+
+    def check_file(self, path: Path) -> None:
+        """The same for any other file; one that was added later is nobody's."""
+        if path.name in self.files:
+            self.compare("file", self.files, path.name, digest_of_span(admit(path)))
+
+    def compare(self, kind: str, known: Mapping[str, str], name: str, found: str) -> None:
+        """Raises:
+        CheckpointError: ``found`` is not the digest of ``name`` in ``known``.
+        """
+        if name not in known:
+            why = f"{MANIFEST} does not know it"
+        elif known[name] != found:
+            why = f"its bytes are not those that were written (checksum of {MANIFEST})"
+        else:
+            return
+        raise CheckpointError(
+            f"{kind} {name} of {self.folder}",
+            found=why,
+            do=_DO,
+        )
+
+
+def write_manifest(
+    folder: Path, manifest: Mapping[str, Any], tensors: Mapping[str, str], files: Mapping[str, str] | None = None
+) -> None:
+    """Put ``sparsify.json`` into the finished ``folder``, with the digests of all that lies there.
+
+    Args:
+        tensors: the digest of each tensor. files: those of files that are known already.
+    """
+    headers, others = {}, dict(files or {})
+    for path in sorted(folder.iterdir()):
+        if not path.is_file():
+            continue
+        if path.suffix == HEADER_SUFFIX:
+            headers[path.name] = digest_of_header(path)
+        elif path.name != MANIFEST and path.name not in others:
+            others[path.name] = digest_of_span(path)
+    kept = {key: value for key, value in manifest.items() if key not in ("format", "checksums", "digests")}
+    digests: dict[str, Any] = {"algorithm": BLAKE, "tensors": dict(tensors), "headers": headers, "files": others}
+    # As it will be read: keys are texts then, and tuples lists.
+    content = json.loads(json.dumps({"format": FORMAT, **kept, "digests": digests}))
+    write_json(folder / MANIFEST, content | {"digests": {"manifest": digest_of_manifest(content), **digests}})
+
+
+def digest_of_header(path: Path) -> str:
+    """Of a safetensors file: of its first 8 bytes and the table of tensors that follows."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+    return digest_of_span(path, 0, 8 + length)
+
+
+def _digests(folder: Path, manifest: Mapping[str, Any]) -> list[dict[str, str]]:
+    """Tensors, headers and files of a manifest that is what was written."""
+    digests = manifest["digests"]
+    parts = [digests.get(kind) for kind in ("tensors", "headers", "files")] if isinstance(digests, Mapping) else [None]
+    if not all(isinstance(part, Mapping) and all(isinstance(v, str) for v in part.values()) for part in parts):
+        raise _damaged(folder, "digests that are none")
+    if digests.get("manifest") != digest_of_manifest(manifest):
+        raise _damaged(folder, "its content is not what was written (its digest of itself differs)")
+    if digests.get("algorithm") != BLAKE:
+        raise _damaged(folder, f"digests by {digests.get('algorithm')!r}")
+    return [dict(part) for part in parts if part is not None]
+
+
+def _damaged(folder: Path, found: str) -> CheckpointError:
+    return CheckpointError(f"{folder / MANIFEST}", found=found, do=_DO)

@@ -1,0 +1,84 @@
+"""What ``sparsify.json`` must look like where it is read: kinds and bounds, checked once, by a table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+
+def _text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _count(value: object) -> bool:
+    return type(value) is int and 0 <= value < 1 << 48
+
+
+def _share(value: object) -> bool:
+    return type(value) in (int, float) and 0 <= value <= 1  # type: ignore[operator]
+
+
+def _flag(value: object) -> bool:
+    return isinstance(value, bool)
+
+
+def _mapping(value: object) -> bool:
+    return isinstance(value, Mapping)
+
+
+def _maybe(form: Callable[[object], bool]) -> Callable[[object], bool]:
+    return lambda value: value is None or form(value)
+
+
+def _one_of(*words: str) -> Callable[[object], bool]:
+    return lambda value: value in words and isinstance(value, str)
+
+
+def _cut(value: object) -> bool:
+    """(parameter, axis, positions that stay)."""
+    if not (isinstance(value, list) and len(value) == 3 and isinstance(value[2], list)):
+        return False
+    return _text(value[0]) and _count(value[1]) and all(map(_count, value[2]))
+
+
+# Fields that code reads. Those in NEEDED must be there; others may be missing, and what is not named is nobody's.
+_SITE = {"name": _text, "tensors": [_text], "shape": [_count], "pattern": _text, "kept": _share}
+FORM: dict[str, Any] = {
+    "passes": [{"spec": _text, "name": _text, "sites": [_SITE]}],
+    "structure": [{"ragged": _flag, "config": _mapping, "cuts": [{"members": [_cut]}]}],
+    "packed": {"dense_files": _maybe(_mapping)},
+    "onnx": {
+        "compute": _one_of("float32", "float16", "bfloat16"),
+        "transposed": [_text],
+        "weights": _text,
+        "dtype": _maybe(_text),
+    },
+}  # fmt: skip
+NEEDED = frozenset({"sites", "tensors", "pattern", "kept", "ragged", "cuts", "members"})
+
+
+def misfit(content: object, form: Any = None, where: str = "") -> str | None:
+    """Where ``content`` has not the ``form`` (that of a manifest), and what is there; None where it has."""
+    form = FORM if form is None else form
+    if isinstance(form, dict):
+        if not isinstance(content, Mapping):
+            return _said(where, content)
+        for name, inner in form.items():
+            path = f"{where}.{name}" if where else name
+            if name not in content:
+                if name in NEEDED:
+                    return f"{path} is missing"
+            elif (found := misfit(content[name], inner, path)) is not None:
+                return found
+        return None
+    if isinstance(form, list):
+        if not isinstance(content, list):
+            return _said(where, content)
+        parts = (misfit(item, form[0], f"{where}[{at}]") for at, item in enumerate(content))
+        return next((found for found in parts if found is not None), None)
+    return None if form(content) else _said(where, content)
+
+
+def _said(where: str, content: object) -> str:
+    text = repr(content)
+    return f"{where or 'the whole'} is {text if len(text) <= 60 else text[:57] + '…'}"
