@@ -31,6 +31,7 @@ struct Buffer {   // aligned for whole vectors; null where there is no memory
 // Calls f(from, to, scratch) over all rows; false where memory ran out. A piece is a multiple of 12 rows: kernels take 3 or 4.
 template <class F> bool over_rows(i64 rows, int threads, i64 scratch_bytes, F f) {
   bool enough = true;
+  if (rows < 1) return enough;
 #if defined(_OPENMP)
   if (threads > 1) {
     i64 piece = (rows + threads * 4 - 1) / (threads * 4);
@@ -277,7 +278,9 @@ template <class T> void unpack_rows(int isa, const Matrix& w, i64 first, i64 fro
 }
 
 Matrix matrix(const void* values, i64 count, const void* codes, const i64* starts, i64 columns) {
-  return {values, starts ? nullptr : (const u8*)codes, starts ? (const u32_anywhere*)codes : nullptr, starts, columns,
+  // A mask of no rows lies nowhere, and is a mask all the same.
+  const void* mask = codes ? codes : starts;
+  return {values, starts ? nullptr : (const u8*)codes, starts ? (const u32_anywhere*)mask : nullptr, starts, columns,
           count, columns, nullptr};
 }
 
