@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 from setuptools import setup
 from setuptools.command.bdist_wheel import bdist_wheel
@@ -21,11 +22,7 @@ HERE = Path(__file__).parent
 
 def compile_kernels(target: Path) -> bool:
     """Compile ``sparsify/runtime/cpu/kernels`` to ``target``; False, and a line that says why, where that fails."""
-    # Loaded by its path: the package itself cannot be imported while it is built.
-    spec = importlib.util.spec_from_file_location("kernel_build", HERE / "sparsify" / "runtime" / "cpu" / "build.py")
-    assert spec is not None and spec.loader is not None
-    build = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(build)
+    build, seal = _ours("cpu/build.py"), _ours("seal.py")
     compiler = build.find_compiler()
     if compiler is None:
         print("sparsify: no C++ compiler; the wheel is built without CPU kernels", file=sys.stderr)
@@ -33,7 +30,19 @@ def compile_kernels(target: Path) -> bool:
     done = subprocess.run(build.compile_command(compiler, target), capture_output=True, text=True, check=False)
     if done.returncode:
         print(f"sparsify: {compiler} failed, the wheel is built without CPU kernels:\n{done.stderr}", file=sys.stderr)
-    return done.returncode == 0
+        return False
+    # Whoever strips or patches the library seals it after that: without its seal it is not loaded.
+    target.write_bytes(seal.sealed(target.read_bytes()))
+    return True
+
+
+def _ours(file: str) -> ModuleType:
+    """A module of the runtime, loaded by its path: the package itself cannot be imported while it is built."""
+    spec = importlib.util.spec_from_file_location(Path(file).stem, HERE / "sparsify" / "runtime" / file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 class BuildWithKernels(build_py):

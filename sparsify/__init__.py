@@ -5,7 +5,11 @@ importing the package (and ``sparsify --help``) does not import torch. Importing
 packed folders.
 """
 
-from __future__ import annotations
+from sparsify.import_path import by_module, leave_working_directory
+
+# Before anything else is imported: python -m puts the working directory before the standard library.
+if by_module():
+    leave_working_directory()
 
 from collections.abc import Callable, Mapping
 from importlib import import_module

@@ -1,4 +1,10 @@
-"""``python -m sparsify``: the command line."""
+"""The command line: ``sparsify``, and ``python -m sparsify``."""
+
+from sparsify.import_path import by_module, leave_working_directory
+
+# Before anything else is imported; with -m the package itself has done it already.
+if not by_module():
+    leave_working_directory()
 
 from sparsify.cli.main import main
 

@@ -106,10 +106,10 @@ def sync_tree(folder: Path) -> None:
 
 
 def make_folders(folder: Path, mode: int = 0o777) -> None:
-    """Make ``folder`` and those above it that are not there yet; ``mode`` is that of ``folder``."""
+    """Make ``folder`` and those above it that are not there yet, with ``mode``, less the umask."""
     if folder.is_dir():
         return
-    make_folders(folder.parent)
+    make_folders(folder.parent, mode)
     with contextlib.suppress(FileExistsError):
         folder.mkdir(mode)
         sync(folder.parent)

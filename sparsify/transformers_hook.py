@@ -25,12 +25,19 @@ def register_with_transformers() -> None:
 
 
 def _register() -> None:
-    from sparsify.method.registry import registered
+    from sparsify.errors import SpecError
+    from sparsify.method.registry import is_own, load, registered, warn_of
 
     for entry in registered("sparsify.quantizers").values():
         # One that is being imported already, and so imported transformers, registers itself when it gets there.
-        if entry.module not in sys.modules:
-            entry.load()
+        if entry.module in sys.modules:
+            continue
+        try:
+            load(entry)
+        except SpecError as error:
+            if is_own(entry):
+                raise
+            warn_of(entry, error.found)
 
 
 class _Finder(MetaPathFinder):

@@ -66,7 +66,7 @@ def test_a_planted_circle_is_seen(tmp_path: Path) -> None:
     ("module", "most"),
     [
         ("sparsify.passes.magnitude", 20),
-        ("sparsify.method.spec", 8),
+        ("sparsify.method.spec", 9),
         ("sparsify.ir.program", 8),
         ("sparsify.analysis.linear", 12),
     ],

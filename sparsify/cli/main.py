@@ -6,14 +6,17 @@ Nothing heavy is imported before a command runs, so that ``--help`` answers at o
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Iterator
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 from typer.core import TyperGroup
 
 from sparsify.cli.terminal import complain, replace_what_cannot_be_written
-from sparsify.method.registry import registered
+from sparsify.errors import first_line
+from sparsify.method.registry import is_own, loaded, package_of, warn_of
 from sparsify.words import plain
 
 
@@ -81,7 +84,20 @@ def main() -> None:
 def application() -> typer.Typer:
     """Every command that is registered: the core's own, and those that backends and other packages bring."""
     known = {command.name for command in app.registered_commands}
-    for name, entry in registered("sparsify.commands").items():
-        if name not in known:
-            app.command(name)(entry.load())
+    for name, entry, function in loaded("sparsify.commands"):
+        if name in known:
+            continue
+        if is_own(entry):
+            app.command(name)(function)
+            continue
+        try:
+            trial = typer.Typer(add_completion=False)
+            trial.command(name)(function)
+            typer.main.get_command(trial)
+            # Nor is its text read as markup, which may be wrong.
+            text = escape(plain(inspect.getdoc(function) or "", keep="\n"))
+        except Exception as error:  # what is no function, or has arguments that are none of typer's
+            warn_of(entry, f"{package_of(entry)} brings no command ({type(error).__name__}: {first_line(error)})")
+            continue
+        app.command(name, help=text)(function)
     return app

@@ -23,7 +23,7 @@ from sparsify.frontend.matching import weights_of_checkpoint, weights_of_module
 from sparsify.frontend.skeleton import build_skeleton
 from sparsify.ir.store import MemoryStore, TensorStore
 from sparsify.ir.weights import Weights
-from sparsify.method.registry import registered
+from sparsify.method.registry import loaded
 
 _TOKENIZER_FILES = ("tokenizer", "vocab", "spiece", "sentencepiece", "merges", "tekken")
 
@@ -155,8 +155,8 @@ def open_store(folder: Path, ledger: Ledger) -> TensorStore:
     Raises:
         CheckpointError: no sound model folder.
     """
-    for entry in registered("sparsify.stores").values():
-        store: TensorStore | None = entry.load()(folder, ledger)
+    for _, _, opened in loaded("sparsify.stores"):
+        store: TensorStore | None = opened(folder, ledger)
         if store is not None:
             return store
     return Checkpoint(folder, ledger=ledger)

@@ -1,11 +1,14 @@
 """Passes and backends by name, found through entry points, so that other packages plug in without touching us.
 
-Nothing is imported until it is asked for: ``sparsify --help`` stays fast.
+Nothing is imported until it is asked for: ``sparsify --help`` stays fast. A package that is broken is named in a
+warning, and costs what it would have brought and nothing else.
 """
 
 from __future__ import annotations
 
-from importlib.metadata import EntryPoint, entry_points
+import warnings
+from collections.abc import Iterator
+from importlib.metadata import EntryPoint, distributions
 from typing import Any
 
 from sparsify.errors import SpecError, first_line, near
@@ -63,10 +66,73 @@ _KINDS = {
 }
 
 
+def entry_points(group: str) -> list[EntryPoint]:
+    """Those of ``group`` of every installed package whose own facts can be read, by the names of packages."""
+    found: dict[str, list[EntryPoint]] = {}
+    for number, distribution in enumerate(distributions()):
+        try:
+            # The first of a name on the import path is the one that would be imported.
+            name = str(distribution.metadata["Name"] or number)
+            if name not in found:
+                found[name] = [entry for entry in distribution.entry_points if entry.group == group]
+        except Exception as error:  # whatever reading a broken file raises
+            where = getattr(distribution, "_path", "an installed package")
+            _warn(f"the facts of {str(where)!r} cannot be read ({_cause(error)}); what it brings is left out")
+    return [entry for name in sorted(found) for entry in found[name]]
+
+
 def registered(group: str) -> dict[str, EntryPoint]:
-    """Entry points of a group (``sparsify.passes``, ``sparsify.backends``, …) by name, unloaded."""
-    own = {name: EntryPoint(name, value, group) for name, value in _OWN[group].items()}
-    return {entry.name: entry for entry in entry_points(group=group)} | own
+    """Entry points of a group (``sparsify.passes``, ``sparsify.backends``, …) by name, unloaded.
+
+    A name of ours stays ours. Of two packages that bring one name, the first by the alphabet has it.
+    """
+    found = {name: EntryPoint(name, value, group) for name, value in _OWN[group].items()}
+    own = set(found)
+    for entry in entry_points(group=group):
+        first = found.setdefault(entry.name, entry)
+        if first.value != entry.value:
+            whose = "sparsify's own" if entry.name in own else f"that of {package_of(first)}"
+            _warn(
+                f"{package_of(entry)} brings a {_KINDS[group]} {entry.name!r} too ({entry.value}), which is left out: "
+                f"{whose} is used"
+            )
+    return found
+
+
+def loaded(group: str) -> Iterator[tuple[str, EntryPoint, Any]]:
+    """Name, entry point and what it stands for, of everything in ``group`` that loads; a warning names what does not.
+
+    Raises:
+        SpecError: something of our own does not load.
+    """
+    for name, entry in registered(group).items():
+        try:
+            value = load(entry)
+        except SpecError as error:
+            if name in _OWN[group]:
+                raise
+            warn_of(entry, error.found)
+            continue
+        yield name, entry, value
+
+
+def is_own(entry: EntryPoint) -> bool:
+    """Whether it is sparsify's, not another package's."""
+    return _OWN[entry.group].get(entry.name) == entry.value
+
+
+def package_of(entry: EntryPoint) -> str:
+    """Which package brings ``entry``, for people."""
+    distribution = getattr(entry, "dist", None)
+    try:
+        return f"the package {distribution.metadata['Name']!r}" if distribution else f"the module {entry.module!r}"
+    except Exception:  # its facts are broken
+        return f"the module {entry.module!r}"
+
+
+def warn_of(entry: EntryPoint, found: str) -> None:
+    """Say that what a package of somebody's brings is left out."""
+    _warn(f"{_KINDS[entry.group]} {entry.name!r} is left out: {found}")
 
 
 def known(group: str, name: str) -> EntryPoint:
@@ -87,12 +153,30 @@ def find(group: str, name: str) -> Any:
     Raises:
         SpecError: nothing of that name is registered, or it does not load.
     """
-    entry = known(group, name)
+    return load(known(group, name))
+
+
+def load(entry: EntryPoint) -> Any:
+    """What ``entry`` stands for.
+
+    Raises:
+        SpecError: it does not load.
+    """
     try:
         return entry.load()
-    except (ImportError, AttributeError) as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # somebody's module may do anything, exit included
         raise SpecError(
-            f"{_KINDS[group]} '{name}'",
-            found=f"its entry point {entry.value} does not load ({type(error).__name__}: {first_line(error)})",
-            do="Mend or remove the package that brings it",
+            f"{_KINDS[entry.group]} '{entry.name}'",
+            found=f"its entry point {entry.value} does not load ({_cause(error)}); {package_of(entry)} brings it",
+            do="Mend or remove that package",
         ) from error
+
+
+def _cause(error: BaseException) -> str:
+    return f"{type(error).__name__}: {first_line(error)}"
+
+
+def _warn(text: str) -> None:
+    warnings.warn(text, RuntimeWarning, stacklevel=2)

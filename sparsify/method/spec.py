@@ -12,7 +12,7 @@ import types
 import typing
 from typing import Any
 
-from sparsify.errors import SpecError, near
+from sparsify.errors import SpecError, first_line, near
 from sparsify.method.base import Pass
 from sparsify.method.pattern import parse_pattern
 from sparsify.method.registry import find, known, registered
@@ -29,11 +29,7 @@ def parse_pass(text: str) -> Pass:
     # What can be refused without loading the method (and torch with it) is.
     known("sparsify.passes", name)
     parsed = parse_pattern(pattern) if pattern else None
-    kind = find("sparsify.passes", name)
-    if not (isinstance(kind, type) and issubclass(kind, Pass)):
-        raise SpecError(
-            f"pass '{name}'", found=f"{kind!r}, which is no Pass", do="Register a subclass of sparsify.method.base.Pass"
-        )
+    kind = find_pass(name)
     if parsed is None and kind.takes_pattern():
         raise SpecError(f"pass '{text}'", found="no pattern after the name", do=f"Write {name}:2:4 or {name}:50%, say")
     if parsed is not None and not kind.takes_pattern():
@@ -41,6 +37,20 @@ def parse_pass(text: str) -> Pass:
     given = _options(kind, name, options) | ({} if parsed is None else {"pattern": parsed})
     made: Pass = kind(**given)
     return made
+
+
+def find_pass(name: str) -> type[Pass]:
+    """The class that ``name`` stands for.
+
+    Raises:
+        SpecError: there is none, it does not load, or it is no pass.
+    """
+    kind = find("sparsify.passes", name)
+    if not (isinstance(kind, type) and issubclass(kind, Pass)):
+        raise SpecError(
+            f"pass '{name}'", found=f"{kind!r}, which is no Pass", do="Register a subclass of sparsify.method.base.Pass"
+        )
+    return kind
 
 
 def check_pass(text: str) -> None:
@@ -102,16 +112,17 @@ def describe_passes() -> list[tuple[str, str, dict[str, str]]]:
     bases: dict[str, type[Pass]] = {}
     for name in sorted(registered("sparsify.passes")):
         try:
-            kind: type[Pass] = find("sparsify.passes", name)
-        except SpecError as error:
+            kind = find_pass(name)
+            base = kind.shared_base()
+            form = f"{name}:PATTERN" if kind.takes_pattern() else name
+            rows.append((form, kind.summary, _described(kind, kind.options_of_its_own())))
+        except Exception as error:
             # One broken package costs its own line and nothing else.
-            rows.append((name, f"cannot be used: {error.found}", {}))
+            found = error.found if isinstance(error, SpecError) else f"{type(error).__name__}: {first_line(error)}"
+            rows.append((name, f"cannot be used: {found}", {}))
             continue
-        base = kind.shared_base()
         if base is not None:
             bases[base.common_to] = base
-        form = f"{name}:PATTERN" if kind.takes_pattern() else name
-        rows.append((form, kind.summary, _described(kind, kind.options_of_its_own())))
     return [*rows, *((called, "", _described(base, base.options())) for called, base in bases.items())]
 
 

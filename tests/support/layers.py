@@ -11,7 +11,7 @@ PACKAGES = {"sparsify": "sparsify", "passes": "sparsify.passes", "backends": "sp
 
 # Storeys from the ground up: a room imports from lower ones only, rooms of one storey not from each other.
 STOREYS: tuple[tuple[str, ...], ...] = (
-    ("context", "durable", "errors", "tensors"),
+    ("context", "durable", "errors", "import_path", "tensors"),
     ("host", "precision", "words"),
     ("ir", "files", "method", "runtime"),
     ("analysis", "frontend"),
@@ -28,7 +28,7 @@ STOREYS: tuple[tuple[str, ...], ...] = (
 # What a room may import although lower storeys hold more: kernels know no compiler, mathematics knows no graph.
 ONLY = {
     "method": {"errors", "tensors"},
-    "runtime": {"durable", "errors"},
+    "runtime": {"durable", "errors", "import_path"},
     "passes": {"method", "errors", "tensors"},
     "passes.lowering": {"method", "errors", "analysis", "ir", "runtime"},
 }

@@ -1,4 +1,4 @@
-"""Load a folder as its users do, and say what that took: ``python -m`` this module, and FOLDER."""
+"""Load a folder as its users do, and say what that took, in a process of its own."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import sparsify  # noqa: F401 (registers packed folders with transformers)
 from sparsify.errors import CheckpointError, SparsifyError, first_line
 from sparsify.files.whole import check_folder
 from sparsify.host import peak_memory, recent_peak, reset_peak
+from sparsify.import_path import environment, python
 
 if TYPE_CHECKING:
     import torch
@@ -108,8 +109,8 @@ def measure_loading(folder: str | Path, *, trust_remote_code: bool = False, chec
         CheckpointError: it does not load.
     """
     options = {"--trust-remote-code": trust_remote_code, "--no-check": not check}
-    words = [sys.executable, "-m", __name__, str(folder), *(word for word, given in options.items() if given)]
-    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    words = [*python(__name__), str(folder), *(word for word, given in options.items() if given)]
+    done = subprocess.run(words, capture_output=True, text=True, check=False, env=environment())
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["it died"])[-1]
         raise CheckpointError(f"loading {folder}", found=last, do="Load it with transformers to see why")
@@ -149,7 +150,3 @@ def main() -> None:
         model(**first_inputs(model))
     first = time.perf_counter() - start
     print(json.dumps(asdict(Loading(seconds, first, before, (recent_peak(cpu) if fresh else None) or peak_memory()))))
-
-
-if __name__ == "__main__":
-    main()

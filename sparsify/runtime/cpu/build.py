@@ -21,16 +21,24 @@ def source_hash() -> str:
     return hashlib.sha256(text).hexdigest()[:16]
 
 
+def search_path() -> str:
+    """``$PATH`` without words that mean the working directory, in which anybody's ``g++`` may lie."""
+    return os.pathsep.join(filter(os.path.isabs, os.environ.get("PATH", os.defpath).split(os.pathsep)))
+
+
 def find_compiler() -> list[str] | None:
     """The words that call a C++ compiler: ``$CXX``'s (``g++ -m64``, ``ccache g++``), or the first on the path."""
     own = os.environ.get("CXX", "").strip()
     if not own:
-        return next(([c] for c in ("c++", "g++", "clang++") if shutil.which(c)), None)
+        known = (shutil.which(name, path=search_path()) for name in ("c++", "g++", "clang++"))
+        return next(([found] for found in known if found), None)
     # A path with blanks in it is one word; so is what a shell could not read, and whoever calls it says so.
     try:
-        return [own] if shutil.which(own) else shlex.split(own)
+        words = [own] if shutil.which(own, path=search_path()) else shlex.split(own)
     except ValueError:
-        return [own]
+        words = [own]
+    # It is called from another folder than this one.
+    return [str(Path(word).absolute()) if os.sep in word and word[:1] != "-" else word for word in words]
 
 
 def compile_command(compiler: Sequence[str], target: Path, extra: tuple[str, ...] = ()) -> list[str]:

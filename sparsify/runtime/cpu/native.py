@@ -9,7 +9,6 @@ from __future__ import annotations
 import ctypes
 import os
 import subprocess
-import tempfile
 import warnings
 from functools import cache
 from pathlib import Path
@@ -18,11 +17,13 @@ from typing import Any
 import torch
 
 from sparsify.errors import Refused, SpecError
-from sparsify.runtime.cache import cache_folder
-from sparsify.runtime.cpu.build import compile_command, find_compiler, source_hash
+from sparsify.import_path import environment
+from sparsify.runtime.cache import UNSAFE, advice, cache_folder, open_own, read_open, replace_own, sweep, workshop
+from sparsify.runtime.cpu.build import compile_command, find_compiler, search_path, source_hash
+from sparsify.runtime.seal import sealed, unsealed
 
 # What a wheel's build calls the library.
-BUILT = "_cpu"
+BUILT = "_cpu.so"
 ISAS = ("scalar", "avx2", "avx512")
 
 
@@ -33,9 +34,14 @@ class NativeLibrary:
         OSError: it does not load. ``AttributeError``: it is another library.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, fd: int | None = None) -> None:
+        """Args:
+        fd: the open file, where that is what is loaded, whatever is at ``path`` by now. It stays open: the loader
+            tells libraries apart by their names, and this is one.
+        """
         self.path = path
-        library = ctypes.CDLL(str(path))
+        by_number = Path(f"/proc/self/fd/{fd}")
+        library = ctypes.CDLL(str(by_number if fd is not None and by_number.exists() else path))
         number, pointer, small = ctypes.c_int64, ctypes.c_void_p, ctypes.c_int
         library.sparsify_source.restype = ctypes.c_char_p
         self.source = library.sparsify_source().decode()
@@ -56,47 +62,92 @@ class NativeLibrary:
 @cache
 def library() -> NativeLibrary | None:
     """The kernels of this machine, or None, with one warning, where there are none and no compiler makes them."""
-    for path in sorted(Path(__file__).parent.glob(f"{BUILT}*")):
-        try:
-            found = NativeLibrary(path)
-        except (OSError, AttributeError):
-            continue
-        # In a checkout the sources may be newer than what was built with them.
-        if found.source == source_hash():
-            return found
-    built = _cached()
+    built = _packaged() or _cached()
     if isinstance(built, NativeLibrary):
         return built
+    do = "Install a C++ compiler (g++ or clang++), or a wheel that holds the kernels"
     warnings.warn(
         f"sparsify's CPU kernels are not here ({built.reason}); packed weights are unpacked for every product, which "
-        "is slow. Install a C++ compiler (g++ or clang++), or a wheel that holds the kernels",
+        f"is slow. {advice(built.node) if built.code == UNSAFE else do}",
         RuntimeWarning,
         stacklevel=2,
     )
     return None
 
 
-def _cached() -> NativeLibrary | Refused:
-    """The library in the cache folder, compiled now where it is not there yet; or why not."""
-    compiler = find_compiler()
-    target = cache_folder() / f"cpu-{source_hash()}.so"
+def _packaged() -> NativeLibrary | None:
+    """The library beside this file, which is trusted as this file is."""
+    path = Path(__file__).parent / BUILT
     try:
-        if target.exists():
-            return NativeLibrary(target)
-        if compiler is None:
-            return Refused("not in the installed package, and no C++ compiler was found")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-            made = Path(folder) / target.name
-            done = subprocess.run(compile_command(compiler, made), capture_output=True, text=True, check=False)
-            if done.returncode:
-                error = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip())
-                return Refused(f"{compiler} failed: {error[:200]}", str(target))
-            # Two processes may get here at once; each renames a whole file.
-            made.replace(target)
-        return NativeLibrary(target)
-    except (OSError, AttributeError) as error:
-        return Refused(f"{target}: {error}", str(target))
+        return _load(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), path)
+    except OSError:
+        return None
+
+
+def _cached() -> NativeLibrary | Refused:
+    """The library in the cache folder, compiled now where it is not there or not the one; or why not."""
+    try:
+        # One home may serve machines of several kinds.
+        target = cache_folder() / f"cpu-{source_hash()}-{os.uname().machine}.so"
+        for made in (False, True):
+            if made and (refused := _compile(target)):
+                return refused
+            fd = open_own(target)
+            if not isinstance(fd, Refused):
+                found = _load(fd, target)
+                if found is not None:
+                    sweep(target.parent)
+                    return found
+            elif fd.code == UNSAFE:
+                return fd
+        return Refused(f"{target} is not what was compiled", str(target))
+    except (OSError, SpecError) as error:
+        return Refused(str(error))
+
+
+def _load(fd: int, path: Path) -> NativeLibrary | None:
+    """The library in the open file, which is closed where this returns None: it is damaged, or of other sources.
+
+    Loading runs code and reads the file as memory, so both are known before.
+
+    Raises:
+        OSError: it is whole, and does not load here.
+    """
+    found = None
+    try:
+        content = unsealed(read_open(fd))
+        if content is not None and source_hash().encode() in content:
+            loaded = NativeLibrary(path, fd)
+            # What only mentions the sources stays open: its name must not become another's.
+            fd, found = -1, loaded if loaded.source == source_hash() else None
+    except AttributeError:
+        fd = -1
+    finally:
+        if fd >= 0:
+            os.close(fd)
+    return found
+
+
+def _compile(target: Path) -> Refused | None:
+    """Put the library into the cache; or why not. Two processes may get here at once, and each renames a whole file.
+
+    Raises:
+        OSError: it cannot be written, or the compiler not be called.
+    """
+    compiler = find_compiler()
+    if compiler is None:
+        return Refused("not in the installed package, and no C++ compiler was found")
+    with workshop(target.parent) as place:
+        made = place / target.name
+        # Empty words in what compilers are told by the environment mean the working directory: it is this one. Their
+        # own temporary files go with it too.
+        own = environment() | {"PATH": search_path(), "TMPDIR": str(place)}
+        words = compile_command(compiler, made)
+        done = subprocess.run(words, capture_output=True, text=True, check=False, cwd=place, env=own)
+        if done.returncode:
+            error = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip())
+            return Refused(f"{compiler} failed: {error[:200]}", str(target))
+        return replace_own(target, sealed(made.read_bytes()))
 
 
 @cache

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
-import sys
+import site
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -17,7 +17,8 @@ from pathlib import Path
 import torch
 
 from sparsify.errors import BackendError
-from sparsify.runtime.cache import cache_folder, put_whole
+from sparsify.runtime.cache import cache_folder, put_whole, read_whole
+from sparsify.runtime.seal import sealed, unsealed
 
 SOURCES = Path(__file__).parent / "kernels"
 MAIN = "kernels.cu"
@@ -134,17 +135,18 @@ def machine_code(dtype: torch.dtype, capability: tuple[int, int]) -> bytes | Non
         return None
     version, (major, minor) = "{}.{}".format(*compiler.version), capability
     path = cache_folder() / f"cuda-{source_hash()}-{TYPES[dtype]}-sm_{major}{minor}-nvrtc{version}.bin"
-    try:
-        return path.read_bytes()
-    except OSError:
+    kept = read_whole(path)
+    code = unsealed(kept) if kept is not None else None
+    if code is None:
         code = compiler.compile(dtype, capability)
-    put_whole(path, code)
+        put_whole(path, sealed(code))
     return code
 
 
 def _candidates() -> Iterator[str]:
-    # Beside torch lie the packages of NVIDIA that it was installed with.
-    places = [Path(torch.__file__).parent.parent / "nvidia", *(Path(p) / "nvidia" for p in sys.path if p)]
+    # Beside torch lie the packages of NVIDIA that it was installed with. sys.path may hold the working directory.
+    installed = [*site.getsitepackages(), *([site.getusersitepackages()] if site.ENABLE_USER_SITE else [])]
+    places = [Path(torch.__file__).parent.parent / "nvidia", *(Path(place) / "nvidia" for place in installed)]
     for place in dict.fromkeys(places):
         if place.is_dir():
             yield from map(str, sorted(place.glob("*/lib/libnvrtc.so.*[0-9]"), reverse=True))

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsify.runtime.cache import cache_folder, put_whole
+from sparsify.runtime.cache import cache_folder, put_whole, read_whole
 from sparsify.runtime.cuda import compressed as libraries
 from sparsify.runtime.cuda import nvrtc
 from sparsify.runtime.cuda.autotune.clock import Clock, GPUClock
@@ -57,8 +57,8 @@ class TimesFile:
 
     def _read(self) -> dict[str, Any]:
         try:
-            content = json.loads(self.path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            content = json.loads(read_whole(self.path) or b"{}")
+        except (ValueError, RecursionError):
             return {}
         return content if isinstance(content, dict) else {}
 
