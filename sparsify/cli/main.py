@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import warnings
 from collections.abc import Iterator
 from typing import Annotated, Any
 
@@ -74,11 +75,19 @@ def root(
 def main() -> None:
     """The command line of this process."""
     replace_what_cannot_be_written()
+    warnings.formatwarning = _warning
     try:
         application()()
     except KeyboardInterrupt:
         complain("interrupted; nothing was written")
         raise SystemExit(130) from None
+
+
+def _warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    """A sentence for people; what it holds of names and other libraries' words is shown as it is."""
+    return f"warning: {plain(str(message), keep=chr(10))}\n"
 
 
 def application() -> typer.Typer:

@@ -82,11 +82,12 @@ def test_one_that_does_not_load(package: str, site: Path, bundled: Path) -> None
 def test_the_commands_with_all_of_them(site: Path, bundled: Path, tmp_path: Path) -> None:
     for package, code in BROKEN.items():
         install(site, package, code, everywhere(package))
-    install(site, "odd", "VALUE = 3\ndef wrong(x: object): 'bold[/b]'\ndef fine(): '[/b] \\x1b[31m'\n", (
+    install(site, "odd", "VALUE = 3\ndef wrong(x: 'NoSuchName'): 'bold[/b]'\ndef fine(): '[/b] \\x1b[31m'\n", (
         "[sparsify.commands]\nodd = odd:VALUE\nwrong = odd:wrong\nfine = odd:fine\n[sparsify.passes]\nodd = odd:VALUE\n"
     ))  # fmt: skip
     version = command(site, "--version")
     assert version.returncode == 0 and version.stdout.strip() and "Traceback" not in version.stderr, version.stderr
+    assert "\x1b" not in version.stderr and version.stderr.startswith("warning: command")
     for package in BROKEN:
         assert f"the package '{package}' brings it" in version.stderr
     assert "command 'wrong' is left out" in version.stderr and "command 'odd' is left out" in version.stderr
