@@ -71,10 +71,11 @@ def entry_points(group: str) -> list[EntryPoint]:
     found: dict[str, list[EntryPoint]] = {}
     for number, distribution in enumerate(distributions()):
         try:
-            # The first of a name on the import path is the one that would be imported.
-            name = str(distribution.metadata["Name"] or number)
-            if name not in found:
-                found[name] = [entry for entry in distribution.entry_points if entry.group == group]
+            entries = [entry for entry in distribution.entry_points if entry.group == group]
+            # Its name is in another file, and few of a hundred packages bring anything. Of two of one name on the
+            # import path the first would be imported.
+            if entries:
+                found.setdefault(str(distribution.metadata["Name"] or number), entries)
         except Exception as error:  # whatever reading a broken file raises
             where = getattr(distribution, "_path", "an installed package")
             _warn(f"the facts of {str(where)!r} cannot be read ({_cause(error)}); what it brings is left out")
