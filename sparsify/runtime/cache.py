@@ -137,8 +137,11 @@ def workshop(folder: Path) -> Iterator[Path]:
     while True:
         made = aside(name, "partial")
         made.mkdir(0o700)
-        fd = os.open(made, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         # Until it is locked, another process may take it for a dead one's.
+        try:
+            fd = os.open(made, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            continue
         if try_lock(fd) is not False and is_open_at(fd, made):
             break
         os.close(fd)
