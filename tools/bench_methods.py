@@ -115,7 +115,7 @@ def stories(shared: Path) -> None:
     folder = source.folder
     assert folder is not None
     stream = Documents("stories", [tokens(source, shared / "data" / "stories" / "calibration.txt")])
-    ids = random_windows(stream, lambda text: torch.empty(0), 64, LENGTH, 0)
+    ids = random_windows(stream, lambda text, special=True: torch.empty(0), 64, LENGTH, 0)
     held = tokens(source, shared / "data" / "stories" / "heldout.txt")
     windows = held[: len(held) // LENGTH * LENGTH].view(-1, LENGTH)
 

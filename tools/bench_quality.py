@@ -47,7 +47,7 @@ def main() -> None:
         source = open_source(folder)
         text = args.stories / "data" / "stories"
         stream = Documents("stories", [tokens(source, text / "calibration.txt")])
-        ids = random_windows(stream, lambda t: torch.empty(0), 64, LENGTH, 0)
+        ids = random_windows(stream, lambda t, special=True: torch.empty(0), 64, LENGTH, 0)
         held = tokens(source, text / "heldout.txt")
         windows = held[: len(held) // LENGTH * LENGTH].view(-1, LENGTH)
         table("stories260k", source, ids, windows, patterns)

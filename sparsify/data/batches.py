@@ -13,8 +13,9 @@ from torch import Tensor
 
 from sparsify.data.generate import sample_from_model
 from sparsify.data.images import read_images
+from sparsify.data.rows import Refusing
 from sparsify.data.sources import FORMS, Documents, read_documents
-from sparsify.data.windows import disjoint_windows, random_windows
+from sparsify.data.windows import Encode, disjoint_windows, random_windows
 from sparsify.errors import CalibrationError, SparsifyError, SpecError
 from sparsify.files.reading import kind_at
 from sparsify.frontend.source import Source
@@ -157,10 +158,12 @@ def _names_images(data: str, source: Source) -> bool:
 
 
 def evaluation_windows(data: str, source: Source, length: int | None, limit: int | None) -> tuple[Tensor, str]:
-    """Disjoint windows of held-out text, [windows, length], and where they are from."""
+    """Disjoint windows of held-out text, [windows, length] int32, and where they are from."""
     check_length(length, source)
     documents = read_documents(data, "heldout")
-    return disjoint_windows(documents, _encoder(source), length or default_length(source), limit), documents.label
+    with Refusing(data):
+        windows = disjoint_windows(documents, _encoder(source), length or default_length(source), limit)
+    return windows, documents.label
 
 
 def default_length(source: Source, most: int = _LENGTH) -> int:
@@ -234,13 +237,14 @@ def _from_name(
 
 
 def _windows(documents: Documents, source: Source, samples: int, length: int, seed: int) -> tuple[Tensor, str]:
-    return random_windows(documents, _encoder(source), samples, length, seed), documents.label
+    with Refusing(documents.label):
+        return random_windows(documents, _encoder(source), samples, length, seed), documents.label
 
 
-def _encoder(source: Source) -> Any:
-    def encode(text: str) -> Tensor:
+def _encoder(source: Source) -> Encode:
+    def encode(text: str, special: bool = True) -> Tensor:
         # Longer than the model's context on purpose: windows are cut afterwards.
-        return source.tokenizer()(text, return_tensors="pt", verbose=False)["input_ids"][0]
+        return torch.tensor(source.tokenizer()(text, add_special_tokens=special, verbose=False)["input_ids"]).long()
 
     return encode
 

@@ -1,6 +1,6 @@
-"""Where text comes from: the forms of ``--calibration`` and ``--data``, each as a list of documents.
+"""Where text comes from: the forms of ``--calibration`` and ``--data``, each as a sequence of documents.
 
-A document is text, or token ids already. Model-made data (``self``, ``random``) is in
+A document is text, or token ids already; it is read when it is asked for. Model-made data (``self``, ``random``) is in
 :mod:`sparsify.data.batches`, which needs the model.
 """
 
@@ -8,19 +8,17 @@ from __future__ import annotations
 
 import hashlib
 import sysconfig
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from torch import Tensor
-
+from sparsify.data.rows import Column, Document, Lines, Table, TokenRows, read_token_file
+from sparsify.data.texts import text_of_file
 from sparsify.errors import CalibrationError, first_line
-from sparsify.files.json_text import parse_json
 from sparsify.files.reading import kind_at
 
 Split = Literal["calibration", "heldout"]
-Document = str | Tensor
 
 FORMS = (
     "a text file, FILE.jsonl[:field], FILE.parquet[:field], FILE.safetensors[:tensor] of token ids, python-stdlib, "
@@ -30,10 +28,10 @@ FORMS = (
 
 @dataclass(frozen=True)
 class Documents:
-    """Documents and how to name where they are from. ``fixed`` marks ready-made samples (rows of token ids)."""
+    """Documents and how to name where they are from. ``fixed``: ready-made samples (rows of token ids, all as long)."""
 
     label: str
-    documents: list[Document]
+    documents: Sequence[Document]
     fixed: bool = False
 
 
@@ -58,8 +56,9 @@ def _read(spec: str, split: Split) -> Documents:
     if spec == "c4":
         return Documents("c4", c4(split))
     path, _, field = spec.partition(":")
-    if kind_at(path) == "folder":
-        raise CalibrationError(f"data '{spec}'", found="a folder", do=f"Name {FORMS}")
+    if (kind := kind_at(path)) in ("folder", "other"):
+        found = "a folder" if kind == "folder" else "no regular file"
+        raise CalibrationError(f"data '{spec}'", found=found, do=f"Name {FORMS}")
     readers: dict[str, Callable[[Path, str], Documents]] = {
         ".jsonl": _jsonl,
         ".json": _jsonl,
@@ -67,7 +66,7 @@ def _read(spec: str, split: Split) -> Documents:
         ".safetensors": _token_file,
     }
     suffix = Path(path).suffix.lower()
-    if kind_at(path) == "file":
+    if kind == "file":
         try:
             return readers.get(suffix, _text)(Path(path), field)
         except OSError as error:
@@ -96,7 +95,7 @@ def python_stdlib(split: Split) -> list[str]:
     return [text for text, heldout in texts.items() if heldout == (split == "heldout")]
 
 
-def c4(split: Split) -> list[Document]:
+def c4(split: Split) -> Sequence[Document]:
     """The first shard of C4, as the papers use it (algorithms.md, section 1.5)."""
     part, file = {
         "calibration": ("train", "en/c4-train.00000-of-01024.json.gz"),
@@ -104,87 +103,37 @@ def c4(split: Split) -> list[Document]:
     }[split]
     _require_hub("c4", "allenai/c4")
     rows = _load_dataset("c4", "allenai/c4", data_files={part: file}, split=part)
-    return list(rows["text"])
+    return Column(rows, "text", "c4")
 
 
 def _text(path: Path, field: str) -> Documents:
     if field:
         raise CalibrationError(f"data '{path}:{field}'", found="a text file has no fields", do=f"Name {FORMS}")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise CalibrationError(f"data '{path}'", found="not a UTF-8 text file", do=f"Name {FORMS}") from error
-    return Documents(str(path), [text] if text.strip() else [])
+    text = text_of_file(path)
+    return Documents(str(path), [] if isinstance(text, str) and not text.strip() else [text])
 
 
 def _jsonl(path: Path, field: str) -> Documents:
     field = field or "text"
-    documents: list[Document] = []
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                row = parse_json(line)
-            except ValueError as error:
-                raise CalibrationError(
-                    f"data '{path}'", found=f"line {number} is not JSON ({error})", do="Give one JSON object a line"
-                ) from error
-            if not isinstance(row, dict) or field not in row:
-                raise CalibrationError(
-                    f"data '{path}'", found=f"line {number} has no field '{field}'", do=f"Name it: {path}:FIELD"
-                )
-            value = row[field]
-            documents.append(_document(value, f"{path}, line {number}"))
-    return Documents(f"{path}:{field}", documents)
+    return Documents(f"{path}:{field}", Lines(path, field))
 
 
 def _parquet(path: Path, field: str) -> Documents:
     field = field or "text"
     try:
-        import pyarrow.parquet
+        return Documents(f"{path}:{field}", Table(path, field))
     except ImportError as error:
         raise CalibrationError(
             f"data '{path}'", found="pyarrow is not installed", do="pip install 'sparsify-fx[data]'"
         ) from error
-    try:
-        table = pyarrow.parquet.read_table(path, columns=[field])
-    except Exception as error:  # pyarrow has kinds of its own
-        raise CalibrationError(
-            f"data '{path}:{field}'", found=f"cannot be read ({first_line(error)})", do=f"Name {FORMS}"
-        ) from error
-    if field not in table.column_names:
-        raise CalibrationError(f"data '{path}:{field}'", found=f"no column '{field}'", do=f"Name it: {path}:FIELD")
-    return Documents(f"{path}:{field}", [_document(v, f"{path}:{field}") for v in table[field].to_pylist()])
 
 
 def _token_file(path: Path, field: str) -> Documents:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        tensors = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise CalibrationError(f"data '{path}'", found=f"no sound safetensors ({error})", do=f"Name {FORMS}") from error
-    name = field or ("input_ids" if "input_ids" in tensors else next(iter(tensors), ""))
-    if name not in tensors or (not field and len(tensors) > 1 and name != "input_ids"):
-        raise CalibrationError(
-            f"data '{path}:{field}'",
-            found=f"tensors {', '.join(sorted(tensors)) or '(none)'}",
-            do=f"Name one of them: {path}:TENSOR",
-        )
-    ids = tensors[name]
-    if ids.is_floating_point() or ids.is_complex() or ids.dim() not in (1, 2):
-        raise CalibrationError(
-            f"data '{path}:{name}'",
-            found=f"a tensor of {ids.dtype} and shape {tuple(ids.shape)}",
-            do="Token ids are whole numbers, [tokens] or [sequences, tokens]",
-        )
-    rows = [ids.long()] if ids.dim() == 1 else list(ids.long())
-    return Documents(f"{path}:{name}", list(rows), fixed=ids.dim() == 2)
+    name, ids = read_token_file(path, field, FORMS)
+    return Documents(f"{path}:{name}", [ids] if ids.dim() == 1 else TokenRows(ids), fixed=ids.dim() == 2)
 
 
-def _dataset(spec: str, split: Split) -> list[Document]:
+def _dataset(spec: str, split: Split) -> Sequence[Document]:
     name, config, part, field = (*spec.split(":"), "", "", "", "")[:4]
     part = part or {"calibration": "train", "heldout": "test"}[split]
     if kind_at(name) is None:
@@ -197,7 +146,7 @@ def _dataset(spec: str, split: Split) -> list[Document]:
             found=f"columns {', '.join(rows.column_names)}",
             do=f"Name one: {name}:{config}:{part}:FIELD",
         )
-    return [_document(value, spec) for value in rows[field]]
+    return Column(rows, field, spec)
 
 
 def _require_hub(spec: str, name: str) -> None:
@@ -231,16 +180,3 @@ def _load_dataset(spec: str, *args: Any, **kwargs: Any) -> Any:
             found=f"the data set does not load ({first_line(error)})",
             do="Check its configuration and split: ID[:config[:split[:field]]]",
         ) from error
-
-
-def _document(value: Any, where: str) -> Document:
-    if isinstance(value, str):
-        return value
-    # A vocabulary is smaller; what is larger fits no tensor.
-    if isinstance(value, list) and all(type(i) is int and abs(i) < 1 << 31 for i in value):
-        import torch
-
-        return torch.tensor(value, dtype=torch.long)
-    raise CalibrationError(
-        f"data '{where}'", found=f"a {type(value).__name__}", do="A document is text or a list of token ids"
-    )

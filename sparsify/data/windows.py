@@ -1,101 +1,209 @@
-"""Documents cut into sequences: random windows to calibrate on, disjoint ones to evaluate on."""
+"""Documents cut into sequences: random windows to calibrate on, disjoint ones to evaluate on.
+
+Of long text only what the windows need is tokenised; how, docs/architecture.md says under "The calibration batches".
+"""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain, groupby
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from sparsify.data.sources import Document, Documents
+from sparsify.data.rows import Document
+from sparsify.data.sources import Documents
+from sparsify.data.texts import PIECE, WHOLE, LongText, joined, pieces
 from sparsify.errors import CalibrationError
 
-Encode = Callable[[str], Tensor]
+# Tokens of drawn documents that are kept in case they are drawn again.
+_KEPT = 1 << 24
+# Bytes of text that are tokenised, at most, to look for documents that are long enough where most are short.
+LOOKED_THROUGH = 64 << 20
+# Bytes of long text for each token of a window that is cut out of it.
+_BYTES_A_TOKEN = 16
+_BETWEEN = "\n\n"
+
+
+class Encode(Protocol):
+    """A tokenizer: the ids of a text, [tokens]; with what a sequence begins and ends with unless ``special`` is off."""
+
+    def __call__(self, text: str, special: bool = True) -> Tensor: ...
 
 
 def random_windows(documents: Documents, encode: Encode, samples: int, length: int, seed: int) -> Tensor:
-    """``samples`` windows of exactly ``length`` tokens, [samples, length], as the papers draw them.
+    """``samples`` windows of exactly ``length`` tokens, [samples, length] int64, as the papers draw them.
 
     A document is drawn, and drawn again until one has more than ``length`` tokens; then a uniform window of it
-    (algorithms.md, section 1.5). Rows of a token file that have exactly ``length`` tokens are taken as they are.
+    (algorithms.md, section 1.5). Of a document of more than ``WHOLE`` bytes a piece is drawn, from the first line
+    or word after a uniform position on, and a window of that. Rows of a token file that have exactly ``length`` tokens
+    are taken as they are.
+
+    After 64 documents that were too short all are looked at once, or so many as have ``LOOKED_THROUGH`` bytes and
+    ``samples`` that are long enough, and the others are left out.
 
     Raises:
         CalibrationError: no document is long enough; the message has the counts.
     """
-    if documents.fixed and all(len(d) == length for d in documents.documents):
-        rows = documents.documents[:samples]
+    if documents.fixed and _count(documents.documents[0]) == length:
+        rows = [documents.documents[i] for i in range(min(samples, len(documents.documents)))]
         if len(rows) < samples:
             raise _too_few(documents, f"{len(rows)} sequences of {length} tokens", samples, length)
-        return torch.stack([row for row in rows if isinstance(row, Tensor)])
-    draw = random.Random(seed)
-    known: dict[int, Tensor | None] = {}
-    longest = 0
-
-    def tokens(index: int) -> Tensor | None:
-        nonlocal longest
-        if index not in known:
-            ids = _encode(documents.documents[index], encode, at_least=length)
-            longest = max(longest, len(ids))
-            known[index] = ids if len(ids) > length else None
-        return known[index]
-
+        return torch.stack([row.long() for row in rows if isinstance(row, Tensor)])
+    draw = _Draw(documents.documents, encode, length, random.Random(seed))
     windows: list[Tensor] = []
-    candidates: list[int] | range = range(len(documents.documents))
+    candidates: Sequence[int] = range(len(documents.documents))
     misses = 0
     while len(windows) < samples:
-        ids = tokens(draw.choice(candidates))
-        if ids is not None:
-            start = draw.randint(0, len(ids) - length - 1)
-            windows.append(ids[start : start + length])
+        if (window := draw.window(draw.random.choice(candidates))) is not None:
+            windows.append(window)
             continue
         misses += 1
         if misses == 64:
-            # Long documents are rare here: look at all of them once instead of drawing for ever.
-            candidates = [i for i in candidates if tokens(i) is not None]
-            if not candidates:
-                found = f"{len(documents.documents)} documents, the longest of {longest} tokens"
-                raise _too_few(documents, found, samples, length)
+            # Long documents are rare here: look at them once instead of drawing for ever.
+            candidates = draw.long_enough(samples)
+        if not candidates or misses > 64 * (samples + 2):
+            found = f"{len(documents.documents)} documents, the longest of {draw.longest} tokens"
+            raise _too_few(documents, found, samples, length)
     return torch.stack(windows)
 
 
+class _Draw:
+    """Windows of ``length`` tokens out of single documents."""
+
+    def __init__(self, documents: Sequence[Document], encode: Encode, length: int, random: random.Random) -> None:
+        self.documents, self.encode, self.length, self.random = documents, encode, length, random
+        self.longest = 0
+        self._known: dict[int, Tensor] = {}
+        self._kept = 0
+
+    def window(self, index: int) -> Tensor | None:
+        """A random window of a document, None if it is too short."""
+        ids = self._known.get(index)
+        if ids is None:
+            document = self.documents[index]
+            ids = self._piece(document) if isinstance(document, LongText) else self._whole(document)
+            self.longest = max(self.longest, len(ids))
+            if isinstance(document, str) and len(ids) > self.length and self._kept + len(ids) <= _KEPT:
+                self._known[index] = ids
+                self._kept += len(ids)
+        if len(ids) <= self.length:
+            return None
+        start = self.random.randint(0, len(ids) - self.length - 1)
+        return ids[start : start + self.length].long()
+
+    def long_enough(self, samples: int) -> Sequence[int]:
+        """Which documents have more than ``length`` tokens."""
+        found, read = array("Q"), 0
+        for index, document in enumerate(self.documents):
+            if isinstance(document, LongText):
+                found.append(index)
+                continue
+            ids = self._known[index] if index in self._known else self._whole(document)
+            self.longest = max(self.longest, len(ids))
+            if len(ids) > self.length:
+                found.append(index)
+            read += len(document) if isinstance(document, str) and len(ids) else 0
+            if read > LOOKED_THROUGH and len(found) >= samples:
+                break
+        return found
+
+    def _whole(self, document: str | Tensor) -> Tensor:
+        if isinstance(document, Tensor):
+            return document
+        # A token is at least one byte, so a short text need not be encoded; special tokens are few.
+        if len(document.encode()) + 8 < self.length:
+            return torch.empty(0, dtype=torch.long)
+        return self.encode(document)
+
+    def _piece(self, text: LongText) -> Tensor:
+        size = min(text.size, max(PIECE, _BYTES_A_TOKEN * self.length))
+        return self.encode(text.at(self.random.randint(0, text.size - size), size), special=False)
+
+
 def disjoint_windows(documents: Documents, encode: Encode, length: int, limit: int | None = None) -> Tensor:
-    """All whole windows of ``length`` tokens of the documents joined by a blank line, [windows, length].
+    """All whole windows of ``length`` tokens of the documents joined by a blank line, [windows, length] int32.
+
+    Texts of together at most ``WHOLE`` bytes are tokenised at once; more text in pieces that are cut at the ends of
+    lines, where tokenizers begin anew. With a ``limit`` no more is read than its windows need. Where text and token ids
+    are mixed, the text between two lists of ids is joined.
 
     Raises:
-        CalibrationError: fewer tokens than one window; the message has the counts.
+        CalibrationError: fewer tokens than one window; the message has the counts. An id that is no id.
     """
-    texts = [d for d in documents.documents if isinstance(d, str)]
-    parts = [d for d in documents.documents if isinstance(d, Tensor)]
-    if texts:
-        if limit is not None:
-            # Tokens are at most as many as bytes; read enough for the limit and not a library of text.
-            texts = _enough(texts, encode, length * limit)
-        parts.append(encode("\n\n".join(texts)))
-    ids = torch.cat(parts)
-    count = len(ids) // length
-    if count == 0:
-        raise _too_few(documents, f"{len(ids)} tokens in all", 1, length)
-    return ids[: count * length].view(count, length)[:limit]
-
-
-def _enough(texts: list[str], encode: Encode, tokens: int) -> list[str]:
-    taken, total = [], 0
-    for text in texts:
-        if total >= tokens:
+    need = None if limit is None else length * limit
+    tokens = array("i")
+    for ids in _in_order(documents.documents, encode, need):
+        ids = ids.long()
+        if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= 1 << 31):
+            raise CalibrationError(
+                f"data '{documents.label}'",
+                found=f"token ids from {int(ids.min())} to {int(ids.max())}",
+                do="Ids are those of a tokenizer, from 0 on",
+            )
+        tokens.frombytes(ids.to(torch.int32).numpy().tobytes())
+        if need is not None and len(tokens) >= need:
             break
-        taken.append(text)
-        total += len(encode(text))
-    return taken
+    count = len(tokens) // length
+    if count == 0:
+        raise _too_few(documents, f"{len(tokens)} tokens in all", 1, length)
+    return torch.frombuffer(tokens, dtype=torch.int32)[: count * length].view(count, length)[:limit]
 
 
-def _encode(document: Document, encode: Encode, at_least: int) -> Tensor:
-    if isinstance(document, Tensor):
-        return document
-    # A token is at least one byte, so a short text need not be encoded; special tokens are few.
-    if len(document.encode()) + 8 < at_least:
-        return torch.empty(0, dtype=torch.long)
-    return encode(document)
+def _in_order(documents: Iterable[Document], encode: Encode, need: int | None) -> Iterator[Tensor]:
+    for is_ids, run in groupby(documents, lambda document: isinstance(document, Tensor)):
+        if is_ids:
+            yield from (some for document in run if isinstance(document, Tensor) for some in document.split(WHOLE))
+        else:
+            yield from _text_ids((document for document in run if not isinstance(document, Tensor)), encode, need)
+
+
+def _text_ids(texts: Iterator[str | LongText], encode: Encode, need: int | None) -> Iterator[Tensor]:
+    """The ids of ``texts`` joined, or of so many of them as give ``need``."""
+    held: list[str | LongText] = []
+    size = counted = 0
+    for text in texts:
+        held.append(text)
+        size += len(_BETWEEN) + (text.size if isinstance(text, LongText) else len(text.encode()))
+        if size > WHOLE + len(_BETWEEN):
+            yield from _ids_of_pieces(pieces(joined(chain(held, texts), _BETWEEN)), encode)
+            return
+        if need is not None and isinstance(text, str):
+            counted += len(encode(text))
+            if counted >= need:
+                break
+    yield encode(_BETWEEN.join(text for text in held if isinstance(text, str)))
+
+
+def _ids_of_pieces(texts: Iterator[str], encode: Encode) -> Iterator[Tensor]:
+    """The ids of all pieces together: what a sequence begins and ends with stands once."""
+    head, tail = _around(encode)
+    # Some tokenizers put a space before whatever begins a text: let it begin with the end of a line.
+    mark = encode("\n", special=False)
+    yield head
+    for number, text in enumerate(texts):
+        ids = encode("\n" + text, special=False) if number else encode(text, special=False)
+        if number:
+            marked = len(mark) > 0 and torch.equal(ids[: len(mark)], mark)
+            ids = ids[len(mark) :] if marked else encode(text, special=False)
+        yield ids
+    yield tail
+
+
+def _around(encode: Encode) -> tuple[Tensor, Tensor]:
+    """What the tokenizer puts before and behind a text."""
+    with_them, plain = encode("a"), encode("a", special=False)
+    begin = next(
+        (i for i in range(len(with_them) - len(plain) + 1) if torch.equal(with_them[i : i + len(plain)], plain)), 0
+    )
+    return with_them[:begin], with_them[begin + len(plain) :]
+
+
+def _count(document: Document) -> int:
+    return len(document) if isinstance(document, Tensor) else -1
 
 
 def _too_few(documents: Documents, found: str, samples: int, length: int) -> CalibrationError:

@@ -77,7 +77,7 @@ def evaluate(
 
 @exact_products()
 def perplexity(source: Source, windows: Tensor, context: Context | None = None) -> float:
-    """Perplexity on ``windows`` [count, length] of token ids.
+    """Perplexity on ``windows`` [count, length] of token ids, of any whole type.
 
     Raises:
         CalibrationError: ids of another vocabulary, or too little memory. TraceError: no causal language model.
@@ -93,11 +93,25 @@ def perplexity(source: Source, windows: Tensor, context: Context | None = None) 
         )
     most = max(1, _TOKENS_AT_ONCE // length)
     size = max(d for d in range(1, min(most, count) + 1) if count % d == 0)
-    batches = [as_inputs(windows[i : i + size], source) for i in range(0, count, size)]
+    batches = _Batches(windows, size, source)
     with within_memory(f"evaluating {source.name}", context.device):
         losses = _losses(capture(source, batches[0], context.device), batches, context)
     mean = float(losses.mean())
     return math.exp(mean) if mean < 700 else math.inf
+
+
+class _Batches(Sequence[Mapping[str, Tensor]]):
+    """``size`` windows at a time as inputs; the ids of a large text take half the memory as they are."""
+
+    def __init__(self, windows: Tensor, size: int, source: Source) -> None:
+        self.windows, self.size, self.source = windows, size, source
+
+    def __len__(self) -> int:
+        return len(self.windows) // self.size
+
+    def __getitem__(self, index: Any) -> Any:
+        at = range(len(self))[index] * self.size
+        return as_inputs(self.windows[at : at + self.size].long(), self.source)
 
 
 def _losses(program: Program, batches: Sequence[Mapping[str, Tensor]], context: Context) -> Tensor:

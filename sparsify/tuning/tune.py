@@ -323,7 +323,7 @@ def _write_adapter(source: Source, wrapped: Any, result: Tuned, held_out: Tensor
     wrapped.eval()
     losses = []
     with torch.no_grad():
-        for window in held_out:
+        for window in held_out.long():
             logits = wrapped(input_ids=window[None].to(wrapped.device)).logits[0, :-1].float()
             losses.append(float(nn.functional.cross_entropy(logits, window[1:].to(logits.device))))
     with Staging(result.output, overwrite=overwrite, source=source.folder, need=64 << 20) as staging:

@@ -20,8 +20,8 @@ from sparsify.errors import CalibrationError, SpecError
 from sparsify.frontend.source import Source, open_source
 
 
-def no_encoder(text: str) -> Tensor:
-    return torch.tensor(list(text.encode()))
+def no_encoder(text: str, special: bool = True) -> Tensor:
+    return torch.tensor(list(text.encode()), dtype=torch.long)
 
 
 @settings(deadline=None, max_examples=50)
@@ -83,9 +83,9 @@ def test_file_sources(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("hello")
     (tmp_path / "a.jsonl").write_text('{"text": "one", "body": "uno"}\n\n{"text": "two", "body": "dos"}\n')
     (tmp_path / "ids.jsonl").write_text('{"text": [1, 2, 3]}\n')
-    assert read_documents(str(tmp_path / "a.txt"), "calibration").documents == ["hello"]
-    assert read_documents(str(tmp_path / "a.jsonl"), "calibration").documents == ["one", "two"]
-    assert read_documents(f"{tmp_path}/a.jsonl:body", "heldout").documents == ["uno", "dos"]
+    assert list(read_documents(str(tmp_path / "a.txt"), "calibration").documents) == ["hello"]
+    assert list(read_documents(str(tmp_path / "a.jsonl"), "calibration").documents) == ["one", "two"]
+    assert list(read_documents(f"{tmp_path}/a.jsonl:body", "heldout").documents) == ["uno", "dos"]
     assert read_documents(str(tmp_path / "ids.jsonl"), "calibration").documents[0].tolist() == [1, 2, 3]
     save_file({"input_ids": torch.arange(6).view(2, 3), "other": torch.zeros(1)}, tmp_path / "a.safetensors")
     assert read_documents(str(tmp_path / "a.safetensors"), "calibration").fixed
@@ -96,7 +96,7 @@ def test_parquet(tmp_path: Path) -> None:
     import pyarrow.parquet as parquet
 
     parquet.write_table(pyarrow.table({"text": ["one", "two"], "n": [1, 2]}), tmp_path / "a.parquet")
-    assert read_documents(str(tmp_path / "a.parquet"), "calibration").documents == ["one", "two"]
+    assert list(read_documents(str(tmp_path / "a.parquet"), "calibration").documents) == ["one", "two"]
     with pytest.raises(CalibrationError, match="body"):
         read_documents(f"{tmp_path}/a.parquet:body", "calibration")
 

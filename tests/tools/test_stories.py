@@ -23,7 +23,7 @@ def data() -> tuple[Source, Tensor, Tensor]:
         pytest.skip("shared/models/stories260k and shared/data/stories are not here")
     source = open_source(shared / "models" / "stories260k")
     stream = Documents("stories", [tokens(source, shared / "data" / "stories" / "calibration.txt")])
-    ids = random_windows(stream, lambda text: torch.empty(0), 64, LENGTH, 0)
+    ids = random_windows(stream, lambda text, special=True: torch.empty(0), 64, LENGTH, 0)
     held = tokens(source, shared / "data" / "stories" / "heldout.txt")[: 150 * LENGTH]
     return source, ids, held.view(-1, LENGTH)
 

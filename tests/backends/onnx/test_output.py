@@ -100,7 +100,7 @@ def test_run_is_repeatable_and_commands_refuse_in_sentences(pruned: Path, tmp_pa
 def perplexity(folder: Path, windows: torch.Tensor) -> float:
     """The papers' protocol over onnxruntime's logits."""
     runner, losses = Runner(folder), []
-    for row in windows:
+    for row in windows.long():
         ids = row[None].numpy()
         scores, _ = runner.forward(ids, np.ones_like(ids), runner.empty(1))
         losses.append(torch.nn.functional.cross_entropy(torch.from_numpy(scores[0, :-1]), row[1:]))
@@ -111,8 +111,8 @@ def test_perplexity_of_the_bundled_model_equals_torchs(pruned: Path) -> None:
     windows, _ = evaluation_windows("python-stdlib", open_source(pruned), 64, 6)
     model = transformers.AutoModelForCausalLM.from_pretrained(pruned, dtype=torch.float32)
     with torch.no_grad():
-        scores = model(windows).logits
-    losses = [torch.nn.functional.cross_entropy(s[:-1], w[1:]) for s, w in zip(scores, windows, strict=True)]
+        scores = model(windows.long()).logits
+    losses = [torch.nn.functional.cross_entropy(s[:-1], w[1:]) for s, w in zip(scores, windows.long(), strict=True)]
     assert abs(perplexity(pruned, windows) / float(torch.stack(losses).mean().exp()) - 1) < 1e-4
 
 
