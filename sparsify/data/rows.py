@@ -63,7 +63,7 @@ class Lines(Sequence[Document]):
         raise CalibrationError(f"data '{self.path}'", found="it became shorter while it was read", do="Start again")
 
     def _lines(self, offset: int, number: int) -> Iterator[tuple[int, tuple[int, bytes]]]:
-        with self.path.open("rb", buffering=_STRIDE) as file:
+        with self.path.open("rb", buffering=1 << 16) as file:
             file.seek(offset)
             while line := file.readline(MAX_LINE + 1):
                 if len(line) > MAX_LINE:
@@ -270,5 +270,3 @@ def document(value: Any, where: str) -> Document:
 def _too_long(where: str, found: str) -> CalibrationError:
     do = f"Cut it into documents of at most {MAX_DOCUMENT} bytes"
     return CalibrationError(f"data '{where}'", found=found, do=do)
-
-

@@ -18,9 +18,10 @@ from sparsify.errors import CalibrationError
 # Bytes of text that are tokenised at once; of a longer text so many at a time (a window may ask for more).
 WHOLE, PIECE = 1 << 20, 1 << 16
 
-# Where tokenizers begin anew: after the ends of lines, and before a word.
-_LINE = re.compile(r"\n(?=\S)")
-_WORD = re.compile(r"(?<=\S)(?=\s\S)")
+# Where tokenizers begin anew: behind the end of a line and before a space, both between words. What a run of spaces or
+# empty lines becomes depends on what follows it.
+_LINE = re.compile(r"(?<=\S\n)(?=\S)")
+_WORD = re.compile(r"(?<=\S)(?= \S)")
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class LongText:
 
     Attributes:
         read: so many bytes from a position on, fewer at the end.
-        name: what it is called in errors. ``file``: line ends of all systems are read as ``\\n``, as Python reads files.
+        name: what it is called in errors. ``file``: line ends of all systems are read as ``\\n``, as by Python.
     """
 
     size: int
@@ -44,7 +45,7 @@ class LongText:
             CalibrationError: they are not UTF-8.
         """
         data = self.read(start, count)
-        half = next((i for i, byte in enumerate(data[:4]) if byte & 0xC0 != 0x80), 0) if start else 0
+        half = next((i for i, byte in enumerate(data[:4]) if byte & 0xC0 != 0x80), len(data[:4])) if start else 0
         text = self._decode(self._decoder(), data[half:])
         begin = 0
         if start:
@@ -120,7 +121,8 @@ def joined(texts: Iterable[str | LongText], between: str) -> Iterator[str]:
 def pieces(chunks: Iterable[str]) -> Iterator[str]:
     """The text that ``chunks`` are of, cut anew every ``PIECE`` characters or somewhat before.
 
-    Cut after the last end of a line that something follows; in a longer line before its last word; else anywhere.
+    Cut before the last space between two words; else behind the last end of a line between two (some tokenizers take
+    that for a space of its own where nothing follows); else anywhere.
     """
     held = ""
     for chunk in chunks:
@@ -137,7 +139,7 @@ def pieces(chunks: Iterable[str]) -> Iterator[str]:
 
 def _cut(text: str, begin: int) -> int:
     stop = begin + PIECE
-    for kind in (_LINE, _WORD):
+    for kind in (_WORD, _LINE):
         # The last one is near the end, as a rule.
         for start in (stop - 4096, begin):
             ends = [found.end() for found in kind.finditer(text, max(start, begin), stop + 1)]

@@ -127,8 +127,8 @@ class _Draw:
 def disjoint_windows(documents: Documents, encode: Encode, length: int, limit: int | None = None) -> Tensor:
     """All whole windows of ``length`` tokens of the documents joined by a blank line, [windows, length] int32.
 
-    Texts of together at most ``WHOLE`` bytes are tokenised at once; more text in pieces that are cut at the ends of
-    lines, where tokenizers begin anew. With a ``limit`` no more is read than its windows need. Where text and token ids
+    Texts of together at most ``WHOLE`` bytes are tokenised at once; more text in pieces that are cut between
+    words, where tokenizers begin anew. With a ``limit`` no more is read than its windows need. Where text and token ids
     are mixed, the text between two lists of ids is joined.
 
     Raises:
@@ -181,14 +181,16 @@ def _text_ids(texts: Iterator[str | LongText], encode: Encode, need: int | None)
 def _ids_of_pieces(texts: Iterator[str], encode: Encode) -> Iterator[Tensor]:
     """The ids of all pieces together: what a sequence begins and ends with stands once."""
     head, tail = _around(encode)
-    # Some tokenizers put a space before whatever begins a text: let it begin with the end of a line.
+    # Some tokenizers put a space before whatever begins a text: let it begin with the end of a line, unless that is to
+    # them a space as well.
     mark = encode("\n", special=False)
+    if torch.equal(mark, encode(" ", special=False)):
+        mark = mark[:0]
     yield head
     for number, text in enumerate(texts):
-        ids = encode("\n" + text, special=False) if number else encode(text, special=False)
-        if number:
-            marked = len(mark) > 0 and torch.equal(ids[: len(mark)], mark)
-            ids = ids[len(mark) :] if marked else encode(text, special=False)
+        ids = encode("\n" + text, special=False) if number and len(mark) else encode(text, special=False)
+        if number and len(mark):
+            ids = ids[len(mark) :] if torch.equal(ids[: len(mark)], mark) else encode(text, special=False)
         yield ids
     yield tail
 
