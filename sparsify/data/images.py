@@ -7,6 +7,7 @@ are its class numbers; the labels serve losses (GBLM-Pruner) and are left out ot
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,16 @@ import torch
 from torch import Tensor
 
 from sparsify.errors import CalibrationError, first_line
+from sparsify.files.reading import kind_at
 from sparsify.frontend.source import Source
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"})
+# Decoders that run: pillow has others, and the one for PostScript runs a program.
+_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+# Pixels of an image before it is made smaller, and of a side of what the model's processor makes of it.
+MAX_PIXELS, MAX_SIDE = 1 << 27, 8192
+# Entries of a folder and those below it that are looked at.
+MAX_ENTRIES = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -35,7 +43,7 @@ def read_images(folder: Path, source: Source, samples: int, seed: int) -> Images
     Raises:
         CalibrationError: no images, one that cannot be read, no processor, or images of several sizes.
     """
-    found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+    found = _find(folder)
     if not found:
         raise CalibrationError(
             f"calibration '{folder}'",
@@ -57,6 +65,20 @@ def read_images(folder: Path, source: Source, samples: int, seed: int) -> Images
     return Images(torch.stack(pixels).to(dtype), labels, f"{len(chosen)} of {len(found)} images of {folder}, {kind}")
 
 
+def _find(folder: Path) -> list[Path]:
+    found = []
+    for count, path in enumerate(folder.rglob("*")):
+        if count == MAX_ENTRIES:
+            raise CalibrationError(
+                f"calibration '{folder}'",
+                found=f"more than {MAX_ENTRIES} files and folders below it",
+                do="Name a folder of images alone",
+            )
+        if path.suffix.lower() in SUFFIXES and kind_at(path) == "file":
+            found.append(path)
+    return sorted(found)
+
+
 def _processor(source: Source) -> Any:
     from transformers import AutoImageProcessor
 
@@ -68,26 +90,44 @@ def _processor(source: Source) -> Any:
             do="Add the model's image processor to its folder, or give batches from Python",
         )
     try:
-        return AutoImageProcessor.from_pretrained(
+        made = AutoImageProcessor.from_pretrained(
             where, trust_remote_code=source.trust_remote_code, local_files_only=True
         )
-    except (OSError, ValueError, ImportError) as error:
+    except Exception as error:  # its settings may be anything
         raise CalibrationError(
             f"the image processor of {source.name}",
             found=first_line(error),
             do="Mend it, or give batches from Python",
         ) from error
+    for key in ("size", "crop_size", "pad_size"):
+        sizes = getattr(made, key, None) or {}
+        for name, side in sizes.items() if isinstance(sizes, Mapping) else vars(sizes).items():
+            if isinstance(side, (int, float)) and not side <= MAX_SIDE:
+                raise CalibrationError(
+                    f"the image processor of {source.name}",
+                    found=f"{key} {name} {side}, more than {MAX_SIDE}",
+                    do="Mend it, or give batches from Python",
+                )
+    return made
 
 
 def _pixels(path: Path, processor: Any) -> Tensor:
     try:
-        from PIL import Image, UnidentifiedImageError
+        from PIL import Image
     except ImportError as error:
         raise CalibrationError(f"image {path}", found="no pillow", do="pip install pillow") from error
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=_FORMATS) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise CalibrationError(
+                    f"image {path}",
+                    found=f"{image.width} × {image.height} pixels, more than {MAX_PIXELS}",
+                    do="Remove it or make it smaller",
+                )
             value: Tensor = processor([image.convert("RGB")], return_tensors="pt")["pixel_values"][0]
-    except (OSError, UnidentifiedImageError, ValueError) as error:
+    except CalibrationError:
+        raise
+    except Exception as error:  # pillow's decoders raise many kinds
         raise CalibrationError(f"image {path}", found=first_line(error), do="Mend or remove it") from error
     return value
 

@@ -248,18 +248,19 @@ def _weight_files(folder: Path, ledger: Ledger) -> dict[Path, set[str] | None]:
         raise CheckpointError(
             f"{INDEX} of {folder}", found=f"not a weight index ({error})", do="Fetch the folder again"
         ) from error
-    files: dict[Path, set[str]] = {}
+    held: dict[str, set[str]] = {}
     for name, file in weight_map.items():
+        held.setdefault(file, set()).add(name)
+    for file, names in held.items():
         if Path(file).name != file or file in ("", ".", "..") or "\0" in file:
             raise CheckpointError(
                 f"{INDEX} of {folder}",
-                found=f"{name} is placed in '{file}', outside the folder",
+                found=f"{min(names)} is placed in '{file}', outside the folder",
                 do="Do not trust this folder; a shard must lie beside its index",
             )
         if kind_at(folder / file) != "file":
             raise CheckpointError(f"shard {file} of {folder}", found="no such file", do="Fetch the folder again")
-        files.setdefault(folder / file, set()).add(name)
-    return dict(files)
+    return {folder / file: names for file, names in held.items()}
 
 
 def _read_header(path: Path) -> tuple[dict[str, _Entry], str]:

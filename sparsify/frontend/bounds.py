@@ -26,7 +26,11 @@ MAX_LAYERS_UNSEEN = 256
 # one tensor may be modules of their own.
 MAX_PARTS_PER_TENSOR, MAX_PARTS_BESIDE = 64, 4096
 # Bytes of tensors that no checkpoint holds and that are computed: masks, positions, frequencies.
-MAX_BUFFERS = 8 << 30
+MAX_BUFFERS = 2 << 30
+# Rotary frequencies, of which a head has one for two of its elements.
+MAX_FREQUENCIES = 1 << 16
+# Pixels of a side of what a vision model reads.
+MAX_IMAGE = 4096
 # transformers makes a table of all labels; some models compute a table of all positions.
 MAX_LABELS, MAX_POSITIONS = 1 << 20, 1 << 24
 
@@ -47,6 +51,8 @@ def check_config(config: Mapping[str, Any], tensors: int | None, folder: Path) -
             raise _too_much(folder, f"{key} {number}{held}")
         if key == "num_labels" and number > MAX_LABELS:
             raise _too_much(folder, f"{key} {number}, more than {MAX_LABELS}")
+        if key == "image_size" and number > MAX_IMAGE:
+            raise _too_much(folder, f"{key} {number}, more than {MAX_IMAGE}")
         if _POSITIONS.fullmatch(key) and number > MAX_POSITIONS:
             raise _too_much(folder, f"{key} {number}, more than {MAX_POSITIONS}")
 
@@ -85,6 +91,9 @@ def small_buffers(model: nn.Module, folder: Path) -> None:
     CheckpointError: what is computed and not read, still on the meta device, would fill the memory.
     """
     sizes = {n: b.numel() * b.element_size() for n, b in model.named_non_persistent_buffers()}  # type: ignore[operator]
+    for name, buffer in model.named_non_persistent_buffers():  # type: ignore[operator]
+        if name.endswith("inv_freq") and buffer.numel() > MAX_FREQUENCIES:
+            raise _too_much(folder, f"{buffer.numel()} frequencies in {name}, more than {MAX_FREQUENCIES}")
     if sizes and sum(sizes.values()) > MAX_BUFFERS:
         largest = max(sizes, key=lambda name: sizes[name])
         total = sum(sizes.values())

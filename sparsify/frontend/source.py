@@ -92,7 +92,13 @@ class Source:
                     found="a module in memory, which has none",
                     do="Give calibration as token ids (LongTensors [batch, sequence])",
                 )
-            if not any(path.name.startswith(_TOKENIZER_FILES) for path in self.folder.iterdir()):
+            files = [path for path in self.folder.iterdir() if path.name.startswith(_TOKENIZER_FILES)]
+            for path in files:
+                if (size := path.stat().st_size) > MAX_INDEX:
+                    raise CheckpointError(
+                        f"{path}", found=f"{size} bytes, more than {MAX_INDEX}", do="Is it what its name says?"
+                    )
+            if not files:
                 # transformers would make an empty one up from the config.
                 raise CheckpointError(
                     f"a tokenizer for {self.name}",
