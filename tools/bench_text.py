@@ -3,8 +3,8 @@
     python tools/bench_text.py                  # 1 MB and 1 GB: some 2 GB of disk, about a minute
     python tools/bench_text.py --large 64 --whole  # 64 MB, and evaluation without a limit too
 
-Each measurement is a process of its own; peak resident memory is the kernel's (ru_maxrss). Seconds are those of reading,
-drawing and tokenising alone, with the CPU's beside them.
+Each measurement is a process of its own; peak resident memory is the kernel's (ru_maxrss). Seconds are those of
+reading, drawing and tokenising alone, with the CPU's beside them.
 """
 
 from __future__ import annotations
