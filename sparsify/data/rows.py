@@ -36,26 +36,26 @@ class Lines(Sequence[Document]):
     """
 
     def __init__(self, path: Path, field: str) -> None:
-        self.path, self.field, self.count = path, field, 0
+        self.path, self.field, self._total = path, field, 0
         # Of some documents: which, where it begins, and in which line.
         self._places: list[tuple[int, int, int]] = []
         following = 0
         for number, (offset, line) in self._lines(0, 1):
             if offset >= following:
-                self._places.append((self.count, offset, number))
+                self._places.append((self._total, offset, number))
                 following = offset + _STRIDE
             self._parse(line, number)
-            self.count += 1
+            self._total += 1
 
     def __len__(self) -> int:
-        return self.count
+        return self._total
 
     def __iter__(self) -> Iterator[Document]:
         for number, (_, line) in self._lines(0, 1):
             yield self._parse(line, number)
 
     def __getitem__(self, index: Any) -> Any:
-        at = range(self.count)[index]
+        at = range(self._total)[index]
         known, offset, first = self._places[bisect_right(self._places, at, key=lambda place: place[0]) - 1]
         for count, (number, (_, line)) in enumerate(self._lines(offset, first), known):
             if count == at:
