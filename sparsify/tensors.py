@@ -55,10 +55,14 @@ def write_from(fd: int, tensor: Tensor, offset: int) -> None:
         done += os.pwritev(fd, [view[done : done + _AT_ONCE]], offset + done)
 
 
-class Hash(Protocol):
-    """What takes bytes piece by piece and then says, in hexadecimal, which they were."""
+class Watcher(Protocol):
+    """What takes bytes piece by piece."""
 
     def update(self, data: Any, /) -> None: ...
+
+
+class Hash(Watcher, Protocol):
+    """What then says, in hexadecimal, which they were."""
 
     def hexdigest(self) -> str: ...
 
@@ -108,8 +112,8 @@ def digest_of_span(path: Path, start: int = 0, size: int | None = None, algorith
     return whole.hexdigest()
 
 
-def copy_span(source: RawIOBase, target: RawIOBase, size: int, hashes: Collection[Hash] = ()) -> None:
-    """Copy ``size`` bytes from where ``source`` is to where ``target`` is, and show them to ``hashes`` on the way.
+def copy_span(source: RawIOBase, target: RawIOBase, size: int, seen_by: Collection[Watcher] = ()) -> None:
+    """Copy ``size`` bytes from where ``source`` is to where ``target`` is, and show them to ``seen_by`` on the way.
 
     Raises:
         EOFError: the source ends before.
@@ -119,12 +123,19 @@ def copy_span(source: RawIOBase, target: RawIOBase, size: int, hashes: Collectio
         count = source.readinto(piece[: min(size, _PIECE)])
         if not count:
             raise EOFError(f"{size} bytes are missing")
-        for each in hashes:
+        for each in seen_by:
             each.update(piece[:count])
         done = 0
         while done < count:
             done += target.write(piece[done:count]) or 0
         size -= count
+
+
+def same_bits(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors hold the same, NaN too; 0.0 and -0.0 are the same."""
+    if one.shape != other.shape:
+        return False
+    return torch.equal(one, other) or bool(((one == other) | (one.isnan() & other.isnan())).all())
 
 
 def all_finite(values: Tensor) -> bool:

@@ -9,6 +9,8 @@ from sparsify.errors import SpecError
 Word = TypeVar("Word", bound=str)
 Schedule = Literal["layer", "block", "dense"]
 SCHEDULES: tuple[Schedule, ...] = get_args(Schedule)
+ComputeDtype = Literal["float32", "bfloat16", "float16"]
+COMPUTE_DTYPES: tuple[ComputeDtype, ...] = get_args(ComputeDtype)
 
 _UNITS = {
     "": 1, "B": 1, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40, "KB": 10**3, "MB": 10**6,
@@ -35,6 +37,15 @@ def check_schedule(text: str) -> Schedule:
         SpecError: it is none.
     """
     return one_of(text, SCHEDULES, "schedule")
+
+
+def check_compute_dtype(text: str | None) -> ComputeDtype | None:
+    """``text`` as a dtype that a model computes in; None: that of its checkpoint.
+
+    Raises:
+        SpecError: it is none.
+    """
+    return None if text is None else one_of(text, COMPUTE_DTYPES, "compute dtype")
 
 
 def parse_bytes(text: int | str) -> int:

@@ -51,6 +51,7 @@ def export_onnx(
     backend: ONNX | None = None,
     example_inputs: Example | None = None,
     overwrite: bool = False,
+    allow_nan: bool = False,
     **options: Any,
 ) -> ExportReport:
     """Write ``model`` as an ONNX folder.
@@ -61,6 +62,7 @@ def export_onnx(
         backend: its options; or give them as keywords (``weights="packed"``, see :class:`ONNX`).
         example_inputs: for modules and GraphModules whose inputs are not known: tensors whose first dimension is
             the batch.
+        allow_nan: let NaN and infinity in its tensors pass.
 
     Raises:
         BackendError: it has no ONNX form, or the graph is stale: its parameters were changed in shape and its
@@ -69,7 +71,8 @@ def export_onnx(
     backend = backend or ONNX(**options)
     if isinstance(model, (TracedModel, fx.GraphModule, ExportedProgram)):
         example = None if isinstance(model, TracedModel) else example_inputs
-        return ExportReport(Path(out), export_graph(model, Path(out), backend, example=example, overwrite=overwrite))
+        notes = export_graph(model, Path(out), backend, example=example, overwrite=overwrite, allow_nan=allow_nan)
+        return ExportReport(Path(out), notes)
     if not isinstance(model, (str, Path, nn.Module)):
         raise BackendError(
             f"exporting a {type(model).__name__}",
@@ -79,11 +82,11 @@ def export_onnx(
     batches = None
     if example_inputs is not None:
         batches = [dict(example_inputs) if isinstance(example_inputs, Mapping) else tuple(example_inputs)]
-    result = compile(model, [], calibration=batches, to=backend, output=out, overwrite=overwrite)
+    result = compile(model, [], calibration=batches, to=backend, output=out, overwrite=overwrite, allow_nan=allow_nan)
     assert result.output is not None
     return ExportReport(result.output, result.notes)
 
 
 def _example(model: nn.Module) -> dict[str, Tensor]:
-    source = open_source(model)
+    source = open_source(model, allow_nan=True)
     return example_batch(source) if source.is_transformers else {}

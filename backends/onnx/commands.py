@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from sparsify.cli.options import Debug, NoCheck, command_errors
+from sparsify.cli.options import AllowNan, Debug, NoCheck, command_errors
 from sparsify.cli.terminal import Terminal, say
 
 Folder = Annotated[Path, typer.Argument(help="Folder with model.onnx, or an ONNX file.", metavar="OUT")]
@@ -55,10 +55,12 @@ def expand(
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace DENSE if it exists.")] = False,
     no_check: NoCheck = False,
+    allow_nan: AllowNan = False,
     debug: Debug = False,
 ) -> None:
     """Unpack OUT, written with onnx:weights=packed: dense safetensors, and model.onnx pointing into them."""
     with command_errors(debug, "error"):
         from sparsify.backends.onnx.expand import expand as unpack_folder
 
-        say(f"wrote {unpack_folder(folder, output, overwrite=overwrite, check=not no_check)}")
+        wrote = unpack_folder(folder, output, overwrite=overwrite, check=not no_check, allow_nan=allow_nan)
+        say(f"wrote {wrote}")

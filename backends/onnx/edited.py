@@ -26,6 +26,7 @@ from sparsify.errors import SpecError
 from sparsify.files.checkpoint import WEIGHTS, Checkpoint
 from sparsify.files.ledger import write_manifest
 from sparsify.files.staging import Staging
+from sparsify.finite import check_all_finite
 from sparsify.ir.weights import Weights
 
 
@@ -45,11 +46,13 @@ def export_graph(
     *,
     example: Example | None = None,
     overwrite: bool = False,
+    allow_nan: bool = False,
 ) -> list[str]:
     """Write ``graph`` as it is now; sentences about what was written.
 
     Raises:
         SpecError, BackendError: as :func:`sparsify.backends.onnx.api.export_onnx`.
+        CheckpointError: a tensor that is not finite.
     """
     if options.compute != Options.compute:
         raise SpecError(
@@ -67,6 +70,8 @@ def export_graph(
     if contract is not None:
         name_dimensions(model, contract.dims)
     state = {name: tensor for name, tensor in _state(graph).items() if name in exported.state_dict}
+    if not allow_nan:
+        check_all_finite(state)
     prefix = "model." if state and all(name.startswith("model.") for name in state) and contract is not None else ""
     need = sum(t.numel() * t.element_size() for t in state.values())
     with Staging(out, overwrite=overwrite, need=need) as staging:

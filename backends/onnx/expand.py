@@ -19,11 +19,14 @@ from sparsify.files.staging import Staging
 from sparsify.files.writer import lay_out_files
 
 
-def expand(folder: Path, out: Path | None = None, *, overwrite: bool = False, check: bool = True) -> Path:
+def expand(
+    folder: Path, out: Path | None = None, *, overwrite: bool = False, check: bool = True, allow_nan: bool = False
+) -> Path:
     """Write the packed ``folder`` dense: a safetensors file, and ``model.onnx`` pointing into it.
 
     Args:
         out: where; in place of ``folder`` where None. check: hold every byte against the folder's ``sparsify.json``.
+        allow_nan: let NaN and infinity pass.
 
     Raises:
         BackendError: nothing in it is packed, or the output cannot be written.
@@ -31,7 +34,7 @@ def expand(folder: Path, out: Path | None = None, *, overwrite: bool = False, ch
     """
     file = find_onnx(folder)
     folder = file.parent
-    ledger = Ledger.of(folder, check)
+    ledger = Ledger.of(folder, check, finite=not allow_nan)
     if ledger.manifest:
         check_companions(folder, ledger)
     store = GraphStore(file, ledger=ledger)
@@ -60,7 +63,7 @@ def expand(folder: Path, out: Path | None = None, *, overwrite: bool = False, ch
         if ledger.manifest:
             onnx = {**section(ledger.manifest, "onnx"), "weights": "link", "dtype": None}
             changed = {**ledger.manifest, "onnx": onnx, "source_check": ledger.checked}
-            write_manifest(staging.folder, changed, dense.written)
+            write_manifest(staging.folder, changed | ({"allow_nan": True} if allow_nan else {}), dense.written)
         return staging.commit()
 
 

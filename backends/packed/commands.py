@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from sparsify.cli.options import AsJson, Debug, NoCheck, Trust, command_errors
+from sparsify.cli.options import AllowNan, AsJson, Debug, NoCheck, Trust, command_errors
 from sparsify.cli.terminal import Terminal, say, stage_line
 
 Folder = Annotated[Path, typer.Argument(help="Folder that compile --to packed wrote.", metavar="OUT")]
@@ -19,6 +19,7 @@ def unpack(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.", metavar="DENSE")],
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace DENSE if it exists.")] = False,
     no_check: NoCheck = False,
+    allow_nan: AllowNan = False,
     trust_remote_code: Trust = False,
     debug: Debug = False,
 ) -> None:
@@ -27,7 +28,12 @@ def unpack(
         from sparsify.backends.packed.unpack import unpack_folder
 
         wrote = unpack_folder(
-            folder, output, overwrite=overwrite, trust_remote_code=trust_remote_code, check=not no_check
+            folder,
+            output,
+            overwrite=overwrite,
+            trust_remote_code=trust_remote_code,
+            check=not no_check,
+            allow_nan=allow_nan,
         )
         say(f"wrote {wrote}")
 

@@ -19,19 +19,25 @@ from sparsify.frontend.skeleton import build_skeleton
 
 
 def unpack_folder(
-    folder: Path, out: Path, *, overwrite: bool = False, trust_remote_code: bool = False, check: bool = True
+    folder: Path,
+    out: Path,
+    *,
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
+    check: bool = True,
+    allow_nan: bool = False,
 ) -> Path:
     """Write the packed ``folder`` as the dense checkpoint that it was packed from: its names, shards and dtypes.
 
     A folder that was saved again by transformers does not say what those were: the model's own names are used.
 
     Args:
-        check: hold every byte that is read against the folder's ``sparsify.json``.
+        check: hold every byte that is read against the folder's ``sparsify.json``. allow_nan: let NaN and infinity pass.
 
     Raises:
         CheckpointError: not a packed folder, or a damaged one. BackendError: the output cannot be written.
     """
-    ledger = Ledger.of(folder, check)
+    ledger = Ledger.of(folder, check, finite=not allow_nan)
     check_companions(folder, ledger)
     store = open_packed(folder, ledger)
     if store is None:
@@ -57,6 +63,7 @@ def unpack_folder(
                 dense.write(name, store.read(name))
         if manifest:
             manifest.pop("packed", None)
+            manifest |= {"allow_nan": True} if allow_nan else {}
             write_manifest(staging.folder, manifest | {"source_check": ledger.checked}, dense.written)
         return staging.commit()
 

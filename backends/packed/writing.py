@@ -12,6 +12,7 @@ from sparsify.backends.packed.plan import Decision
 from sparsify.backends.packed.store import PackedStore
 from sparsify.files.writer import lay_out
 from sparsify.ir.weights import Weights
+from sparsify.tensors import same_bits
 
 
 def write_packed(folder: Path, weights: Weights, decisions: Iterable[Decision]) -> dict[str, str]:
@@ -54,5 +55,5 @@ def differences(store: PackedStore, weights: Weights, sums: Mapping[str, str]) -
             yield name, "reads back otherwise than it was written", "Check the disk and run again"
     for name in store.sites:
         # Equal as numbers: a pruned weight may be -0.0, which is packed as zero.
-        if not bool((store.read(name) == weights.read(name)).all()):
+        if not same_bits(store.read(name), weights.read(name)):
             yield name, "unpacks to other values", "Report this as a bug"

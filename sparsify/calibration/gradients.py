@@ -166,7 +166,7 @@ class _Sums:
             raise CalibrationError(
                 f"gradients of {parameter}",
                 found="NaN or infinity",
-                do="Run in float32 or bfloat16 (float16 overflows)",
+                do="Compute in float32 or bfloat16 (--compute-dtype float32): float16 overflows",
             )
         return self.values
 

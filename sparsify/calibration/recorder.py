@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from sparsify.calibration.accumulators import ACCUMULATORS, OUTPUTS
+from sparsify.errors import CalibrationError
 from sparsify.method.statistics import InputStatistics
 from sparsify.tensors import all_finite
 
@@ -61,7 +63,7 @@ class OutputSketch:
         # One stream: the product of the difference rather than the difference of products, which would cancel.
         one = self.dense is self.rows
         lost = rows @ (before.float() - after.float()).t() if one else dense - rows @ after.float().t()
-        return float(lost.square().sum(dtype=torch.float64)), float(dense.square().sum(dtype=torch.float64))
+        return _squares(lost), _squares(dense)
 
     def relative_error(self, before: Iterable[Tensor], after: Iterable[Tensor]) -> float | None:
         """‖X₀ Wᵀ − X Ŵᵀ‖ / ‖X₀ Wᵀ‖ over all experts; None where every output is zero."""
@@ -69,7 +71,14 @@ class OutputSketch:
         for expert, (one, other) in enumerate(zip(before, after, strict=True)):
             part, of = self.error(expert, one, other)
             lost, whole = lost + part, whole + of
-        return (lost / whole) ** 0.5 if whole > 0 else None
+        error = (lost / whole) ** 0.5 if whole > 0 else None
+        if error is not None and not math.isfinite(error):
+            raise CalibrationError(
+                "the output of a site",
+                found="products so large that float32 overflows",
+                do="Look at the weights before it",
+            )
+        return error
 
 
 class OutputMoments:
@@ -149,6 +158,12 @@ class GroupRecorder:
             self._shared = made
             self.accumulators.clear()
         return made
+
+
+def _squares(values: Tensor) -> float:
+    total = float(values.square().sum(dtype=torch.float64))
+    # Squares of numbers past 1e19 are too large for float32.
+    return total if math.isfinite(total) else float(values.double().square().sum())
 
 
 def _finite(values: Tensor) -> Tensor:

@@ -114,7 +114,7 @@ class Streams:
                 raise CalibrationError(
                     f"the input of {name}",
                     found=f"NaN or infinity in calibration batch {batch}",
-                    do="Look for broken weights before this site, or run in float32",
+                    do="Look at the weights before this site; where float16 overflows take --compute-dtype float32",
                 )
 
 

@@ -12,7 +12,9 @@ import typer
 from sparsify.cli.graphs import GraphPrinter
 from sparsify.cli.options import (
     AllowBin,
+    AllowNan,
     AsJson,
+    Compute,
     Debug,
     Device,
     Length,
@@ -28,7 +30,7 @@ from sparsify.cli.terminal import Terminal, say
 from sparsify.errors import BackendError, SpecError
 from sparsify.files.reading import kind_at
 from sparsify.method.spec import check_pass, describe_passes, parse_backend, parse_pass, split_specs
-from sparsify.words import check_amount, check_schedule, check_seed, parse_bytes, plain
+from sparsify.words import check_amount, check_compute_dtype, check_schedule, check_seed, parse_bytes, plain
 
 
 def compile_command(
@@ -81,6 +83,8 @@ def compile_command(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be pruned, and stop.")] = False,
     allow_bin: AllowBin = False,
     no_check: NoCheck = False,
+    allow_nan: AllowNan = False,
+    compute_dtype: Compute = None,
     trust_remote_code: Trust = False,
     quiet: Quiet = False,
     log_level: LogLevel = "warning",
@@ -90,6 +94,7 @@ def compile_command(
     with command_errors(debug, log_level):
         console = Terminal(quiet=quiet)
         specs = passes or []
+        check_compute_dtype(compute_dtype)
         _check_words(specs, schedule, memory, to, samples, sequence_length, seed)
         if dry_run and print_after:
             raise SpecError(
@@ -126,6 +131,8 @@ def compile_command(
                 allow_bin=allow_bin,
                 trust_remote_code=trust_remote_code,
                 check=not no_check,
+                allow_nan=allow_nan,
+                compute_dtype=compute_dtype,
                 observe=line.show,
                 after=shown.after,
             )
@@ -189,6 +196,8 @@ def eval_command(
     memory: Memory = "8GiB",
     allow_bin: AllowBin = False,
     no_check: NoCheck = False,
+    allow_nan: AllowNan = False,
+    compute_dtype: Compute = None,
     trust_remote_code: Trust = False,
     quiet: Quiet = False,
     log_level: LogLevel = "warning",
@@ -196,6 +205,7 @@ def eval_command(
 ) -> None:
     """Perplexity of each MODEL on TEXT by the papers' protocol: disjoint windows, mean loss per window."""
     with command_errors(debug, log_level):
+        check_compute_dtype(compute_dtype)
         from sparsify.cli.progress import ProgressLine
         from sparsify.cli.tables import evaluation_report
         from sparsify.context import Context
@@ -214,6 +224,8 @@ def eval_command(
                     allow_bin=allow_bin,
                     trust_remote_code=trust_remote_code,
                     check=not no_check,
+                    allow_nan=allow_nan,
+                    compute_dtype=compute_dtype,
                 )
             results.append((model, result))
         if as_json:
@@ -246,6 +258,8 @@ def compare_command(
     as_json: AsJson = False,
     allow_bin: AllowBin = False,
     no_check: NoCheck = False,
+    allow_nan: AllowNan = False,
+    compute_dtype: Compute = None,
     trust_remote_code: Trust = False,
     quiet: Quiet = False,
     log_level: LogLevel = "warning",
@@ -254,6 +268,7 @@ def compare_command(
     """Prune MODEL by each pass on the same calibration tokens; one table and one picture."""
     with command_errors(debug, log_level):
         specs = split_specs(passes)
+        check_compute_dtype(compute_dtype)
         _check_words(specs, schedule, memory, "hf", samples, sequence_length, seed)
         from sparsify.cli.progress import ProgressLine
         from sparsify.cli.tables import comparison_report
@@ -277,6 +292,8 @@ def compare_command(
                 allow_bin=allow_bin,
                 trust_remote_code=trust_remote_code,
                 check=not no_check,
+                allow_nan=allow_nan,
+                compute_dtype=compute_dtype,
                 observe=line.show,
             )
         if as_json:

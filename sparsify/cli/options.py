@@ -20,6 +20,18 @@ Model = Annotated[str, typer.Argument(help="Hugging Face folder or hub id.", met
 AllowBin = Annotated[bool, typer.Option("--allow-bin", help="Read pytorch_model.bin (weights only, no code).")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that the model brings along.")]
 NoCheck = Annotated[bool, typer.Option("--no-check", help="Do not hold a folder's bytes against its sparsify.json.")]
+AllowNan = Annotated[
+    bool,
+    typer.Option("--allow-nan", help="Let NaN and infinity pass in tensors; in a weight to prune they never do."),
+]
+Compute = Annotated[
+    str | None,
+    typer.Option(
+        "--compute-dtype",
+        help="float32, bfloat16 or float16: what the model runs in. [default: its own]",
+        metavar="DTYPE",
+    ),
+]
 Debug = Annotated[bool, typer.Option("--debug", help="Show a traceback with an error.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Length = Annotated[int | None, typer.Option(help="Tokens per sequence. [default: min(2048, the model's context)]")]

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from sparsify.cli.options import AsJson, Debug, Device, NoCheck, Trust, command_errors
+from sparsify.cli.options import AllowNan, AsJson, Debug, Device, NoCheck, Trust, command_errors
 from sparsify.cli.terminal import say, stage_line
 from sparsify.method.spec import parse_backend
 from sparsify.tuning.recipe import Recipe, check_method
@@ -44,6 +44,7 @@ def tune_command(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace TUNED if it exists.")] = False,
     as_json: AsJson = False,
     no_check: NoCheck = False,
+    allow_nan: AllowNan = False,
     trust_remote_code: Trust = False,
     debug: Debug = False,
 ) -> None:
@@ -84,6 +85,7 @@ def tune_command(
                 overwrite=overwrite,
                 trust_remote_code=trust_remote_code,
                 check=not no_check,
+                allow_nan=allow_nan,
                 observe=lambda step, of, loss: show(f"step {step} of {of}, loss {loss:.3f}"),
             )
         if as_json:

@@ -24,6 +24,9 @@ def make_manifest(compiled: Compiled, request: Request, seed: int) -> dict[str, 
         "model": compiled.source.name,
         # By what the source's bytes were checked; see docs/format.md.
         "source_check": source.checked,
+        **({"allow_nan": True} if source.allow_nan else {}),
+        # What calibration ran in, where that was not the model's own dtype.
+        **({"compute_dtype": str(source.compute).removeprefix("torch.")} if source.compute is not None else {}),
         "architecture": type(compiled.source.module).__name__,
         "versions": {name: _version(name) for name in ("sparsify-fx", "torch", "transformers", "safetensors")}
         | {"python": platform.python_version()},

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from sparsify.compiler import stages
@@ -39,6 +40,8 @@ def compile(
     allow_bin: bool = False,
     trust_remote_code: bool = False,
     check: bool = True,
+    allow_nan: bool = False,
+    compute_dtype: str | torch.dtype | None = None,
     dry_run: bool = False,
     observe: Observer = unobserved,
     after: After = nobody,
@@ -58,6 +61,9 @@ def compile(
         ignore, only: names, globs or ``re:`` patterns of parameters or modules.
         memory: bytes of activations kept on the GPU and in memory, as a number or as "8GiB".
         check: hold the bytes of a folder that sparsify wrote against its ``sparsify.json``; the output's says how.
+        allow_nan: let NaN and infinity in tensors that are not pruned pass, which the output's manifest says then.
+        compute_dtype: ``"float32"``, ``"bfloat16"`` or ``"float16"``: what calibration runs in; None: the model's own.
+            What is written keeps the dtype that it was stored in.
         dry_run: decide what would be pruned and stop there.
         observe: told of every batch and every site. after: told of every pass that has run, with the program.
 
@@ -88,7 +94,14 @@ def compile(
     with within_memory("compiling", context.device), ExitStack() as stack:
         place = stages.Workplace(stack)
         source = stages.open_model(
-            model, request, place, allow_bin=allow_bin, trust_remote_code=trust_remote_code, check=check
+            model,
+            request,
+            place,
+            allow_bin=allow_bin,
+            trust_remote_code=trust_remote_code,
+            check=check,
+            allow_nan=allow_nan,
+            compute_dtype=compute_dtype,
         )
         planned, data = stages.plan(source, request, context)
         if dry_run:

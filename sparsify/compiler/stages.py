@@ -6,6 +6,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from sparsify.analysis.graph_pass import GraphPass, LoweringPass
@@ -89,16 +90,26 @@ def open_model(
     allow_bin: bool,
     trust_remote_code: bool,
     check: bool,
+    allow_nan: bool,
+    compute_dtype: str | torch.dtype | None,
 ) -> Source:
     """The model that a user names, and a look at where its output will lie.
 
     Raises:
         CheckpointError: no such model, or a broken one. BackendError: no place for the output.
+        SpecError: no such dtype to compute in.
     """
     if request.out is not None and not request.dry_run:
         local = Path(model) if not isinstance(model, nn.Module) and kind_at(model) else None
         check_output(request.out, overwrite=request.overwrite, source=local)
-    source = open_source(model, allow_bin=allow_bin, trust_remote_code=trust_remote_code, check=check)
+    source = open_source(
+        model,
+        allow_bin=allow_bin,
+        trust_remote_code=trust_remote_code,
+        check=check,
+        allow_nan=allow_nan,
+        compute_dtype=compute_dtype,
+    )
     if isinstance(model, nn.Module):
         require_real(model)
     if request.structural:

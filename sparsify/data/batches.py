@@ -18,6 +18,7 @@ from sparsify.data.sources import FORMS, Documents, read_documents
 from sparsify.data.windows import Encode, disjoint_windows, random_windows
 from sparsify.errors import CalibrationError, SparsifyError, SpecError
 from sparsify.files.reading import kind_at
+from sparsify.finite import said, scan
 from sparsify.frontend.source import Source
 from sparsify.words import check_amount
 
@@ -103,7 +104,9 @@ def load_calibration(
         batches = _rows_to_batches(as_inputs(ids, source), whole=True)
     if one_by_one:
         batches = _split(batches)
-    _check_ids(batches, source)
+    if source.compute is not None:
+        batches = [{n: t.to(source.compute) if t.is_floating_point() else t for n, t in b.items()} for b in batches]
+    _check_inputs(batches, source)
     digest = hashlib.sha256()
     for batch in batches:
         for name in sorted(batch):
@@ -180,7 +183,7 @@ def example_batch(source: Source, rows: int = 1, length: int = 16) -> dict[str, 
     if name == "input_ids":
         return as_inputs(torch.zeros(rows, min(length, default_length(source, length)), dtype=torch.long), source)
     if name == "pixel_values":
-        return {"pixel_values": torch.zeros(rows, *_image_shape(source), dtype=_float_dtype(source))}
+        return {"pixel_values": torch.zeros(rows, *_image_shape(source), dtype=source.dtype)}
     raise CalibrationError(
         f"inputs for {type(source.module).__name__}",
         found="a module whose inputs are unknown" if name is None else f"its main input is {name!r}",
@@ -356,18 +359,21 @@ def _split(batches: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
     return single
 
 
-def _check_ids(batches: list[dict[str, Tensor]], source: Source) -> None:
+def _check_inputs(batches: list[dict[str, Tensor]], source: Source) -> None:
     vocabulary = source.vocab_size
-    for batch in batches:
+    for index, batch in enumerate(batches):
         for name, tensor in batch.items():
-            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-                raise CalibrationError(f"calibration input {name}", found="NaN or infinity", do="Mend the data")
+            # Masks that are added to scores forbid by minus infinity.
+            if (found := scan(tensor, mask="mask" in name)).count:
+                raise CalibrationError(
+                    f"batch {index} of calibration input {name}", found=said(found, tensor.shape), do="Mend the data"
+                )
             if not name.endswith("input_ids"):
                 continue
             low, high = int(tensor.min()), int(tensor.max())
             if low < 0 or (vocabulary and high >= vocabulary):
                 raise CalibrationError(
-                    f"token id {low if low < 0 else high}",
+                    f"token id {low if low < 0 else high} of calibration batch {index}",
                     found=f"the model's vocabulary has {vocabulary} tokens",
                     do="The ids are of another tokenizer; give text, or ids of this model's",
                 )
@@ -377,7 +383,3 @@ def _image_shape(source: Source) -> tuple[int, int, int]:
     size = getattr(source.config, "image_size", 224)
     height, width = size if isinstance(size, (list, tuple)) else (size, size)
     return getattr(source.config, "num_channels", 3), height, width
-
-
-def _float_dtype(source: Source) -> torch.dtype:
-    return next((p.dtype for p in source.module.parameters() if p.is_floating_point()), torch.float32)

@@ -65,7 +65,7 @@ def sample_from_model(source: Source, samples: int, length: int, seed: int) -> T
 
 def _load(source: Source) -> Any:
     if source.folder is None:
-        return source.module
+        return source.module if source.compute is None else copy.deepcopy(source.module).to(source.compute)
     from transformers import AutoModelForCausalLM
 
     need = sum(p.numel() * p.element_size() for p in source.module.parameters())
@@ -77,5 +77,5 @@ def _load(source: Source) -> Any:
             do="Give --calibration a text file or another source, which needs one block at a time",
         )
     return AutoModelForCausalLM.from_pretrained(
-        source.folder, dtype="auto", trust_remote_code=source.trust_remote_code, local_files_only=True
+        source.folder, dtype=source.compute or "auto", trust_remote_code=source.trust_remote_code, local_files_only=True
     )

@@ -61,8 +61,9 @@ def read_images(folder: Path, source: Source, samples: int, seed: int) -> Images
             do="Resize them to one size; one graph is traced for one shape",
         )
     kind = "with labels from their folders" if labels is not None else "without labels"
-    dtype = next((p.dtype for p in source.module.parameters() if p.is_floating_point()), torch.float32)
-    return Images(torch.stack(pixels).to(dtype), labels, f"{len(chosen)} of {len(found)} images of {folder}, {kind}")
+    return Images(
+        torch.stack(pixels).to(source.dtype), labels, f"{len(chosen)} of {len(found)} images of {folder}, {kind}"
+    )
 
 
 def _find(folder: Path) -> list[Path]:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from sparsify.calibration.accumulators import GRADIENTS
@@ -47,6 +49,8 @@ def compare(
     allow_bin: bool = False,
     trust_remote_code: bool = False,
     check: bool = True,
+    allow_nan: bool = False,
+    compute_dtype: str | torch.dtype | None = None,
     observe: Observer = unobserved,
 ) -> Compared:
     """Prune ``model`` by each of ``passes`` on the same calibration tokens, and evaluate each on ``data``.
@@ -73,7 +77,14 @@ def compare(
     if output is not None:
         check_output(Path(output), overwrite=overwrite, source=Path(model) if kind_at(model) else None)
     context = Context(resolve_device(device), parse_bytes(memory), seed)
-    source = open_source(model, allow_bin=allow_bin, trust_remote_code=trust_remote_code, check=check)
+    source = open_source(
+        model,
+        allow_bin=allow_bin,
+        trust_remote_code=trust_remote_code,
+        check=check,
+        allow_nan=allow_nan,
+        compute_dtype=compute_dtype,
+    )
     text: tuple[Tensor, str] | None = None
     if data is not None:
         text = evaluation_windows(data, source, sequence_length, windows)
@@ -105,6 +116,8 @@ def compare(
                 allow_bin=allow_bin,
                 trust_remote_code=trust_remote_code,
                 check=check,
+                allow_nan=allow_nan,
+                compute_dtype=compute_dtype,
                 observe=observe,
             )
             seconds, peak = time.perf_counter() - started, recent_peak(context.device) if reset else None
@@ -115,7 +128,7 @@ def compare(
             rows.append(
                 ComparedPass(
                     name=spec,
-                    perplexity=quality(Source(source.name, source.module, made.program.weights)),
+                    perplexity=quality(replace(source, weights=made.program.weights)),
                     error=sum(errors.values()) / len(errors) if errors else None,
                     kept=run.kept,
                     seconds=seconds,

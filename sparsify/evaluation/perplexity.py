@@ -33,6 +33,8 @@ from sparsify.precision import exact_products
 
 # Logits of a window are wide: few windows at a time.
 _TOKENS_AT_ONCE = 1024
+# The largest mean loss whose exponential is a number.
+_MOST = 700.0
 
 
 @dataclass(frozen=True)
@@ -57,18 +59,29 @@ def evaluate(
     allow_bin: bool = False,
     trust_remote_code: bool = False,
     check: bool = True,
+    allow_nan: bool = False,
+    compute_dtype: str | torch.dtype | None = None,
 ) -> Evaluation:
     """Perplexity of a causal language model on ``data``.
 
     Args:
         data: a source's name; of sources in parts the held-out part is read.
         windows: evaluate on the first so many windows only.
-        check: hold the bytes of a folder of ours against its ``sparsify.json``.
+        check: hold the bytes of a folder of ours against its ``sparsify.json``. allow_nan: let NaN in tensors pass.
+        compute_dtype: ``"float32"``, ``"bfloat16"`` or ``"float16"``: what the model runs in; None: its own.
 
     Raises:
-        CalibrationError: data that is missing or too short. TraceError: no causal language model.
+        CalibrationError: data that is missing or too short, or a perplexity that is no number.
+        TraceError: no causal language model.
     """
-    source = open_source(model, allow_bin=allow_bin, trust_remote_code=trust_remote_code, check=check)
+    source = open_source(
+        model,
+        allow_bin=allow_bin,
+        trust_remote_code=trust_remote_code,
+        check=check,
+        allow_nan=allow_nan,
+        compute_dtype=compute_dtype,
+    )
     ids, label = evaluation_windows(data, source, sequence_length, windows)
     started = time.perf_counter()
     value = perplexity(source, ids, context)
@@ -80,7 +93,8 @@ def perplexity(source: Source, windows: Tensor, context: Context | None = None) 
     """Perplexity on ``windows`` [count, length] of token ids, of any whole type.
 
     Raises:
-        CalibrationError: ids of another vocabulary, or too little memory. TraceError: no causal language model.
+        CalibrationError: ids of another vocabulary, too little memory, or a loss that is no number.
+        TraceError: no causal language model.
     """
     context = context or Context()
     count, length = windows.shape
@@ -95,9 +109,35 @@ def perplexity(source: Source, windows: Tensor, context: Context | None = None) 
     size = max(d for d in range(1, min(most, count) + 1) if count % d == 0)
     batches = _Batches(windows, size, source)
     with within_memory(f"evaluating {source.name}", context.device):
-        losses = _losses(capture(source, batches[0], context.device), batches, context)
-    mean = float(losses.mean())
-    return math.exp(mean) if mean < 700 else math.inf
+        program = capture(source, batches[0], context.device)
+        losses = _losses(program, batches, context)
+    return of_losses(losses, source.name, _logits(program).meta["val"].dtype)
+
+
+def of_losses(losses: Tensor, name: str, dtype: torch.dtype) -> float:
+    """Perplexity of the model ``name``, computed in ``dtype``, from the mean loss of each window, [windows].
+
+    Raises:
+        CalibrationError: a window whose loss is no number, or losses past any perplexity.
+    """
+    mean = float(losses.double().mean())
+    if mean < _MOST:
+        return math.exp(mean)
+    broken = (~losses.isfinite()).nonzero().flatten().tolist()
+    if not broken:
+        raise CalibrationError(
+            f"perplexity of {name}",
+            found=f"a mean loss of {mean:.0f}, whose exponential no number holds",
+            do="This model predicts nothing: look at its weights",
+        )
+    do = "Look at its weights: what they hold is finite, what they compute is not"
+    if dtype == torch.float16:
+        do = "float16 ends at 65504: --compute-dtype float32 or bfloat16 (of eval and compare); else convert the model"
+    raise CalibrationError(
+        f"perplexity of {name}",
+        found=f"logits that are NaN or infinite in window {broken[0]}, and in {len(broken)} of {len(losses)} in all",
+        do=do,
+    )
 
 
 class _Batches(Sequence[Mapping[str, Tensor]]):

@@ -115,7 +115,7 @@ class Checkpoint:
         """Return the tensor ``name``, freshly read into memory of its own.
 
         Raises:
-            CheckpointError: it is not what the ledger says, or its file was cut short.
+            CheckpointError: it is not what the ledger says, not finite where it has to be, or its file was cut short.
         """
         entry = self._entries[name]
         tensor = torch.empty(entry.shape, dtype=entry.dtype)
@@ -184,7 +184,7 @@ class Checkpoint:
         """Copy the weight files (and their index) into ``folder``, hashed on the way, and open them for patching.
 
         Raises:
-            CheckpointError: a tensor is not what the ledger says.
+            CheckpointError: a tensor is not what the ledger says, or not finite where it has to be.
         """
         copied: dict[str, str] = {}
         for path in self.files:
@@ -193,9 +193,11 @@ class Checkpoint:
             with path.open("rb", buffering=0) as source, (folder / path.name).open("wb", buffering=0) as target:
                 copy_span(source, target, begin)
                 for _, name in held:
+                    entry = self._entries[name]
                     hashes = {kind: new_hash(kind) for kind in {BLAKE, self.ledger.algorithm}}
+                    scan = self.ledger.scan(name, entry.dtype)
                     try:
-                        copy_span(source, target, self._entries[name].size, hashes.values())
+                        copy_span(source, target, entry.size, [*hashes.values(), *([] if scan is None else [scan])])
                     except EOFError as error:
                         raise CheckpointError(
                             f"copying {name}", found=f"{path.name} ended early ({error})", do="Fetch it again"
@@ -204,6 +206,7 @@ class Checkpoint:
                     if self.ledger.wants(name):
                         found = hashes[self.ledger.algorithm].hexdigest()
                         self.ledger.compare("tensor", self.ledger.tensors, name, found)
+                    self.ledger.check_scan(name, scan, entry.shape)
         if list(self.files) != [self.folder / WEIGHTS]:
             shutil.copyfile(admit(self.folder / INDEX), folder / INDEX)
         result = Checkpoint(folder, writable=True)

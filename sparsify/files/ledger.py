@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from sparsify.errors import CheckpointError
 from sparsify.files.manifest import FORMAT, MANIFEST, digest_of_manifest, read_manifest, write_json
 from sparsify.files.reading import admit
+from sparsify.finite import Scan, check_finite, is_mask, refuse
 from sparsify.tensors import BLAKE, CRC, digest, digest_of_span
 
 # By what the bytes of a folder were checked: "none" where it holds nothing of the kind, "skipped" where a user said so.
@@ -29,6 +31,7 @@ class Ledger:
         folder: None for what is no folder. manifest: the whole of ``sparsify.json``.
         tensors, headers, files: digests (hexadecimal) by the names of tensors, of safetensors files (whose headers
             say what the tensors are), and of all other files.
+        finite: whether what is read or copied may hold no NaN and no infinity.
     """
 
     folder: Path | None = None
@@ -37,17 +40,22 @@ class Ledger:
     tensors: Mapping[str, str] = field(default_factory=dict, repr=False)
     headers: Mapping[str, str] = field(default_factory=dict, repr=False)
     files: Mapping[str, str] = field(default_factory=dict, repr=False)
+    finite: bool = False
 
     @classmethod
-    def of(cls, folder: Path, check: bool = True) -> Ledger:
+    def of(cls, folder: Path, check: bool = True, *, finite: bool = False) -> Ledger:
         """Read the ledger of ``folder``.
 
         Args:
-            check: False knows nothing of any byte, and lets all of them pass.
+            check: False knows nothing of any byte, and lets all of them pass. finite: refuse NaN and infinity.
 
         Raises:
             CheckpointError: a manifest that is damaged or of a newer format.
         """
+        return replace(cls._read(folder, check), finite=finite)
+
+    @classmethod
+    def _read(cls, folder: Path, check: bool) -> Ledger:
         if not check:
             return cls(folder, "skipped", read_manifest(folder))
         manifest = read_manifest(folder)
@@ -85,10 +93,23 @@ class Ledger:
 
     def check_tensor(self, name: str, tensor: Tensor) -> None:
         """Raises:
-        CheckpointError: ``tensor``, read under ``name``, is not what was written.
+        CheckpointError: ``tensor``, read under ``name``, is not what was written, or not finite.
         """
         if self.wants(name):
             self.compare("tensor", self.tensors, name, digest(tensor, self.algorithm))
+        if self.finite:
+            check_finite(name, tensor, str(self.folder))
+
+    def scan(self, name: str, dtype: torch.dtype) -> Scan | None:
+        """What is to be shown the bytes of tensor ``name`` when they are copied; None where nothing is."""
+        return Scan(dtype, is_mask(name)) if self.finite and Scan.reads(dtype) else None
+
+    def check_scan(self, name: str, found: Scan | None, shape: torch.Size) -> None:
+        """Raises:
+        CheckpointError: the scan of tensor ``name`` found NaN or infinity.
+        """
+        if found is not None:
+            refuse(name, found, shape, str(self.folder))
 
     def check_header(self, file: str, found: str) -> None:
         """The same for the header of a safetensors file, by its digest."""

@@ -45,6 +45,8 @@ def _cut(value: object) -> bool:
 _SITE = {"name": _text, "tensors": [_text], "shape": [_count], "pattern": _text, "kept": _share}
 FORM: dict[str, Any] = {
     "passes": [{"spec": _text, "name": _text, "sites": [_SITE]}],
+    "allow_nan": _flag,
+    "compute_dtype": _one_of("float32", "bfloat16", "float16"),
     "structure": [{"ragged": _flag, "config": _mapping, "cuts": [{"members": [_cut]}]}],
     "packed": {"dense_files": _maybe(_mapping)},
     "onnx": {

@@ -38,8 +38,9 @@ def capture(source: Source, batch: Batch, device: torch.device | str = "cpu") ->
     Raises:
         TraceError: the model cannot be exported, or needs values that only a run could give.
     """
-    exported = export(source.module, batch)
-    program = from_exported(exported, source.weights, device, constants=_real_buffers(source.module))
+    module = source.running()
+    exported = export(module, batch)
+    program = from_exported(exported, source.weights, device, constants=_real_buffers(module))
     program.model = type(source.module).__name__
     del exported
     # Exporting leaves reference cycles as large as the graph; a second capture would stack on them.

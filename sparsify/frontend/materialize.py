@@ -39,17 +39,22 @@ def materialize(source: Source, weights: Weights, changed: set[str]) -> nn.Modul
 
 
 def load(
-    folder: str | Path, *, trust_remote_code: bool = False, dtype: torch.dtype | None = None, check: bool = True
+    folder: str | Path,
+    *,
+    trust_remote_code: bool = False,
+    dtype: torch.dtype | None = None,
+    check: bool = True,
+    allow_nan: bool = False,
 ) -> nn.Module:
     """The model of any folder that sparsify wrote, in memory and in eval mode: ordinary, packed, or of ragged widths.
 
     Args:
         dtype: of its parameters; None: as they are stored.
-        check: hold every byte against the folder's ``sparsify.json``.
+        check: hold every byte against the folder's ``sparsify.json``. allow_nan: let NaN and infinity pass.
 
     Raises:
         CheckpointError: no such folder, a broken one, or one whose bytes are not those that were written.
     """
-    source = open_source(folder, trust_remote_code=trust_remote_code, check=check)
+    source = open_source(folder, trust_remote_code=trust_remote_code, check=check, allow_nan=allow_nan)
     model = materialize(source, source.weights, set(source.weights.parameters()))
     return model.eval() if dtype is None else model.to(dtype).eval()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ def build_skeleton(
     dtype: torch.dtype | None = None,
     edit: Callable[[nn.Module], None] = lambda model: None,
     store: TensorStore | None = None,
+    compute: torch.dtype | None = None,
 ) -> nn.Module:
     """The model that ``folder``'s config.json describes, in eval mode, with parameters that take no memory.
 
@@ -36,6 +38,7 @@ def build_skeleton(
     Args:
         store: what reads the folder's weights: where it gives them dense, so is the model, and the model may not be
             out of all proportion to them.
+        compute: the model is built in this dtype whatever config.json says.
 
     Raises:
         CheckpointError: no config, one that builds no model, or weights that only a quantizer reads.
@@ -68,7 +71,8 @@ def build_skeleton(
     sizes = sizes_of(folder)
     try:
         with torch.device("meta"), few_parts(tensors, folder):
-            model = construct(config, trust_remote_code, getattr(config, "dtype", None) or dtype or torch.float32)
+            named = compute or getattr(config, "dtype", None) or dtype or torch.float32
+            model = construct(config, trust_remote_code, named)
             if sizes is not None:
                 resize(model, sizes)
             edit(model)
@@ -84,6 +88,27 @@ def build_skeleton(
     _restore_buffers(model)
     _fake_parameters(model)
     return model.eval()
+
+
+def recast(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """``module``, which stays as it is, with parameters that take no memory and are in ``dtype``.
+
+    Buffers that a checkpoint holds follow; of the others those of less than float32, for what a model keeps in float32
+    (rotary frequencies) it does for a reason.
+    """
+    unsaved = {id(m._buffers[n]) for m in module.modules() for n in m._non_persistent_buffers_set if n in m._buffers}
+    memo: dict[int, torch.Tensor] = {}
+    mode = FakeTensorMode()
+    for tensor in (*module.parameters(), *module.buffers()):
+        if not tensor.is_floating_point():
+            memo[id(tensor)] = tensor
+        elif id(tensor) in unsaved:
+            memo[id(tensor)] = tensor.to(dtype) if tensor.element_size() < 4 else tensor
+        else:
+            with mode:
+                fake = torch.empty(tensor.shape, dtype=dtype, device=tensor.device)
+            memo[id(tensor)] = nn.Parameter(fake, requires_grad=False) if isinstance(tensor, nn.Parameter) else fake
+    return copy.deepcopy(module, memo)
 
 
 def construct(config: Any, trust_remote_code: bool, dtype: torch.dtype) -> nn.Module:

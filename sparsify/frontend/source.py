@@ -13,17 +13,20 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from sparsify.errors import CheckpointError, TraceError, first_line
 from sparsify.files.checkpoint import PICKLED, PICKLED_INDEX, WEIGHTS, Checkpoint
 from sparsify.files.companions import check_companions
 from sparsify.files.ledger import Checked, Ledger
 from sparsify.files.reading import MAX_INDEX, admit, kind_at, read_json
+from sparsify.finite import check_all_finite, check_finite
 from sparsify.frontend.matching import weights_of_checkpoint, weights_of_module
-from sparsify.frontend.skeleton import build_skeleton
+from sparsify.frontend.skeleton import build_skeleton, recast
 from sparsify.ir.store import MemoryStore, TensorStore
 from sparsify.ir.weights import Weights
 from sparsify.method.registry import loaded
+from sparsify.words import check_compute_dtype
 
 _TOKENIZER_FILES = ("tokenizer", "vocab", "spiece", "sentencepiece", "merges", "tekken")
 
@@ -34,7 +37,8 @@ class Source:
 
     ``module`` is a skeleton (see :func:`build_skeleton`) for a folder and the user's own for a module; ``folder`` is
     None for a module in memory. ``ledger``: what the folder says of its bytes; ``checked``: by what those that the user
-    named were checked (a model that was made smaller lies in a folder of its own).
+    named were checked (a model that was made smaller lies in a folder of its own). ``compute``: the dtype in which it
+    runs; None: its own. ``allow_nan``: whether NaN and infinity in its tensors pass.
     """
 
     name: str
@@ -45,6 +49,8 @@ class Source:
     trust_remote_code: bool = False
     ledger: Ledger = field(default_factory=Ledger, repr=False)
     checked: Checked = "none"
+    compute: torch.dtype | None = None
+    allow_nan: bool = False
     _tokenizer: Any = field(default=None, repr=False)
 
     @property
@@ -71,11 +77,26 @@ class Source:
         text = config.get_text_config() if hasattr(config, "get_text_config") else config
         return getattr(text, "vocab_size", None)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the model computes in, as far as it is one dtype."""
+        if self.compute is not None:
+            return self.compute
+        return next((p.dtype for p in self.module.parameters() if p.is_floating_point()), torch.float32)
+
     def skeleton(self, edit: Callable[[nn.Module], None] = lambda model: None) -> nn.Module:
         """The folder's model once more, without memory for its parameters; see :func:`build_skeleton`."""
         assert self.folder is not None, "a module in memory is its own"
         dtype = next((p.dtype for p in self.module.parameters() if p.is_floating_point()), None)
         return build_skeleton(self.folder, self.trust_remote_code, dtype, edit, self.weights.store)
+
+    def running(self) -> nn.Module:
+        """The model in the dtype in which it runs, for a trace: ``module`` itself where that is its own."""
+        if self.compute is None:
+            return self.module
+        if self.folder is None:
+            return recast(self.module, self.compute)
+        return build_skeleton(self.folder, self.trust_remote_code, store=self.weights.store, compute=self.compute)
 
     def tokenizer(self) -> Any:
         """The folder's tokenizer.
@@ -119,7 +140,13 @@ class Source:
 
 
 def open_source(
-    model: str | Path | nn.Module, *, allow_bin: bool = False, trust_remote_code: bool = False, check: bool = True
+    model: str | Path | nn.Module,
+    *,
+    allow_bin: bool = False,
+    trust_remote_code: bool = False,
+    check: bool = True,
+    allow_nan: bool = False,
+    compute_dtype: str | torch.dtype | None = None,
 ) -> Source:
     """Open ``model`` without reading its weights.
 
@@ -128,20 +155,32 @@ def open_source(
         allow_bin: read ``pytorch_model.bin`` (with ``weights_only=True``) where there is no safetensors.
         trust_remote_code: run Python that the folder brings along.
         check: hold files now, and tensors when they are read, against the folder's ``sparsify.json``.
+        allow_nan: let NaN and infinity pass; else a folder's tensors are looked at when they are read or copied, those
+            of a module now.
+        compute_dtype: ``"float32"``, ``"bfloat16"`` or ``"float16"`` (torch's own as well): what the model is to run
+            in; None: its own. What is stored keeps its dtype.
 
     Raises:
-        CheckpointError: no such model, a broken one, or one whose bytes are not those that were written.
+        CheckpointError: no such model, a broken one, one whose bytes are not those that were written, or NaN in it.
+        SpecError: a dtype to compute in that is none.
     """
+    name = None if compute_dtype is None else check_compute_dtype(str(compute_dtype).removeprefix("torch."))
+    compute: torch.dtype | None = None if name is None else getattr(torch, name)
     if isinstance(model, nn.Module):
-        return Source(type(model).__name__.lower(), model, weights_of_module(model))
+        if not allow_nan:
+            _check_module(model)
+        weights = weights_of_module(model)
+        return Source(type(model).__name__.lower(), model, weights, compute=compute, allow_nan=allow_nan)
     folder = _find_folder(model)
     if not folder.is_dir():
         raise CheckpointError(f"model folder {folder}", found="a file", do="Name the folder that holds config.json")
-    ledger = Ledger.of(folder, check)
+    ledger = Ledger.of(folder, check, finite=not allow_nan)
     check_companions(folder, ledger)
     store: TensorStore
     if allow_bin and not (folder / WEIGHTS).exists() and _pickles(folder):
-        store = _read_pickles(folder)
+        store = pickled = _read_pickles(folder)
+        if not allow_nan:
+            check_all_finite(pickled.tensors, str(folder))
     else:
         store = open_store(folder, ledger)
     stored = (store.dtype(name) for name in store.names())
@@ -151,7 +190,9 @@ def open_source(
     checkpoint = store if isinstance(store, Checkpoint) else None
     # The hub's cache names a folder by its commit; the model's own name serves outputs better.
     name = folder.name if kind_at(model) else str(model).rpartition("/")[2]
-    return Source(name, module, weights, folder, checkpoint, trust_remote_code, ledger, ledger.checked)
+    return Source(
+        name, module, weights, folder, checkpoint, trust_remote_code, ledger, ledger.checked, compute, allow_nan
+    )
 
 
 def open_store(folder: Path, ledger: Ledger) -> TensorStore:
@@ -215,6 +256,15 @@ def _read_pickles(folder: Path) -> MemoryStore:
             ) from error
         tensors |= {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
     return MemoryStore(None, tensors)
+
+
+def _check_module(module: nn.Module) -> None:
+    """Raise CheckpointError where a parameter or buffer is not finite; buffers may forbid by minus infinity."""
+    where = type(module).__name__
+    for mask, tensors in ((None, module.named_parameters()), (True, module.named_buffers())):
+        for name, tensor in tensors:
+            if not tensor.is_meta and not isinstance(tensor, FakeTensor):
+                check_finite(name, tensor, where, mask)
 
 
 def _is_transformers(module: nn.Module) -> bool:

@@ -98,6 +98,7 @@ def inspect_dimensions(
     model: str | Path | nn.Module, *, allow_bin: bool = False, trust_remote_code: bool = False, check: bool = True
 ) -> DimensionReport:
     """Trace ``model`` without reading a weight and find its coupled dimensions."""
-    source = open_source(model, allow_bin=allow_bin, trust_remote_code=trust_remote_code, check=check)
+    # Whoever looks at a model may look at a broken one.
+    source = open_source(model, allow_bin=allow_bin, trust_remote_code=trust_remote_code, check=check, allow_nan=True)
     program = capture(source, example_batch(source))
     return DimensionReport(source.name, coupled_dimensions(program), roles_of(program))

@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 
 from sparsify.analysis.linear import LinearSite, find_sites
 from sparsify.data.batches import example_batch
+from sparsify.finite import is_mask, said, scan
 from sparsify.frontend.capture import capture
 from sparsify.frontend.source import open_source
 from sparsify.ir.operators import exact_name
@@ -46,7 +47,8 @@ def inspect_graph(
     Raises:
         CheckpointError, TraceError: no such model, or no graph of it.
     """
-    source = open_source(model, allow_bin=allow_bin, trust_remote_code=trust_remote_code, check=check)
+    # Whoever looks at a model may look at a broken one.
+    source = open_source(model, allow_bin=allow_bin, trust_remote_code=trust_remote_code, check=check, allow_nan=True)
     return graph_text(capture(source, example_batch(source)))
 
 
@@ -57,7 +59,9 @@ def _parameters(program: Program, sites: dict[str, LinearSite]) -> Iterator[str]
         if name is not None and (canonical := program.weights.canonical(name)) not in seen:
             seen.add(canonical)
             value = program.weights.read(canonical)
-            yield f"  {canonical} {list(value.shape)} {_dtype(value)}, {_zeros(value, sites.get(canonical))}"
+            found = scan(value, mask=is_mask(canonical))
+            broken = f"; {said(found, value.shape)}" if found.count else ""
+            yield f"  {canonical} {list(value.shape)} {_dtype(value)}, {_zeros(value, sites.get(canonical))}{broken}"
 
 
 def _zeros(value: Tensor, site: LinearSite | None) -> str:

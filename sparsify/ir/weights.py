@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsify.errors import CheckpointError
+from sparsify.tensors import same_bits
 
 if TYPE_CHECKING:
     from sparsify.ir.store import TensorStore
@@ -133,7 +134,7 @@ class Weights:
         for source, value in reverted.items():
             if only is None or source in only:
                 self.store.write(source, value.to(self.store.dtype(source)).contiguous())
-        if only is None and not torch.equal(self.read(name), tensor):
+        if only is None and not same_bits(self.read(name), tensor):
             raise CheckpointError(
                 f"writing {name}",
                 found="reading it back gives other values",

@@ -79,6 +79,7 @@ class Turn:
                 biases = biases.clone() if biases is self.biases else biases
                 biases[expert] = pruned.bias.to(biases.dtype)
             notes += [f"expert {expert}: {note}" if site.experts > 1 else note for note in pruned.notes]
+        self._check_stored(site.name, matrices if not self.method.keeps_weights else None, biases)
         written = [self.target.parameter]
         if biases is not self.biases and self._store_biases(biases):
             written.append(str(site.bias))
@@ -111,6 +112,16 @@ class Turn:
         if self.site.bias is not None:
             # [experts, out_features]: every matrix has its own part of it.
             self.biases = self.site.biases(self.weights.read(self.site.bias).to(self.device))
+
+    def _check_stored(self, name: str, *moved: Tensor | None) -> None:
+        """What a pass moved was finite in float32: it may not be in the dtype that it is stored in."""
+        for values in moved:
+            if values is not None and not all_finite(values):
+                raise CalibrationError(
+                    f"{self.method.name} on {name}",
+                    found=f"values past what {values.dtype} holds, in which they are stored",
+                    do="Take a pass that leaves kept weights where they are (wanda), or convert the model to bfloat16",
+                )
 
     def _unseen(self, tokens: Sequence[int]) -> list[int]:
         """Experts that no calibration token reached, where the method needs some."""

@@ -37,6 +37,7 @@ from sparsify.structure.plan import Choice, Choices, choose_groups, count_parame
 from sparsify.structure.record import Cut, Restructured
 from sparsify.structure.score import Scores
 from sparsify.structure.shrink import CutStore, kept_positions, shrink
+from sparsify.tensors import same_bits
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,7 @@ def _without_layers(
     gone = layers.least_important(stack, structural_pass, [scores.of_all(names, i) for i, names in enumerate(parts)])
     config = layers.config_without(source, stack, gone)
     write_tensors(source, lambda: layers.stored_without(program.weights, stack, gone), config, into)
-    smaller = open_source(into, trust_remote_code=source.trust_remote_code)
+    smaller = _smaller(into, source)
     cut = Cut("layers", stack.container, stack.count, stack.count - len(gone), tuple(gone), ())
     counts = count_parameters(source), count_parameters(smaller)
     done = Restructured(structural_pass, [cut], [], config, counts)
@@ -157,6 +158,12 @@ def _note(source: Source, done: Restructured, into: Path) -> None:
     carry_modes(source.folder, into, stat.S_IMODE(into.stat().st_mode))
 
 
+def _smaller(folder: Path, source: Source) -> Source:
+    """The model that ``folder`` holds, opened as ``source`` was, from which its tensors were read and looked at."""
+    made = open_source(folder, trust_remote_code=source.trust_remote_code, allow_nan=True)
+    return replace(made, allow_nan=source.allow_nan, compute=source.compute)
+
+
 def _compared(folder: Path, source: Source, small: Program, context: Context) -> tuple[Source, Program]:
     """The model that the folder holds, traced: it must have the parameters of the cut graph, and compute the same.
 
@@ -165,7 +172,7 @@ def _compared(folder: Path, source: Source, small: Program, context: Context) ->
     """
     asked, cut = f"the smaller model of {source.name}", "cut the graph in Python: sparsify.structure.shrink.shrink"
     try:
-        smaller = open_source(folder, trust_remote_code=source.trust_remote_code)
+        smaller = _smaller(folder, source)
         program = capture(smaller, small.zero_batch(), context.device)
     except TraceError as error:
         raise BackendError(
@@ -180,7 +187,7 @@ def _compared(folder: Path, source: Source, small: Program, context: Context) ->
             do="Leave some groups out (--ignore, --only): sparsify inspect MODEL --dimensions names them",
         ) from error
     for name in small.weights.parameters():
-        if name not in program.weights or not torch.equal(program.weights.read(name), small.weights.read(name)):
+        if name not in program.weights or not same_bits(program.weights.read(name), small.weights.read(name)):
             raise BackendError(
                 asked,
                 found=f"{name} is another one in the model that config.json builds",

@@ -34,7 +34,10 @@ def in_a_folder(source: Source, place: Path) -> Source:
     saved = place / "saved"
     with quiet():
         source.module.save_pretrained(saved)  # type: ignore[operator]
-    return replace(open_source(saved), name=source.name)
+    # What was saved was looked at when it was opened.
+    return replace(
+        open_source(saved, allow_nan=True), name=source.name, allow_nan=source.allow_nan, compute=source.compute
+    )
 
 
 def make_smaller(

@@ -26,8 +26,9 @@ from sparsify.compiler.backend import Backend, as_backend
 from sparsify.context import Context
 from sparsify.data.batches import default_length, evaluation_windows, example_batch, load_calibration
 from sparsify.errors import CalibrationError, SpecError, VerifyError
-from sparsify.evaluation.perplexity import perplexity
+from sparsify.evaluation.perplexity import of_losses, perplexity
 from sparsify.files.staging import Staging, check_output
+from sparsify.finite import is_mask, said, scan
 from sparsify.frontend.capture import capture
 from sparsify.frontend.materialize import materialize
 from sparsify.frontend.source import Source, open_source
@@ -73,6 +74,7 @@ def tune(
     overwrite: bool = False,
     trust_remote_code: bool = False,
     check: bool = True,
+    allow_nan: bool = False,
     observe: Callable[[int, int, float], None] = lambda step, steps, loss: None,
 ) -> Tuned:
     """Train the causal language model of the folder ``model`` on ``data`` and write it to ``output``.
@@ -82,10 +84,12 @@ def tune(
         to: the backend that writes the result, as for :func:`sparsify.compile`.
         adapter: write LoRA's additions alone, as a folder of ``peft``, and not the merged model.
         resume: go on from ``OUTPUT.tuning``, where the state is kept every ``save_every`` steps until it is done.
-        check: hold the bytes of a folder of ours against its ``sparsify.json``. observe: told (step, steps, loss).
+        check: hold the bytes of a folder of ours against its ``sparsify.json``. allow_nan: let NaN in tensors pass.
+        observe: told (step, steps, loss).
 
     Raises:
-        SpecError: a recipe that cannot be meant. CalibrationError: data too short, or too little memory.
+        SpecError: a recipe that cannot be meant.
+        CalibrationError: data too short, too little memory, or a loss or perplexity that is no number.
         VerifyError: a mask that broke.
         CheckpointError, TraceError: no causal language model there.
     """
@@ -96,7 +100,7 @@ def tune(
     if adapter and backend.name != "hf":
         raise SpecError(f"an adapter --to {backend.name}", found="a folder of peft's own form", do="Leave --to out")
     check_output(out, overwrite=overwrite, source=Path(model))
-    source = open_source(model, trust_remote_code=trust_remote_code, check=check)
+    source = open_source(model, trust_remote_code=trust_remote_code, check=check, allow_nan=allow_nan)
     length = recipe.length or default_length(source, 256)
     held_out, validation = evaluation_windows(data, source, length, 32)
     drawn = load_calibration(data, source, samples=recipe.samples, sequence_length=length, seed=recipe.seed)
@@ -240,7 +244,10 @@ def _train(
         total = sum((float(loss) * count / recipe.batch for loss, count in losses), start=0.0)
         if not math.isfinite(total):
             raise CalibrationError(f"tuning, step {number + 1}", found=f"a loss of {total}", do="Give a smaller --rate")
-        accelerator.clip_grad_norm_(state.trained.values(), 1.0)
+        if not math.isfinite(float(accelerator.clip_grad_norm_(state.trained.values(), 1.0))):
+            raise CalibrationError(
+                f"tuning, step {number + 1}", found="gradients that are NaN or infinite", do="Give a smaller --rate"
+            )
         optimizer.step()
         optimizer.zero_grad()
         with torch.no_grad():
@@ -287,11 +294,20 @@ def _merged(wrapped: Any, source: Source, masks: Mapping[str, Tensor], recipe: R
         else:
             named = dict(wrapped.named_parameters())
         new = {source.weights.canonical(n): p.detach().cpu() for n, p in named.items()}
-        return {
+        made = {
             name: (new[name] * masks[name] if name in masks else new[name]).to(source.weights.dtype(name))
             for name in source.weights.parameters()
             if name in new
         }
+    if not source.allow_nan:
+        for name, tensor in made.items():
+            if (found := scan(tensor, is_mask(name))).count:
+                raise CalibrationError(
+                    f"tuning {name}",
+                    found=f"{said(found, tensor.shape)} as {tensor.dtype}, which it is stored in",
+                    do="Give a smaller --rate; float16 ends at 65504: convert the model to bfloat16",
+                )
+    return made
 
 
 @dataclass(frozen=True)
@@ -314,7 +330,8 @@ class _Output:
             record = replace(result, perplexity=(result.perplexity[0], after)).as_dict()
             record.pop("output")
             program.weights = job.weights
-            job.finish(program, {**source.ledger.manifest, "source_check": source.checked, "tuned": record})
+            kept = source.ledger.manifest | ({"allow_nan": True} if source.allow_nan else {})
+            job.finish(program, {**kept, "source_check": source.checked, "tuned": record})
         return after
 
 
@@ -326,7 +343,9 @@ def _write_adapter(source: Source, wrapped: Any, result: Tuned, held_out: Tensor
         for window in held_out.long():
             logits = wrapped(input_ids=window[None].to(wrapped.device)).logits[0, :-1].float()
             losses.append(float(nn.functional.cross_entropy(logits, window[1:].to(logits.device))))
+    # Before anything is written.
+    after = of_losses(torch.tensor(losses, dtype=torch.float64), source.name, source.dtype)
     with Staging(result.output, overwrite=overwrite, source=source.folder, need=64 << 20) as staging:
         wrapped.save_pretrained(staging.folder)
         staging.commit()
-    return replace(result, perplexity=(result.perplexity[0], math.exp(sum(losses) / len(losses))))
+    return replace(result, perplexity=(result.perplexity[0], after))

@@ -18,6 +18,7 @@ from sparsify.backends.onnx.storage.stored import StoredWeight
 from sparsify.backends.onnx.storage.uses import cast_after_gather, gathered_only, transposes
 from sparsify.errors import BackendError
 from sparsify.files.checkpoint import Checkpoint
+from sparsify.finite import said, scan
 from sparsify.ir.weights import Conversion, Weights
 from sparsify.tensors import digest
 
@@ -97,7 +98,14 @@ class Attachment:
             path, start, length = store.span(key)
             self.stored[key] = StoredWeight(key, shape, source, "dense", length, length)
             return self.build.initializer(key, external(path, start, length, source, shape, key))
-        tensor = store.read(key).to(kept)
+        read = store.read(key)
+        tensor = read.to(kept)
+        if kept != source and (found := scan(tensor)).count > scan(read).count:
+            raise BackendError(
+                f"storing {key} in {kept}",
+                found=f"values past what it holds: {said(found, shape)}",
+                do="Take dtype=bfloat16, or leave dtype out",
+            )
         found = digest(tensor)
         if transposed:
             tensor = tensor.t()
