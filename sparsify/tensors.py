@@ -98,7 +98,18 @@ def digest_of_span(path: Path, start: int = 0, size: int | None = None, algorith
     Raises:
         EOFError: the file ends before.
     """
-    whole, piece = new_hash(algorithm), memoryview(bytearray(_PIECE if size is None else min(size, _PIECE)))
+    whole = new_hash(algorithm)
+    show_span(path, start, size, whole)
+    return whole.hexdigest()
+
+
+def show_span(path: Path, start: int, size: int | None, to: Watcher) -> None:
+    """Show ``to`` the same bytes.
+
+    Raises:
+        EOFError: the file ends before.
+    """
+    piece = memoryview(bytearray(_PIECE if size is None else min(size, _PIECE)))
     with path.open("rb", buffering=0) as file:
         file.seek(start)
         while size is None or size:
@@ -107,9 +118,8 @@ def digest_of_span(path: Path, start: int = 0, size: int | None = None, algorith
                 if size is None:
                     break
                 raise EOFError(f"{size} bytes are missing")
-            whole.update(piece[:count])
+            to.update(piece[:count])
             size = None if size is None else size - count
-    return whole.hexdigest()
 
 
 def copy_span(source: RawIOBase, target: RawIOBase, size: int, seen_by: Collection[Watcher] = ()) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from sparsify.backends.hf.job import HuggingFaceJob
 from sparsify.backends.packed.config import FORMAT, METHOD
@@ -126,7 +127,7 @@ class PackedJob:
             return
         module = source.skeleton(self.edit)
         try:
-            export(module, {n.meta["input"]: n.meta["val"] for n in program.inputs})
+            export(module, _inputs_of(program, source))
         except TraceError as error:
             raise BackendError(
                 f"packing {source.name}",
@@ -142,6 +143,15 @@ class PackedJob:
 
     def __exit__(self, *error: Any) -> None:
         self.hf.__exit__(*error)
+
+
+def _inputs_of(program: Program, source: Source) -> dict[str, Tensor]:
+    """The inputs that ``program`` was traced with; in the model's own dtype where it runs in another."""
+    values: dict[str, Tensor] = {n.meta["input"]: n.meta["val"] for n in program.inputs}
+    if source.compute is None:
+        return values
+    own = next((p.dtype for p in source.module.parameters() if p.is_floating_point()), torch.float32)
+    return {name: value.to(own) if value.is_floating_point() else value for name, value in values.items()}
 
 
 def check_loadable(source: Source) -> None:

@@ -32,7 +32,8 @@ def unpack_folder(
     A folder that was saved again by transformers does not say what those were: the model's own names are used.
 
     Args:
-        check: hold every byte that is read against the folder's ``sparsify.json``. allow_nan: let NaN and infinity pass.
+        check: hold every byte that is read against the folder's ``sparsify.json``.
+        allow_nan: let NaN and infinity pass.
 
     Raises:
         CheckpointError: not a packed folder, or a damaged one. BackendError: the output cannot be written.

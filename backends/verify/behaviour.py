@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -38,16 +39,20 @@ def check_behaviour(
     try:
         stored = GraphStore(store.file, section(manifest, "onnx").get("transposed", ()))
         model = torch_model(folder, checkpoint or stored, getattr(torch, compute))
-        result.behaviour = behave(store, model)
+        behaviour = behave(store, model)
     except BackendError as error:
         result.problems.append(str(error))
         return
     except Exception as error:  # a graph with inputs of its own, which is no fault of its weights
         result.unchecked.append(f"outputs: not compared ({first_line(error)})")
         return
-    if result.behaviour.difference > _TOLERANCE[compute]:
+    if not math.isfinite(behaviour.difference):
+        result.problems.append("outputs: NaN or infinity in onnxruntime's or torch's")
+        return
+    result.behaviour = behaviour
+    if behaviour.difference > _TOLERANCE[compute]:
         result.problems.append(
-            f"outputs: they differ from torch's by {result.behaviour.difference:.1e} of their size, "
+            f"outputs: they differ from torch's by {behaviour.difference:.1e} of their size, "
             f"more than {_TOLERANCE[compute]:.0e}"
         )
 
@@ -112,6 +117,11 @@ def _decode(runner: Runner, model: Any, tokens: int) -> Behaviour:
 
 def _relative(one: npt.ArrayLike, other: npt.ArrayLike) -> float:
     a, b = np.asarray(one, np.float32), np.asarray(other, np.float32)
+    # Both may forbid the same by minus infinity; anything else that is not finite is a difference without a size.
+    same = (a == b) & ~np.isfinite(a)
+    a, b = np.where(same, 0, a), np.where(same, 0, b)
+    if not (np.isfinite(a).all() and np.isfinite(b).all()):
+        return math.inf
     return float(np.abs(a - b).max() / max(1.0, float(np.abs(b).max())))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from sparsify.backends.verify.result import Verification
@@ -10,6 +11,7 @@ from sparsify.files.checkpoint import INDEX, WEIGHTS, Checkpoint
 from sparsify.files.ledger import HEADER_SUFFIX, Ledger, digest_of_header
 from sparsify.files.manifest import MANIFEST
 from sparsify.files.reading import admit
+from sparsify.finite import Scan, said
 from sparsify.tensors import CRC, digest_of_span
 
 
@@ -19,15 +21,14 @@ def differs(what: str) -> str:
 
 
 def check_content(result: Verification, folder: Path, ledger: Ledger) -> dict[str, bool]:
-    """Compare every file and every tensor of a safetensors file; what is wrong goes to ``result``.
+    """Compare every file and every tensor of a safetensors file, and look for NaN; what is wrong goes to ``result``.
 
     Returns:
         Whether each tensor that was compared is the one that was written.
     """
     if ledger.checked == "none":
         result.unchecked.append(f"bytes: no {MANIFEST} with checksums to compare with")
-        return {}
-    if ledger.checked == CRC:
+    elif ledger.checked == CRC:
         result.unchecked.append(
             f"config, tokenizer and other files: {MANIFEST} (format 1) has checksums of tensors alone"
         )
@@ -36,10 +37,26 @@ def check_content(result: Verification, folder: Path, ledger: Ledger) -> dict[st
     if not (folder / WEIGHTS).exists() and not (folder / INDEX).exists():
         return {}
     try:
-        return _check_tensors(result, Checkpoint(folder), ledger)
+        files = Checkpoint(folder)
+        check_numbers(result, files.scans(), {name: files.shape(name) for name in files.names()}, ledger)
+        return {} if ledger.checked == "none" else _check_tensors(result, files, ledger)
     except CheckpointError as error:
         result.problems.append(str(error))
         return {}
+
+
+def check_numbers(
+    result: Verification, found: Mapping[str, Scan], shapes: Mapping[str, Sequence[int]], ledger: Ledger
+) -> None:
+    """NaN and infinity that scans of tensors found: a problem, unless the folder says that they were let pass."""
+    allowed = bool(ledger.manifest.get("allow_nan"))
+    for name, scan in found.items():
+        if scan.count:
+            sentence = f"{name}: {said(scan, shapes[name])}"
+            if allowed:
+                result.unchecked.append(f"{sentence}, which --allow-nan let pass")
+            else:
+                result.problems.append(sentence)
 
 
 def _check_tensors(result: Verification, files: Checkpoint, ledger: Ledger) -> dict[str, bool]:

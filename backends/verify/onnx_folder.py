@@ -12,7 +12,7 @@ from sparsify.backends.onnx.running.session import find_onnx
 from sparsify.backends.onnx.storage.store import GraphStore
 from sparsify.backends.verify.axis import SummedAxis, summed_axes
 from sparsify.backends.verify.behaviour import check_behaviour
-from sparsify.backends.verify.content import check_content, differs
+from sparsify.backends.verify.content import check_content, check_numbers, differs
 from sparsify.backends.verify.equality import check_equal
 from sparsify.backends.verify.judge import judge
 from sparsify.backends.verify.promises import promises
@@ -21,6 +21,7 @@ from sparsify.errors import CheckpointError, first_line
 from sparsify.files.checkpoint import INDEX, WEIGHTS, Checkpoint
 from sparsify.files.ledger import Ledger
 from sparsify.files.manifest import MANIFEST
+from sparsify.finite import is_mask, scan
 from sparsify.method.pattern import Pattern, parse_pattern
 from sparsify.tensors import digest
 
@@ -91,7 +92,9 @@ def _check_patterns(
     readers: dict[str, list[SummedAxis]] = {}
     for summed in found:
         readers.setdefault(summed.name, []).append(summed)
-    names = {*store.names(), *store.inline()}
+    # Matrices in the graph itself may be masks that forbid by minus infinity.
+    inline = set(store.inline())
+    names = {*store.names(), *inline}
     result.unchecked += [f"{name}: {kind} data, which is not looked at" for name, kind in store.foreign().items()]
     readable = True
     # What contractions read first, in their order: that of the report.
@@ -102,6 +105,9 @@ def _check_patterns(
             result.problems.append(str(error))
             readable = False
             continue
+        # What lies in safetensors was looked at there, under the same name.
+        if name not in equal:
+            check_numbers(result, {name: scan(weight, is_mask(name) or name in inline)}, {name: weight.shape}, ledger)
         written = equal.get(name, True)
         if name in ledger.tensors and name not in equal and not _is_written(weight, ledger, name):
             written = False

@@ -84,7 +84,7 @@ def measure_gradients(
 
     Raises:
         TraceError: a model without a loss, or a weight that several regions read.
-        CalibrationError: a gradient that is not finite, or zero everywhere.
+        CalibrationError: a loss or a gradient that is not finite (the batch or weight is named), or zero everywhere.
     """
     logits = check_loss(program, data.labels is not None)
     flow = Flow.of(program)
@@ -119,6 +119,7 @@ def measure_gradients(
                     for parameter, gradient in runner.backward(region, index, own):
                         sums[parameter].add(gradient)
                     tell(len(regions) + number, "backward")
+                runner.check_losses()
                 for parameter, total in sums.items():
                     into.keep(parameter, total.finished(parameter))
             runner.resident.clear()
@@ -187,6 +188,23 @@ class _Backward(Interpreter):
         super().__init__(program, flow, data.batches, store, device)
         self.labels, self.gradients, self.logits = data.labels, gradients, logits
         self._known: set[tuple[int, str]] = set()
+        # Of each batch that has run backwards, whether its loss is a number.
+        self.finite: list[Tensor] = []
+
+    def check_losses(self) -> None:
+        """Once a region: a GPU that is asked after every batch stands still meanwhile.
+
+        Raises:
+            CalibrationError: names the batch whose loss is no number.
+        """
+        found = torch.stack(self.finite).tolist() if self.finite else []
+        self.finite.clear()
+        if not all(found):
+            raise CalibrationError(
+                f"the loss of calibration batch {found.index(False)}",
+                found="NaN or infinity",
+                do="Compute in float32 or bfloat16 (--compute-dtype float32): float16 overflows",
+            )
 
     def parameters(self, region: Region) -> set[str]:
         """Names of the parameters that the region reads."""
@@ -215,7 +233,9 @@ class _Backward(Interpreter):
             scale = loss_scale(self.logits.meta["val"].dtype)
             if self.logits in self.env:
                 label = None if self.labels is None else self.labels[index]
-                outputs.append(scale * loss(self.program, self.env[self.logits], self.batches[index], label))
+                own_loss = loss(self.program, self.env[self.logits], self.batches[index], label)
+                self.finite.append(own_loss.detach().isfinite())
+                outputs.append(scale * own_loss)
                 arriving.append(None)
             self.env = {}
             wanted = [*leaves.values(), *inputs.values()]

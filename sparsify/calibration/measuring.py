@@ -204,5 +204,5 @@ def drift(
                     site.matrices(weights.read(site.parameter)).to(context.device)
                     for weights in (dense, program.weights)
                 )
-                found[site.name] = recorder.sketch.relative_error(before, after) or 0.0
+                found[site.name] = recorder.sketch.relative_error(before, after, site.name) or 0.0
     return found

@@ -65,8 +65,12 @@ class OutputSketch:
         lost = rows @ (before.float() - after.float()).t() if one else dense - rows @ after.float().t()
         return _squares(lost), _squares(dense)
 
-    def relative_error(self, before: Iterable[Tensor], after: Iterable[Tensor]) -> float | None:
-        """‖X₀ Wᵀ − X Ŵᵀ‖ / ‖X₀ Wᵀ‖ over all experts; None where every output is zero."""
+    def relative_error(self, before: Iterable[Tensor], after: Iterable[Tensor], name: str = "a site") -> float | None:
+        """‖X₀ Wᵀ − X Ŵᵀ‖ / ‖X₀ Wᵀ‖ over all experts; None where every output is zero.
+
+        Raises:
+            CalibrationError: outputs of the site ``name`` that are no numbers.
+        """
         lost = whole = 0.0
         for expert, (one, other) in enumerate(zip(before, after, strict=True)):
             part, of = self.error(expert, one, other)
@@ -74,9 +78,7 @@ class OutputSketch:
         error = (lost / whole) ** 0.5 if whole > 0 else None
         if error is not None and not math.isfinite(error):
             raise CalibrationError(
-                "the output of a site",
-                found="products so large that float32 overflows",
-                do="Look at the weights before it",
+                f"the output of {name}", found="past what float32 holds", do="Look at the weights before this site"
             )
         return error
 

@@ -23,7 +23,8 @@ from torch import Tensor
 from sparsify.errors import CheckpointError
 from sparsify.files.ledger import Ledger
 from sparsify.files.reading import MAX_INDEX, admit, kind_at, read_json
-from sparsify.tensors import BLAKE, copy_span, digest, digest_of_span, new_hash, read_into, write_from
+from sparsify.finite import Scan, is_mask
+from sparsify.tensors import BLAKE, copy_span, digest, digest_of_span, new_hash, read_into, show_span, write_from
 
 # Bytes of a safetensors header (the library's own limit), and tensors in it; the largest models have 10^5.
 MAX_HEADER, MAX_TENSORS = 100_000_000, 1 << 20
@@ -162,6 +163,28 @@ class Checkpoint:
             raise CheckpointError(
                 f"reading {name}", found=f"{entry.path.name} ended early ({error})", do="Fetch it again"
             ) from error
+
+    def scans(self) -> dict[str, Scan]:
+        """What is not finite in each tensor whose dtype has NaN, read in pieces, several cores at once.
+
+        Raises:
+            CheckpointError: a file ends before a tensor does.
+        """
+
+        def look(name: str) -> Scan:
+            entry = self._entries[name]
+            found = Scan(entry.dtype, is_mask(name))
+            try:
+                show_span(entry.path, entry.start, entry.size, found)
+            except EOFError as error:
+                raise CheckpointError(
+                    f"reading {name}", found=f"{entry.path.name} ended early ({error})", do="Fetch it again"
+                ) from error
+            return found
+
+        wanted = [name for name, entry in self._entries.items() if Scan.reads(entry.dtype)]
+        with ThreadPoolExecutor(min(_HASHING_AT_ONCE, os.cpu_count() or 1)) as pool:
+            return dict(zip(wanted, pool.map(look, wanted), strict=True))
 
     def digests(self, names: Iterable[str] | None = None, algorithm: str = BLAKE) -> dict[str, str]:
         """:meth:`digest` of ``names`` (None: all), several cores at once."""
