@@ -46,7 +46,7 @@ def _check_patterns(
     # What differs is known by now: here it is looked at all the same.
     packed = open_packed(folder, Ledger())
     store = packed or Checkpoint(folder)
-    source = open_source(folder, check=False)
+    source = open_source(folder, check=False, allow_nan=True)
     program = capture(source, example_batch(source))
     sites, opaque = find_sites(program)
     promised = promises(ledger.manifest)

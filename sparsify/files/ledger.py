@@ -69,7 +69,8 @@ class Ledger:
                 do="Install a newer sparsify (pip install -U sparsify-fx)",
             )
         if "digests" in manifest:
-            return cls(folder, BLAKE, manifest, *_digests(folder, manifest))
+            tensors, headers, files = _digests(folder, manifest)
+            return cls(folder, BLAKE, manifest, tensors, headers, files)
         if version >= 2:
             raise _damaged(folder, "no digests in it")
         if not (sums := manifest.get("checksums", {})):

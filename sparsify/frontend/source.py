@@ -164,8 +164,8 @@ def open_source(
         CheckpointError: no such model, a broken one, one whose bytes are not those that were written, or NaN in it.
         SpecError: a dtype to compute in that is none.
     """
-    name = None if compute_dtype is None else check_compute_dtype(str(compute_dtype).removeprefix("torch."))
-    compute: torch.dtype | None = None if name is None else getattr(torch, name)
+    asked = None if compute_dtype is None else check_compute_dtype(str(compute_dtype).removeprefix("torch."))
+    compute: torch.dtype | None = None if asked is None else getattr(torch, asked)
     if isinstance(model, nn.Module):
         if not allow_nan:
             _check_module(model)

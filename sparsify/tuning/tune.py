@@ -330,7 +330,7 @@ class _Output:
             record = replace(result, perplexity=(result.perplexity[0], after)).as_dict()
             record.pop("output")
             program.weights = job.weights
-            kept = source.ledger.manifest | ({"allow_nan": True} if source.allow_nan else {})
+            kept = {**source.ledger.manifest, **({"allow_nan": True} if source.allow_nan else {})}
             job.finish(program, {**kept, "source_check": source.checked, "tuned": record})
         return after
 

@@ -79,15 +79,18 @@ def test_a_weight_that_is_not_finite(model: Path, tmp_path: Path, bad: float) ->
         tensors["model.layers.1.mlp.down_proj.weight"][3, 3] = bad
 
     edit_weights(model, spoil)
-    refused(model, tmp_path, CalibrationError, "model.layers.1.mlp.down_proj")
+    refused(model, tmp_path, CheckpointError, "tensor model.layers.1.mlp.down_proj.weight")
 
 
-def test_an_embedding_that_is_not_finite_is_found_at_the_first_site_it_reaches(model: Path, tmp_path: Path) -> None:
+def test_an_embedding_that_was_allowed_is_found_at_the_first_site_it_reaches(model: Path, tmp_path: Path) -> None:
     def spoil(tensors: dict[str, torch.Tensor]) -> None:
         tensors["model.embed_tokens.weight"][int(IDS[1, 3])] = float("nan")
 
     edit_weights(model, spoil)
-    refused(model, tmp_path, CalibrationError, "the input of model.layers.0.self_attn.q_proj")
+    refused(model, tmp_path, CheckpointError, "tensor model.embed_tokens.weight")
+    with pytest.raises(CalibrationError, match=r"the input of model\.layers\.0\.self_attn\.q_proj"):
+        sparsify.compile(model, ["wanda:2:4"], calibration=[IDS], output=tmp_path / "out", allow_nan=True)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model"]
 
 
 def test_a_truncated_shard(model: Path, tmp_path: Path) -> None:

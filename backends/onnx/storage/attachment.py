@@ -100,10 +100,10 @@ class Attachment:
             return self.build.initializer(key, external(path, start, length, source, shape, key))
         read = store.read(key)
         tensor = read.to(kept)
-        if kept != source and (found := scan(tensor)).count > scan(read).count:
+        if kept != source and (lost := scan(tensor)).count > scan(read).count:
             raise BackendError(
                 f"storing {key} in {kept}",
-                found=f"values past what it holds: {said(found, shape)}",
+                found=f"values past what it holds: {said(lost, shape)}",
                 do="Take dtype=bfloat16, or leave dtype out",
             )
         found = digest(tensor)
