@@ -79,7 +79,8 @@ class Turn:
                 biases = biases.clone() if biases is self.biases else biases
                 biases[expert] = pruned.bias.to(biases.dtype)
             notes += [f"expert {expert}: {note}" if site.experts > 1 else note for note in pruned.notes]
-        self._check_stored(site.name, matrices if not self.method.keeps_weights else None, biases)
+        moved = None if self.method.keeps_weights else matrices
+        self._check_stored(site.name, moved, None if biases is self.biases else biases)
         written = [self.target.parameter]
         if biases is not self.biases and self._store_biases(biases):
             written.append(str(site.bias))

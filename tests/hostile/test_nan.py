@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +118,8 @@ def test_masks_in_old_checkpoints(name: str, tmp_path: Path) -> None:
         save_file({name: torch.tensor([0.0, value])}, tmp_path / "model.safetensors")
         opened = Checkpoint(tmp_path, ledger=Ledger(tmp_path, finite=True))
         (tmp_path / "copy").mkdir(exist_ok=True)
-        for read in (lambda: opened.read(name), lambda: opened.copy_to(tmp_path / "copy")):
+        reads: list[Callable[[], object]] = [partial(opened.read, name), partial(opened.copy_to, tmp_path / "copy")]
+        for read in reads:
             if value == -torch.inf and name.endswith(("masked_bias", "final_logits_bias")):
                 read()
             else:
