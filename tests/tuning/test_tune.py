@@ -192,7 +192,7 @@ def test_a_mask_that_broke_is_found() -> None:
 
 
 def test_a_diverging_run_stops(sparse: Path, text: str, tmp_path: Path) -> None:
-    with pytest.raises(CalibrationError, match="a loss of|gradients that are NaN"):
+    with pytest.raises(CalibrationError, match=r"a loss of|gradients that are NaN"):
         tune(sparse, text, tmp_path / "out", replace(QUICK, method="full", rate=1e30))
     assert not (tmp_path / "out").exists()
 
