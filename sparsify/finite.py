@@ -6,7 +6,7 @@ are no less than one bound: an addition and a maximum, as fast as memory gives t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +25,12 @@ _BOUNDS: dict[torch.dtype, tuple[Any, int]] = {
     torch.bfloat16: (np.uint16, 0xFF00),
     torch.float8_e5m2: (np.uint8, 0xF8),
     torch.float8_e4m3fn: (np.uint8, 0xFE),  # NaN alone: it has no infinity
+}
+# Numbers of a byte of which one is NaN and none is infinite.
+_ONE_NAN: dict[torch.dtype, int] = {
+    torch.float8_e4m3fnuz: 0x80,
+    torch.float8_e5m2fnuz: 0x80,
+    torch.float8_e8m0fnu: 0xFF,
 }
 # Tensors that add to scores and forbid by minus infinity, where a checkpoint holds them: GPT-2's and GPT-Neo's
 # ``masked_bias`` is -1e9, which float16 does not hold; T5's and BART's ``final_logits_bias`` forbids tokens.
@@ -52,10 +58,15 @@ class Scan:
     @staticmethod
     def reads(dtype: torch.dtype) -> bool:
         """Whether numbers of ``dtype`` may be NaN and are read here as bytes."""
-        return dtype in _BOUNDS
+        return dtype in _BOUNDS or dtype in _ONE_NAN
 
     def update(self, data: Any, /) -> None:
         """Look at the bytes that follow; they may end within a number."""
+        if (nan := _ONE_NAN.get(self.dtype)) is not None:
+            numbers = np.frombuffer(data, dtype=np.uint8)
+            self._note(numbers, numbers == nan, 0)
+            self._seen += len(numbers)
+            return
         kind, bound = _BOUNDS[self.dtype]
         width = np.dtype(kind).itemsize
         if self._rest or len(data) % width:
@@ -73,7 +84,7 @@ class Scan:
         self._seen += len(numbers)
 
     def _note(self, numbers: Any, bad: Any, bound: int) -> None:
-        if self.mask:
+        if self.mask and bound:
             sign = 1 << (8 * numbers.itemsize - 1)
             bad &= numbers != sign | bound >> 1
         if bad.any():
@@ -87,15 +98,17 @@ def scan(tensor: Tensor, mask: bool = False) -> Scan:
     parts = 1
     if values.is_complex():
         values, parts = torch.view_as_real(values.resolve_conj()), 2
-    if not values.is_floating_point() or not values.numel():
+    # Of what is neither whole numbers nor read here (two numbers of four bits in a byte) nothing can be NaN.
+    if not values.is_floating_point() or not values.numel() or not Scan.reads(values.dtype):
         return Scan(torch.float32)
     if not values.is_cpu:
-        if bool(values.isfinite().all()):
+        if values.itemsize > 1 and bool(values.isfinite().all()):
             return Scan(torch.float32)
         values = values.cpu()
-    found = Scan(values.dtype if values.dtype in _BOUNDS else torch.float32, mask)
-    for piece in _pieces(values.contiguous().reshape(-1), found.dtype):
-        found.update(piece)
+    found = Scan(values.dtype, mask)
+    whole = as_bytes(values.contiguous().reshape(-1))
+    for at in range(0, len(whole), _PIECE):
+        found.update(whole[at : at + _PIECE])
     found.first //= parts
     return found
 
@@ -137,13 +150,3 @@ def said(found: Scan, shape: Iterable[int]) -> str:
 def is_mask(name: str) -> bool:
     """Whether a tensor of that name may hold minus infinity."""
     return name.rpartition(".")[2] in MASKS
-
-
-def _pieces(values: Tensor, dtype: torch.dtype) -> Iterator[memoryview]:
-    if values.dtype == dtype:
-        whole = as_bytes(values)
-        yield from (whole[at : at + _PIECE] for at in range(0, len(whole), _PIECE))
-        return
-    # A dtype without a bound of its own (other float8): every number of it is a float32.
-    for part in values.split(_PIECE):
-        yield as_bytes(part.to(dtype))

@@ -35,7 +35,7 @@ def test_every_bit_pattern_is_judged_as_torch_does(dtype: torch.dtype) -> None:
     assert found.first == int(bad.to(torch.uint8).argmax())
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e5m2], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e5m2, torch.float8_e4m3fnuz], ids=str)
 def test_pieces_of_any_size_give_the_same(dtype: torch.dtype) -> None:
     values = torch.randn(999).to(dtype)
     values[[7, 500]] = torch.inf
@@ -63,3 +63,7 @@ def test_what_is_finite_passes() -> None:
     assert not scan(torch.empty(0)).count and not scan(torch.full((3,), -1)).count
     assert scan(torch.tensor([1 + 0j, complex(0, torch.nan)])).first == 1
     assert scan(torch.zeros(4, 4).t()[1:]).count == 0 and scan(torch.tensor(torch.nan)).first == 0
+
+
+def test_two_numbers_in_a_byte_are_never_nan() -> None:
+    assert not scan(torch.arange(256, dtype=torch.int32).to(torch.uint8).view(torch.float4_e2m1fn_x2)).count
