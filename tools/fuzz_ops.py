@@ -137,21 +137,19 @@ def _judged(call: Any, got: Any) -> tuple[str, str]:
     from torch.nn.functional import linear, pad
 
     from sparsify.runtime import reference
-    from sparsify.runtime.cpu.products import MANY
     from sparsify.runtime.layout import PADDING, UNIT
 
     if call.truth is None or got.device.type != "cpu":
         return RIGHT, ""
     given = [a.resolve_neg().contiguous() if isinstance(a, torch.Tensor) else a for a in call.arguments]
-    x = given[0]
-    if call.truth is not linear and x.numel() <= MANY * x.shape[-1]:
-        # The kernels multiply the columns that only pad the matrix with zeros, whatever lies there.
-        given[0] = pad(x, (0, -x.shape[-1] % UNIT))
     if call.truth is reference.linear_bitmask:
         # They read what the mask counts; what comes after is nobody's.
         given[1] = given[1][: int(given[3][-1]) + PADDING]
     try:
-        exact = call.truth(*given)
+        exact = plain = call.truth(*given)
+        if call.truth is not linear:
+            # Of few tokens the kernels multiply the columns that only pad the matrix with zeros, whatever lies there.
+            exact = call.truth(pad(given[0], (0, -given[0].shape[-1] % UNIT)), *given[1:])
     except Exception as error:
         # Of experts without tokens nothing is read.
         if not got.any():
@@ -159,7 +157,8 @@ def _judged(call: Any, got: Any) -> tuple[str, str]:
         return WRONG, f"accepted, where plain torch says {type(error).__name__}: {str(error)[:120]}"
     if got.shape != exact.shape or got.dtype != exact.dtype:
         return WRONG, f"{list(got.shape)} of {got.dtype} for {list(exact.shape)} of {exact.dtype}"
-    one, other = got.detach().double(), exact.detach().double()
+    sure = exact.isnan() == plain.isnan()
+    one, other = got.detach().double()[sure], exact.detach().double()[sure]
     if not torch.equal(one.isnan(), other.isnan()):
         return WRONG, "NaN in other places"
     scale = float(other[other.isfinite()].abs().max()) if bool(other.isfinite().any()) else 1.0

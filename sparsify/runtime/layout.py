@@ -127,7 +127,7 @@ def unpack(packed: Packed) -> Tensor:
     rows, columns = packed.shape
     if packed.layout == "packed24":
         return unpack_pairs(packed.values.reshape(-1, 2), packed.codes).view(rows, -1)[:, :columns].contiguous()
-    kept = unpack_bits(packed.codes.view(torch.uint8)).view(rows, -1)
+    kept = unpack_bits(packed.codes.contiguous().view(torch.uint8)).view(rows, -1)
     full = packed.values.new_zeros(kept.shape)
     full[kept] = packed.values[: packed.values.numel() - PADDING]
     return full[:, :columns].contiguous()
