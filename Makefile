@@ -6,9 +6,11 @@ TORCH ?= torch==2.13.0
 # Tests at once.
 JOBS ?= 2
 
-# Where the generators of `make fuzz` and `make mutants` begin; how long `make fuzz` tries each kind of input.
+# Where the generators of `make fuzz` and `make mutants` begin; how long `make fuzz` tries each kind of input and each
+# instruction set's operators, and how many calls of these it makes at most.
 SEED ?= 0
 SECONDS ?= 300
+CALLS ?= 20000
 
 .PHONY: demo test slow optimum fuzz check raises mutants clean
 
@@ -41,9 +43,11 @@ slow: .venv/installed-test
 optimum: .venv/installed-test
 	$(BIN)/python -W ignore tools/check_optimum.py
 
-# Spoils what sparsify reads, runs commands on it, prints how they ended; fails where one ended as none may.
+# Spoils what sparsify reads, runs commands on it, calls operators as nobody should, under sanitizers; prints how all of
+# it ended, and fails where something ended as nothing may.
 fuzz: .venv/installed-test
 	$(BIN)/python tools/fuzz --seed $(SEED) --seconds $(SECONDS)
+	$(BIN)/python tools/fuzz_ops.py --seed $(SEED) --seconds $(SECONDS) --calls $(CALLS)
 
 # What CI adds to the tests. The type checker does not follow the mapped folders of an editable install, so it is shown
 # a plain one; the tools are checked against it.

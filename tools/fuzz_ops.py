@@ -1,11 +1,11 @@
 """Call the operators as nobody should: random arguments, most of them wrong, under AddressSanitizer and UBSan.
 
-    python tools/fuzz_ops.py [--calls 20000] [--seed 0] [--isa avx512]
+    python tools/fuzz_ops.py [--calls 20000] [--seconds 600] [--seed 0] [--isa avx512]
 
 The kernels are compiled with both sanitizers into a temporary folder and called from a process of their own for each
 instruction set. A call must give what plain torch gives for the same tensors, or raise an error of ours (torch's own,
 where its dispatcher refuses before we are asked). Prints counts; exit code 1 for a report of a sanitizer, a crash,
-another exception, or a result that is not the product.
+another exception, or a result that is not the product. Where no compiler has the sanitizers it says so and ends well.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import resource
 import subprocess
 import sys
 import tempfile
+import time
 import traceback
 from collections import Counter
 from pathlib import Path
@@ -33,28 +34,32 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--calls", type=int, default=20_000, help="shared out over the instruction sets")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seconds", type=float, default=600, help="for each instruction set, at most")
     parser.add_argument("--isa", action="append", help="only these instruction sets (any number of times)")
     parser.add_argument("--inside", type=Path, help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.inside is not None:
-        print(json.dumps(fuzz(asked.calls, asked.seed, asked.inside)))
+        print(json.dumps(fuzz(asked.calls, asked.seed, asked.seconds, asked.inside)))
         return 0
-    return campaign(asked.calls, asked.seed, asked.isa)
+    return campaign(asked.calls, asked.seed, asked.seconds, asked.isa)
 
 
-def campaign(calls: int, seed: int, isas: list[str] | None) -> int:
+def campaign(calls: int, seed: int, seconds: float, isas: list[str] | None) -> int:
     """All the calls, a process for each instruction set; 1 where something was found."""
     from sparsify.runtime.cpu import native
     from sparsify.runtime.cpu.build import compile_command, find_compiler
 
     found, compiler = native.library(), find_compiler()
     if found is None or compiler is None:
-        raise SystemExit("no kernels here, or no C++ compiler to build them with sanitizers")
+        print("operators: not fuzzed, there are no kernels here or no C++ compiler to build them with sanitizers")
+        return 0
     wanted = isas or list(native.ISAS[: found.best_isa + 1])
     clean = True
     with tempfile.TemporaryDirectory() as folder:
         library, log = Path(folder) / "kernels.so", f"log_path={folder}/report"
-        subprocess.run(compile_command(compiler, library, SANITIZERS), check=True)
+        if subprocess.run(compile_command(compiler, library, SANITIZERS), check=False).returncode:
+            print(f"operators: not fuzzed, {' '.join(compiler)} has no sanitizers")
+            return 0
         # AddressSanitizer comes first, and looks for the C++ library's functions when it is loaded.
         asked = [[*compiler, f"-print-file-name={name}"] for name in ("libasan.so", "libstdc++.so.6")]
         first = [subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip() for words in asked]
@@ -65,8 +70,17 @@ def campaign(calls: int, seed: int, isas: list[str] | None) -> int:
         }
         for number, isa in enumerate(wanted):
             share = calls // len(wanted) + (number < calls % len(wanted))
-            words = [sys.executable, __file__, "--inside", str(library), "--calls", str(share)]
-            clean &= _one(isa, share, [*words, "--seed", str(seed + number)], environment)
+            words = [
+                sys.executable,
+                __file__,
+                "--inside",
+                str(library),
+                "--calls",
+                str(share),
+                "--seconds",
+                str(seconds),
+            ]
+            clean &= _one(isa, [*words, "--seed", str(seed + number)], environment)
         for report in sorted(Path(folder).glob("report*")):
             print(report.read_text(errors="replace")[:4000])
             clean = False
@@ -74,7 +88,7 @@ def campaign(calls: int, seed: int, isas: list[str] | None) -> int:
     return int(not clean)
 
 
-def _one(isa: str, calls: int, words: list[str], environment: dict[str, str]) -> bool:
+def _one(isa: str, words: list[str], environment: dict[str, str]) -> bool:
     environment = environment | {"SPARSIFY_CPU_ISA": isa}
     done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -82,12 +96,12 @@ def _one(isa: str, calls: int, words: list[str], environment: dict[str, str]) ->
         return False
     counts = json.loads(done.stdout.splitlines()[-1])
     examples = counts.pop("examples")
-    print(f"{isa}: {calls} calls: {', '.join(f'{number} {what}' for what, number in counts.items())}")
+    print(f"{isa}: {sum(counts.values())} calls: {', '.join(f'{number} {what}' for what, number in counts.items())}")
     print("".join(f"  {example}\n" for example in examples), end="", flush=True)
     return not examples
 
 
-def fuzz(calls: int, seed: int, library: Path) -> dict[str, Any]:
+def fuzz(calls: int, seed: int, seconds: float, library: Path) -> dict[str, Any]:
     """Make the calls, with the kernels of ``library``: how many came to what, and examples of what should not be."""
     import torch
     from raw_calls import mutated, sound_call
@@ -101,7 +115,10 @@ def fuzz(calls: int, seed: int, library: Path) -> dict[str, Any]:
     draw = Random(seed)
     counts: Counter[str] = Counter(dict.fromkeys(OUTCOMES, 0))
     examples: list[str] = []
+    deadline = time.monotonic() + seconds
     for number in range(calls):
+        if time.monotonic() > deadline:
+            break
         call = sound_call(draw)
         for _ in range(draw.choice((0, 1, 1, 1, 2, 3))):
             call = mutated(draw, call)
