@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from sparsify.evaluation.figure import draw
 from sparsify.evaluation.perplexity import perplexity
 from sparsify.files.ownership import Scratch
 from sparsify.files.reading import kind_at
-from sparsify.files.staging import Staging, check_output
+from sparsify.files.staging import Staging
 from sparsify.frontend.source import Source, open_source
 from sparsify.host import cpu_by_default, recent_peak, reset_peak, resolve_device
 from sparsify.method.spec import parse_pass
@@ -74,81 +75,84 @@ def compare(
             found="a pass that does not prune weight by weight, so that no site's error can be told",
             do="Compile with it, and compare the results by sparsify eval",
         )
-    if output is not None:
-        check_output(Path(output), overwrite=overwrite, source=Path(model) if kind_at(model) else None)
-    context = Context(resolve_device(device), parse_bytes(memory), seed)
-    source = open_source(
-        model,
-        allow_bin=allow_bin,
-        trust_remote_code=trust_remote_code,
-        check=check,
-        allow_nan=allow_nan,
-        compute_dtype=compute_dtype,
-    )
-    text: tuple[Tensor, str] | None = None
-    if data is not None:
-        text = evaluation_windows(data, source, sequence_length, windows)
-    shared = load_calibration(
-        calibration,
-        source,
-        samples=samples,
-        sequence_length=sequence_length,
-        seed=seed,
-        one_by_one=any(GRADIENTS & set(p.statistics) for p in parsed),
-    )
+    with ExitStack() as stack:
+        staging = None
+        if output is not None:
+            # Claimed now: another job on it is told before hours of work, not after.
+            local = Path(model) if kind_at(model) else None
+            staging = stack.enter_context(Staging(Path(output), overwrite=overwrite, source=local))
+        context = Context(resolve_device(device), parse_bytes(memory), seed)
+        source = open_source(
+            model,
+            allow_bin=allow_bin,
+            trust_remote_code=trust_remote_code,
+            check=check,
+            allow_nan=allow_nan,
+            compute_dtype=compute_dtype,
+        )
+        text: tuple[Tensor, str] | None = None
+        if data is not None:
+            text = evaluation_windows(data, source, sequence_length, windows)
+        shared = load_calibration(
+            calibration,
+            source,
+            samples=samples,
+            sequence_length=sequence_length,
+            seed=seed,
+            one_by_one=any(GRADIENTS & set(p.statistics) for p in parsed),
+        )
 
-    def quality(pruned: Source) -> float | None:
-        return None if text is None else perplexity(pruned, text[0], context)
+        def quality(pruned: Source) -> float | None:
+            return None if text is None else perplexity(pruned, text[0], context)
 
-    rows = [ComparedPass("dense", quality(source), None, 1.0, 0.0, None)]
-    for spec in passes:
-        reset = reset_peak(context.device)
-        started = time.perf_counter()
-        with Scratch("sparsify-compare") as folder:
-            made = compile(
-                model,
-                [spec],
-                calibration=shared,
-                schedule=schedule,
-                output=Path(folder) / "pruned",
-                device=device,
-                memory=memory,
-                allow_bin=allow_bin,
-                trust_remote_code=trust_remote_code,
-                check=check,
-                allow_nan=allow_nan,
-                compute_dtype=compute_dtype,
-                observe=observe,
-            )
-            seconds, peak = time.perf_counter() - started, recent_peak(context.device) if reset else None
-            run = made.runs[0]
-            sites: list[SiteResult] = run.sites
-            pruned = [site for target in run.targets for site in target.sites]
-            errors = drift(made.program, pruned, shared.batches, source.weights, context)
-            rows.append(
-                ComparedPass(
-                    name=spec,
-                    perplexity=quality(replace(source, weights=made.program.weights)),
-                    error=sum(errors.values()) / len(errors) if errors else None,
-                    kept=run.kept,
-                    seconds=seconds,
-                    memory=peak,
-                    errors=errors,
-                    notes=[f"{site.name}: {note}" for site in sites for note in site.notes],
+        rows = [ComparedPass("dense", quality(source), None, 1.0, 0.0, None)]
+        for spec in passes:
+            reset = reset_peak(context.device)
+            started = time.perf_counter()
+            with Scratch("sparsify-compare") as folder:
+                made = compile(
+                    model,
+                    [spec],
+                    calibration=shared,
+                    schedule=schedule,
+                    output=Path(folder) / "pruned",
+                    device=device,
+                    memory=memory,
+                    allow_bin=allow_bin,
+                    trust_remote_code=trust_remote_code,
+                    check=check,
+                    allow_nan=allow_nan,
+                    compute_dtype=compute_dtype,
+                    observe=observe,
                 )
-            )
-    result = Compared(
-        source.name,
-        f"{shared.size}: {shared.label}",
-        None if text is None else f"{len(text[0])} windows of {text[0].shape[1]} tokens of {text[1]}",
-        schedule,
-        rows,
-    )
-    if output is not None:
-        with Staging(Path(output), overwrite=overwrite) as staging:
+                seconds, peak = time.perf_counter() - started, recent_peak(context.device) if reset else None
+                run = made.runs[0]
+                sites: list[SiteResult] = run.sites
+                pruned = [site for target in run.targets for site in target.sites]
+                errors = drift(made.program, pruned, shared.batches, source.weights, context)
+                rows.append(
+                    ComparedPass(
+                        name=spec,
+                        perplexity=quality(replace(source, weights=made.program.weights)),
+                        error=sum(errors.values()) / len(errors) if errors else None,
+                        kept=run.kept,
+                        seconds=seconds,
+                        memory=peak,
+                        errors=errors,
+                        notes=[f"{site.name}: {note}" for site in sites for note in site.notes],
+                    )
+                )
+        result = Compared(
+            source.name,
+            f"{shared.size}: {shared.label}",
+            None if text is None else f"{len(text[0])} windows of {text[0].shape[1]} tokens of {text[1]}",
+            schedule,
+            rows,
+        )
+        if staging is not None:
             write(result, staging.folder)
             result.output = staging.commit()
-    return result
+        return result
 
 
 def write(comparison: Compared, folder: Path) -> None:

@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from support.command_line import sparsify
 
-from sparsify.errors import SparsifyError
+from sparsify.errors import BackendError, SparsifyError
 from sparsify.evaluation.compare import compare
 from sparsify.evaluation.perplexity import evaluate
+from sparsify.files.ownership import Claim
 from sparsify.method.spec import split_specs
 
 
@@ -101,3 +102,13 @@ specs = st.builds(
 @given(st.lists(specs, max_size=5))
 def test_specs_are_split_at_the_right_commas(given: list[str]) -> None:
     assert split_specs(",".join(given)) == given
+
+
+def test_another_job_on_the_output_is_told_before_the_work(model: Path, text: Path, tmp_path: Path) -> None:
+    looks: list[object] = []
+    with Claim(tmp_path / "out"), pytest.raises(BackendError, match="another job is writing it now"):
+        compare(
+            model, ["magnitude:2:4"], calibration=str(text), samples=2, sequence_length=16, output=tmp_path / "out",
+            observe=looks.append,
+        )  # fmt: skip
+    assert not looks and not list(tmp_path.iterdir())
