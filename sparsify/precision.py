@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+
+from sparsify.host import alone
 
 _EXACT = ("none", "ieee")
 _SHORTER = ("allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction")
@@ -18,42 +19,17 @@ def exact_products() -> Iterator[None]:
     """Products of float32 in float32 meanwhile, sums of shorter types in float32, convolutions by one algorithm.
 
     On a GPU torch's own default for convolutions is TF32, whose numbers have 11 bits, and a user may have asked for it
-    in products too; on a CPU for bfloat16. Everything is as it was afterwards: when the last thread has left that was
-    in here, since torch keeps these settings for the whole process.
+    in products too; on a CPU for bfloat16. Everything is as it was afterwards.
+
+    One thread at a time, like :func:`sparsify.host.alone`: these settings are the whole process's, and torch's own
+    tracing sets them, and turns oneDNN off, and puts back what it found.
     """
-    with _HOLDERS.one_more(), ExitStack() as stack:
+    with alone(), _exact_process(), ExitStack() as stack:
         # No autocast of whoever called us: it is the thread's.
         for kind in ("cpu", "cuda"):
             if torch.is_autocast_enabled(kind):
                 stack.enter_context(torch.autocast(kind, enabled=False))
         yield
-
-
-class _Holders:
-    """Threads inside of :func:`exact_products`: the first sets what is the process's, the last puts it back."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._count = 0
-        self._set = ExitStack()
-
-    @contextmanager
-    def one_more(self) -> Iterator[None]:
-        with self._lock:
-            if not self._count:
-                self._set.enter_context(_exact_process())
-            self._count += 1
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._count -= 1
-                if not self._count:
-                    self._set.close()
-
-
-# Not data: what is shared is torch's.
-_HOLDERS = _Holders()
 
 
 @contextmanager

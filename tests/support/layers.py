@@ -12,7 +12,8 @@ PACKAGES = {"sparsify": "sparsify", "passes": "sparsify.passes", "backends": "sp
 # Storeys from the ground up: a room imports from lower ones only, rooms of one storey not from each other.
 STOREYS: tuple[tuple[str, ...], ...] = (
     ("context", "durable", "errors", "import_path", "tensors"),
-    ("finite", "host", "precision", "words"),
+    ("finite", "host", "words"),
+    ("precision",),
     ("ir", "files", "method", "runtime"),
     ("analysis", "frontend"),
     ("data",),
