@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["checkpoints", "packed", "json", "onnx", "words"])
+@pytest.mark.parametrize("kind", ["checkpoints", "packed", "json", "onnx", "words", "sealed", "poison"])
 def test_a_few_trials(kind: str) -> None:
     words = [sys.executable, "tools/fuzz", kind, "--seed", "11", "--trials", "15", "--seconds", "300"]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=580, check=False)

@@ -5,8 +5,8 @@
 
 Every trial is a fork with bounds on memory, files and time, and draws from a generator of its own, made from the seed,
 the kind and its number. Faults: another library's error, a signal, no end, something left where the output or a
-temporary file was, a control character printed, a change of a folder with digests that nothing noticed. Each is shown
-with the line that repeats it; any makes the exit code 1.
+temporary file was, a control character printed, a change of a folder with digests, or NaN, that nothing noticed. Each
+is shown with the line that repeats it; any makes the exit code 1.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ sys.path[:0] = [str(Path(__file__).parents[1].parent / "tests"), str(Path(__file
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="fuzz", description="Spoil what sparsify reads, and count how it ends.")
-    parser.add_argument("kinds", nargs="*", metavar="KIND", help="checkpoints, packed, json, onnx, words; all")
+    parser.add_argument(
+        "kinds", nargs="*", metavar="KIND", help="checkpoints, packed, json, onnx, words, sealed, poison; all"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--seconds", type=float, default=60, help="for each kind")
     parser.add_argument("--trials", type=int, default=1 << 30, help="of each kind, at most")

@@ -12,6 +12,8 @@ from random import Random
 from commands import spoilt_words
 from graphs import spoil_graph
 from mutate import spoil_file, spoil_json_file, spoil_safetensors
+from safetensors.torch import load_file, save_file
+from support.manifests import reseal
 
 _DRAWN = ("--samples", "2", "--sequence-length", "8", "--quiet")
 
@@ -96,12 +98,60 @@ def words(random: Random, sound: Path, work: Path) -> Spoilt:
     return Spoilt(spoilt_words(random, sound, work))
 
 
+def sealed(random: Random, sound: Path, work: Path) -> Spoilt:
+    """One byte or a few of any file of a folder that holds digests, and a command that reads all of it."""
+    names = (
+        "hf",
+        "wanda",
+        "smaller",
+        "packed24",
+        "bitmask",
+        "packed-experts",
+        "onnx-link",
+        "onnx-external",
+        "onnx-packed",
+    )
+    of, model = _copied(sound, work, random, *names)
+    target = random.choice(sorted(model.iterdir()))
+    content = bytearray(target.read_bytes())
+    at = random.randrange(len(content))
+    content[at : at + random.choice((1, 1, 4))] = random.randbytes(1)
+    target.write_bytes(content)
+    out = str(work / "out")
+    if of.name.startswith("onnx"):
+        words: Sequence[str] = random.choice(_about_graphs(model, out))
+    elif "pack" in of.name or of.name == "bitmask":
+        words = random.choice((("unpack", str(model), "-o", out), *_readers(model, sound, work)))
+    else:
+        words = random.choice(_readers(model, sound, work))
+    return Spoilt(words, of if _differ(of, model) else None)
+
+
+def poison(random: Random, sound: Path, work: Path) -> Spoilt:
+    """NaN or infinity in one number of a folder that holds no digests, or digests that fit."""
+    of, model = _copied(sound, work, random, "dense", "sharded", "hf", "packed24", "bitmask", "smaller")
+    target = random.choice(sorted(model.glob("*.safetensors")))
+    tensors = load_file(target)
+    name = random.choice(sorted(n for n, t in tensors.items() if t.is_floating_point() and t.numel()))
+    flat = tensors[name].view(-1)
+    flat[random.randrange(len(flat))] = random.choice((float("nan"), float("inf"), -float("inf")))
+    save_file(tensors, target, {"format": "pt"})
+    if (model / "sparsify.json").exists():
+        reseal(model)
+    choices = [words for words in _readers(model, sound, work) if words[0] != "verify"]
+    if of.name in ("packed24", "bitmask"):
+        choices.append(("unpack", str(model), "-o", str(work / "out")))
+    return Spoilt(random.choice(choices), of)
+
+
 KINDS: dict[str, Kind] = {
     "checkpoints": checkpoints,
     "packed": packed,
     "json": jsons,
     "onnx": graphs,
     "words": words,
+    "sealed": sealed,
+    "poison": poison,
 }
 
 
@@ -149,19 +199,24 @@ def _content(path: Path) -> object:
 
 
 def _about(model: Path, random: Random, sound: Path, work: Path) -> Sequence[str]:
-    """A command that reads the folder ``model``."""
+    """A command about the folder ``model``."""
+    others = (
+        ("inspect", str(model)),
+        ("inspect", str(model), "--graph"),
+        ("compile", str(model), "--pass", "magnitude:2:4", "--dry-run"),
+    )
+    return random.choice((*others, *_readers(model, sound, work)))
+
+
+def _readers(model: Path, sound: Path, work: Path) -> Sequence[Sequence[str]]:
+    """Commands that read every byte of the folder ``model``."""
     out, data = str(work / "out"), str(sound / "data.jsonl")
-    return random.choice(
-        (
-            ("inspect", str(model)),
-            ("inspect", str(model), "--graph"),
-            ("verify", str(model)),
-            ("compile", str(model), "--pass", "magnitude:2:4", "--quiet", "-o", out),
-            ("compile", str(model), "--pass", "wanda:50%", "--calibration", data, *_DRAWN, "-o", out),
-            ("compile", str(model), "--pass", "magnitude:2:4", "--dry-run"),
-            ("compile", str(model), "--pass", "magnitude:2:4", "--to", "packed:choice=smallest", "-o", out),
-            ("eval", str(model), "--data", data, "--sequence-length", "8", "--windows", "2"),
-        )
+    return (
+        ("verify", str(model)),
+        ("compile", str(model), "--pass", "magnitude:2:4", "--quiet", "-o", out),
+        ("compile", str(model), "--pass", "wanda:50%", "--calibration", data, *_DRAWN, "-o", out),
+        ("compile", str(model), "--pass", "magnitude:2:4", "--to", "packed:choice=smallest", "-o", out),
+        ("eval", str(model), "--data", data, "--sequence-length", "8", "--windows", "2"),
     )
 
 
