@@ -15,7 +15,7 @@ from sparsify.files.reading import kind_at
 
 def verify(
     folder: Annotated[
-        Path, typer.Argument(help="A folder (ONNX or checkpoint) or an ONNX file, ours or not.", metavar="OUT")
+        Path, typer.Argument(help="A folder (ONNX, checkpoint or adapter) or an ONNX file, ours or not.", metavar="OUT")
     ],
     against: Annotated[
         Path | None, typer.Option(help="Checkpoint to compare with. [default: OUT's own]", metavar="MODEL")
@@ -29,6 +29,7 @@ def verify(
 ) -> None:
     """Check OUT: the sparsity along the axis that is summed over, every weight's bits, the outputs against torch."""
     with command_errors(debug, "error"):
+        from sparsify.backends.verify.adapter import verify_adapter
         from sparsify.backends.verify.checkpoint import verify_checkpoint
         from sparsify.backends.verify.onnx_folder import verify_onnx
         from sparsify.backends.verify.report import verification_report
@@ -37,6 +38,8 @@ def verify(
         with stage_line() as show:
             if kind_at(folder / "config.json") and not any(folder.glob("*.onnx")):
                 result = verify_checkpoint(folder, pattern=pattern)
+            elif kind_at(folder / "adapter_config.json") and not kind_at(folder / "config.json"):
+                result = verify_adapter(folder)
             else:
                 result = verify_onnx(folder, against=against, pattern=pattern, run=not weights_only, observe=show)
         if as_json:

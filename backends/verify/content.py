@@ -8,7 +8,8 @@ from pathlib import Path
 from sparsify.backends.verify.result import Verification
 from sparsify.errors import CheckpointError
 from sparsify.files.checkpoint import INDEX, WEIGHTS, Checkpoint
-from sparsify.files.ledger import HEADER_SUFFIX, Ledger, digest_of_header
+from sparsify.files.companions import holds_weights
+from sparsify.files.ledger import Ledger, digest_of_header
 from sparsify.files.manifest import MANIFEST
 from sparsify.files.reading import admit
 from sparsify.finite import Scan, said
@@ -99,5 +100,5 @@ def _check_files(result: Verification, folder: Path, ledger: Ledger) -> None:
         if not sound:
             result.problems.append(differs(named))
     result.problems += [
-        f"{name}: a weight file that {MANIFEST} does not know" for name in strangers if name.endswith(HEADER_SUFFIX)
+        f"{name}: a weight file that {MANIFEST} does not know" for name in strangers if holds_weights(name)
     ]

@@ -16,6 +16,13 @@ from sparsify.files.reading import MAX_INDEX, admit, read_json
 WEIGHT_SUFFIXES = frozenset(
     {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".onnx_data", ".data"}
 )
+# What only people read: it may be missing.
+_FOR_PEOPLE = frozenset({".md", ".png", ".svg", ""})
+
+
+def holds_weights(name: str) -> bool:
+    """Whether a file of that name holds weights or says where they are, an adapter's among them."""
+    return Path(name).suffix.lower() in WEIGHT_SUFFIXES or name.endswith(".index.json") or name == "adapter_config.json"
 
 
 def companions(folder: Path) -> Iterator[Path]:
@@ -25,7 +32,7 @@ def companions(folder: Path) -> Iterator[Path]:
         CheckpointError: one that is no regular file of the folder; see :func:`sparsify.files.reading.admit`.
     """
     for path in folder.iterdir():
-        weights = path.suffix.lower() in WEIGHT_SUFFIXES or path.name.endswith(".index.json")
+        weights = holds_weights(path.name) and path.name != "adapter_config.json"
         if not weights and path.name != MANIFEST and not path.name.startswith(".") and not path.is_dir():
             yield admit(path)
 
@@ -34,13 +41,30 @@ def check_companions(folder: Path, ledger: Ledger) -> None:
     """Look at everything that lies beside the weights before any of it is read, by us or by transformers.
 
     Raises:
-        CheckpointError: a file that is not what was written, JSON out of bounds, or no regular file of the folder.
+        CheckpointError: a file that is not what was written, one that is missing, weights that were added, JSON out of
+            bounds, or no regular file of the folder.
     """
+    if ledger.complete:
+        _check_names(folder, ledger)
     for path in companions(folder):
         size = path.stat().st_size
         if path.suffix == ".json" and size > MAX_INDEX:
             raise CheckpointError(f"{path}", found=f"{size} bytes, more than {MAX_INDEX}", do="Fetch the folder again")
         ledger.check_file(path)
+    if (folder / "generation_config.json").is_file():
+        # transformers goes on without one that it cannot read.
+        read_json(folder / "generation_config.json")
+
+
+def _check_names(folder: Path, ledger: Ledger) -> None:
+    here = {path.name for path in folder.iterdir()}
+    known = ledger.headers.keys() | ledger.files.keys()
+    # Read by nobody, or by transformers in place of ours.
+    if added := sorted(name for name in here - known if holds_weights(name) and not name.startswith(".")):
+        raise ledger.unlike(f"{added[0]} of {folder}", f"{MANIFEST} does not know it")
+    gone = sorted(name for name in known - here if Path(name).suffix.lower() not in _FOR_PEOPLE)
+    if gone:
+        raise ledger.unlike(f"{gone[0]} of {folder}", f"{MANIFEST} names it, and it is not there")
 
 
 def copy_companions(folder: Path, into: Path) -> None:

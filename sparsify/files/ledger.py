@@ -74,6 +74,8 @@ class Ledger:
         if version >= 2:
             raise _damaged(folder, "no digests in it")
         if not (sums := manifest.get("checksums", {})):
+            if not manifest.keys() - {"format"} and (folder / MANIFEST).exists():
+                raise _damaged(folder, "nothing of what sparsify writes there")
             return cls(folder, "none", manifest)
         if not isinstance(sums, Mapping) or not all(type(value) is int for value in sums.values()):
             raise _damaged(folder, "checksums that are no numbers")
@@ -132,11 +134,11 @@ class Ledger:
             why = f"its bytes are not those that were written (checksum of {MANIFEST})"
         else:
             return
-        raise CheckpointError(
-            f"{kind} {name} of {self.folder}",
-            found=why,
-            do=_DO,
-        )
+        raise self.unlike(f"{kind} {name} of {self.folder}", why)
+
+    def unlike(self, asked: str, found: str) -> CheckpointError:
+        """What is raised where the folder is not as it was written."""
+        return CheckpointError(asked, found=found, do=_DO)
 
 
 def write_manifest(

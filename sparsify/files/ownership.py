@@ -76,7 +76,13 @@ class Scratch(tempfile.TemporaryDirectory[str]):
     """A temporary folder; those of processes that were killed go when the next one is made."""
 
     def __init__(self, name: str) -> None:
-        for left in Path(tempfile.gettempdir()).glob(f"{name}-*"):
+        try:
+            place = tempfile.gettempdir()
+        except OSError as error:
+            raise BackendError(
+                "a temporary folder", found=str(error.strerror or error), do="Name one in TMPDIR"
+            ) from error
+        for left in Path(place).glob(f"{name}-*"):
             _discard_dead(left)
         while True:
             super().__init__(prefix=f"{name}-")

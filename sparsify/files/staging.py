@@ -160,6 +160,8 @@ def _check_place(out: Path, source: Path | None) -> None:
 
 def _check_kind(out: Path) -> None:
     try:
+        # What is not UTF-8 some of those who write and read files take for no name.
+        str(out).encode()
         there = out.lstat().st_mode
     except (FileNotFoundError, NotADirectoryError):
         return

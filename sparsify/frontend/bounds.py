@@ -35,6 +35,10 @@ MAX_IMAGE = 4096
 MAX_LABELS, MAX_POSITIONS = 1 << 20, 1 << 24
 
 _LAYERS = re.compile(r"(num|n)_(.*_)?(layers?|blocks)|(encoder|decoder)_layers|layers|depths?")
+# How attention is computed; transformers takes "owner/name" for a kernel of the hub.
+_ATTENTION = frozenset(
+    {"attn_implementation", "_attn_implementation", "attn_implementation_internal", "experts_implementation"}
+)
 _POSITIONS = re.compile(r"max_position_embeddings|(n|max)_positions|max_seq(uence)?_len(gth)?|seq_length|n_ctx")
 
 
@@ -42,8 +46,17 @@ def check_config(config: Mapping[str, Any], tensors: int | None, folder: Path) -
     """Hold the content of ``folder``'s config.json against the number of its ``tensors`` (None: not known).
 
     Raises:
-        CheckpointError: more layers than tensors, or numbers out of all bounds.
+        CheckpointError: more layers than tensors, numbers out of all bounds, NaN, or code to be fetched.
     """
+    for key, value in _leaves(config):
+        if isinstance(value, float) and value != value:
+            raise _too_much(folder, f"{key} NaN")
+        if key in _ATTENTION and isinstance(value, str) and "/" in value:
+            raise CheckpointError(
+                f"config.json of {folder}",
+                found=f"{key} {value!r}, which names code to fetch from the hub",
+                do="Take the line out; nothing of a folder chooses code that runs",
+            )
     layers = MAX_LAYERS_UNSEEN if tensors is None else max(MAX_LAYERS_UNSEEN, tensors)
     for key, number in _numbers(config):
         if _LAYERS.fullmatch(key) and number > layers:
@@ -101,7 +114,12 @@ def small_buffers(model: nn.Module, folder: Path) -> None:
 
 
 def _numbers(config: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
-    """Every whole number in a config with the key it stands under; those of a list under the list's."""
+    """Every whole number in a config with the key it stands under."""
+    return ((key, value) for key, value in _leaves(config) if isinstance(value, int))
+
+
+def _leaves(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Every value in a config with the key it stands under; those of a list under the list's."""
     todo: list[tuple[str, Any]] = list(config.items())
     while todo:
         key, value = todo.pop()
@@ -109,7 +127,7 @@ def _numbers(config: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
             todo += value.items()
         elif isinstance(value, list):
             todo += [(key, each) for each in value]
-        elif isinstance(value, int):
+        else:
             yield key, value
 
 

@@ -118,6 +118,14 @@ def construct(config: Any, trust_remote_code: bool, dtype: torch.dtype) -> nn.Mo
     names = list(getattr(config, "architectures", None) or [])
     kind = getattr(transformers, names[0], None) if names else None
     if kind is not None:
+        wanted = getattr(kind, "config_class", None)
+        if wanted is not None and not isinstance(config, wanted):
+            # Whoever loads the output goes by model_type alone.
+            raise CheckpointError(
+                f"config.json of {config.name_or_path or 'the model'}",
+                found=f"model_type {config.model_type} and architecture {names[0]}, which is of {wanted.model_type}",
+                do="Compare config.json with the one that the model was published with",
+            )
         return kind._from_config(config, dtype=dtype)
     auto = transformers.AutoModelForCausalLM if names and "CausalLM" in names[0] else transformers.AutoModel
     return auto.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)

@@ -25,7 +25,7 @@ from sparsify.frontend.matching import weights_of_checkpoint, weights_of_module
 from sparsify.frontend.skeleton import build_skeleton, recast
 from sparsify.ir.store import MemoryStore, TensorStore
 from sparsify.ir.weights import Weights
-from sparsify.method.registry import loaded
+from sparsify.method.registry import is_own, loaded, package_of, warn_of
 from sparsify.words import check_compute_dtype
 
 _TOKENIZER_FILES = ("tokenizer", "vocab", "spiece", "sentencepiece", "merges", "tekken")
@@ -202,10 +202,17 @@ def open_store(folder: Path, ledger: Ledger) -> TensorStore:
     Raises:
         CheckpointError: no sound model folder.
     """
-    for _, _, opened in loaded("sparsify.stores"):
-        store: TensorStore | None = opened(folder, ledger)
-        if store is not None:
-            return store
+    for _, entry, opened in loaded("sparsify.stores"):
+        try:
+            store: TensorStore | None = opened(folder, ledger)
+            if store is not None:
+                store.names()
+                return store
+        except Exception as error:
+            # Somebody's, which may do anything; where this is its kind of folder the safetensors do not fit a model.
+            if is_own(entry):
+                raise
+            warn_of(entry, f"it fails ({type(error).__name__}: {first_line(error)}); {package_of(entry)} brings it")
     return Checkpoint(folder, ledger=ledger)
 
 

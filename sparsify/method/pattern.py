@@ -92,13 +92,13 @@ def parse_pattern(text: str) -> Pattern:
     text = text.strip()
     if len(text) > _LONGEST:
         raise PatternError(f"pattern '{text[:_LONGEST]}…'", found=f"{len(text)} characters", do=_FORMS)
-    if match := re.fullmatch(r"(\d+):(\d+)", text):
+    if match := re.fullmatch(r"(\d+):(\d+)", text, re.ASCII):
         return NM(int(match[1]), int(match[2]))
-    if match := re.fullmatch(r"(\d+(?:\.\d+)?|\.\d+)%", text):
+    if match := re.fullmatch(r"(\d+(?:\.\d+)?|\.\d+)%", text, re.ASCII):
         return Unstructured(Fraction(match[1]) / 100)
-    if re.fullmatch(r"0?\.\d+|[01]\.\d+", text):
+    if re.fullmatch(r"0?\.\d+|[01]\.\d+", text, re.ASCII):
         return Unstructured(Fraction(text))
-    if re.fullmatch(r"\d+(\.\d+)?", text):
+    if re.fullmatch(r"\d+(\.\d+)?", text, re.ASCII):
         raise PatternError(
             f"sparsity '{text}'",
             found="a bare number of 1 or more, or a whole number without %",

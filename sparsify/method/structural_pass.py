@@ -21,6 +21,8 @@ Granularity = Literal["block", "channel", "expert", "layer"]
 Scope = Literal["local", "global"]
 WidthKind = Literal["uniform", "ragged"]
 
+# Rounds that a pass may be cut into: each writes the model once.
+MOST_STEPS = 1000
 
 # Which kinds of groups each granularity is for.
 KINDS: dict[Granularity, frozenset[str]] = {
@@ -96,6 +98,8 @@ class StructuralPass(Pass):
                     found=f"it must be at least {low}",
                     do=f"Choose {max(low, 8 if option == 'round' else 1)}, say",
                 )
+        if self.steps > MOST_STEPS:
+            raise SpecError(f"{self.name}:steps={self.steps}", found=f"more than {MOST_STEPS}", do="Choose 10, say")
         if self.granularity == "channel" and self.ragged:
             raise SpecError(
                 f"{self.name}:granularity=channel",

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from sparsify.analysis.linear import find_sites
@@ -27,6 +28,7 @@ from sparsify.context import Context
 from sparsify.data.batches import default_length, evaluation_windows, example_batch, load_calibration
 from sparsify.errors import CalibrationError, SpecError, VerifyError
 from sparsify.evaluation.perplexity import of_losses, perplexity
+from sparsify.files.ledger import write_manifest
 from sparsify.files.staging import Staging, check_output
 from sparsify.finite import is_mask, said, scan
 from sparsify.frontend.capture import capture
@@ -34,6 +36,7 @@ from sparsify.frontend.materialize import materialize
 from sparsify.frontend.source import Source, open_source
 from sparsify.host import cpu_by_default, quiet, within_memory
 from sparsify.ir.program import Program
+from sparsify.tensors import digest
 from sparsify.tuning.recipe import Recipe
 from sparsify.tuning.state import TuneState
 
@@ -347,5 +350,8 @@ def _write_adapter(source: Source, wrapped: Any, result: Tuned, held_out: Tensor
     after = of_losses(torch.tensor(losses, dtype=torch.float64), source.name, source.dtype)
     with Staging(result.output, overwrite=overwrite, source=source.folder, need=64 << 20) as staging:
         wrapped.save_pretrained(staging.folder)
+        tensors = load_file(staging.folder / "adapter_model.safetensors")
+        digests = {name: digest(tensor) for name, tensor in tensors.items()}
+        write_manifest(staging.folder, {"model": source.name, "source_check": source.checked}, digests)
         staging.commit()
     return replace(result, perplexity=(result.perplexity[0], after))

@@ -18,6 +18,7 @@ from support.families import deep
 from support.folders import load
 
 import sparsify
+from sparsify.backends.verify.adapter import verify_adapter
 from sparsify.data.batches import example_batch
 from sparsify.errors import BackendError, CalibrationError, CheckpointError, SpecError, VerifyError
 from sparsify.frontend.capture import capture
@@ -114,6 +115,15 @@ def test_lora_is_merged_as_it_was_trained(dense: Path, text: str, tmp_path: Path
 
     model = PeftModel.from_pretrained(load(dense), tmp_path / "adapter")
     assert model(torch.tensor([[1, 2]])).logits.shape[:2] == (1, 2)
+    assert verify_adapter(tmp_path / "adapter").sound
+    weights = tmp_path / "adapter" / "adapter_model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    problems = verify_adapter(tmp_path / "adapter").problems
+    assert len(problems) == 1 and "its bytes are not those that were written" in problems[0]
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    assert len(verify_adapter(tmp_path / "adapter").problems) == 2
 
 
 def test_the_model_stays_on_the_device_that_was_asked_for(dense: Path, text: str, tmp_path: Path) -> None:

@@ -24,7 +24,10 @@ from sparsify.backends.packed.loaded.on_gpu import prepare
 from sparsify.backends.packed.store import check_tensors
 from sparsify.errors import BackendError, CheckpointError
 from sparsify.files.checkpoint import DTYPES
+from sparsify.files.ledger import Ledger
+from sparsify.files.reading import read_json
 from sparsify.files.whole import check_folder
+from sparsify.finite import check_all_finite
 from sparsify.runtime.cpu.unpacking import unpacked
 from sparsify.runtime.soundness import check
 from sparsify.runtime.stopwatch import Stopwatch
@@ -80,6 +83,7 @@ class SparsifyQuantizer(HfQuantizer):
     """Replaces modules before the weights are read, and checks what was read."""
 
     requires_calibration = True
+    _ledger: Ledger = Ledger()
     quantization_config: SparsifyConfig
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
@@ -96,8 +100,15 @@ class SparsifyQuantizer(HfQuantizer):
     ) -> None:
         sites = self.quantization_config.packed_sites()
         if checkpoint_files:
+            folder = Path(checkpoint_files[0]).parent
+            if "check" in (read_json(folder / "config.json").get("quantization_config") or {}):
+                raise CheckpointError(
+                    f"config.json of {folder}",
+                    found="a quantization_config that says whether it is to be checked",
+                    do="Take its line 'check' out: only who loads the folder says that",
+                )
             # Before any weight is read; config.json alone was, which is held against the list here too.
-            check_folder(Path(checkpoint_files[0]).parent, self.quantization_config.check)
+            self._ledger = check_folder(folder, self.quantization_config.check)
             # transformers fills a tensor that is missing with random numbers and goes on.
             check_tensors(sites, _headers(checkpoint_files), str(checkpoint_files[0]))
         pack_modules(model, sites, self.quantization_config.siblings)
@@ -112,6 +123,9 @@ class SparsifyQuantizer(HfQuantizer):
             packed = packed_of(model, name, site)
             if not packed.values.is_meta:
                 check(name, packed)
+        if not self._ledger.complete and not self._ledger.manifest.get("allow_nan"):
+            # Where digests were compared, who wrote them has looked.
+            check_all_finite((n, p) for n, p in model.named_parameters() if not p.is_meta)
         count_rows(model, sites)
         prepare(model, **self.quantization_config.gpu)
         speed_up_dense(model)

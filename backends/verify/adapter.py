@@ -1,0 +1,49 @@
+"""``sparsify verify`` of an adapter that ``sparsify tune --adapter`` wrote: its bytes, and no NaN in them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from sparsify.backends.verify.content import check_content, check_numbers, differs
+from sparsify.backends.verify.result import Verification
+from sparsify.files.ledger import Ledger
+from sparsify.files.manifest import MANIFEST
+from sparsify.files.reading import admit
+from sparsify.finite import is_mask, scan
+from sparsify.tensors import digest
+
+WEIGHTS = "adapter_model.safetensors"
+
+
+def verify_adapter(folder: Path) -> Verification:
+    """Hold every file and tensor of an adapter of ``peft`` against its ``sparsify.json``.
+
+    Raises:
+        CheckpointError: no sound manifest, or weights that are no file of the folder.
+    """
+    ledger = Ledger.of(folder)
+    result = Verification(folder)
+    check_content(result, folder, ledger)
+    try:
+        tensors = load_file(admit(folder / WEIGHTS))
+    except (SafetensorError, OSError) as error:
+        result.problems.append(f"{WEIGHTS}: no sound safetensors file ({error})")
+        return result
+    check_numbers(
+        result, {n: scan(t, is_mask(n)) for n, t in tensors.items()}, {n: t.shape for n, t in tensors.items()}, ledger
+    )
+    if ledger.checked == "none":
+        return result
+    for name in sorted(tensors.keys() | ledger.tensors.keys()):
+        if name not in tensors:
+            result.problems.append(f"{name}: {MANIFEST} names it, and no file holds it")
+        elif name not in ledger.tensors:
+            result.problems.append(f"{name}: a tensor that {MANIFEST} does not know")
+        else:
+            result.compared += 1
+            if digest(tensors[name]) != ledger.tensors[name]:
+                result.problems.append(differs(name))
+    return result
