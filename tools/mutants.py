@@ -28,7 +28,7 @@ from areas import AREAS, Area  # noqa: E402
 WORK = ROOT / "build" / "mutants"
 TREE, WARM, SOCKET = WORK / "tree", ROOT / "tools" / "mutants" / "warm.py", WORK / "warm"
 # Seconds; a mutant that loops is caught by them.
-LONGEST = 300
+LONGEST = 120
 
 
 def copy_tree() -> None:
@@ -140,12 +140,14 @@ def main() -> int:
         while not SOCKET.exists() and server.poll() is None:
             time.sleep(0.5)
         for name in options.areas or AREAS:
+            begun = time.monotonic()
             done = subprocess.run(
                 pytest_words(AREAS[name]), cwd=TREE, env=environment(), capture_output=True, text=True
             )
             if done.returncode:
                 print(f"{name}: its tests fail without a fault\n{done.stdout[-2000:]}")
                 return 1
+            print(f"{name}: {time.monotonic() - begun:.0f} s for its tests", flush=True)
             session = begin(name, AREAS[name])
             total = draw(session, options.each, options.seed)
             cosmic_ray("exec", str(WORK / f"{name}.toml"), str(session))

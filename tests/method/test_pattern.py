@@ -18,6 +18,12 @@ def test_every_pattern_prints_as_it_parses(pattern: Unstructured | NM) -> None:
     assert parse_pattern(str(pattern)) == pattern
 
 
+def test_every_thousandth_prints_as_it_parses() -> None:
+    """Whole percentages, halves, fifths and tenths: each prints in its own way."""
+    for n in range(1, 1000):
+        assert parse_pattern(str(Unstructured(Fraction(n, 1000)))).sparsity == Fraction(n, 1000)
+
+
 @given(st.text(max_size=8))
 def test_any_text_is_a_pattern_or_a_pattern_error(text: str) -> None:
     try:
