@@ -67,6 +67,32 @@ def test_files_that_the_dead_left_go_and_those_of_the_living_stay(tmp_path: Path
     assert [*tmp_path.iterdir()] == [tmp_path / "x"]
 
 
+def test_a_file_that_has_lost_its_name_is_not_the_one_of_it(tmp_path: Path) -> None:
+    """A lock on it would say nothing."""
+    with (tmp_path / "x").open("w") as file:
+        assert durable.is_open_at(file.fileno(), tmp_path / "x")
+        (tmp_path / "x").unlink()
+        assert not durable.is_open_at(file.fileno(), tmp_path / "x")
+        (tmp_path / "x").touch()
+        assert not durable.is_open_at(file.fileno(), tmp_path / "x")
+
+
+def test_what_the_dead_left_may_go_while_we_look_at_it(tmp_path: Path, monkeypatch: Any) -> None:
+    """By a cleaner that knows no locks."""
+    left, real = aside(tmp_path / "x", "partial"), durable.is_open_at
+    left.touch()
+
+    def gone(fd: int, path: Path) -> bool:
+        there = real(fd, path)
+        if path == left:
+            left.unlink()
+        return there
+
+    monkeypatch.setattr(durable, "is_open_at", gone)
+    write_whole(tmp_path / "x", b"new")
+    assert (tmp_path / "x").read_text() == "new" and [*tmp_path.iterdir()] == [tmp_path / "x"]
+
+
 def test_a_cache_is_its_users_alone(tmp_path: Path) -> None:
     before = os.umask(0)
     try:

@@ -13,6 +13,7 @@ from sparsify.errors import CheckpointError
 from sparsify.frontend.source import open_source
 from sparsify.ir.store import MemoryStore
 from sparsify.ir.weights import Conversion, Weights
+from sparsify.tensors import same_bits
 
 STACK = "model.layers.0.mlp.experts.gate_up_proj"
 
@@ -48,6 +49,14 @@ def test_a_conversion_that_does_not_come_back_is_refused(weights: Weights) -> No
     with pytest.raises(CheckpointError, match=r"gate_up_proj: reading it back gives other values"):
         lossy.write(STACK, weights.read(STACK))
     lossy.write(STACK, weights.read(STACK).round(decimals=1))
+
+
+def test_what_is_not_a_number_comes_back_too(weights: Weights) -> None:
+    """With allow_nan a stack may hold NaN, which equals nothing."""
+    copy, value = weights.on(MemoryStore(weights.store)), weights.read(STACK).clone()
+    value.view(-1)[:2] = torch.tensor([torch.nan, torch.inf])
+    copy.write(STACK, value)
+    assert same_bits(copy.read(STACK), value)
 
 
 def test_a_conversion_to_other_tensors_than_the_folders_is_refused(folder: Callable[[str], Path]) -> None:

@@ -44,7 +44,7 @@ AREAS = {
     "staging": Area(
         ("sparsify/files/staging.py", "sparsify/files/ownership.py", "sparsify/durable.py"),
         ("tests/files/test_staging.py", "tests/files/test_durable.py", "tests/files/test_modes.py",
-         "tests/backends/hf/test_hf.py"),
+         "tests/files/test_scratch.py", "tests/backends/hf/test_hf.py"),
     ),
     "source": Area(
         ("sparsify/frontend/source.py", "sparsify/frontend/skeleton.py", "sparsify/frontend/matching.py",
