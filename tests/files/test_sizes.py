@@ -6,16 +6,19 @@ import hashlib
 import json
 import zlib
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from sparsify import tensors
 from sparsify.backends.hf.saving import save_tensors
 from sparsify.errors import BackendError, CheckpointError
-from sparsify.files.checkpoint import INDEX, WEIGHTS, Checkpoint
+from sparsify.files.checkpoint import DTYPES, INDEX, WEIGHTS, Checkpoint
 from sparsify.files.staging import Staging
-from sparsify.files.writer import lay_out
+from sparsify.files.writer import lay_out, lay_out_files, layout_from_json, layout_of, layout_to_json
 from sparsify.tensors import all_finite, digest, digest_of_span, read_into, write_from
 
 
@@ -65,6 +68,24 @@ def test_every_file_is_filled_as_far_as_the_first(tmp_path: Path) -> None:
     for name in checkpoint.names():
         together.setdefault(checkpoint.span(name)[0], []).append(name)
     assert list(together.values()) == [["a", "b"], ["c"], ["d", "e"]]
+
+
+@given(
+    st.dictionaries(
+        st.text("abc.é", min_size=1),
+        st.tuples(st.sampled_from(list(DTYPES.values())), st.lists(st.integers(0, 4), max_size=3)),
+    ),
+    st.integers(1, 100),
+)
+@settings(deadline=None, max_examples=30)
+def test_the_layout_of_a_folder_makes_the_same_files(kinds: dict[str, tuple[torch.dtype, list[int]]], at: int) -> None:
+    with TemporaryDirectory() as one, TemporaryDirectory() as other:
+        first = lay_out(Path(one), kinds, at)
+        layout = layout_from_json(json.loads(json.dumps(layout_to_json(layout_of(first)))))
+        assert {name: kind for tensors in layout.values() for name, kind in tensors.items()} == kinds
+        second = lay_out_files(Path(other), layout or {WEIGHTS: {}})
+        assert [path.name for path in first.files] == [path.name for path in second.files]
+        assert [path.read_bytes() for path in first.files] == [path.read_bytes() for path in second.files]
 
 
 @pytest.mark.parametrize("shards", [1, 2])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import permutations
 from pathlib import Path
 
 import pytest
@@ -78,3 +79,11 @@ def test_one_tensor_under_two_names_is_written_twice(tmp_path: Path) -> None:
     save_tensors({"one": tensor, "other": tensor, "none": tensor[:0]}, tmp_path / "model.safetensors")
     found = load_file(tmp_path / "model.safetensors")
     assert torch.equal(found["one"], tensor) and torch.equal(found["other"], tensor) and not found["none"].numel()
+
+
+@pytest.mark.parametrize("names", list(permutations("abc")), ids="".join)
+def test_one_tensor_under_three_names_in_any_order(tmp_path: Path, names: tuple[str, ...]) -> None:
+    tensor = torch.arange(6.0)
+    save_tensors(dict.fromkeys(names, tensor), tmp_path / "model.safetensors")
+    found = load_file(tmp_path / "model.safetensors")
+    assert found.keys() == set(names) and all(torch.equal(value, tensor) for value in found.values())
