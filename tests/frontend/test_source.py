@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +15,7 @@ from support.families import build
 from torch import nn
 
 from sparsify.errors import CheckpointError, TraceError
+from sparsify.frontend.bounds import MAX_LAYERS_UNSEEN, check_config
 from sparsify.frontend.source import Source, open_source, require_real
 
 
@@ -46,6 +48,23 @@ def test_an_index_may_not_name_an_absolute_path(tmp_path: Path) -> None:
     pickled(tmp_path / "model", str(tmp_path / "elsewhere.bin"))
     with pytest.raises(CheckpointError):
         open_source(tmp_path / "model", allow_bin=True)
+
+
+@pytest.mark.parametrize("index", [{}, {"weight_map": ["x"]}, {"weight_map": {"lm_head.weight": 1}}])
+def test_an_index_of_pickles_without_a_table(tmp_path: Path, index: dict[str, Any]) -> None:
+    build("llama").config.save_pretrained(tmp_path)
+    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=r"bin\.index\.json: no weight_map in it"):
+        open_source(tmp_path, allow_bin=True)
+
+
+@pytest.mark.parametrize("layers", [MAX_LAYERS_UNSEEN, MAX_LAYERS_UNSEEN + 1, MAX_LAYERS_UNSEEN + 2])
+@pytest.mark.parametrize("tensors", [None, 1, MAX_LAYERS_UNSEEN, MAX_LAYERS_UNSEEN + 1])
+def test_as_many_layers_as_tensors_and_a_few_in_any_case(layers: int, tensors: int | None) -> None:
+    refused = layers > max(MAX_LAYERS_UNSEEN, tensors or 0)
+    told = pytest.raises(CheckpointError, match=f"num_hidden_layers {layers}") if refused else nullcontext()
+    with told:
+        check_config({"text": {"num_hidden_layers": layers}}, tensors, Path("x"))
 
 
 def of(**config: Any) -> Source:
@@ -86,6 +105,12 @@ def test_tokenizers(tmp_path: Path, folder: Callable[[str], Path]) -> None:
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(CheckpointError, match="none that loads in"):
         open_source(tmp_path).tokenizer()
+
+
+def test_what_holds_no_numbers_is_not_searched_for_nan(folder: Callable[[str], Path]) -> None:
+    skeleton = open_source(folder("llama")).module
+    for module in (skeleton, nn.Linear(2, 2, device="meta")):
+        assert open_source(module).module is module
 
 
 def test_a_module_without_numbers_is_refused() -> None:
