@@ -13,8 +13,17 @@ class Area:
     tests: tuple[str, ...]
 
 
-# Every family in every schedule: slower than all the rest.
-FEWER = "--deselect=tests/prune/test_schedules.py::test_every_family_is_pruned_in_every_schedule"
+# Of the schedules: those that are quick.
+SCHEDULES = tuple(
+    f"tests/prune/test_schedules.py::{name}"
+    for name in (
+        "test_each_schedule_by_hand", "test_a_weight_used_repeatedly_is_pruned_once_with_merged_statistics",
+        "test_schedule_dense_goes_on_with_a_dense_shared_weight", "test_what_an_observer_is_told",
+        "test_experts_that_no_token_reached_fall_back_to_magnitude_and_are_listed",
+        "test_statistics_of_experts_are_those_of_their_own_tokens", "test_the_error_is_exact_where_the_tokens_are_few",
+        "test_a_nan_activation_names_the_site", "test_batches_of_equal_shape_and_other_content_all_count",
+    )
+)  # fmt: skip
 # Those that need no folder of another backend.
 LEDGER = (
     "test_a_header_that_says_another_dtype_is_seen", "test_weights_that_the_manifest_does_not_know",
@@ -24,6 +33,8 @@ BOUNDS = (
     "test_a_config_that_asks_for_more_than_there_is", "test_a_model_that_grows_while_it_is_built_is_stopped",
     "test_what_is_computed_and_not_read_may_not_fill_the_memory", "test_a_link_to_elsewhere_is_not_followed",
 )  # fmt: skip
+# torch.compile takes longer than all the rest.
+COMPILED = ("test_a_language_model_lifted_by_torch_compile", "test_the_backend_of_torch_compile")
 
 AREAS = {
     "selection": Area(
@@ -34,11 +45,11 @@ AREAS = {
         ("sparsify/prune",),
         ("tests/prune/test_verify.py", "tests/prune/test_turn.py", "tests/prune/test_experts_in_part.py",
          "tests/prune/test_targets.py", "tests/prune/test_allocation.py", "tests/prune/test_fx_pass.py",
-         "tests/prune/test_refusals.py", "tests/prune/test_schedules.py", FEWER),
+         "tests/prune/test_refusals.py", *SCHEDULES),
     ),
     "calibration": Area(
         ("sparsify/calibration",),
-        ("tests/calibration", "tests/passes/test_twin.py", "tests/prune/test_schedules.py", FEWER),
+        ("tests/calibration", "tests/passes/test_twin.py", *SCHEDULES),
     ),
     "checkpoint": Area(
         ("sparsify/files/checkpoint.py", "sparsify/files/writer.py", "sparsify/files/ledger.py", "sparsify/tensors.py",
@@ -79,7 +90,10 @@ AREAS = {
          "sparsify/backends/packed/store.py", "sparsify/backends/packed/config.py", "sparsify/passes/lowering",
          "sparsify/analysis/contraction.py"),
         ("tests/runtime/test_layout.py", "tests/runtime/test_sizes.py", "tests/runtime/test_ops.py",
-         "tests/hostile/test_operators.py", "tests/analysis/test_contraction.py", "tests/backends/packed",
-         "tests/passes/test_lower_sparse.py"),
+         "tests/hostile/test_operators.py", "tests/analysis/test_contraction.py",
+         "tests/backends/packed/test_hostile.py", "tests/backends/packed/test_report.py",
+         "tests/backends/packed/test_refusals.py",
+         "tests/passes/test_lower_sparse.py",
+         *(f"--deselect=tests/passes/test_lower_sparse.py::{name}" for name in COMPILED)),
     ),
 }  # fmt: skip
