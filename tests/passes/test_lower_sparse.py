@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -193,20 +194,41 @@ def test_many_groups_of_siblings_each_keep_their_own_matrix(monkeypatch: pytest.
     assert ops_of(lowered)["linear_24"] == 6
 
 
-def test_an_input_written_in_place_keeps_its_siblings_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("target", "arguments", "writes"),
+    [
+        ("mul_", (2,), True),
+        (operator.imul, (2,), True),
+        (operator.setitem, (0, 5.0), True),
+        (operator.mul, (2,), False),
+        (torch.relu, (), False),
+        ("relu", (), False),
+    ],
+    ids=str,
+)
+def test_an_input_written_in_place_keeps_its_siblings_apart(
+    target: Any, arguments: tuple[Any, ...], writes: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And one that is only read does not."""
+
     class InPlace(Siblings):
         def forward(self, x: Tensor) -> Tensor:
             first = self.q(x)
             x.mul_(2)
             return torch.cat([first, self.k(x)], dim=-1)
 
-    net = InPlace().eval()
     times(monkeypatch, merged=0.1)
-    lowered = LowerSparse()(fx.symbolic_trace(net)).graph_module
+    traced = fx.symbolic_trace(InPlace().eval())
+    (between,) = (node for node in traced.graph.nodes if node.target == "mul_")
+    between.op = "call_method" if isinstance(target, str) else "call_function"
+    between.target, between.args = target, (between.args[0], *arguments)
+    traced.recompile()
     x = torch.randn(3, 64)
     with torch.no_grad():
-        torch.testing.assert_close(lowered(x.clone()), net(x.clone()), rtol=1e-4, atol=1e-4)
-    assert ops_of(lowered)["linear_24"] == 2
+        expected = traced(x.clone())
+        lowered = LowerSparse()(traced).graph_module
+        torch.testing.assert_close(lowered(x.clone()), expected, rtol=1e-4, atol=1e-4)
+    assert ops_of(lowered)["linear_24"] == (2 if writes else 1)
 
 
 def test_dense_where_dense_is_faster_with_the_times_on_record(monkeypatch: pytest.MonkeyPatch) -> None:

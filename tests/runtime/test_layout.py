@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -220,3 +222,17 @@ def test_kernels_count_and_check_as_plain_torch_does(monkeypatch: pytest.MonkeyP
     plain_starts, plain_sound = seen()
     assert all(torch.equal(a, b) for a, b in zip(starts, plain_starts, strict=True))
     assert sound == plain_sound and sum(sound) == 36
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_matrix_of_nothing_or_of_other_numbers_is_not_sound(layout: Layout) -> None:
+    packed = pack(pruned_24(8, 64), layout)
+    check("x", packed)
+    wrong = [
+        replace(packed, shape=(0, 64), values=packed.values[:0], codes=packed.codes[:0]),
+        replace(packed, shape=(8, 0), values=packed.values[:0], codes=packed.codes[:, :0]),
+        *(replace(packed, values=packed.values.to(dtype)) for dtype in (torch.float64, torch.int32, torch.bool)),
+    ]
+    for each in wrong:
+        with pytest.raises(CheckpointError, match=r"packed tensor x: a matrix \["):
+            check("x", each)

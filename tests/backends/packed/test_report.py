@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
+import pytest
 from rich.console import Console
 
+from sparsify.analysis.linear import LinearSite
 from sparsify.backends.packed.bench.benchmark import Benchmark, Speed
 from sparsify.backends.packed.bench.report import benchmark_report, write_report
+from sparsify.backends.packed.format import PackedSite
 from sparsify.backends.packed.labels import siblings_label
 from sparsify.backends.packed.loaded import Prepared
+from sparsify.backends.packed.plan import Decision, summary
 
 
 def made_up(gains: dict[int, float]) -> Benchmark:
@@ -77,3 +83,16 @@ def test_labels() -> None:
     assert siblings_label(["h.3.attn.c_attn.weight"]) == "attn.c_attn"
     assert siblings_label(["b.0.query.weight", "b.0.key.weight"]) == "query/key"
     assert siblings_label(["b.0.attn.q.weight", "b.0.mlp.up.weight"]) == "attn.q + mlp.up"
+
+
+@pytest.mark.parametrize("count", [1, 3, 4, 6])
+def test_what_stays_dense_is_named_with_its_reason(count: int) -> None:
+    """What was pruned, that is: of what never was nothing is said."""
+    linear, site = cast(LinearSite, None), cast(PackedSite, SimpleNamespace(layout="packed24"))
+    packed = Decision("a", linear, 0.5, 100 << 10, 60 << 10, site)
+    never = Decision("b", linear, 0.04, 9, 9, reason="it is shared")
+    left = [Decision(f"c{i}", linear, 0.05, 100, 100, reason="dense is faster") for i in range(count)]
+    first, *others, last = summary([packed, never, *left])
+    more = f" and {count - 3} more" if count > 3 else ""
+    assert "1 as packed24; 60 KiB where dense took 100 KiB (0.600×)" in first and "sparsify bench" in last
+    assert others == [f"left dense: {', '.join(d.name for d in left[:3])}{more}: dense is faster"]
