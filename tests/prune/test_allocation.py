@@ -77,6 +77,31 @@ def test_owl_by_its_formula() -> None:
         assert 1 - site.kept == pytest.approx(expected[int(site.name.split(".")[2])], abs=2e-3)
 
 
+@pytest.mark.parametrize("outliers", [(1, 5, 2), (0, 4, 1), (7, 3, 30), (2, 2, 2)])
+def test_owl_of_layers_with_so_many_outliers(outliers: tuple[int, int, int]) -> None:
+    """Also many times as many in one layer as in another, none, and as many in all."""
+
+    class Beside(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.parts = torch.nn.ModuleList([torch.nn.Linear(32, 32, bias=False) for _ in outliers])
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.cat([part(x) for part in self.parts], dim=-1)
+
+    net = Beside()
+    for part, count in zip(net.parts, outliers, strict=True):
+        part.weight.data = 1 + 0.01 * torch.rand(32, 32)
+        part.weight.data.view(-1)[:count] = 100
+    span = (max(outliers) - min(outliers)) or 1
+    scaled = [0.2 * (count - min(outliers)) / span for count in outliers]
+    expected = [0.5 - s + sum(scaled) / 3 for s in scaled]
+    found = sparsify.compile(net, ["wanda:50%,allocation=owl,spread=0.1,outliers=3"], calibration=[torch.eye(32)])
+    shares = [float((found.weight(f"parts.{i}.weight") == 0).float().mean()) for i in range(3)]
+    # Each output neuron floors its own count of 32.
+    assert shares == pytest.approx(expected, abs=1 / 32)
+
+
 def test_error_puts_zeros_where_they_cost_least() -> None:
     """A chain whose second layer reads dead inputs mostly: its weights go first, up to the bound."""
     torch.manual_seed(0)
