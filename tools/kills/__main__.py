@@ -195,6 +195,7 @@ def main() -> None:
         prog="kills", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--writers", default=",".join(WRITERS), help="[default: %(default)s]")
+    parser.add_argument("--quick", action="store_true", help="over an older output alone, with the exchange of names")
     parser.add_argument("--json", action="store_true", help="the counts as JSON")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -206,8 +207,8 @@ def main() -> None:
             print("writer         way          kills   old   new seconds")
         for name in args.writers.split(","):
             writer = WRITERS[name]
-            for over in (False, True) if writer.fresh else (True,):
-                for exchange in (True, False) if writer.is_folder else (True,):
+            for over in (False, True) if writer.fresh and not args.quick else (True,):
+                for exchange in (True, False) if writer.is_folder and not args.quick else (True,):
                     series = kill_everywhere(writer, scene, over=over, exchange=exchange)
                     done.append(series)
                     if not args.json:
