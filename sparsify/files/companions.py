@@ -16,8 +16,8 @@ from sparsify.files.reading import MAX_INDEX, admit, read_json
 WEIGHT_SUFFIXES = frozenset(
     {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".onnx_data", ".data"}
 )
-# What only people read: it may be missing.
-_FOR_PEOPLE = frozenset({".md", ".png", ".svg", ""})
+# What models and tokenizers are loaded from, and fetched from the hub; who loads goes on without some of it.
+_LOADED = frozenset({".safetensors", ".json", ".txt", ".model", ".jinja", ".py"})
 
 
 def holds_weights(name: str) -> bool:
@@ -62,7 +62,7 @@ def _check_names(folder: Path, ledger: Ledger) -> None:
     # Read by nobody, or by transformers in place of ours.
     if added := sorted(name for name in here - known if holds_weights(name) and not name.startswith(".")):
         raise ledger.unlike(f"{added[0]} of {folder}", f"{MANIFEST} does not know it")
-    gone = sorted(name for name in known - here if Path(name).suffix.lower() not in _FOR_PEOPLE)
+    gone = sorted(name for name in known - here if Path(name).suffix.lower() in _LOADED)
     if gone:
         raise ledger.unlike(f"{gone[0]} of {folder}", f"{MANIFEST} names it, and it is not there")
 
