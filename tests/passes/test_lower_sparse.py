@@ -204,7 +204,7 @@ def test_many_groups_of_siblings_each_keep_their_own_matrix(monkeypatch: pytest.
         (torch.relu, (), False),
         ("relu", (), False),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_an_input_written_in_place_keeps_its_siblings_apart(
     target: Any, arguments: tuple[Any, ...], writes: bool, monkeypatch: pytest.MonkeyPatch
