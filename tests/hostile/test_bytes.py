@@ -203,7 +203,7 @@ def test_weights_that_the_manifest_does_not_know(copy: Callable[[str], Path]) ->
     (folder / "other.safetensors").write_bytes(content)
     index = {"weight_map": dict.fromkeys(names, "other.safetensors")}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    refuses("hf", "compile again", folder, "other.safetensors")
+    refuses("hf", "compile again", folder, "model.safetensors.index.json")
 
 
 def test_a_folder_of_format_1_is_checked_by_what_it_has(copy: Callable[[str], Path], tmp_path: Path) -> None:

@@ -60,8 +60,14 @@ def spoil(folder: Path, name: str, index: tuple[int, ...], value: float = torch.
     save_file(tensors, file, metadata={"format": "pt"})
 
 
-@pytest.mark.parametrize("to", BACKENDS)
-@pytest.mark.parametrize("name", PLACES)
+# Tracing and exporting ONNX takes seconds each.
+TRACED = [(name, to) for name in list(PLACES)[1:] for to in ("link", "external")]
+
+
+@pytest.mark.parametrize(
+    ("name", "to"),
+    [pytest.param(n, to, marks=pytest.mark.slow if (n, to) in TRACED else []) for n in PLACES for to in BACKENDS],
+)
 def test_what_is_carried_over_is_looked_at(name: str, to: str, model: Path, tmp_path: Path) -> None:
     spoil(model, name, PLACES[name], -torch.inf if to == "packed" else torch.nan)
     with pytest.raises(CheckpointError) as caught:
