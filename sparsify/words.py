@@ -54,8 +54,9 @@ def parse_bytes(text: int | str) -> int:
     Raises:
         SpecError: not an amount of memory.
     """
-    if isinstance(text, int):
+    if isinstance(text, int) and text >= 0:
         return text
+    text = str(text)
     digits = text.strip().rstrip("BbiIKkMmGgTt ")
     unit = text.strip()[len(digits) :].strip().upper()
     try:

@@ -46,7 +46,7 @@ def bench(
     prompt: Annotated[int, typer.Option(help="Tokens of the prompt.", min=1)] = 128,
     tokens: Annotated[int, typer.Option(help="Tokens to generate.", min=1)] = 64,
     rounds: Annotated[int, typer.Option(help="Rounds; medians count.", min=1)] = 5,
-    threads: Annotated[int, typer.Option(help="0: as many as torch takes.", min=0)] = 0,
+    threads: Annotated[int, typer.Option(help="0: as many as torch takes.", min=0, max=4096)] = 0,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.", metavar="DEVICE")] = "cpu",
     no_tune: Annotated[bool, typer.Option("--no-tune", help="Built-in defaults for the GPU's kernels.")] = False,
     output: Annotated[

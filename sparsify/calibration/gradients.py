@@ -167,7 +167,7 @@ class _Sums:
             raise CalibrationError(
                 f"gradients of {parameter}",
                 found="NaN or infinity",
-                do="Compute in float32 or bfloat16 (--compute-dtype float32): float16 overflows",
+                do="Look at the weights and the labels; where float16 overflows take --compute-dtype float32",
             )
         return self.values
 
@@ -203,7 +203,7 @@ class _Backward(Interpreter):
             raise CalibrationError(
                 f"the loss of calibration batch {found.index(False)}",
                 found="NaN or infinity",
-                do="Compute in float32 or bfloat16 (--compute-dtype float32): float16 overflows",
+                do="Look at the weights and the labels; where float16 overflows take --compute-dtype float32",
             )
 
     def parameters(self, region: Region) -> set[str]:

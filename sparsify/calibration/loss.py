@@ -69,6 +69,12 @@ def loss(program: Program, logits: Tensor, batch: Mapping[str, Tensor], labels: 
     if scores.dim() == 2:
         return nn.functional.cross_entropy(scores, scores.detach().argmax(dim=1))
     prefix = "decoder_" if "decoder_input_ids" in batch else ""
+    if f"{prefix}input_ids" not in batch:
+        raise CalibrationError(
+            f"the loss of {model_kind(program)}",
+            found=f"inputs {', '.join(batch)}: no token ids to predict",
+            do="Give the batches labels too, or use a pass without gradients",
+        )
     following = batch[f"{prefix}input_ids"].to(scores.device, non_blocking=True)[:, 1:].clone()
     mask = batch.get(f"{prefix}attention_mask")
     if mask is not None:

@@ -38,7 +38,7 @@ def tune_command(
         int | None, typer.Option(help="Tokens of each. [default: min(256, the model's context)]")
     ] = None,
     seed: Annotated[int, typer.Option(help="Of data and order.")] = 0,
-    save_every: Annotated[int, typer.Option(help="Steps between saved states (TUNED.tuning).")] = 100,
+    save_every: Annotated[int, typer.Option(help="Steps between saved states (TUNED.tuning).", min=1)] = 100,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from TUNED.tuning.")] = False,
     device: Device = "auto",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace TUNED if it exists.")] = False,

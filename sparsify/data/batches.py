@@ -298,12 +298,17 @@ def _from_python(data: Iterable[Any], source: Source, samples: int | None) -> li
 
 
 def _named(item: Any, source: Source) -> dict[str, Tensor]:
+    values = item.values() if isinstance(item, Mapping) else item if isinstance(item, (tuple, list)) else [item]
+    if any(isinstance(value, Tensor) and value.is_meta for value in values):
+        raise CalibrationError(
+            "a calibration batch", found="tensors on the meta device, which hold nothing", do="Give data"
+        )
     if isinstance(item, Tensor):
         if source.is_transformers:
             name = getattr(source.module, "main_input_name", "input_ids")
             if name == "input_ids":
                 ids = item[None] if item.dim() == 1 else item
-                if ids.is_floating_point() or ids.dim() != 2:
+                if not _are_ids(ids) or ids.dim() != 2:
                     raise CalibrationError(
                         f"a batch of {item.dtype} {tuple(item.shape)}",
                         found="token ids are whole numbers [batch, sequence]",
@@ -359,6 +364,10 @@ def _split(batches: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
     return single
 
 
+def _are_ids(tensor: Tensor) -> bool:
+    return not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype is torch.bool)
+
+
 def _check_inputs(batches: list[dict[str, Tensor]], source: Source) -> None:
     vocabulary = source.vocab_size
     for index, batch in enumerate(batches):
@@ -370,6 +379,10 @@ def _check_inputs(batches: list[dict[str, Tensor]], source: Source) -> None:
                 )
             if not name.endswith("input_ids"):
                 continue
+            if not _are_ids(tensor):
+                raise CalibrationError(
+                    f"batch {index} of calibration input {name}", found=f"{tensor.dtype}", do="Ids are whole numbers"
+                )
             low, high = int(tensor.min()), int(tensor.max())
             if low < 0 or (vocabulary and high >= vocabulary):
                 raise CalibrationError(

@@ -23,7 +23,7 @@ SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", 
 # Decoders that run: pillow has others, and the one for PostScript runs a program.
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 # Pixels of an image before it is made smaller, and of a side of what the model's processor makes of it.
-MAX_PIXELS, MAX_SIDE = 1 << 27, 8192
+MAX_PIXELS, MAX_SIDE = 1 << 26, 8192
 # Entries of a folder and those below it that are looked at.
 MAX_ENTRIES = 1 << 22
 

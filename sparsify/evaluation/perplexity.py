@@ -130,9 +130,9 @@ def of_losses(losses: Tensor, name: str, dtype: torch.dtype) -> float:
             found=f"a mean loss of {mean:.0f}, whose exponential no number holds",
             do="This model predicts nothing: look at its weights",
         )
-    do = "Look at its weights: what they hold is finite, what they compute is not"
+    do = "Look at its weights: without --allow-nan what they hold is finite, and what they compute is not"
     if dtype == torch.float16:
-        do = "float16 ends at 65504: --compute-dtype float32 or bfloat16 (of eval and compare); else convert the model"
+        do = "float16 ends at 65504: take --compute-dtype float32 or bfloat16; for tune convert the model"
     raise CalibrationError(
         f"perplexity of {name}",
         found=f"logits that are NaN or infinite in window {broken[0]}, and in {len(broken)} of {len(losses)} in all",

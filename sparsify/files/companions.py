@@ -31,6 +31,11 @@ def companions(folder: Path) -> Iterator[Path]:
     Raises:
         CheckpointError: one that is no regular file of the folder; see :func:`sparsify.files.reading.admit`.
     """
+    if not folder.is_dir():
+        found = "a file" if folder.exists() else "no such folder"
+        raise CheckpointError(
+            f"model folder {folder}", found=found, do="Name a folder that sparsify or Hugging Face wrote"
+        )
     for path in folder.iterdir():
         weights = holds_weights(path.name) and path.name != "adapter_config.json"
         if not weights and path.name != MANIFEST and not path.name.startswith(".") and not path.is_dir():
@@ -44,7 +49,7 @@ def check_companions(folder: Path, ledger: Ledger) -> None:
         CheckpointError: a file that is not what was written, one that is missing, weights that were added, JSON out of
             bounds, or no regular file of the folder.
     """
-    if ledger.complete:
+    if ledger.complete and folder.is_dir():
         _check_names(folder, ledger)
     for path in companions(folder):
         size = path.stat().st_size

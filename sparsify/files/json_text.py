@@ -22,6 +22,10 @@ def parse_json(text: str | bytes) -> Any:
         content = json.loads(text.decode("utf-8-sig") if isinstance(text, bytes) else text)
     except UnicodeDecodeError as error:
         raise ValueError(f"not UTF-8 at byte {error.start}") from error
+    except ValueError as error:
+        if isinstance(error, json.JSONDecodeError) or "digits" not in str(error):
+            raise
+        raise ValueError("a number of too many digits") from error
     except RecursionError as error:
         raise ValueError(f"lists or tables nested more than {MAX_DEPTH} deep") from error
     _check(content)

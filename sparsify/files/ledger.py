@@ -59,9 +59,14 @@ class Ledger:
         if not check:
             return cls(folder, "skipped", read_manifest(folder))
         manifest = read_manifest(folder)
-        version = manifest.get("format", 0)
-        if type(version) is not int or version < 0:
-            raise _damaged(folder, f"format {version!r}")
+        if not manifest.keys() and not (folder / MANIFEST).exists():
+            return cls(folder, "none", manifest)
+        # Without a number it is another program's, or another file put in its place.
+        version = manifest.get("format", -1)
+        if type(version) is not int or version < 1:
+            raise _damaged(
+                folder, f"format {version!r}" if "format" in manifest else "nothing of what sparsify writes there"
+            )
         if version > FORMAT:
             raise CheckpointError(
                 f"{folder / MANIFEST}",
@@ -74,9 +79,7 @@ class Ledger:
         if version >= 2:
             raise _damaged(folder, "no digests in it")
         if not (sums := manifest.get("checksums", {})):
-            if not manifest.keys() - {"format"} and (folder / MANIFEST).exists():
-                raise _damaged(folder, "nothing of what sparsify writes there")
-            return cls(folder, "none", manifest)
+            raise _damaged(folder, "no checksums in it")
         if not isinstance(sums, Mapping) or not all(type(value) is int for value in sums.values()):
             raise _damaged(folder, "checksums that are no numbers")
         return cls(folder, CRC, manifest, {name: f"{value & 0xFFFFFFFF:08x}" for name, value in sums.items()})

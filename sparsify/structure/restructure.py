@@ -20,7 +20,7 @@ from sparsify.calibration.gradients import Gradients, Samples, measure_gradients
 from sparsify.context import Context
 from sparsify.errors import BackendError, CheckpointError, TraceError
 from sparsify.files.ledger import Ledger
-from sparsify.files.manifest import MANIFEST, write_json
+from sparsify.files.manifest import MANIFEST, read_manifest, write_json
 from sparsify.files.modes import carry_modes
 from sparsify.frontend.capture import capture
 from sparsify.frontend.source import Source, open_source
@@ -127,7 +127,9 @@ def _without_layers(
     counts = count_parameters(source), count_parameters(smaller)
     done = Restructured(structural_pass, [cut], [], config, counts)
     _note(source, done, into)
-    smaller = replace(smaller, name=source.name, checked=source.checked, ledger=Ledger.of(into))
+    smaller = replace(
+        smaller, name=source.name, checked=source.checked, ledger=Ledger(into, "none", read_manifest(into))
+    )
     captured = capture(smaller, program.zero_batch(), context.device)
     names: dict[str, str | None] = dict.fromkeys(program.weights.store.names())
     wanted = model.wanted.renamed(names | layers.tensors_kept(program.weights, stack, gone))
@@ -160,7 +162,7 @@ def _note(source: Source, done: Restructured, into: Path) -> None:
 
 def _smaller(folder: Path, source: Source) -> Source:
     """The model that ``folder`` holds, opened as ``source`` was, from which its tensors were read and looked at."""
-    made = open_source(folder, trust_remote_code=source.trust_remote_code, allow_nan=True)
+    made = open_source(folder, trust_remote_code=source.trust_remote_code, check=False, allow_nan=True)
     return replace(made, allow_nan=source.allow_nan, compute=source.compute)
 
 

@@ -188,6 +188,13 @@ def _network(source: Source, recipe: Recipe, device: torch.device) -> tuple[nn.M
         raise SpecError(
             "--method lora", found="the package peft is not installed", do="pip install 'sparsify-fx[tune]'"
         ) from error
+    widest = max((min(p.shape[-2:]) for p in network.parameters() if p.dim() > 1), default=1)
+    if recipe.rank > widest:
+        raise SpecError(
+            f"rank {recipe.rank}",
+            found=f"no matrix of {source.name} has a rank above {widest}",
+            do="Give --rank 8, say",
+        )
     config = peft.LoraConfig(
         r=recipe.rank,
         lora_alpha=recipe.alpha,

@@ -96,11 +96,13 @@ def test_no_file_says_that_it_is_not_to_be_checked(copied: Callable[[str], Path]
         from_pretrained(folder)
 
 
-@pytest.mark.parametrize("content", ["{}", '{"format": 1}'])
+@pytest.mark.parametrize(
+    "content", ["{}", '{"a": 1}', "tokenizer.json", '{"format": 1}', '{"format": 1, "checksums": {}}']
+)
 def test_an_emptied_manifest_is_damage(content: str, copied: Callable[[str], Path]) -> None:
     folder = copied("hf")
-    (folder / "sparsify.json").write_text(content)
-    with pytest.raises(CheckpointError, match="nothing of what sparsify writes"):
+    (folder / "sparsify.json").write_text((folder / content).read_text() if content.endswith(".json") else content)
+    with pytest.raises(CheckpointError, match=r"nothing of what sparsify writes|no checksums in it"):
         open_source(folder)
 
 

@@ -37,7 +37,7 @@ def open_session(file: Path | bytes, *, device: str = "cpu", threads: int = 0, f
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
     try:
         source = str(file) if isinstance(file, Path) else file
-        return ort.InferenceSession(
+        session = ort.InferenceSession(
             source, options, providers=list(dict.fromkeys([providers[device], providers["cpu"]]))
         )
     except Exception as error:  # onnxruntime's own kinds are not importable by name
@@ -47,6 +47,10 @@ def open_session(file: Path | bytes, *, device: str = "cpu", threads: int = 0, f
             found=first_line(error),
             do="Opset 23 needs onnxruntime 1.23, 24 needs 1.26; sparsify verify says whether the files are whole",
         ) from error
+    if providers[device] not in session.get_providers():
+        # It says so in its log alone, and goes on with the CPU.
+        raise BackendError(f"device '{device}'", found="onnxruntime finds none here", do="Use --device cpu")
+    return session
 
 
 def find_onnx(path: Path) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,6 +14,10 @@ import numpy as np
 from sparsify.backends.onnx.running.runner import Runner, Sampling
 from sparsify.errors import CheckpointError, SpecError, first_line
 from sparsify.files.reading import read_json
+from sparsify.words import check_seed
+
+# More than any machine has; onnxruntime would try.
+MOST_THREADS = 4096
 
 
 @dataclass(frozen=True)
@@ -41,8 +46,13 @@ def talk(
 
     Raises:
         CheckpointError, BackendError: no graph that generates, or no tokenizer beside it.
-        SpecError: a prompt of no tokens.
+        SpecError: a prompt of no tokens, or a seed, temperature or number of threads that is none.
     """
+    check_seed(seed)
+    if not 0 <= temperature < math.inf:
+        raise SpecError(f"temperature {temperature}", found="no number from 0 on", do="Give --temperature 1, say")
+    if not 0 <= threads <= MOST_THREADS:
+        raise SpecError(f"{threads} threads", found=f"not from 0 to {MOST_THREADS}", do="Leave --threads out")
     runner = Runner(folder, device=device, threads=threads, check=check)
     tokenizer = _tokenizer(runner.folder)
     ids = np.asarray([tokenizer(prompt)["input_ids"]], np.int64)

@@ -179,11 +179,17 @@ def load_graph(file: Path) -> ir.Model:
                     f"tensor {name} of {file.name}", found=f"offset {tensor.offset}", do="Export it again"
                 )
             place = Path(tensor.location)
-            if place.is_absolute() or ".." in place.parts or (file.parent / place).is_symlink():
+            if place.is_absolute() or ".." in place.parts:
                 raise CheckpointError(
                     f"tensor {name} of {file.name}",
-                    found=f"its data lies in '{tensor.location}', a link or a place outside the folder",
+                    found=f"its data lies in '{tensor.location}', a place outside the folder",
                     do="Do not trust this folder; copy the files themselves into it",
+                )
+            if (file.parent / place).is_symlink():
+                raise CheckpointError(
+                    f"tensor {name} of {file.name}",
+                    found=f"its data {tensor.location} is a link, which onnxruntime does not follow",
+                    do="Copy the file itself into the folder; from the hub fetch it with hf download --local-dir",
                 )
     return model
 
