@@ -63,9 +63,9 @@ def test_one_flipped_weight_is_named(link: Path) -> None:
     assert any(NAME in p and "checksum" in p for p in problems)
 
 
-def test_one_pruned_weight_that_came_back_breaks_the_pattern_even_without_checksums(link: Path) -> None:
+def test_one_pruned_weight_that_came_back_breaks_the_pattern_even_without_its_checksum(link: Path) -> None:
     as_format_1(link)
-    edit_manifest(link, lambda manifest: manifest.pop("checksums"))
+    edit_manifest(link, lambda manifest: manifest["checksums"].pop(NAME))
 
     def fill(tensors: dict[str, torch.Tensor]) -> None:
         row = tensors[NAME].view(-1)
@@ -139,7 +139,7 @@ def test_links_and_places_outside_the_folder_are_refused(link: Path, tmp_path: P
     real = tmp_path / "elsewhere.safetensors"
     (link / "model.safetensors").rename(real)
     (link / "model.safetensors").symlink_to(real)
-    with pytest.raises(SparsifyError, match="outside the folder"):
+    with pytest.raises(SparsifyError, match="is a link"):
         verify_onnx(link)
     (link / "model.safetensors").unlink()
     (link / "model.safetensors").hardlink_to(real)
