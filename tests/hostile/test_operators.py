@@ -74,6 +74,16 @@ def test_what_is_no_product_is_refused(call: Any, arguments: tuple[Any, ...]) ->
         call(*arguments)
 
 
+@pytest.mark.parametrize("inside", [True, False])
+def test_tensors_made_in_inference_mode_serve_again_and_again(inside: bool) -> None:
+    with torch.inference_mode():
+        values, codes = GOOD.values.clone(), GOOD.codes.clone()
+    exact = ops.linear_24(X, GOOD.values, GOOD.codes)
+    for _ in range(3):
+        with torch.inference_mode(inside):
+            assert torch.equal(ops.linear_24(X, values, codes), exact)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("threads", [1, 2])
 def test_of_no_rows_there_is_nothing(layout: Layout, threads: int) -> None:
