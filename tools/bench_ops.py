@@ -2,7 +2,7 @@
 
     python tools/bench_ops.py [--calls 20000] [--rounds 7]
 
-One thread, small matrices, so that little but the call itself is measured. Calls with and without the checks made in
+One thread and its own CPU time, small matrices, so that little but the call itself is measured. Calls with and without the checks made in
 Python take turns in rounds; of the kernels' own checks: a call that the last of them refuses less one that the first
 does. Prints medians over the rounds, in microseconds.
 """
@@ -68,10 +68,10 @@ def _in_turns(
     one: Callable[..., Any], other: Callable[..., Any], arguments: tuple[Any, ...], calls: int, rounds: int
 ) -> tuple[float, float]:
     def once(call: Callable[..., Any]) -> float:
-        start = time.perf_counter()
+        start = time.thread_time()
         for _ in range(calls):
             call(*arguments)
-        return (time.perf_counter() - start) / calls * 1e6
+        return (time.thread_time() - start) / calls * 1e6
 
     found = [(once(one), once(other)) for _ in range(rounds)]
     return statistics.median(f[0] for f in found), statistics.median(f[1] for f in found)
