@@ -2,9 +2,9 @@
 
     python tools/bench_ops.py [--calls 20000] [--rounds 7]
 
-One thread and its own CPU time, small matrices, so that little but the call itself is measured. Calls with and without the checks made in
-Python take turns in rounds; of the kernels' own checks: a call that the last of them refuses less one that the first
-does. Prints medians over the rounds, in microseconds.
+One thread and its own CPU time, small matrices, so that little but the call itself is measured. Calls with and without
+the checks made in Python take turns; of the kernels' own checks: a call that the last of them refuses less one
+that the first does. Prints medians over the rounds, in microseconds.
 """
 
 from __future__ import annotations
