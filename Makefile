@@ -56,7 +56,8 @@ check: .venv/installed-test
 	$(BIN)/ruff format --check .
 	rm -rf build && $(BIN)/pip install --quiet --no-deps --target build/plain .
 	cd build/plain && ../../$(BIN)/mypy -p sparsify --config-file ../../pyproject.toml
-	cd build/plain && MYPYPATH=../../tests:../../tools/gpu:../../tools/fuzz ../../$(BIN)/mypy ../../tools --config-file ../../pyproject.toml
+	cd build/plain && MYPYPATH=../../tests:../../tools/gpu:../../tools/fuzz ../../$(BIN)/mypy ../../tools --exclude kills/__main__ --config-file ../../pyproject.toml
+	cd build/plain && MYPYPATH=../../tests:../../tools/kills ../../$(BIN)/mypy ../../tools/kills --config-file ../../pyproject.toml
 
 .venv/installed-mutants: .venv/installed-test
 	$(BIN)/pip install --quiet --editable ".[mutants]"
