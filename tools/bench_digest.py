@@ -91,10 +91,13 @@ def compiling(folder: Path, spec: str, samples: int, again: bool) -> None:
     with tempfile.TemporaryDirectory() as scratch:
 
         def run(source: Path, name: str = "out", check: bool = True) -> tuple[float, float]:
-            out, options = Path(scratch) / name, {"samples": samples, "sequence_length": 128, "check": check}
+            out = Path(scratch) / name
             return timed(
-                lambda: sparsify.compile(source, [spec], calibration="random", output=out, overwrite=True, **options)
-            )
+                lambda: sparsify.compile(
+                    source, [spec], calibration="random", samples=samples, sequence_length=128, output=out,
+                    overwrite=True, check=check,
+                )
+            )  # fmt: skip
 
         run(folder, "ours")
         source = Path(scratch) / "ours" if again else folder

@@ -54,8 +54,8 @@ def sound_call(draw: Random) -> Call:
         x = x.reshape(-1, columns)
         ends = sorted(draw.randint(0, len(x)) for _ in range(experts))
         offsets = torch.tensor(ends, dtype=draw.choice((torch.int32, torch.int64)))
-        truth = reference.experts_24 if packed24 else reference.experts_bitmask
-        return Call(packed.operator, truth, [x, *packed.tensors.values(), offsets])
+        grouped = reference.experts_24 if packed24 else reference.experts_bitmask
+        return Call(packed.operator, grouped, [x, *packed.tensors.values(), offsets])
     packed = _packed(draw, (rows, columns), layout, dtype)
     if kind == "unpack":
         return Call(_unpacking(layout), None, list(packed.tensors.values()))
