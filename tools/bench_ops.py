@@ -53,13 +53,13 @@ def _calls(rows: int, columns: int) -> list[tuple[str, Callable[..., Any], tuple
             "packed24",
             products.linear_24,
             (x, packed.values, packed.codes),
-            lambda x, v, c: products._linear(x, v, c, None, rows, few[0], None),
+            lambda x, v, c: native.library() and products._linear(x, v, c, None, rows, few[0], None),
         ),
         (
             "bitmask",
             products.linear_bitmask,
             (x, mask.values, mask.codes, starts),
-            lambda x, v, c, s: products._linear(x, v, c, s, rows, few[1], None),
+            lambda x, v, c, s: native.library() and products._linear(x, v, c, s, rows, few[1], None),
         ),
     ]
 

@@ -19,7 +19,7 @@ from sparsify.runtime.arguments import (
     failure,
 )
 from sparsify.runtime.cpu import native
-from sparsify.runtime.cpu.asked_once import KnownCodes
+from sparsify.runtime.cpu.asked_once import KnownCodes, KnownMatrices
 from sparsify.runtime.cpu.unpacking import unpack_rows
 from sparsify.runtime.layout import padded
 
@@ -29,19 +29,25 @@ FEW_24, FEW_BITMASK = 16, 8
 MANY = 64
 PANEL = 512
 
-_codes = KnownCodes()
+_codes, _matrices = KnownCodes(), KnownMatrices()
 
 
 def linear_24(x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None = None) -> Tensor:
-    rows = check_24(x, values, meta, bias)
-    _codes.check(meta)
+    rows = _matrices.rows(x, values, meta, None, bias)
+    if rows < 0:
+        rows = check_24(x, values, meta, bias)
+        _codes.check(meta)
+        _matrices.remember(values, meta, None, rows, values.shape[1] * 2)
     if native.library() is None:
         return reference.linear_24(x, values, meta, bias)
     return _linear(x, values, meta, None, rows, FEW_24, bias)
 
 
 def linear_bitmask(x: Tensor, values: Tensor, mask: Tensor, rowptr: Tensor, bias: Tensor | None = None) -> Tensor:
-    rows = check_bitmask(x, values, mask, rowptr, bias)
+    rows = _matrices.rows(x, values, mask, rowptr, bias)
+    if rows < 0:
+        rows = check_bitmask(x, values, mask, rowptr, bias)
+        _matrices.remember(values, mask, rowptr, rows, mask.shape[1] * 32)
     if native.library() is None:
         return reference.linear_bitmask(x, values, mask, rowptr, bias)
     return _linear(x, values, mask, rowptr, rows, FEW_BITMASK, bias)
