@@ -14,8 +14,9 @@ from torch.nn.functional import linear
 
 from sparsify.runtime import ops, reference
 from sparsify.runtime.cpu.unpacking import unpacked
-from sparsify.runtime.layout import Layout, Packed
+from sparsify.runtime.layout import PADDING, Packed
 from sparsify.runtime.packed_weight import PackedWeight
+from sparsify.runtime.words import Layout
 
 OPERATORS = (ops.linear_24, ops.linear_bitmask, ops.experts_24, ops.experts_bitmask, ops.linear_dense)
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -54,7 +55,7 @@ def sound_call(draw: Random) -> Call:
         x = x.reshape(-1, columns)
         ends = sorted(draw.randint(0, len(x)) for _ in range(experts))
         offsets = torch.tensor(ends, dtype=draw.choice((torch.int32, torch.int64)))
-        grouped = reference.experts_24 if packed24 else reference.experts_bitmask
+        grouped = reference.experts_24 if packed24 else _experts_bitmask
         return Call(packed.operator, grouped, [x, *packed.tensors.values(), offsets])
     packed = _packed(draw, (rows, columns), layout, dtype)
     if kind == "unpack":
@@ -90,6 +91,20 @@ def _packed(draw: Random, shape: tuple[int, ...], layout: Layout, dtype: torch.d
     kept = torch.rand(*shape[:-1], -(-shape[-1] // 4), 4).topk(2, dim=-1).indices
     mask = torch.zeros(*kept.shape[:-1], 4).scatter_(-1, kept, 1.0).flatten(-2)[..., : shape[-1]]
     return PackedWeight.of((weight * mask).to(dtype), layout)
+
+
+def _experts_bitmask(x: Tensor, values: Tensor, mask: Tensor, starts: Tensor, offsets: Tensor) -> Tensor:
+    """The reference of each expert that has tokens: of the others nothing is read, whatever lies there."""
+    rows, begin = mask.shape[1], 0
+    parts = [x.new_empty(0, rows)]
+    for expert, end in enumerate(offsets.tolist()):
+        if end > begin:
+            own = starts[expert * rows : (expert + 1) * rows + 1]
+            held = torch.cat([values[int(own[0]) : int(own[-1])], values.new_zeros(PADDING)])
+            parts.append(reference.linear_bitmask(x[begin:end], held, mask[expert], own - own[0]))
+        begin = end
+    parts.append(x.new_zeros(len(x) - begin, rows))
+    return torch.cat(parts)
 
 
 def _unpacking(layout: Layout) -> Callable[..., Tensor]:
