@@ -7,10 +7,9 @@ from pathlib import Path
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from sparsify.backends.verify.content import check_content, check_numbers, differs
+from sparsify.backends.verify.content import check_content, check_numbers, compare_tensors
 from sparsify.backends.verify.result import Verification
 from sparsify.files.ledger import Ledger
-from sparsify.files.manifest import MANIFEST
 from sparsify.files.reading import admit
 from sparsify.finite import is_mask, scan
 from sparsify.tensors import digest
@@ -35,15 +34,6 @@ def verify_adapter(folder: Path) -> Verification:
     check_numbers(
         result, {n: scan(t, is_mask(n)) for n, t in tensors.items()}, {n: t.shape for n, t in tensors.items()}, ledger
     )
-    if ledger.checked == "none":
-        return result
-    for name in sorted(tensors.keys() | ledger.tensors.keys()):
-        if name not in tensors:
-            result.problems.append(f"{name}: {MANIFEST} names it, and no file holds it")
-        elif name not in ledger.tensors:
-            result.problems.append(f"{name}: a tensor that {MANIFEST} does not know")
-        else:
-            result.compared += 1
-            if digest(tensors[name]) != ledger.tensors[name]:
-                result.problems.append(differs(name))
+    if ledger.checked != "none":
+        compare_tensors(result, tensors.keys(), lambda names: {name: digest(tensors[name]) for name in names}, ledger)
     return result

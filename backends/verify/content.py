@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from pathlib import Path
 
 from sparsify.backends.verify.result import Verification
@@ -61,12 +61,22 @@ def check_numbers(
 
 
 def _check_tensors(result: Verification, files: Checkpoint, ledger: Ledger) -> dict[str, bool]:
+    return compare_tensors(result, set(files.names()), lambda names: files.digests(names, ledger.algorithm), ledger)
+
+
+def compare_tensors(
+    result: Verification, held: Set[str], digests: Callable[[Sequence[str]], Mapping[str, str]], ledger: Ledger
+) -> dict[str, bool]:
+    """Hold the tensors ``held``, by their ``digests``, against the ledger; what is wrong goes to ``result``.
+
+    Returns:
+        Whether each tensor that was compared is the one that was written.
+    """
     equal: dict[str, bool] = {}
-    held = set(files.names())
     for name in ledger.tensors:
         if name not in held:
             result.problems.append(f"{name}: {MANIFEST} names it, and no file holds it")
-    for name, found in files.digests(sorted(held & ledger.tensors.keys()), ledger.algorithm).items():
+    for name, found in digests(sorted(held & ledger.tensors.keys())).items():
         equal[name] = found == ledger.tensors[name]
         result.compared += 1
         if not equal[name]:
