@@ -93,12 +93,23 @@ def check_amount(samples: int | None, sequence_length: int | None) -> None:
         raise SpecError(f"sequence length {sequence_length}", found="fewer than two tokens", do="Give 2 or more")
 
 
+_MOST_THREADS = 4096
+
+
 def check_seed(seed: int) -> None:
     """Raises:
     SpecError: no seed that every generator of random numbers takes.
     """
     if not 0 <= seed < 1 << 63:
         raise SpecError(f"seed {seed}", found="not a number from 0 to 2**63 - 1", do="Give --seed 0, say")
+
+
+def check_threads(threads: int) -> None:
+    """Raises:
+    SpecError: fewer than none (0: as many as the library likes), or more than any machine has.
+    """
+    if not 0 <= threads <= _MOST_THREADS:
+        raise SpecError(f"{threads} threads", found=f"not from 0 to {_MOST_THREADS}", do="Leave --threads out")
 
 
 def format_bytes(count: int) -> str:

@@ -19,9 +19,9 @@ def run(
     tokens: Annotated[int, typer.Option(help="How many tokens to write at most.", min=1)] = 64,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.", min=0, max=1e6)] = 0.0,
     top_k: Annotated[int, typer.Option(help="Draw from so many of the likeliest; 0: all.", min=0)] = 0,
-    seed: Annotated[int, typer.Option(help="Seed for drawing.", min=0)] = 0,
+    seed: Annotated[int, typer.Option(help="Seed for drawing.")] = 0,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    threads: Annotated[int, typer.Option(help="0: as many as onnxruntime likes.", min=0, max=4096)] = 0,
+    threads: Annotated[int, typer.Option(help="0: as many as onnxruntime likes.", min=0)] = 0,
     no_check: NoCheck = False,
     debug: Debug = False,
 ) -> None:

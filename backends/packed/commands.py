@@ -46,7 +46,7 @@ def bench(
     prompt: Annotated[int, typer.Option(help="Tokens of the prompt.", min=1)] = 128,
     tokens: Annotated[int, typer.Option(help="Tokens to generate.", min=1)] = 64,
     rounds: Annotated[int, typer.Option(help="Rounds; medians count.", min=1)] = 5,
-    threads: Annotated[int, typer.Option(help="0: as many as torch takes.", min=0, max=4096)] = 0,
+    threads: Annotated[int, typer.Option(help="0: as many as torch takes.", min=0)] = 0,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.", metavar="DEVICE")] = "cpu",
     no_tune: Annotated[bool, typer.Option("--no-tune", help="Built-in defaults for the GPU's kernels.")] = False,
     output: Annotated[
@@ -63,7 +63,9 @@ def bench(
 
         from sparsify.backends.packed.bench.measure import bench as measure
         from sparsify.backends.packed.bench.report import benchmark_report, write_report
+        from sparsify.words import check_threads
 
+        check_threads(threads)
         if threads:
             torch.set_num_threads(threads)
         with stage_line() as show:

@@ -14,10 +14,7 @@ import numpy as np
 from sparsify.backends.onnx.running.runner import Runner, Sampling
 from sparsify.errors import CheckpointError, SpecError, first_line
 from sparsify.files.reading import read_json
-from sparsify.words import check_seed
-
-# More than any machine has; onnxruntime would try.
-MOST_THREADS = 4096
+from sparsify.words import check_seed, check_threads
 
 
 @dataclass(frozen=True)
@@ -51,8 +48,7 @@ def talk(
     check_seed(seed)
     if not 0 <= temperature < math.inf:
         raise SpecError(f"temperature {temperature}", found="no number from 0 on", do="Give --temperature 1, say")
-    if not 0 <= threads <= MOST_THREADS:
-        raise SpecError(f"{threads} threads", found=f"not from 0 to {MOST_THREADS}", do="Leave --threads out")
+    check_threads(threads)
     runner = Runner(folder, device=device, threads=threads, check=check)
     tokenizer = _tokenizer(runner.folder)
     ids = np.asarray([tokenizer(prompt)["input_ids"]], np.int64)
