@@ -7,7 +7,9 @@ devices named in the graph, wrappers, operators that do nothing, and which tenso
 from __future__ import annotations
 
 import gc
-from collections.abc import Mapping
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -61,7 +63,7 @@ def export(module: nn.Module, batch: Batch) -> torch.export.ExportedProgram:
     training = module.training
     _set_mode(module, training=False)
     try:
-        with torch.no_grad(), quiet():
+        with torch.no_grad(), quiet(), without_cache(module):
             return torch.export.export(module, args, kwargs, strict=False)
     except Exception as error:  # export raises many kinds; all mean that there is no graph
         raise TraceError(
@@ -133,10 +135,34 @@ def call_arguments(module: nn.Module, batch: Batch) -> tuple[tuple[Tensor, ...],
     """Positional and keyword arguments for ``module`` from a batch, without any cache of past tokens."""
     positional = sorted((k for k in batch if k.isdigit()), key=int)
     kwargs: dict[str, Any] = {k: v for k, v in batch.items() if not k.isdigit()}
-    config = getattr(module, "config", None)
-    if "use_cache" not in kwargs and getattr(config, "use_cache", None) is not None:
+    if "use_cache" not in kwargs and takes_use_cache(module):
         kwargs["use_cache"] = False
     return tuple(batch[k] for k in positional), kwargs
+
+
+def takes_use_cache(module: nn.Module) -> bool:
+    """Whether a model's forward may be told ``use_cache``: its config has the word, or its signature."""
+    if getattr(getattr(module, "config", None), "use_cache", None) is not None:
+        return True
+    return hasattr(module, "config") and "use_cache" in inspect.signature(module.forward).parameters
+
+
+@contextmanager
+def without_cache(module: nn.Module) -> Iterator[None]:
+    """``module`` with every config of its parts saying that past tokens are not kept, and as it was afterwards.
+
+    A model of several models (a vision tower beside a language model) asks the config of the part that keeps them, not
+    its own, and not every such model hands the word on.
+    """
+    configs = {id(config): config for part in module.modules() if (config := getattr(part, "config", None)) is not None}
+    kept = [config for config in configs.values() if getattr(config, "use_cache", None) is True]
+    for config in kept:
+        config.use_cache = False
+    try:
+        yield
+    finally:
+        for config in kept:
+            config.use_cache = True
 
 
 def _set_mode(module: nn.Module, *, training: bool) -> None:

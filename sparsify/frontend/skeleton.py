@@ -132,15 +132,14 @@ def construct(config: Any, trust_remote_code: bool, dtype: torch.dtype) -> nn.Mo
 
 
 def _restore_buffers(model: Any) -> None:
+    """Compute what no checkpoint holds, as transformers does when it loads one: by the initialisation of the whole
+    model, where each part of a composite model initialises its own and a parent may fill what a child holds."""
     for name, buffer in list(model.named_non_persistent_buffers(remove_duplicate=False)):
         parent, _, leaf = name.rpartition(".")
         owner = model.get_submodule(parent)
         setattr(owner, leaf, torch.full_like(buffer, 0, device="cpu"))
-    owners = {n.rpartition(".")[0] for n, _ in model.named_non_persistent_buffers(remove_duplicate=False)}
-    with torch.no_grad():
-        for parent in owners:
-            # Initialises the parameters too, which costs nothing on the meta device.
-            model._init_weights(model.get_submodule(parent))
+    # Initialises the parameters too, which costs nothing on the meta device.
+    model.initialize_weights()
 
 
 def _fake_parameters(model: nn.Module) -> None:
