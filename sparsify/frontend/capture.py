@@ -19,6 +19,7 @@ from torch.export.graph_signature import InputKind
 from torch.utils import _pytree as pytree
 
 from sparsify.errors import TraceError, first_line
+from sparsify.frontend.functional import without_writes
 from sparsify.frontend.matching import weights_of_module
 from sparsify.frontend.source import Source
 from sparsify.host import quiet, release_freed
@@ -118,6 +119,7 @@ def from_exported(
         env[node].meta["val"] = torch.empty(val.shape, dtype=val.dtype, device="meta")
     output = inline(exported.graph, exported.graph_module, graph, env, _does_nothing)
     graph.output(output)
+    without_writes(graph)
     module = fx.GraphModule(empty_root(stand_ins), graph)
     for node in module.graph.nodes:
         if node.op == "call_function" and getattr(node.target, "_schema", None) and not node.users:
