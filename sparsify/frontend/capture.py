@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 from sparsify.errors import TraceError, first_line
 from sparsify.frontend.functional import without_writes
 from sparsify.frontend.matching import weights_of_module
+from sparsify.frontend.mends import mended
 from sparsify.frontend.source import Source
 from sparsify.host import quiet, release_freed
 from sparsify.ir.graph import empty_root, inline
@@ -43,7 +44,7 @@ def capture(source: Source, batch: Batch, device: torch.device | str = "cpu") ->
     """
     module = source.running()
     exported = export(module, batch)
-    program = from_exported(exported, source.weights, device, constants=_real_buffers(module))
+    program = from_exported(exported, source.weights, device, constants=_real_tensors(module))
     program.model = type(source.module).__name__
     del exported
     # Exporting leaves reference cycles as large as the graph; a second capture would stack on them.
@@ -64,7 +65,7 @@ def export(module: nn.Module, batch: Batch) -> torch.export.ExportedProgram:
     training = module.training
     _set_mode(module, training=False)
     try:
-        with torch.no_grad(), quiet(), without_cache(module):
+        with torch.no_grad(), quiet(), without_cache(module), mended(module):
             return torch.export.export(module, args, kwargs, strict=False)
     except Exception as error:  # export raises many kinds; all mean that there is no graph
         raise TraceError(
@@ -219,8 +220,9 @@ def _constant(exported: torch.export.ExportedProgram, name: str, known: Mapping[
     return value.detach()
 
 
-def _real_buffers(module: nn.Module) -> dict[str, Tensor]:
-    return {n: b.detach() for n, b in module.named_buffers(remove_duplicate=False) if not isinstance(b, FakeTensor)}
+def _real_tensors(module: nn.Module) -> dict[str, Tensor]:
+    tensors = (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False))
+    return {name: tensor.detach() for name, tensor in tensors if not isinstance(tensor, FakeTensor)}
 
 
 def _leaf_names(spec: Any) -> list[str]:

@@ -13,7 +13,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sparsify.errors import CheckpointError, first_line
 from sparsify.files.reading import read_json
-from sparsify.frontend.bounds import check_config, few_parts, small_buffers
+from sparsify.frontend.bounds import check_config, few_parts
+from sparsify.frontend.computed import compute as compute_left_out
+from sparsify.frontend.computed import left_out
 from sparsify.frontend.widths import resize, sizes_of
 from sparsify.host import alone
 from sparsify.ir.store import DenseView, TensorStore
@@ -75,6 +77,7 @@ def build_skeleton(
             model = construct(config, trust_remote_code, named)
             if sizes is not None:
                 resize(model, sizes)
+            missing = [] if store is None else left_out(model, store)
             edit(model)
     except CheckpointError:
         raise
@@ -84,8 +87,7 @@ def build_skeleton(
             found=f"its config.json builds no model ({first_line(error)})",
             do="Compare config.json with the one that the model was published with",
         ) from error
-    small_buffers(model, folder)
-    _restore_buffers(model)
+    compute_left_out(model, missing, folder)
     _fake_parameters(model)
     return model.eval()
 
@@ -129,17 +131,6 @@ def construct(config: Any, trust_remote_code: bool, dtype: torch.dtype) -> nn.Mo
         return kind._from_config(config, dtype=dtype)
     auto = transformers.AutoModelForCausalLM if names and "CausalLM" in names[0] else transformers.AutoModel
     return auto.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
-
-
-def _restore_buffers(model: Any) -> None:
-    """Compute what no checkpoint holds, as transformers does when it loads one: by the initialisation of the whole
-    model, where each part of a composite model initialises its own and a parent may fill what a child holds."""
-    for name, buffer in list(model.named_non_persistent_buffers(remove_duplicate=False)):
-        parent, _, leaf = name.rpartition(".")
-        owner = model.get_submodule(parent)
-        setattr(owner, leaf, torch.full_like(buffer, 0, device="cpu"))
-    # Initialises the parameters too, which costs nothing on the meta device.
-    model.initialize_weights()
 
 
 def _fake_parameters(model: nn.Module) -> None:
