@@ -9,17 +9,20 @@ from __future__ import annotations
 import gc
 import inspect
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
+from io import StringIO
 from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.export.graph_signature import InputKind
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.utils import _pytree as pytree
 
 from sparsify.errors import TraceError, first_line
 from sparsify.frontend.functional import without_writes
+from sparsify.frontend.literal import could_be_literal, literal
 from sparsify.frontend.matching import weights_of_module
 from sparsify.frontend.mends import mended
 from sparsify.frontend.source import Source
@@ -43,9 +46,9 @@ def capture(source: Source, batch: Batch, device: torch.device | str = "cpu") ->
         TraceError: the model cannot be exported, or needs values that only a run could give.
     """
     module = source.running()
-    exported = export(module, batch)
+    exported, literals = export(module, batch)
     program = from_exported(exported, source.weights, device, constants=_real_tensors(module))
-    program.model = type(source.module).__name__
+    program.model, program.literals = type(source.module).__name__, literals
     del exported
     # Exporting leaves reference cycles as large as the graph; a second capture would stack on them.
     gc.collect()
@@ -53,20 +56,29 @@ def capture(source: Source, batch: Batch, device: torch.device | str = "cpu") ->
     return program
 
 
-def export(module: nn.Module, batch: Batch) -> torch.export.ExportedProgram:
-    """``module`` as torch exports it at the shapes of ``batch``.
+def export(module: nn.Module, batch: Batch) -> tuple[torch.export.ExportedProgram, dict[str, Tensor]]:
+    """``module`` as torch exports it at the shapes of ``batch``, and the inputs whose numbers are in the graph, because
+    they decide its shapes (see :mod:`sparsify.frontend.literal`).
 
     Raises:
         TraceError: it cannot be exported.
     """
     # Inputs lie where the module does; which device a graph is for is said once it is one.
     device = next((p.device for p in module.parameters() if not p.is_meta), torch.device("cpu"))
-    args, kwargs = call_arguments(module, {k: torch.zeros_like(v, device=device) for k, v in batch.items()})
     training = module.training
     _set_mode(module, training=False)
     try:
-        with torch.no_grad(), quiet(), without_cache(module), mended(module):
-            return torch.export.export(module, args, kwargs, strict=False)
+        # Where export gives up it prints the graph so far, which is of no use to whoever has no such model in hand.
+        with torch.no_grad(), quiet(), without_cache(module), mended(module), redirect_stderr(StringIO()):
+            try:
+                return _export(module, batch, device), {}
+            except GuardOnDataDependentSymNode:
+                known = {name: batch[name].to(device) for name in could_be_literal(batch)}
+                if not known:
+                    raise
+                rest = {name: value for name, value in batch.items() if name not in known}
+                with literal(module, known):
+                    return _export(module, rest, device), {name: value.cpu() for name, value in known.items()}
     except Exception as error:  # export raises many kinds; all mean that there is no graph
         raise TraceError(
             f"capturing {type(module).__name__}",
@@ -76,6 +88,11 @@ def export(module: nn.Module, batch: Batch) -> torch.export.ExportedProgram:
         ) from error
     finally:
         _set_mode(module, training=training)
+
+
+def _export(module: nn.Module, batch: Batch, device: torch.device) -> torch.export.ExportedProgram:
+    args, kwargs = call_arguments(module, {k: torch.zeros_like(v, device=device) for k, v in batch.items()})
+    return torch.export.export(module, args, kwargs, strict=False)
 
 
 def from_exported(

@@ -77,17 +77,18 @@ def build_skeleton(
             model = construct(config, trust_remote_code, named)
             if sizes is not None:
                 resize(model, sizes)
-            missing = [] if store is None else left_out(model, store)
+        missing = [] if store is None else left_out(model, store)
+        compute_left_out(model, missing, folder)
+        with torch.device("meta"):
             edit(model)
     except CheckpointError:
         raise
-    except Exception as error:  # so do the constructors of models
+    except Exception as error:  # so do the constructors of models, and what initialises them
         raise CheckpointError(
             f"model of {folder}",
             found=f"its config.json builds no model ({first_line(error)})",
             do="Compare config.json with the one that the model was published with",
         ) from error
-    compute_left_out(model, missing, folder)
     _fake_parameters(model)
     return model.eval()
 
