@@ -34,7 +34,7 @@ class RowReader:
         for group in groups:
             first = min(flow.position[site.node] for site in group.sites)
             for node in self._needed(group):
-                # One before its first site too: nothing is kept for the site itself where it is the last that is looked at.
+                # One before its first site too: for the last site that is looked at nothing is kept.
                 self.held.setdefault(node, []).extend((flow.position[self.anchor(group)], first - 1, first))
 
     def anchor(self, group: InputGroup) -> fx.Node:

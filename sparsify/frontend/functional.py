@@ -1,7 +1,7 @@
 """In-place operators on a model's own tensors, made to give new ones.
 
-A model may write to its parameters while it runs (RWKV halves them every few layers, once). A graph runs many times, and
-what it reads is the user's: a program computes a new value instead.
+A model may write to its parameters while it runs (RWKV halves them every few layers, once). A graph runs many times,
+and what it reads is the user's: a program computes a new value instead.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Inputs whose numbers decide the shapes inside a model: how many patches an image has, how large it was.
 
-A graph has one set of shapes, so it is traced with the numbers of such an input in it, and serves only batches that have
-the same. ``torch.export`` would take them for unknown and give up where a loop runs over them.
+A graph has one set of shapes, so it is traced with the numbers of such an input in it, and serves only batches that
+have the same. ``torch.export`` would take them for unknown and give up where a loop runs over them.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode

@@ -26,9 +26,9 @@ def mended(module: nn.Module) -> Iterator[None]:
 
 
 def _masks(stack: ExitStack) -> None:
-    """transformers 5.24, torch 2.13: a mask with a function of its own (Gemma 3 with images, packed sequences) is made by
-    ``torch.vmap``, and what it reads of a tensor by an autograd function, for the gradient's sake; an exported graph can
-    run neither. The function is one of elements, so that axes of size one do the same."""
+    """transformers 5.24, torch 2.13: a mask with a function of its own (Gemma 3 with images, packed sequences) is made
+    by ``torch.vmap``, and what it reads of a tensor by an autograd function, for the gradient's sake; an exported graph
+    can run neither. The function is one of elements, so that axes of size one do the same."""
     from torch._dynamo import _trace_wrapped_higher_order_op as wrapped
     from transformers import masking_utils
 

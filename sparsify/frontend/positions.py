@@ -1,7 +1,7 @@
 """Positions that a model reads off its input: where images lie in a text, tokens are counted in height and width.
 
-The model finds them with loops over the numbers of its inputs, which no graph can hold; they are found beforehand, by the
-model's own function, and given to it.
+The model finds them with loops over the numbers of its inputs, which no graph can hold; they are found beforehand, by
+the model's own function, and given to it.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from sparsify.errors import CalibrationError, first_line
 
 
 def with_positions(module: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """``batch`` with the ``position_ids`` [3, batch, sequence] of a model that counts images in two dimensions; as it is
-    where the model does not, or where the batch has no image.
+    """``batch`` with the ``position_ids`` [3, batch, sequence] of a model that counts images in two dimensions; as it
+    is where the model does not, or where the batch has no image.
 
     Raises:
         CalibrationError: the model cannot tell them from the batch.
