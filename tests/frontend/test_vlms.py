@@ -1,0 +1,141 @@
+"""Models of several models: a vision tower and a language model, with text alone and with images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from support.vlms import VLMS, build, text, with_image
+from torch import Tensor, nn
+
+import sparsify
+from sparsify.errors import CalibrationError, SpecError
+from sparsify.frontend.capture import capture
+from sparsify.frontend.mends import mended
+from sparsify.frontend.positions import with_positions
+from sparsify.frontend.skeleton import build_skeleton
+from sparsify.frontend.source import open_source
+from sparsify.ir.graph import runnable
+
+QUICK = ("gemma3", "mistral3", "qwen2_vl")
+EACH = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in VLMS]
+
+
+def folder(name: str, where: Path) -> Path:
+    build(name).save_pretrained(where)
+    return where
+
+
+@pytest.mark.parametrize("name", VLMS)
+def test_what_no_checkpoint_holds_is_what_the_real_model_has(name: str, tmp_path: Path) -> None:
+    real = dict(build(name).named_non_persistent_buffers())
+    found = dict(build_skeleton(folder(name, tmp_path)).named_non_persistent_buffers())
+    assert found.keys() == real.keys()
+    assert all(torch.equal(found[key], real[key]) for key in real)
+
+
+@pytest.mark.parametrize("image", [False, True])
+@pytest.mark.parametrize("name", EACH)
+def test_the_graph_is_the_model(name: str, image: bool, tmp_path: Path) -> None:
+    source = open_source(folder(name, tmp_path))
+    # PaliGemma without token types attends in both directions with sdpa, and forward with eager attention, as does
+    # every trace of it: it is asked with them.
+    batch = with_positions(source.module, with_image(name) if image else text())
+    if name == "paligemma":
+        batch["token_type_ids"] = torch.zeros_like(batch["input_ids"])
+    program = capture(source, batch)
+    made = runnable(program, torch.device("cpu"))(*[batch[node.meta["input"]] for node in program.inputs])
+    logits = made if isinstance(made, Tensor) else made[program.output_names.index("logits")]
+    model = build(name)
+    with torch.no_grad(), mended(model):
+        wanted = model(**batch, use_cache=False).logits
+    assert torch.allclose(logits, wanted, atol=1e-6), float((logits - wanted).abs().max())
+
+
+@pytest.mark.parametrize("name", EACH)
+def test_text_leaves_the_tower_as_it_was_and_says_so(name: str, tmp_path: Path) -> None:
+    source = folder(name, tmp_path / "model")
+    made = sparsify.compile(source, ["wanda:2:4"], calibration=[text(2)], output=tmp_path / "out")
+    before, after = load_file(source / "model.safetensors"), load_file(tmp_path / "out/model.safetensors")
+    changed = {key for key in before if not torch.equal(before[key], after[key])}
+    assert changed and not any("vis" in key for key in changed)
+    left = [skipped.node for skipped in made.runs[0].skipped if "not run by these inputs" in skipped.reason]
+    assert any("vis" in part for part in left), left
+
+
+def test_an_image_prunes_both_where_that_is_asked(tmp_path: Path) -> None:
+    source, batches = folder("llava", tmp_path / "model"), [with_image("llava", seed) for seed in range(3)]
+    only = ["*vision_tower*layers*", "*language_model*layers*"]
+    made = sparsify.compile(source, ["wanda:2:4"], calibration=batches, only=only, schedule="dense",
+                            output=tmp_path / "out")  # fmt: skip
+    pruned = load_file(tmp_path / "out/model.safetensors")
+    model = build("llava")
+    norms = squared_norms(model, batches)
+    checked = 0
+    for site in made.runs[0].sites:
+        weight = model.get_parameter(site.name + ".weight")
+        score = (weight.abs() * norms[site.name].sqrt()).view(-1, 4)
+        dropped = torch.zeros_like(score, dtype=torch.bool)
+        dropped.scatter_(1, score.argsort(stable=True, dim=1)[:, :2], True)
+        stored = pruned[site.sources[0]]
+        assert torch.equal(stored == 0, dropped.view_as(stored)), site.name
+        checked += "vision" in site.name
+    assert checked == 12
+
+
+def test_an_image_leaves_the_tower_dense_where_nobody_names_it(tmp_path: Path) -> None:
+    source = folder("llava", tmp_path / "model")
+    made = sparsify.compile(source, ["wanda:2:4"], calibration=[with_image("llava")], output=tmp_path / "out")
+    assert not any("vision" in target.parameter for target in made.runs[0].targets)
+    reasons = {skipped.reason for skipped in made.runs[0].skipped if "vision_tower.encoder" in skipped.node}
+    assert reasons == {"reads pixel_values for the language model; name it with --only to prune it"}
+
+
+def test_what_does_not_run_cannot_be_asked_for(tmp_path: Path) -> None:
+    source = folder("llava", tmp_path)
+    with pytest.raises(SpecError, match="vision_tower: not run by these inputs"):
+        sparsify.compile(source, ["wanda:2:4"], calibration=[text()], only=["*vision_tower*"])
+
+
+def test_one_graph_is_for_images_of_one_size(tmp_path: Path) -> None:
+    source, other = folder("qwen2_vl", tmp_path), with_image("qwen2_vl", 1)
+    other["image_grid_thw"] = torch.tensor([[1, 2, 8]])
+    with pytest.raises(CalibrationError, match="image_grid_thw of batch 1"):
+        sparsify.compile(source, ["wanda:2:4"], calibration=[with_image("qwen2_vl"), other])
+
+
+def test_a_batch_that_a_model_cannot_place_is_refused(tmp_path: Path) -> None:
+    source, batch = folder("qwen2_vl", tmp_path), with_image("qwen2_vl")
+    del batch["mm_token_type_ids"]
+    with pytest.raises(CalibrationError, match="get_rope_index"):
+        sparsify.compile(source, ["wanda:2:4"], calibration=[batch])
+
+
+def test_nothing_is_printed_where_the_first_trace_gives_up(tmp_path: Path, capfd: Any) -> None:
+    source = folder("qwen2_vl", tmp_path)
+    capfd.readouterr()
+    sparsify.compile(source, ["wanda:2:4"], calibration=[with_image("qwen2_vl")], dry_run=True)
+    assert capfd.readouterr() == ("", "")
+
+
+def squared_norms(model: nn.Module, batches: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Σ x² of the input of every linear layer by its name, by plain hooks."""
+    found: dict[str, Tensor] = {}
+    hooks = [
+        module.register_forward_pre_hook(
+            lambda _, given, name=name: found.__setitem__(
+                name, found.get(name, 0) + given[0].flatten(0, -2).double().square().sum(0).float()
+            )
+        )
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+    ]
+    with torch.no_grad():
+        for batch in batches:
+            model(**batch, use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    return found
