@@ -42,8 +42,7 @@ def compute(model: Any, missing: list[str], folder: Path) -> None:
     for name, buffer in list(model.named_non_persistent_buffers(remove_duplicate=False)):
         _put(model, name, torch.full_like(buffer, 0, device="cpu"))
     if not missing:
-        # Initialises the parameters too, which costs nothing on the meta device.
-        model.initialize_weights()
+        _initialise(model)
         return
     first = _initialised(model, missing, 0)
     second = _initialised(model, missing, 1)
@@ -66,12 +65,18 @@ def _initialised(model: Any, names: list[str], seed: int) -> dict[str, Tensor]:
     for name in names:
         old = model.get_parameter_or_buffer(name)
         _put(model, name, torch.full(old.shape, seed, dtype=old.dtype, device="cpu"))
-    for module in model.modules():
-        module._is_hf_initialized = False
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model.initialize_weights()
+        _initialise(model)
     return {name: model.get_parameter_or_buffer(name).detach().clone() for name in names}
+
+
+def _initialise(model: Any) -> None:
+    """All of it, parameters on the meta device too, where that costs nothing."""
+    for module in model.modules():
+        # A constructor may have done it already, when nothing was there yet.
+        module._is_hf_initialized = False
+    model.initialize_weights()
 
 
 def _put(model: nn.Module, name: str, value: Tensor) -> None:

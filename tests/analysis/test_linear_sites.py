@@ -113,6 +113,7 @@ class Layouts(nn.Module):
         self.right = nn.Parameter(torch.randn(8, 5))
         self.left = nn.Parameter(torch.randn(3, 5))
         self.scaled = nn.Parameter(torch.randn(3, 3))
+        self.signed = nn.Parameter(torch.randn(3, 3))
         self.stack = nn.Parameter(torch.randn(2, 3, 7))
         self.rnn = nn.GRU(7, 7, batch_first=True)
 
@@ -121,6 +122,7 @@ class Layouts(nn.Module):
         y = y.flatten(2).transpose(1, 2) @ self.right
         y = (self.left @ y.transpose(1, 2)).transpose(1, 2)
         y = y @ (self.scaled * 2)
+        y = y @ self.signed.exp()
         y = torch.bmm(torch.stack([y[0], y[0]]), self.stack)
         return self.rnn(y)[0]
 
@@ -135,10 +137,12 @@ def test_layouts_that_are_sites_and_those_that_are_named() -> None:
         "right": ((5, 8), 1, 0, None, -1),
         "left": ((3, 5), 0, 1, None, -2),
         "stack": ((7, 3), 2, 1, 0, -1),
+        "scaled": ((3, 3), 1, 0, None, -1),
     }
     reasons = {o.parameters[0]: o.reason for o in opaque}
     assert "2 groups" in reasons["deep.weight"]
-    assert "computed with before" in reasons["scaled"]
+    assert "computed with before" in reasons["signed"]
+    assert [s.parameter for s in sites if s.scaled] == ["scaled"]
     assert "gru" in next(r for p, r in reasons.items() if p.startswith("rnn."))
 
 
