@@ -23,7 +23,8 @@ from sparsify.calibration.activations import ActivationStore
 from sparsify.calibration.interpreter import Interpreter, Region
 from sparsify.calibration.loss import is_causal, logits_node, model_kind
 from sparsify.context import Context, Progress
-from sparsify.data.batches import as_inputs, evaluation_windows
+from sparsify.data.batches import evaluation_windows
+from sparsify.data.inputs import as_inputs, check_table, one_row_alone
 from sparsify.errors import CalibrationError, TraceError
 from sparsify.frontend.capture import capture
 from sparsify.frontend.source import Source, open_source

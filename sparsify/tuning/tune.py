@@ -25,7 +25,8 @@ from torch import Tensor, nn
 from sparsify.analysis.linear import find_sites
 from sparsify.compiler.backend import Backend, as_backend
 from sparsify.context import Context
-from sparsify.data.batches import default_length, evaluation_windows, example_batch, load_calibration
+from sparsify.data.batches import evaluation_windows, example_batch, load_calibration
+from sparsify.data.inputs import default_length
 from sparsify.errors import CalibrationError, SpecError, VerifyError
 from sparsify.evaluation.perplexity import of_losses, perplexity
 from sparsify.files.ledger import write_manifest

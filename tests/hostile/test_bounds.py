@@ -96,7 +96,7 @@ def test_a_parquet_bomb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     cell = "a" * (20 << 20)
     parquet.write_table(pyarrow.table({"text": [cell, "b"]}), tmp_path / "a.parquet", compression="zstd")
     with monkeypatch.context() as patch:
-        patch.setattr(rows, "_SMALL", 16 << 20)
+        patch.setattr(rows, "SMALL", 16 << 20)
         refused(tmp_path / "a.parquet", "bytes that decode to")
     parquet.write_table(pyarrow.table({"text": [cell[: rows.MAX_DOCUMENT + 1]]}), tmp_path / "b.parquet")
     refused(tmp_path / "b.parquet", f"a text of {rows.MAX_DOCUMENT + 1} characters")
