@@ -19,6 +19,8 @@ from sparsify.compiler.result import Compiled, PassRun
 from sparsify.compiler.seam import Seam
 from sparsify.context import Context
 from sparsify.data.batches import Calibration, example_batch, expected_batch, load_calibration
+from sparsify.data.chat import Chat
+from sparsify.data.inputs import check_length
 from sparsify.errors import SpecError
 from sparsify.files.ownership import Scratch
 from sparsify.files.reading import kind_at
@@ -128,6 +130,7 @@ def plan(source: Source, request: Request, context: Context) -> tuple[Planned, C
         CalibrationError: data that cannot be used.
     """
     given = None
+    check_length(request.length, source)
     if request.needs_data and not request.is_named:
         given = load_calibration(request.data, source, samples=request.samples, one_by_one=request.one_by_one)
     wanted = Wanted.of(source.weights, request.only, request.ignore)
@@ -149,6 +152,7 @@ def draw(
     if given is not None or not request.needs_data:
         return planned, given
     model, structure = planned.model, planned.structure
+    chat = Chat(model.source, request.template)
     data = load_calibration(
         request.data,
         model.source,
@@ -156,7 +160,9 @@ def draw(
         sequence_length=request.length,
         seed=context.seed,
         one_by_one=request.one_by_one,
+        chat=chat,
     )
+    chat.check_used(f"'{request.data}'" if request.data is not None else data.label)
     if _same_shapes(model.program, data.batches[0]):
         return planned, data
     source, wanted = model.source, model.wanted

@@ -51,18 +51,22 @@ class TextFile:
 
     def lines(self, offset: int = 0) -> Iterator[tuple[int, bytes]]:
         """The lines from a position on, each with where it begins; of one that is too long a bit more than MAX_LINE."""
-        held, following = b"", offset
+        held, at = self.read(offset, _CHUNK), 0
+        following = offset + len(held)
         while True:
-            end = held.find(b"\n")
-            while end < 0 and len(held) <= MAX_LINE and (more := self.read(following, max(_CHUNK, len(held)))):
+            end = held.find(b"\n", at)
+            while end < 0 and len(held) - at <= MAX_LINE:
+                more = self.read(following, max(_CHUNK, len(held) - at))
+                if not more:
+                    break
                 end = more.find(b"\n")
-                end = end if end < 0 else len(held) + end
-                held, following = held + more, following + len(more)
-            line = held if end < 0 else held[: end + 1]
+                end = end if end < 0 else len(held) - at + end
+                held, at, following = held[at:] + more, 0, following + len(more)
+            line = held[at:] if end < 0 else held[at : end + 1]
             if not line:
                 return
             yield offset, line
-            offset, held = offset + len(line), held[len(line) :]
+            offset, at = offset + len(line), at + len(line)
 
     def not_utf8(self) -> CalibrationError:
         """The error that names the first byte which is no UTF-8."""
