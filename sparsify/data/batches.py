@@ -14,6 +14,7 @@ from torch import Tensor
 from sparsify.data.chat import Chat
 from sparsify.data.generate import sample_from_model
 from sparsify.data.given import given_batches
+from sparsify.data.image_text import names_image_text, read_image_text
 from sparsify.data.images import read_images
 from sparsify.data.inputs import (
     IMAGE_TOKENS,
@@ -139,6 +140,9 @@ def load_calibration(
         images = read_images(Path(data), source, samples or _SAMPLES, seed)
         rows = {"pixel_values": images.pixels} | ({} if images.labels is None else {"labels": images.labels})
         batches, label = rows_to_batches(rows, whole=False), images.note
+    elif isinstance(data, str) and names_image_text(data, source):
+        pictured = read_image_text(data, source, samples or _SAMPLES, sequence_length, seed, chat)
+        batches, label = pictured.batches, pictured.note
     else:
         drawn = _from_name(data, source, samples, sequence_length, seed, chat, both)
         batches, label, files = (
@@ -146,7 +150,7 @@ def load_calibration(
             drawn.label,
             dict(drawn.files),
         )
-    if one_by_one or one_row_alone(source):
+    if (one_by_one or one_row_alone(source)) and any(len(next(iter(batch.values()))) > 1 for batch in batches):
         batches = split_rows(batches)
     if source.compute is not None:
         batches = [{n: t.to(source.compute) if t.is_floating_point() else t for n, t in b.items()} for b in batches]

@@ -40,7 +40,8 @@ class Messages:
 
     @property
     def has_images(self) -> bool:
-        return any(
+        """Whether any part of it is an image, or any lies beside it."""
+        return bool(self.pictures) or any(
             isinstance(part, dict) and part.get("type") in ("image", "image_url")
             for message in self.messages
             for part in (message["content"] if isinstance(message["content"], list) else ())
@@ -68,7 +69,7 @@ def as_messages(value: Any, where: str, row: dict[str, Any] | None = None) -> Me
     tools = (row or {}).get("tools")
     if tools is not None and not isinstance(tools, list):
         raise CalibrationError(f"data '{where}'", found=f"tools that are a {type(tools).__name__}", do="Give a list")
-    pictures = (row or {}).get("images") or []
+    pictures = (row or {}).get("images") or (row or {}).get("image") or []
     return Messages(messages, where, tools or None, pictures if isinstance(pictures, list) else [pictures])
 
 
@@ -120,6 +121,12 @@ class Chat:
             CalibrationError: messages with more than text, or a template that there is not or that refuses them.
         """
         self.used = True
+        if conversation.has_images:
+            raise CalibrationError(
+                f"data '{conversation.where}'",
+                found="images, where text alone is read",
+                do="A model that reads images calibrates on them; else, and for perplexity, give text",
+            )
         told = {"chat_template": self.template} | ({"tools": conversation.tools} if conversation.tools else {})
         tokenizer = self.source.tokenizer()
         if self.template is None and not getattr(tokenizer, "chat_template", None):

@@ -35,7 +35,8 @@ class Lines(Sequence[Document]):
     once, none is kept.
 
     Attributes:
-        field: where a row's text is; "" where rows are texts themselves. chats: how many are conversations.
+        field: where a row's text is; "" where rows are texts themselves. chats: how many are conversations; images: how
+            many of those have images.
 
     Raises:
         CalibrationError: a line that is too long, no UTF-8, no JSON, or has no such field.
@@ -45,7 +46,8 @@ class Lines(Sequence[Document]):
         text = open_text(path)
         items = list_as_lines(text)
         self._text, self._unit = items or text, "item" if items is not None else "line"
-        self.path, self.field, self.chats, self._chat, self._total = path, field, 0, chat, 0
+        self.path, self.field, self._chat, self._total = path, field, chat, 0
+        self.chats = self.images = 0
         # Of some documents: which, where it begins, and in which line.
         self._places: list[tuple[int, int, int]] = []
         following = 0
@@ -53,7 +55,9 @@ class Lines(Sequence[Document]):
             if offset >= following:
                 self._places.append((self._total, offset, number))
                 following = offset + _STRIDE
-            self.chats += isinstance(self._parse(line, number), Messages)
+            row = self._parse(line, number)
+            if isinstance(row, Messages):
+                self.chats, self.images = self.chats + 1, self.images + row.has_images
             self._total += 1
 
     def __len__(self) -> int:

@@ -75,12 +75,12 @@ def _read(spec: str, split: Split, chat: Render | None) -> Documents:
         return _folder(Path(path).expanduser(), field, chat)
     if kind == "file":
         return _file(Path(path).expanduser(), field, chat)
-    if _suffix(path) in (*_DATA, *_PLAIN) or path.startswith(("/", ".", "~")) or not path:
+    if suffix_of(path) in (*_DATA, *_PLAIN) or path.startswith(("/", ".", "~")) or not path:
         raise CalibrationError(f"data '{spec}'", found="no such file", do=f"Name {FORMS}")
     return _dataset(spec, split, chat)
 
 
-def _suffix(path: str | Path) -> str:
+def suffix_of(path: str | Path) -> str:
     """What a file is by its name, compressed or not."""
     suffixes = [suffix.lower() for suffix in Path(path).suffixes[-2:]]
     while suffixes and suffixes[-1] in COMPRESSED:
@@ -90,7 +90,7 @@ def _suffix(path: str | Path) -> str:
 
 def _file(path: Path, field: str, chat: Render | None) -> Documents:
     try:
-        suffix = _suffix(path)
+        suffix = suffix_of(path)
         if suffix in (".jsonl", ".json"):
             lines = Lines(path, field, chat)
             return Documents(f"{path}:{lines.field}" if lines.field else str(path), lines, packed=lines.chats > 0)
@@ -113,14 +113,14 @@ def _folder(folder: Path, field: str, chat: Render | None) -> Documents:
         if count == MAX_ENTRIES:
             found = f"more than {MAX_ENTRIES} files and folders below it"
             raise CalibrationError(f"data '{folder}'", found=found, do="Name a folder of data alone")
-        if _suffix(path) in (*_DATA, *_PLAIN) and kind_at(path) == "file":
+        if suffix_of(path) in (*_DATA, *_PLAIN) and kind_at(path) == "file":
             paths.append(path)
     if not paths:
         found = f"a folder without files of text ({', '.join((*_PLAIN, *_DATA))})"
         raise CalibrationError(f"data '{folder}'", found=found, do=f"Name {FORMS}")
     parts, files = [], []
     for path in sorted(paths):
-        part = _file(path, field if _suffix(path) in _DATA else "", chat)
+        part = _file(path, field if suffix_of(path) in _DATA else "", chat)
         parts.append(part)
         files.append((path.relative_to(folder).as_posix(), len(part.documents)))
     if any(part.packed for part in parts) and not all(part.packed for part in parts):

@@ -179,7 +179,9 @@ def test_without_a_template_or_with_one_that_fails(model: Path, tmp_path: Path) 
     with pytest.raises(CalibrationError, match="a tokenizer without a chat template"):
         load_calibration(path, source, samples=1, sequence_length=16)
     (tmp_path / "t").write_text("{{ raise_exception('no such role') }}")
-    with pytest.raises(CalibrationError, match=r"line 1': the chat template refuses it \(TemplateError: no such role\)"):
+    with pytest.raises(
+        CalibrationError, match=r"line 1': the chat template refuses it \(TemplateError: no such role\)"
+    ):
         read_documents(path, "calibration", Chat(source, tmp_path / "t")).documents[0]
 
 

@@ -83,7 +83,11 @@ def test_text_is_the_same_however_it_lies(kind: str, tmp_path: Path, monkeypatch
         ("b.txt.gz", b"\x1f\x8b\x08\x00nonsense that is no stream", "cannot be decompressed"),
         ("a.zst", b"\x28\xb5\x2f\xfd and nothing of the kind", "cannot be decompressed"),
         ("16.txt", b"\xff\xfea\x00\x00", "its byte-order mark says utf-16-le, and bytes from 5 on are none"),
-        ("no.jsonl", b'{"text": "a"}\n{"body": "b", "id": 3}\n', r"line 2 has no field 'text', but 'body', 'id'\. Name it"),
+        (
+            "no.jsonl",
+            b'{"text": "a"}\n{"body": "b", "id": 3}\n',
+            r"line 2 has no field 'text', but 'body', 'id'\. Name it",
+        ),
         ("other.jsonl", b'{"body": "b"}\n', "line 1 has no field 'text', but 'body'"),
         ("number.jsonl", b"3\n", "line 1 is a int, and has no field 'text'"),
         ("pair.jsonl", b'{"prompt": "a", "completion": "b"}\n', "Write what the model sees into one field"),
@@ -126,7 +130,16 @@ def test_a_file_that_reads_zstd_no_more(tmp_path: Path, monkeypatch: pytest.Monk
 @pytest.mark.parametrize("chunk", [1, 2, 7, 64, 1 << 16])
 def test_lists_whatever_is_read_at_once(chunk: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(opening, "_CHUNK", chunk)
-    items: list[Any] = [{"text": 'a "quoted" [text], \\ and €'}, "b]", {"text": "x" * 300}, [1, 2], 17, True, None, -1.5]
+    items: list[Any] = [
+        {"text": 'a "quoted" [text], \\ and €'},
+        "b]",
+        {"text": "x" * 300},
+        [1, 2],
+        17,
+        True,
+        None,
+        -1.5,
+    ]
     (tmp_path / "a.json").write_text("\n \t[" + " ,\n".join(json.dumps(i, ensure_ascii=False) for i in items) + " ] ")
     lines = list_as_lines(open_text(tmp_path / "a.json"))
     assert lines is not None and [json.loads(line) for _, line in lines.lines()] == items
