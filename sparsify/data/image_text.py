@@ -6,7 +6,6 @@ what a processor makes of images is left as it is, so that of conversations of s
 
 from __future__ import annotations
 
-import inspect
 import random
 import re
 from collections.abc import Mapping
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sparsify.data.chat import Chat, Messages
 from sparsify.data.images import check_sizes, open_image
@@ -231,27 +230,4 @@ def _ready(made: Mapping[str, Tensor], length: int, source: Source, processor: A
             filler = value.new_full((len(value), missing, *value.shape[2:]), (pad or 0) if name == "input_ids" else 0)
             value = torch.cat([value, filler], dim=1)
         ready[name] = (value.to(source.dtype) if value.is_floating_point() else value).contiguous()
-    if "position_ids" not in ready and (positions := _positions(ready, source)) is not None:
-        ready["position_ids"] = positions
     return ready
-
-
-def _positions(ready: Mapping[str, Tensor], source: Source) -> Tensor | None:
-    """The positions that the model would work out from where images lie in the text, [axes, 1, tokens]: a graph cannot.
-    None where it works out none."""
-    owners = (source.module, getattr(source.module, "model", None))
-    able = [own for own in owners if isinstance(own, nn.Module) and hasattr(own, "get_rope_index")]
-    if not able:
-        return None
-    index: Any = able[0].get_rope_index
-    index: Any = able[0].get_rope_index
-    known = inspect.signature(index).parameters
-    try:
-        positions: Tensor = index(**{name: value for name, value in ready.items() if name in known})[0]
-    except Exception as error:  # a model's own code
-        raise CalibrationError(
-            f"positions of text and images for {source.name}",
-            found=first_line(error),
-            do="Give batches with position_ids from Python",
-        ) from error
-    return positions

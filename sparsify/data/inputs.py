@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sparsify.errors import CalibrationError, SpecError
-from sparsify.frontend.positions import position_table
+from sparsify.frontend.tables import position_table
 from sparsify.frontend.source import Source
 from sparsify.words import check_amount
 
