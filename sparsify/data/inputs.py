@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from sparsify.errors import CalibrationError, SpecError
-from sparsify.frontend.tables import position_table
 from sparsify.frontend.source import Source
+from sparsify.frontend.tables import position_table
 from sparsify.words import check_amount
 
 # Tokens that run through the graph at once: enough to keep the matrix products busy, few enough for the cache.
