@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 from torch import Tensor, nn
 
@@ -52,7 +52,8 @@ def position_table(source: Source) -> Table | None:
         if config is not None and hasattr(owner, "main_input_name"):
             of_text = any(config is known for known in configs)
         for name, child in owner.named_children():
-            if of_text and _NAMES.fullmatch(name) and _is_table(weight := getattr(child, "weight", None)):
+            weight = getattr(child, "weight", None)
+            if of_text and _NAMES.fullmatch(name) and _is_table(weight):
                 found.append(Table(f"{path}{name}", len(weight), _skipped(child)))
             walk(child, f"{path}{name}.", of_text)
         for name, tensor in (*owner.named_parameters(recurse=False), *owner.named_buffers(recurse=False)):
@@ -63,7 +64,7 @@ def position_table(source: Source) -> Table | None:
     return min((table for table in found if table.tokens > 0), key=lambda table: table.tokens, default=None)
 
 
-def _is_table(tensor: Any) -> bool:
+def _is_table(tensor: Any) -> TypeGuard[Tensor]:
     return isinstance(tensor, Tensor) and tensor.dim() == 2
 
 

@@ -151,7 +151,10 @@ def test_a_template_that_nothing_needs_or_that_is_none(model: Path, tmp_path: Pa
         ({"messages": []}, None),
         ({"messages": [{"role": "user", "content": "a"}], "tools": "none"}, "tools that are a str"),
         ({"messages": [{"role": "user", "content": [{"type": "video", "path": "a"}]}]}, "a part of type 'video'"),
-        ({"messages": [{"role": "user", "content": [{"type": "image", "path": "a"}]}]}, "images, where text alone is read"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image", "path": "a"}]}]},
+            "images, where text alone is read",
+        ),
     ],
 )
 def test_what_is_no_conversation(row: Any, says: str | None, source: Source, tmp_path: Path) -> None:

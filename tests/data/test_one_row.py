@@ -20,8 +20,9 @@ from sparsify.evaluation.compare import compare
 from sparsify.evaluation.perplexity import evaluate
 from sparsify.frontend.source import open_source
 
+SMALL = GQA | {"num_hidden_layers": 1}
 KINDS: dict[str, Callable[[Any], Any]] = {
-    "llama": lambda pad: hf.LlamaForSequenceClassification(hf.LlamaConfig(**GQA, num_labels=1, pad_token_id=pad)),
+    "llama": lambda pad: hf.LlamaForSequenceClassification(hf.LlamaConfig(**SMALL, num_labels=1, pad_token_id=pad)),
     "gpt2": lambda pad: hf.GPT2ForSequenceClassification(
         hf.GPT2Config(n_embd=32, n_layer=1, n_head=4, vocab_size=64, n_positions=64, pad_token_id=pad, **TOKENS)
     ),
