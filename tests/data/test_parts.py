@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -143,12 +142,10 @@ def test_eval_says_what_a_model_was_made_with(model: Path, folder_of_ids: Path, 
     assert "not held out" not in evaluate(model, one, sequence_length=16).data
 
 
-def test_compare_shares_a_file_out(model: Path, folder_of_ids: Path) -> None:
+def test_compare_takes_two_files_as_they_are(model: Path, folder_of_ids: Path) -> None:
+    """(How it shares one out: tests/evaluation/test_compare.py.)"""
     one, other = f"{folder_of_ids}/a.safetensors", f"{folder_of_ids}/b.safetensors"
-    options: dict[str, Any] = {"samples": 4, "sequence_length": 16}
-    shared = compare(model, ["wanda:2:4"], calibration=one, data=one, **options)
-    assert "(its first 90%)" in shared.calibration and "(its last 10%, held out)" in str(shared.data)
-    apart = compare(model, ["wanda:2:4"], calibration=one, data=other, **options)
+    apart = compare(model, ["wanda:2:4"], calibration=one, data=other, samples=4, sequence_length=16)
     assert "90%" not in apart.calibration and "10%" not in str(apart.data)
 
 
