@@ -28,7 +28,8 @@ FORMS = (
 MAX_ENTRIES = 1 << 16
 
 _DATA = (".jsonl", ".json", ".parquet", ".safetensors")
-_PLAIN = (".txt", ".md", ".py", ".rst", ".text")
+# Of a folder: neither the code nor the description of a data set is its text.
+_OF_FOLDERS = (".txt", ".text", *_DATA)
 
 
 def read_documents(spec: str, split: Split, chat: Render | None = None, *, both: bool = False) -> Documents:
@@ -75,7 +76,7 @@ def _read(spec: str, split: Split, chat: Render | None) -> Documents:
         return _folder(Path(path).expanduser(), field, chat)
     if kind == "file":
         return _file(Path(path).expanduser(), field, chat)
-    if suffix_of(path) in (*_DATA, *_PLAIN) or path.startswith(("/", ".", "~")) or not path:
+    if suffix_of(path) in (*_OF_FOLDERS, ".md", ".py") or path.startswith(("/", ".", "~")) or not path:
         raise CalibrationError(f"data '{spec}'", found="no such file", do=f"Name {FORMS}")
     return _dataset(spec, split, chat)
 
@@ -113,10 +114,10 @@ def _folder(folder: Path, field: str, chat: Render | None) -> Documents:
         if count == MAX_ENTRIES:
             found = f"more than {MAX_ENTRIES} files and folders below it"
             raise CalibrationError(f"data '{folder}'", found=found, do="Name a folder of data alone")
-        if suffix_of(path) in (*_DATA, *_PLAIN) and kind_at(path) == "file":
+        if suffix_of(path) in _OF_FOLDERS and kind_at(path) == "file":
             paths.append(path)
     if not paths:
-        found = f"a folder without files of text ({', '.join((*_PLAIN, *_DATA))})"
+        found = f"a folder without files of text ({', '.join(_OF_FOLDERS)})"
         raise CalibrationError(f"data '{folder}'", found=found, do=f"Name {FORMS}")
     parts, files = [], []
     for path in sorted(paths):

@@ -99,14 +99,17 @@ def test_files_of_a_folder_are_told_apart(tmp_path: Path) -> None:
     (tmp_path / "deeper").mkdir()
     (tmp_path / "b.txt").write_text("b" * 50)
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": "a" * 40}) for _ in range(12)))
-    (tmp_path / "deeper" / "c.md").write_text("c" * 60)
-    (tmp_path / "picture.png").write_bytes(b"no text")
+    (tmp_path / "deeper" / "c.txt").write_text("c" * 60)
+    for name in ("picture.png", "set.py", "README.md"):
+        (tmp_path / name).write_bytes(b"not the text of this data")
     found = read_documents(str(tmp_path), "calibration")
-    assert found.files == (("a.jsonl", 12), ("b.txt", 1), ("deeper/c.md", 1)) and found.label == f"{tmp_path} (3 files)"
+    assert (
+        found.files == (("a.jsonl", 12), ("b.txt", 1), ("deeper/c.txt", 1)) and found.label == f"{tmp_path} (3 files)"
+    )
     assert [str(d)[0] for d in found.documents] == ["a"] * 12 + ["b", "c"]
     held = read_documents(str(tmp_path), "heldout", both=True)
     assert isinstance(held.documents, Slice) and list(held.documents) == ["b" * 50, "c" * 60]
-    assert held.files == (("a.jsonl", 0), ("b.txt", 1), ("deeper/c.md", 1))
+    assert held.files == (("a.jsonl", 0), ("b.txt", 1), ("deeper/c.txt", 1))
 
 
 @pytest.fixture(scope="module")
