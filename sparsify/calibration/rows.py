@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,6 +17,8 @@ from sparsify.ir.program import Program
 
 aten = torch.ops.aten
 
+# Inputs of towers that read images, beside which an attention mask is of the text.
+_OF_IMAGES = re.compile(r"pixel_.*|image_.*|video_.*|aspect_ratio_.*|spatial_shapes")
 _ELEMENTWISE_VIEWS = {aten.to, aten.contiguous, aten.clone, aten._to_copy}
 
 
@@ -23,7 +26,8 @@ class RowReader:
     """Reads the input of a group as rows, honouring attention masks and the routing of experts.
 
     A token counts unless its attention mask is 0: ``attention_mask`` for what depends on encoder (or the only)
-    inputs, ``decoder_attention_mask`` for what depends on decoder inputs.
+    inputs, ``decoder_attention_mask`` for what depends on decoder inputs. What depends on images alone has no tokens of
+    text, and all of it counts.
     """
 
     def __init__(self, program: Program, flow: Flow, groups: Sequence[InputGroup]) -> None:
@@ -103,6 +107,8 @@ class RowReader:
 
     def _counted(self, group: InputGroup, batch: Mapping[str, Tensor]) -> Tensor | None:
         depends = self.flow.inputs[group.activation]
+        if depends and all(_OF_IMAGES.fullmatch(name) for name in depends):
+            return None
         decoder = any(name.startswith("decoder_") for name in depends)
         mask = batch.get("decoder_attention_mask" if decoder else "attention_mask")
         if mask is None or mask.dim() != 2:

@@ -14,6 +14,7 @@ from sparsify.cli.options import (
     AllowBin,
     AllowNan,
     AsJson,
+    ChatTemplate,
     Compute,
     Debug,
     Device,
@@ -58,8 +59,9 @@ def compile_command(
     calibration: Annotated[
         str | None,
         typer.Option(
-            help="Text file, FILE.jsonl[:field], FILE.parquet[:field], FILE.safetensors of ids, python-stdlib, c4, a "
-            "data set id, self, random; for vision models a folder of images. [default: c4, else self]",
+            help="Text file, FILE.jsonl[:field], FILE.parquet[:field], FILE.safetensors of ids, a folder of them, "
+            "python-stdlib, c4, a data set id, self, random; for vision models a folder of images. "
+            "[default: c4, else self]",
             metavar="DATA",
         ),
     ] = None,
@@ -85,6 +87,7 @@ def compile_command(
     no_check: NoCheck = False,
     allow_nan: AllowNan = False,
     compute_dtype: Compute = None,
+    chat_template: ChatTemplate = None,
     trust_remote_code: Trust = False,
     quiet: Quiet = False,
     log_level: LogLevel = "warning",
@@ -133,6 +136,7 @@ def compile_command(
                 check=not no_check,
                 allow_nan=allow_nan,
                 compute_dtype=compute_dtype,
+                chat_template=chat_template,
                 observe=line.show,
                 after=shown.after,
             )
@@ -141,7 +145,7 @@ def compile_command(
             return
         if compiled.calibration is not None:
             data = compiled.calibration
-            console.print(f"calibrated on {data.size}: {data.label}", style="bold red" if data.plumbing else None)
+            console.print(f"calibrated on {data.size}: {data.said}", style="bold red" if data.plumbing else None)
         console.print(result_report(compiled, time.perf_counter() - started))
         for note in compiled.notes:
             console.print(plain(note))
@@ -198,6 +202,7 @@ def eval_command(
     no_check: NoCheck = False,
     allow_nan: AllowNan = False,
     compute_dtype: Compute = None,
+    chat_template: ChatTemplate = None,
     trust_remote_code: Trust = False,
     quiet: Quiet = False,
     log_level: LogLevel = "warning",
@@ -226,6 +231,7 @@ def eval_command(
                     check=not no_check,
                     allow_nan=allow_nan,
                     compute_dtype=compute_dtype,
+                    chat_template=chat_template,
                 )
             results.append((model, result))
         if as_json:
@@ -260,6 +266,7 @@ def compare_command(
     no_check: NoCheck = False,
     allow_nan: AllowNan = False,
     compute_dtype: Compute = None,
+    chat_template: ChatTemplate = None,
     trust_remote_code: Trust = False,
     quiet: Quiet = False,
     log_level: LogLevel = "warning",
@@ -294,6 +301,7 @@ def compare_command(
                 check=not no_check,
                 allow_nan=allow_nan,
                 compute_dtype=compute_dtype,
+                chat_template=chat_template,
                 observe=line.show,
             )
         if as_json:

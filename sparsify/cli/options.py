@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -30,6 +31,12 @@ Compute = Annotated[
         "--compute-dtype",
         help="float32, bfloat16 or float16: what the model runs in. [default: its own]",
         metavar="DTYPE",
+    ),
+]
+ChatTemplate = Annotated[
+    Path | None,
+    typer.Option(
+        "--chat-template", help="Jinja template for chat messages. [default: the tokenizer's]", metavar="FILE"
     ),
 ]
 Debug = Annotated[bool, typer.Option("--debug", help="Show a traceback with an error.")]

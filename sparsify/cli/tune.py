@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from sparsify.cli.options import AllowNan, AsJson, Debug, Device, NoCheck, Trust, command_errors
+from sparsify.cli.options import AllowNan, AsJson, ChatTemplate, Debug, Device, NoCheck, Trust, command_errors
 from sparsify.cli.terminal import say, stage_line
 from sparsify.method.spec import parse_backend
 from sparsify.tuning.recipe import Recipe, check_method
@@ -17,9 +17,13 @@ from sparsify.tuning.recipe import Recipe, check_method
 def tune_command(
     model: Annotated[Path, typer.Argument(help="Folder of a pruned (or any) causal language model.", metavar="OUT")],
     data: Annotated[
-        str, typer.Option(help="As --calibration of compile; the held-out part validates.", metavar="DATA")
+        str,
+        typer.Option(help="As --calibration of compile; its held-out part or last tenth validates.", metavar="DATA"),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.", metavar="TUNED")],
+    validation: Annotated[
+        str | None, typer.Option(help="Validate on this instead, and train on all of DATA.", metavar="DATA")
+    ] = None,
     method: Annotated[str, typer.Option(help="lora or full.")] = "lora",
     to: Annotated[str, typer.Option("--to", help="What to write, as for compile.", metavar="BACKEND")] = "hf",
     adapter: Annotated[bool, typer.Option("--adapter", help="Write LoRA's adapter alone, not merged.")] = False,
@@ -45,6 +49,7 @@ def tune_command(
     as_json: AsJson = False,
     no_check: NoCheck = False,
     allow_nan: AllowNan = False,
+    chat_template: ChatTemplate = None,
     trust_remote_code: Trust = False,
     debug: Debug = False,
 ) -> None:
@@ -86,6 +91,8 @@ def tune_command(
                 trust_remote_code=trust_remote_code,
                 check=not no_check,
                 allow_nan=allow_nan,
+                chat_template=chat_template,
+                validation=validation,
                 observe=lambda step, of, loss: show(f"step {step} of {of}, loss {loss:.3f}"),
             )
         if as_json:
@@ -94,6 +101,7 @@ def tune_command(
         before, after = result.perplexity
         first, last = (result.losses[0], result.losses[-1]) if result.losses else (0.0, 0.0)
         say(f"{result.steps} steps, {result.tokens:,} tokens, {result.seconds:.0f} s; loss {first:.3f} → {last:.3f}")
+        say(f"trained on {result.data}")
         say(f"perplexity on {result.validation}: {before:.3f} → {after:.3f}")
         if result.masked:
             say(f"the zeros of {result.masked} weights were held")

@@ -73,6 +73,9 @@ def _calibration(data: Calibration, seed: int) -> dict[str, Any]:
         "sequence_length": data.sequence_length,
         "seed": seed,
         "sha256": data.digest,
+        # Of a folder, how many sequences are from which file.
+        **({"drawn": dict(data.drawn)} if data.drawn else {}),
+        **({"chat_template": data.template} if data.template else {}),
     }
 
 

@@ -42,6 +42,7 @@ def compile(
     check: bool = True,
     allow_nan: bool = False,
     compute_dtype: str | torch.dtype | None = None,
+    chat_template: str | Path | None = None,
     dry_run: bool = False,
     observe: Observer = unobserved,
     after: After = nobody,
@@ -64,6 +65,7 @@ def compile(
         allow_nan: let NaN and infinity in tensors that are not pruned pass, which the output's manifest says then.
         compute_dtype: ``"float32"``, ``"bfloat16"`` or ``"float16"``: what calibration runs in; None: the model's own.
             What is written keeps the dtype that it was stored in.
+        chat_template: the file of a Jinja template for chat messages, in place of the tokenizer's own.
         dry_run: decide what would be pruned and stop there.
         observe: told of every batch and every site. after: told of every pass that has run, with the program.
 
@@ -88,6 +90,7 @@ def compile(
         output=output,
         overwrite=overwrite,
         dry_run=dry_run,
+        template=chat_template,
     )
     context = Context(resolve_device(device), parse_bytes(memory), seed, observe)
     seam = Seam(context, after)

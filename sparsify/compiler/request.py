@@ -26,7 +26,7 @@ class Request:
     Attributes:
         structural, others: the passes in their order, structural ones first.
         data: a source's name, what was given in Python, or None for the default; samples, length: how much is drawn.
-        out: the folder to write; None keeps the result in memory.
+        out: the folder to write; None keeps the result in memory. template: the file of a chat template.
     """
 
     structural: tuple[StructuralPass, ...]
@@ -41,6 +41,7 @@ class Request:
     out: Path | None = None
     overwrite: bool = False
     dry_run: bool = False
+    template: str | Path | None = None
 
     @property
     def passes(self) -> tuple[Pass, ...]:
@@ -80,6 +81,7 @@ def parse(
     output: str | Path | None = None,
     overwrite: bool = False,
     dry_run: bool = False,
+    template: str | Path | None = None,
 ) -> Request:
     """Understand the words, and refuse what can be refused before a model is opened.
 
@@ -106,7 +108,7 @@ def parse(
         )
     check_amount(samples, length)
     structural = tuple(own for own in parsed if isinstance(own, StructuralPass))
-    return Request(
+    request = Request(
         structural=structural,
         others=tuple(parsed[len(structural) :]),
         backend=backend,
@@ -119,7 +121,12 @@ def parse(
         out=None if output is None else Path(output),
         overwrite=overwrite,
         dry_run=dry_run,
+        template=template,
     )
+    if template is not None and not (request.needs_data and request.is_named):
+        found = "batches given in Python" if request.needs_data else "no pass that calibrates"
+        raise SpecError(f"--chat-template {template}", found=found, do="Leave it out, or name data of chat messages")
+    return request
 
 
 def default_output(source_name: str, passes: Sequence[str], to: str = "hf") -> Path:

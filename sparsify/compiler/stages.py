@@ -19,6 +19,9 @@ from sparsify.compiler.result import Compiled, PassRun
 from sparsify.compiler.seam import Seam
 from sparsify.context import Context
 from sparsify.data.batches import Calibration, example_batch, expected_batch, load_calibration
+from sparsify.data.chat import Chat
+from sparsify.data.image_text import names_image_text
+from sparsify.data.inputs import check_length
 from sparsify.errors import SpecError
 from sparsify.files.ownership import Scratch
 from sparsify.files.reading import kind_at
@@ -121,15 +124,16 @@ def open_model(
 
 def plan(source: Source, request: Request, context: Context) -> tuple[Planned, Calibration | None]:
     """Trace the model once and decide what each pass does; nothing has run yet. Data that were given in Python come
-    along, for they tell the shapes.
+    along, and text with images, for they alone tell the inputs.
 
     Raises:
         TraceError: no graph. SpecError: names that match nothing, or a pass for which there is nothing to do.
         CalibrationError: data that cannot be used.
     """
     given = None
-    if request.needs_data and not request.is_named:
-        given = load_calibration(request.data, source, samples=request.samples, one_by_one=request.one_by_one)
+    check_length(request.length, source)
+    if request.needs_data and (not request.is_named or names_image_text(request.data, source)):
+        given = _load(source, request, context)
     wanted = Wanted.of(source.weights, request.only, request.ignore)
     program = capture(source, _first_batch(source, request, given), context.device)
     model = Captured(source, program, wanted)
@@ -149,14 +153,7 @@ def draw(
     if given is not None or not request.needs_data:
         return planned, given
     model, structure = planned.model, planned.structure
-    data = load_calibration(
-        request.data,
-        model.source,
-        samples=request.samples,
-        sequence_length=request.length,
-        seed=context.seed,
-        one_by_one=request.one_by_one,
-    )
+    data = _load(model.source, request, context)
     if _same_shapes(model.program, data.batches[0]):
         return planned, data
     source, wanted = model.source, model.wanted
@@ -239,6 +236,21 @@ def finish(compiled: Compiled, job: Job | None, request: Request, place: Workpla
     compiled.output, compiled.program.weights = job.finish(compiled.program, compiled.manifest)
     compiled.notes = job.notes()
     return compiled
+
+
+def _load(source: Source, request: Request, context: Context) -> Calibration:
+    chat = Chat(source, request.template)
+    data = load_calibration(
+        request.data,
+        source,
+        samples=request.samples,
+        sequence_length=request.length,
+        seed=context.seed,
+        one_by_one=request.one_by_one,
+        chat=chat,
+    )
+    chat.check_used(f"'{request.data}'" if request.data is not None else data.label)
+    return data
 
 
 def _first_batch(source: Source, request: Request, given: Calibration | None) -> Batch:

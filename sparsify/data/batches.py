@@ -4,34 +4,49 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from sparsify.data.chat import Chat
 from sparsify.data.generate import sample_from_model
+from sparsify.data.given import given_batches
+from sparsify.data.image_text import names_image_text, read_image_text
 from sparsify.data.images import read_images
+from sparsify.data.inputs import (
+    IMAGE_TOKENS,
+    USUAL,
+    are_ids,
+    as_inputs,
+    check_length,
+    check_table,
+    default_length,
+    one_row_alone,
+    rows_at_once,
+    rows_to_batches,
+    split_rows,
+)
+from sparsify.data.parts import Documents
 from sparsify.data.rows import Refusing
-from sparsify.data.sources import FORMS, Documents, read_documents
+from sparsify.data.sources import FORMS, read_documents
 from sparsify.data.windows import Encode, disjoint_windows, random_windows
-from sparsify.errors import CalibrationError, SparsifyError, SpecError
+from sparsify.errors import CalibrationError, SparsifyError
 from sparsify.files.reading import kind_at
 from sparsify.finite import said, scan
 from sparsify.frontend.positions import with_positions
 from sparsify.frontend.source import Source
 from sparsify.words import check_amount
 
-# Tokens that run through the graph at once: enough to keep the matrix products busy, few enough for the cache.
-TOKENS_AT_ONCE = 2048
 # How much is drawn where nobody says: as in the papers.
-_SAMPLES, _LENGTH = 128, 2048
+_SAMPLES = 128
 # From the model itself: token by token is slow; fewer, shorter sequences serve (one sample already does most:
 # 2306.11695).
 _SELF_SAMPLES, _SELF_LENGTH = 32, 512
-# An image is some 200 patches.
-_IMAGE_TOKENS = 256
+# Files of a folder that are named to the user.
+_SAID = 8
 
 
 @dataclass(frozen=True)
@@ -43,6 +58,8 @@ class Calibration:
         digest: sha256 of every tensor, for the manifest.
         plumbing: whether they are no data at all, and good for trying things out only.
         labels: per batch, what a loss compares the outputs with, where the data brought any.
+        drawn: of a folder, how many sequences are from which file.
+        template: sha256 of the chat template that was given in place of the model's own.
     """
 
     batches: list[dict[str, Tensor]]
@@ -50,6 +67,8 @@ class Calibration:
     digest: str
     labels: list[Tensor] | None = None
     plumbing: bool = False
+    drawn: Mapping[str, int] = field(default_factory=dict)
+    template: str | None = None
 
     @property
     def sequences(self) -> int:
@@ -66,6 +85,22 @@ class Calibration:
         first = next(iter(self.batches[0].values()))
         return first.shape[1] if first.dim() == 2 else 1
 
+    @property
+    def said(self) -> str:
+        """Where they came from, with what was drawn from which file."""
+        most = sorted(self.drawn.items(), key=lambda item: -item[1])[:_SAID]
+        more = f" and {len(self.drawn) - _SAID} more" if len(self.drawn) > _SAID else ""
+        return self.label + (f": {', '.join(f'{count} of {name}' for name, count in most)}{more}" if most else "")
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    """Token ids [samples, length], where they came from, and how many of which file."""
+
+    ids: Tensor
+    label: str
+    files: Mapping[str, int] = field(default_factory=dict)
+
 
 def count_sequences(batches: Iterable[Mapping[str, Tensor]]) -> int:
     """Rows of all batches: sequences of text, images, samples."""
@@ -80,31 +115,44 @@ def load_calibration(
     sequence_length: int | None = None,
     seed: int = 0,
     one_by_one: bool = False,
+    chat: Chat | None = None,
+    both: bool = False,
 ) -> Calibration:
     """Batches from ``data``: a source's name, an iterable of batches, or None for C4 and, without it, ``self``.
 
     Args:
         one_by_one: batches of one sample each, as gradients per sample need them.
+        chat: renders chat messages; None: by the template of the model's tokenizer.
+        both: the source is held-out data as well; see :func:`sparsify.data.sources.read_documents`.
 
     Raises:
         CalibrationError: nothing there, too short, ids past the vocabulary, or batches of different kinds.
+        SpecError: amounts that the model has no positions for.
     """
     if isinstance(data, Calibration):
         return data
     check_amount(samples, sequence_length)
+    chat, files = chat or Chat(source), dict[str, int]()
     if data is None or isinstance(data, str):
         check_length(sequence_length, source)
     if data is not None and not isinstance(data, str):
-        batches, label = _from_python(data, source, samples), "batches given in Python"
+        batches, label = given_batches(data, source, samples), "batches given in Python"
     elif data is not None and _names_images(data, source):
         images = read_images(Path(data), source, samples or _SAMPLES, seed)
         rows = {"pixel_values": images.pixels} | ({} if images.labels is None else {"labels": images.labels})
-        batches, label = _rows_to_batches(rows, whole=False), images.note
+        batches, label = rows_to_batches(rows, whole=False), images.note
+    elif isinstance(data, str) and names_image_text(data, source):
+        pictured = read_image_text(data, source, samples or _SAMPLES, sequence_length, seed, chat)
+        batches, label = pictured.batches, pictured.note
     else:
-        ids, label = _from_name(data, source, samples, sequence_length, seed)
-        batches = _rows_to_batches(as_inputs(ids, source), whole=True)
-    if one_by_one:
-        batches = _split(batches)
+        drawn = _from_name(data, source, samples, sequence_length, seed, chat, both)
+        batches, label, files = (
+            rows_to_batches(as_inputs(drawn.ids, source), whole=True),
+            drawn.label,
+            dict(drawn.files),
+        )
+    if (one_by_one or one_row_alone(source)) and any(len(next(iter(batch.values()))) > 1 for batch in batches):
+        batches = split_rows(batches)
     if source.compute is not None:
         batches = [{n: t.to(source.compute) if t.is_floating_point() else t for n, t in b.items()} for b in batches]
     batches = [with_positions(source.module, batch) for batch in batches]
@@ -115,21 +163,15 @@ def load_calibration(
             digest.update(name.encode())
             digest.update(batch[name].contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     labels = [batch.pop("labels") for batch in batches] if "labels" in batches[0] else None
-    return Calibration(batches, label, digest.hexdigest(), labels, plumbing=data == "random")
-
-
-def check_length(length: int | None, source: Source) -> None:
-    """Raises:
-    SpecError: sequences of fewer than two tokens, or of more than the model has positions for.
-    """
-    check_amount(None, length)
-    most = source.context_length
-    if length is not None and most is not None and length > most:
-        raise SpecError(
-            f"sequence length {length}",
-            found=f"the context of {source.name} is {most} tokens (config.json)",
-            do=f"Give at most {most}",
-        )
+    return Calibration(
+        batches,
+        label,
+        digest.hexdigest(),
+        labels,
+        plumbing=data == "random",
+        drawn=files,
+        template=chat.digest if chat.used else None,
+    )
 
 
 def expected_batch(
@@ -148,13 +190,14 @@ def expected_batch(
     Raises:
         CalibrationError: the model's inputs cannot be guessed from its config.
     """
+    one_by_one = one_by_one or one_row_alone(source)
     if data is not None and _names_images(data, source):
-        rows = 1 if one_by_one else _rows_at_once(samples or _SAMPLES, _IMAGE_TOKENS)
+        rows = 1 if one_by_one else rows_at_once(samples or _SAMPLES, IMAGE_TOKENS)
         return example_batch(source, rows)
     check_length(sequence_length, source)
     own = data == "self"
-    length = sequence_length or default_length(source, _SELF_LENGTH if own else _LENGTH)
-    rows = 1 if one_by_one else _rows_at_once(samples or (_SELF_SAMPLES if own else _SAMPLES), length)
+    length = sequence_length or default_length(source, _SELF_LENGTH if own else USUAL)
+    rows = 1 if one_by_one else rows_at_once(samples or (_SELF_SAMPLES if own else _SAMPLES), length)
     return example_batch(source, rows, length)
 
 
@@ -162,17 +205,19 @@ def _names_images(data: str, source: Source) -> bool:
     return getattr(source.module, "main_input_name", None) == "pixel_values" and kind_at(data) == "folder"
 
 
-def evaluation_windows(data: str, source: Source, length: int | None, limit: int | None) -> tuple[Tensor, str]:
-    """Disjoint windows of held-out text, [windows, length] int32, and where they are from."""
+def evaluation_windows(
+    data: str, source: Source, length: int | None, limit: int | None, chat: Chat | None = None, *, both: bool = False
+) -> tuple[Tensor, str]:
+    """Disjoint windows of held-out text, [windows, length] int32, and where they are from.
+
+    Args:
+        chat, both: as for :func:`load_calibration`.
+    """
     check_length(length, source)
-    documents = read_documents(data, "heldout")
+    documents = read_documents(data, "heldout", chat or Chat(source), both=both)
     with Refusing(data):
         windows = disjoint_windows(documents, _encoder(source), length or default_length(source), limit)
     return windows, documents.label
-
-
-def default_length(source: Source, most: int = _LENGTH) -> int:
-    return min(most, source.context_length or most)
 
 
 def example_batch(source: Source, rows: int = 1, length: int = 16) -> dict[str, Tensor]:
@@ -193,18 +238,9 @@ def example_batch(source: Source, rows: int = 1, length: int = 16) -> dict[str, 
     )
 
 
-def as_inputs(ids: Tensor, source: Source) -> dict[str, Tensor]:
-    """Token ids as the keyword inputs of the model; a decoder beside an encoder reads the same text."""
-    inputs = {"input_ids": ids}
-    if getattr(source.config, "is_encoder_decoder", False):
-        start = getattr(source.config, "decoder_start_token_id", None) or 0
-        inputs["decoder_input_ids"] = torch.cat([torch.full_like(ids[:, :1], start), ids[:, :-1]], dim=1)
-    return inputs
-
-
 def _from_name(
-    data: str | None, source: Source, samples: int | None, length: int | None, seed: int
-) -> tuple[Tensor, str]:
+    data: str | None, source: Source, samples: int | None, length: int | None, seed: int, chat: Chat, both: bool
+) -> _Drawn:
     name = getattr(source.module, "main_input_name", None)
     if name != "input_ids" and source.is_transformers:
         raise CalibrationError(
@@ -233,17 +269,24 @@ def _from_name(
             raise CalibrationError("calibration 'random'", found="a config without vocab_size", do=f"Name {FORMS}")
         shape = (samples or _SAMPLES, length or default_length(source))
         ids = torch.randint(vocabulary, shape, generator=torch.Generator().manual_seed(seed))
-        return ids, "random token ids, which are NOT text: good for speed and plumbing, not for quality"
+        return _Drawn(ids, "random token ids, which are NOT text: good for speed and plumbing, not for quality")
     if data == "self":
         ids = sample_from_model(source, samples or _SELF_SAMPLES, length or default_length(source, _SELF_LENGTH), seed)
-        return ids, f"self (sampled from the model, seed {seed}{why})"
-    documents = read_documents(data, "calibration")
+        return _Drawn(ids, f"self (sampled from the model, seed {seed}{why})")
+    documents = read_documents(data, "calibration", chat, both=both)
     return _windows(documents, source, samples or _SAMPLES, length or default_length(source), seed)
 
 
-def _windows(documents: Documents, source: Source, samples: int, length: int, seed: int) -> tuple[Tensor, str]:
+def _windows(documents: Documents, source: Source, samples: int, length: int, seed: int) -> _Drawn:
+    drawn: list[int] = []
     with Refusing(documents.label):
-        return random_windows(documents, _encoder(source), samples, length, seed), documents.label
+        ids = random_windows(documents, _encoder(source), samples, length, seed, drawn)
+    files, stop = dict[str, int](), 0
+    for name, count in documents.files:
+        begin, stop = stop, stop + count
+        if chosen := sum(begin <= index < stop for index in drawn):
+            files[name] = chosen
+    return _Drawn(ids, documents.label, files)
 
 
 def _encoder(source: Source) -> Encode:
@@ -252,122 +295,6 @@ def _encoder(source: Source) -> Encode:
         return torch.tensor(source.tokenizer()(text, add_special_tokens=special, verbose=False)["input_ids"]).long()
 
     return encode
-
-
-def _from_python(data: Iterable[Any], source: Source, samples: int | None) -> list[dict[str, Tensor]]:
-    if isinstance(data, (Tensor, Mapping)):
-        data = [data]
-    try:
-        given = [_named(item, source) for item in data]
-    except TypeError as error:
-        raise CalibrationError(
-            f"calibration of type {type(data).__name__}",
-            found="not an iterable of batches",
-            do="Give a list of tensors",
-        ) from error
-    if not given:
-        raise CalibrationError("calibration", found="no batches", do="Give at least one batch")
-    if empty := next((n for b in given for n, t in b.items() if not t.numel()), None):
-        raise CalibrationError(f"calibration input {empty}", found="an empty tensor", do="Give some tokens")
-    if other := next((batch for batch in given if batch.keys() != given[0].keys()), None):
-        raise CalibrationError(
-            "calibration batches",
-            found=f"inputs {sorted(given[0])} in one and {sorted(other)} in another",
-            do="Give every batch the same inputs",
-        )
-    shapes = {name: {tuple(b[name].shape[1:]) for b in given} for name in given[0]}
-    if uneven := next((n for n, s in shapes.items() if len(s) > 1), None):
-        raise CalibrationError(
-            f"calibration input {uneven}",
-            found=f"shapes {sorted({tuple(b[uneven].shape) for b in given})[:4]}",
-            do="One graph is traced for one shape: pad to one length (with an attention_mask) or group by length",
-        )
-    # Ids in a bare tensor are [batch, sequence]; what other inputs hold in their first axis only the user knows.
-    ids_only = given[0].keys() == {"input_ids"}
-    even = len({tuple(t.shape for t in b.values()) for b in given}) == 1
-    if not ids_only and even:
-        return given if samples is None else given[:samples]
-    rows = {name: torch.cat([batch[name] for batch in given]) for name in given[0]}
-    if len({len(t) for t in rows.values()}) > 1:
-        raise CalibrationError(
-            "calibration batches",
-            found="batches of different sizes with inputs that do not share their first axis",
-            do="Give batches of equal size",
-        )
-    if samples is not None:
-        rows = {name: tensor[:samples] for name, tensor in rows.items()}
-    return _rows_to_batches(rows, whole=ids_only)
-
-
-def _named(item: Any, source: Source) -> dict[str, Tensor]:
-    values = item.values() if isinstance(item, Mapping) else item if isinstance(item, (tuple, list)) else [item]
-    if any(isinstance(value, Tensor) and value.is_meta for value in values):
-        raise CalibrationError(
-            "a calibration batch", found="tensors on the meta device, which hold nothing", do="Give data"
-        )
-    if isinstance(item, Tensor):
-        if source.is_transformers:
-            name = getattr(source.module, "main_input_name", "input_ids")
-            if name == "input_ids":
-                ids = item[None] if item.dim() == 1 else item
-                if not _are_ids(ids) or ids.dim() != 2:
-                    raise CalibrationError(
-                        f"a batch of {item.dtype} {tuple(item.shape)}",
-                        found="token ids are whole numbers [batch, sequence]",
-                        do="Give a LongTensor, or a keyword dictionary",
-                    )
-                return as_inputs(ids.long().cpu(), source)
-            return {name: item.cpu()}
-        return {"0": item.cpu()}
-    if isinstance(item, Mapping):
-        named = {k: v.cpu() for k, v in item.items() if isinstance(v, Tensor)}
-        return as_inputs(named["input_ids"], source) | named if "input_ids" in named else named
-    if isinstance(item, (tuple, list)) and all(isinstance(v, Tensor) for v in item):
-        return {str(i): v.cpu() for i, v in enumerate(item)}
-    raise CalibrationError(
-        f"a batch of type {type(item).__name__}",
-        found="not a tensor, a tuple of tensors or a keyword dictionary",
-        do="Give LongTensors [batch, sequence], or dictionaries of the model's inputs",
-    )
-
-
-def _rows_to_batches(rows: Mapping[str, Tensor], *, whole: bool) -> list[dict[str, Tensor]]:
-    """Equal batches of rows: as many at once as TOKENS_AT_ONCE allows and divides them."""
-    first = next(iter(rows.values()))
-    count = len(first)
-    # What other inputs are worth is unknown.
-    other = _IMAGE_TOKENS if "pixel_values" in rows else TOKENS_AT_ONCE
-    size = _rows_at_once(count, first.shape[1] if whole and first.dim() == 2 else other)
-    return [{n: t[i : i + size].contiguous() for n, t in rows.items()} for i in range(0, count, size)]
-
-
-def _rows_at_once(count: int, tokens: int) -> int:
-    """How many of ``count`` rows of ``tokens`` each run at once: as many as TOKENS_AT_ONCE allows and divide them."""
-    most = max(1, TOKENS_AT_ONCE // tokens)
-    return max(d for d in range(1, min(most, count) + 1) if count % d == 0)
-
-
-def _split(batches: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
-    """Batches of one row each.
-
-    Raises:
-        CalibrationError: inputs that do not share their first axis.
-    """
-    single = []
-    for batch in batches:
-        rows = {len(t) for t in batch.values()}
-        if len(rows) > 1:
-            raise CalibrationError(
-                "gradients per sample",
-                found=f"inputs whose first axes differ: {sorted(rows)}",
-                do="Give batches whose inputs all have one row per sample",
-            )
-        single += [{n: t[i : i + 1].contiguous() for n, t in batch.items()} for i in range(rows.pop())]
-    return single
-
-
-def _are_ids(tensor: Tensor) -> bool:
-    return not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype is torch.bool)
 
 
 def _check_inputs(batches: list[dict[str, Tensor]], source: Source) -> None:
@@ -381,10 +308,12 @@ def _check_inputs(batches: list[dict[str, Tensor]], source: Source) -> None:
                 )
             if not name.endswith("input_ids"):
                 continue
-            if not _are_ids(tensor):
+            if not are_ids(tensor):
                 raise CalibrationError(
                     f"batch {index} of calibration input {name}", found=f"{tensor.dtype}", do="Ids are whole numbers"
                 )
+            if tensor.dim() == 2 and "position_ids" not in batch:
+                check_table(tensor.shape[1], source)
             low, high = int(tensor.min()), int(tensor.max())
             if low < 0 or (vocabulary and high >= vocabulary):
                 raise CalibrationError(

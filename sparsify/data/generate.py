@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsify.errors import CalibrationError
+from sparsify.errors import CalibrationError, first_line
 from sparsify.frontend.source import Source
 
 _BATCH = 32
@@ -18,12 +18,14 @@ _BATCH = 32
 def sample_from_model(source: Source, samples: int, length: int, seed: int) -> Tensor:
     """Sample [samples, length] token ids from the model, from its first token on.
 
-    Plain sampling within the most likely 95% at temperature 1; the end token does not stop a sequence, so that
-    all are whole. The global random state is left as it was.
+    Plain sampling within the most likely 95% at temperature 1, whatever the model's own generation config says; the end
+    token does not stop a sequence, so that all are whole. The global random state is left as it was.
 
     Raises:
         CalibrationError: the model cannot generate, or would not fit into memory.
     """
+    from transformers import GenerationConfig
+
     can_generate = getattr(source.module, "can_generate", lambda: False)()
     if not can_generate or getattr(source.config, "is_encoder_decoder", False):
         raise CalibrationError(
@@ -32,12 +34,12 @@ def sample_from_model(source: Source, samples: int, length: int, seed: int) -> T
             do="Give --calibration a text file or another source",
         )
     model = _load(source)
-    training = model.training
+    training, inherited = model.training, model.generation_config
     model.eval()
-    start = getattr(model.config.get_text_config(), "bos_token_id", None)
+    text = model.config.get_text_config()
+    start = getattr(text, "bos_token_id", None)
     start = start if isinstance(start, int) and 0 <= start < (source.vocab_size or start + 1) else 0
-    settings = copy.deepcopy(model.generation_config)
-    settings.update(
+    settings = GenerationConfig(
         max_length=length,
         min_length=length,
         do_sample=True,
@@ -45,29 +47,49 @@ def sample_from_model(source: Source, samples: int, length: int, seed: int) -> T
         top_k=0,
         top_p=0.95,
         num_beams=1,
-        eos_token_id=None,
         pad_token_id=start,
         use_cache=True,
-        max_new_tokens=None,
     )
     parts: list[Tensor] = []
     # A seed is set on every GPU that this process has used.
     used = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-    with torch.random.fork_rng(devices=used), torch.no_grad():
-        torch.manual_seed(seed)
-        for begin in range(0, samples, _BATCH):
-            first = torch.full((min(_BATCH, samples - begin), 1), start, device=model.device)
-            made = model.generate(first, attention_mask=torch.ones_like(first), generation_config=settings)
-            parts.append(made[:, :length].cpu())
-    model.train(training)
+    try:
+        # What settings leave open generate() would take from the model's own, which are meant for chatting.
+        model.generation_config = GenerationConfig()
+        with torch.random.fork_rng(devices=used), torch.no_grad():
+            torch.manual_seed(seed)
+            for begin in range(0, samples, _BATCH):
+                first = torch.full((min(_BATCH, samples - begin), 1), start, device=model.device)
+                parts.append(_sample(model, first, settings, length))
+    finally:
+        model.generation_config = inherited
+        model.train(training)
     return torch.cat(parts)
+
+
+def _sample(model: Any, first: Tensor, settings: Any, length: int) -> Tensor:
+    """[rows, length] token ids that begin with ``first`` [rows, 1]."""
+    try:
+        made = model.generate(first, attention_mask=torch.ones_like(first), generation_config=settings)
+    except Exception as error:  # a model's own code, which raises whatever it likes
+        raise CalibrationError(
+            "calibration 'self'",
+            found=f"{type(model).__name__} does not generate ({type(error).__name__}: {first_line(error)})",
+            do="Give --calibration a text file or another source",
+        ) from error
+    if not isinstance(made, Tensor) or made.shape != (len(first), length):
+        shape = tuple(made.shape) if isinstance(made, Tensor) else type(made).__name__
+        raise CalibrationError(
+            "calibration 'self'",
+            found=f"{type(model).__name__} generates {shape} where {(len(first), length)} tokens were asked for",
+            do="Give --calibration a text file or another source",
+        )
+    return made.cpu()
 
 
 def _load(source: Source) -> Any:
     if source.folder is None:
         return source.module if source.compute is None else copy.deepcopy(source.module).to(source.compute)
-    from transformers import AutoModelForCausalLM
-
     need = sum(p.numel() * p.element_size() for p in source.module.parameters())
     have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
     if need > 0.8 * have:
@@ -76,6 +98,17 @@ def _load(source: Source) -> Any:
             found=f"generating needs the whole model in memory ({need / 1e9:.1f} GB; {have / 1e9:.1f} GB are free)",
             do="Give --calibration a text file or another source, which needs one block at a time",
         )
-    return AutoModelForCausalLM.from_pretrained(
-        source.folder, dtype=source.compute or "auto", trust_remote_code=source.trust_remote_code, local_files_only=True
-    )
+    from transformers import GenerationConfig
+
+    # The folder's own settings are not even read: they are the user's, and may be anything.
+    options = {"generation_config": GenerationConfig(), "trust_remote_code": source.trust_remote_code}
+    try:
+        return type(source.module).from_pretrained(  # type: ignore[attr-defined]
+            source.folder, dtype=source.compute or "auto", local_files_only=True, **options
+        )
+    except Exception as error:  # transformers' loading raises many kinds
+        raise CalibrationError(
+            "calibration 'self'",
+            found=f"transformers does not load {source.folder} ({first_line(error)})",
+            do="Give --calibration a text file or another source",
+        ) from error

@@ -100,6 +100,14 @@ def _processor(source: Source) -> Any:
             found=first_line(error),
             do="Mend it, or give batches from Python",
         ) from error
+    check_sizes(made, source)
+    return made
+
+
+def check_sizes(made: Any, source: Source) -> None:
+    """Raises:
+    CalibrationError: an image processor that makes images of more than ``MAX_SIDE`` pixels a side.
+    """
     for key in ("size", "crop_size", "pad_size"):
         sizes = getattr(made, key, None) or {}
         for name, side in sizes.items() if isinstance(sizes, Mapping) else vars(sizes).items():
@@ -109,10 +117,16 @@ def _processor(source: Source) -> Any:
                     found=f"{key} {name} {side}, more than {MAX_SIDE}",
                     do="Mend it, or give batches from Python",
                 )
-    return made
 
 
-def _pixels(path: Path, processor: Any) -> Tensor:
+def open_image(path: Path) -> Any:
+    """The image in a file, as pillow's in RGB.
+
+    Raises:
+        CalibrationError: no such file, no image, or one of more than ``MAX_PIXELS``.
+    """
+    if kind_at(path) != "file":
+        raise CalibrationError(f"image {path}", found="no such file", do="Name one, relative to where it is named")
     try:
         from PIL import Image
     except ImportError as error:
@@ -125,10 +139,18 @@ def _pixels(path: Path, processor: Any) -> Tensor:
                     found=f"{image.width} × {image.height} pixels, more than {MAX_PIXELS}",
                     do="Remove it or make it smaller",
                 )
-            value: Tensor = processor([image.convert("RGB")], return_tensors="pt")["pixel_values"][0]
+            return image.convert("RGB")
     except CalibrationError:
         raise
     except Exception as error:  # pillow's decoders raise many kinds
+        raise CalibrationError(f"image {path}", found=first_line(error), do="Mend or remove it") from error
+
+
+def _pixels(path: Path, processor: Any) -> Tensor:
+    image = open_image(path)
+    try:
+        value: Tensor = processor([image], return_tensors="pt")["pixel_values"][0]
+    except Exception as error:  # whatever a processor raises
         raise CalibrationError(f"image {path}", found=first_line(error), do="Mend or remove it") from error
     return value
 

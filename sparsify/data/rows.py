@@ -1,4 +1,4 @@
-"""Files of many documents, of which only those that are asked for are in memory: jsonl, parquet, token ids, columns."""
+"""Files of many documents, of which only those that are asked for are in memory: JSON, parquet, token ids, columns."""
 
 from __future__ import annotations
 
@@ -10,18 +10,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparsify.data.chat import Messages, Render, as_messages
+from sparsify.data.opening import MAX_LINE, MAX_RATIO, SMALL, list_as_lines, open_text
 from sparsify.data.texts import LongText, text_in_memory
 from sparsify.errors import CalibrationError, SparsifyError, first_line
 from sparsify.files.json_text import parse_json
 
 Document = str | LongText | Tensor
 
-# Bytes of one line of a .jsonl file, and of one document in it or in a table.
-MAX_LINE = MAX_DOCUMENT = 16 << 20
+# Bytes of one document in a line or a table.
+MAX_DOCUMENT = MAX_LINE
+# Where documents are, where nobody says: a text, or messages.
+USUAL_FIELDS = ("text", "messages", "conversations")
 # Rows of a table that are read at once.
 _ROWS = 64
-# How many times its size a column may decode to, from so many bytes on. Text is made some ten times smaller.
-MAX_RATIO, _SMALL = 64, 64 << 20
 # Bytes of the header of a file of token ids, which names a few tensors, and of a table's footer.
 MAX_TOKENS_HEADER, MAX_FOOTER = 1 << 20, 64 << 20
 # Bytes between two places of a .jsonl file that are remembered.
@@ -29,62 +31,101 @@ _STRIDE = 1 << 16
 
 
 class Lines(Sequence[Document]):
-    """The documents of a .jsonl file, one a line that is not blank. All are looked at once, none is kept.
+    """The documents of a file of JSON Lines, one a line that is not blank, or of one JSON list. All are looked at
+    once, none is kept.
+
+    Attributes:
+        field: where a row's text is; "" where rows are texts themselves. chats: how many are conversations; images: how
+            many of those have images.
 
     Raises:
-        CalibrationError: a line that is too long, no JSON, or has no such field.
+        CalibrationError: a line that is too long, no UTF-8, no JSON, or has no such field.
     """
 
-    def __init__(self, path: Path, field: str) -> None:
-        self.path, self.field, self._total = path, field, 0
+    def __init__(self, path: Path, field: str = "", chat: Render | None = None) -> None:
+        text = open_text(path)
+        items = list_as_lines(text)
+        self._text, self._unit = items or text, "item" if items is not None else "line"
+        self.path, self.field, self._chat, self._total = path, field, chat, 0
+        self.chats = self.images = 0
         # Of some documents: which, where it begins, and in which line.
         self._places: list[tuple[int, int, int]] = []
         following = 0
-        for number, (offset, line) in self._lines(0, 1):
+        for number, offset, line in self._lines(0, 1):
             if offset >= following:
                 self._places.append((self._total, offset, number))
                 following = offset + _STRIDE
-            self._parse(line, number)
+            row = self._parse(line, number)
+            if isinstance(row, Messages):
+                self.chats, self.images = self.chats + 1, self.images + row.has_images
             self._total += 1
 
     def __len__(self) -> int:
         return self._total
 
     def __iter__(self) -> Iterator[Document]:
-        for number, (_, line) in self._lines(0, 1):
-            yield self._parse(line, number)
+        return (rendered(value, self._chat) for value in self.rows())
 
     def __getitem__(self, index: Any) -> Any:
+        return rendered(self.row(index), self._chat)
+
+    def rows(self) -> Iterator[Document | Messages]:
+        """All of them, conversations as they are."""
+        for number, _, line in self._lines(0, 1):
+            yield self._parse(line, number)
+
+    def row(self, index: Any) -> Document | Messages:
+        """One of them, a conversation as it is."""
         at = range(self._total)[index]
         known, offset, first = self._places[bisect_right(self._places, at, key=lambda place: place[0]) - 1]
-        for count, (number, (_, line)) in enumerate(self._lines(offset, first), known):
+        for count, (number, _, line) in enumerate(self._lines(offset, first), known):
             if count == at:
                 return self._parse(line, number)
         raise CalibrationError(f"data '{self.path}'", found="it became shorter while it was read", do="Start again")
 
-    def _lines(self, offset: int, number: int) -> Iterator[tuple[int, tuple[int, bytes]]]:
-        with self.path.open("rb", buffering=1 << 16) as file:
-            file.seek(offset)
-            while line := file.readline(MAX_LINE + 1):
-                if len(line) > MAX_LINE:
-                    found = f"line {number} is longer than {MAX_LINE} bytes"
-                    raise CalibrationError(f"data '{self.path}'", found=found, do="Cut it into several documents")
-                if not line.isspace():
-                    yield number, (offset, line)
-                offset += len(line)
-                number += 1
+    def _lines(self, offset: int, number: int) -> Iterator[tuple[int, int, bytes]]:
+        for begin, line in self._text.lines(offset):
+            if len(line) > MAX_LINE:
+                found = f"{self._unit} {number} is longer than {MAX_LINE} bytes"
+                raise CalibrationError(f"data '{self.path}'", found=found, do="Cut it into several documents")
+            if not line.isspace():
+                yield number, begin, line
+            number += 1
 
-    def _parse(self, line: bytes, number: int) -> Document:
+    def _parse(self, line: bytes, number: int) -> Document | Messages:
+        where = f"{self._unit} {number}"
         try:
             row = parse_json(line)
         except ValueError as error:
-            raise CalibrationError(
-                f"data '{self.path}'", found=f"line {number} is not JSON ({error})", do="Give one JSON object a line"
-            ) from error
+            if isinstance(error.__cause__, UnicodeDecodeError):
+                raise self._text.not_utf8() from error
+            do = "Give one JSON object a line, or one JSON list"
+            raise CalibrationError(f"data '{self.path}'", found=f"{where} is not JSON ({error})", do=do) from error
+        if isinstance(row, str) and not self.field:
+            return document(row, f"{self.path}, {where}")
+        if not self.field and isinstance(row, dict):
+            self.field = usual_field(row) or ""
         if not isinstance(row, dict) or self.field not in row:
-            found = f"line {number} has no field '{self.field}'"
-            raise CalibrationError(f"data '{self.path}'", found=found, do=f"Name it: {self.path}:FIELD")
-        return document(row[self.field], f"{self.path}, line {number}")
+            raise CalibrationError(f"data '{self.path}'", found=f"{where} {_lacks(row, self.field)}", do=self._how(row))
+        return row_value(row[self.field], f"{self.path}, {where}", row)
+
+    def _how(self, row: Any) -> str:
+        if isinstance(row, dict) and {"prompt", "instruction"} & row.keys():
+            return f"Write what the model sees into one field ({self.path}:FIELD), or into 'messages' with roles"
+        return f"Name it: {self.path}:FIELD"
+
+
+def _lacks(row: Any, field: str) -> str:
+    wanted = f"no field '{field or USUAL_FIELDS[0]}'"
+    if not isinstance(row, dict):
+        return f"is a {type(row).__name__}, and has {wanted}"
+    names = ", ".join(map(repr, list(row)[:8])) + (", …" if len(row) > 8 else "")
+    return f"has {wanted}, but {names}" if row else f"has {wanted}"
+
+
+def usual_field(names: Any) -> str | None:
+    """Which of ``names`` holds a document where nobody says."""
+    return next((name for name in USUAL_FIELDS if name in names), None)
 
 
 class Table(Sequence[Document]):
@@ -94,11 +135,11 @@ class Table(Sequence[Document]):
         CalibrationError: no sound file, no such column, or one that decodes to out of all proportion.
     """
 
-    def __init__(self, path: Path, field: str) -> None:
+    def __init__(self, path: Path, field: str = "", chat: Render | None = None) -> None:
         import pyarrow
         import pyarrow.parquet
 
-        self.field, self.name = field, f"{path}:{field}"
+        self.name, self._chat = f"{path}:{field}" if field else str(path), chat
         self._check_footer(path)
         # Not expanded: one text may stand in a million rows.
         types = (pyarrow.types.is_string, pyarrow.types.is_large_string)
@@ -106,8 +147,11 @@ class Table(Sequence[Document]):
             options = {"pre_buffer": False, "buffer_size": 1 << 20}
             self._file = pyarrow.parquet.ParquetFile(path, **options)
             schema = self._file.schema_arrow
+            field = field or usual_field(schema.names) or USUAL_FIELDS[0]
+            self.field, self.name = field, f"{path}:{field}"
             if field not in schema.names:
-                raise CalibrationError(f"data '{self.name}'", found=f"no column '{field}'", do=f"Name it: {path}:FIELD")
+                found = f"no column '{field}', but {', '.join(schema.names[:20])}"
+                raise CalibrationError(f"data '{self.name}'", found=found, do=f"Name it: {path}:FIELD")
             if any(is_kind(schema.field(field).type) for is_kind in types):
                 self._file = pyarrow.parquet.ParquetFile(path, read_dictionary=[field], **options)
             self._starts = [0]
@@ -115,6 +159,7 @@ class Table(Sequence[Document]):
                 self._check_size(self._file.metadata.row_group(group))
                 self._starts.append(self._starts[-1] + self._file.metadata.row_group(group).num_rows)
         self._held: tuple[int, Iterator[list[Any]], int, list[Any]] | None = None
+        self.chats = len(self) if len(self) and isinstance(self.row(0), Messages) else 0
 
     def __len__(self) -> int:
         return self._starts[-1]
@@ -122,9 +167,13 @@ class Table(Sequence[Document]):
     def __iter__(self) -> Iterator[Document]:
         for group in range(len(self._starts) - 1):
             for values in self._batches(group):
-                yield from (document(value, self.name) for value in values)
+                yield from (rendered(row_value(value, self.name), self._chat) for value in values)
 
     def __getitem__(self, index: Any) -> Any:
+        return rendered(self.row(index), self._chat)
+
+    def row(self, index: Any) -> Document | Messages:
+        """One of them, a conversation as it is."""
         at = range(len(self))[index]
         group = bisect_right(self._starts, at) - 1
         row = at - self._starts[group]
@@ -137,7 +186,7 @@ class Table(Sequence[Document]):
             start += len(values)
             values = next(batches)
         self._held = group, batches, start, values
-        return document(values[row - start], self.name)
+        return row_value(values[row - start], self.name)
 
     def _batches(self, group: int) -> Iterator[list[Any]]:
         with Refusing(self.name):
@@ -164,7 +213,7 @@ class Table(Sequence[Document]):
             if column.path_in_schema.partition(".")[0] != self.field:
                 continue
             whole, stored = column.total_uncompressed_size, column.total_compressed_size
-            if whole > max(_SMALL, MAX_RATIO * stored):
+            if whole > max(SMALL, MAX_RATIO * stored):
                 found = f"{stored} bytes that decode to {whole}"
                 raise CalibrationError(f"data '{self.name}'", found=found, do="No text is made so small: leave it")
 
@@ -186,8 +235,9 @@ class Refusing:
 class Column(Sequence[Document]):
     """The documents of a column of a Hugging Face data set, whose rows lie on the disk."""
 
-    def __init__(self, rows: Any, field: str, name: str) -> None:
-        self.rows, self.field, self.name = rows.select_columns([field]), field, name
+    def __init__(self, rows: Any, field: str, name: str, chat: Render | None = None) -> None:
+        self.rows, self.field, self.name, self._chat = rows.select_columns([field]), field, name, chat
+        self.chats = len(self) if len(self) and isinstance(self.row(0), Messages) else 0
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -196,7 +246,11 @@ class Column(Sequence[Document]):
         return (self[i] for i in range(len(self)))
 
     def __getitem__(self, index: Any) -> Any:
-        return document(self.rows[range(len(self))[index]][self.field], self.name)
+        return rendered(self.row(index), self._chat)
+
+    def row(self, index: Any) -> Document | Messages:
+        """One of them, a conversation as it is."""
+        return row_value(self.rows[range(len(self))[index]][self.field], self.name)
 
 
 class TokenRows(Sequence[Document]):
@@ -247,6 +301,30 @@ def read_token_file(path: Path, name: str, forms: str) -> tuple[str, Tensor]:
             do="Token ids are whole numbers, [tokens] or [sequences, tokens]",
         )
     return chosen, ids
+
+
+def row_value(value: Any, where: str, row: dict[str, Any] | None = None) -> Document | Messages:
+    """The field ``value`` of ``row`` as a document, or as a conversation.
+
+    Raises:
+        CalibrationError: neither.
+    """
+    messages = as_messages(value, where, row)
+    return document(value, where) if messages is None else messages
+
+
+def rendered(value: Document | Messages, chat: Render | None) -> Document:
+    """A conversation as token ids; anything else as it is.
+
+    Raises:
+        CalibrationError: there is nothing to render it by.
+    """
+    if not isinstance(value, Messages):
+        return value
+    if chat is None:
+        do = "Name a field of text: FILE:FIELD"
+        raise CalibrationError(f"data '{value.where}'", found="chat messages, and no model to read them", do=do)
+    return chat(value)
 
 
 def document(value: Any, where: str) -> Document:

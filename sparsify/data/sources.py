@@ -8,74 +8,130 @@ from __future__ import annotations
 
 import hashlib
 import sysconfig
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from sparsify.data.rows import Column, Document, Lines, Table, TokenRows, read_token_file
+from sparsify.data.chat import Render
+from sparsify.data.opening import COMPRESSED
+from sparsify.data.parts import Documents, Several, Split, part_of
+from sparsify.data.rows import USUAL_FIELDS, Column, Document, Lines, Table, TokenRows, read_token_file, usual_field
 from sparsify.data.texts import text_of_file
 from sparsify.errors import CalibrationError, first_line
 from sparsify.files.reading import kind_at
 
-Split = Literal["calibration", "heldout"]
-
 FORMS = (
-    "a text file, FILE.jsonl[:field], FILE.parquet[:field], FILE.safetensors[:tensor] of token ids, python-stdlib, "
-    "c4, a Hugging Face dataset id[:config[:split[:field]]], self, or random"
+    "a text file, FILE.jsonl[:field], FILE.parquet[:field], FILE.safetensors[:tensor] of token ids, a folder of such "
+    "files, python-stdlib, c4, a Hugging Face dataset id[:config[:split[:field]]], self, or random"
 )
+# Entries of a folder and those below it that are looked at.
+MAX_ENTRIES = 1 << 16
+
+_DATA = (".jsonl", ".json", ".parquet", ".safetensors")
+# Of a folder: neither the code nor the description of a data set is its text.
+_OF_FOLDERS = (".txt", ".text", *_DATA)
 
 
-@dataclass(frozen=True)
-class Documents:
-    """Documents and how to name where they are from. ``fixed``: ready-made samples (rows of token ids, all as long)."""
-
-    label: str
-    documents: Sequence[Document]
-    fixed: bool = False
-
-
-def read_documents(spec: str, split: Split) -> Documents:
+def read_documents(spec: str, split: Split, chat: Render | None = None, *, both: bool = False) -> Documents:
     """The documents that ``spec`` names.
 
     Args:
         split: which part of a source that has parts; calibration and held-out parts never overlap.
+        chat: makes token ids of chat messages.
+        both: the source serves for both (:func:`same_source`), and is cut in two: see
+            :func:`sparsify.data.parts.part_of`.
 
     Raises:
         CalibrationError: no such file, field or data set, or it is empty.
     """
-    found = _read(spec, split)
+    found = _read(spec, split, chat)
+    if both and found.documents:
+        found = part_of(found, split)
     if not found.documents:
         raise CalibrationError(f"data '{spec}'", found="no documents in it", do="Name another source")
     return found
 
 
-def _read(spec: str, split: Split) -> Documents:
+def same_source(calibration: str, heldout: str) -> bool:
+    """Whether what is calibrated on and what is held out are the same documents, which have to be shared out then.
+
+    Data sets whose splits are not named are not: calibration takes ``train``, the other ``test``.
+    """
+    one, other = (spec.partition(":")[0] for spec in (calibration, heldout))
+    if kind_at(one) is None or kind_at(other) is None:
+        return _named_part(calibration, "calibration")[:3] == _named_part(heldout, "heldout")[:3]
+    return Path(one).expanduser().samefile(Path(other).expanduser())
+
+
+def _read(spec: str, split: Split, chat: Render | None) -> Documents:
     if spec == "python-stdlib":
         return Documents(f"python-stdlib ({split} half)", list(python_stdlib(split)))
     if spec == "c4":
         return Documents("c4", c4(split))
     path, _, field = spec.partition(":")
-    if (kind := kind_at(path)) in ("folder", "other"):
-        found = "a folder" if kind == "folder" else "no regular file"
-        raise CalibrationError(f"data '{spec}'", found=found, do=f"Name {FORMS}")
-    readers: dict[str, Callable[[Path, str], Documents]] = {
-        ".jsonl": _jsonl,
-        ".json": _jsonl,
-        ".parquet": _parquet,
-        ".safetensors": _token_file,
-    }
-    suffix = Path(path).suffix.lower()
+    kind = kind_at(path)
+    if kind == "other":
+        raise CalibrationError(f"data '{spec}'", found="no regular file", do=f"Name {FORMS}")
+    if kind == "folder":
+        return _folder(Path(path).expanduser(), field, chat)
     if kind == "file":
-        try:
-            return readers.get(suffix, _text)(Path(path), field)
-        except OSError as error:
-            raise CalibrationError(
-                f"data '{path}'", found=f"cannot be read ({error.strerror or error})", do="Check the file"
-            ) from error
-    if suffix in (*readers, ".txt", ".md", ".py") or path.startswith(("/", ".", "~")) or not path:
+        return _file(Path(path).expanduser(), field, chat)
+    if suffix_of(path) in (*_OF_FOLDERS, ".md", ".py") or path.startswith(("/", ".", "~")) or not path:
         raise CalibrationError(f"data '{spec}'", found="no such file", do=f"Name {FORMS}")
-    return Documents(spec, _dataset(spec, split))
+    return _dataset(spec, split, chat)
+
+
+def suffix_of(path: str | Path) -> str:
+    """What a file is by its name, compressed or not."""
+    suffixes = [suffix.lower() for suffix in Path(path).suffixes[-2:]]
+    while suffixes and suffixes[-1] in COMPRESSED:
+        suffixes.pop()
+    return suffixes[-1] if suffixes else ""
+
+
+def _file(path: Path, field: str, chat: Render | None) -> Documents:
+    try:
+        suffix = suffix_of(path)
+        if suffix in (".jsonl", ".json"):
+            lines = Lines(path, field, chat)
+            return Documents(f"{path}:{lines.field}" if lines.field else str(path), lines, packed=lines.chats > 0)
+        if suffix == ".parquet":
+            return _parquet(path, field, chat)
+        if suffix == ".safetensors":
+            name, ids = read_token_file(path, field, FORMS)
+            return Documents(f"{path}:{name}", [ids] if ids.dim() == 1 else TokenRows(ids), fixed=ids.dim() == 2)
+        return _text(path, field)
+    except OSError as error:
+        raise CalibrationError(
+            f"data '{path}'", found=f"cannot be read ({error.strerror or error})", do="Check the file"
+        ) from error
+
+
+def _folder(folder: Path, field: str, chat: Render | None) -> Documents:
+    """Every file of text, JSON, parquet or token ids in ``folder`` and the folders below it, in the order of names."""
+    paths = []
+    for count, path in enumerate(folder.rglob("*")):
+        if count == MAX_ENTRIES:
+            found = f"more than {MAX_ENTRIES} files and folders below it"
+            raise CalibrationError(f"data '{folder}'", found=found, do="Name a folder of data alone")
+        if suffix_of(path) in _OF_FOLDERS and kind_at(path) == "file":
+            paths.append(path)
+    if not paths:
+        found = f"a folder without files of text ({', '.join(_OF_FOLDERS)})"
+        raise CalibrationError(f"data '{folder}'", found=found, do=f"Name {FORMS}")
+    parts, files = [], []
+    for path in sorted(paths):
+        part = _file(path, field if suffix_of(path) in _DATA else "", chat)
+        parts.append(part)
+        files.append((path.relative_to(folder).as_posix(), len(part.documents)))
+    if any(part.packed for part in parts) and not all(part.packed for part in parts):
+        odd = next(name for (name, _), part in zip(files, parts, strict=True) if not part.packed)
+        found = f"chat messages in some files and none in {odd}"
+        raise CalibrationError(f"data '{folder}'", found=found, do="Calibrate on one kind; put the other elsewhere")
+    names = f"{len(files)} files" if len(files) > 1 else "1 file"
+    return Documents(
+        f"{folder} ({names})", Several([p.documents for p in parts]), packed=parts[0].packed, files=tuple(files)
+    )
 
 
 def python_stdlib(split: Split) -> list[str]:
@@ -113,40 +169,36 @@ def _text(path: Path, field: str) -> Documents:
     return Documents(str(path), [] if isinstance(text, str) and not text.strip() else [text])
 
 
-def _jsonl(path: Path, field: str) -> Documents:
-    field = field or "text"
-    return Documents(f"{path}:{field}", Lines(path, field))
-
-
-def _parquet(path: Path, field: str) -> Documents:
-    field = field or "text"
+def _parquet(path: Path, field: str, chat: Render | None) -> Documents:
     try:
-        return Documents(f"{path}:{field}", Table(path, field))
+        table = Table(path, field, chat)
     except ImportError as error:
         raise CalibrationError(
             f"data '{path}'", found="pyarrow is not installed", do="pip install 'sparsify-fx[data]'"
         ) from error
+    return Documents(table.name, table, packed=table.chats > 0)
 
 
-def _token_file(path: Path, field: str) -> Documents:
-    name, ids = read_token_file(path, field, FORMS)
-    return Documents(f"{path}:{name}", [ids] if ids.dim() == 1 else TokenRows(ids), fixed=ids.dim() == 2)
+def _named_part(spec: str, split: Split) -> tuple[str, str, str, str]:
+    """A data set's name, configuration, split and field, "" where nobody says."""
+    name, config, part, field = (*spec.split(":"), "", "", "")[:4]
+    return name, config, part or {"calibration": "train", "heldout": "test"}[split], field
 
 
-def _dataset(spec: str, split: Split) -> Sequence[Document]:
-    name, config, part, field = (*spec.split(":"), "", "", "", "")[:4]
-    part = part or {"calibration": "train", "heldout": "test"}[split]
-    if kind_at(name) is None:
-        _require_hub(spec, name)
+def _dataset(spec: str, split: Split, chat: Render | None) -> Documents:
+    name, config, part, field = _named_part(spec, split)
+    _require_hub(spec, name)
     rows = _load_dataset(spec, name, config or None, split=part)
-    field = field or "text"
+    field = field or usual_field(rows.column_names) or USUAL_FIELDS[0]
     if field not in rows.column_names:
         raise CalibrationError(
             f"data '{spec}'",
             found=f"columns {', '.join(rows.column_names)}",
             do=f"Name one: {name}:{config}:{part}:FIELD",
         )
-    return Column(rows, field, spec)
+    label = f"{name} ({f'configuration {config}, ' if config else ''}split {part}, field {field})"
+    column = Column(rows, field, label, chat)
+    return Documents(label, column, packed=column.chats > 0)
 
 
 def _require_hub(spec: str, name: str) -> None:

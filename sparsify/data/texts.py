@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import codecs
 import io
-import os
 import re
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from sparsify.data.opening import not_utf8, open_text
 from sparsify.errors import CalibrationError
 
 # Bytes of text that are tokenised at once; of a longer text so many at a time (a window may ask for more).
@@ -31,12 +31,14 @@ class LongText:
     Attributes:
         read: so many bytes from a position on, fewer at the end.
         name: what it is called in errors. ``file``: line ends of all systems are read as ``\\n``, as by Python.
+        wrong: the error where it is not UTF-8.
     """
 
     size: int
     read: Callable[[int, int], bytes]
     name: str
     file: bool = False
+    wrong: Callable[[str], CalibrationError] = field(default=lambda name: not_utf8(name, "some of it"), compare=False)
 
     def at(self, start: int, count: int) -> str:
         """Some ``count`` bytes from byte ``start`` on, less what precedes the first line or word that begins there.
@@ -71,11 +73,7 @@ class LongText:
         try:
             return decoder.decode(data, final)
         except UnicodeDecodeError as error:
-            raise not_utf8(self.name) from error
-
-
-def not_utf8(name: str) -> CalibrationError:
-    return CalibrationError(f"data '{name}'", found="not a UTF-8 text file", do="Name a text file, or another source")
+            raise self.wrong(self.name) from error
 
 
 def text_of_file(path: Path) -> str | LongText:
@@ -84,14 +82,9 @@ def text_of_file(path: Path) -> str | LongText:
     Raises:
         CalibrationError: what was read is not UTF-8. OSError: it cannot be read.
     """
-    size = path.stat().st_size
-
-    def read(start: int, count: int) -> bytes:
-        with path.open("rb", buffering=0) as file:
-            return os.pread(file.fileno(), count, start)
-
-    text = LongText(size, read, str(path), file=True)
-    if size > WHOLE:
+    held = open_text(path)
+    text = LongText(held.size, held.read, str(path), file=True, wrong=lambda _: held.not_utf8())
+    if held.size > WHOLE:
         text.at(0, WHOLE)
         return text
     return "".join(text.chunks())

@@ -14,8 +14,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from sparsify.data.parts import Documents
 from sparsify.data.rows import Document
-from sparsify.data.sources import Documents
 from sparsify.data.texts import PIECE, WHOLE, LongText, joined, pieces
 from sparsify.errors import CalibrationError
 
@@ -34,7 +34,9 @@ class Encode(Protocol):
     def __call__(self, text: str, special: bool = True) -> Tensor: ...
 
 
-def random_windows(documents: Documents, encode: Encode, samples: int, length: int, seed: int) -> Tensor:
+def random_windows(
+    documents: Documents, encode: Encode, samples: int, length: int, seed: int, drawn: list[int] | None = None
+) -> Tensor:
     """``samples`` windows of exactly ``length`` tokens, [samples, length] int64, as the papers draw them.
 
     A document is drawn, and drawn again until one has more than ``length`` tokens; then a uniform window of it
@@ -45,21 +47,32 @@ def random_windows(documents: Documents, encode: Encode, samples: int, length: i
     After 64 documents that were too short all are looked at once, or so many as have ``LOOKED_THROUGH`` bytes and
     ``samples`` that are long enough, and the others are left out.
 
+    Conversations are short: in a random order one follows the other, none twice, and sequences are cut out of that.
+
+    Args:
+        drawn: gets the number of the document that each window is from, or ends in.
+
     Raises:
-        CalibrationError: no document is long enough; the message has the counts.
+        CalibrationError: no document is long enough, or there are too few; the message has the counts.
     """
+    drawn = [] if drawn is None else drawn
+    if documents.packed:
+        return _packed(documents, encode, samples, length, seed, drawn)
     if documents.fixed and _count(documents.documents[0]) == length:
         rows = [documents.documents[i] for i in range(min(samples, len(documents.documents)))]
         if len(rows) < samples:
             raise _too_few(documents, f"{len(rows)} sequences of {length} tokens", samples, length)
+        drawn += range(samples)
         return torch.stack([row.long() for row in rows if isinstance(row, Tensor)])
     draw = _Draw(documents.documents, encode, length, random.Random(seed))
     windows: list[Tensor] = []
     candidates: Sequence[int] = range(len(documents.documents))
     misses = 0
     while len(windows) < samples:
-        if (window := draw.window(draw.random.choice(candidates))) is not None:
+        chosen = draw.random.choice(candidates)
+        if (window := draw.window(chosen)) is not None:
             windows.append(window)
+            drawn.append(chosen)
             continue
         misses += 1
         if misses == 64:
@@ -69,6 +82,23 @@ def random_windows(documents: Documents, encode: Encode, samples: int, length: i
             found = f"{len(documents.documents)} documents, the longest of {draw.longest} tokens"
             raise _too_few(documents, found, samples, length)
     return torch.stack(windows)
+
+
+def _packed(documents: Documents, encode: Encode, samples: int, length: int, seed: int, drawn: list[int]) -> Tensor:
+    order = list(range(len(documents.documents)))
+    random.Random(seed).shuffle(order)
+    held, count, windows = torch.empty(0, dtype=torch.long), 0, list[Tensor]()
+    for index in order:
+        document = documents.documents[index]
+        ids = document if isinstance(document, Tensor) else encode("".join(joined([document], "")))
+        held, count = torch.cat([held, ids.long()]), count + len(ids)
+        while len(held) >= length:
+            windows.append(held[:length])
+            drawn.append(index)
+            held = held[length:]
+            if len(windows) == samples:
+                return torch.stack(windows)
+    raise _too_few(documents, f"{len(order)} conversations, {count} tokens in all", samples, length)
 
 
 class _Draw:

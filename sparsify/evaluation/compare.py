@@ -18,6 +18,8 @@ from sparsify.calibration.measuring import drift
 from sparsify.compiler.pipeline import compile
 from sparsify.context import Context, Observer, SiteResult, unobserved
 from sparsify.data.batches import evaluation_windows, load_calibration
+from sparsify.data.chat import Chat
+from sparsify.data.sources import same_source
 from sparsify.errors import SpecError
 from sparsify.evaluation.comparison import Compared, ComparedPass
 from sparsify.evaluation.figure import draw
@@ -52,12 +54,14 @@ def compare(
     check: bool = True,
     allow_nan: bool = False,
     compute_dtype: str | torch.dtype | None = None,
+    chat_template: str | Path | None = None,
     observe: Observer = unobserved,
 ) -> Compared:
     """Prune ``model`` by each of ``passes`` on the same calibration tokens, and evaluate each on ``data``.
 
     Args:
         data: held-out text for perplexity, as for :func:`sparsify.evaluation.perplexity.evaluate`; None for none.
+            Of a file that is ``calibration`` as well the last tenth is held out.
         windows: evaluate on the first so many windows only.
         output: folder for ``compare.json``, ``compare.md``, ``compare.png`` and ``compare.svg``; None writes nothing.
         others: as for :func:`sparsify.compile`.
@@ -90,9 +94,11 @@ def compare(
             allow_nan=allow_nan,
             compute_dtype=compute_dtype,
         )
+        chat = Chat(source, chat_template)
+        both = data is not None and isinstance(calibration, str) and same_source(calibration, data)
         text: tuple[Tensor, str] | None = None
         if data is not None:
-            text = evaluation_windows(data, source, sequence_length, windows)
+            text = evaluation_windows(data, source, sequence_length, windows, chat, both=both)
         shared = load_calibration(
             calibration,
             source,
@@ -100,7 +106,10 @@ def compare(
             sequence_length=sequence_length,
             seed=seed,
             one_by_one=any(GRADIENTS & set(p.statistics) for p in parsed),
+            chat=chat,
+            both=both,
         )
+        chat.check_used("--calibration or --data")
 
         def quality(pruned: Source) -> float | None:
             return None if text is None else perplexity(pruned, text[0], context)
@@ -144,7 +153,7 @@ def compare(
                 )
         result = Compared(
             source.name,
-            f"{shared.size}: {shared.label}",
+            f"{shared.size}: {shared.said}",
             None if text is None else f"{len(text[0])} windows of {text[0].shape[1]} tokens of {text[1]}",
             schedule,
             rows,

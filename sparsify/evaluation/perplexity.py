@@ -23,8 +23,11 @@ from sparsify.calibration.activations import ActivationStore
 from sparsify.calibration.interpreter import Interpreter, Region
 from sparsify.calibration.loss import is_causal, logits_node, model_kind
 from sparsify.context import Context, Progress
-from sparsify.data.batches import as_inputs, evaluation_windows
+from sparsify.data.batches import evaluation_windows
+from sparsify.data.chat import Chat
+from sparsify.data.inputs import as_inputs, check_table, one_row_alone
 from sparsify.errors import CalibrationError, TraceError
+from sparsify.evaluation.heldout import with_use
 from sparsify.frontend.capture import capture
 from sparsify.frontend.source import Source, open_source
 from sparsify.host import cpu_by_default, within_memory
@@ -61,6 +64,7 @@ def evaluate(
     check: bool = True,
     allow_nan: bool = False,
     compute_dtype: str | torch.dtype | None = None,
+    chat_template: str | Path | None = None,
 ) -> Evaluation:
     """Perplexity of a causal language model on ``data``.
 
@@ -69,6 +73,7 @@ def evaluate(
         windows: evaluate on the first so many windows only.
         check: hold the bytes of a folder of ours against its ``sparsify.json``. allow_nan: let NaN in tensors pass.
         compute_dtype: ``"float32"``, ``"bfloat16"`` or ``"float16"``: what the model runs in; None: its own.
+        chat_template: the file of a Jinja template for chat messages, in place of the tokenizer's own.
 
     Raises:
         CalibrationError: data that is missing or too short, or a perplexity that is no number.
@@ -82,9 +87,12 @@ def evaluate(
         allow_nan=allow_nan,
         compute_dtype=compute_dtype,
     )
-    ids, label = evaluation_windows(data, source, sequence_length, windows)
+    chat = Chat(source, chat_template)
+    ids, label = evaluation_windows(data, source, sequence_length, windows, chat)
+    chat.check_used(f"'{data}'")
     started = time.perf_counter()
     value = perplexity(source, ids, context)
+    label = with_use(label, data, source)
     return Evaluation(value, len(ids), ids.shape[1], label, time.perf_counter() - started)
 
 
@@ -93,6 +101,7 @@ def perplexity(source: Source, windows: Tensor, context: Context | None = None) 
     """Perplexity on ``windows`` [count, length] of token ids, of any whole type.
 
     Raises:
+        SpecError: windows longer than the model's table of positions.
         CalibrationError: ids of another vocabulary, too little memory, or a loss that is no number.
         TraceError: no causal language model.
     """
@@ -105,7 +114,8 @@ def perplexity(source: Source, windows: Tensor, context: Context | None = None) 
             found=f"a vocabulary of {vocabulary}",
             do="Give ids of this model's tokenizer",
         )
-    most = max(1, _TOKENS_AT_ONCE // length)
+    check_table(length, source)
+    most = 1 if one_row_alone(source) else max(1, _TOKENS_AT_ONCE // length)
     size = max(d for d in range(1, min(most, count) + 1) if count % d == 0)
     batches = _Batches(windows, size, source)
     with within_memory(f"evaluating {source.name}", context.device):

@@ -25,7 +25,10 @@ from torch import Tensor, nn
 from sparsify.analysis.linear import find_sites
 from sparsify.compiler.backend import Backend, as_backend
 from sparsify.context import Context
-from sparsify.data.batches import default_length, evaluation_windows, example_batch, load_calibration
+from sparsify.data.batches import evaluation_windows, example_batch, load_calibration
+from sparsify.data.chat import Chat
+from sparsify.data.inputs import default_length
+from sparsify.data.sources import same_source
 from sparsify.errors import CalibrationError, SpecError, VerifyError
 from sparsify.evaluation.perplexity import of_losses, perplexity
 from sparsify.files.ledger import write_manifest
@@ -46,7 +49,8 @@ LEAST_ZEROS = 0.05
 
 @dataclass
 class Tuned:
-    """What came of it. ``perplexity``: on held-out text, before and after (merged); ``losses``: of every step."""
+    """What came of it. ``data``: what was trained on. ``perplexity``: on held-out text, before and after (merged);
+    ``losses``: of every step."""
 
     recipe: Recipe
     output: Path
@@ -56,6 +60,7 @@ class Tuned:
     perplexity: tuple[float, float]
     validation: str
     masked: int
+    data: str
     losses: list[float] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
@@ -78,12 +83,17 @@ def tune(
     trust_remote_code: bool = False,
     check: bool = True,
     allow_nan: bool = False,
+    chat_template: str | Path | None = None,
+    validation: str | None = None,
     observe: Callable[[int, int, float], None] = lambda step, steps, loss: None,
 ) -> Tuned:
     """Train the causal language model of the folder ``model`` on ``data`` and write it to ``output``.
 
     Args:
-        data: a source's name, as for calibration; of sources in parts the held-out one is for validation.
+        data: a source's name, as for calibration.
+        validation: another source's name; None: of sources in parts the held-out one, of others the last tenth, which
+            is not trained on then.
+        chat_template: the file of a Jinja template for chat messages, in place of the tokenizer's own.
         to: the backend that writes the result, as for :func:`sparsify.compile`.
         adapter: write LoRA's additions alone, as a folder of ``peft``, and not the merged model.
         resume: go on from ``OUTPUT.tuning``, where the state is kept every ``save_every`` steps until it is done.
@@ -105,8 +115,13 @@ def tune(
     check_output(out, overwrite=overwrite, source=Path(model))
     source = open_source(model, trust_remote_code=trust_remote_code, check=check, allow_nan=allow_nan)
     length = recipe.length or default_length(source, 256)
-    held_out, validation = evaluation_windows(data, source, length, 32)
-    drawn = load_calibration(data, source, samples=recipe.samples, sequence_length=length, seed=recipe.seed)
+    chat, judged = Chat(source, chat_template), validation or data
+    both = same_source(data, judged)
+    held_out, told = evaluation_windows(judged, source, length, 32, chat, both=both)
+    drawn = load_calibration(
+        data, source, samples=recipe.samples, sequence_length=length, seed=recipe.seed, chat=chat, both=both
+    )
+    chat.check_used(f"'{data}'")
     ids = torch.cat([batch["input_ids"] for batch in drawn.batches])
     if len(ids) < recipe.batch:
         raise CalibrationError(
@@ -134,8 +149,9 @@ def tune(
             state.step * recipe.batch * length,
             seconds,
             (before, math.nan),
-            validation,
+            told,
             len(masks),
+            drawn.label,
             state.losses,
         )
         with within_memory(f"what tuning {source.name} gave", place, less):

@@ -107,7 +107,7 @@ def test_parquet(tmp_path: Path) -> None:
         ("none.txt", None, "no such file"),
         ("none.jsonl", None, "no such file"),
         ("empty.txt", b"  \n", "no documents"),
-        ("bin.txt", b"\xff\xfe\x00\x80", "not a UTF-8"),
+        ("bin.txt", b"a\n\x00\xff\x80", "not a UTF-8 text file: line 2, byte 3 (0xff)"),
         ("bad.jsonl", b'{"text": "x"}\n{oops\n', "line 2 is not JSON"),
         ("field.jsonl:body", b'{"text": "x"}\n', "no field 'body'"),
         ("number.jsonl", b'{"text": 3}\n', "a int"),

@@ -59,6 +59,12 @@ def test_data_sets(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", Hub({"text": ["a"], "body": ["b"]}))
     assert list(read_documents("some/set", "calibration").documents) == ["a"]
     assert list(read_documents("some/set:en:train:body", "calibration").documents) == ["b"]
+    for spec, split, label in (
+        ("some/set", "calibration", "some/set (split train, field text)"),
+        ("some/set", "heldout", "some/set (split test, field text)"),
+        ("some/set:en:dev:body", "heldout", "some/set (configuration en, split dev, field body)"),
+    ):
+        assert read_documents(spec, split).label == label  # type: ignore[arg-type]
     with pytest.raises(CalibrationError, match=r"columns text, body\. Name one: some/set:en:train:FIELD"):
         read_documents("some/set:en::other", "calibration")
     monkeypatch.setitem(sys.modules, "datasets", Hub(None))

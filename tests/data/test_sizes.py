@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from support.families import build
 
-from sparsify.data import batches, generate
+from sparsify.data import generate, inputs
 from sparsify.data.batches import load_calibration
 from sparsify.evaluation import perplexity as evaluation
 from sparsify.evaluation.perplexity import perplexity
@@ -30,7 +30,7 @@ def test_as_many_rows_at_once_as_fit_and_divide_them(
 ) -> None:
     ids = torch.randint(3, 60, (6, 16))
     save_file({"input_ids": ids}, tmp_path / "ids.safetensors")
-    monkeypatch.setattr(batches, "TOKENS_AT_ONCE", tokens)
+    monkeypatch.setattr(inputs, "TOKENS_AT_ONCE", tokens)
     found = load_calibration(str(tmp_path / "ids.safetensors"), llama, samples=6, sequence_length=16).batches
     assert [len(batch["input_ids"]) for batch in found] == [rows] * (6 // rows)
     assert torch.equal(torch.cat([batch["input_ids"] for batch in found]), ids)

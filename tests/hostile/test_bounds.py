@@ -82,7 +82,7 @@ def test_a_text_of_a_terabyte_is_opened_and_drawn_from_at_once(tmp_path: Path, b
 @pytest.mark.parametrize("at", [0, 100, 1 << 20, (3 << 20) - 2])
 def test_bytes_that_are_no_text_far_in_a_file(tmp_path: Path, at: int) -> None:
     data = bytearray(b"some text \n" * 300_000)[: 3 << 20]
-    data[at : at + 2] = b"\xff\xfe"
+    data[at : at + 2] = b"\xff\x80"
     (tmp_path / "a.txt").write_bytes(data)
     with pytest.raises(CalibrationError, match="not a UTF-8 text file"):
         for found in read_documents(str(tmp_path / "a.txt"), "heldout").documents:
@@ -96,7 +96,7 @@ def test_a_parquet_bomb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     cell = "a" * (20 << 20)
     parquet.write_table(pyarrow.table({"text": [cell, "b"]}), tmp_path / "a.parquet", compression="zstd")
     with monkeypatch.context() as patch:
-        patch.setattr(rows, "_SMALL", 16 << 20)
+        patch.setattr(rows, "SMALL", 16 << 20)
         refused(tmp_path / "a.parquet", "bytes that decode to")
     parquet.write_table(pyarrow.table({"text": [cell[: rows.MAX_DOCUMENT + 1]]}), tmp_path / "b.parquet")
     refused(tmp_path / "b.parquet", f"a text of {rows.MAX_DOCUMENT + 1} characters")

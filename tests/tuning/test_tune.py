@@ -186,7 +186,7 @@ def test_what_is_refused(sparse: Path, text: str, tmp_path: Path) -> None:
     with pytest.raises(CalibrationError, match="fewer than one step"):
         tune(sparse, text, out, replace(QUICK, samples=4))
     save_file({"input_ids": torch.arange(5)}, tmp_path / "short.safetensors")
-    with pytest.raises(CalibrationError, match="5 tokens in all"):
+    with pytest.raises(CalibrationError, match=r"held out.*: 1 tokens in all"):
         tune(sparse, str(tmp_path / "short.safetensors"), out, QUICK)
     out.mkdir()
     with pytest.raises(BackendError, match="exists"):

@@ -1,0 +1,184 @@
+"""Chat messages as token ids, through the model's chat template."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsify.errors import CalibrationError, SparsifyError, SpecError, first_line
+from sparsify.files.reading import kind_at
+from sparsify.frontend.source import Source
+
+# Bytes of a file that holds a template; the longest of published models has some tens of thousands.
+MAX_TEMPLATE = 1 << 20
+# What ShareGPT's files call those who speak.
+_SPEAKERS = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+    "tool": "tool",
+    "observation": "tool",
+}
+
+
+@dataclass(frozen=True)
+class Messages:
+    """A conversation: tables with a role and content, the tools that it may call, and pictures that lie beside it."""
+
+    messages: list[dict[str, Any]]
+    where: str
+    tools: list[Any] | None = None
+    pictures: list[Any] = field(default_factory=list)
+
+    @property
+    def has_images(self) -> bool:
+        """Whether any part of it is an image, or any lies beside it."""
+        return bool(self.pictures) or any(
+            isinstance(part, dict) and part.get("type") in ("image", "image_url")
+            for message in self.messages
+            for part in (message["content"] if isinstance(message["content"], list) else ())
+        )
+
+
+Render = Callable[[Messages], Tensor]
+
+
+def as_messages(value: Any, where: str, row: dict[str, Any] | None = None) -> Messages | None:
+    """``value`` as a conversation: ``{"role", "content"}`` or, as in ShareGPT's files, ``{"from", "value"}`` each.
+
+    Args:
+        row: what it is a field of: ``tools`` and ``images`` of it belong to the conversation.
+
+    Returns:
+        None where it is no list of tables.
+
+    Raises:
+        CalibrationError: a table that is no message.
+    """
+    if not isinstance(value, list) or not value or not all(isinstance(item, dict) for item in value):
+        return None
+    messages = [_message(item, f"{where}, message {number}") for number, item in enumerate(value, 1)]
+    tools = (row or {}).get("tools")
+    if tools is not None and not isinstance(tools, list):
+        raise CalibrationError(f"data '{where}'", found=f"tools that are a {type(tools).__name__}", do="Give a list")
+    pictures = (row or {}).get("images") or (row or {}).get("image") or []
+    return Messages(messages, where, tools or None, pictures if isinstance(pictures, list) else [pictures])
+
+
+def _message(item: dict[str, Any], where: str) -> dict[str, Any]:
+    if isinstance(item.get("from"), str) and "role" not in item:
+        role = _SPEAKERS.get(item["from"])
+        if role is None or not isinstance(item.get("value"), str):
+            found = f"from {item['from']!r} and a {type(item.get('value')).__name__}"
+            raise CalibrationError(
+                f"data '{where}'", found=found, do=f"Speakers are {', '.join(_SPEAKERS)}, and say text"
+            )
+        return {"role": role, "content": item["value"]}
+    content = item.get("content")
+    parts = isinstance(content, list) and all(isinstance(p, dict) and isinstance(p.get("type"), str) for p in content)
+    silent = content is None and item.get("tool_calls")
+    if not isinstance(item.get("role"), str) or not (isinstance(content, str) or parts or silent):
+        raise CalibrationError(
+            f"data '{where}'",
+            found=f"a table of {', '.join(map(str, item)) or 'nothing'}",
+            do='A message is {"role": …, "content": …}, its content text or a list of parts with a type',
+        )
+    # Tables of parquet files have every field that any of them has.
+    return {"content": content} | {name: held for name, held in item.items() if held is not None}
+
+
+class Chat:
+    """The chat template of a model's tokenizer, or another; ``used``: whether anything has been rendered by it.
+
+    Args:
+        template: a file that holds a Jinja template, instead of the tokenizer's.
+
+    Raises:
+        SpecError: no such file, or no text.
+    """
+
+    def __init__(self, source: Source, template: str | Path | None = None) -> None:
+        self.source, self.used = source, False
+        self.template = None if template is None else _read(Path(template))
+
+    @property
+    def digest(self) -> str | None:
+        """sha256 of the template that was given; None: the tokenizer's own."""
+        return None if self.template is None else hashlib.sha256(self.template.encode()).hexdigest()
+
+    def __call__(self, conversation: Messages) -> Tensor:
+        """Its token ids, [tokens].
+
+        Raises:
+            CalibrationError: messages with more than text, or a template that there is not or that refuses them.
+        """
+        self.used = True
+        if conversation.has_images:
+            raise CalibrationError(
+                f"data '{conversation.where}'",
+                found="images, where text alone is read",
+                do="A model that reads images calibrates on them; else, and for perplexity, give text",
+            )
+        told = {"chat_template": self.template} | ({"tools": conversation.tools} if conversation.tools else {})
+        tokenizer = self.source.tokenizer()
+        if self.template is None and not getattr(tokenizer, "chat_template", None):
+            raise CalibrationError(
+                f"chat messages for {self.source.name}",
+                found="a tokenizer without a chat template",
+                do="Give one with --chat-template FILE, or data with a field of text",
+            )
+        try:
+            said = [{**message, "content": _text(message, conversation.where)} for message in conversation.messages]
+            text = tokenizer.apply_chat_template(said, tokenize=False, **told)
+            # A template writes what a sequence begins with itself.
+            return torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]).long()
+        except SparsifyError:
+            raise
+        except Exception as error:  # a template raises whatever it likes
+            raise CalibrationError(
+                f"data '{conversation.where}'",
+                found=f"the chat template refuses it ({type(error).__name__}: {first_line(error)})",
+                do="Mend the messages, or give another template with --chat-template FILE",
+            ) from error
+
+    def check_used(self, data: object) -> None:
+        """Raises:
+        SpecError: a template was given, and nothing in ``data`` needed one.
+        """
+        if self.template is not None and not self.used:
+            raise SpecError("--chat-template", found=f"no chat messages in {data}", do="Leave it out")
+
+
+def _text(message: dict[str, Any], where: str) -> str | None:
+    content = message["content"]
+    if not isinstance(content, list):
+        text: str | None = content
+        return text
+    if other := next((part["type"] for part in content if part["type"] != "text"), None):
+        raise CalibrationError(
+            f"data '{where}'",
+            found=f"a part of type {other!r}, where text alone is read",
+            do="Images in messages are for calibrating models that read images; else give text",
+        )
+    return "".join(str(part.get("text", "")) for part in content)
+
+
+def _read(path: Path) -> str:
+    try:
+        if kind_at(path) == "other":
+            raise SpecError(f"chat template {path}", found="no regular file", do="Name the file of a Jinja template")
+        if path.stat().st_size > MAX_TEMPLATE:
+            found = f"{path.stat().st_size} bytes, more than {MAX_TEMPLATE}"
+            raise SpecError(f"chat template {path}", found=found, do="Name the file of a Jinja template")
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as error:
+        found = f"cannot be read ({first_line(error)})"
+        raise SpecError(f"chat template {path}", found=found, do="Name the file of a Jinja template") from error
