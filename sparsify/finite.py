@@ -35,6 +35,8 @@ _ONE_NAN: dict[torch.dtype, int] = {
 # Tensors that add to scores and forbid by minus infinity, where a checkpoint holds them: GPT-2's and GPT-Neo's
 # ``masked_bias`` is -1e9, which float16 does not hold; T5's and BART's ``final_logits_bias`` forbids tokens.
 MASKS = frozenset({"masked_bias", "attn_mask", "attention_mask", "causal_mask", "mask", "final_logits_bias"})
+# Where Gemma 4 clips the inputs and outputs of a layer: nowhere, until it is trained otherwise.
+CLIPS = frozenset({"input_min", "input_max", "output_min", "output_max"})
 _PIECE = 1 << 20
 ALLOW = "--allow-nan (allow_nan=True) takes it as it is"
 
@@ -44,11 +46,11 @@ class Scan:
     """Counts what is not finite among numbers of ``dtype`` whose bytes are shown piece by piece.
 
     Attributes:
-        mask: let minus infinity pass. count: how many were found. first: the index of the first, row by row.
+        mask: let minus infinity pass, or at 2 both infinities. count: how many were found. first: the index of the first, row by row.
     """
 
     dtype: torch.dtype
-    mask: bool = False
+    mask: int = False
     count: int = 0
     first: int = -1
     _seen: int = 0
@@ -87,12 +89,14 @@ class Scan:
         if self.mask and bound:
             sign = 1 << (8 * numbers.itemsize - 1)
             bad &= numbers != sign | bound >> 1
+            if self.mask == 2:
+                bad &= numbers != bound >> 1
         if bad.any():
             self.first = self.first if self.count else self._seen + int(bad.argmax())
             self.count += int(bad.sum())
 
 
-def scan(tensor: Tensor, mask: bool = False) -> Scan:
+def scan(tensor: Tensor, mask: int = False) -> Scan:
     """What is not finite in ``tensor``, of any dtype and on any device; see :class:`Scan`."""
     values = tensor.detach()
     parts = 1
@@ -113,7 +117,7 @@ def scan(tensor: Tensor, mask: bool = False) -> Scan:
     return found
 
 
-def check_finite(name: str, tensor: Tensor, where: str = "", mask: bool | None = None) -> None:
+def check_finite(name: str, tensor: Tensor, where: str = "", mask: int | None = None) -> None:
     """Raises:
     CheckpointError: ``tensor`` holds NaN or infinity; says how many, and the first index.
 
@@ -147,6 +151,7 @@ def said(found: Scan, shape: Iterable[int]) -> str:
     return f"NaN or infinity in it, {found.count} in all, the first at {index}"
 
 
-def is_mask(name: str) -> bool:
-    """Whether a tensor of that name may hold minus infinity."""
-    return name.rpartition(".")[2] in MASKS
+def is_mask(name: str) -> int:
+    """Which infinities a tensor of that name may hold: none (0), minus (1), or both (2)."""
+    leaf = name.rpartition(".")[2]
+    return 2 if leaf in CLIPS else int(leaf in MASKS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from inspect import signature
 
 import torch
 from torch import Tensor
@@ -26,6 +27,11 @@ def as_inputs(ids: Tensor, source: Source) -> dict[str, Tensor]:
     if getattr(source.config, "is_encoder_decoder", False):
         start = getattr(source.config, "decoder_start_token_id", None) or 0
         inputs["decoder_input_ids"] = torch.cat([torch.full_like(ids[:, :1], start), ids[:, :-1]], dim=1)
+    text = source.config.get_text_config() if hasattr(source.config, "get_text_config") else None
+    if getattr(text, "use_bidirectional_attention", False) and "token_type_ids" in signature(source.module.forward).parameters:
+        # PaliGemma: a prompt is read in both directions, which its processor says with zeros; without them it depends
+        # on how attention is computed.
+        inputs["token_type_ids"] = torch.zeros_like(ids)
     return inputs
 
 

@@ -12,6 +12,7 @@ from support.vlms import VLMS, build, text, with_image
 from torch import Tensor, nn
 
 import sparsify
+from sparsify.data.inputs import as_inputs
 from sparsify.errors import CalibrationError, SpecError
 from sparsify.frontend.capture import capture
 from sparsify.frontend.mends import mended
@@ -41,11 +42,7 @@ def test_what_no_checkpoint_holds_is_what_the_real_model_has(name: str, tmp_path
 @pytest.mark.parametrize("name", EACH)
 def test_the_graph_is_the_model(name: str, image: bool, tmp_path: Path) -> None:
     source = open_source(folder(name, tmp_path))
-    # PaliGemma without token types attends in both directions with sdpa, and forward with eager attention, as does
-    # every trace of it: it is asked with them.
-    batch = with_positions(source.module, with_image(name) if image else text())
-    if name == "paligemma":
-        batch["token_type_ids"] = torch.zeros_like(batch["input_ids"])
+    batch = with_positions(source.module, with_image(name) if image else as_inputs(text()["input_ids"], source))
     program = capture(source, batch)
     made = runnable(program, torch.device("cpu"))(*[batch[node.meta["input"]] for node in program.inputs])
     logits = made if isinstance(made, Tensor) else made[program.output_names.index("logits")]
