@@ -10,15 +10,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sparsify.backends.hf.saving import save_tensors
 from sparsify.errors import BackendError
-from sparsify.files.checkpoint import WEIGHTS, Checkpoint
+from sparsify.files.checkpoint import Checkpoint
 from sparsify.files.companions import copy_companions, rewrite_config
 from sparsify.files.ledger import write_manifest
 from sparsify.files.staging import Staging
+from sparsify.files.writer import write_all
 from sparsify.frontend.matching import weights_of_checkpoint
+from sparsify.frontend.modules import save_module
 from sparsify.frontend.source import Source
-from sparsify.host import quiet
+from sparsify.frontend.ties import config_of
 from sparsify.ir.program import Program
 from sparsify.ir.store import DenseView
 from sparsify.ir.weights import Weights
@@ -43,7 +44,9 @@ class HuggingFaceJob:
         try:
             self.store = self._dense_copy()
             if source.is_transformers:
-                self.weights: Weights = weights_of_checkpoint(source.module, self.store)
+                self.weights: Weights = weights_of_checkpoint(
+                    source.module, self.store, untied=source.weights.untied
+                )
             else:
                 self.weights = source.weights.on(self.store)
         except BaseException as error:
@@ -56,17 +59,22 @@ class HuggingFaceJob:
             copy_companions(source.folder, folder)
             if isinstance(source.weights.store, DenseView):
                 rewrite_config(folder, source.weights.store.dense_config)
+            if (folder / "config.json").is_file():
+                rewrite_config(folder, self._settled)
         if source.checkpoint is not None:
             return source.checkpoint.copy_to(folder)
         if source.is_transformers and source.folder is None:
-            model: Any = source.module
-            # transformers reports shards in its warnings, which are not about the user's command.
-            with quiet():
-                model.save_pretrained(folder)
-        else:
-            store = source.weights.store
-            save_tensors({name: store.read(name).contiguous() for name in store.names()}, folder / WEIGHTS)
-        return Checkpoint(folder, writable=True)
+            return save_module(source.module, folder)
+        store = source.weights.store
+        layout = {name: (store.dtype(name), list(store.shape(name))) for name in store.names()}
+        return write_all(folder, layout, lambda name: store.read(name).contiguous())
+
+    def _settled(self, config: dict[str, Any]) -> dict[str, Any]:
+        """config.json that says what was found in the weights: the class of the model, and what is not tied."""
+        module: Any = self.source.module
+        if not config.get("architectures") and "auto_map" not in config:
+            config = {**config, "architectures": [type(module).__name__]}
+        return config_of(module, self.source.weights.untied, config)
 
     def finish(self, program: Program, manifest: dict[str, Any]) -> tuple[Path, Weights]:
         """Read everything back, write the manifest, and put the folder in place."""

@@ -95,7 +95,9 @@ class PackedJob:
         path = self.hf.seal(manifest, sums)
         names = {name: name for name in weights.parameters()}
         store = PackedStore(path, self.sites)
-        return path, Weights(store, names, aliases=weights.aliases, model=self.source.module)
+        packed = Weights(store, names, aliases=weights.aliases, model=self.source.module)
+        packed.unknown, packed.untied = weights.unknown, weights.untied
+        return path, packed
 
     def _write(self, folder: Path, program: Program) -> dict[str, str]:
         """The packed weight files in the place of the dense ones, checked before those go; the digest of each."""

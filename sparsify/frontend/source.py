@@ -22,7 +22,9 @@ from sparsify.files.ledger import Checked, Ledger
 from sparsify.files.reading import MAX_INDEX, admit, kind_at, read_json
 from sparsify.finite import check_all_finite, check_finite
 from sparsify.frontend.matching import weights_of_checkpoint, weights_of_module
+from sparsify.frontend.modules import unwrapped
 from sparsify.frontend.skeleton import build_skeleton, recast
+from sparsify.frontend.ties import separate, untie
 from sparsify.ir.store import MemoryStore, TensorStore
 from sparsify.ir.weights import Weights
 from sparsify.method.registry import is_own, loaded, package_of, warn_of
@@ -88,7 +90,12 @@ class Source:
         """The folder's model once more, without memory for its parameters; see :func:`build_skeleton`."""
         assert self.folder is not None, "a module in memory is its own"
         dtype = next((p.dtype for p in self.module.parameters() if p.is_floating_point()), None)
-        return build_skeleton(self.folder, self.trust_remote_code, dtype, edit, self.weights.store)
+
+        def change(model: nn.Module) -> None:
+            separate(model, self.weights.untied)
+            edit(model)
+
+        return build_skeleton(self.folder, self.trust_remote_code, dtype, change, self.weights.store)
 
     def running(self) -> nn.Module:
         """The model in the dtype in which it runs, for a trace: ``module`` itself where that is its own."""
@@ -96,7 +103,13 @@ class Source:
             return self.module
         if self.folder is None:
             return recast(self.module, self.compute)
-        return build_skeleton(self.folder, self.trust_remote_code, store=self.weights.store, compute=self.compute)
+        return build_skeleton(
+            self.folder,
+            self.trust_remote_code,
+            edit=lambda model: separate(model, self.weights.untied),
+            store=self.weights.store,
+            compute=self.compute,
+        )
 
     def tokenizer(self) -> Any:
         """The folder's tokenizer.
@@ -147,6 +160,7 @@ def open_source(
     check: bool = True,
     allow_nan: bool = False,
     compute_dtype: str | torch.dtype | None = None,
+    strict: bool = False,
 ) -> Source:
     """Open ``model`` without reading its weights.
 
@@ -159,6 +173,7 @@ def open_source(
             of a module now.
         compute_dtype: ``"float32"``, ``"bfloat16"`` or ``"float16"`` (torch's own as well): what the model is to run
             in; None: its own. What is stored keeps its dtype.
+        strict: refuse tensors that the model's class has no place for; else outputs carry them over.
 
     Raises:
         CheckpointError: no such model, a broken one, one whose bytes are not those that were written, or NaN in it.
@@ -167,6 +182,7 @@ def open_source(
     asked = None if compute_dtype is None else check_compute_dtype(str(compute_dtype).removeprefix("torch."))
     compute: torch.dtype | None = None if asked is None else getattr(torch, asked)
     if isinstance(model, nn.Module):
+        model = unwrapped(model)
         if not allow_nan:
             _check_module(model)
         weights = weights_of_module(model)
@@ -186,7 +202,7 @@ def open_source(
     stored = (store.dtype(name) for name in store.names())
     dtype = next((d for d in stored if d.is_floating_point), None)
     module = build_skeleton(folder, trust_remote_code, dtype, store=store)
-    weights = weights_of_checkpoint(module, store)
+    weights = weights_of_checkpoint(module, store, untied=untie(module, store), strict=strict)
     checkpoint = store if isinstance(store, Checkpoint) else None
     # The hub's cache names a folder by its commit; the model's own name serves outputs better.
     name = folder.name if kind_at(model) else str(model).rpartition("/")[2]

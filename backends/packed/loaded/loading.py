@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import sparsify  # noqa: F401 (registers packed folders with transformers)
 from sparsify.errors import CheckpointError, SparsifyError, first_line
+from sparsify.files.checkpoint import Checkpoint
 from sparsify.files.whole import check_folder
+from sparsify.frontend.heads import name_class
 from sparsify.host import peak_memory, recent_peak, reset_peak
 from sparsify.import_path import environment, python
 
@@ -57,6 +59,8 @@ def load_model(folder: str | Path, *, trust_remote_code: bool = False, check: bo
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
         if getattr(config, "quantization_config", None):
             config.quantization_config["check"] = check
+        if not getattr(config, "architectures", None) and Path(folder).is_dir():
+            name_class(config, Checkpoint(Path(folder)).names())
         names = list(getattr(config, "architectures", None) or [])
         kind: Any = getattr(transformers, names[0], None) if names else None
         if kind is None:
