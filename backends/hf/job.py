@@ -6,14 +6,17 @@ about the sparsity are in ``sparsify.json``.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from sparsify.backends.hf.notes import source_notes
 from sparsify.errors import BackendError
 from sparsify.files.checkpoint import Checkpoint
-from sparsify.files.companions import copy_companions, rewrite_config
+from sparsify.files.companions import copy_companions, rewrite_config, size_of_companions, tokenizer_files
 from sparsify.files.ledger import write_manifest
+from sparsify.files.reading import admit
 from sparsify.files.staging import Staging
 from sparsify.files.writer import write_all
 from sparsify.frontend.matching import weights_of_checkpoint
@@ -40,13 +43,13 @@ class HuggingFaceJob:
         need = sum(p.numel() * p.element_size() for p in source.module.parameters())
         if source.checkpoint is not None:
             need = source.checkpoint.nbytes()
+        if source.folder is not None:
+            need += size_of_companions(source.folder)
         self.staging = Staging(out, overwrite=overwrite, source=source.folder, need=need + _BESIDE)
         try:
             self.store = self._dense_copy()
             if source.is_transformers:
-                self.weights: Weights = weights_of_checkpoint(
-                    source.module, self.store, untied=source.weights.untied
-                )
+                self.weights: Weights = weights_of_checkpoint(source.module, self.store, untied=source.weights.untied)
             else:
                 self.weights = source.weights.on(self.store)
         except BaseException as error:
@@ -57,6 +60,9 @@ class HuggingFaceJob:
         source, folder = self.source, self.staging.folder
         if source.folder is not None:
             copy_companions(source.folder, folder)
+            if source.adapter is not None:
+                for path in tokenizer_files(source.adapter.folder, beside=True):
+                    shutil.copyfile(admit(path), folder / path.name)
             if isinstance(source.weights.store, DenseView):
                 rewrite_config(folder, source.weights.store.dense_config)
             if (folder / "config.json").is_file():
@@ -82,7 +88,7 @@ class HuggingFaceJob:
         return out, self.weights.on(Checkpoint(out))
 
     def notes(self) -> list[str]:
-        return []
+        return source_notes(self.source)
 
     def seal(
         self, manifest: dict[str, Any], tensors: Mapping[str, str], files: Mapping[str, str] | None = None

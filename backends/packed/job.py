@@ -101,7 +101,8 @@ class PackedJob:
 
     def _write(self, folder: Path, program: Program) -> dict[str, str]:
         """The packed weight files in the place of the dense ones, checked before those go; the digest of each."""
-        inside = folder / "packed"
+        # No name of the source's: hidden ones are not carried.
+        inside = folder / ".packed"
         inside.mkdir()
         sums = write_packed(inside, self.weights, self.decisions)
         for name, found, do in differences(PackedStore(inside, self.sites), self.weights, sums):
@@ -138,7 +139,7 @@ class PackedJob:
             ) from error
 
     def notes(self) -> list[str]:
-        return summary(self.decisions)
+        return [*self.hf.notes(), *summary(self.decisions)]
 
     def __enter__(self) -> PackedJob:
         return self

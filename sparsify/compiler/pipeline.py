@@ -42,6 +42,8 @@ def compile(
     check: bool = True,
     allow_nan: bool = False,
     compute_dtype: str | torch.dtype | None = None,
+    strict: bool = False,
+    adapter: str | None = None,
     dry_run: bool = False,
     observe: Observer = unobserved,
     after: After = nobody,
@@ -64,6 +66,8 @@ def compile(
         allow_nan: let NaN and infinity in tensors that are not pruned pass, which the output's manifest says then.
         compute_dtype: ``"float32"``, ``"bfloat16"`` or ``"float16"``: what calibration runs in; None: the model's own.
             What is written keeps the dtype that it was stored in.
+        strict: refuse tensors that the model's class has no place for; else they are carried over, and listed.
+        adapter: ``"merge"``: add a LoRA adapter of peft in the folder to the weights; None refuses one.
         dry_run: decide what would be pruned and stop there.
         observe: told of every batch and every site. after: told of every pass that has run, with the program.
 
@@ -102,6 +106,8 @@ def compile(
             check=check,
             allow_nan=allow_nan,
             compute_dtype=compute_dtype,
+            strict=strict,
+            adapter=adapter,
         )
         planned, data = stages.plan(source, request, context)
         if dry_run:

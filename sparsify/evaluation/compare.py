@@ -52,6 +52,8 @@ def compare(
     check: bool = True,
     allow_nan: bool = False,
     compute_dtype: str | torch.dtype | None = None,
+    strict: bool = False,
+    adapter: str | None = None,
     observe: Observer = unobserved,
 ) -> Compared:
     """Prune ``model`` by each of ``passes`` on the same calibration tokens, and evaluate each on ``data``.
@@ -89,6 +91,8 @@ def compare(
             check=check,
             allow_nan=allow_nan,
             compute_dtype=compute_dtype,
+            strict=strict,
+            adapter=adapter,
         )
         text: tuple[Tensor, str] | None = None
         if data is not None:
@@ -123,6 +127,8 @@ def compare(
                     check=check,
                     allow_nan=allow_nan,
                     compute_dtype=compute_dtype,
+                    strict=strict,
+                    adapter=adapter,
                     observe=observe,
                 )
                 seconds, peak = time.perf_counter() - started, recent_peak(context.device) if reset else None

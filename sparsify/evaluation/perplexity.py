@@ -61,6 +61,8 @@ def evaluate(
     check: bool = True,
     allow_nan: bool = False,
     compute_dtype: str | torch.dtype | None = None,
+    strict: bool = False,
+    adapter: str | None = None,
 ) -> Evaluation:
     """Perplexity of a causal language model on ``data``.
 
@@ -69,6 +71,9 @@ def evaluate(
         windows: evaluate on the first so many windows only.
         check: hold the bytes of a folder of ours against its ``sparsify.json``. allow_nan: let NaN in tensors pass.
         compute_dtype: ``"float32"``, ``"bfloat16"`` or ``"float16"``: what the model runs in; None: its own.
+
+        strict: refuse tensors that the model's class has no place for; else they are passed over.
+        adapter: ``"merge"``: add a LoRA adapter of peft in the folder to the weights; None refuses one.
 
     Raises:
         CalibrationError: data that is missing or too short, or a perplexity that is no number.
@@ -81,6 +86,8 @@ def evaluate(
         check=check,
         allow_nan=allow_nan,
         compute_dtype=compute_dtype,
+        strict=strict,
+        adapter=adapter,
     )
     ids, label = evaluation_windows(data, source, sequence_length, windows)
     started = time.perf_counter()

@@ -45,7 +45,9 @@ def check_complete(
         for name in wanted
         if aliases.get(name, name) not in held and not any(re.search(pattern, name) for pattern in optional)
     ]
-    found = f"{len(strange)} of {len(stored)} tensors have no place in the config's model, first {next(iter(strange), '')}"
+    found = (
+        f"{len(strange)} of {len(stored)} tensors have no place in the config's model, first {next(iter(strange), '')}"
+    )
     if strange and (more := _uncounted(model, strange, set(stored) - set(unknown))):
         raise CheckpointError(f"weights for {kind}", found=found, do=more)
     if strange and missing:
@@ -71,7 +73,7 @@ def check_complete(
 
 def _uncounted(model: Any, strange: Iterable[str], placed: Collection[str]) -> str | None:
     """What to do where ``strange`` tensors are whole layers like those that the model has, one number further."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     if any(getattr(text, name, None) for name in _FURTHER):
         return None
@@ -107,7 +109,7 @@ def _why_missing(model: Any, missing: Sequence[str]) -> str:
 
 
 def _why_shape(model: Any, meant: Sequence[int], found: Sequence[int]) -> str:
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     size = getattr(text, "vocab_size", None)
     if len(meant) == len(found) and meant[0] == size and found[0] != size and list(meant[1:]) == list(found[1:]):

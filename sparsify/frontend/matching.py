@@ -43,7 +43,7 @@ class Placement:
 
 
 def place(model: nn.Module, names: Iterable[str]) -> Placement:
-    """Say by transformers' own renamings which parameter of ``model`` each of ``names`` is, ties left out of account."""
+    """Say by transformers' own renamings which parameter of ``model`` each of ``names`` is, ties aside."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,11 @@ from torch import nn
 from sparsify.errors import CheckpointError
 from sparsify.files.checkpoint import Checkpoint
 from sparsify.files.writer import write_all
+from sparsify.ir.store import RenamedStore, TensorStore
 
 # What transformers cuts the files of a model at that it saves.
 _SHARD = 50 * 10**9
+_INSIDE = re.compile(r"(?:(?<=\.)|^)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -49,6 +52,29 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 def _compiled(module: nn.Module) -> bool:
     return type(module).__name__ == "OptimizedModule" and "_orig_mod" in module._modules
+
+
+def without_wrappers(store: TensorStore) -> TensorStore:
+    """``store`` with the names that the model's own parameters have: a state that was saved from within
+    ``torch.compile`` or DistributedDataParallel has ``_orig_mod.`` and ``module.`` in them.
+
+    Raises:
+        CheckpointError: two tensors would have one name then.
+    """
+    names = list(store.names())
+    inner = all(name.startswith("module.") for name in names)
+    own = {name: _INSIDE.sub("", name).removeprefix("module." if inner else "") for name in names}
+    if all(name == new for name, new in own.items()):
+        return store
+    turned = {new: name for name, new in own.items()}
+    if len(turned) != len(own):
+        double = next(name for name, new in own.items() if turned[new] != name)
+        raise CheckpointError(
+            f"tensor {double}",
+            found=f"{turned[own[double]]} is the same without its wrapper",
+            do="Take one of them out",
+        )
+    return RenamedStore(store, turned)
 
 
 def save_module(model: Any, folder: Path) -> Checkpoint:

@@ -74,9 +74,7 @@ class Weights:
 
     def on(self, store: TensorStore) -> Weights:
         """The same parameters over another store with the same tensors."""
-        new = Weights(
-            store, self._renamed, self._converted, self.aliases, self._model, self._transforms, self._twins
-        )
+        new = Weights(store, self._renamed, self._converted, self.aliases, self._model, self._transforms, self._twins)
         new.unknown, new.untied = self.unknown, self.untied
         return new
 
