@@ -112,5 +112,7 @@ def _check_files(result: Verification, folder: Path, ledger: Ledger) -> None:
         if not sound:
             result.problems.append(differs(named))
     result.problems += [
-        f"{name}: a weight file that {MANIFEST} does not know" for name in strangers if holds_weights(name)
+        f"{name}: a weight file that {MANIFEST} does not know"
+        for name in strangers
+        if holds_weights(name) and "/" not in name
     ]
