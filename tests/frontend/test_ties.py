@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from support.families import LLAMA, build
+from support.families import LLAMA, build, inputs, run
 from support.folders import load
 
 import sparsify
@@ -175,6 +175,20 @@ def test_the_head_alone_is_pruned_and_the_embedding_is_not(apart: Path, tmp_path
 
     back = load_file(unpack_folder(packed.output, tmp_path / "back") / "model.safetensors")
     assert all(torch.equal(back[name], after[name]) for name in after) and back.keys() == after.keys()
+
+
+@pytest.mark.parametrize(("kind", "name"), [("bert", "cls.predictions.decoder"), ("t5", "lm_head")])
+def test_a_head_that_the_config_goes_on_to_tie_stays_dense(kind: str, name: str, tmp_path: Path) -> None:
+    """Where other parameters are tied config.json says so still; of the head transformers asks what it is."""
+    with_tensors(kind, tmp_path / "model", {GROUPS[kind][0]: 1.0, f"{name}.weight": 5.0})
+    to, batch = "packed:choice=smallest", inputs(kind)
+    only = [f"{name}*", "*ttention*"]
+    made = sparsify.compile(
+        tmp_path / "model", ["magnitude:2:4"], to=to, only=only, calibration=[batch], output=tmp_path / "out"
+    )
+    assert made.output is not None and any("config.json ties it" in note for note in made.notes)
+    assert json.loads((made.output / "config.json").read_text())["tie_word_embeddings"] is True
+    torch.testing.assert_close(run(load(made.output), batch), run(made.model, batch), rtol=1e-4, atol=1e-5)
 
 
 def test_a_smaller_model_keeps_both(apart: Path, tmp_path: Path) -> None:
