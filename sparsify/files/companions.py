@@ -33,6 +33,8 @@ _DESCRIBE = {
 MAX_FILES, MAX_LEVELS = 1000, 8
 # Weights of the whole model in the forms of other programs, and states of a training.
 _FOREIGN = frozenset({".onnx", ".onnx_data", ".gguf", ".pth", ".pt", ".ckpt", ".h5", ".msgpack", ".tflite", ".xml"})
+# Sub-folders that are called so hold the model for other programs; of a hub id their weights were not even fetched.
+_FORMATS = frozenset({"onnx", "openvino", "original", "gguf", "coreml", "metal", "mlx", "tflite"})
 MODULES = "modules.json"
 _TOKENIZER = ("tokenizer", "vocab", "spiece", "sentencepiece", "merges", "tekken")
 # What belongs to a tokenizer and is none.
@@ -109,7 +111,7 @@ def _files_of(inner: Path, folder: Path) -> list[Path] | None:
     if inner.is_symlink():
         return None
     files: list[Path] = []
-    whole, size = False, 0
+    whole, size = inner.name in _FORMATS, 0
     for at, folders, names in os.walk(inner):
         here = Path(at)
         folders[:] = sorted(name for name in folders if not name.startswith((".", "__pycache__")))

@@ -98,7 +98,7 @@ def refusal(folder: Path, alone: bool) -> CheckpointError:
     return CheckpointError(
         f"model {folder}",
         found=f"an adapter ({CONFIG}: {kind}) {where}",
-        do=f"Pass --adapter merge (adapter='merge'), or {_HOW}"
+        do=f"Pass --adapter merge (adapter='merge') to compile, eval or compare, or {_HOW}"
         + ("" if alone else f"; to take the weights without it move {CONFIG} away"),
     )
 
@@ -125,6 +125,7 @@ def read_adapter(folder: Path, check: bool = True, allow_nan: bool = False) -> A
         do = "Fetch the folder again; an adapter_model.bin is a pickle: load and save it with peft"
         raise CheckpointError(asked, found=f"no {WEIGHTS}", do=do)
     ledger = Ledger.of(folder, check, finite=not allow_nan)
+    ledger.check_file(folder / CONFIG)
     try:
         tensors = load_file(admit(folder / WEIGHTS))
     except (SafetensorError, OSError) as error:

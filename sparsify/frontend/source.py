@@ -277,7 +277,7 @@ def _find_folder(model: str | Path) -> Path:
 
     try:
         found = snapshot_download(
-            text, allow_patterns=["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.py"]
+            text, allow_patterns=["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.py", "[0-9]_*/*.bin"]
         )
     except Exception as error:  # the hub raises a dozen kinds, all of which mean: it cannot be had
         raise CheckpointError(

@@ -115,6 +115,7 @@ FOREIGN: dict[str, dict[str, Any]] = {
     "checkpoint-500/": {"model.safetensors": {"a": torch.ones(1)}, "config.json": {"model_type": "bert"}},
     "training/": {"optimizer.pt": "x"},
     "again/": {"model.safetensors": {"a": torch.ones(1 << 16)}},
+    "gguf/": {"params.json": {}},
     "deep/": {"a/b/c/d/e/f/g/h/i/file.json": {}},
 }
 
