@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 
 from sparsify.errors import CheckpointError
@@ -25,12 +26,20 @@ _TABLES = (
 
 
 def name_class(config: Any, names: Iterable[str]) -> None:
-    """Let ``config``, which names no architecture, name the one that fits tensors of these ``names`` best: no parameter
-    may be without one; of those the fewest tensors may be left over, and the most be called as the parameter is.
+    """Let ``config``, where it names no class that transformers or the model's own code has, name the one that fits
+    tensors of these ``names`` best: no parameter may be without one; of those the fewest tensors may be left over, and
+    the most be called as the parameter is.
 
-    Where none fits it goes on naming none.
+    Where none fits it names none.
     """
-    names = list(names)
+    said = config.architectures
+    said = [said] if isinstance(said, str) else said or []
+    if getattr(config, "auto_map", None):
+        return
+    if said and isinstance(said[0], str) and hasattr(transformers, said[0]):
+        config.architectures = list(said)
+        return
+    names, config.architectures = list(names), None
     best: tuple[tuple[int, int], str] | None = None
     for kind in _classes(config):
         try:

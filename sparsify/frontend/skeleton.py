@@ -72,7 +72,7 @@ def build_skeleton(
     sizes = sizes_of(folder)
     try:
         with few_parts(tensors, folder):
-            if store is not None and not config.architectures and not getattr(config, "auto_map", None):
+            if store is not None:
                 name_class(config, store.names())
         with torch.device("meta"), few_parts(tensors, folder):
             named = compute or getattr(config, "dtype", None) or dtype or torch.float32

@@ -201,9 +201,14 @@ def open_source(
     folder = _find_folder(model)
     if not folder.is_dir():
         raise CheckpointError(f"model folder {folder}", found="a file", do="Name the folder that holds config.json")
-    folder, addition = find_adapter(folder, adapter, _find_folder, check, allow_nan)
+    # The hub's cache names a folder by its commit; the model's own name serves outputs better.
+    name = folder.name if kind_at(model) else str(model).rpartition("/")[2]
     ledger = Ledger.of(folder, check, finite=not allow_nan)
     check_companions(folder, ledger)
+    own, addition = find_adapter(folder, adapter, _find_folder, check, allow_nan)
+    if own != folder:
+        folder, ledger = own, Ledger.of(own, check, finite=not allow_nan)
+        check_companions(folder, ledger)
     store: TensorStore
     if allow_bin and not (folder / WEIGHTS).exists() and _pickles(folder):
         store = pickled = _read_pickles(folder)
@@ -218,8 +223,6 @@ def open_source(
         store = merged(addition, module, store)
     weights = weights_of_checkpoint(module, store, untied=untie(module, store), strict=strict)
     checkpoint = store if isinstance(store, Checkpoint) else None
-    # The hub's cache names a folder by its commit; the model's own name serves outputs better.
-    name = folder.name if kind_at(model) else str(model).rpartition("/")[2]
     return Source(
         name,
         module,

@@ -17,7 +17,9 @@ from support.folders import load
 
 import sparsify
 from sparsify.errors import CheckpointError, SpecError
+from sparsify.files.ledger import write_manifest
 from sparsify.frontend.source import open_source
+from sparsify.tensors import digest
 
 IDS = torch.randint(3, 60, (4, 16), generator=torch.Generator().manual_seed(0))
 LAYER = "base_model.model.model.layers.9.self_attn.q_proj"
@@ -177,6 +179,21 @@ def test_adapters_of_other_models(change: Any, says: str, tmp_path: Path) -> Non
     with pytest.raises(CheckpointError) as caught:
         open_source(tmp_path / "adapter", adapter="merge")
     assert says in str(caught.value)
+
+
+@pytest.mark.parametrize("file", ["adapter_config.json", "adapter_model.safetensors"])
+def test_an_adapter_of_ours_is_held_against_what_was_written(file: str, tmp_path: Path) -> None:
+    adapted("llama", tmp_path, target_modules=TARGETS)
+    folder = tmp_path / "adapter"
+    tensors = load_file(folder / "adapter_model.safetensors")
+    write_manifest(folder, {}, {name: digest(tensor) for name, tensor in tensors.items()})
+    assert open_source(folder, adapter="merge").name == "adapter"
+    path = folder / file
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError):
+        open_source(folder, adapter="merge")
 
 
 def test_nothing_to_merge(tmp_path: Path) -> None:

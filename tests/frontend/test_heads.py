@@ -54,6 +54,14 @@ def test_the_class_whose_parameters_are_there(kind: str, tmp_path: Path) -> None
     assert not source.weights.unknown and type(load_model(tmp_path)) is type(model)
 
 
+@pytest.mark.parametrize("said", [["MyOwnForCausalLM"], "LlamaForCausalLM", [], [None], ["LlamaForCausalLM", "More"]])
+def test_a_class_that_nobody_has_is_none(said: object, tmp_path: Path) -> None:
+    """Taken for a body without a head it would be pruned as one, the head carried along."""
+    build("llama").save_pretrained(tmp_path)
+    source = open_source(change(tmp_path, architectures=said))
+    assert type(source.module) is hf.LlamaForCausalLM and not source.weights.unknown
+
+
 @pytest.mark.parametrize("to", ["hf", "packed:choice=smallest"])
 def test_the_output_names_it(to: str, tmp_path: Path) -> None:
     MADE["llama tied"]().save_pretrained(tmp_path / "model")
