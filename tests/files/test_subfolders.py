@@ -61,7 +61,9 @@ def below(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in found}
 
 
-@pytest.mark.parametrize("to", ["hf", "packed:choice=smallest", "onnx:weights=link"])
+@pytest.mark.parametrize(
+    "to", ["hf", "packed:choice=smallest", pytest.param("onnx:weights=link", marks=pytest.mark.slow)]
+)
 def test_what_belongs_to_a_model_is_carried(model: Path, tmp_path: Path, to: str) -> None:
     made = sparsify.compile(model, ["magnitude:2:4"], to=to, output=tmp_path / "out")
     assert made.output is not None
@@ -75,6 +77,7 @@ def test_what_belongs_to_a_model_is_carried(model: Path, tmp_path: Path, to: str
         assert below(unpack_folder(made.output, tmp_path / "back")) == below(model)
 
 
+@pytest.mark.slow
 def test_a_smaller_model_has_them_too(model: Path, tmp_path: Path) -> None:
     ids = torch.randint(3, 60, (2, 8), generator=torch.Generator().manual_seed(0))
     batches = [{"input_ids": ids, "labels": ids}]

@@ -89,7 +89,7 @@ def test_an_adapter_is_refused_by_name(beside: bool, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("to", ["hf", "packed:choice=smallest"])
+@pytest.mark.parametrize("to", ["hf", pytest.param("packed:choice=smallest", marks=pytest.mark.slow)])
 def test_what_is_written_is_the_merged_model_pruned(to: str, tmp_path: Path) -> None:
     model = adapted("llama", tmp_path, beside=True, target_modules=TARGETS)
     model.save_pretrained(tmp_path / "merged")
@@ -104,6 +104,7 @@ def test_what_is_written_is_the_merged_model_pruned(to: str, tmp_path: Path) -> 
     load(made.output)
 
 
+@pytest.mark.slow
 def test_a_smaller_model_of_a_merged_one(tmp_path: Path) -> None:
     adapted("llama", tmp_path, target_modules=TARGETS).save_pretrained(tmp_path / "merged")
     for name, model, options in (("want", "merged", {}), ("out", "adapter", {"adapter": "merge"})):

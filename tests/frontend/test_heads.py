@@ -62,7 +62,7 @@ def test_a_class_that_nobody_has_is_none(said: object, tmp_path: Path) -> None:
     assert type(source.module) is hf.LlamaForCausalLM and not source.weights.unknown
 
 
-@pytest.mark.parametrize("to", ["hf", "packed:choice=smallest"])
+@pytest.mark.parametrize("to", ["hf", pytest.param("packed:choice=smallest", marks=pytest.mark.slow)])
 def test_the_output_names_it(to: str, tmp_path: Path) -> None:
     MADE["llama tied"]().save_pretrained(tmp_path / "model")
     change(tmp_path / "model", architectures=None)

@@ -63,7 +63,7 @@ def embed(folder: Path, model: Any) -> torch.Tensor:
     return torch.tanh(torch.cat(rows) @ dense["linear.weight"].T + dense["linear.bias"])
 
 
-@pytest.mark.parametrize("to", ["hf", "packed:choice=smallest"])
+@pytest.mark.parametrize("to", ["hf", pytest.param("packed:choice=smallest", marks=pytest.mark.slow)])
 def test_its_parts_give_the_embeddings_of_the_pruned_encoder(folder: Path, tmp_path: Path, to: str) -> None:
     made = sparsify.compile(folder, ["magnitude:2:4"], to=to, output=tmp_path / "out")
     assert made.output is not None
@@ -71,6 +71,7 @@ def test_its_parts_give_the_embeddings_of_the_pruned_encoder(folder: Path, tmp_p
     torch.testing.assert_close(embed(made.output, loaded), embed(folder, made.model), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_package_loads_it(folder: Path, tmp_path: Path) -> None:
     package = pytest.importorskip("sentence_transformers", reason="170 MB with scipy and scikit-learn")
     made = sparsify.compile(folder, ["magnitude:2:4"], output=tmp_path / "out")
