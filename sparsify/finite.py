@@ -46,7 +46,8 @@ class Scan:
     """Counts what is not finite among numbers of ``dtype`` whose bytes are shown piece by piece.
 
     Attributes:
-        mask: let minus infinity pass, or at 2 both infinities. count: how many were found. first: the index of the first, row by row.
+        mask: let minus infinity pass, or at 2 both infinities. count: how many were found. first: the index of the
+            first, row by row.
     """
 
     dtype: torch.dtype

@@ -11,6 +11,8 @@ Schedule = Literal["layer", "block", "dense"]
 SCHEDULES: tuple[Schedule, ...] = get_args(Schedule)
 ComputeDtype = Literal["float32", "bfloat16", "float16"]
 COMPUTE_DTYPES: tuple[ComputeDtype, ...] = get_args(ComputeDtype)
+AdapterWord = Literal["merge"]
+ADAPTERS: tuple[AdapterWord, ...] = get_args(AdapterWord)
 
 _UNITS = {
     "": 1, "B": 1, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40, "KB": 10**3, "MB": 10**6,
@@ -46,6 +48,15 @@ def check_compute_dtype(text: str | None) -> ComputeDtype | None:
         SpecError: it is none.
     """
     return None if text is None else one_of(text, COMPUTE_DTYPES, "compute dtype")
+
+
+def check_adapter(text: str | None) -> AdapterWord | None:
+    """``text`` as what becomes of an adapter that lies on a model's weights; None: it is refused.
+
+    Raises:
+        SpecError: it is nothing of the kind.
+    """
+    return None if text is None else one_of(text, ADAPTERS, "treatment of adapters")
 
 
 def parse_bytes(text: int | str) -> int:

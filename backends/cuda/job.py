@@ -99,7 +99,7 @@ class CudaJob(PackedJob):
 
     def notes(self) -> list[str]:
         first, *rest = summary(self.decisions)
-        lines = [first, *kernels_by_tokens(self.decisions, self.groups, self._plan, self.timings)]
+        lines = [*self.hf.notes(), first, *kernels_by_tokens(self.decisions, self.groups, self._plan, self.timings)]
         packed = [d.name for d in self.decisions if d.site is not None]
         if packed and self.weights.dtype(packed[0]) not in DTYPES:
             lines.append("stored in float32, which no 2:4 kernel takes: load it with dtype=torch.bfloat16")

@@ -6,19 +6,23 @@ about the sparsity are in ``sparsify.json``.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sparsify.backends.hf.saving import save_tensors
+from sparsify.backends.hf.notes import source_notes
 from sparsify.errors import BackendError
-from sparsify.files.checkpoint import WEIGHTS, Checkpoint
-from sparsify.files.companions import copy_companions, rewrite_config
+from sparsify.files.checkpoint import Checkpoint
+from sparsify.files.companions import copy_companions, rewrite_config, size_of_companions, tokenizer_files
 from sparsify.files.ledger import write_manifest
+from sparsify.files.reading import admit
 from sparsify.files.staging import Staging
+from sparsify.files.writer import write_all
 from sparsify.frontend.matching import weights_of_checkpoint
+from sparsify.frontend.modules import save_module
 from sparsify.frontend.source import Source
-from sparsify.host import quiet
+from sparsify.frontend.ties import config_of
 from sparsify.ir.program import Program
 from sparsify.ir.store import DenseView
 from sparsify.ir.weights import Weights
@@ -39,11 +43,13 @@ class HuggingFaceJob:
         need = sum(p.numel() * p.element_size() for p in source.module.parameters())
         if source.checkpoint is not None:
             need = source.checkpoint.nbytes()
+        if source.folder is not None:
+            need += size_of_companions(source.folder)
         self.staging = Staging(out, overwrite=overwrite, source=source.folder, need=need + _BESIDE)
         try:
             self.store = self._dense_copy()
             if source.is_transformers:
-                self.weights: Weights = weights_of_checkpoint(source.module, self.store)
+                self.weights: Weights = weights_of_checkpoint(source.module, self.store, untied=source.weights.untied)
             else:
                 self.weights = source.weights.on(self.store)
         except BaseException as error:
@@ -54,19 +60,27 @@ class HuggingFaceJob:
         source, folder = self.source, self.staging.folder
         if source.folder is not None:
             copy_companions(source.folder, folder)
+            if source.adapter is not None:
+                for path in tokenizer_files(source.adapter.folder, beside=True):
+                    shutil.copyfile(admit(path), folder / path.name)
             if isinstance(source.weights.store, DenseView):
                 rewrite_config(folder, source.weights.store.dense_config)
+            if (folder / "config.json").is_file():
+                rewrite_config(folder, self._settled)
         if source.checkpoint is not None:
             return source.checkpoint.copy_to(folder)
         if source.is_transformers and source.folder is None:
-            model: Any = source.module
-            # transformers reports shards in its warnings, which are not about the user's command.
-            with quiet():
-                model.save_pretrained(folder)
-        else:
-            store = source.weights.store
-            save_tensors({name: store.read(name).contiguous() for name in store.names()}, folder / WEIGHTS)
-        return Checkpoint(folder, writable=True)
+            return save_module(source.module, folder)
+        store = source.weights.store
+        layout = {name: (store.dtype(name), list(store.shape(name))) for name in store.names()}
+        return write_all(folder, layout, lambda name: store.read(name).contiguous())
+
+    def _settled(self, config: dict[str, Any]) -> dict[str, Any]:
+        """config.json that says what was found in the weights: the class of the model, and what is not tied."""
+        module: Any = self.source.module
+        if not config.get("architectures") and "auto_map" not in config:
+            config = {**config, "architectures": [type(module).__name__]}
+        return config_of(module, self.source.weights.untied, config)
 
     def finish(self, program: Program, manifest: dict[str, Any]) -> tuple[Path, Weights]:
         """Read everything back, write the manifest, and put the folder in place."""
@@ -74,7 +88,7 @@ class HuggingFaceJob:
         return out, self.weights.on(Checkpoint(out))
 
     def notes(self) -> list[str]:
-        return []
+        return source_notes(self.source)
 
     def seal(
         self, manifest: dict[str, Any], tensors: Mapping[str, str], files: Mapping[str, str] | None = None

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsify.backends.hf.job import HuggingFaceJob
+from sparsify.backends.hf.notes import source_notes
 from sparsify.backends.onnx.folder import write_genai_config
 from sparsify.backends.onnx.notes import storage_notes
 from sparsify.backends.onnx.options import Options
@@ -66,7 +67,8 @@ class ONNXJob:
 
     def notes(self) -> list[str]:
         """What a user should know of the graph that was written."""
-        return storage_notes(self.options, self.stored, self.contract)
+        kept = "in model.safetensors and not in the graph" if self.options.weights == "link" else "not in the graph"
+        return [*source_notes(self.source, kept), *storage_notes(self.options, self.stored, self.contract)]
 
     def __enter__(self) -> ONNXJob:
         return self

@@ -95,11 +95,14 @@ class PackedJob:
         path = self.hf.seal(manifest, sums)
         names = {name: name for name in weights.parameters()}
         store = PackedStore(path, self.sites)
-        return path, Weights(store, names, aliases=weights.aliases, model=self.source.module)
+        packed = Weights(store, names, aliases=weights.aliases, model=self.source.module)
+        packed.unknown, packed.untied = weights.unknown, weights.untied
+        return path, packed
 
     def _write(self, folder: Path, program: Program) -> dict[str, str]:
         """The packed weight files in the place of the dense ones, checked before those go; the digest of each."""
-        inside = folder / "packed"
+        # No name of the source's: hidden ones are not carried.
+        inside = folder / ".packed"
         inside.mkdir()
         sums = write_packed(inside, self.weights, self.decisions)
         for name, found, do in differences(PackedStore(inside, self.sites), self.weights, sums):
@@ -136,7 +139,7 @@ class PackedJob:
             ) from error
 
     def notes(self) -> list[str]:
-        return summary(self.decisions)
+        return [*self.hf.notes(), *summary(self.decisions)]
 
     def __enter__(self) -> PackedJob:
         return self

@@ -77,6 +77,8 @@ def decide(
     for name, own in readers.items():
         if name in shared:
             reason: str | None = f"shared with {shared[name]}"
+        elif name in weights.untied and getattr(model, "all_tied_weights_keys", None):
+            reason = "config.json ties it to another parameter, with which transformers compares it"
         else:
             reason = next((r for site in own if (r := _unfit_site(site))), None) or unfit(model, name)
         found.append(_decide(name, own[0], weights, reason, layout, choice, watch))

@@ -16,6 +16,7 @@ from sparsify.files.staging import Staging
 from sparsify.files.writer import FileLayout, lay_out, lay_out_files, layout_from_json, nbytes
 from sparsify.frontend.matching import weights_of_checkpoint
 from sparsify.frontend.skeleton import build_skeleton
+from sparsify.frontend.ties import untie
 
 
 def unpack_folder(
@@ -71,7 +72,9 @@ def unpack_folder(
 
 def _write_converted(store: PackedStore, dense: Checkpoint, folder: Path, trust_remote_code: bool) -> None:
     """Every parameter of ``store`` into the tensors of the original checkpoint, converted back where it has to be."""
-    weights = weights_of_checkpoint(build_skeleton(folder, trust_remote_code, store=dense), dense)
+    model = build_skeleton(folder, trust_remote_code, store=dense)
+    # What is tied is seen where the numbers are.
+    weights = weights_of_checkpoint(model, dense, untied=untie(model, store))
     if missing := sorted({*weights.parameters()} - {*store.names()}):
         raise CheckpointError(
             f"unpacking {store.checkpoint.folder}", found=f"it does not hold {missing[0]}", do="Fetch the folder again"

@@ -8,7 +8,7 @@ from pathlib import Path
 from sparsify.backends.verify.result import Verification
 from sparsify.errors import CheckpointError
 from sparsify.files.checkpoint import INDEX, WEIGHTS, Checkpoint
-from sparsify.files.companions import holds_weights
+from sparsify.files.companions import companions, holds_weights
 from sparsify.files.ledger import Ledger, digest_of_header
 from sparsify.files.manifest import MANIFEST
 from sparsify.files.reading import admit
@@ -89,7 +89,9 @@ def compare_tensors(
 
 def _check_files(result: Verification, folder: Path, ledger: Ledger) -> None:
     known = ledger.headers.keys() | ledger.files.keys()
-    here = {path.name: path for path in sorted(folder.iterdir()) if path.name != MANIFEST}
+    here = {path.name: path for path in sorted(folder.iterdir()) if path.name != MANIFEST and not path.is_dir()}
+    here |= {path.relative_to(folder).as_posix(): path for path in companions(folder) if path.parent != folder}
+    here |= {n: folder / n for n in known if "/" in n and ".." not in Path(n).parts and (folder / n).is_file()}
     result.problems += [f"{name}: {MANIFEST} names it, and it is not here" for name in sorted(known - here.keys())]
     strangers = sorted(here.keys() - known)
     if strangers:
@@ -110,5 +112,7 @@ def _check_files(result: Verification, folder: Path, ledger: Ledger) -> None:
         if not sound:
             result.problems.append(differs(named))
     result.problems += [
-        f"{name}: a weight file that {MANIFEST} does not know" for name in strangers if holds_weights(name)
+        f"{name}: a weight file that {MANIFEST} does not know"
+        for name in strangers
+        if holds_weights(name) and "/" not in name
     ]

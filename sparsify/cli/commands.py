@@ -11,6 +11,7 @@ import typer
 
 from sparsify.cli.graphs import GraphPrinter
 from sparsify.cli.options import (
+    AdapterWord,
     AllowBin,
     AllowNan,
     AsJson,
@@ -24,6 +25,7 @@ from sparsify.cli.options import (
     Model,
     NoCheck,
     Quiet,
+    Strict,
     Trust,
     command_errors,
 )
@@ -31,7 +33,15 @@ from sparsify.cli.terminal import Terminal, say
 from sparsify.errors import BackendError, SpecError
 from sparsify.files.reading import kind_at
 from sparsify.method.spec import check_pass, describe_passes, parse_backend, parse_pass, split_specs
-from sparsify.words import check_amount, check_compute_dtype, check_schedule, check_seed, parse_bytes, plain
+from sparsify.words import (
+    check_adapter,
+    check_amount,
+    check_compute_dtype,
+    check_schedule,
+    check_seed,
+    parse_bytes,
+    plain,
+)
 
 
 def compile_command(
@@ -88,6 +98,8 @@ def compile_command(
     allow_nan: AllowNan = False,
     compute_dtype: Compute = None,
     chat_template: ChatTemplate = None,
+    strict: Strict = False,
+    adapter: AdapterWord = None,
     trust_remote_code: Trust = False,
     quiet: Quiet = False,
     log_level: LogLevel = "warning",
@@ -98,6 +110,7 @@ def compile_command(
         console = Terminal(quiet=quiet)
         specs = passes or []
         check_compute_dtype(compute_dtype)
+        check_adapter(adapter)
         _check_words(specs, schedule, memory, to, samples, sequence_length, seed)
         if dry_run and print_after:
             raise SpecError(
@@ -137,6 +150,8 @@ def compile_command(
                 allow_nan=allow_nan,
                 compute_dtype=compute_dtype,
                 chat_template=chat_template,
+                strict=strict,
+                adapter=adapter,
                 observe=line.show,
                 after=shown.after,
             )
@@ -203,6 +218,8 @@ def eval_command(
     allow_nan: AllowNan = False,
     compute_dtype: Compute = None,
     chat_template: ChatTemplate = None,
+    strict: Strict = False,
+    adapter: AdapterWord = None,
     trust_remote_code: Trust = False,
     quiet: Quiet = False,
     log_level: LogLevel = "warning",
@@ -211,6 +228,7 @@ def eval_command(
     """Perplexity of each MODEL on TEXT by the papers' protocol: disjoint windows, mean loss per window."""
     with command_errors(debug, log_level):
         check_compute_dtype(compute_dtype)
+        check_adapter(adapter)
         from sparsify.cli.progress import ProgressLine
         from sparsify.cli.tables import evaluation_report
         from sparsify.context import Context
@@ -232,6 +250,8 @@ def eval_command(
                     allow_nan=allow_nan,
                     compute_dtype=compute_dtype,
                     chat_template=chat_template,
+                    strict=strict,
+                    adapter=adapter,
                 )
             results.append((model, result))
         if as_json:
@@ -267,6 +287,8 @@ def compare_command(
     allow_nan: AllowNan = False,
     compute_dtype: Compute = None,
     chat_template: ChatTemplate = None,
+    strict: Strict = False,
+    adapter: AdapterWord = None,
     trust_remote_code: Trust = False,
     quiet: Quiet = False,
     log_level: LogLevel = "warning",
@@ -276,6 +298,7 @@ def compare_command(
     with command_errors(debug, log_level):
         specs = split_specs(passes)
         check_compute_dtype(compute_dtype)
+        check_adapter(adapter)
         _check_words(specs, schedule, memory, "hf", samples, sequence_length, seed)
         from sparsify.cli.progress import ProgressLine
         from sparsify.cli.tables import comparison_report
@@ -302,6 +325,8 @@ def compare_command(
                 allow_nan=allow_nan,
                 compute_dtype=compute_dtype,
                 chat_template=chat_template,
+                strict=strict,
+                adapter=adapter,
                 observe=line.show,
             )
         if as_json:

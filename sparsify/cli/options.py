@@ -39,6 +39,13 @@ ChatTemplate = Annotated[
         "--chat-template", help="Jinja template for chat messages. [default: the tokenizer's]", metavar="FILE"
     ),
 ]
+Strict = Annotated[
+    bool, typer.Option("--strict", help="Refuse tensors that the model's class does not know; else they are carried.")
+]
+AdapterWord = Annotated[
+    str | None,
+    typer.Option("--adapter", help="merge: add a LoRA adapter to the weights. [default: refuse one]", metavar="WORD"),
+]
 Debug = Annotated[bool, typer.Option("--debug", help="Show a traceback with an error.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Length = Annotated[int | None, typer.Option(help="Tokens per sequence. [default: min(2048, the model's context)]")]

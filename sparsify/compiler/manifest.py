@@ -12,6 +12,7 @@ from sparsify.compiler.result import Compiled, PassRun
 from sparsify.context import SiteResult
 from sparsify.data.batches import Calibration
 from sparsify.files.manifest import FORMAT
+from sparsify.frontend.source import Source
 from sparsify.method.spec import spec_text
 
 
@@ -27,6 +28,7 @@ def make_manifest(compiled: Compiled, request: Request, seed: int) -> dict[str, 
         **({"allow_nan": True} if source.allow_nan else {}),
         # What calibration ran in, where that was not the model's own dtype.
         **({"compute_dtype": str(source.compute).removeprefix("torch.")} if source.compute is not None else {}),
+        **_as_found(source),
         "architecture": type(compiled.source.module).__name__,
         "versions": {name: _version(name) for name in ("sparsify-fx", "torch", "transformers", "safetensors")}
         | {"python": platform.python_version()},
@@ -36,6 +38,20 @@ def make_manifest(compiled: Compiled, request: Request, seed: int) -> dict[str, 
         "calibration": None if calibration is None else _calibration(calibration, seed),
         "not_understood": [{"tensors": list(opaque.parameters), "reason": opaque.reason} for opaque in compiled.opaque],
     }
+
+
+def _as_found(source: Source) -> dict[str, Any]:
+    """Where the source's folder was other than its config.json says, and what of it was left behind."""
+    weights = source.weights
+    found = {
+        # Tensors that the model's class has no place for.
+        "unknown_tensors": list(weights.unknown),
+        # Parameters that the config ties to others and whose tensors differ from theirs.
+        "untied": sorted(weights.untied),
+        "left_out": list(source.left_out),
+        "adapter": {} if source.adapter is None else source.adapter.as_dict(),
+    }
+    return {key: value for key, value in found.items() if value}
 
 
 def _pass(run: PassRun, request: Request) -> dict[str, Any]:

@@ -43,6 +43,8 @@ def compile(
     allow_nan: bool = False,
     compute_dtype: str | torch.dtype | None = None,
     chat_template: str | Path | None = None,
+    strict: bool = False,
+    adapter: str | None = None,
     dry_run: bool = False,
     observe: Observer = unobserved,
     after: After = nobody,
@@ -66,6 +68,8 @@ def compile(
         compute_dtype: ``"float32"``, ``"bfloat16"`` or ``"float16"``: what calibration runs in; None: the model's own.
             What is written keeps the dtype that it was stored in.
         chat_template: the file of a Jinja template for chat messages, in place of the tokenizer's own.
+        strict: refuse tensors that the model's class has no place for; else they are carried over, and listed.
+        adapter: ``"merge"``: add a LoRA adapter of peft in the folder to the weights; None refuses one.
         dry_run: decide what would be pruned and stop there.
         observe: told of every batch and every site. after: told of every pass that has run, with the program.
 
@@ -105,6 +109,8 @@ def compile(
             check=check,
             allow_nan=allow_nan,
             compute_dtype=compute_dtype,
+            strict=strict,
+            adapter=adapter,
         )
         planned, data = stages.plan(source, request, context)
         if dry_run:

@@ -95,6 +95,8 @@ def open_model(
     check: bool,
     allow_nan: bool,
     compute_dtype: str | torch.dtype | None,
+    strict: bool,
+    adapter: str | None,
 ) -> Source:
     """The model that a user names, and a look at where its output will lie.
 
@@ -112,6 +114,8 @@ def open_model(
         check=check,
         allow_nan=allow_nan,
         compute_dtype=compute_dtype,
+        strict=strict,
+        adapter=adapter,
     )
     if isinstance(model, nn.Module):
         require_real(model)

@@ -28,7 +28,8 @@ def as_inputs(ids: Tensor, source: Source) -> dict[str, Tensor]:
         start = getattr(source.config, "decoder_start_token_id", None) or 0
         inputs["decoder_input_ids"] = torch.cat([torch.full_like(ids[:, :1], start), ids[:, :-1]], dim=1)
     text = source.config.get_text_config() if hasattr(source.config, "get_text_config") else None
-    if getattr(text, "use_bidirectional_attention", False) and "token_type_ids" in signature(source.module.forward).parameters:
+    both_ways = getattr(text, "use_bidirectional_attention", False)
+    if both_ways and "token_type_ids" in signature(source.module.forward).parameters:
         # PaliGemma: a prompt is read in both directions, which its processor says with zeros; without them it depends
         # on how attention is computed.
         inputs["token_type_ids"] = torch.zeros_like(ids)

@@ -55,6 +55,8 @@ def compare(
     allow_nan: bool = False,
     compute_dtype: str | torch.dtype | None = None,
     chat_template: str | Path | None = None,
+    strict: bool = False,
+    adapter: str | None = None,
     observe: Observer = unobserved,
 ) -> Compared:
     """Prune ``model`` by each of ``passes`` on the same calibration tokens, and evaluate each on ``data``.
@@ -93,6 +95,8 @@ def compare(
             check=check,
             allow_nan=allow_nan,
             compute_dtype=compute_dtype,
+            strict=strict,
+            adapter=adapter,
         )
         chat = Chat(source, chat_template)
         both = data is not None and isinstance(calibration, str) and same_source(calibration, data)
@@ -132,6 +136,8 @@ def compare(
                     check=check,
                     allow_nan=allow_nan,
                     compute_dtype=compute_dtype,
+                    strict=strict,
+                    adapter=adapter,
                     observe=observe,
                 )
                 seconds, peak = time.perf_counter() - started, recent_peak(context.device) if reset else None

@@ -65,6 +65,8 @@ def evaluate(
     allow_nan: bool = False,
     compute_dtype: str | torch.dtype | None = None,
     chat_template: str | Path | None = None,
+    strict: bool = False,
+    adapter: str | None = None,
 ) -> Evaluation:
     """Perplexity of a causal language model on ``data``.
 
@@ -74,6 +76,9 @@ def evaluate(
         check: hold the bytes of a folder of ours against its ``sparsify.json``. allow_nan: let NaN in tensors pass.
         compute_dtype: ``"float32"``, ``"bfloat16"`` or ``"float16"``: what the model runs in; None: its own.
         chat_template: the file of a Jinja template for chat messages, in place of the tokenizer's own.
+
+        strict: refuse tensors that the model's class has no place for; else they are passed over.
+        adapter: ``"merge"``: add a LoRA adapter of peft in the folder to the weights; None refuses one.
 
     Raises:
         CalibrationError: data that is missing or too short, or a perplexity that is no number.
@@ -86,6 +91,8 @@ def evaluate(
         check=check,
         allow_nan=allow_nan,
         compute_dtype=compute_dtype,
+        strict=strict,
+        adapter=adapter,
     )
     chat = Chat(source, chat_template)
     ids, label = evaluation_windows(data, source, sequence_length, windows, chat)

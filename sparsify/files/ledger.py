@@ -122,10 +122,11 @@ class Ledger:
         if self.complete:
             self.compare("header of", self.headers, file, found)
 
-    def check_file(self, path: Path) -> None:
-        """The same for any other file; one that was added later is nobody's."""
-        if path.name in self.files:
-            self.compare("file", self.files, path.name, digest_of_span(admit(path)))
+    def check_file(self, path: Path, name: str | None = None) -> None:
+        """The same for any other file, by its path in the folder; one that was added later is nobody's."""
+        name = name or path.name
+        if name in self.files:
+            self.compare("file", self.files, name, digest_of_span(admit(path)))
 
     def compare(self, kind: str, known: Mapping[str, str], name: str, found: str) -> None:
         """Raises:
@@ -153,13 +154,15 @@ def write_manifest(
         tensors: the digest of each tensor. files: those of files that are known already.
     """
     headers, others = {}, dict(files or {})
-    for path in sorted(folder.iterdir()):
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
         if not path.is_file():
             continue
-        if path.suffix == HEADER_SUFFIX:
-            headers[path.name] = digest_of_header(path)
-        elif path.name != MANIFEST and path.name not in others:
-            others[path.name] = digest_of_span(path)
+        # Tensors in sub-folders are not the model's: their files are held as a whole.
+        if path.suffix == HEADER_SUFFIX and path.parent == folder:
+            headers[name] = digest_of_header(path)
+        elif name != MANIFEST and name not in others:
+            others[name] = digest_of_span(path)
     kept = {key: value for key, value in manifest.items() if key not in ("format", "checksums", "digests")}
     digests: dict[str, Any] = {"algorithm": BLAKE, "tensors": dict(tensors), "headers": headers, "files": others}
     # As it will be read: keys are texts then, and tuples lists.

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from sparsify.files.checkpoint import DTYPES, INDEX, WEIGHTS, Checkpoint
 
@@ -17,6 +18,9 @@ SHARD = 5 * 10**9
 # Bytes of one tensor that a folder of ours may speak of.
 MAX_TENSOR = 1 << 44
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+# The order of the safetensors library: dtypes of wide elements first, then names.
+_ORDER = ("U64", "I64", "F64", "F32", "U32", "I32", "BF16", "F16", "U16", "I16", "F8_E4M3", "F8_E5M2", "I8", "U8")
 
 FileLayout = Mapping[str, tuple[torch.dtype, Sequence[int]]]
 
@@ -43,6 +47,26 @@ def lay_out(folder: Path, tensors: FileLayout, shard: int = SHARD) -> Checkpoint
         return lay_out_files(folder, {WEIGHTS: files[0]})
     names = [f"model-{number:05}-of-{len(files):05}.safetensors" for number in range(1, len(files) + 1)]
     return lay_out_files(folder, dict(zip(names, files, strict=True)))
+
+
+def write_all(folder: Path, tensors: FileLayout, read: Callable[[str], Tensor], shard: int = SHARD) -> Checkpoint:
+    """The weight files of ``folder`` with ``tensors`` in them, of which never more than one is in memory: those that
+    the safetensors library would write.
+
+    Args:
+        read: gives a tensor by its name. ``shard``: as for :func:`lay_out`.
+    """
+    ranks = {kind: rank for rank, kind in enumerate(_ORDER)}
+
+    def rank(name: str) -> tuple[int, str]:
+        return ranks.get(_NAMES[tensors[name][0]], len(ranks)), name
+
+    if nbytes(tensors) <= shard:
+        tensors = {name: tensors[name] for name in sorted(tensors, key=rank)}
+    made = lay_out(folder, tensors, shard)
+    for name in tensors:
+        made.write(name, read(name))
+    return made
 
 
 def lay_out_files(folder: Path, files: Mapping[str, FileLayout]) -> Checkpoint:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from sparsify.errors import CheckpointError, near
+from sparsify.errors import CheckpointError
+from sparsify.frontend.complete import check_complete
 from sparsify.ir.store import MemoryStore, TensorStore
 from sparsify.ir.weights import Conversion, Weights, run_converter, tied_names
 
@@ -23,47 +25,88 @@ def weights_of_module(model: nn.Module) -> Weights:
     return Weights(MemoryStore(MemoryStore(None, own)), {name: name for name in own}, aliases=aliases)
 
 
-def weights_of_checkpoint(model: nn.Module, store: TensorStore) -> Weights:
-    """Match the tensors of ``store`` to the parameters of a ``transformers`` model on the meta device.
+@dataclass
+class Placement:
+    """Where the tensors of a checkpoint belong by their names.
 
-    Raises:
-        CheckpointError: a tensor that the config has no place for, a parameter without a tensor, or a shape that
-            disagrees.
+    Attributes:
+        renamed: parameter name to the tensors that are it; there are several only in a file that says one thing twice.
+        groups: parameter name to the conversion that makes it. unknown: tensors for which the model has no place.
+        exact: how many have the very name of their parameter. transforms: what of transformers' mapping was used.
     """
+
+    renamed: dict[str, list[str]] = field(default_factory=dict)
+    groups: dict[str, Conversion] = field(default_factory=dict)
+    unknown: list[str] = field(default_factory=list)
+    exact: int = 0
+    transforms: list[Any] = field(default_factory=list)
+
+
+def place(model: nn.Module, names: Iterable[str]) -> Placement:
+    """Say by transformers' own renamings which parameter of ``model`` each of ``names`` is, ties aside."""
     from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import (
-        WeightConverter,
-        WeightRenaming,
-        dot_natural_key,
-        rename_source_key,
-    )
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
     transforms = get_model_conversion_mapping(model)
     renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
     converters = [t for t in transforms if isinstance(t, WeightConverter)]
     by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
-    aliases = tied_names(model)
     wanted = model.state_dict()
     prefix = getattr(model, "base_model_prefix", "")
-
-    renamed: dict[str, str] = {}
-    groups: dict[str, Conversion] = {}
-    unexpected = []
-    for key in sorted(store.names(), key=dot_natural_key):
+    found = Placement()
+    for key in sorted(names, key=dot_natural_key):
         name, pattern = rename_source_key(key, renamings, converters, prefix, wanted)
         if name not in wanted and key in wanted:
             name, pattern = rename_source_key(key, [], [], base_model_prefix=prefix, meta_state_dict=wanted)
         if name not in wanted:
-            unexpected.append(key)
+            found.unknown.append(key)
         elif pattern is None:
-            renamed[aliases.get(name, name)] = key
+            found.renamed.setdefault(name, []).append(key)
+            found.exact += name == key
         else:
-            group = groups.setdefault(name, Conversion(by_pattern[pattern], [], [name]))
+            group = found.groups.setdefault(name, Conversion(by_pattern[pattern], [], [name]))
             group.sources.append((key, pattern))
+    found.transforms = [t for t in transforms if t.was_used()]
+    return found
 
-    shapes = {name: store.shape(key) for name, key in renamed.items()}
+
+def weights_of_checkpoint(
+    model: nn.Module, store: TensorStore, *, untied: Collection[str] = (), strict: bool = False
+) -> Weights:
+    """Match the tensors of ``store`` to the parameters of a ``transformers`` model on the meta device.
+
+    Of parameters that are tied to each other only those that hold the same numbers are one:
+    :func:`sparsify.frontend.ties.untie` has seen to that.
+
+    Args:
+        untied: what it said. strict: refuse tensors that the model has no place for.
+
+    Raises:
+        CheckpointError: a parameter without a tensor, a shape that disagrees, two tensors for one parameter; tensors
+            that show the config to be another model's; with ``strict`` any that the config has no place for.
+    """
+    placed = place(model, store.names())
+    aliases, wanted = tied_names(model), model.state_dict()
+    renamed: dict[str, str] = {}
+    twins: dict[str, list[str]] = {}
+    shapes: dict[str, torch.Size] = {}
+    own: dict[str, str] = {}
+    for name, keys in placed.renamed.items():
+        if len(keys) > 1:
+            raise CheckpointError(
+                f"parameter {name}",
+                found=f"two tensors in the folder are it, {keys[0]} and {keys[1]}",
+                do="Take one of them out",
+            )
+        shapes[name] = store.shape(keys[0])
+        own[name] = keys[0]
+    for name, key in own.items():
+        canonical = aliases.get(name, name)
+        # Its own tensor before that of what is tied to it; the others say the same.
+        if renamed.setdefault(canonical, own.get(canonical, key)) != key:
+            twins.setdefault(canonical, []).append(key)
     converted: dict[str, Conversion] = {}
-    for conversion in groups.values():
+    for conversion in placed.groups.values():
         dry = {key: torch.empty(store.shape(key), device="meta") for key, _ in conversion.sources}
         result = run_converter(conversion, dry, model)
         conversion.targets = sorted(result, key=lambda name: name != conversion.targets[0])
@@ -71,43 +114,7 @@ def weights_of_checkpoint(model: nn.Module, store: TensorStore) -> Weights:
             name = aliases.get(name, name)
             converted[name], shapes[name] = conversion, tensor.shape
             conversion.shapes[name] = tensor.shape
-    _check_complete(model, wanted, shapes, unexpected, aliases, len(list(store.names())))
-    return Weights(store, renamed, converted, aliases, model, [t for t in transforms if t.was_used()])
-
-
-def _check_complete(
-    model: nn.Module,
-    wanted: Mapping[str, Tensor],
-    shapes: Mapping[str, torch.Size],
-    unexpected: list[str],
-    aliases: Mapping[str, str],
-    total: int,
-) -> None:
-    allowed = [*(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or []), r"rotary_emb\.inv_freq"]
-    unexpected = [key for key in unexpected if not any(re.search(pattern, key) for pattern in allowed)]
-    optional = list(getattr(model, "_keys_to_ignore_on_load_missing", None) or [])
-    missing = [
-        name
-        for name in wanted
-        if aliases.get(name, name) not in shapes and not any(re.search(pattern, name) for pattern in optional)
-    ]
-    kind = type(model).__name__
-    if unexpected:
-        raise CheckpointError(
-            f"weights for {kind}",
-            found=f"{len(unexpected)} of {total} tensors have no place in the config's model, first {unexpected[0]}",
-            do=f"Does config.json belong to these weights? {near(unexpected[0], wanted)}",
-        )
-    if missing:
-        raise CheckpointError(
-            f"weights for {kind}",
-            found=f"{len(missing)} parameters have no tensor in the folder, first {missing[0]}",
-            do="Does config.json belong to these weights, and is every shard there?",
-        )
-    for name, shape in shapes.items():
-        if wanted[name].shape != shape:
-            raise CheckpointError(
-                f"tensor {name}",
-                found=f"shape {tuple(shape)} in the folder, {tuple(wanted[name].shape)} by config.json",
-                do="Does config.json belong to these weights?",
-            )
+    check_complete(model, wanted, shapes, placed.unknown, aliases, list(store.names()), strict)
+    weights = Weights(store, renamed, converted, aliases, model, placed.transforms, twins)
+    weights.unknown, weights.untied = tuple(placed.unknown), frozenset(untied)
+    return weights

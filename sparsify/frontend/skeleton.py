@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from sparsify.files.reading import read_json
 from sparsify.frontend.bounds import check_config, few_parts
 from sparsify.frontend.computed import compute as compute_left_out
 from sparsify.frontend.computed import left_out
+from sparsify.frontend.heads import built, name_class
 from sparsify.frontend.widths import resize, sizes_of
 from sparsify.host import alone
 from sparsify.ir.store import DenseView, TensorStore
@@ -72,9 +73,12 @@ def build_skeleton(
         )
     sizes = sizes_of(folder)
     try:
+        with few_parts(tensors, folder):
+            if store is not None:
+                name_class(config, store.names())
         with torch.device("meta"), few_parts(tensors, folder):
             named = compute or getattr(config, "dtype", None) or dtype or torch.float32
-            model = construct(config, trust_remote_code, named)
+            model = construct(config, trust_remote_code, named, None if store is None else store.names())
             if sizes is not None:
                 resize(model, sizes)
         missing = [] if store is None else left_out(model, store)
@@ -114,10 +118,17 @@ def recast(module: nn.Module, dtype: torch.dtype) -> nn.Module:
     return copy.deepcopy(module, memo)
 
 
-def construct(config: Any, trust_remote_code: bool, dtype: torch.dtype) -> nn.Module:
-    """The model that a config names, by transformers' own class for it."""
+def construct(
+    config: Any, trust_remote_code: bool, dtype: torch.dtype, tensors: Iterable[str] | None = None
+) -> nn.Module:
+    """The model that a config names, by transformers' own class for it, with attention that can be traced.
+
+    Args:
+        tensors: the names in the folder; an encoder is built without a pooler where there is none among them.
+    """
     import transformers
 
+    _plain_attention(config)
     names = list(getattr(config, "architectures", None) or [])
     kind = getattr(transformers, names[0], None) if names else None
     if kind is not None:
@@ -129,9 +140,19 @@ def construct(config: Any, trust_remote_code: bool, dtype: torch.dtype) -> nn.Mo
                 found=f"model_type {config.model_type} and architecture {names[0]}, which is of {wanted.model_type}",
                 do="Compare config.json with the one that the model was published with",
             )
-        return kind._from_config(config, dtype=dtype)
-    auto = transformers.AutoModelForCausalLM if names and "CausalLM" in names[0] else transformers.AutoModel
+        return built(kind, config, dtype, tensors)
+    causal = "CausalLM" in names[0] if names else "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    auto = transformers.AutoModelForCausalLM if causal else transformers.AutoModel
     return auto.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+
+
+def _plain_attention(config: Any) -> None:
+    """Let transformers choose how attention is computed, which is no matter of the weights: a config may name a library
+    that is not installed here, or one whose operators no graph can hold."""
+    parts = [config, *(getattr(config, name, None) for name in getattr(config, "sub_configs", None) or {})]
+    for part in parts:
+        if getattr(part, "_attn_implementation", None) not in (None, "eager", "sdpa"):
+            part._attn_implementation_internal = None
 
 
 def _fake_parameters(model: nn.Module) -> None:

@@ -6,7 +6,7 @@ A folder's model is built from its config without memory for its parameters, so 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,20 +15,21 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from sparsify.errors import CheckpointError, TraceError, first_line
-from sparsify.files.checkpoint import PICKLED, PICKLED_INDEX, WEIGHTS, Checkpoint
-from sparsify.files.companions import check_companions
+from sparsify.errors import CheckpointError, SpecError, TraceError, first_line
+from sparsify.files.checkpoint import INDEX, PICKLED, PICKLED_INDEX, WEIGHTS, Checkpoint
+from sparsify.files.companions import check_companions, left_out, tokenizer_files
 from sparsify.files.ledger import Checked, Ledger
 from sparsify.files.reading import MAX_INDEX, admit, kind_at, read_json
 from sparsify.finite import check_all_finite, check_finite
+from sparsify.frontend.adapter import Adapter, MergedStore, find_adapter, merged
 from sparsify.frontend.matching import weights_of_checkpoint, weights_of_module
+from sparsify.frontend.modules import unwrapped, without_wrappers
 from sparsify.frontend.skeleton import build_skeleton, recast
-from sparsify.ir.store import MemoryStore, TensorStore
+from sparsify.frontend.ties import separate, untie
+from sparsify.ir.store import MemoryStore, RenamedStore, TensorStore
 from sparsify.ir.weights import Weights
 from sparsify.method.registry import is_own, loaded, package_of, warn_of
-from sparsify.words import check_compute_dtype
-
-_TOKENIZER_FILES = ("tokenizer", "vocab", "spiece", "sentencepiece", "merges", "tekken")
+from sparsify.words import check_adapter, check_compute_dtype
 
 
 @dataclass
@@ -38,7 +39,8 @@ class Source:
     ``module`` is a skeleton (see :func:`build_skeleton`) for a folder and the user's own for a module; ``folder`` is
     None for a module in memory. ``ledger``: what the folder says of its bytes; ``checked``: by what those that the user
     named were checked (a model that was made smaller lies in a folder of its own). ``compute``: the dtype in which it
-    runs; None: its own. ``allow_nan``: whether NaN and infinity in its tensors pass.
+    runs; None: its own. ``allow_nan``: whether NaN and infinity in its tensors pass. ``left_out``: what of the
+    folder no output carries. ``adapter``: what was merged into the weights; a tokenizer beside it is the model's.
     """
 
     name: str
@@ -51,6 +53,8 @@ class Source:
     checked: Checked = "none"
     compute: torch.dtype | None = None
     allow_nan: bool = False
+    left_out: tuple[str, ...] = ()
+    adapter: Adapter | None = None
     _tokenizer: Any = field(default=None, repr=False)
 
     @property
@@ -88,7 +92,12 @@ class Source:
         """The folder's model once more, without memory for its parameters; see :func:`build_skeleton`."""
         assert self.folder is not None, "a module in memory is its own"
         dtype = next((p.dtype for p in self.module.parameters() if p.is_floating_point()), None)
-        return build_skeleton(self.folder, self.trust_remote_code, dtype, edit, self.weights.store)
+
+        def change(model: nn.Module) -> None:
+            separate(model, self.weights.untied)
+            edit(model)
+
+        return build_skeleton(self.folder, self.trust_remote_code, dtype, change, self.weights.store)
 
     def running(self) -> nn.Module:
         """The model in the dtype in which it runs, for a trace: ``module`` itself where that is its own."""
@@ -96,7 +105,13 @@ class Source:
             return self.module
         if self.folder is None:
             return recast(self.module, self.compute)
-        return build_skeleton(self.folder, self.trust_remote_code, store=self.weights.store, compute=self.compute)
+        return build_skeleton(
+            self.folder,
+            self.trust_remote_code,
+            edit=lambda model: separate(model, self.weights.untied),
+            store=self.weights.store,
+            compute=self.compute,
+        )
 
     def tokenizer(self) -> Any:
         """The folder's tokenizer.
@@ -113,7 +128,10 @@ class Source:
                     found="a module in memory, which has none",
                     do="Give calibration as token ids (LongTensors [batch, sequence])",
                 )
-            files = [path for path in self.folder.iterdir() if path.name.startswith(_TOKENIZER_FILES)]
+            place = self.folder
+            if self.adapter is not None and tokenizer_files(self.adapter.folder):
+                place = self.adapter.folder
+            files = tokenizer_files(place)
             for path in files:
                 if (size := path.stat().st_size) > MAX_INDEX:
                     raise CheckpointError(
@@ -123,17 +141,17 @@ class Source:
                 # transformers would make an empty one up from the config.
                 raise CheckpointError(
                     f"a tokenizer for {self.name}",
-                    found=f"no tokenizer files in {self.folder}",
+                    found=f"no tokenizer files in {place}",
                     do="Add them, or give token ids in a .safetensors file",
                 )
             try:
                 self._tokenizer = AutoTokenizer.from_pretrained(
-                    self.folder, trust_remote_code=self.trust_remote_code, local_files_only=True
+                    place, trust_remote_code=self.trust_remote_code, local_files_only=True
                 )
             except Exception as error:  # of many kinds, the tokenizers library's own among them
                 raise CheckpointError(
                     f"a tokenizer for {self.name}",
-                    found=f"none that loads in {self.folder} ({first_line(error)})",
+                    found=f"none that loads in {place} ({first_line(error)})",
                     do="Add its tokenizer files, or give token ids in a .safetensors file",
                 ) from error
         return self._tokenizer
@@ -147,6 +165,8 @@ def open_source(
     check: bool = True,
     allow_nan: bool = False,
     compute_dtype: str | torch.dtype | None = None,
+    strict: bool = False,
+    adapter: str | None = None,
 ) -> Source:
     """Open ``model`` without reading its weights.
 
@@ -159,6 +179,9 @@ def open_source(
             of a module now.
         compute_dtype: ``"float32"``, ``"bfloat16"`` or ``"float16"`` (torch's own as well): what the model is to run
             in; None: its own. What is stored keeps its dtype.
+        strict: refuse tensors that the model's class has no place for; else outputs carry them over.
+        adapter: ``"merge"``: what is to become of a LoRA adapter of peft in the folder, or that the folder is; None
+            refuses it.
 
     Raises:
         CheckpointError: no such model, a broken one, one whose bytes are not those that were written, or NaN in it.
@@ -166,7 +189,11 @@ def open_source(
     """
     asked = None if compute_dtype is None else check_compute_dtype(str(compute_dtype).removeprefix("torch."))
     compute: torch.dtype | None = None if asked is None else getattr(torch, asked)
+    check_adapter(adapter)
     if isinstance(model, nn.Module):
+        if adapter is not None:
+            raise SpecError("--adapter merge", found="a module in memory", do="Give what merge_and_unload() returns")
+        model = unwrapped(model)
         if not allow_nan:
             _check_module(model)
         weights = weights_of_module(model)
@@ -174,25 +201,52 @@ def open_source(
     folder = _find_folder(model)
     if not folder.is_dir():
         raise CheckpointError(f"model folder {folder}", found="a file", do="Name the folder that holds config.json")
+    # The hub's cache names a folder by its commit; the model's own name serves outputs better.
+    name = folder.name if kind_at(model) else str(model).rpartition("/")[2]
     ledger = Ledger.of(folder, check, finite=not allow_nan)
     check_companions(folder, ledger)
+    own, addition = find_adapter(folder, adapter, _find_folder, check, allow_nan)
+    if own != folder:
+        folder, ledger = own, Ledger.of(own, check, finite=not allow_nan)
+        check_companions(folder, ledger)
     store: TensorStore
     if allow_bin and not (folder / WEIGHTS).exists() and _pickles(folder):
         store = pickled = _read_pickles(folder)
         if not allow_nan:
             check_all_finite(pickled.tensors, str(folder))
     else:
-        store = open_store(folder, ledger)
+        store = without_wrappers(open_store(folder, ledger))
     stored = (store.dtype(name) for name in store.names())
     dtype = next((d for d in stored if d.is_floating_point), None)
     module = build_skeleton(folder, trust_remote_code, dtype, store=store)
-    weights = weights_of_checkpoint(module, store)
+    if addition is not None:
+        store = merged(addition, module, store)
+    weights = weights_of_checkpoint(module, store, untied=untie(module, store), strict=strict)
     checkpoint = store if isinstance(store, Checkpoint) else None
-    # The hub's cache names a folder by its commit; the model's own name serves outputs better.
-    name = folder.name if kind_at(model) else str(model).rpartition("/")[2]
     return Source(
-        name, module, weights, folder, checkpoint, trust_remote_code, ledger, ledger.checked, compute, allow_nan
+        name,
+        module,
+        weights,
+        folder,
+        checkpoint,
+        trust_remote_code,
+        ledger,
+        ledger.checked,
+        compute,
+        allow_nan,
+        tuple(left_out(folder, _read_for(store))),
+        addition,
     )
+
+
+def _read_for(store: TensorStore) -> Container[str]:
+    """The names of the weight files that a store reads."""
+    if isinstance(store, (MergedStore, RenamedStore)):
+        return _read_for(store.base)
+    files = getattr(getattr(store, "checkpoint", store), "files", None)
+    if files is not None:
+        return {INDEX, *(path.name for path in files)}
+    return {PICKLED, PICKLED_INDEX} if isinstance(store, MemoryStore) else set()
 
 
 def open_store(folder: Path, ledger: Ledger) -> TensorStore:
@@ -226,7 +280,7 @@ def _find_folder(model: str | Path) -> Path:
 
     try:
         found = snapshot_download(
-            text, allow_patterns=["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.py"]
+            text, allow_patterns=["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.py", "[0-9]_*/*.bin"]
         )
     except Exception as error:  # the hub raises a dozen kinds, all of which mean: it cannot be had
         raise CheckpointError(

@@ -8,6 +8,8 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from sparsify.errors import CheckpointError
+
 
 class TensorStore(Protocol):
     """Named tensors that can be read one at a time and, where the store says so, replaced."""
@@ -61,3 +63,33 @@ class MemoryStore:
     def _base(self) -> TensorStore:
         assert self.base is not None, "a store without a base holds every tensor itself"
         return self.base
+
+
+class RenamedStore:
+    """The tensors of a store under other names, only read.
+
+    Args:
+        names: the new name of each to the one that ``base`` has for it.
+    """
+
+    def __init__(self, base: TensorStore, names: Mapping[str, str]) -> None:
+        self.base, self._named = base, dict(names)
+
+    def names(self) -> Iterable[str]:
+        return self._named
+
+    def shape(self, name: str) -> torch.Size:
+        return self.base.shape(self._named[name])
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self.base.dtype(self._named[name])
+
+    def read(self, name: str) -> Tensor:
+        return self.base.read(self._named[name])
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        raise CheckpointError(f"writing {name}", found="a source", do="Write to an output")
+
+    def dense_config(self, config: dict[str, Any]) -> dict[str, Any]:
+        """See :class:`DenseView`."""
+        return self.base.dense_config(config) if isinstance(self.base, DenseView) else config

@@ -43,6 +43,11 @@ class Weights:
         converted: parameter name to its conversion, for the others.
         aliases: parameter name to the parameter that it is tied to.
         model: the module, needed to convert backwards. ``transforms``: what of transformers' mapping was used.
+        twins: parameter name to further tensors that hold the same numbers, where a file has what is tied twice.
+
+    Attributes:
+        unknown: tensors of the store that are no parameter's. untied: parameters that the config ties to another and
+            whose tensors differ from that one's.
     """
 
     def __init__(
@@ -53,6 +58,7 @@ class Weights:
         aliases: Mapping[str, str] | None = None,
         model: nn.Module | None = None,
         transforms: list[Any] | None = None,
+        twins: Mapping[str, list[str]] | None = None,
     ) -> None:
         self.store = store
         self.aliases = dict(aliases or {})
@@ -62,10 +68,15 @@ class Weights:
         self._converted = dict(converted or {})
         self._model = model
         self._transforms = transforms
+        self._twins = dict(twins or {})
+        self.unknown: tuple[str, ...] = ()
+        self.untied: frozenset[str] = frozenset()
 
     def on(self, store: TensorStore) -> Weights:
         """The same parameters over another store with the same tensors."""
-        return Weights(store, self._renamed, self._converted, self.aliases, self._model, self._transforms)
+        new = Weights(store, self._renamed, self._converted, self.aliases, self._model, self._transforms, self._twins)
+        new.unknown, new.untied = self.unknown, self.untied
+        return new
 
     def canonical(self, name: str) -> str:
         return self.aliases.get(name, name)
@@ -83,7 +94,7 @@ class Weights:
         name = self.canonical(name)
         if name in self._converted:
             return [source for source, _ in self._converted[name].sources]
-        return [self._renamed[name]]
+        return [self._renamed[name], *self._twins.get(name, ())]
 
     def conversion(self, name: str) -> Conversion | None:
         """How parameter ``name`` is made of several checkpoint tensors; None where it is one of them."""
@@ -117,6 +128,8 @@ class Weights:
         self.written.add(name)
         if name not in self._converted:
             self.store.write(self._renamed[name], tensor)
+            for twin in self._twins.get(name, ()):
+                self.store.write(twin, tensor.to(self.store.dtype(twin)))
             return
         conversion = self._converted[name]
         parts = {name: tensor}

@@ -107,7 +107,7 @@ class Widths:
         model = self.build(changes)
         if model is None:
             return False
-        held = dict(model.named_parameters()) | dict(model.named_buffers())
+        held = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
         stay = numpy.concatenate([numpy.flatnonzero(group.pinned), group.free[:count]])
         for member in group.members:
             size = int(numpy.isin(member.channel, stay).sum())

@@ -8,8 +8,8 @@ from pathlib import Path
 from sparsify.calibration.gradients import Samples
 from sparsify.context import Context
 from sparsify.errors import BackendError
+from sparsify.frontend.modules import save_module
 from sparsify.frontend.source import Source, open_source
-from sparsify.host import quiet
 from sparsify.method.structural_pass import StructuralPass
 from sparsify.structure.record import Restructured
 from sparsify.structure.restructure import Captured, restructure
@@ -32,8 +32,8 @@ def in_a_folder(source: Source, place: Path) -> Source:
     if source.folder is not None:
         return source
     saved = place / "saved"
-    with quiet():
-        source.module.save_pretrained(saved)  # type: ignore[operator]
+    saved.mkdir()
+    save_module(source.module, saved)
     # What was saved was looked at when it was opened.
     return replace(
         open_source(saved, allow_nan=True), name=source.name, allow_nan=source.allow_nan, compute=source.compute

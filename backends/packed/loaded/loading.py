@@ -6,13 +6,16 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import sparsify  # noqa: F401 (registers packed folders with transformers)
 from sparsify.errors import CheckpointError, SparsifyError, first_line
+from sparsify.files.checkpoint import Checkpoint
 from sparsify.files.whole import check_folder
+from sparsify.frontend.heads import name_class
 from sparsify.host import peak_memory, recent_peak, reset_peak
 from sparsify.import_path import environment, python
 
@@ -57,6 +60,8 @@ def load_model(folder: str | Path, *, trust_remote_code: bool = False, check: bo
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
         if getattr(config, "quantization_config", None):
             config.quantization_config["check"] = check
+        if Path(folder).is_dir():
+            name_class(config, _stored(Path(folder)))
         names = list(getattr(config, "architectures", None) or [])
         kind: Any = getattr(transformers, names[0], None) if names else None
         if kind is None:
@@ -71,6 +76,11 @@ def load_model(folder: str | Path, *, trust_remote_code: bool = False, check: bo
         raise CheckpointError(
             f"loading {folder}", found=f"transformers refuses it: {first_line(error)}", do="Check the folder"
         ) from error
+
+
+def _stored(folder: Path) -> Iterator[str]:
+    """The names of a folder's tensors; looked up only where they are asked for."""
+    yield from Checkpoint(folder).names()
 
 
 def load_on(
