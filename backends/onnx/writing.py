@@ -61,8 +61,22 @@ def write_graph(
             f"{format_bytes(here)}",
             do="Take weights=link; to ship a smaller file, compress it, which gains nearly as much",
         )
-    ir.save(model, folder / FILE)
+    save_graph(model, folder / FILE)
     return stored, attachment.data.digests()
+
+
+def save_graph(model: ir.Model, file: Path) -> None:
+    """Write the graph without the data that lies beside it.
+
+    Shapes of weights are said once, by the weights: tools that turn one round know of no other place to mend.
+    """
+    proto = ir.to_proto(model)
+    graph = proto.graph
+    weights = {tensor.name for tensor in graph.initializer}
+    others = [value for value in graph.value_info if value.name not in weights]
+    del graph.value_info[:]
+    graph.value_info.extend(others)
+    file.write_bytes(proto.SerializeToString())
 
 
 def _physical_memory() -> int:
