@@ -127,7 +127,7 @@ class PackedJob:
             return
         module = source.skeleton(self.edit)
         try:
-            export(module, _inputs_of(program, source))
+            export(module, {**_inputs_of(program, source), **program.literals})
         except TraceError as error:
             raise BackendError(
                 f"packing {source.name}",

@@ -95,6 +95,8 @@ def siblings(decisions: Iterable[Decision]) -> list[list[str]]:
 def _unfit_site(site: LinearSite) -> str | None:
     if site.window is not None or site.feature_dim != -1:
         return "not a product with the last axis of its input"
+    if site.scaled:
+        return "multiplied by a number when the model runs"
     if site.expert_axis not in (None, 0):
         return "a stack of experts along another axis than the first"
     return None

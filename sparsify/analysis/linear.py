@@ -27,6 +27,8 @@ aten = torch.ops.aten
 # A permutation of axes or a copy: a parameter seen through these is still that parameter.
 _SAME = {aten.alias, aten.detach, aten.to, aten.contiguous, aten.clone, aten._to_copy}
 _CONVOLUTIONS = {aten.conv1d, aten.conv2d, aten.conv3d}
+# By a number: a parameter that is scaled as a whole is pruned as if it were not.
+_SCALED = {aten.mul, aten.div}
 # Operators that multiply and add over an axis; what reads a parameter here and is no site is Opaque.
 _CONTRACTIONS = {
     "linear", "addmm", "mm", "matmul", "bmm", "baddbmm", "addbmm", "einsum", "mv", "addmv", "dot", "vdot", "tensordot",
@@ -56,6 +58,7 @@ class LinearSite:
         bias: name of the parameter that is added to the output, or None.
         block: name of the repeated block it is in ("model.layers.3"), or None.
         router: True where its output chooses experts.
+        scaled: True where the parameter is multiplied by a number before it is by the activation.
     """
 
     node: fx.Node
@@ -72,6 +75,7 @@ class LinearSite:
     bias: str | None = None
     block: str | None = None
     router: bool = False
+    scaled: bool = False
 
     @property
     def name(self) -> str:
@@ -245,7 +249,7 @@ def _through(program: Program, node: object) -> tuple[fx.Node, list[int]] | None
     if inner is None:
         return None
     source, axes = inner
-    if packet in _SAME:
+    if packet in _SAME or (packet in _SCALED and not isinstance(node.args[1], fx.Node)):
         return inner
     if packet in (aten.t, aten.numpy_T):
         return source, axes[::-1]
@@ -300,6 +304,8 @@ def _convolution_site(program: Program, node: fx.Node) -> LinearSite | Refused:
         return Refused("a convolution of an input without a batch axis", node.name)
     axes = (1, 2, 0) if window.depthwise else (0, 1, None)
     site = _make(program, node, found[0], x, 1, axes[0], axes[1], axes[2], None)
+    if isinstance(site, Refused):
+        return site
     shape = found[0].meta["val"].shape
     size = math.prod(window.kernel)
     return replace(site, window=window, shape=(1, size) if window.depthwise else (shape[0], shape[1] * size))
@@ -315,9 +321,12 @@ def _make(
     inner: int,
     expert: int | None,
     offsets: object,
-) -> LinearSite:
+) -> LinearSite | Refused:
     shape = source.meta["val"].shape
     name = program.weights.canonical(str(source.target))
+    bias, scaled = _bias(program, node), _is_scaled(program, node)
+    if bias is not None and scaled:
+        return Refused("the parameter is multiplied by a number, and the bias beside it is not", node.name)
     return LinearSite(
         node=node,
         parameter=name,
@@ -329,10 +338,22 @@ def _make(
         shape=(shape[out], shape[inner]),
         experts=1 if expert is None else shape[expert],
         offsets=offsets if isinstance(offsets, fx.Node) else None,
-        bias=_bias(program, node),
+        bias=bias,
         block=block_of(name),
         router=_chooses_experts(node),
+        scaled=scaled,
     )
+
+
+def _is_scaled(program: Program, node: fx.Node) -> bool:
+    """Whether a number stands between the product and a parameter of it."""
+    todo = [a for a in node.all_input_nodes if _through(program, a)]
+    while todo:
+        seen = todo.pop()
+        if getattr(seen.target, "_overloadpacket", None) in _SCALED:
+            return True
+        todo += seen.all_input_nodes
+    return False
 
 
 def _chooses_experts(node: fx.Node) -> bool:

@@ -17,7 +17,7 @@ from torch import Tensor, fx
 
 from sparsify.analysis.flow import Flow, root_of
 from sparsify.calibration.activations import ActivationStore
-from sparsify.errors import TraceError, first_line
+from sparsify.errors import CalibrationError, TraceError, first_line
 from sparsify.host import is_out_of_memory, within_memory
 from sparsify.ir.program import Program
 
@@ -61,7 +61,11 @@ class Work:
 
 
 class Interpreter(fx.Interpreter):
-    """Run regions of ``program`` over ``batches`` (input name to tensor), in order, from the first node on."""
+    """Run regions of ``program`` over ``batches`` (input name to tensor), in order, from the first node on.
+
+    Raises:
+        CalibrationError: a batch has other numbers than the graph where these decide its shapes.
+    """
 
     def __init__(
         self,
@@ -72,6 +76,7 @@ class Interpreter(fx.Interpreter):
         device: torch.device,
     ) -> None:
         super().__init__(program.graph_module, garbage_collect_values=False)
+        _check_literals(program, batches)
         self.program, self.flow, self.batches, self.store, self.device = program, flow, batches, store, device
         self.resident: Values = {}
         self.pinned: set[fx.Node] = set()
@@ -258,3 +263,14 @@ class Interpreter(fx.Interpreter):
                 do="Use --schedule layer, which runs every node once",
             )
         return copied
+
+
+def _check_literals(program: Program, batches: Sequence[Mapping[str, Tensor]]) -> None:
+    for name, numbers in program.literals.items():
+        for index, batch in enumerate(batches):
+            if name not in batch or not torch.equal(batch[name].cpu(), numbers):
+                raise CalibrationError(
+                    f"input {name} of batch {index}",
+                    found=f"other numbers than the graph was traced with, {numbers.tolist()}",
+                    do="They decide the shapes inside the model: give batches that have the same",
+                )

@@ -34,7 +34,8 @@ class RowReader:
         for group in groups:
             first = min(flow.position[site.node] for site in group.sites)
             for node in self._needed(group):
-                self.held.setdefault(node, []).extend((flow.position[self.anchor(group)], first))
+                # One before its first site too: nothing is kept for the site itself where it is the last that is looked at.
+                self.held.setdefault(node, []).extend((flow.position[self.anchor(group)], first - 1, first))
 
     def anchor(self, group: InputGroup) -> fx.Node:
         """The last of the nodes that reading ``group`` needs: once it is computed, all are."""

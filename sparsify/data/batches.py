@@ -19,6 +19,7 @@ from sparsify.data.windows import Encode, disjoint_windows, random_windows
 from sparsify.errors import CalibrationError, SparsifyError, SpecError
 from sparsify.files.reading import kind_at
 from sparsify.finite import said, scan
+from sparsify.frontend.positions import with_positions
 from sparsify.frontend.source import Source
 from sparsify.words import check_amount
 
@@ -106,6 +107,7 @@ def load_calibration(
         batches = _split(batches)
     if source.compute is not None:
         batches = [{n: t.to(source.compute) if t.is_floating_point() else t for n, t in b.items()} for b in batches]
+    batches = [with_positions(source.module, batch) for batch in batches]
     _check_inputs(batches, source)
     digest = hashlib.sha256()
     for batch in batches:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -99,11 +99,14 @@ def few_parts(tensors: int | None, folder: Path) -> Iterator[None]:
             hook.remove()
 
 
-def small_buffers(model: nn.Module, folder: Path) -> None:
+def small_buffers(model: nn.Module, folder: Path, others: Iterable[str] = ()) -> None:
     """Raises:
-    CheckpointError: what is computed and not read, still on the meta device, would fill the memory.
+    CheckpointError: what is computed and not read, still on the meta device, would fill the memory: buffers that no
+        checkpoint holds, and the ``others``.
     """
     sizes = {n: b.numel() * b.element_size() for n, b in model.named_non_persistent_buffers()}  # type: ignore[operator]
+    state = model.state_dict()
+    sizes |= {name: state[name].numel() * state[name].element_size() for name in others}
     for name, buffer in model.named_non_persistent_buffers():  # type: ignore[operator]
         if name.endswith("inv_freq") and buffer.numel() > MAX_FREQUENCIES:
             raise _too_much(folder, f"{buffer.numel()} frequencies in {name}, more than {MAX_FREQUENCIES}")

@@ -7,17 +7,24 @@ devices named in the graph, wrappers, operators that do nothing, and which tenso
 from __future__ import annotations
 
 import gc
-from collections.abc import Mapping
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr
+from io import StringIO
 from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.export.graph_signature import InputKind
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.utils import _pytree as pytree
 
 from sparsify.errors import TraceError, first_line
+from sparsify.frontend.functional import without_writes
+from sparsify.frontend.literal import could_be_literal, literal
 from sparsify.frontend.matching import weights_of_module
+from sparsify.frontend.mends import mended
 from sparsify.frontend.source import Source
 from sparsify.host import quiet, release_freed
 from sparsify.ir.graph import empty_root, inline
@@ -39,9 +46,9 @@ def capture(source: Source, batch: Batch, device: torch.device | str = "cpu") ->
         TraceError: the model cannot be exported, or needs values that only a run could give.
     """
     module = source.running()
-    exported = export(module, batch)
-    program = from_exported(exported, source.weights, device, constants=_real_buffers(module))
-    program.model = type(source.module).__name__
+    exported, literals = export(module, batch)
+    program = from_exported(exported, source.weights, device, constants=_real_tensors(module))
+    program.model, program.literals = type(source.module).__name__, literals
     del exported
     # Exporting leaves reference cycles as large as the graph; a second capture would stack on them.
     gc.collect()
@@ -49,20 +56,29 @@ def capture(source: Source, batch: Batch, device: torch.device | str = "cpu") ->
     return program
 
 
-def export(module: nn.Module, batch: Batch) -> torch.export.ExportedProgram:
-    """``module`` as torch exports it at the shapes of ``batch``.
+def export(module: nn.Module, batch: Batch) -> tuple[torch.export.ExportedProgram, dict[str, Tensor]]:
+    """``module`` as torch exports it at the shapes of ``batch``, and the inputs whose numbers are in the graph, because
+    they decide its shapes (see :mod:`sparsify.frontend.literal`).
 
     Raises:
         TraceError: it cannot be exported.
     """
     # Inputs lie where the module does; which device a graph is for is said once it is one.
     device = next((p.device for p in module.parameters() if not p.is_meta), torch.device("cpu"))
-    args, kwargs = call_arguments(module, {k: torch.zeros_like(v, device=device) for k, v in batch.items()})
     training = module.training
     _set_mode(module, training=False)
     try:
-        with torch.no_grad(), quiet():
-            return torch.export.export(module, args, kwargs, strict=False)
+        # Where export gives up it prints the graph so far, which is of no use to whoever has no such model in hand.
+        with torch.no_grad(), quiet(), without_cache(module), mended(module), redirect_stderr(StringIO()):
+            try:
+                return _export(module, batch, device), {}
+            except GuardOnDataDependentSymNode:
+                known = {name: batch[name].to(device) for name in could_be_literal(batch)}
+                if not known:
+                    raise
+                rest = {name: value for name, value in batch.items() if name not in known}
+                with literal(module, known):
+                    return _export(module, rest, device), {name: value.cpu() for name, value in known.items()}
     except Exception as error:  # export raises many kinds; all mean that there is no graph
         raise TraceError(
             f"capturing {type(module).__name__}",
@@ -72,6 +88,11 @@ def export(module: nn.Module, batch: Batch) -> torch.export.ExportedProgram:
         ) from error
     finally:
         _set_mode(module, training=training)
+
+
+def _export(module: nn.Module, batch: Batch, device: torch.device) -> torch.export.ExportedProgram:
+    args, kwargs = call_arguments(module, {k: torch.zeros_like(v, device=device) for k, v in batch.items()})
+    return torch.export.export(module, args, kwargs, strict=False)
 
 
 def from_exported(
@@ -116,6 +137,7 @@ def from_exported(
         env[node].meta["val"] = torch.empty(val.shape, dtype=val.dtype, device="meta")
     output = inline(exported.graph, exported.graph_module, graph, env, _does_nothing)
     graph.output(output)
+    without_writes(graph)
     module = fx.GraphModule(empty_root(stand_ins), graph)
     for node in module.graph.nodes:
         if node.op == "call_function" and getattr(node.target, "_schema", None) and not node.users:
@@ -133,10 +155,34 @@ def call_arguments(module: nn.Module, batch: Batch) -> tuple[tuple[Tensor, ...],
     """Positional and keyword arguments for ``module`` from a batch, without any cache of past tokens."""
     positional = sorted((k for k in batch if k.isdigit()), key=int)
     kwargs: dict[str, Any] = {k: v for k, v in batch.items() if not k.isdigit()}
-    config = getattr(module, "config", None)
-    if "use_cache" not in kwargs and getattr(config, "use_cache", None) is not None:
+    if "use_cache" not in kwargs and takes_use_cache(module):
         kwargs["use_cache"] = False
     return tuple(batch[k] for k in positional), kwargs
+
+
+def takes_use_cache(module: nn.Module) -> bool:
+    """Whether a model's forward may be told ``use_cache``: its config has the word, or its signature."""
+    if getattr(getattr(module, "config", None), "use_cache", None) is not None:
+        return True
+    return hasattr(module, "config") and "use_cache" in inspect.signature(module.forward).parameters
+
+
+@contextmanager
+def without_cache(module: nn.Module) -> Iterator[None]:
+    """``module`` with every config of its parts saying that past tokens are not kept, and as it was afterwards.
+
+    A model of several models (a vision tower beside a language model) asks the config of the part that keeps them, not
+    its own, and not every such model hands the word on.
+    """
+    configs = {id(config): config for part in module.modules() if (config := getattr(part, "config", None)) is not None}
+    kept = [config for config in configs.values() if getattr(config, "use_cache", None) is True]
+    for config in kept:
+        config.use_cache = False
+    try:
+        yield
+    finally:
+        for config in kept:
+            config.use_cache = True
 
 
 def _set_mode(module: nn.Module, *, training: bool) -> None:
@@ -191,8 +237,9 @@ def _constant(exported: torch.export.ExportedProgram, name: str, known: Mapping[
     return value.detach()
 
 
-def _real_buffers(module: nn.Module) -> dict[str, Tensor]:
-    return {n: b.detach() for n, b in module.named_buffers(remove_duplicate=False) if not isinstance(b, FakeTensor)}
+def _real_tensors(module: nn.Module) -> dict[str, Tensor]:
+    tensors = (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False))
+    return {name: tensor.detach() for name, tensor in tensors if not isinstance(tensor, FakeTensor)}
 
 
 def _leaf_names(spec: Any) -> list[str]:

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 
+from sparsify.frontend.computed import initialise
 from sparsify.frontend.source import Source, open_source
 from sparsify.ir.weights import Weights
 
@@ -16,6 +18,8 @@ def materialize(source: Source, weights: Weights, changed: set[str]) -> nn.Modul
     """A module with the parameters of ``weights``; of a module in memory only ``changed`` ones are new."""
     if source.folder is not None:
         model = source.skeleton()
+        if lacking := [n for n, t in model.state_dict().items() if n not in weights and isinstance(t, FakeTensor)]:
+            initialise(model, lacking)
         changed = {weights.canonical(n) for n, _ in model.named_parameters()} | {
             weights.canonical(n) for n, _ in model.named_buffers() if weights.canonical(n) in weights
         }

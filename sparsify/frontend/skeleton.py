@@ -13,7 +13,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sparsify.errors import CheckpointError, first_line
 from sparsify.files.reading import read_json
-from sparsify.frontend.bounds import check_config, few_parts, small_buffers
+from sparsify.frontend.bounds import check_config, few_parts
+from sparsify.frontend.computed import compute as compute_left_out
+from sparsify.frontend.computed import left_out
 from sparsify.frontend.widths import resize, sizes_of
 from sparsify.host import alone
 from sparsify.ir.store import DenseView, TensorStore
@@ -75,17 +77,18 @@ def build_skeleton(
             model = construct(config, trust_remote_code, named)
             if sizes is not None:
                 resize(model, sizes)
+        missing = [] if store is None else left_out(model, store)
+        compute_left_out(model, missing, folder)
+        with torch.device("meta"):
             edit(model)
     except CheckpointError:
         raise
-    except Exception as error:  # so do the constructors of models
+    except Exception as error:  # so do the constructors of models, and what initialises them
         raise CheckpointError(
             f"model of {folder}",
             found=f"its config.json builds no model ({first_line(error)})",
             do="Compare config.json with the one that the model was published with",
         ) from error
-    small_buffers(model, folder)
-    _restore_buffers(model)
     _fake_parameters(model)
     return model.eval()
 
@@ -129,18 +132,6 @@ def construct(config: Any, trust_remote_code: bool, dtype: torch.dtype) -> nn.Mo
         return kind._from_config(config, dtype=dtype)
     auto = transformers.AutoModelForCausalLM if names and "CausalLM" in names[0] else transformers.AutoModel
     return auto.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
-
-
-def _restore_buffers(model: Any) -> None:
-    for name, buffer in list(model.named_non_persistent_buffers(remove_duplicate=False)):
-        parent, _, leaf = name.rpartition(".")
-        owner = model.get_submodule(parent)
-        setattr(owner, leaf, torch.full_like(buffer, 0, device="cpu"))
-    owners = {n.rpartition(".")[0] for n, _ in model.named_non_persistent_buffers(remove_duplicate=False)}
-    with torch.no_grad():
-        for parent in owners:
-            # Initialises the parameters too, which costs nothing on the meta device.
-            model._init_weights(model.get_submodule(parent))
 
 
 def _fake_parameters(model: nn.Module) -> None:

@@ -32,6 +32,7 @@ class Program:
         constants: values of all other ``get_attr`` targets (rotary frequencies, literal tensors).
         output_names: names of the flat outputs where the model gives them, else "0", "1", ….
         model: the class of the model that was captured; empty for a bare graph.
+        literals: inputs whose numbers are in the graph, because they decide its shapes; other numbers need another.
     """
 
     graph_module: fx.GraphModule
@@ -39,6 +40,7 @@ class Program:
     constants: dict[str, Tensor]
     output_names: list[str] = field(default_factory=list)
     model: str = ""
+    literals: dict[str, Tensor] = field(default_factory=dict)
     _facts: dict[Callable[[Any], Any], Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from sparsify.analysis.flow import Flow
 from sparsify.analysis.linear import LinearSite, find_sites
 from sparsify.errors import Refused, SpecError
 from sparsify.ir.program import Program
@@ -36,15 +37,18 @@ def choose(program: Program, pattern: Pattern, wanted: Wanted) -> tuple[list[Tar
     """Split the parameters of ``program``'s linear sites into targets and those that stay dense, with the reason.
 
     By default every linear site inside a repeated block is a target, as in the papers; where a model
-    has no blocks, every site is. ``only`` replaces that default, ``ignore`` takes away from either. Weights
+    has no blocks, every site is. Blocks that make something of images or sound for a language model stay dense.
+    ``only`` replaces that default, ``ignore`` takes away from either. Weights
     that an embedding shares are never targets.
 
+    Parts of the model that the captured inputs do not run (a vision tower, of text alone) are among what stays dense.
+
     Raises:
-        SpecError: no target is left.
+        SpecError: no target is left, or ``only`` names what does not run alone.
     """
     sites, _ = find_sites(program)
     shared = read_elsewhere(program, sites)
-    blocks = any(site.block for site in sites)
+    blocks, beside = any(site.block for site in sites), _towers(program, sites)
     only = wanted.only
     by_parameter: dict[str, list[LinearSite]] = {}
     for site in sites:
@@ -63,6 +67,8 @@ def choose(program: Program, pattern: Pattern, wanted: Wanted) -> tuple[list[Tar
             reason = "named by --ignore"
         elif only is None and blocks and site.block is None:
             reason = "outside the repeated blocks (head or projection); name it with --only to prune it"
+        elif only is None and site.block in beside:
+            reason = f"reads {beside[site.block]} for the language model; name it with --only to prune it"
         elif only is None and site.window is not None:
             reason = "a convolution with a kernel; name it with --only to prune it"
         elif only is None and site.router:
@@ -73,12 +79,48 @@ def choose(program: Program, pattern: Pattern, wanted: Wanted) -> tuple[list[Tar
             skipped.append(Refused(reason, site.name, code))
         else:
             targets.append(Target(parameter, tuple(own), None if chosen == sources else chosen))
+    skipped += not_run(program, wanted)
     if not targets:
         # What was asked for first: a model has many sites that were not.
         first = sorted(skipped, key=lambda s: s.code == NOT_NAMED)[:3]
         reasons = "; ".join(f"{s.node}: {s.reason}" for s in first) or "the model has no linear site"
         raise SpecError(f"pruning to {pattern}", found=f"nothing to prune ({reasons})", do="See sparsify inspect")
     return targets, skipped
+
+
+def _towers(program: Program, sites: Sequence[LinearSite]) -> dict[str | None, str]:
+    """Blocks that see none of the text that other blocks see beside what they see, with the inputs that they see."""
+    inputs = Flow.of(program).inputs
+    seen: dict[str | None, set[str]] = {}
+    for site in sites:
+        seen.setdefault(site.block, set()).update(inputs[site.activation])
+    with_text = [names for block, names in seen.items() if block is not None and "input_ids" in names]
+    return {
+        block: ", ".join(sorted(names))
+        for block, names in seen.items()
+        if block is not None and "input_ids" not in names and any(names < text for text in with_text)
+    }
+
+
+def not_run(program: Program, wanted: Wanted) -> list[Refused]:
+    """Parts of the model with matrices that ``program`` does not read: what its inputs do not reach."""
+    weights, read = program.weights, program.parameter_nodes().keys()
+    # Every dotted beginning of the name of a parameter that is read.
+    reached = {name[:at] for name in read for at, c in enumerate(name) if c == "."} | set(read)
+    parts: dict[str, list[str]] = {}
+    for name in weights.parameters():
+        if name in read or len(weights.shape(name)) < 2:
+            continue
+        ends = [at for at, c in enumerate(name) if c == "."]
+        part = next((name[:at] for at in ends if name[:at] not in reached), name)
+        parts.setdefault(part, []).append(name)
+    found = []
+    for part, names in parts.items():
+        sources = frozenset(source for name in names for source in weights.sources(name))
+        named = wanted.only is None or bool(sources & wanted.only)
+        reason = f"not run by these inputs ({len(names)} weights); calibrate on inputs that reach it to prune it"
+        found.append(Refused(reason, part, "" if named else NOT_NAMED))
+    return found
 
 
 def read_elsewhere(program: Program, sites: Sequence[LinearSite]) -> dict[str, str]:

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.export import Dim
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
@@ -81,9 +81,11 @@ def symbolic_mode() -> FakeTensorMode:
 def fake_copy(module: nn.Module, mode: FakeTensorMode, dtype: torch.dtype | None = None) -> nn.Module:
     """A copy of ``module`` whose parameters and saved buffers have shapes and no numbers; tied ones stay one.
 
-    Buffers that are in no checkpoint (rotary frequencies) keep their values: the graph holds them as constants.
+    What is in no checkpoint (rotary frequencies; positions that are a formula) keeps its values: the graph holds them
+    as constants. Of a skeleton that is all that has numbers.
     """
-    saved = set(module.state_dict(keep_vars=True))
+    state = module.state_dict(keep_vars=True)
+    saved = {name for name, tensor in state.items() if isinstance(tensor, FakeTensor)} or set(state)
     memo: dict[int, Tensor] = {}
     with mode:
         for name, tensor in [*module.named_parameters(remove_duplicate=False), *module.named_buffers()]:
@@ -93,6 +95,11 @@ def fake_copy(module: nn.Module, mode: FakeTensorMode, dtype: torch.dtype | None
             fake = torch.empty(tensor.shape, dtype=kind)
             memo[id(tensor)] = nn.Parameter(fake, requires_grad=False) if isinstance(tensor, nn.Parameter) else fake
     copied = copy.deepcopy(module, memo)
+    for name in state.keys() - saved:
+        owner, leaf = copied.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
+        value = getattr(owner, leaf).detach()
+        delattr(owner, leaf)
+        owner.register_buffer(leaf, value, persistent=False)
     return copied.eval() if not isinstance(module, torch.fx.GraphModule) else copied
 
 

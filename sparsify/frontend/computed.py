@@ -1,0 +1,83 @@
+"""What no checkpoint holds and transformers computes when it loads one: buffers, and parameters that are a formula."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsify.frontend.bounds import small_buffers
+from sparsify.frontend.matching import weights_of_checkpoint
+from sparsify.ir.store import TensorStore
+
+
+def left_out(model: Any, store: TensorStore) -> list[str]:
+    """Names of the parameters and saved buffers of a model on the meta device that ``store`` lacks, as it may.
+
+    Raises:
+        CheckpointError: it lacks others, or does not fit the model.
+    """
+    patterns = list(getattr(model, "_keys_to_ignore_on_load_missing", None) or [])
+    held = set(store.names()) if patterns else set()
+    if not any(name not in held and any(re.search(p, name) for p in patterns) for name in model.state_dict()):
+        return []
+    weights = weights_of_checkpoint(model, store)
+    return [name for name in model.state_dict() if name not in weights]
+
+
+def compute(model: Any, missing: list[str], folder: Path) -> None:
+    """Give the model, which is on the meta device, all that it can compute, as transformers does when it loads one: by
+    the initialisation of the whole model, where each part of a composite model initialises its own and a parent may
+    fill what a child holds.
+
+    Of ``missing`` only that is computed which comes out the same twice: what is random stays on the meta device.
+
+    Raises:
+        CheckpointError: it would fill the memory.
+    """
+    small_buffers(model, folder, missing)
+    for name, buffer in list(model.named_non_persistent_buffers(remove_duplicate=False)):
+        _put(model, name, torch.full_like(buffer, 0, device="cpu"))
+    if not missing:
+        # Initialises the parameters too, which costs nothing on the meta device.
+        model.initialize_weights()
+        return
+    first = _initialised(model, missing, 0)
+    second = _initialised(model, missing, 1)
+    for name in missing:
+        same = torch.equal(first[name], second[name])
+        _put(model, name, second[name] if same else torch.empty_like(second[name], device="meta"))
+
+
+def initialise(model: Any, names: list[str]) -> None:
+    """Give a skeleton's parameters and saved buffers ``names``, which its checkpoint lacks, what transformers begins
+    with, which may be random: a loaded model has numbers everywhere.
+
+    All others are initialised too, so those of the checkpoint are put in afterwards.
+    """
+    _initialised(model, names, 0)
+
+
+def _initialised(model: Any, names: list[str], seed: int) -> dict[str, Tensor]:
+    """The tensors under ``names`` after an initialisation that found nothing but ``seed`` in them."""
+    for name in names:
+        old = model.get_parameter_or_buffer(name)
+        _put(model, name, torch.full(old.shape, seed, dtype=old.dtype, device="cpu"))
+    for module in model.modules():
+        module._is_hf_initialized = False
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model.initialize_weights()
+    return {name: model.get_parameter_or_buffer(name).detach().clone() for name in names}
+
+
+def _put(model: nn.Module, name: str, value: Tensor) -> None:
+    parent, _, leaf = name.rpartition(".")
+    owner = model.get_submodule(parent)
+    if leaf in owner._parameters:
+        owner._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+    else:
+        owner._buffers[leaf] = value
