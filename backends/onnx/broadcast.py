@@ -16,7 +16,7 @@ aten = torch.ops.aten
 
 
 def spread_attention(exported: torch.export.ExportedProgram) -> None:
-    """Give queries, keys and values of an attention one number of rows, and keys and values as many heads as queries."""
+    """Give the operands of an attention one number of rows, and keys and values as many heads as queries have."""
     graph = exported.graph
     for node in graph.find_nodes(op="call_function", target=aten.scaled_dot_product_attention.default):
         operands = node.args[:3]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import onnx_ir as ir
@@ -24,10 +24,14 @@ FILE = "model.onnx"
 
 
 def build_graph(
-    module: nn.Module, batch: Mapping[str, Tensor], options: Options
+    module: nn.Module, batch: Mapping[str, Tensor], options: Options, names: Collection[str] = ()
 ) -> tuple[ir.Model, dict[str, ir.Value], Contract]:
-    """Trace and translate ``module``; the graph's parameters have names and no numbers yet."""
-    exported, contract = trace_model(module, batch, getattr(torch, options.compute))
+    """Trace and translate ``module``; the graph's parameters have names and no numbers yet.
+
+    Args:
+        batch, names: example inputs, and further ones that the model's tokenizer gives.
+    """
+    exported, contract = trace_model(module, batch, getattr(torch, options.compute), names)
     model, parameters = to_graph(
         exported, contract.input_names, contract.output_names, opset=options.opset, linear=options.linear
     )
