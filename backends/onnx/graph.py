@@ -153,11 +153,23 @@ def _check_domains(model: ir.Model) -> None:
 
 
 def name_dimensions(model: ir.Model, dims: Mapping[str, list[str | int]]) -> None:
-    """Give inputs and outputs the dimension names of their contract; -1 stands for what is there."""
+    """Give inputs and outputs the dimension names of their contract; -1 stands for what is there.
+
+    Outputs that the contract has no names for take those of the inputs that they are as large as.
+    """
+    known: dict[object, str] = {}
+    for value in model.graph.inputs:
+        for size, dim in zip(value.shape or (), dims.get(str(value.name), ()), strict=False):
+            if isinstance(size, ir.SymbolicDim) and isinstance(dim, str):
+                known[size.value] = dim
     for value in (*model.graph.inputs, *model.graph.outputs):
-        if value.name in dims and value.shape is not None:
+        if value.shape is None:
+            continue
+        if value.name in dims:
             named = [value.shape[i] if dim == -1 else dim for i, dim in enumerate(dims[value.name])]
-            value.shape = ir.Shape(named)
+        else:
+            named = [known.get(size.value, size) if isinstance(size, ir.SymbolicDim) else size for size in value.shape]
+        value.shape = ir.Shape(named)
 
 
 def _untranslated(error: Exception, opset: int) -> BackendError:

@@ -17,7 +17,6 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from sparsify.backends.onnx.tracing.choice import contract_for
 from sparsify.backends.onnx.tracing.contract import Contract
 from sparsify.errors import BackendError, first_line
-from sparsify.frontend.mends import mended
 from sparsify.host import quiet
 
 T = TypeVar("T")
