@@ -42,10 +42,11 @@ def test_segments_are_an_input_where_the_tokenizer_gives_them(tmp_path: Path) ->
     one = session.run(None, {**pair, "token_type_ids": np.zeros_like(pair["token_type_ids"])})[0]
     with torch.no_grad():
         want = plain(NAME)(**{name: torch.from_numpy(value) for name, value in pair.items()}).logits.numpy()
-    assert np.abs(two - want).max() <= 2e-6 and np.abs(one - want).max() > 1e-4
+    assert np.abs(two - want).max() <= 2e-6 and np.abs(one - want).max() > 1e-5
     assert (checked := verify_onnx(tmp_path / "out")).sound, checked.problems
 
 
+@pytest.mark.slow
 def test_what_no_tokenizer_names_stays_at_its_default_and_is_named(tmp_path: Path) -> None:
     model = plain(NAME)
     result = sparsify.compile(save_plain(NAME, tmp_path / "dense"), to="onnx", output=tmp_path / "out")
@@ -71,7 +72,9 @@ def llava() -> Any:
     vision = hf.CLIPVisionConfig(
         hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64, image_size=16, patch_size=8
     )
-    model = hf.LlavaForConditionalGeneration(hf.LlavaConfig(vision, text, image_token_index=63)).eval()
+    model = hf.LlavaForConditionalGeneration(
+        hf.LlavaConfig(vision_config=vision, text_config=text, image_token_index=63)
+    ).eval()
     model.generation_config.eos_token_id = None
     return model
 

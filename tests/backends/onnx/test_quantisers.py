@@ -93,7 +93,7 @@ def test_int4(to: str, written: Callable[[str, str], Path], tmp_path: Path) -> N
 
 
 def test_weights_have_one_place_that_says_their_shape(written: Callable[[str, str], Path]) -> None:
-    for to in ("onnx", FOR_QUANTISERS, "onnx:weights=packed,dtype=float16"):
+    for to in ("onnx", FOR_QUANTISERS):
         graph = onnx.load(str(written("llama", to) / "model.onnx"), load_external_data=False).graph
         assert not {v.name for v in graph.value_info} & {tensor.name for tensor in graph.initializer}
 

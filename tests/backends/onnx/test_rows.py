@@ -81,7 +81,7 @@ class Reader(nn.Module):
         return functional.scaled_dot_product_attention(self.queries, keys, keys, attn_mask=self.mask)
 
 
-@pytest.mark.parametrize("opset", [20, 23])
+@pytest.mark.parametrize("opset", [23, pytest.param(20, marks=pytest.mark.slow)])
 def test_what_a_module_makes_for_all_rows_serves_every_row(opset: int, tmp_path: Path) -> None:
     net = Reader()
     export_onnx(net, tmp_path / "out", opset=opset, example_inputs=[torch.randn(2, 48)])
