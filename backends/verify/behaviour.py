@@ -44,7 +44,7 @@ def check_behaviour(
         model = torch_model(folder, checkpoint or stored, getattr(torch, compute))
         behaviour = behave(store, model)
     except BackendError as error:
-        result.problems.append(str(error))
+        result.problems.append(f"outputs: {error}")
         return
     except Exception as error:  # onnxruntime's kinds are its own, and a model's own code raises whatever it likes
         # Perhaps a graph with inputs of its own; but nobody may call sound what nobody has seen run.
@@ -104,6 +104,13 @@ def _compare(session: Any, model: Any, rows: int, length: int) -> float:
             found=f"the graph gives {', '.join(names)}, the model {', '.join(out)}",
             do="Only outputs of one name can be compared; --weights-only leaves them out",
         )
+    for name in same:
+        if got[name].shape != tuple(out[name].shape):
+            raise BackendError(
+                f"output {name} for {rows} rows",
+                found=f"shape {list(got[name].shape)} from the graph, {list(out[name].shape)} from torch",
+                do="Export it again; a graph of another maker may hold one number of rows alone",
+            )
     return max(_relative(got[name], out[name].float().numpy()) for name in same)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx.numpy_helper
 import onnxruntime as ort
 import pytest
 from onnxruntime.quantization import QuantType, quantize_dynamic
@@ -62,6 +63,10 @@ def test_the_file_as_written_becomes_int8(written: Callable[[str, str], Path], t
     found = to_int8(source, tmp_path / "int8.onnx")
     assert operators(found)["MatMulInteger"] == 15 and "Gemm" not in operators(found)
     assert 1e-5 < distance(source, found) < 0.2
+    graph = onnx.load(str(found)).graph
+    weights = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    pruned = [value for name, value in weights.items() if name.endswith("down_proj.weight_quantized")]
+    assert len(pruned) == 2 and all((value == 0).mean() >= 0.5 for value in pruned)
 
 
 def test_tables_that_a_head_shares_are_not_turned_under_its_feet(
