@@ -44,7 +44,7 @@ def check_behaviour(
         model = torch_model(folder, checkpoint or stored, getattr(torch, compute))
         behaviour = behave(store, model)
     except BackendError as error:
-        result.problems.append(f"outputs: {error}")
+        result.problems.append(str(error))
         return
     except Exception as error:  # onnxruntime's kinds are its own, and a model's own code raises whatever it likes
         # Perhaps a graph with inputs of its own; but nobody may call sound what nobody has seen run.
