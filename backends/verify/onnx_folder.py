@@ -11,10 +11,10 @@ from torch import Tensor
 from sparsify.backends.onnx.running.session import find_onnx
 from sparsify.backends.onnx.storage.store import GraphStore
 from sparsify.backends.verify.axis import SummedAxis, summed_axes
-from sparsify.backends.verify.behaviour import check_behaviour
 from sparsify.backends.verify.content import check_content, check_numbers, differs
 from sparsify.backends.verify.equality import check_equal
 from sparsify.backends.verify.judge import judge
+from sparsify.backends.verify.outputs.behaviour import check_behaviour
 from sparsify.backends.verify.promises import promises
 from sparsify.backends.verify.result import Verification
 from sparsify.errors import CheckpointError, first_line

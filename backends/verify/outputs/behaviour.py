@@ -15,7 +15,7 @@ import torch
 from sparsify.backends.onnx.running.runner import Runner
 from sparsify.backends.onnx.running.session import open_session
 from sparsify.backends.onnx.storage.store import GraphStore
-from sparsify.backends.verify.feeds import feed_for, sizes_for
+from sparsify.backends.verify.outputs.feeds import feed_for, sizes_for
 from sparsify.backends.verify.result import Behaviour, Verification
 from sparsify.errors import BackendError, first_line
 from sparsify.files.manifest import section
