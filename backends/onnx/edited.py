@@ -14,7 +14,7 @@ from torch.export import ExportedProgram
 from sparsify.backends.hf.saving import save_tensors
 from sparsify.backends.onnx.folder import write_genai_config
 from sparsify.backends.onnx.graph import name_dimensions, to_graph
-from sparsify.backends.onnx.notes import storage_notes
+from sparsify.backends.onnx.notes import said_of, storage_notes
 from sparsify.backends.onnx.options import Options
 from sparsify.backends.onnx.retrace import Example, check_fresh, retrace
 from sparsify.backends.onnx.storage.store import GraphStore
@@ -85,7 +85,7 @@ def export_graph(
             write_genai_config(staging.folder, config, contract)
         # Read back what was written, so that a full disk is found here and not by the user.
         GraphStore(staging.folder / FILE)
-        facts = {"kind": contract.kind if contract is not None else "graph", "transposed": transposed(stored)}
+        facts = {**said_of(contract), "transposed": transposed(stored)}
         write_manifest(staging.folder, {"onnx": {**dataclasses.asdict(options), **facts}}, sums, files)
         staging.commit()
     return storage_notes(options, stored, contract)

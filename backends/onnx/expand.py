@@ -10,6 +10,7 @@ import onnx_ir.passes.common as common
 from sparsify.backends.onnx.running.session import find_onnx
 from sparsify.backends.onnx.storage.datafile import external
 from sparsify.backends.onnx.storage.store import GraphStore
+from sparsify.backends.onnx.writing import save_graph
 from sparsify.errors import BackendError, CheckpointError, SparsifyError, first_line
 from sparsify.files.checkpoint import WEIGHTS, Checkpoint
 from sparsify.files.companions import check_companions, copy_companions
@@ -92,4 +93,4 @@ def _relink(store: GraphStore, folder: Path, name: str) -> None:
         graph.register_initializer(fresh)
         old.replace_all_uses_with(result)
     common.RemoveUnusedNodesPass()(model)
-    ir.save(model, folder / name)
+    save_graph(model, folder / name)

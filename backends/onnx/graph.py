@@ -19,6 +19,7 @@ from onnxscript.optimizer import fold_constants_ir
 from onnxscript.rewriter import RewritePass, onnx_fusions
 from onnxscript.rewriter.rules import common as rules
 
+from sparsify.backends.onnx.broadcast import spread_attention, stretch_rotations
 from sparsify.backends.onnx.options import Linear
 from sparsify.backends.onnx.tracing.trace import quiet_export
 from sparsify.errors import BackendError, first_line
@@ -70,7 +71,7 @@ def to_graph(
     table: dict[Callable[..., object], Callable[..., object]] = {}
     if linear == "gemm":
         table[aten.linear.default] = _linear_as_gemm
-    _share_heads(exported)
+    spread_attention(exported)
     try:
         with quiet_export(), contextlib.redirect_stdout(io.StringIO()):
             program = torch.onnx.export(
@@ -102,21 +103,6 @@ def _linear_as_gemm(x: Any, weight: Any, bias: Any = None) -> Any:
     return op.Reshape(product, shape)
 
 
-def _share_heads(exported: torch.export.ExportedProgram) -> None:
-    """Give attention as many key and value heads as query heads where it relies on broadcasting one head to all."""
-    graph = exported.graph
-    for node in graph.find_nodes(op="call_function", target=aten.scaled_dot_product_attention.default):
-        heads = node.args[0].meta["val"].shape[1]
-        for at in (1, 2):
-            old = node.args[at]
-            if old.meta["val"].shape[1] == 1 and heads != 1:
-                with graph.inserting_before(node):
-                    new = graph.call_function(aten.expand.default, (old, [-1, heads, -1, -1]))
-                shape = list(old.meta["val"].shape)
-                new.meta["val"] = old.meta["val"].expand(shape[0], heads, *shape[2:])
-                node.update_arg(at, new)
-
-
 def _detach(model: ir.Model, names: set[str]) -> dict[str, ir.Value]:
     """Make graph inputs of the initializers ``names``, so that no pass reads, merges or renames them."""
     graph, found = model.graph, {}
@@ -137,6 +123,7 @@ def _optimise(model: ir.Model) -> None:
             RewritePass(_RULES)(model)
             common.RemoveUnusedNodesPass()(model)
         onnx_fusions.fuse(model)
+        stretch_rotations(model)
         for tidy in (
             common.RemoveUnusedNodesPass(),
             common.RemoveUnusedFunctionsPass(),
@@ -166,11 +153,23 @@ def _check_domains(model: ir.Model) -> None:
 
 
 def name_dimensions(model: ir.Model, dims: Mapping[str, list[str | int]]) -> None:
-    """Give inputs and outputs the dimension names of their contract; -1 stands for what is there."""
+    """Give inputs and outputs the dimension names of their contract; -1 stands for what is there.
+
+    Outputs that the contract has no names for take those of the inputs that they are as large as.
+    """
+    known: dict[object, str] = {}
+    for value in model.graph.inputs:
+        for size, dim in zip(value.shape or (), dims.get(str(value.name), ()), strict=False):
+            if isinstance(size, ir.SymbolicDim) and isinstance(dim, str):
+                known[size.value] = dim
     for value in (*model.graph.inputs, *model.graph.outputs):
-        if value.name in dims and value.shape is not None:
+        if value.shape is None:
+            continue
+        if value.name in dims:
             named = [value.shape[i] if dim == -1 else dim for i, dim in enumerate(dims[value.name])]
-            value.shape = ir.Shape(named)
+        else:
+            named = [known.get(size.value, size) if isinstance(size, ir.SymbolicDim) else size for size in value.shape]
+        value.shape = ir.Shape(named)
 
 
 def _untranslated(error: Exception, opset: int) -> BackendError:

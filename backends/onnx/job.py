@@ -9,11 +9,13 @@ from typing import Any
 from sparsify.backends.hf.job import HuggingFaceJob
 from sparsify.backends.hf.notes import source_notes
 from sparsify.backends.onnx.folder import write_genai_config
-from sparsify.backends.onnx.notes import storage_notes
+from sparsify.backends.onnx.notes import said_of, storage_notes
 from sparsify.backends.onnx.options import Options
 from sparsify.backends.onnx.storage.store import GraphStore
 from sparsify.backends.onnx.storage.stored import StoredWeight, digests_of, transposed
+from sparsify.backends.onnx.tracing.signature import tensor_inputs
 from sparsify.backends.onnx.writing import FILE, build_graph, write_graph
+from sparsify.errors import CheckpointError
 from sparsify.files.checkpoint import INDEX, Checkpoint
 from sparsify.files.companions import rewrite_config
 from sparsify.frontend.source import Source
@@ -31,7 +33,8 @@ class ONNXJob:
 
     def __init__(self, options: Options, source: Source, out: Path, *, overwrite: bool, program: Program) -> None:
         self.options, self.source = options, source
-        self.graph, self.parameters, self.contract = build_graph(source.module, program.zero_batch(), options)
+        names = _tokenizer_inputs(source)
+        self.graph, self.parameters, self.contract = build_graph(source.module, program.zero_batch(), options, names)
         # Only now: it copies the weights.
         self.hf = HuggingFaceJob(source, out, overwrite=overwrite)
         self.weights: Weights = self.hf.weights
@@ -52,7 +55,7 @@ class ONNXJob:
         turned = transposed(self.stored)
         manifest["onnx"] = {
             **dataclasses.asdict(options),
-            "kind": self.contract.kind,
+            **said_of(self.contract),
             "transposed": turned,
             "file_bytes": sum(p.stat().st_size for p in folder.iterdir() if p.is_file()),
         }
@@ -75,3 +78,14 @@ class ONNXJob:
 
     def __exit__(self, *error: Any) -> None:
         self.hf.__exit__(*error)
+
+
+def _tokenizer_inputs(source: Source) -> list[str]:
+    """What the folder's tokenizer gives to the model; nothing where there is none."""
+    if source.folder is None or not set(tensor_inputs(source.module)) - {"input_ids", "attention_mask"}:
+        return []
+    try:
+        return list(source.tokenizer().model_input_names)
+    except CheckpointError:
+        # The notes name what is left at its default.
+        return []

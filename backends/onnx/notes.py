@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -14,6 +15,10 @@ from sparsify.backends.onnx.storage.stored import StoredWeight
 from sparsify.backends.onnx.tracing.contract import Contract
 from sparsify.words import format_bytes
 
+# What a manifest calls a graph that is a part of its model.
+LANGUAGE = "language model"
+_FOR_QUANTISERS = "give them what onnx:weights=external,dtype=float32,linear=matmul writes"
+
 
 def storage_notes(options: Options, stored: Sequence[StoredWeight], contract: Contract | None) -> list[str]:
     """What the user should know of a graph that was written; ``contract`` is None for a graph of the user's own."""
@@ -23,6 +28,8 @@ def storage_notes(options: Options, stored: Sequence[StoredWeight], contract: Co
         f"model.onnx: opset {options.opset}, {kind}, {len(stored)} weights, {format_bytes(total)} "
         + ("in the safetensors beside it" if options.weights == "link" else f"in {DATA}")
     ]
+    if contract is not None:
+        notes += _input_notes(contract)
     if options.weights == "packed":
         packed = [w for w in stored if w.format != "dense"]
         need = sum(w.unpacking or w.dense_bytes for w in stored)
@@ -34,6 +41,10 @@ def storage_notes(options: Options, stored: Sequence[StoredWeight], contract: Co
             notes.append("packed: no weight has enough zeros to gain from it")
     elif any(w.dtype not in (torch.float32, torch.int64) for w in stored) and options.compute == "float32":
         notes.append("weights are cast to float32 when a session is made: memory is that of float32")
+        if not (options.weights == "external" and options.dtype == "float32"):
+            notes.append(f"onnxruntime's quantisers find no weights behind these casts: {_FOR_QUANTISERS}")
+    elif options.weights == "link" and options.linear == "matmul":
+        notes.append(f"onnxruntime's quantisers find no weights behind the transposes of links: {_FOR_QUANTISERS}")
     if options.weights != "link":
         notes.append("this folder has no safetensors: transformers cannot load it; weights=link writes one that it can")
     if contract is not None and contract.kind == "decoder" and not uniform_heads(contract):
@@ -49,3 +60,32 @@ def storage_notes(options: Options, stored: Sequence[StoredWeight], contract: Co
             "other programs must too"
         )
     return notes
+
+
+def _input_notes(contract: Contract) -> list[str]:
+    notes = []
+    if contract.media:
+        notes.append(
+            f"the language model alone: text in, {', '.join(contract.outputs)} out; images, sound and video "
+            f"({', '.join(contract.media)}) are not in it"
+        )
+    if contract.frozen:
+        notes.append(
+            f"no inputs of the graph, but left at the model's defaults: {', '.join(contract.frozen)} (inputs are what "
+            "the folder's tokenizer gives, or calibration batches)"
+        )
+    if contract.one_row is not None:
+        notes.append(f"takes one row at a time, as the model itself does ({contract.one_row})")
+    return notes
+
+
+def said_of(contract: Contract | None) -> dict[str, Any]:
+    """What the manifest says of a graph; ``contract`` is None for one of the user's own."""
+    if contract is None:
+        return {"kind": "graph"}
+    said: dict[str, Any] = {"kind": contract.kind, "inputs": list(contract.inputs)}
+    if contract.media:
+        said["part"] = LANGUAGE
+    if contract.frozen:
+        said["frozen"] = list(contract.frozen)
+    return said

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -45,14 +46,7 @@ def check_fresh(exported: ExportedProgram) -> None:
 def retrace(graph: fx.GraphModule, example: Example | None, contract: Contract | None) -> ExportedProgram:
     """Export an edited graph again, so that every shape in it is what the edited weights make it."""
     if contract is not None:
-        fresh = Contract(
-            contract.kind,
-            fake_copy(graph, symbolic_mode()),
-            contract.inputs,
-            contract.states,
-            contract.outputs,
-            contract.dims,
-        )
+        fresh = dataclasses.replace(contract, wrapper=fake_copy(graph, symbolic_mode()))
         with quiet_export():
             return _run_again(lambda: export_contract(fresh))
     args, kwargs, shapes = _arguments(graph, example)

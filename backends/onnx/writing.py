@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import onnx_ir as ir
@@ -24,10 +24,14 @@ FILE = "model.onnx"
 
 
 def build_graph(
-    module: nn.Module, batch: Mapping[str, Tensor], options: Options
+    module: nn.Module, batch: Mapping[str, Tensor], options: Options, names: Collection[str] = ()
 ) -> tuple[ir.Model, dict[str, ir.Value], Contract]:
-    """Trace and translate ``module``; the graph's parameters have names and no numbers yet."""
-    exported, contract = trace_model(module, batch, getattr(torch, options.compute))
+    """Trace and translate ``module``; the graph's parameters have names and no numbers yet.
+
+    Args:
+        batch, names: example inputs, and further ones that the model's tokenizer gives.
+    """
+    exported, contract = trace_model(module, batch, getattr(torch, options.compute), names)
     model, parameters = to_graph(
         exported, contract.input_names, contract.output_names, opset=options.opset, linear=options.linear
     )
@@ -61,8 +65,22 @@ def write_graph(
             f"{format_bytes(here)}",
             do="Take weights=link; to ship a smaller file, compress it, which gains nearly as much",
         )
-    ir.save(model, folder / FILE)
+    save_graph(model, folder / FILE)
     return stored, attachment.data.digests()
+
+
+def save_graph(model: ir.Model, file: Path) -> None:
+    """Write the graph without the data that lies beside it.
+
+    Shapes of weights are said once, by the weights: tools that turn one round know of no other place to mend.
+    """
+    proto = ir.to_proto(model)
+    graph = proto.graph
+    weights = {tensor.name for tensor in graph.initializer}
+    others = [value for value in graph.value_info if value.name not in weights]
+    del graph.value_info[:]
+    graph.value_info.extend(others)
+    file.write_bytes(proto.SerializeToString())
 
 
 def _physical_memory() -> int:

@@ -11,16 +11,16 @@ from torch import Tensor
 from sparsify.backends.onnx.running.session import find_onnx
 from sparsify.backends.onnx.storage.store import GraphStore
 from sparsify.backends.verify.axis import SummedAxis, summed_axes
-from sparsify.backends.verify.behaviour import check_behaviour
 from sparsify.backends.verify.content import check_content, check_numbers, differs
 from sparsify.backends.verify.equality import check_equal
 from sparsify.backends.verify.judge import judge
+from sparsify.backends.verify.outputs.behaviour import check_behaviour
 from sparsify.backends.verify.promises import promises
 from sparsify.backends.verify.result import Verification
 from sparsify.errors import CheckpointError, first_line
 from sparsify.files.checkpoint import INDEX, WEIGHTS, Checkpoint
 from sparsify.files.ledger import Ledger
-from sparsify.files.manifest import MANIFEST
+from sparsify.files.manifest import MANIFEST, section
 from sparsify.finite import is_mask, scan
 from sparsify.method.pattern import Pattern, parse_pattern
 from sparsify.tensors import digest
@@ -66,6 +66,8 @@ def verify_onnx(
         check_behaviour(result, store, checkpoint, against or file.parent, manifest)
     elif run:
         result.unchecked.append("outputs: not compared, for the weights are already known to be wrong")
+    else:
+        result.unchecked.append("outputs: not compared, as asked")
     return result
 
 
@@ -121,11 +123,19 @@ def _check_patterns(
                 check.equal = None if written else False
                 result.weights.append(check)
     seen = readers.keys() & names
+    part = section(ledger.manifest, "onnx").get("part")
+    outside: list[str] = []
     for name in sorted(promised.keys() - seen):
         if name in names:
             result.unchecked.append(f"{name}: the graph does not show one axis that it is summed over")
+        elif part is not None:
+            outside.append(name)
         else:
             result.problems.append(f"{name}: {MANIFEST} says it was pruned, and the graph does not hold it")
+    if outside:
+        result.unchecked.append(
+            f"{len(outside)} pruned weights are not in the graph, which is the {part} alone: {outside[0]}…"
+        )
     return readable
 
 

@@ -53,6 +53,7 @@ FORM: dict[str, Any] = {
         "compute": _one_of("float32", "float16", "bfloat16"),
         "transposed": [_text],
         "weights": _text,
+        "part": _text,
         "dtype": _maybe(_text),
     },
 }  # fmt: skip

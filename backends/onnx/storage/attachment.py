@@ -15,7 +15,7 @@ from sparsify.backends.onnx.storage.datafile import DATA, TYPES, DataFile, exter
 from sparsify.backends.onnx.storage.pack import Format, best_format, pack_tensor, unpacking_bytes
 from sparsify.backends.onnx.storage.spread import spread_24, spread_bitmask
 from sparsify.backends.onnx.storage.stored import StoredWeight
-from sparsify.backends.onnx.storage.uses import cast_after_gather, gathered_only, transposes
+from sparsify.backends.onnx.storage.uses import cast_after_gather, gathered_only, mark_shared, transposes
 from sparsify.errors import BackendError
 from sparsify.files.checkpoint import Checkpoint
 from sparsify.finite import said, scan
@@ -70,6 +70,7 @@ class Attachment:
                     continue
                 joined = self._leaf(key, value.dtype)
             value.replace_all_uses_with(joined)
+        mark_shared(self.build.graph)
 
     def _leaf(self, key: str, wanted: ir.DataType, *, transposed: bool = False) -> ir.Value:
         """The checkpoint's tensor ``key`` in the dtype that the graph computes with."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -14,7 +14,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.export import Dim
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from sparsify.backends.onnx.tracing.contract import Contract, contract_for
+from sparsify.backends.onnx.tracing.choice import contract_for
+from sparsify.backends.onnx.tracing.contract import Contract
 from sparsify.errors import BackendError, first_line
 from sparsify.host import quiet
 
@@ -22,13 +23,17 @@ T = TypeVar("T")
 
 
 def trace_model(
-    module: nn.Module, batch: Mapping[str, Tensor], compute: torch.dtype | None = None
+    module: nn.Module,
+    batch: Mapping[str, Tensor],
+    compute: torch.dtype | None = None,
+    names: Collection[str] = (),
 ) -> tuple[torch.export.ExportedProgram, Contract]:
     """Export ``module`` under the contract that fits it; the module stays as it is.
 
     Args:
         batch: example inputs of models that do not generate.
         compute: dtype of the arithmetic; the module's own where None.
+        names: inputs that the model's tokenizer gives.
 
     Raises:
         BackendError: the model cannot be traced with a dynamic batch and sequence.
@@ -42,7 +47,7 @@ def trace_model(
             return function()
 
     with quiet_export():
-        contract = contract_for(model, run, batch)
+        contract = contract_for(model, run, batch, names)
         if compute is not None:
             _match_inputs(contract, compute)
         return export_contract(contract), contract

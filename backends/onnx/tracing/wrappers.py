@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from sparsify.frontend.capture import call_arguments, without_cache
+
 # Keys and values of a layer, or its convolution's and its recurrent state.
 States = list[tuple[Tensor, Tensor]]
 
@@ -87,8 +89,9 @@ class Plain(nn.Module):
         """What the model makes of ``inputs``, by name."""
         if self.positional:
             return _tensors(self.model(*inputs.values()))
-        cached = getattr(getattr(self.model, "config", None), "use_cache", None) is not None
-        return _tensors(self.model(**inputs, **({"use_cache": False} if cached else {})))
+        with without_cache(self.model):
+            _, named = call_arguments(self.model, inputs)
+            return _tensors(self.model(**named))
 
 
 def _tensors(output: Any) -> dict[str, Tensor]:

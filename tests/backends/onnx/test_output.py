@@ -254,7 +254,7 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("sparsify.backends.onnx.writing.ir.save", full)
+    monkeypatch.setattr("sparsify.backends.onnx.writing.save_graph", full)
     with pytest.raises(SparsifyError, match="No space left"):
         export_onnx(net(), tmp_path / "out", example_inputs=[torch.randn(2, 64)])
     assert not list(tmp_path.iterdir())

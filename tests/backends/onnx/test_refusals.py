@@ -22,7 +22,7 @@ from sparsify.backends.onnx.running.session import open_session
 from sparsify.backends.onnx.running.talk import talk
 from sparsify.backends.onnx.storage.attachment import Attachment
 from sparsify.backends.onnx.storage.store import GraphStore, load_graph
-from sparsify.backends.onnx.tracing.contract import contract_for
+from sparsify.backends.onnx.tracing.choice import contract_for
 from sparsify.backends.onnx.tracing.trace import export_contract
 from sparsify.errors import BackendError, CheckpointError, SpecError
 from sparsify.frontend.source import open_source

@@ -1,0 +1,31 @@
+"""Which contract a model is exported under."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Mapping
+
+from torch import Tensor, nn
+
+from sparsify.backends.onnx.tracing.cached import cached_contract
+from sparsify.backends.onnx.tracing.contract import Contract, Run
+from sparsify.backends.onnx.tracing.plain import plain_contract
+from sparsify.backends.onnx.tracing.signature import missing
+
+
+def contract_for(model: nn.Module, run: Run, batch: Mapping[str, Tensor], names: Collection[str] = ()) -> Contract:
+    """The contract for ``model``.
+
+    Args:
+        model: a module whose parameters take no memory.
+        batch: example inputs of a plain model, name to tensor; digits name positional inputs.
+        names: inputs that the model's tokenizer gives.
+
+    Raises:
+        BackendError: the model generates, but its cache is of a kind that no exported graph can hold.
+    """
+    config = getattr(model, "config", None)
+    generates = getattr(model, "can_generate", bool)() and not getattr(config, "is_encoder_decoder", False)
+    contract = cached_contract(model, run) if generates else plain_contract(model, run, batch, names)
+    frozen, media = missing(model, contract.inputs)
+    return dataclasses.replace(contract, frozen=frozen, media=media)

@@ -1,0 +1,86 @@
+"""Models without a cache: classifiers, encoders, embedding models, models of images, encoders with their decoders."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Collection, Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from sparsify.backends.onnx.tracing.contract import BATCH, SEQUENCE, Contract, Dims, Run
+from sparsify.backends.onnx.tracing.wrappers import Plain
+from sparsify.errors import BackendError, first_line
+
+# Sizes of the example: none is 0 or 1, which tracing would take for a constant, and no two are alike.
+_ROWS, _LENGTH, _DECODER_LENGTH = 2, 5, 7
+
+
+def plain_contract(model: nn.Module, run: Run, batch: Mapping[str, Tensor], names: Collection[str]) -> Contract:
+    """The contract of a model without a cache, of the inputs in ``batch`` and those of ``names`` that it takes.
+
+    Raises:
+        BackendError: the model does not run on them.
+    """
+    positional = all(name.isdigit() for name in batch)
+    wrapper = Plain(model, positional)
+    reasons: list[str] = []
+    for rows, apart in _ways(batch):
+        inputs, dims = _example(model, batch, names, rows, apart)
+        try:
+            outputs = run(lambda inputs=inputs: wrapper.outputs(inputs))  # type: ignore[misc]
+        except Exception as error:  # a model's own code raises whatever it likes
+            reasons.append(first_line(error))
+            continue
+        return Contract("plain", wrapper, inputs, [], list(outputs), dims, one_row=reasons[0] if rows == 1 else None)
+    inputs, _ = _example(model, batch, names, _ROWS, apart=True)
+    raise BackendError(
+        f"exporting {type(model).__name__} to ONNX",
+        found=f"it does not run on {', '.join(f'{k} {list(v.shape)}' for k, v in inputs.items())} ({reasons[0]})",
+        do="Give calibration batches with the inputs that the model needs",
+    )
+
+
+def _ways(batch: Mapping[str, Tensor]) -> Iterator[tuple[int, bool]]:
+    """Numbers of rows, and whether encoder and decoder read sequences of their own lengths: what models run on, the
+    freest first. A classifier without a padding token takes one row, BART's one sequence for both."""
+    yield _ROWS, True
+    if any(name.startswith("decoder") for name in batch):
+        yield _ROWS, False
+    yield 1, True
+
+
+def _example(
+    model: nn.Module, batch: Mapping[str, Tensor], names: Collection[str], rows: int, apart: bool
+) -> tuple[dict[str, Tensor], Dims]:
+    positional = all(name.isdigit() for name in batch)
+    first = BATCH if rows > 1 else 1
+    inputs: dict[str, Tensor] = {}
+    dims: Dims = {}
+
+    def sequence(name: str, more: tuple[int, ...] = (), dtype: torch.dtype = torch.long) -> None:
+        own = apart and name.startswith("decoder")
+        length = _DECODER_LENGTH if own else _LENGTH
+        inputs[name] = torch.zeros(rows, length, *more, dtype=dtype)
+        if name.endswith("attention_mask"):
+            # A mask of ones alone lets models drop it while they are traced.
+            inputs[name] += 1
+            inputs[name][0, -1] = 0
+        dims[name] = [first, f"decoder_{SEQUENCE}" if own else SEQUENCE, *more]
+
+    for name, value in batch.items():
+        # So many rows whatever the batch had, and of tokens more than one.
+        named = f"input_{name}" if positional else name
+        if value.dim() == 2 and not value.is_floating_point():
+            sequence(named, dtype=value.dtype)
+            continue
+        value = torch.zeros(rows, *value.shape[1:], dtype=value.dtype) if value.dim() else value
+        inputs[named] = value
+        dims[named] = [first, *map(int, value.shape[1:])]
+    if "input_ids" in inputs:
+        takes = inspect.signature(model.forward).parameters
+        for name in dict.fromkeys(["attention_mask", *names]):
+            if name in takes and name not in inputs:
+                # Of what tokenizers give, boxes on a page alone have four numbers a token.
+                sequence(name, (4,) if name == "bbox" else ())
+    return inputs, dims

@@ -1,0 +1,1 @@
+"""What a graph gives, held against what torch gives."""

@@ -1,0 +1,72 @@
+"""A folder whose outputs could not be compared, or differ beyond one row, is not sound."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import onnx
+import pytest
+from support.command_line import sparsify as command
+from support.plain_models import save_plain
+
+import sparsify
+from sparsify.backends.verify.onnx_folder import verify_onnx
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("classifier")
+    sparsify.compile(save_plain("bert classifier", folder / "dense"), to="onnx", output=folder / "out")
+    return folder / "out"
+
+
+@pytest.fixture
+def copied(classifier: Path, tmp_path: Path) -> Path:
+    folder = Path(shutil.copytree(classifier, tmp_path / "out"))
+    (folder / "sparsify.json").unlink()
+    return folder
+
+
+def edit(folder: Path, change: Callable[[onnx.GraphProto], object]) -> None:
+    model = onnx.load(str(folder / "model.onnx"), load_external_data=False)
+    change(model.graph)
+    (folder / "model.onnx").write_bytes(model.SerializeToString())
+
+
+def test_a_graph_that_holds_one_row_is_no_sound_one(copied: Path) -> None:
+    assert verify_onnx(copied).sound
+
+    def hold(graph: onnx.GraphProto) -> None:
+        """The logits of the first row for every row, as what was traced with a batch of one would give them."""
+        name = graph.output[0].name
+        node = next(n for n in graph.node if name in n.output)
+        node.output[0] = "all_rows"
+        zero = onnx.helper.make_tensor("first", onnx.TensorProto.INT64, [1], [0])
+        graph.initializer.append(zero)
+        graph.node.append(onnx.helper.make_node("Gather", ["all_rows", "first"], [name], axis=0))
+        graph.output[0].type.tensor_type.shape.dim[0].dim_value = 1
+
+    edit(copied, hold)
+    found = verify_onnx(copied)
+    assert not found.sound and any("output logits for 2 rows" in line for line in found.problems), found.problems
+
+
+def test_what_could_not_be_compared_fails_and_says_how_to_go_on(copied: Path) -> None:
+    (copied / "config.json").unlink()
+    result = command("verify", copied)
+    assert result.returncode == 1 and "no config.json" in result.stdout and "--weights-only" in result.stdout
+    alone = command("verify", copied, "--weights-only")
+    assert alone.returncode == 0 and "outputs: not compared, as asked" in alone.stdout
+
+
+def test_a_graph_that_does_not_run_fails(copied: Path) -> None:
+    """It asks for an input that nobody knows how to make."""
+
+    def demand(graph: onnx.GraphProto) -> None:
+        graph.input.append(onnx.helper.make_tensor_value_info("rest", onnx.TensorProto.STRING, ["batch_size"]))
+
+    edit(copied, demand)
+    found = verify_onnx(copied)
+    assert not found.sound and any("outputs: not compared" in line for line in found.problems), found.problems
