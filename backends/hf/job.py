@@ -13,14 +13,13 @@ from typing import Any
 from sparsify.backends.hf.saving import save_tensors
 from sparsify.errors import BackendError
 from sparsify.files.checkpoint import WEIGHTS, Checkpoint
-from sparsify.files.companions import copy_companions, rewrite_config
 from sparsify.files.ledger import write_manifest
 from sparsify.files.staging import Staging
+from sparsify.files.writer import lay_out
 from sparsify.frontend.matching import weights_of_checkpoint
 from sparsify.frontend.source import Source
 from sparsify.host import quiet
 from sparsify.ir.program import Program
-from sparsify.ir.store import DenseView
 from sparsify.ir.weights import Weights
 
 # Tokenizer, index and manifest take a little more than the weights.
@@ -53,9 +52,7 @@ class HuggingFaceJob:
     def _dense_copy(self) -> Checkpoint:
         source, folder = self.source, self.staging.folder
         if source.folder is not None:
-            copy_companions(source.folder, folder)
-            if isinstance(source.weights.store, DenseView):
-                rewrite_config(folder, source.weights.store.dense_config)
+            source.copy_beside(folder)
         if source.checkpoint is not None:
             return source.checkpoint.copy_to(folder)
         if source.is_transformers and source.folder is None:
@@ -63,10 +60,22 @@ class HuggingFaceJob:
             # transformers reports shards in its warnings, which are not about the user's command.
             with quiet():
                 model.save_pretrained(folder)
+        elif source.folder is not None:
+            return self._written_anew(folder)
         else:
             store = source.weights.store
             save_tensors({name: store.read(name).contiguous() for name in store.names()}, folder / WEIGHTS)
         return Checkpoint(folder, writable=True)
+
+    def _written_anew(self, folder: Path) -> Checkpoint:
+        """What lies otherwise in the source: one tensor after the other, in shards like transformers' own."""
+        store = self.source.weights.store
+        # In the order that safetensors' own writer has.
+        names = sorted(store.names(), key=lambda name: (-store.dtype(name).itemsize, name))
+        made = lay_out(folder, {name: (store.dtype(name), store.shape(name)) for name in names})
+        for name in names:
+            made.write(name, store.read(name).contiguous())
+        return made
 
     def finish(self, program: Program, manifest: dict[str, Any]) -> tuple[Path, Weights]:
         """Read everything back, write the manifest, and put the folder in place."""

@@ -17,6 +17,7 @@ from sparsify.cli.options import (
     Compute,
     Debug,
     Device,
+    Dtype,
     Length,
     LogLevel,
     Memory,
@@ -30,7 +31,15 @@ from sparsify.cli.terminal import Terminal, say
 from sparsify.errors import BackendError, SpecError
 from sparsify.files.reading import kind_at
 from sparsify.method.spec import check_pass, describe_passes, parse_backend, parse_pass, split_specs
-from sparsify.words import check_amount, check_compute_dtype, check_schedule, check_seed, parse_bytes, plain
+from sparsify.words import (
+    check_amount,
+    check_compute_dtype,
+    check_schedule,
+    check_seed,
+    check_weight_dtype,
+    parse_bytes,
+    plain,
+)
 
 
 def compile_command(
@@ -85,6 +94,7 @@ def compile_command(
     no_check: NoCheck = False,
     allow_nan: AllowNan = False,
     compute_dtype: Compute = None,
+    dtype: Dtype = None,
     trust_remote_code: Trust = False,
     quiet: Quiet = False,
     log_level: LogLevel = "warning",
@@ -95,6 +105,7 @@ def compile_command(
         console = Terminal(quiet=quiet)
         specs = passes or []
         check_compute_dtype(compute_dtype)
+        check_weight_dtype(dtype)
         _check_words(specs, schedule, memory, to, samples, sequence_length, seed)
         if dry_run and print_after:
             raise SpecError(
@@ -107,7 +118,11 @@ def compile_command(
         from sparsify.compiler.pipeline import compile
         from sparsify.compiler.request import default_output
 
-        name = Path(model).expanduser().resolve().name if kind_at(model) else model.rpartition("/")[2]
+        name = (
+            Path(model).expanduser().resolve().name.removesuffix(".gguf")
+            if kind_at(model)
+            else model.rpartition("/")[2]
+        )
         out = output or default_output(name, specs, to)
         shown = GraphPrinter(print_after or (), [parse_pass(spec).name for spec in specs])
         started = time.perf_counter()
@@ -133,6 +148,8 @@ def compile_command(
                 check=not no_check,
                 allow_nan=allow_nan,
                 compute_dtype=compute_dtype,
+                dtype=dtype,
+                tell=lambda text: console.print(text),
                 observe=line.show,
                 after=shown.after,
             )

@@ -16,7 +16,7 @@ from sparsify.cli.terminal import complain
 from sparsify.errors import SparsifyError, first_line
 from sparsify.words import plain
 
-Model = Annotated[str, typer.Argument(help="Hugging Face folder or hub id.", metavar="MODEL")]
+Model = Annotated[str, typer.Argument(help="Hugging Face folder, hub id or GGUF file.", metavar="MODEL")]
 AllowBin = Annotated[bool, typer.Option("--allow-bin", help="Read pytorch_model.bin (weights only, no code).")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that the model brings along.")]
 NoCheck = Annotated[bool, typer.Option("--no-check", help="Do not hold a folder's bytes against its sparsify.json.")]
@@ -29,6 +29,15 @@ Compute = Annotated[
     typer.Option(
         "--compute-dtype",
         help="float32, bfloat16 or float16: what the model runs in. [default: its own]",
+        metavar="DTYPE",
+    ),
+]
+Dtype = Annotated[
+    str | None,
+    typer.Option(
+        "--dtype",
+        help="float32, bfloat16 or float16: what a quantized model's weights are read and written in. "
+        "[default: bfloat16]",
         metavar="DTYPE",
     ),
 ]

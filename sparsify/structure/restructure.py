@@ -163,7 +163,7 @@ def _note(source: Source, done: Restructured, into: Path) -> None:
 def _smaller(folder: Path, source: Source) -> Source:
     """The model that ``folder`` holds, opened as ``source`` was, from which its tensors were read and looked at."""
     made = open_source(folder, trust_remote_code=source.trust_remote_code, check=False, allow_nan=True)
-    return replace(made, allow_nan=source.allow_nan, compute=source.compute)
+    return replace(made, allow_nan=source.allow_nan, compute=source.compute, quantization=source.quantization)
 
 
 def _compared(folder: Path, source: Source, small: Program, context: Context) -> tuple[Source, Program]:
