@@ -99,5 +99,5 @@ def _set_logging(level: str) -> None:
     logging.basicConfig(level=number, handlers=[handler])
     if number >= logging.WARNING:
         # What the hub's client and its transport say of their retries is not about the user's command.
-        for name in ("huggingface_hub", "datasets", "httpx", "transformers", "torch"):
+        for name in ("huggingface_hub", "datasets", "httpx", "transformers", "torch", "bitsandbytes"):
             logging.getLogger(name).setLevel(logging.ERROR)

@@ -122,8 +122,8 @@ def open_model(
         require_real(model)
     if (found := source.quantization) is not None:
         tell(
-            f"{source.name} is quantized ({found['method']}, {format_bytes(found['stored_bytes'])}); its weights are read "
-            f"in {found['dtype']}, dense {format_bytes(found['dense_bytes'])}"
+            f"{source.name} is quantized ({found['method']}, {format_bytes(found['stored_bytes'])}); dense, in "
+            f"{found['dtype']}, it takes {format_bytes(found['dense_bytes'])}"
         )
     if request.structural:
         check_source(source)
