@@ -16,7 +16,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from sparsify.errors import CheckpointError, SpecError, TraceError, first_line
-from sparsify.files.checkpoint import PICKLED, PICKLED_INDEX, WEIGHTS, Checkpoint
+from sparsify.files.checkpoint import INDEX, PICKLED, PICKLED_INDEX, WEIGHTS, Checkpoint
 from sparsify.files.companions import check_companions, copy_companions, rewrite_config
 from sparsify.files.ledger import Checked, Ledger
 from sparsify.files.reading import MAX_INDEX, admit, kind_at, read_json
@@ -274,6 +274,11 @@ def open_store(folder: Path, ledger: Ledger, to: torch.dtype = torch.bfloat16) -
             if is_own(entry):
                 raise
             warn_of(entry, f"it fails ({type(error).__name__}: {first_line(error)}); {package_of(entry)} brings it")
+    gguf = sorted(path.name for path in folder.glob("*.gguf"))
+    if gguf and not (folder / WEIGHTS).exists() and not (folder / INDEX).exists():
+        raise CheckpointError(
+            f"weights of {folder}", found=f"no safetensors, but {gguf[0]}", do=f"Name the file: {folder / gguf[0]}"
+        )
     return open_checkpoint(folder, ledger, to)
 
 

@@ -239,7 +239,9 @@ GGML = {
 _ARCHITECTURES = {"llama": "llama", "qwen3": "qwen3", "qwen3_moe": "qwen3moe"}
 
 
-def gguf(path: Path, family: str = "llama", kind: str = "Q8_0", tokens: bool = True) -> Path:
+def gguf(
+    path: Path, family: str = "llama", kind: str = "Q8_0", tokens: bool = True, more: Tensors | None = None
+) -> Path:
     """A GGUF file as llama.cpp's converter writes one: ggml's names, llama's q and k with their rows in pairs."""
     from gguf import GGMLQuantizationType, GGUFWriter, quants
     from support.families import build
@@ -272,7 +274,7 @@ def gguf(path: Path, family: str = "llama", kind: str = "Q8_0", tokens: bool = T
         writer.add_token_types([2, 3, 3, *([6] * (len(words) - 3))])
         writer.add_bos_token_id(1)
         writer.add_eos_token_id(2)
-    for name, tensor in _ggml_tensors(model, family):
+    for name, tensor in [*_ggml_tensors(model, family), *(more or {}).items()]:
         data = tensor.float().numpy()
         if tensor.dim() == 1 or "inp" in name:
             writer.add_tensor(name, data)
