@@ -38,6 +38,19 @@ def test_equals_transformers(kind: str, tmp_path: Path) -> None:
         assert torch.equal(weights.read(name), want[name]), name
 
 
+@pytest.mark.parametrize("kind", ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"])
+def test_large_blocks_equal_transformers(kind: str, tmp_path: Path) -> None:
+    config = transformers.LlamaConfig(
+        vocab_size=64, hidden_size=256, intermediate_size=256, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64,
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(config)
+    file = quantized.gguf(tmp_path / "tiny.gguf", kind=kind, tokens=False, model=model)
+    want, weights = reference(file, torch.bfloat16), open_source(file).weights
+    for name in weights.parameters():
+        assert torch.equal(weights.read(name), want[name]), name
+
+
 @pytest.mark.parametrize("family", ["qwen3", "qwen3_moe"])
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 def test_other_architectures_equal_transformers(family: str, dtype: str, tmp_path: Path) -> None:

@@ -240,13 +240,18 @@ _ARCHITECTURES = {"llama": "llama", "qwen3": "qwen3", "qwen3_moe": "qwen3moe"}
 
 
 def gguf(
-    path: Path, family: str = "llama", kind: str = "Q8_0", tokens: bool = True, more: Tensors | None = None
+    path: Path,
+    family: str = "llama",
+    kind: str = "Q8_0",
+    tokens: bool = True,
+    more: Tensors | None = None,
+    model: Any = None,
 ) -> Path:
     """A GGUF file as llama.cpp's converter writes one: ggml's names, llama's q and k with their rows in pairs."""
     from gguf import GGMLQuantizationType, GGUFWriter, quants
     from support.families import build
 
-    model = build(family)
+    model = model or build(family)
     config, architecture = model.config, _ARCHITECTURES[family]
     path.parent.mkdir(parents=True, exist_ok=True)
     writer = GGUFWriter(path, architecture)
@@ -280,12 +285,26 @@ def gguf(
             writer.add_tensor(name, data)
         else:
             form = GGMLQuantizationType[kind if data.shape[-1] % 32 == 0 else "F16"]
-            writer.add_tensor(name, quants.quantize(data, form), raw_dtype=form)
+            blocks = _k_blocks(data.shape, form) if "_K" in kind else quants.quantize(data, form)
+            writer.add_tensor(name, blocks, raw_dtype=form)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def _k_blocks(shape: tuple[int, ...], form: Any) -> np.ndarray[Any, Any]:
+    """Random blocks of a kind that gguf-py makes dense and does not make: each number but its scales is any."""
+    from gguf import GGML_QUANT_SIZES
+
+    block, size = GGML_QUANT_SIZES[form]
+    drawn = np.random.default_rng(0).integers(0, 256, (*shape[:-1], shape[-1] // block, size), np.uint8)
+    scale = np.frombuffer(np.float16(0.001).tobytes(), np.uint8)
+    places = {"Q2_K": (80, 82), "Q3_K": (108,), "Q6_K": (208,)}.get(form.name, (0, 2))
+    for place in places:
+        drawn[..., place : place + 2] = scale
+    return drawn.reshape(*shape[:-1], -1)
 
 
 def _ggml_tensors(model: Any, family: str) -> list[tuple[str, Tensor]]:
@@ -302,7 +321,9 @@ def _ggml_tensors(model: Any, family: str) -> list[tuple[str, Tensor]]:
             gate, up = tensor.chunk(2, dim=1)
             parts = {"mlp.experts.gate_proj": gate, "mlp.experts.up_proj": up}
         for part, value in parts.items():
-            heads = {"self_attn.q_proj": 4, "self_attn.k_proj": 2}.get(part) if family == "llama" else None
+            config = model.config
+            both = {"self_attn.q_proj": config.num_attention_heads, "self_attn.k_proj": config.num_key_value_heads}
+            heads = both.get(part) if family == "llama" else None
             if heads is not None:
                 value = value.reshape(heads, 2, -1, value.shape[1]).swapaxes(1, 2).reshape(value.shape)
             out.append((f"blk.{number}.{GGML[part]}.weight", value))
