@@ -1,4 +1,4 @@
-"""Quantized models that are broken, lie, or are quantized in a way that is not read: refused in a sentence, no traceback."""
+"""Quantized models that are broken, lie, or are quantized otherwise than is read: refused in a sentence."""
 
 from __future__ import annotations
 
@@ -83,26 +83,26 @@ CASES = [(kind, part) for kind, parts in PARTS.items() for part in parts]
 
 
 @pytest.fixture(params=CASES, ids=lambda case: "-".join(case))
-def case(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, str, Path]:
+def case(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, Path]:
     kind, part = request.param
     if kind in _PACKAGES:
         pytest.importorskip(_PACKAGES[kind], reason=f"{_PACKAGES[kind]} is not installed (the extra quantized)")
-    return kind, part, MAKE[kind](tmp_path / "model")
+    return part, MAKE[kind](tmp_path / "model")
 
 
 def first(tensors: Tensors, part: str) -> str:
     return min(name for name in tensors if name.endswith(part))
 
 
-def test_a_part_that_is_missing(case: tuple[str, str, Path]) -> None:
-    kind, part, folder = case
+def test_a_part_that_is_missing(case: tuple[str, Path]) -> None:
+    part, folder = case
     gone = []
     changed(folder, lambda tensors: gone.append(tensors.pop(first(tensors, part)) is not None))
     refused(folder)
 
 
-def test_a_part_of_another_shape(case: tuple[str, str, Path]) -> None:
-    kind, part, folder = case
+def test_a_part_of_another_shape(case: tuple[str, Path]) -> None:
+    part, folder = case
 
     def longer(tensors: Tensors) -> None:
         name = first(tensors, part)
@@ -112,8 +112,8 @@ def test_a_part_of_another_shape(case: tuple[str, str, Path]) -> None:
     refused(folder)
 
 
-def test_a_part_of_another_dtype(case: tuple[str, str, Path]) -> None:
-    kind, part, folder = case
+def test_a_part_of_another_dtype(case: tuple[str, Path]) -> None:
+    part, folder = case
 
     def other(tensors: Tensors) -> None:
         name = first(tensors, part)
@@ -297,7 +297,7 @@ class TestGguf:
 
     def test_a_number_that_is_not_finite(self, file: Path) -> None:
         data = bytearray(file.read_bytes())
-        data[-30:] = b"\xff" * 30
+        data[-200:] = b"\xff" * 200
         file.write_bytes(data)
         refused(file, "NaN or infinity")
 

@@ -164,6 +164,20 @@ class GgufStore:
         return parsed["tensors"][name]
 
 
+class _Shallow:
+    """A model as far as names are looked for in it: its own and those of its children (of models without a head).
+
+    transformers goes through every module of it, and makes the table of all layers for each.
+    """
+
+    def __init__(self, module: Any, deeper: bool = True) -> None:
+        self.state_dict, self.config = module.state_dict, getattr(module, "config", None)
+        self._children = [(n, _Shallow(m, False)) for n, m in module.named_children()] if deeper else []
+
+    def named_children(self) -> list[tuple[str, _Shallow]]:
+        return self._children
+
+
 def _mapping(file: GgufFile, model: Any) -> tuple[Any, Mapping[str, str]]:
     """What turns the architecture's tensors into transformers', and their names to those of its parameters."""
     from transformers import modeling_gguf_pytorch_utils as legacy
@@ -173,7 +187,7 @@ def _mapping(file: GgufFile, model: Any) -> tuple[Any, Mapping[str, str]]:
         # What it makes of metadata its processors read; of a config, names alone differ.
         parsed = legacy.load_gguf_checkpoint(str(file.header.path), return_tensors=False)["config"]
         processor = legacy.TENSOR_PROCESSORS.get(architecture, legacy.TensorProcessor)(config=parsed)
-        return processor, legacy.get_gguf_hf_weights_map(model, processor)
+        return processor, legacy.get_gguf_hf_weights_map(_Shallow(model), processor)
     except Exception as error:  # of many kinds
         raise CheckpointError(
             f"file {file.header.path}",
