@@ -78,7 +78,7 @@ def _make(parts: Mapping[str, Tensor], dtype: torch.dtype, *, bits: int, group: 
         )
     out = torch.empty((inputs, outputs), dtype=dtype)
     # In pieces, for float32 takes eight times what the weight does.
-    step = max(1, (1 << 22) // max(1, outputs)) * (32 // bits)
+    step = max(1, (1 << 20) // max(1, outputs)) * (32 // bits)
     for begin in range(0, inputs, step):
         rows = slice(begin, begin + step)
         numbers = unpacked(weight[begin * bits // 32 : (begin + step) * bits // 32], bits, 0)
