@@ -129,6 +129,7 @@ def test_smaller_and_the_plan_of_it(gptq: Path, tmp_path: Path) -> None:
     assert model.dtype == torch.bfloat16 and model.num_parameters() < 22_688
 
 
+@pytest.mark.slow
 def test_every_command(gptq: Path, tmp_path: Path) -> None:
     ids = tmp_path / "ids.safetensors"
     save_file({"input_ids": torch.arange(400) % 57 + 3}, ids)
