@@ -60,6 +60,9 @@ def open_checkpoint(folder: Path, ledger: Ledger, to: torch.dtype) -> Checkpoint
         if not _seen(checkpoint):
             return PlainStore(folder, ledger=ledger)
         raise refused(where, f"its quantization_config names no groups, and {_seen(checkpoint)} is quantized")
+    if method == block_fp8.METHOD and _has_plain_scales(checkpoint):
+        # vLLM's own writer calls them so, and lays them out as ModelOpt does.
+        method, said = scaled_fp8.METHOD, {}
     if method not in METHODS:
         raise refused(where, f"quantization_config of {method!r} in config.json")
     layout = METHODS[method](checkpoint, said, where)
@@ -105,6 +108,12 @@ def _unsaid(folder: Path, tensors: Tensors) -> tuple[str | None, dict[str, Any]]
         f"model {folder}",
         f"{seen} is stored in {tensors.dtype(seen)}, and neither config.json nor a file beside it says how",
     )
+
+
+def _has_plain_scales(tensors: Tensors) -> bool:
+    names = set(tensors.names())
+    kinds = [f"{n}_scale" in names for n in names if tensors.dtype(n) in FLOAT8 and f"{n}_scale_inv" not in names]
+    return bool(kinds) and all(kinds)
 
 
 def _seen(tensors: Tensors) -> str | None:

@@ -127,9 +127,12 @@ def test_gptq_that_only_a_file_beside_names(tmp_path: Path) -> None:
     assert open_source(folder).quantization["method"] == "gptq"
 
 
-@pytest.mark.parametrize("said", [True, False])
-def test_modelopt_by_definition(said: bool, tmp_path: Path) -> None:
-    folder = quantized.modelopt_fp8(tmp_path / "model", said)
+@pytest.mark.parametrize("said", ["a file", "nothing", "fp8"])
+def test_a_scale_a_tensor_by_definition(said: str, tmp_path: Path) -> None:
+    folder = quantized.modelopt_fp8(tmp_path / "model", said == "a file")
+    if said == "fp8":
+        # As vLLM's own writer has it.
+        quantized.change_config(folder, quantization_config={"quant_method": "fp8", "activation_scheme": "static"})
 
     def dequantize(stored: Tensors, base: str) -> Tensor:
         return stored[f"{base}weight"].float() * stored[f"{base}weight_scale"]
