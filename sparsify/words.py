@@ -10,6 +10,8 @@ Word = TypeVar("Word", bound=str)
 Schedule = Literal["layer", "block", "dense"]
 SCHEDULES: tuple[Schedule, ...] = get_args(Schedule)
 ComputeDtype = Literal["float32", "bfloat16", "float16"]
+# What the weights of a quantized model are read and written in, where nothing else is asked for.
+WEIGHT_DTYPE: ComputeDtype = "bfloat16"
 COMPUTE_DTYPES: tuple[ComputeDtype, ...] = get_args(ComputeDtype)
 AdapterWord = Literal["merge"]
 ADAPTERS: tuple[AdapterWord, ...] = get_args(AdapterWord)
@@ -57,6 +59,15 @@ def check_adapter(text: str | None) -> AdapterWord | None:
         SpecError: it is nothing of the kind.
     """
     return None if text is None else one_of(text, ADAPTERS, "treatment of adapters")
+
+
+def check_weight_dtype(text: str | None) -> ComputeDtype | None:
+    """``text`` as a dtype that a quantized model's weights are made dense in; None: :data:`WEIGHT_DTYPE`.
+
+    Raises:
+        SpecError: it is none.
+    """
+    return None if text is None else one_of(text, COMPUTE_DTYPES, "dtype")
 
 
 def parse_bytes(text: int | str) -> int:

@@ -6,7 +6,6 @@ about the sparsity are in ``sparsify.json``.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,8 @@ from typing import Any
 from sparsify.backends.hf.notes import source_notes
 from sparsify.errors import BackendError
 from sparsify.files.checkpoint import Checkpoint
-from sparsify.files.companions import copy_companions, rewrite_config, size_of_companions, tokenizer_files
+from sparsify.files.companions import rewrite_config, size_of_companions
 from sparsify.files.ledger import write_manifest
-from sparsify.files.reading import admit
 from sparsify.files.staging import Staging
 from sparsify.files.writer import write_all
 from sparsify.frontend.matching import weights_of_checkpoint
@@ -24,7 +22,6 @@ from sparsify.frontend.modules import save_module
 from sparsify.frontend.source import Source
 from sparsify.frontend.ties import config_of
 from sparsify.ir.program import Program
-from sparsify.ir.store import DenseView
 from sparsify.ir.weights import Weights
 
 # Tokenizer, index and manifest take a little more than the weights.
@@ -59,12 +56,7 @@ class HuggingFaceJob:
     def _dense_copy(self) -> Checkpoint:
         source, folder = self.source, self.staging.folder
         if source.folder is not None:
-            copy_companions(source.folder, folder)
-            if source.adapter is not None:
-                for path in tokenizer_files(source.adapter.folder, beside=True):
-                    shutil.copyfile(admit(path), folder / path.name)
-            if isinstance(source.weights.store, DenseView):
-                rewrite_config(folder, source.weights.store.dense_config)
+            source.copy_beside(folder)
             if (folder / "config.json").is_file():
                 rewrite_config(folder, self._settled)
         if source.checkpoint is not None:

@@ -45,8 +45,9 @@ def _check_patterns(
 ) -> None:
     # What differs is known by now: here it is looked at all the same.
     packed = open_packed(folder, Ledger())
-    store = packed or Checkpoint(folder)
     source = open_source(folder, check=False, allow_nan=True)
+    # Of a quantized folder, patterns are of the dense weights.
+    store = packed or (Checkpoint(folder) if source.quantization is None else source.weights.store)
     program = capture(source, example_batch(source))
     sites, opaque = find_sites(program)
     promised = promises(ledger.manifest)

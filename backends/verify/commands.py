@@ -10,6 +10,7 @@ import typer
 
 from sparsify.cli.options import AsJson, Debug, command_errors
 from sparsify.cli.terminal import Terminal, say, stage_line
+from sparsify.errors import CheckpointError
 from sparsify.files.reading import kind_at
 
 
@@ -40,6 +41,12 @@ def verify(
                 result = verify_checkpoint(folder, pattern=pattern)
             elif kind_at(folder / "adapter_config.json") and not kind_at(folder / "config.json"):
                 result = verify_adapter(folder)
+            elif folder.suffix.lower() == ".gguf":
+                raise CheckpointError(
+                    f"verifying {folder}",
+                    found="a GGUF file, which sparsify reads and does not write",
+                    do="Name the folder that was made of it",
+                )
             else:
                 result = verify_onnx(folder, against=against, pattern=pattern, run=not weights_only, observe=show)
         if as_json:

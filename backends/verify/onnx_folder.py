@@ -18,12 +18,16 @@ from sparsify.backends.verify.outputs.behaviour import check_behaviour
 from sparsify.backends.verify.promises import promises
 from sparsify.backends.verify.result import Verification
 from sparsify.errors import CheckpointError, first_line
-from sparsify.files.checkpoint import INDEX, WEIGHTS, Checkpoint
+from sparsify.files.checkpoint import INDEX, WEIGHTS
 from sparsify.files.ledger import Ledger
 from sparsify.files.manifest import MANIFEST, section
 from sparsify.finite import is_mask, scan
+from sparsify.frontend.skeleton import DTYPES
+from sparsify.frontend.source import open_store
+from sparsify.ir.store import TensorStore
 from sparsify.method.pattern import Pattern, parse_pattern
 from sparsify.tensors import digest
+from sparsify.words import WEIGHT_DTYPE
 
 
 def verify_onnx(
@@ -55,7 +59,8 @@ def verify_onnx(
     observe("reading the weights")
     readable = _check_patterns(result, store, ledger, equal, parse_pattern(pattern) if pattern else None)
     # The folder's own tensors were compared already; those of another one are held against its list as they are read.
-    checkpoint = _checkpoint(against or file.parent, Ledger() if against is None else Ledger.of(against), result)
+    listed = Ledger() if against is None else Ledger.of(against)
+    checkpoint = _checkpoint(against or file.parent, listed, result, section(manifest, "quantized_source").get("dtype"))
     if not readable:
         result.unchecked.append("runtime: some weights cannot be read, so nothing was run")
         return result
@@ -145,11 +150,12 @@ def _is_written(weight: Tensor, ledger: Ledger, name: str) -> bool:
     return ledger.tensors[name] in (digest(way, ledger.algorithm) for way in ways)
 
 
-def _checkpoint(folder: Path, ledger: Ledger, result: Verification) -> Checkpoint | None:
+def _checkpoint(folder: Path, ledger: Ledger, result: Verification, dtype: object) -> TensorStore | None:
+    """The tensors to compare with; those of a quantized folder in ``dtype``, in which its model was written."""
     if not (folder / WEIGHTS).exists() and not (folder / INDEX).exists():
         return None
     try:
-        return Checkpoint(folder, ledger=ledger)
+        return open_store(folder, ledger, DTYPES.get(str(dtype), DTYPES[WEIGHT_DTYPE]))
     except CheckpointError as error:
         result.problems.append(str(error))
         return None

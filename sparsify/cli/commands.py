@@ -19,6 +19,7 @@ from sparsify.cli.options import (
     Compute,
     Debug,
     Device,
+    Dtype,
     Length,
     LogLevel,
     Memory,
@@ -39,6 +40,7 @@ from sparsify.words import (
     check_compute_dtype,
     check_schedule,
     check_seed,
+    check_weight_dtype,
     parse_bytes,
     plain,
 )
@@ -100,6 +102,7 @@ def compile_command(
     chat_template: ChatTemplate = None,
     strict: Strict = False,
     adapter: AdapterWord = None,
+    dtype: Dtype = None,
     trust_remote_code: Trust = False,
     quiet: Quiet = False,
     log_level: LogLevel = "warning",
@@ -111,6 +114,7 @@ def compile_command(
         specs = passes or []
         check_compute_dtype(compute_dtype)
         check_adapter(adapter)
+        check_weight_dtype(dtype)
         _check_words(specs, schedule, memory, to, samples, sequence_length, seed)
         if dry_run and print_after:
             raise SpecError(
@@ -123,7 +127,11 @@ def compile_command(
         from sparsify.compiler.pipeline import compile
         from sparsify.compiler.request import default_output
 
-        name = Path(model).expanduser().resolve().name if kind_at(model) else model.rpartition("/")[2]
+        name = (
+            Path(model).expanduser().resolve().name.removesuffix(".gguf")
+            if kind_at(model)
+            else model.rpartition("/")[2]
+        )
         out = output or default_output(name, specs, to)
         shown = GraphPrinter(print_after or (), [parse_pass(spec).name for spec in specs])
         started = time.perf_counter()
@@ -152,6 +160,8 @@ def compile_command(
                 chat_template=chat_template,
                 strict=strict,
                 adapter=adapter,
+                dtype=dtype,
+                tell=lambda text: console.print(text),
                 observe=line.show,
                 after=shown.after,
             )

@@ -17,7 +17,7 @@ from sparsify.cli.terminal import complain
 from sparsify.errors import SparsifyError, first_line
 from sparsify.words import plain
 
-Model = Annotated[str, typer.Argument(help="Hugging Face folder or hub id.", metavar="MODEL")]
+Model = Annotated[str, typer.Argument(help="Hugging Face folder, hub id or GGUF file.", metavar="MODEL")]
 AllowBin = Annotated[bool, typer.Option("--allow-bin", help="Read pytorch_model.bin (weights only, no code).")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that the model brings along.")]
 NoCheck = Annotated[bool, typer.Option("--no-check", help="Do not hold a folder's bytes against its sparsify.json.")]
@@ -45,6 +45,15 @@ Strict = Annotated[
 AdapterWord = Annotated[
     str | None,
     typer.Option("--adapter", help="merge: add a LoRA adapter to the weights. [default: refuse one]", metavar="WORD"),
+]
+Dtype = Annotated[
+    str | None,
+    typer.Option(
+        "--dtype",
+        help="float32, bfloat16 or float16: what a quantized model's weights are read and written in. "
+        "[default: bfloat16]",
+        metavar="DTYPE",
+    ),
 ]
 Debug = Annotated[bool, typer.Option("--debug", help="Show a traceback with an error.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -104,5 +113,5 @@ def _set_logging(level: str) -> None:
     logging.basicConfig(level=number, handlers=[handler])
     if number >= logging.WARNING:
         # What the hub's client and its transport say of their retries is not about the user's command.
-        for name in ("huggingface_hub", "datasets", "httpx", "transformers", "torch"):
+        for name in ("huggingface_hub", "datasets", "httpx", "transformers", "torch", "bitsandbytes"):
             logging.getLogger(name).setLevel(logging.ERROR)

@@ -29,6 +29,8 @@ def make_manifest(compiled: Compiled, request: Request, seed: int) -> dict[str, 
         # What calibration ran in, where that was not the model's own dtype.
         **({"compute_dtype": str(source.compute).removeprefix("torch.")} if source.compute is not None else {}),
         **_as_found(source),
+        # Of a source that was quantized: its format, the dtype it was read in, and bytes stored and dense.
+        **({"quantized_source": dict(source.quantization)} if source.quantization is not None else {}),
         "architecture": type(compiled.source.module).__name__,
         "versions": {name: _version(name) for name in ("sparsify-fx", "torch", "transformers", "safetensors")}
         | {"python": platform.python_version()},

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -18,6 +18,10 @@ from sparsify.context import Context, Observer, unobserved
 from sparsify.host import cpu_by_default, resolve_device, within_memory
 from sparsify.method.base import Pass
 from sparsify.words import Schedule, parse_bytes
+
+
+def untold(text: str) -> None:
+    """Whoever is told and says nothing."""
 
 
 @cpu_by_default()
@@ -45,14 +49,16 @@ def compile(
     chat_template: str | Path | None = None,
     strict: bool = False,
     adapter: str | None = None,
+    dtype: str | torch.dtype | None = None,
     dry_run: bool = False,
     observe: Observer = unobserved,
+    tell: Callable[[str], None] = untold,
     after: After = nobody,
 ) -> Compiled:
     """Prune ``model`` and write the result.
 
     Args:
-        model: a Hugging Face folder, a hub id, or a module, which is left as it is.
+        model: a Hugging Face folder, a hub id, a GGUF file, or a module, which is left as it is.
         passes: specs (``"wanda:2:4"``) or pass objects, run in this order, each on the result of the one before.
         calibration: a source's name (see README), or an iterable of LongTensors [batch, sequence] or of keyword
             dictionaries of the model's inputs, or what :func:`load_calibration` returned. None: C4 where the hub
@@ -70,7 +76,9 @@ def compile(
         chat_template: the file of a Jinja template for chat messages, in place of the tokenizer's own.
         strict: refuse tensors that the model's class has no place for; else they are carried over, and listed.
         adapter: ``"merge"``: add a LoRA adapter of peft in the folder to the weights; None refuses one.
+        dtype: of the same three, what the weights of a quantized model are read and written in; None: bfloat16.
         dry_run: decide what would be pruned and stop there.
+        tell: told in words, before the work, what a quantized model grows to.
         observe: told of every batch and every site. after: told of every pass that has run, with the program.
 
     Raises:
@@ -111,6 +119,8 @@ def compile(
             compute_dtype=compute_dtype,
             strict=strict,
             adapter=adapter,
+            dtype=dtype,
+            tell=tell,
         )
         planned, data = stages.plan(source, request, context)
         if dry_run:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +40,7 @@ from sparsify.structure.plan import plan as plan_structure
 from sparsify.structure.record import Restructured
 from sparsify.structure.restructure import Captured
 from sparsify.structure.rounds import check_source, in_a_folder, make_smaller
+from sparsify.words import format_bytes
 
 
 @dataclass
@@ -97,8 +99,13 @@ def open_model(
     compute_dtype: str | torch.dtype | None,
     strict: bool,
     adapter: str | None,
+    dtype: str | torch.dtype | None,
+    tell: Callable[[str], None],
 ) -> Source:
     """The model that a user names, and a look at where its output will lie.
+
+    Args:
+        tell: told what a quantized model grows to, before anything is done.
 
     Raises:
         CheckpointError: no such model, or a broken one. BackendError: no place for the output.
@@ -116,9 +123,15 @@ def open_model(
         compute_dtype=compute_dtype,
         strict=strict,
         adapter=adapter,
+        dtype=dtype,
     )
     if isinstance(model, nn.Module):
         require_real(model)
+    if (found := source.quantization) is not None:
+        tell(
+            f"{source.name} is quantized ({found['method']}, {format_bytes(found['stored_bytes'])}); dense, in "
+            f"{found['dtype']}, it takes {format_bytes(found['dense_bytes'])}"
+        )
     if request.structural:
         check_source(source)
         if not request.dry_run:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sparsify.errors import CalibrationError, first_line
+from sparsify.frontend.materialize import materialize
 from sparsify.frontend.source import Source
 
 _BATCH = 32
@@ -98,6 +99,10 @@ def _load(source: Source) -> Any:
             found=f"generating needs the whole model in memory ({need / 1e9:.1f} GB; {have / 1e9:.1f} GB are free)",
             do="Give --calibration a text file or another source, which needs one block at a time",
         )
+    if source.quantization is not None or source.adapter is not None:
+        # transformers may not read it here, or read other numbers.
+        made = materialize(source, source.weights, set(source.weights.parameters()))
+        return made if source.compute is None else made.to(source.compute)
     from transformers import GenerationConfig
 
     # The folder's own settings are not even read: they are the user's, and may be anything.

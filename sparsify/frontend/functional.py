@@ -29,7 +29,9 @@ def without_writes(graph: fx.Graph) -> None:
             continue
         node.target = _functional(node)
         # Whoever reads the tensor afterwards reads what was made of it.
-        first.replace_all_uses_with(node, lambda user, at=order[node]: order[user] > at)
+        for user in list(first.users):
+            if order[user] > order[node]:
+                user.replace_input_with(first, node)
 
 
 def _functional(node: fx.Node) -> object:

@@ -10,6 +10,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from sparsify.frontend.computed import initialise
+from sparsify.frontend.skeleton import DTYPES
 from sparsify.frontend.source import Source, open_source
 from sparsify.ir.weights import Weights
 
@@ -50,15 +51,19 @@ def load(
     check: bool = True,
     allow_nan: bool = False,
 ) -> nn.Module:
-    """The model of any folder that sparsify wrote, in memory and in eval mode: ordinary, packed, or of ragged widths.
+    """The model of any folder that sparsify reads, in memory and in eval mode: ordinary, packed, of ragged widths, or
+    quantized (a GGUF file too), which is made dense.
 
     Args:
-        dtype: of its parameters; None: as they are stored.
+        dtype: of its parameters; None: as they are stored, of a quantized model bfloat16.
         check: hold every byte against the folder's ``sparsify.json``. allow_nan: let NaN and infinity pass.
 
     Raises:
         CheckpointError: no such folder, a broken one, or one whose bytes are not those that were written.
     """
     source = open_source(folder, trust_remote_code=trust_remote_code, check=check, allow_nan=allow_nan)
+    if source.quantization is not None and dtype is not None and dtype in DTYPES.values():
+        # Dequantized into it, not rounded on the way.
+        source = open_source(folder, trust_remote_code=trust_remote_code, check=check, allow_nan=allow_nan, dtype=dtype)
     model = materialize(source, source.weights, set(source.weights.parameters()))
     return model.eval() if dtype is None else model.to(dtype).eval()

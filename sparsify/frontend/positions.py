@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ def with_positions(module: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, 
     Raises:
         CalibrationError: the model cannot tell them from the batch.
     """
-    found = next((m for m in module.modules() if hasattr(m, "get_rope_index")), None)
+    found: Any = next((m for m in module.modules() if hasattr(m, "get_rope_index")), None)
     if found is None or "position_ids" in batch or not any(name.endswith("_grid_thw") for name in batch):
         return dict(batch)
     known = inspect.signature(found.get_rope_index).parameters

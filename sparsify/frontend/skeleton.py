@@ -21,6 +21,9 @@ from sparsify.frontend.widths import resize, sizes_of
 from sparsify.host import alone
 from sparsify.ir.store import DenseView, TensorStore
 
+# What a store may give weights in, by the names that a config has for them.
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+
 
 @alone()
 def build_skeleton(
@@ -61,11 +64,9 @@ def build_skeleton(
             found=f"transformers cannot read it ({first_line(error)})",
             do="Check the file; a model with code of its own needs --trust-remote-code",
         ) from error
-    quantization = getattr(config, "quantization_config", None)
-    if isinstance(store, DenseView) and "quantization_config" not in store.dense_config(content):
-        if quantization is not None:
-            del config.quantization_config
-    elif quantization is not None:
+    if isinstance(store, DenseView):
+        _as_dense(config, content, store.dense_config(content))
+    if getattr(config, "quantization_config", None) is not None:
         raise CheckpointError(
             f"model {folder}",
             found="a quantized checkpoint (quantization_config in config.json)",
@@ -95,6 +96,18 @@ def build_skeleton(
         ) from error
     _fake_parameters(model)
     return model.eval()
+
+
+def _as_dense(config: Any, content: dict[str, Any], dense: dict[str, Any]) -> None:
+    """Let ``config``, which was made of ``content``, say what ``dense`` says of quantization and of the dtype."""
+    parts = [config, *(getattr(config, key, None) for key, value in content.items() if isinstance(value, dict))]
+    if "quantization_config" not in dense:
+        for part in parts:
+            if getattr(part, "quantization_config", None) is not None:
+                del part.quantization_config
+    word = dense.get("dtype", dense.get("torch_dtype"))
+    if word != content.get("dtype", content.get("torch_dtype")) and word in DTYPES:
+        config.dtype = DTYPES[word]
 
 
 def recast(module: nn.Module, dtype: torch.dtype) -> nn.Module:

@@ -6,7 +6,8 @@ A folder's model is built from its config without memory for its parameters, so 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Container
+import shutil
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,13 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from sparsify.errors import CheckpointError, SpecError, TraceError, first_line
 from sparsify.files.checkpoint import INDEX, PICKLED, PICKLED_INDEX, WEIGHTS, Checkpoint
-from sparsify.files.companions import check_companions, left_out, tokenizer_files
+from sparsify.files.companions import (
+    check_companions,
+    copy_companions,
+    left_out,
+    rewrite_config,
+    tokenizer_files,
+)
 from sparsify.files.ledger import Checked, Ledger
 from sparsify.files.reading import MAX_INDEX, admit, kind_at, read_json
 from sparsify.finite import check_all_finite, check_finite
@@ -26,10 +33,13 @@ from sparsify.frontend.matching import weights_of_checkpoint, weights_of_module
 from sparsify.frontend.modules import unwrapped, without_wrappers
 from sparsify.frontend.skeleton import build_skeleton, recast
 from sparsify.frontend.ties import separate, untie
-from sparsify.ir.store import MemoryStore, RenamedStore, TensorStore
+from sparsify.ir.store import DenseView, MemoryStore, RenamedStore, TensorStore
 from sparsify.ir.weights import Weights
 from sparsify.method.registry import is_own, loaded, package_of, warn_of
-from sparsify.words import check_adapter, check_compute_dtype
+from sparsify.quantized.gguf_files.header import read_header
+from sparsify.quantized.gguf_files.store import GgufFile
+from sparsify.quantized.recognise import open_checkpoint
+from sparsify.words import WEIGHT_DTYPE, check_adapter, check_compute_dtype, check_weight_dtype
 
 
 @dataclass
@@ -41,6 +51,7 @@ class Source:
     named were checked (a model that was made smaller lies in a folder of its own). ``compute``: the dtype in which it
     runs; None: its own. ``allow_nan``: whether NaN and infinity in its tensors pass. ``left_out``: what of the
     folder no output carries. ``adapter``: what was merged into the weights; a tokenizer beside it is the model's.
+    ``quantization``: of a quantized model its format, the dtype that it is read in, and bytes stored and dense.
     """
 
     name: str
@@ -55,6 +66,7 @@ class Source:
     allow_nan: bool = False
     left_out: tuple[str, ...] = ()
     adapter: Adapter | None = None
+    quantization: Mapping[str, Any] | None = None
     _tokenizer: Any = field(default=None, repr=False)
 
     @property
@@ -98,6 +110,19 @@ class Source:
             edit(model)
 
         return build_skeleton(self.folder, self.trust_remote_code, dtype, change, self.weights.store)
+
+    def copy_beside(self, into: Path) -> None:
+        """Copy what lies beside the folder's weights into the folder ``into``, saying what the dense model's says."""
+        assert self.folder is not None, "a module in memory has nothing beside it"
+        store = self.weights.store
+        copy_companions(self.folder, into)
+        if isinstance(store, DenseView):
+            rewrite_config(into, store.dense_config)
+        for name in getattr(store, "left_out", ()):
+            (into / name).unlink(missing_ok=True)
+        if self.adapter is not None:
+            for path in tokenizer_files(self.adapter.folder, beside=True):
+                shutil.copyfile(admit(path), into / path.name)
 
     def running(self) -> nn.Module:
         """The model in the dtype in which it runs, for a trace: ``module`` itself where that is its own."""
@@ -167,11 +192,12 @@ def open_source(
     compute_dtype: str | torch.dtype | None = None,
     strict: bool = False,
     adapter: str | None = None,
+    dtype: str | torch.dtype | None = None,
 ) -> Source:
     """Open ``model`` without reading its weights.
 
     Args:
-        model: a local Hugging Face folder, a hub id, or a module.
+        model: a local Hugging Face folder, a hub id, a GGUF file, or a module.
         allow_bin: read ``pytorch_model.bin`` (with ``weights_only=True``) where there is no safetensors.
         trust_remote_code: run Python that the folder brings along.
         check: hold files now, and tensors when they are read, against the folder's ``sparsify.json``.
@@ -182,14 +208,17 @@ def open_source(
         strict: refuse tensors that the model's class has no place for; else outputs carry them over.
         adapter: ``"merge"``: what is to become of a LoRA adapter of peft in the folder, or that the folder is; None
             refuses it.
+        dtype: of the same three, what the weights of a quantized model are read in; None: bfloat16.
 
     Raises:
         CheckpointError: no such model, a broken one, one whose bytes are not those that were written, or NaN in it.
-        SpecError: a dtype to compute in that is none.
+        SpecError: a dtype that is none, or one for a model whose weights are stored in another and not quantized.
     """
     asked = None if compute_dtype is None else check_compute_dtype(str(compute_dtype).removeprefix("torch."))
     compute: torch.dtype | None = None if asked is None else getattr(torch, asked)
     check_adapter(adapter)
+    word = None if dtype is None else check_weight_dtype(str(dtype).removeprefix("torch."))
+    to: torch.dtype = getattr(torch, word or WEIGHT_DTYPE)
     if isinstance(model, nn.Module):
         if adapter is not None:
             raise SpecError("--adapter merge", found="a module in memory", do="Give what merge_and_unload() returns")
@@ -197,8 +226,11 @@ def open_source(
         if not allow_nan:
             _check_module(model)
         weights = weights_of_module(model)
+        _check_dtype(type(model).__name__, word, {p.dtype for p in model.parameters()})
         return Source(type(model).__name__.lower(), model, weights, compute=compute, allow_nan=allow_nan)
     folder = _find_folder(model)
+    if folder.suffix.lower() == ".gguf" and kind_at(folder) == "file":
+        return _open_gguf(folder, to, compute, allow_nan=allow_nan)
     if not folder.is_dir():
         raise CheckpointError(f"model folder {folder}", found="a file", do="Name the folder that holds config.json")
     # The hub's cache names a folder by its commit; the model's own name serves outputs better.
@@ -215,10 +247,12 @@ def open_source(
         if not allow_nan:
             check_all_finite(pickled.tensors, str(folder))
     else:
-        store = without_wrappers(open_store(folder, ledger))
-    stored = (store.dtype(name) for name in store.names())
-    dtype = next((d for d in stored if d.is_floating_point), None)
-    module = build_skeleton(folder, trust_remote_code, dtype, store=store)
+        store = without_wrappers(open_store(folder, ledger, to))
+    quantization = getattr(getattr(store, "base", store), "quantization", None)
+    stored = [d for name in store.names() if (d := store.dtype(name)).is_floating_point]
+    if quantization is None:
+        _check_dtype(str(folder), word, set(stored))
+    module = build_skeleton(folder, trust_remote_code, next(iter(stored), None), store=store)
     if addition is not None:
         store = merged(addition, module, store)
     weights = weights_of_checkpoint(module, store, untied=untie(module, store), strict=strict)
@@ -236,6 +270,7 @@ def open_source(
         allow_nan,
         tuple(left_out(folder, _read_for(store))),
         addition,
+        quantization,
     )
 
 
@@ -249,9 +284,36 @@ def _read_for(store: TensorStore) -> Container[str]:
     return {PICKLED, PICKLED_INDEX} if isinstance(store, MemoryStore) else set()
 
 
-def open_store(folder: Path, ledger: Ledger) -> TensorStore:
+def _open_gguf(path: Path, to: torch.dtype, compute: torch.dtype | None, *, allow_nan: bool) -> Source:
+    file = GgufFile(read_header(path), to, finite=not allow_nan)
+    module = build_skeleton(file.folder, dtype=to, store=file)
+    store = file.of(module)
+    weights = weights_of_checkpoint(module, store, untied=untie(module, store))
+    return Source(
+        path.stem,
+        module,
+        weights,
+        file.folder,
+        compute=compute,
+        allow_nan=allow_nan,
+        quantization=store.quantization,
+    )
+
+
+def _check_dtype(model: str, word: str | None, stored: set[torch.dtype]) -> None:
+    """Raise SpecError where weights that are not quantized were asked for in another dtype than theirs."""
+    if word is not None and any(d != getattr(torch, word) for d in stored):
+        kinds = ", ".join(sorted(str(d).removeprefix("torch.") for d in stored))
+        raise SpecError(
+            f"dtype '{word}' for {model}",
+            found=f"weights that are not quantized, in {kinds}",
+            do="Leave it out: they keep their dtype. To compute in another there is --compute-dtype (compute_dtype)",
+        )
+
+
+def open_store(folder: Path, ledger: Ledger, to: torch.dtype = torch.bfloat16) -> TensorStore:
     """What reads the tensors of ``folder``, each held against ``ledger``: a registered store that knows it, else its
-    safetensors as they lie.
+    safetensors as they lie, or dense, in ``to``, where they are quantized.
 
     Raises:
         CheckpointError: no sound model folder.
@@ -267,7 +329,12 @@ def open_store(folder: Path, ledger: Ledger) -> TensorStore:
             if is_own(entry):
                 raise
             warn_of(entry, f"it fails ({type(error).__name__}: {first_line(error)}); {package_of(entry)} brings it")
-    return Checkpoint(folder, ledger=ledger)
+    gguf = sorted(path.name for path in folder.glob("*.gguf"))
+    if gguf and not (folder / WEIGHTS).exists() and not (folder / INDEX).exists():
+        raise CheckpointError(
+            f"weights of {folder}", found=f"no safetensors, but {gguf[0]}", do=f"Name the file: {folder / gguf[0]}"
+        )
+    return open_checkpoint(folder, ledger, to)
 
 
 def _find_folder(model: str | Path) -> Path:

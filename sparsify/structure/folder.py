@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from sparsify.analysis.dimensions.walk import Ids
-from sparsify.files.companions import copy_companions, rewrite_config
+from sparsify.files.companions import rewrite_config
 from sparsify.files.writer import lay_out, lay_out_files, layout_of
 from sparsify.frontend.source import Source
 from sparsify.ir.weights import Weights
@@ -39,7 +39,7 @@ def write_tensors(
 ) -> None:
     """The files of ``source`` with other tensors and a changed config."""
     assert source.folder is not None, "a model in memory was saved first"
-    copy_companions(source.folder, into)
+    source.copy_beside(into)
     rewrite_config(into, lambda content: _with_widths(content, config))
     # Twice over the tensors, and never all of them at once.
     shapes = {name: (value.dtype, list(value.shape)) for name, value in stored()}

@@ -164,7 +164,12 @@ def _smaller(folder: Path, source: Source) -> Source:
     """The model that ``folder`` holds, opened as ``source`` was, from which its tensors were read and looked at."""
     made = open_source(folder, trust_remote_code=source.trust_remote_code, check=False, allow_nan=True)
     return replace(
-        made, allow_nan=source.allow_nan, compute=source.compute, left_out=source.left_out, adapter=source.adapter
+        made,
+        allow_nan=source.allow_nan,
+        compute=source.compute,
+        left_out=source.left_out,
+        adapter=source.adapter,
+        quantization=source.quantization,
     )
 
 

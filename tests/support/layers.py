@@ -15,6 +15,7 @@ STOREYS: tuple[tuple[str, ...], ...] = (
     ("finite", "host", "words"),
     ("precision",),
     ("ir", "files", "method", "runtime"),
+    ("quantized",),
     ("analysis", "frontend"),
     ("data",),
     ("calibration",),
