@@ -12,7 +12,7 @@ SEED ?= 0
 SECONDS ?= 300
 CALLS ?= 20000
 
-.PHONY: demo test slow optimum fuzz check raises mutants clean
+.PHONY: demo test slow optimum compat fuzz check raises mutants clean
 
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -42,6 +42,10 @@ slow: .venv/installed-test
 # optimum needs an older transformers: tools/check_optimum.py makes an environment for it.
 optimum: .venv/installed-test
 	$(BIN)/python -W ignore tools/check_optimum.py
+
+# The quick tests on the oldest and the newest transformers that sparsify supports, in environments of their own.
+compat: .venv/installed
+	$(BIN)/python tools/compat.py --jobs $(JOBS)
 
 # Spoils what sparsify reads, runs commands on it, calls operators as nobody should, under sanitizers; prints how all of
 # it ended, and fails where something ended as nothing may.
@@ -76,4 +80,4 @@ mutants: .venv/installed-mutants
 	$(BIN)/python tools/mutants.py --each $(EACH) --seed $(SEED)
 
 clean:
-	rm -rf .venv .venv-optimum demo-output build *.egg-info
+	rm -rf .venv .venv-optimum .venv-compat demo-output build *.egg-info

@@ -67,6 +67,15 @@ def built(kind: Any, config: Any, dtype: torch.dtype, names: Iterable[str] | Non
     return model
 
 
+def is_of(kind: Any, config: Any) -> bool:
+    """Whether a table of transformers has the class ``kind`` for configs like ``config``."""
+    from transformers.models.auto import modeling_auto
+
+    names = [name for name in vars(modeling_auto) if name.endswith("_MAPPING_NAMES")]
+    known = (getattr(modeling_auto, name).get(config.model_type, ()) for name in names)
+    return any(kind.__name__ in (found if isinstance(found, (tuple, list)) else (found,)) for found in known)
+
+
 def _classes(config: Any) -> list[Any]:
     from transformers.models.auto import modeling_auto
 

@@ -16,7 +16,7 @@ from sparsify.files.reading import read_json
 from sparsify.frontend.bounds import check_config, few_parts
 from sparsify.frontend.computed import compute as compute_left_out
 from sparsify.frontend.computed import left_out
-from sparsify.frontend.heads import built, name_class
+from sparsify.frontend.heads import built, is_of, name_class
 from sparsify.frontend.widths import resize, sizes_of
 from sparsify.host import alone
 from sparsify.ir.store import DenseView, TensorStore
@@ -146,7 +146,8 @@ def construct(
     kind = getattr(transformers, names[0], None) if names else None
     if kind is not None:
         wanted = getattr(kind, "config_class", None)
-        if wanted is not None and not isinstance(config, wanted):
+        # transformers gives some configs the class of another family by its tables.
+        if wanted is not None and not isinstance(config, wanted) and not is_of(kind, config):
             # Whoever loads the output goes by model_type alone.
             raise CheckpointError(
                 f"config.json of {config.name_or_path or 'the model'}",
