@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparsify.data.examples import decoder_from_labels, other_inputs
 from sparsify.data.generate import sample_from_model
 from sparsify.data.images import read_images
 from sparsify.data.rows import Refusing
@@ -181,11 +182,12 @@ def example_batch(source: Source, rows: int = 1, length: int = 16) -> dict[str, 
     Raises:
         CalibrationError: the model's inputs cannot be guessed from its config.
     """
-    name = getattr(source.module, "main_input_name", None)
+    name, others = getattr(source.module, "main_input_name", None), other_inputs(source, rows)
     if name == "input_ids":
-        return as_inputs(torch.zeros(rows, min(length, default_length(source, length)), dtype=torch.long), source)
-    if name == "pixel_values":
-        return {"pixel_values": torch.zeros(rows, *_image_shape(source), dtype=source.dtype)}
+        ids = torch.zeros(rows, min(length, default_length(source, length)), dtype=torch.long)
+        return as_inputs(ids, source) | others
+    if others:
+        return others
     raise CalibrationError(
         f"inputs for {type(source.module).__name__}",
         found="a module whose inputs are unknown" if name is None else f"its main input is {name!r}",
@@ -206,10 +208,12 @@ def _from_name(
     data: str | None, source: Source, samples: int | None, length: int | None, seed: int
 ) -> tuple[Tensor, str]:
     name = getattr(source.module, "main_input_name", None)
-    if name != "input_ids" and source.is_transformers:
+    others = other_inputs(source)
+    if source.is_transformers and (name != "input_ids" or others):
         raise CalibrationError(
             f"calibration '{data or 'c4'}' for {type(source.module).__name__}",
-            found=f"the model reads {name}, not text",
+            found=f"the model reads {' and '.join(dict.fromkeys([str(name), *others]))}, not text"
+            + (" alone" if name == "input_ids" else ""),
             do="Name a folder of images"
             if name == "pixel_values"
             else "Give batches as keyword dictionaries in Python",
@@ -321,7 +325,8 @@ def _named(item: Any, source: Source) -> dict[str, Tensor]:
         return {"0": item.cpu()}
     if isinstance(item, Mapping):
         named = {k: v.cpu() for k, v in item.items() if isinstance(v, Tensor)}
-        return as_inputs(named["input_ids"], source) | named if "input_ids" in named else named
+        text = as_inputs(named["input_ids"], source) if "input_ids" in named else {}
+        return text | named | decoder_from_labels(named, source)
     if isinstance(item, (tuple, list)) and all(isinstance(v, Tensor) for v in item):
         return {str(i): v.cpu() for i, v in enumerate(item)}
     raise CalibrationError(
@@ -392,9 +397,3 @@ def _check_inputs(batches: list[dict[str, Tensor]], source: Source) -> None:
                     found=f"the model's vocabulary has {vocabulary} tokens",
                     do="The ids are of another tokenizer; give text, or ids of this model's",
                 )
-
-
-def _image_shape(source: Source) -> tuple[int, int, int]:
-    size = getattr(source.config, "image_size", 224)
-    height, width = size if isinstance(size, (list, tuple)) else (size, size)
-    return getattr(source.config, "num_channels", 3), height, width

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sparsify.analysis.dimensions.groups import Dimensions, Group, coupled_dimensions
-from sparsify.analysis.dimensions.kinds import group_kind, roles_of
+from sparsify.analysis.dimensions.kinds import Roles, group_kind, roles_of
 from sparsify.analysis.linear import block_of, find_sites
 from sparsify.errors import Refused, SpecError
 from sparsify.frontend.source import Source
@@ -88,6 +88,7 @@ def choose_groups(source: Source, program: Program, structural_pass: StructuralP
         only_named=wanted.only is not None,
     )
     widths = Widths(source) if source.is_transformers and not structural_pass.ragged else None
+    alike = _alike(dimensions, candidates.roles)
     chosen: list[Choice] = []
     skipped: list[Refused] = []
     for number, found in candidates.of(dimensions):
@@ -97,7 +98,7 @@ def choose_groups(source: Source, program: Program, structural_pass: StructuralP
         group, kind, name = found
         left, fields = structural_pass.left(len(group.free), kind), dict[str, Any]()
         if widths is not None:
-            said = widths.nearest(group, kind, left)
+            said = widths.nearest(group, kind, left, alike[kind])
             left, fields = said.left, dict(said.fields)
             if said.reason is not None:
                 skipped.append(Refused(said.reason, name))
@@ -111,6 +112,14 @@ def choose_groups(source: Source, program: Program, structural_pass: StructuralP
             do="See sparsify inspect MODEL --dimensions",
         )
     return Choices(dimensions, chosen, skipped)
+
+
+def _alike(dimensions: Dimensions, roles: Roles) -> dict[str, set[tuple[str, int]]]:
+    """The dimensions that are in groups of each kind, of which any may shrink."""
+    found: dict[str, set[tuple[str, int]]] = {}
+    for group in dimensions.prunable:
+        found.setdefault(group_kind(group, roles), set()).update((m.parameter, m.axis) for m in group.members)
+    return found
 
 
 def _whole_blocks(blocks: Sequence[str], structural_pass: StructuralPass) -> set[str]:
@@ -149,8 +158,8 @@ class _Candidates:
         wide = kind == "width"
         if kind not in KINDS[granularity] or not linear or (not wide and None in blocks):
             return None
-        # A router is never named: its row goes with its expert.
-        linear = [name for name in linear if name not in self.routers]
+        # A router is never named, its row goes with its expert; unless there is nothing else to name.
+        linear = [name for name in linear if name not in self.routers] or linear
         name = ", ".join(dict.fromkeys(n.removesuffix(".weight") for n in linear)) if not wide else "the residual width"
         if not wide and not set(linear) <= self.named:
             if not set(linear) & self.named and self.only_named:
