@@ -61,6 +61,9 @@ class Widths:
 
     def __init__(self, source: Source) -> None:
         self.source = source
+        self.config = copy.copy(source.config)
+        # A model in memory that was never saved has no name in its config.
+        self.config.architectures = source.config.architectures or [type(source.module).__name__]
         self.text = text_config(source.config)
         self.parts = [_part(prefix, config) for prefix, config in _configs(source.config)]
         self.held = self.parts[0].held
@@ -124,7 +127,7 @@ class Widths:
         logging.disable(logging.ERROR)
         try:
             with quiet(), torch.device("meta"):
-                return construct(changed(self.source.config, changes), self.source.trust_remote_code, torch.float32)
+                return construct(changed(self.config, changes), self.source.trust_remote_code, torch.float32)
         except Exception:  # (configs and constructors raise whatever they like, and mean no)
             return None
         finally:
