@@ -82,9 +82,8 @@ class Program:
         return found
 
     def zero_batch(self) -> dict[str, Tensor]:
-        """A batch with nothing in it, of the shapes and dtypes of the capture; literals are as they were."""
-        zeros = {n.meta["input"]: torch.zeros(n.meta["val"].shape, dtype=n.meta["val"].dtype) for n in self.inputs}
-        return zeros | self.literals
+        """A batch with nothing in it, of the shapes and dtypes that the model was captured with."""
+        return {n.meta["input"]: torch.zeros(n.meta["val"].shape, dtype=n.meta["val"].dtype) for n in self.inputs}
 
     def load(self, node: fx.Node) -> Tensor:
         """The value of a ``get_attr`` node, in the dtype that the graph computes with."""

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
+import torch
+import transformers as hf
+from support.families import DEEPSEEK
 from support.folders import load
 from support.kinds import batch, build, run, save
 from support.zeroed import zeroed_model
@@ -25,6 +27,8 @@ SAYS: dict[str, dict[str, int]] = {
     "lfm2": {**INNER, **KEY_VALUE, "head_dim": 8},
     # The vision tower is not reached by text: it stays as it is, as does the projector between the two.
     "llava": {**INNER, **KEY_VALUE},
+    # With images, some sizes in the graph are of an image; nothing that they touch is cut.
+    "qwen2_vl": INNER,
     "siglip": {**INNER, "vision_config.intermediate_size": 32},
     "marian": BESIDE,
     "falcon_h1": {**INNER, **KEY_VALUE},
@@ -53,15 +57,25 @@ def test_a_smaller_model_is_the_dense_one_with_zeros(kind: str, tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
-    ("kind", "more"),
-    [("whisper", {}), pytest.param("marian", {}, marks=pytest.mark.slow),
-     pytest.param("classifier", {}, marks=pytest.mark.slow)],
-)  # fmt: skip
-def test_by_gradients(kind: str, more: dict[str, Any], tmp_path: Path) -> None:
+    "kind", [pytest.param(kind, marks=pytest.mark.slow) for kind in ("whisper", "marian", "classifier")]
+)
+def test_by_gradients(kind: str, tmp_path: Path) -> None:
     dense, given = save(kind, tmp_path / "dense"), batch(kind)
     result = sparsify.compile(dense, ["llm-pruner:50%"], calibration=[given], output=tmp_path / "out")
     small = load(tmp_path / "out")
     assert_close(run(small, given), run(zeroed_model(dense, result.structure[0]), given), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_experts_beside_shared_ones_of_several_times_their_width(tmp_path: Path) -> None:
+    """The config says the width of one: two shared experts are one matrix of twice as many channels."""
+    torch.manual_seed(0)
+    model = hf.DeepseekV3ForCausalLM(hf.DeepseekV3Config(**{**DEEPSEEK, "n_shared_experts": 2})).eval()
+    model.save_pretrained(tmp_path / "dense")
+    result = sparsify.compile(tmp_path / "dense", ["llm-pruner:50%,importance=l2"], output=tmp_path / "out")
+    small, given = load(tmp_path / "out"), {"input_ids": torch.arange(3, 19)[None]}
+    assert (small.config.moe_intermediate_size, small.config.n_shared_experts) == (8, 2)
+    assert_close(run(small, given), run(zeroed_model(tmp_path / "dense", result.structure[0]), given))
 
 
 def test_without_a_loss_nothing_is_written(tmp_path: Path) -> None:

@@ -54,6 +54,13 @@ def _llava() -> Any:
     return hf.LlavaForConditionalGeneration(hf.LlavaConfig(**parts, image_token_id=63, vision_feature_layer=-1))
 
 
+def _qwen2_vl() -> Any:
+    text = {**GQA, "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4}}
+    vision = {"depth": 2, "embed_dim": 32, "num_heads": 4, "hidden_size": 32, "patch_size": 8, "mlp_ratio": 2}
+    tokens = {"image_token_id": 63, "video_token_id": 62, "vision_start_token_id": 61, "vision_end_token_id": 60}
+    return hf.Qwen2VLForConditionalGeneration(hf.Qwen2VLConfig(text_config=text, vision_config=vision, **tokens))
+
+
 _BUILD: dict[str, Callable[[], Any]] = {
     "whisper": _whisper,
     "clip": lambda: hf.CLIPModel(hf.CLIPConfig(text_config=TEXT, vision_config=IMAGE, projection_dim=16)),
@@ -64,6 +71,7 @@ _BUILD: dict[str, Callable[[], Any]] = {
     "falcon_h1": _falcon_h1,
     "lfm2": _lfm2,
     "llava": _llava,
+    "qwen2_vl": _qwen2_vl,
     "wav2vec2": lambda: hf.Wav2Vec2ForCTC(hf.Wav2Vec2Config(**WAVES)),
     "hubert": lambda: hf.HubertForCTC(hf.HubertConfig(**WAVES)),
     "classifier": lambda: hf.LlamaForSequenceClassification(hf.LlamaConfig(**GQA, num_labels=3)),
@@ -97,6 +105,12 @@ def batch(kind: str, rows: int = 2) -> dict[str, Tensor]:
     ids = torch.randint(4, 60, (rows, length), generator=generator)
     if kind == "whisper":
         return {"input_features": torch.randn(rows, 8, 40, generator=generator), "decoder_input_ids": ids}
+    if kind == "qwen2_vl":
+        # An image of 4 × 4 patches, four of which become one token.
+        ids[:, 2], ids[:, 3:7] = 61, 63
+        grid, patches = torch.tensor([[1, 4, 4]] * rows), torch.randn(16 * rows, 3 * 2 * 8 * 8, generator=generator)
+        images = {"pixel_values": patches, "image_grid_thw": grid, "mm_token_type_ids": (ids == 63).long()}
+        return {"input_ids": ids} | images
     if kind == "marian":
         return {"input_ids": ids, "decoder_input_ids": ids.flip(1)}
     if kind in ("clip", "siglip"):
