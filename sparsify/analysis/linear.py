@@ -52,8 +52,7 @@ class LinearSite:
         node: the contraction. ``activation``: its input. ``feature_dim``: the axis of that input that is summed over.
         parameter: the parameter's name in the model; ``name`` is that of its module.
         out_axis, in_axis, expert_axis: axes of the parameter (expert_axis None for a plain matrix).
-        shape: (out_features, in_features); ``experts``: how many such matrices the parameter stacks, or, without an
-            expert_axis, into how many its output neurons are cut (a linear layer in groups).
+        shape: (out_features, in_features); ``experts``: how many such matrices the parameter stacks, or is cut into.
         offsets: for experts, the node that holds where each expert's rows end in the activation.
         window: for a convolution with a kernel, how it is laid over the input; in_features are then the inputs that
             it sees at one place, and a depth-wise one is a stack of [1, size] matrices, one per channel.
@@ -247,9 +246,7 @@ def _site(program: Program, node: fx.Node) -> LinearSite | Refused:
 
 def _through(program: Program, node: object) -> tuple[fx.Node, list[int]] | None:
     """The ``get_attr`` behind ``node`` and, for each axis of ``node``, that of the parameter; None if computed.
-
-    Of an axis that a view splits into groups the outer part is ``~axis`` and the inner one ``axis``.
-    """
+    Of an axis that a view splits into groups the outer part is ``~axis`` and the inner one ``axis``."""
     if not isinstance(node, fx.Node):
         return None
     if node.op == "get_attr":
@@ -280,11 +277,9 @@ def _split(source: fx.Node, axes: list[int], node: fx.Node) -> tuple[fx.Node, li
     if before == after:
         return source, axes
     for at, axis in enumerate(axes):
-        # Groups of one, or of single positions, would be no view of another rank that means anything.
-        if len(after) == len(before) + 1 and before[:at] + before[at + 1 :] == after[:at] + after[at + 2 :]:
-            if axis >= 0 and ~axis not in axes and after[at] > 1:
-                return source, [*axes[:at], ~axis, *axes[at:]]
-            return None
+        split = len(after) == len(before) + 1 and before[:at] + before[at + 1 :] == after[:at] + after[at + 2 :]
+        if split and axis >= 0 and ~axis not in axes and after[at] > 1:
+            return source, [*axes[:at], ~axis, *axes[at:]]
     return None
 
 
@@ -303,10 +298,9 @@ def _matrix_site(
         # A linear layer in groups: each multiplies its own part of the activation by its own output neurons.
         if expert != ~out or offsets is not None or x.meta["val"].dim() != 3:
             return Refused("an axis of the parameter is split into groups that are no output neurons", node.name)
-        site = _make(program, node, source, x, -1, out, inner, None, None)
+        site, groups = _make(program, node, source, x, -1, out, inner, None, None), x.meta["val"].shape[0]
         if isinstance(site, Refused):
             return site
-        groups = x.meta["val"].shape[0]
         return replace(site, experts=groups, shape=(site.shape[0] // groups, site.shape[1]))
     if expert is not None and offsets is None and x.meta["val"].dim() != 3:
         return Refused("a stack of matrices multiplies an activation that is not split by expert", node.name)
