@@ -99,6 +99,8 @@ def _unfit_site(site: LinearSite) -> str | None:
         return "not a product with the last axis of its input"
     if site.scaled:
         return "multiplied by a number when the model runs"
+    if site.grouped:
+        return "a linear layer in groups, whose weight the model reshapes before it multiplies"
     if site.expert_axis not in (None, 0):
         return "a stack of experts along another axis than the first"
     return None

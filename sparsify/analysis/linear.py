@@ -26,6 +26,7 @@ aten = torch.ops.aten
 
 # A permutation of axes or a copy: a parameter seen through these is still that parameter.
 _SAME = {aten.alias, aten.detach, aten.to, aten.contiguous, aten.clone, aten._to_copy}
+_VIEWS = {aten.view, aten.reshape, aten._unsafe_view, aten.unflatten}
 _CONVOLUTIONS = {aten.conv1d, aten.conv2d, aten.conv3d}
 # By a number: a parameter that is scaled as a whole is pruned as if it were not.
 _SCALED = {aten.mul, aten.div}
@@ -51,7 +52,7 @@ class LinearSite:
         node: the contraction. ``activation``: its input. ``feature_dim``: the axis of that input that is summed over.
         parameter: the parameter's name in the model; ``name`` is that of its module.
         out_axis, in_axis, expert_axis: axes of the parameter (expert_axis None for a plain matrix).
-        shape: (out_features, in_features); ``experts``: how many such matrices the parameter stacks.
+        shape: (out_features, in_features); ``experts``: how many such matrices the parameter stacks, or is cut into.
         offsets: for experts, the node that holds where each expert's rows end in the activation.
         window: for a convolution with a kernel, how it is laid over the input; in_features are then the inputs that
             it sees at one place, and a depth-wise one is a stack of [1, size] matrices, one per channel.
@@ -105,8 +106,13 @@ class LinearSite:
         """View the bias as [experts, out_features]: of a depth-wise convolution each channel has one number."""
         return bias.reshape(self.experts, self.shape[0])
 
+    @property
+    def grouped(self) -> bool:
+        """Whether one matrix is cut into groups of output neurons, each with its own part of the activation."""
+        return self.expert_axis is None and self.experts > 1
+
     def __str__(self) -> str:
-        stack = f"{self.experts} × " if self.expert_axis is not None else ""
+        stack = f"{self.experts} × " if self.experts > 1 or self.expert_axis is not None else ""
         return f"{self.name}: {stack}{self.shape[0]} output neurons × {self.shape[1]} inputs"
 
 
@@ -239,7 +245,8 @@ def _site(program: Program, node: fx.Node) -> LinearSite | Refused:
 
 
 def _through(program: Program, node: object) -> tuple[fx.Node, list[int]] | None:
-    """The ``get_attr`` behind ``node`` and, for each axis of ``node``, that of the parameter; None if computed."""
+    """The ``get_attr`` behind ``node`` and, for each axis of ``node``, that of the parameter; None if computed.
+    Of an axis that a view splits into groups the outer part is ``~axis`` and the inner one ``axis``."""
     if not isinstance(node, fx.Node):
         return None
     if node.op == "get_attr":
@@ -259,6 +266,20 @@ def _through(program: Program, node: object) -> tuple[fx.Node, list[int]] | None
         return source, axes
     if packet is aten.permute:
         return source, [axes[i] for i in argument(node, 1)]
+    if packet in _VIEWS:
+        return _split(source, axes, node)
+    return None
+
+
+def _split(source: fx.Node, axes: list[int], node: fx.Node) -> tuple[fx.Node, list[int]] | None:
+    """The same of a view that does nothing, or splits one axis into groups and touches no other."""
+    before, after = list(node.args[0].meta["val"].shape), list(node.meta["val"].shape)  # type: ignore[union-attr]
+    if before == after:
+        return source, axes
+    for at, axis in enumerate(axes):
+        split = len(after) == len(before) + 1 and before[:at] + before[at + 1 :] == after[:at] + after[at + 2 :]
+        if split and axis >= 0 and ~axis not in axes and after[at] > 1:
+            return source, [*axes[:at], ~axis, *axes[at:]]
     return None
 
 
@@ -273,6 +294,14 @@ def _matrix_site(
         return Refused(f"a parameter of {len(axes)} dimensions is no matrix", node.name)
     out, inner = (axes[-2], axes[-1]) if transposed else (axes[-1], axes[-2])
     expert = axes[0] if len(axes) == 3 else None
+    if min(axes) < 0:
+        # A linear layer in groups: each multiplies its own part of the activation by its own output neurons.
+        if expert != ~out or offsets is not None or x.meta["val"].dim() != 3:
+            return Refused("an axis of the parameter is split into groups that are no output neurons", node.name)
+        site, groups = _make(program, node, source, x, -1, out, inner, None, None), x.meta["val"].shape[0]
+        if isinstance(site, Refused):
+            return site
+        return replace(site, experts=groups, shape=(site.shape[0] // groups, site.shape[1]))
     if expert is not None and offsets is None and x.meta["val"].dim() != 3:
         return Refused("a stack of matrices multiplies an activation that is not split by expert", node.name)
     return _make(program, node, source, x, -1, out, inner, expert, offsets)

@@ -80,8 +80,8 @@ class RowReader:
                 return rows, None, None
             return rows.flatten(0, 1), torch.arange(1, site.experts + 1) * rows.shape[1], None
         moved = value.movedim(group.feature_dim, -1)
-        if site.expert_axis is not None and site.offsets is None:
-            # One batched product: the first axis is the expert, every expert sees as many rows.
+        if (site.expert_axis is not None or site.grouped) and site.offsets is None:
+            # One batched product: the first axis is the expert (the group), every expert sees as many rows.
             rows = moved.reshape(-1, moved.shape[-1])
             if counted is not None:
                 raise self._unmatched(group, value, counted)

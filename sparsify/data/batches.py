@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from sparsify.data.chat import Chat
+from sparsify.data.examples import other_inputs
 from sparsify.data.generate import sample_from_model
 from sparsify.data.given import given_batches
 from sparsify.data.image_text import names_image_text, read_image_text
@@ -226,11 +227,12 @@ def example_batch(source: Source, rows: int = 1, length: int = 16) -> dict[str, 
     Raises:
         CalibrationError: the model's inputs cannot be guessed from its config.
     """
-    name = getattr(source.module, "main_input_name", None)
+    name, others = getattr(source.module, "main_input_name", None), other_inputs(source, rows)
     if name == "input_ids":
-        return as_inputs(torch.zeros(rows, min(length, default_length(source, length)), dtype=torch.long), source)
-    if name == "pixel_values":
-        return {"pixel_values": torch.zeros(rows, *_image_shape(source), dtype=source.dtype)}
+        ids = torch.zeros(rows, min(length, default_length(source, length)), dtype=torch.long)
+        return as_inputs(ids, source) | others
+    if others:
+        return others
     raise CalibrationError(
         f"inputs for {type(source.module).__name__}",
         found="a module whose inputs are unknown" if name is None else f"its main input is {name!r}",
@@ -242,10 +244,12 @@ def _from_name(
     data: str | None, source: Source, samples: int | None, length: int | None, seed: int, chat: Chat, both: bool
 ) -> _Drawn:
     name = getattr(source.module, "main_input_name", None)
-    if name != "input_ids" and source.is_transformers:
+    others = other_inputs(source)
+    if source.is_transformers and (name != "input_ids" or others):
         raise CalibrationError(
             f"calibration '{data or 'c4'}' for {type(source.module).__name__}",
-            found=f"the model reads {name}, not text",
+            found=f"the model reads {' and '.join(dict.fromkeys([str(name), *others]))}, not text"
+            + (" alone" if name == "input_ids" else ""),
             do="Name a folder of images"
             if name == "pixel_values"
             else "Give batches as keyword dictionaries in Python",
@@ -321,9 +325,3 @@ def _check_inputs(batches: list[dict[str, Tensor]], source: Source) -> None:
                     found=f"the model's vocabulary has {vocabulary} tokens",
                     do="The ids are of another tokenizer; give text, or ids of this model's",
                 )
-
-
-def _image_shape(source: Source) -> tuple[int, int, int]:
-    size = getattr(source.config, "image_size", 224)
-    height, width = size if isinstance(size, (list, tuple)) else (size, size)
-    return getattr(source.config, "num_channels", 3), height, width

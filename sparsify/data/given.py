@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparsify.data.examples import decoder_from_labels
 from sparsify.data.inputs import are_ids, as_inputs, rows_to_batches
 from sparsify.errors import CalibrationError
 from sparsify.frontend.source import Source
@@ -80,7 +81,8 @@ def _named(item: Any, source: Source) -> dict[str, Tensor]:
         return {"0": item.cpu()}
     if isinstance(item, Mapping):
         named = {k: v.cpu() for k, v in item.items() if isinstance(v, Tensor)}
-        return as_inputs(named["input_ids"], source) | named if "input_ids" in named else named
+        text = as_inputs(named["input_ids"], source) if "input_ids" in named else {}
+        return text | named | decoder_from_labels(named, source)
     if isinstance(item, (tuple, list)) and all(isinstance(v, Tensor) for v in item):
         return {str(i): v.cpu() for i, v in enumerate(item)}
     raise CalibrationError(

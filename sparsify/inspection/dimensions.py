@@ -12,7 +12,7 @@ from torch import nn
 from sparsify.analysis.dimensions.groups import Dimensions, Group, Member, coupled_dimensions
 from sparsify.analysis.dimensions.kinds import Roles, group_kind, roles_of
 from sparsify.data.batches import example_batch
-from sparsify.frontend.capture import capture
+from sparsify.frontend.capture import Batch, capture
 from sparsify.frontend.source import open_source
 
 
@@ -95,10 +95,19 @@ class DimensionReport:
 
 
 def inspect_dimensions(
-    model: str | Path | nn.Module, *, allow_bin: bool = False, trust_remote_code: bool = False, check: bool = True
+    model: str | Path | nn.Module,
+    *,
+    batch: Batch | None = None,
+    allow_bin: bool = False,
+    trust_remote_code: bool = False,
+    check: bool = True,
 ) -> DimensionReport:
-    """Trace ``model`` without reading a weight and find its coupled dimensions."""
+    """Trace ``model`` without reading a weight and find its coupled dimensions.
+
+    Args:
+        batch: inputs to trace it by, where its config does not tell them; only shapes and dtypes matter.
+    """
     # Whoever looks at a model may look at a broken one.
     source = open_source(model, allow_bin=allow_bin, trust_remote_code=trust_remote_code, check=check, allow_nan=True)
-    program = capture(source, example_batch(source))
+    program = capture(source, batch or example_batch(source))
     return DimensionReport(source.name, coupled_dimensions(program), roles_of(program))

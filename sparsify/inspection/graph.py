@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from sparsify.analysis.linear import LinearSite, find_sites
 from sparsify.data.batches import example_batch
 from sparsify.finite import is_mask, said, scan
-from sparsify.frontend.capture import capture
+from sparsify.frontend.capture import Batch, capture
 from sparsify.frontend.source import open_source
 from sparsify.ir.operators import exact_name
 from sparsify.ir.program import Program
@@ -40,16 +40,24 @@ def graph_text(program: Program) -> str:
 
 
 def inspect_graph(
-    model: str | Path | nn.Module, *, allow_bin: bool = False, trust_remote_code: bool = False, check: bool = True
+    model: str | Path | nn.Module,
+    *,
+    batch: Batch | None = None,
+    allow_bin: bool = False,
+    trust_remote_code: bool = False,
+    check: bool = True,
 ) -> str:
     """Trace ``model`` and give its graph as text.
+
+    Args:
+        batch: inputs to trace it by, where its config does not tell them; only shapes and dtypes matter.
 
     Raises:
         CheckpointError, TraceError: no such model, or no graph of it.
     """
     # Whoever looks at a model may look at a broken one.
     source = open_source(model, allow_bin=allow_bin, trust_remote_code=trust_remote_code, check=check, allow_nan=True)
-    return graph_text(capture(source, example_batch(source)))
+    return graph_text(capture(source, batch or example_batch(source)))
 
 
 def _parameters(program: Program, sites: dict[str, LinearSite]) -> Iterator[str]:

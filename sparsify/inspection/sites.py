@@ -12,7 +12,7 @@ from torch import nn
 from sparsify.analysis.flow import Flow
 from sparsify.analysis.linear import InputGroup, LinearSite, Opaque, find_sites, group_by_input
 from sparsify.data.batches import example_batch
-from sparsify.frontend.capture import capture
+from sparsify.frontend.capture import Batch, capture
 from sparsify.frontend.source import open_source
 
 
@@ -105,12 +105,21 @@ class Inspection:
 
 
 def inspect(
-    model: str | Path | nn.Module, *, allow_bin: bool = False, trust_remote_code: bool = False, check: bool = True
+    model: str | Path | nn.Module,
+    *,
+    batch: Batch | None = None,
+    allow_bin: bool = False,
+    trust_remote_code: bool = False,
+    check: bool = True,
 ) -> Inspection:
-    """Trace ``model`` without reading a weight and report its sites."""
+    """Trace ``model`` without reading a weight and report its sites.
+
+    Args:
+        batch: inputs to trace it by, where its config does not tell them; only shapes and dtypes matter.
+    """
     # Whoever looks at a model may look at a broken one.
     source = open_source(model, allow_bin=allow_bin, trust_remote_code=trust_remote_code, check=check, allow_nan=True)
-    program = capture(source, example_batch(source))
+    program = capture(source, batch or example_batch(source))
     flow = Flow.of(program)
     sites, opaque = find_sites(program)
     groups = sorted(group_by_input(sites), key=lambda g: flow.position[g.sites[0].node])

@@ -16,7 +16,7 @@ def difference(one: Program, other: Program) -> str | None:
     if len(one.nodes) != len(other.nodes):
         return f"{len(one.nodes)} nodes and {len(other.nodes)}"
     for a, b in zip(one.nodes, other.nodes, strict=True):
-        shapes = [[tuple(v.shape) for v in _flat(n.meta.get("val"))] for n in (a, b)]
+        shapes = [[_sizes(v) for v in _flat(n.meta.get("val"))] for n in (a, b)]
         names = [operator_name(n) if n.op == "call_function" else n.op for n in (a, b)]
         # Parts of one size and parts whose sizes are told are the same parts.
         alike = names[0] == names[1] or set(names) <= {"chunk", "split", "split_with_sizes"}
@@ -30,7 +30,14 @@ def difference(one: Program, other: Program) -> str | None:
 
 
 def _flat(value: Any) -> list[Tensor]:
-    return [value] if isinstance(value, Tensor) else [t for v in value or () for t in _flat(v)]
+    if isinstance(value, Tensor):
+        return [value]
+    return [t for v in value for t in _flat(v)] if isinstance(value, (tuple, list)) else []
+
+
+def _sizes(value: Tensor) -> list[int | None]:
+    """Its shape, without what only a run tells."""
+    return [size if isinstance(size, int) else None for size in value.shape]
 
 
 def _numbers(node: fx.Node) -> list[float]:

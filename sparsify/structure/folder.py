@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -14,6 +15,7 @@ from sparsify.files.companions import rewrite_config
 from sparsify.files.writer import lay_out, lay_out_files, layout_of
 from sparsify.frontend.source import Source
 from sparsify.ir.weights import Weights
+from sparsify.structure.config import by_part
 
 
 def write_files(source: Source, weights: Weights, dense: Weights, config: Mapping[str, Any], into: Path) -> None:
@@ -40,7 +42,7 @@ def write_tensors(
     """The files of ``source`` with other tensors and a changed config."""
     assert source.folder is not None, "a model in memory was saved first"
     source.copy_beside(into)
-    rewrite_config(into, lambda content: _with_widths(content, config))
+    rewrite_config(into, lambda content: _with_widths(content, by_part(source.config, config)))
     # Twice over the tensors, and never all of them at once.
     shapes = {name: (value.dtype, list(value.shape)) for name, value in stored()}
     if source.checkpoint is None:
@@ -52,11 +54,15 @@ def write_tensors(
         out.write(name, value.contiguous())
 
 
-def _with_widths(content: dict[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config.json's content that says other widths: in its text_config, where it has one."""
-    if isinstance(content.get("text_config"), dict):
-        return {**content, "text_config": {**content["text_config"], **config}}
-    return {**content, **config}
+def _with_widths(content: dict[str, Any], config: Mapping[tuple[str, ...], Mapping[str, Any]]) -> dict[str, Any]:
+    """A config.json's content that says other widths, by where in it they are said."""
+    result = copy.deepcopy(content)
+    for path, fields in config.items():
+        owner = result
+        for name in path:
+            owner = owner.setdefault(name, {})
+        owner.update(fields)
+    return result
 
 
 def renamed_experts(weights: Weights, kept: Mapping[str, Mapping[int, Ids]]) -> dict[str, str | None]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from sparsify.analysis.dimensions.groups import Dimensions, Group, coupled_dimensions
-from sparsify.analysis.dimensions.kinds import group_kind, roles_of
+from sparsify.analysis.dimensions.kinds import by_kind, group_kind, roles_of
 from sparsify.analysis.linear import block_of, find_sites
 from sparsify.errors import Refused, SpecError
 from sparsify.frontend.source import Source
@@ -21,6 +22,9 @@ from sparsify.prune.targets import choose
 from sparsify.structure import layers
 from sparsify.structure.config import Widths
 from sparsify.structure.record import Cut, Restructured
+
+# The list of parts of a sentence-transformers model.
+_MODULES = "modules.json"
 
 
 @dataclass(frozen=True)
@@ -77,28 +81,39 @@ def choose_groups(source: Source, program: Program, structural_pass: StructuralP
     Raises:
         SpecError: there is none.
     """
+    if structural_pass.granularity == "channel" and source.folder is not None:
+        _check_modules(source.folder)
     sites, dimensions = find_sites(program)[0], coupled_dimensions(program)
     targets, _ = choose(program, structural_pass.pattern, wanted)
     candidates = _Candidates(
         structural_pass,
         roles_of(program),
         named={t.parameter for t in targets},
+        allowed={site.parameter for site in sites if _allowed(program, site.parameter, wanted)},
         routers={site.parameter for site in sites if site.router},
         whole=_whole_blocks([site.block for site in sites if site.block is not None], structural_pass),
         only_named=wanted.only is not None,
     )
     widths = Widths(source) if source.is_transformers and not structural_pass.ragged else None
+    found = list(candidates.of(dimensions))
+    alike = by_kind([dimensions.groups[number] for number, _ in found], candidates.roles)
     chosen: list[Choice] = []
     skipped: list[Refused] = []
-    for number, found in candidates.of(dimensions):
-        if isinstance(found, Refused):
-            skipped.append(found)
+    # First the blocks: what is beside them only follows.
+    for number, one in sorted(found, key=lambda pair: _beside(dimensions.groups[pair[0]])):
+        if isinstance(one, Refused):
+            skipped.append(one)
             continue
-        group, kind, name = found
+        group, kind, name = one
         left, fields = structural_pass.left(len(group.free), kind), dict[str, Any]()
+        beside = kind != "width" and _beside(group)
+        if beside and (len(group.free), left) not in {(len(c.group.free), c.left) for c in chosen if c.kind == kind}:
+            continue
         if widths is not None:
-            said = widths.nearest(group, kind, left)
+            said = widths.nearest(group, kind, left, alike[kind])
             left, fields = said.left, dict(said.fields)
+            if beside and not any(fields.items() <= c.fields.items() for c in chosen):
+                continue
             if said.reason is not None:
                 skipped.append(Refused(said.reason, name))
         if left < len(group.free):
@@ -113,6 +128,18 @@ def choose_groups(source: Source, program: Program, structural_pass: StructuralP
     return Choices(dimensions, chosen, skipped)
 
 
+def _check_modules(folder: Path) -> None:
+    """Raises:
+    SpecError: a folder of sentence-transformers, whose other modules name the residual width too.
+    """
+    if (folder / _MODULES).exists():
+        raise SpecError(
+            "granularity=channel",
+            found=f"{_MODULES} beside the model: pooling and dense layers that are of the model's width",
+            do="Take granularity=block, which leaves the width of embeddings as it is",
+        )
+
+
 def _whole_blocks(blocks: Sequence[str], structural_pass: StructuralPass) -> set[str]:
     """Blocks at the beginning and at the end that the pass keeps whole."""
     order = list(dict.fromkeys(blocks))
@@ -123,14 +150,18 @@ def _whole_blocks(blocks: Sequence[str], structural_pass: StructuralPass) -> set
 class _Candidates:
     """Which groups a pass may take from.
 
+    Of those beside the blocks only the ones that follow others, see :meth:`_follows`.
+
     Attributes:
         roles: what a parameter's dimension is in a linear site. named: parameters that may be pruned; ``only_named``:
-            whether because --only says so. whole: blocks that lose nothing.
+            whether because --only says so. allowed: those that nobody keeps, in blocks or not.
+        whole: blocks that lose nothing.
     """
 
     structural_pass: StructuralPass
     roles: Mapping[tuple[str, int], str]
     named: set[str]
+    allowed: set[str]
     routers: set[str]
     whole: set[str]
     only_named: bool
@@ -147,11 +178,13 @@ class _Candidates:
         linear = [m.parameter for m in group.members if (m.parameter, m.axis) in self.roles]
         blocks = {block_of(m.parameter) for m in group.members}
         wide = kind == "width"
-        if kind not in KINDS[granularity] or not linear or (not wide and None in blocks):
+        if kind not in KINDS[granularity] or not linear:
             return None
-        # A router is never named: its row goes with its expert.
-        linear = [name for name in linear if name not in self.routers]
+        # A router is never named, its row goes with its expert; unless there is nothing else to name.
+        linear = [name for name in linear if name not in self.routers] or linear
         name = ", ".join(dict.fromkeys(n.removesuffix(".weight") for n in linear)) if not wide else "the residual width"
+        if not wide and None in blocks:
+            return (group, kind, name) if kind == "channels" and self._follows(group, linear) else None
         if not wide and not set(linear) <= self.named:
             if not set(linear) & self.named and self.only_named:
                 return None
@@ -163,6 +196,21 @@ class _Candidates:
         if len(group.free) < 2:
             return Refused(group.reason or "a single one", name)
         return group, kind, name
+
+    def _follows(self, group: Group, linear: Sequence[str]) -> bool:
+        """Whether channels outside of all blocks may go: those that the same field of the config may count as channels
+        in blocks (the pooling head of SigLIP's vision tower)."""
+        free = not self.structural_pass.ragged and not group.renormalized and len(group.free) > 1
+        return free and _beside(group) and set(linear) <= self.allowed
+
+
+def _allowed(program: Program, parameter: str, wanted: Wanted) -> bool:
+    sources = frozenset(program.weights.sources(parameter))
+    return not sources & wanted.ignored and (wanted.only is None or sources <= wanted.only)
+
+
+def _beside(group: Group) -> bool:
+    return all(block_of(member.parameter) is None for member in group.members)
 
 
 def share_out(

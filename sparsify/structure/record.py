@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,7 +53,9 @@ class Restructured:
         shrunk = f"; parameters {before:,} → {after:,} ({after / before:.3f}×)" if after else ""
         reasons: dict[str, int] = {}
         for skipped in self.skipped:
-            reasons[skipped.reason] = reasons.get(skipped.reason, 0) + 1
+            # Which of many alike is no news in a summary: "linear_12 sums over …".
+            reason = re.sub(r"^([a-z_]+)_\d+ ", r"\1 ", skipped.reason)
+            reasons[reason] = reasons.get(reason, 0) + 1
         kept = [f"not as asked: {count} × {reason}" for reason, count in reasons.items()]
         if self.ragged:
             kept.append(

@@ -95,9 +95,8 @@ def _without_channels(
     cut = Weights(CutStore(program.weights, kept), {n: n for n in program.weights.parameters()})
     write_files(source, cut, program.weights, config, into)
     cuts = [_cut(c, remove[c.number], kept) for c in chosen]
-    own = {program.weights.canonical(name) for name, _ in source.module.named_parameters()}
-    after = sum(math.prod(node.meta["val"].shape) for name, node in small.parameter_nodes().items() if name in own)
-    done = Restructured(structural_pass, cuts, choices.skipped, config, (count_parameters(source), after))
+    counts = count_parameters(source), _count_left(source, kept)
+    done = Restructured(structural_pass, cuts, choices.skipped, config, counts)
     _note(source, done, into)
     smaller, captured = _compared(into, source, small, context)
     wanted = model.wanted.renamed(renamed_experts(program.weights, kept))
@@ -130,10 +129,19 @@ def _without_layers(
     smaller = replace(
         smaller, name=source.name, checked=source.checked, ledger=Ledger(into, "none", read_manifest(into))
     )
-    captured = capture(smaller, program.zero_batch(), context.device)
+    captured = capture(smaller, program.zero_batch() | program.literals, context.device)
     names: dict[str, str | None] = dict.fromkeys(program.weights.store.names())
     wanted = model.wanted.renamed(names | layers.tensors_kept(program.weights, stack, gone))
     return Captured(smaller, captured, wanted), done
+
+
+def _count_left(source: Source, kept: Mapping[str, Mapping[int, Ids]]) -> int:
+    """How many numbers the parameters have without what goes, those that the trace does not reach among them."""
+    count = 0
+    for name, parameter in source.module.named_parameters():
+        axes = kept.get(source.weights.canonical(name), {})
+        count += math.prod(len(axes[axis]) if axis in axes else n for axis, n in enumerate(parameter.shape))
+    return count
 
 
 def _least(choice: Choice, scores: Tensor) -> list[int]:
@@ -182,7 +190,7 @@ def _compared(folder: Path, source: Source, small: Program, context: Context) ->
     asked, cut = f"the smaller model of {source.name}", "cut the graph in Python: sparsify.structure.shrink.shrink"
     try:
         smaller = _smaller(folder, source)
-        program = capture(smaller, small.zero_batch(), context.device)
+        program = capture(smaller, small.zero_batch() | small.literals, context.device)
     except TraceError as error:
         raise BackendError(
             asked,

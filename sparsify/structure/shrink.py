@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy
@@ -67,8 +67,8 @@ def shrink(program: Program, dimensions: Dimensions, remove: Mapping[int, Sequen
         if n.op == "get_attr" and str(n.target) not in edit.constants
     }
     module = fx.GraphModule(empty_root(shapes | edit.constants), graph)
-    result = Program(module, weights, edit.constants, program.output_names, program.model)
-    _propagate(result, shapes)
+    result = Program(module, weights, edit.constants, program.output_names, program.model, program.literals)
+    _propagate(result, shapes, edit.touched)
     result.verify()
     return result
 
@@ -132,6 +132,8 @@ class _Edit:
     def __init__(self, program: Program, dimensions: Dimensions, gone: Ids) -> None:
         self.program, self.rows, self.gone = program, dimensions.rows, gone
         self.constants = dict(program.constants)
+        # Nodes of the copy that may give another shape than before.
+        self.touched: set[fx.Node] = set()
 
     def graph(self) -> fx.Graph:
         result, env = fx.Graph(), dict[fx.Node, fx.Node]()
@@ -140,8 +142,10 @@ class _Edit:
                 result.output(fx.node.map_arg(node.args[0], lambda n: env[n]))
                 continue
             env[node] = copied = result.node_copy(node, lambda n: env[n])
+            if self._touched(node):
+                self.touched.add(copied)
             corrected = _CORRECTIONS.get(operator_name(node)) if node.op == "call_function" else None
-            if corrected is not None and self._touched(node):
+            if corrected is not None and copied in self.touched:
                 corrected(self, node, copied, result)
         return result
 
@@ -278,36 +282,45 @@ _CORRECTIONS: dict[str, Callable[[_Edit, fx.Node, fx.Node, fx.Graph], None]] = {
 }  # fmt: skip
 
 
-def _propagate(program: Program, shapes: Mapping[str, Tensor]) -> None:
-    """Give every node the shape that its value has now.
+def _propagate(program: Program, shapes: Mapping[str, Tensor], touched: Collection[fx.Node]) -> None:
+    """Give every node the shape that its value has now; those that nothing smaller reaches keep theirs.
 
     Raises:
         TraceError: the graph does not run any more, which would be a rule's mistake.
     """
     values: dict[fx.Node, Any] = {}
+    smaller: set[fx.Node] = set()
 
     def value_of(given: Any) -> Any:
         # Shapes are the same on every device; fake values of two would not go together.
         if isinstance(given, torch.device):
             return torch.device("cpu")
+        if isinstance(given, fx.Node) and given not in values:
+            values[given] = _empty(given.meta["val"])
         return values[given] if isinstance(given, fx.Node) else given
 
     with FakeTensorMode():
         for node in program.graph.nodes:
-            if node.op == "output":
+            known = shapes.get(str(node.target)) if node.op == "get_attr" else None
+            if known is not None and known.shape != node.meta["val"].shape:
+                node.meta["val"] = known
+                smaller.add(node)
+            if node.op != "call_function" or not (node in touched or smaller.intersection(node.all_input_nodes)):
                 continue
-            if node.op == "call_function":
-                args, kwargs = fx.node.map_aggregate((node.args, node.kwargs), value_of)
-                try:
-                    values[node] = node.target(*args, **kwargs)
-                except (RuntimeError, ValueError, IndexError) as error:
-                    raise TraceError(
-                        f"shrinking {node.name}",
-                        found=f"it does not run any more ({first_line(error)})",
-                        do="Report this as a bug, with the model",
-                    ) from error
-            else:
-                known = shapes.get(str(node.target)) if node.op == "get_attr" else None
-                val = node.meta["val"] if known is None else known
-                values[node] = torch.empty(val.shape, dtype=val.dtype)
+            args, kwargs = fx.node.map_aggregate((node.args, node.kwargs), value_of)
+            try:
+                values[node] = node.target(*args, **kwargs)
+            except (RuntimeError, ValueError, IndexError) as error:
+                raise TraceError(
+                    f"shrinking {node.name}",
+                    found=f"it does not run any more ({first_line(error)})",
+                    do="Report this as a bug, with the model",
+                ) from error
             node.meta["val"] = as_meta_tree(values[node])
+            smaller.add(node)
+
+
+def _empty(val: Any) -> Any:
+    if isinstance(val, Tensor):
+        return torch.empty(val.shape, dtype=val.dtype)
+    return type(val)(map(_empty, val)) if isinstance(val, (tuple, list)) else val

@@ -14,11 +14,11 @@ from support.families import GQA
 
 import sparsify
 from sparsify.analysis.dimensions.groups import coupled_dimensions
-from sparsify.analysis.dimensions.kinds import group_kind, roles_of
+from sparsify.analysis.dimensions.kinds import by_kind, group_kind, roles_of
 from sparsify.errors import BackendError, SpecError
 from sparsify.frontend.source import open_source
 from sparsify.ir.program import Program
-from sparsify.structure.config import Widths, changed, together
+from sparsify.structure.config import Widths, by_part, changed, together
 
 # Families whose config cannot say fewer channels: BLOOM's are four times its width, say.
 REFUSED = ("bloom", "convnext", "mamba2")
@@ -57,8 +57,9 @@ def test_which_fields_say_a_width(
 ) -> None:
     program, widths = captured(family), Widths(open_source(folder(family)))
     roles = roles_of(program)
-    group = next(g for g in coupled_dimensions(program).prunable if group_kind(g, roles) == kind)
-    said = widths.nearest(group, kind, left)
+    dimensions = coupled_dimensions(program)
+    group = next(g for g in dimensions.prunable if group_kind(g, roles) == kind)
+    said = widths.nearest(group, kind, left, by_kind(dimensions.prunable, roles)[kind])
     if says is None:
         assert (said.left, said.fields) == (len(group.free), {}) and "config cannot say" in str(said.reason)
     else:
@@ -73,6 +74,10 @@ def test_a_config_is_changed_where_the_text_is_told_and_the_old_one_stays() -> N
     new = changed(nested, {"intermediate_size": 48})
     assert (new.text_config.intermediate_size, nested.text_config.intermediate_size) == (48, 64)
     assert type(new) is transformers.LlavaConfig
+    new = changed(nested, {"intermediate_size": 48, "vision_config.intermediate_size": 32})
+    assert (new.text_config.intermediate_size, new.vision_config.intermediate_size) == (48, 32)
+    assert by_part(nested, {"a": 1, "vision_config.b": 2}) == {("text_config",): {"a": 1}, ("vision_config",): {"b": 2}}
+    assert by_part(plain, {"a": 1}) == {(): {"a": 1}}
 
 
 def test_the_fields_of_all_groups_must_agree() -> None:
@@ -91,10 +96,10 @@ def test_heads_come_in_the_nearest_number_that_a_config_takes() -> None:
         def _candidates(self, kind: str, before: int, after: int) -> Any:
             yield {"num_attention_heads": after}
 
-        def _builds(self, group: Any, changes: Any, count: int) -> bool:
+        def _builds(self, group: Any, changes: Any, count: int, alike: Any) -> bool:
             return count % 2 == 0
 
     group = SimpleNamespace(members=[SimpleNamespace(parameter="q", axis=0)], channels=8, free=numpy.arange(8))
-    said = Even().nearest(group, "heads", 3)  # type: ignore[arg-type]
+    said = Even().nearest(group, "heads", 3, ())  # type: ignore[arg-type]
     assert (said.left, said.fields) == (4, {"num_attention_heads": 4})
     assert said.reason == "4 heads and not 3: nearest that the config takes"

@@ -19,7 +19,7 @@ from typing import Any
 
 import networkx
 import numpy
-from torch import Tensor, fx
+from torch import SymInt, Tensor, fx
 
 from sparsify.analysis.dimensions.rules.table import RULES
 from sparsify.analysis.dimensions.walk import Ids, Row, Walk
@@ -121,15 +121,24 @@ def _rows(walk: Walk, node: fx.Node) -> Any:
                 walk.pin(row, "the model returns it")
     if node.op != "call_function":
         return [None] * val.dim() if isinstance(val, Tensor) else []
-    name = operator_name(node)
-    rule = RULES.get(name)
-    if rule is not None:
-        return rule(walk, node)
-    walk.without_rule.setdefault(name, node.name)
+    name, reason = operator_name(node), f"{node.name} has a size that only a run tells"
+    if all(_is_told(n.meta.get("val")) for n in (node, *node.all_input_nodes)):
+        rule = RULES.get(name)
+        if rule is not None:
+            return rule(walk, node)
+        walk.without_rule.setdefault(name, node.name)
+        reason = f"{name} has no rule"
     for operand in node.all_input_nodes:
         for row in _flat(walk.rows[operand]):
-            walk.pin(row, f"{name} has no rule")
+            walk.pin(row, reason)
     return _nothing(val)
+
+
+def _is_told(val: Any) -> bool:
+    """Whether every size of a value is a number: none depends on what is in an input (how large an image is)."""
+    if isinstance(val, Tensor):
+        return all(isinstance(size, int) for size in val.shape)
+    return not isinstance(val, SymInt) and all(map(_is_told, val if isinstance(val, (tuple, list)) else ()))
 
 
 def _nothing(val: Any) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from sparsify.analysis.dimensions.groups import Group
 from sparsify.analysis.linear import block_of, find_sites
@@ -25,6 +25,14 @@ def group_kind(group: Group, roles: Roles) -> str:
     # A head takes several neighbouring positions of every matrix that it is in.
     whole = [bool((m.channel[1:] == m.channel[:-1]).any()) for m in linear]
     return "heads" if whole and all(whole) else "channels"
+
+
+def by_kind(groups: Iterable[Group], roles: Roles) -> dict[str, set[tuple[str, int]]]:
+    """The (parameter, axis) that groups of each kind hold."""
+    found: dict[str, set[tuple[str, int]]] = {}
+    for group in groups:
+        found.setdefault(group_kind(group, roles), set()).update((m.parameter, m.axis) for m in group.members)
+    return found
 
 
 def roles_of(program: Program) -> dict[tuple[str, int], str]:
