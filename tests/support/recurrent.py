@@ -35,7 +35,7 @@ _BUILD: dict[str, Callable[[int], Any]] = {
         **TEXT, **SCAN, num_hidden_layers=n, num_experts=2, attn_layer_period=2, attn_layer_offset=1,
         expert_layer_period=2, expert_layer_offset=1)),
     "zamba": lambda n: hf.ZambaForCausalLM(hf.ZambaConfig(
-        **TEXT, **SCAN, num_hidden_layers=n, layer_types=(["mamba", "hybrid"] * n)[:n], n_mamba_heads=2)),
+        **TEXT, **SCAN, num_hidden_layers=2 * n, layer_types=["mamba", "hybrid"] * n, n_mamba_heads=2)),
     "bamba": lambda n: hf.BambaForCausalLM(hf.BambaConfig(
         **TEXT, **SSD, num_hidden_layers=n, attn_layer_indices=[1])),
     "falcon_h1": lambda n: hf.FalconH1ForCausalLM(hf.FalconH1Config(
