@@ -25,6 +25,8 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
+from sparsify.host import alone
+
 # By name, in the module of Python in which a model's layers are written (transformers 5.24): functions that take
 # tensors and numbers, give a tensor, or several and None, and write to nothing that they are given.
 FUNCTIONS = (
@@ -65,7 +67,7 @@ class Call:
 
 @dataclass
 class Recurrences:
-    """The calls of a trace, in order; ``known`` holds what a function gives for shapes and numbers met before."""
+    """The calls of a trace, in order; ``known`` holds what a function gives for the shapes and arguments met before."""
 
     calls: list[Call] = field(default_factory=list)
     known: dict[Any, Any] = field(default_factory=dict)
@@ -136,14 +138,19 @@ class Recurrences:
 
 @contextmanager
 def kept_whole(module: nn.Module) -> Iterator[Recurrences]:
-    """While it is open, a trace of ``module`` has one node for each call of one of :data:`FUNCTIONS`."""
+    """While it is open, a trace of ``module`` has one node for each call of one of :data:`FUNCTIONS`.
+
+    Patches modules of Python, like what it traces with: one thread at a time. A call with arguments that a node cannot
+    have, or that gives more than tensors and None, is traced step by step as torch would.
+    """
     met = Recurrences()
-    files = {name: sys.modules[name] for name in dict.fromkeys(type(part).__module__ for part in module.modules())}
+    # A class may be of a file that is loaded under no name.
+    files = {name: sys.modules.get(name) for name in dict.fromkeys(type(part).__module__ for part in module.modules())}
     held = [(file, name) for file in files.values() for name in FUNCTIONS if callable(getattr(file, name, None))]
     if not held:
         yield met
         return
-    with ExitStack() as stack:
+    with alone(), ExitStack() as stack:
         library = stack.enter_context(torch.library._scoped_library(_LIBRARY, "FRAGMENT"))
         library.define(f"{_OPERATOR}(Tensor[] values, int number) -> Tensor[]")
         torch.library.register_fake(f"{_LIBRARY}::{_OPERATOR}", met.described, lib=library)
