@@ -25,12 +25,11 @@ import sys, time
 from sparsify.data.batches import example_batch
 from sparsify.frontend.capture import capture
 from sparsify.frontend.source import Source, build_skeleton
-from sparsify.ir.weights import Weights
+from sparsify.frontend.matching import weights_of_module
 from pathlib import Path
 model = build_skeleton(Path(sys.argv[1]))
-names = {n: n for n, _ in model.named_parameters()}
 began = time.perf_counter()
-source = Source("70b", model, Weights(None, names))
+source = Source("70b", model, weights_of_module(model))
 program = capture(source, example_batch(source, 1, 2048))
 print(f"{len(program.nodes)} nodes in {time.perf_counter() - began:.1f} s")
 """

@@ -25,6 +25,7 @@ from sparsify.frontend.functional import without_writes
 from sparsify.frontend.literal import could_be_literal, literal
 from sparsify.frontend.matching import weights_of_module
 from sparsify.frontend.mends import mended
+from sparsify.frontend.recurrences import kept_whole
 from sparsify.frontend.source import Source
 from sparsify.host import quiet, release_freed
 from sparsify.ir.graph import empty_root, inline
@@ -46,7 +47,9 @@ def capture(source: Source, batch: Batch, device: torch.device | str = "cpu") ->
         TraceError: the model cannot be exported, or needs values that only a run could give.
     """
     module = source.running()
-    exported, literals = export(module, batch)
+    with kept_whole(module) as recurrences:
+        exported, literals = export(module, batch)
+        recurrences.write_into(exported.graph)
     program = from_exported(exported, source.weights, device, constants=_real_tensors(module))
     program.model, program.literals = type(source.module).__name__, literals
     del exported

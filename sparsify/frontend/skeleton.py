@@ -80,11 +80,12 @@ def build_skeleton(
         with torch.device("meta"), few_parts(tensors, folder):
             named = compute or getattr(config, "dtype", None) or dtype or torch.float32
             model = construct(config, trust_remote_code, named, None if store is None else store.names())
-            if sizes is not None:
-                resize(model, sizes)
-        missing = [] if store is None else left_out(model, store)
+        # Widths that no config says: what is computed is so by the config's, and of our own folders nothing is left out.
+        missing = [] if store is None or sizes is not None else left_out(model, store)
         compute_left_out(model, missing, folder)
         with torch.device("meta"):
+            if sizes is not None:
+                resize(model, sizes)
             edit(model)
     except CheckpointError:
         raise

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import fx
 
-from sparsify.analysis.dimensions.rules import products, values, views
+from sparsify.analysis.dimensions.rules import products, recurrences, values, views
 from sparsify.analysis.dimensions.walk import RowRule, Walk
 from sparsify.ir.operators import GROUPED_PRODUCTS
 
@@ -51,6 +51,7 @@ _FAMILIES: tuple[tuple[RowRule, tuple[str, ...]], ...] = (
     (views.reverse, ("t", "numpy_T")),
     (products.matmul, ("mm", "bmm", "matmul")),
     (products.convolution, ("conv1d", "conv2d", "conv3d")),
+    (recurrences.delta_rule, ("torch_chunk_gated_delta_rule", "chunk_kimi_delta_attention")),
     (products.grouped, tuple(sorted(GROUPED_PRODUCTS))),
 )
 RULES: dict[str, RowRule] = {name: rule for rule, names in _FAMILIES for name in names} | {
@@ -80,4 +81,6 @@ RULES: dict[str, RowRule] = {name: rule for rule, names in _FAMILIES for name in
     "baddbmm": products.baddbmm,
     "einsum": products.einsum,
     "scaled_dot_product_attention": products.attention,
+    "mamba_selective_scan": recurrences.selective_scan,
+    "rwkv_linear_attention": recurrences.decayed_attention,
 }
