@@ -19,9 +19,9 @@ from sparsify.errors import BackendError, TraceError
 from sparsify.files.checkpoint import INDEX
 from sparsify.files.companions import rewrite_config
 from sparsify.files.writer import layout_of, layout_to_json
+from sparsify.frontend.building.widths import sizes_of
 from sparsify.frontend.capture import export
 from sparsify.frontend.source import Source
-from sparsify.frontend.widths import sizes_of
 from sparsify.ir.program import Program
 from sparsify.ir.weights import Weights
 from sparsify.runtime.words import AskedLayout, PackingChoice

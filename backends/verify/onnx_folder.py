@@ -23,7 +23,7 @@ from sparsify.files.ledger import Ledger
 from sparsify.files.manifest import MANIFEST, section
 from sparsify.finite import is_mask, scan
 from sparsify.frontend.skeleton import DTYPES
-from sparsify.frontend.source import open_store
+from sparsify.frontend.stores import open_store
 from sparsify.ir.store import TensorStore
 from sparsify.method.pattern import Pattern, parse_pattern
 from sparsify.tensors import digest

@@ -37,8 +37,8 @@ from sparsify.data.windows import Encode, disjoint_windows, random_windows
 from sparsify.errors import CalibrationError, SparsifyError
 from sparsify.files.reading import kind_at
 from sparsify.finite import said, scan
-from sparsify.frontend.positions import with_positions
 from sparsify.frontend.source import Source
+from sparsify.frontend.tracing.positions import with_positions
 from sparsify.words import check_amount
 
 # How much is drawn where nobody says: as in the papers.

@@ -21,12 +21,12 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.utils import _pytree as pytree
 
 from sparsify.errors import TraceError, first_line
-from sparsify.frontend.functional import without_writes
-from sparsify.frontend.literal import could_be_literal, literal
 from sparsify.frontend.matching import weights_of_module
-from sparsify.frontend.mends import mended
-from sparsify.frontend.recurrences import kept_whole
 from sparsify.frontend.source import Source
+from sparsify.frontend.tracing.functional import without_writes
+from sparsify.frontend.tracing.literal import could_be_literal, literal
+from sparsify.frontend.tracing.mends import mended
+from sparsify.frontend.tracing.recurrences import kept_whole
 from sparsify.host import quiet, release_freed
 from sparsify.ir.graph import empty_root, inline
 from sparsify.ir.program import Program
@@ -61,7 +61,7 @@ def capture(source: Source, batch: Batch, device: torch.device | str = "cpu") ->
 
 def export(module: nn.Module, batch: Batch) -> tuple[torch.export.ExportedProgram, dict[str, Tensor]]:
     """``module`` as torch exports it at the shapes of ``batch``, and the inputs whose numbers are in the graph, because
-    they decide its shapes (see :mod:`sparsify.frontend.literal`).
+    they decide its shapes (see :mod:`sparsify.frontend.tracing.literal`).
 
     Raises:
         TraceError: it cannot be exported.

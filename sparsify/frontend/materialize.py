@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from sparsify.frontend.computed import initialise
+from sparsify.frontend.building.computed import initialise
 from sparsify.frontend.skeleton import DTYPES
 from sparsify.frontend.source import Source, open_source
 from sparsify.ir.weights import Weights

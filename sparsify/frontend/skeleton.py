@@ -13,11 +13,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sparsify.errors import CheckpointError, first_line
 from sparsify.files.reading import read_json
-from sparsify.frontend.bounds import check_config, few_parts
-from sparsify.frontend.computed import compute as compute_left_out
-from sparsify.frontend.computed import left_out
-from sparsify.frontend.heads import built, is_of, name_class
-from sparsify.frontend.widths import resize, sizes_of
+from sparsify.frontend.building.bounds import check_config, few_parts
+from sparsify.frontend.building.computed import compute as compute_left_out
+from sparsify.frontend.building.computed import left_out
+from sparsify.frontend.building.heads import built, is_of, name_class
+from sparsify.frontend.building.widths import resize, sizes_of
 from sparsify.host import alone
 from sparsify.ir.store import DenseView, TensorStore
 
@@ -80,7 +80,7 @@ def build_skeleton(
         with torch.device("meta"), few_parts(tensors, folder):
             named = compute or getattr(config, "dtype", None) or dtype or torch.float32
             model = construct(config, trust_remote_code, named, None if store is None else store.names())
-        # Widths that no config says: what is computed is so by the config's, and of our own folders nothing is left out.
+        # Before widths that no config says: those are of folders of ours, of which nothing is left out.
         missing = [] if store is None or sizes is not None else left_out(model, store)
         compute_left_out(model, missing, folder)
         with torch.device("meta"):

@@ -5,9 +5,8 @@ A folder's model is built from its config without memory for its parameters, so 
 
 from __future__ import annotations
 
-import re
 import shutil
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from sparsify.errors import CheckpointError, SpecError, TraceError, first_line
-from sparsify.files.checkpoint import INDEX, PICKLED, PICKLED_INDEX, WEIGHTS, Checkpoint
+from sparsify.files.checkpoint import WEIGHTS, Checkpoint
 from sparsify.files.companions import (
     check_companions,
     copy_companions,
@@ -26,19 +25,18 @@ from sparsify.files.companions import (
     tokenizer_files,
 )
 from sparsify.files.ledger import Checked, Ledger
-from sparsify.files.reading import MAX_INDEX, admit, kind_at, read_json
+from sparsify.files.reading import MAX_INDEX, admit, kind_at
 from sparsify.finite import check_all_finite, check_finite
-from sparsify.frontend.adapter import Adapter, MergedStore, find_adapter, merged
+from sparsify.frontend.adapter import Adapter, find_adapter, merged
 from sparsify.frontend.matching import weights_of_checkpoint, weights_of_module
 from sparsify.frontend.modules import unwrapped, without_wrappers
 from sparsify.frontend.skeleton import build_skeleton, recast
+from sparsify.frontend.stores import find_folder, open_store, pickles, read_for, read_pickles
 from sparsify.frontend.ties import separate, untie
-from sparsify.ir.store import DenseView, MemoryStore, RenamedStore, TensorStore
+from sparsify.ir.store import DenseView, TensorStore
 from sparsify.ir.weights import Weights
-from sparsify.method.registry import is_own, loaded, package_of, warn_of
 from sparsify.quantized.gguf_files.header import read_header
 from sparsify.quantized.gguf_files.store import GgufFile
-from sparsify.quantized.recognise import open_checkpoint
 from sparsify.words import WEIGHT_DTYPE, check_adapter, check_compute_dtype, check_weight_dtype
 
 
@@ -228,7 +226,7 @@ def open_source(
         weights = weights_of_module(model)
         _check_dtype(type(model).__name__, word, {p.dtype for p in model.parameters()})
         return Source(type(model).__name__.lower(), model, weights, compute=compute, allow_nan=allow_nan)
-    folder = _find_folder(model)
+    folder = find_folder(model)
     if folder.suffix.lower() == ".gguf" and kind_at(folder) == "file":
         return _open_gguf(folder, to, compute, allow_nan=allow_nan)
     if not folder.is_dir():
@@ -237,13 +235,13 @@ def open_source(
     name = folder.name if kind_at(model) else str(model).rpartition("/")[2]
     ledger = Ledger.of(folder, check, finite=not allow_nan)
     check_companions(folder, ledger)
-    own, addition = find_adapter(folder, adapter, _find_folder, check, allow_nan)
+    own, addition = find_adapter(folder, adapter, find_folder, check, allow_nan)
     if own != folder:
         folder, ledger = own, Ledger.of(own, check, finite=not allow_nan)
         check_companions(folder, ledger)
     store: TensorStore
-    if allow_bin and not (folder / WEIGHTS).exists() and _pickles(folder):
-        store = pickled = _read_pickles(folder)
+    if allow_bin and not (folder / WEIGHTS).exists() and pickles(folder):
+        store = pickled = read_pickles(folder)
         if not allow_nan:
             check_all_finite(pickled.tensors, str(folder))
     else:
@@ -268,20 +266,10 @@ def open_source(
         ledger.checked,
         compute,
         allow_nan,
-        tuple(left_out(folder, _read_for(store))),
+        tuple(left_out(folder, read_for(store))),
         addition,
         quantization,
     )
-
-
-def _read_for(store: TensorStore) -> Container[str]:
-    """The names of the weight files that a store reads."""
-    if isinstance(store, (MergedStore, RenamedStore)):
-        return _read_for(store.base)
-    files = getattr(getattr(store, "checkpoint", store), "files", None)
-    if files is not None:
-        return {INDEX, *(path.name for path in files)}
-    return {PICKLED, PICKLED_INDEX} if isinstance(store, MemoryStore) else set()
 
 
 def _open_gguf(path: Path, to: torch.dtype, compute: torch.dtype | None, *, allow_nan: bool) -> Source:
@@ -309,81 +297,6 @@ def _check_dtype(model: str, word: str | None, stored: set[torch.dtype]) -> None
             found=f"weights that are not quantized, in {kinds}",
             do="Leave it out: they keep their dtype. To compute in another there is --compute-dtype (compute_dtype)",
         )
-
-
-def open_store(folder: Path, ledger: Ledger, to: torch.dtype = torch.bfloat16) -> TensorStore:
-    """What reads the tensors of ``folder``, each held against ``ledger``: a registered store that knows it, else its
-    safetensors as they lie, or dense, in ``to``, where they are quantized.
-
-    Raises:
-        CheckpointError: no sound model folder.
-    """
-    for _, entry, opened in loaded("sparsify.stores"):
-        try:
-            store: TensorStore | None = opened(folder, ledger)
-            if store is not None:
-                store.names()
-                return store
-        except Exception as error:
-            # Somebody's, which may do anything; where this is its kind of folder the safetensors do not fit a model.
-            if is_own(entry):
-                raise
-            warn_of(entry, f"it fails ({type(error).__name__}: {first_line(error)}); {package_of(entry)} brings it")
-    gguf = sorted(path.name for path in folder.glob("*.gguf"))
-    if gguf and not (folder / WEIGHTS).exists() and not (folder / INDEX).exists():
-        raise CheckpointError(
-            f"weights of {folder}", found=f"no safetensors, but {gguf[0]}", do=f"Name the file: {folder / gguf[0]}"
-        )
-    return open_checkpoint(folder, ledger, to)
-
-
-def _find_folder(model: str | Path) -> Path:
-    if kind_at(model):
-        return Path(model).expanduser().absolute()
-    text = str(model)
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", text) or text.startswith("."):
-        raise CheckpointError(f"model {text}", found="no such folder", do="Check the path")
-    from huggingface_hub import snapshot_download
-
-    try:
-        found = snapshot_download(
-            text, allow_patterns=["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.py", "[0-9]_*/*.bin"]
-        )
-    except Exception as error:  # the hub raises a dozen kinds, all of which mean: it cannot be had
-        raise CheckpointError(
-            f"model {text}",
-            found=f"no such folder here, and the hub did not give it ({type(error).__name__})",
-            do="Check the path; for a hub id check the name, the network and your token",
-        ) from error
-    return Path(found)
-
-
-def _pickles(folder: Path) -> list[Path]:
-    if (folder / PICKLED).exists():
-        return [folder / PICKLED]
-    if (folder / PICKLED_INDEX).exists():
-        placed = read_json(folder / PICKLED_INDEX, MAX_INDEX).get("weight_map")
-        if not isinstance(placed, dict) or not all(isinstance(name, str) for name in placed.values()):
-            raise CheckpointError(f"{folder / PICKLED_INDEX}", found="no weight_map in it", do="Fetch the folder again")
-        return [folder / Path(name).name for name in sorted(set(placed.values()))]
-    return []
-
-
-def _read_pickles(folder: Path) -> MemoryStore:
-    tensors: dict[str, torch.Tensor] = {}
-    for path in _pickles(folder):
-        try:
-            state = torch.load(admit(path), map_location="cpu", weights_only=True, mmap=True)
-        except CheckpointError:
-            raise
-        except Exception as error:  # unpickling refuses in many ways, all of them final
-            raise CheckpointError(
-                f"weights file {path}",
-                found=f"torch's weights_only loader refuses it ({first_line(error)})",
-                do="Do not load it; ask the author for safetensors",
-            ) from error
-        tensors |= {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
-    return MemoryStore(None, tensors)
 
 
 def _check_module(module: nn.Module) -> None:

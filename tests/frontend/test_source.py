@@ -15,7 +15,7 @@ from support.families import build
 from torch import nn
 
 from sparsify.errors import CheckpointError, TraceError
-from sparsify.frontend.bounds import MAX_LAYERS_UNSEEN, check_config
+from sparsify.frontend.building.bounds import MAX_LAYERS_UNSEEN, check_config
 from sparsify.frontend.source import Source, open_source, require_real
 
 

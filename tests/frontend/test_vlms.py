@@ -15,10 +15,10 @@ import sparsify
 from sparsify.data.inputs import as_inputs
 from sparsify.errors import CalibrationError, SpecError
 from sparsify.frontend.capture import capture
-from sparsify.frontend.mends import mended
-from sparsify.frontend.positions import with_positions
 from sparsify.frontend.skeleton import build_skeleton
 from sparsify.frontend.source import open_source
+from sparsify.frontend.tracing.mends import mended
+from sparsify.frontend.tracing.positions import with_positions
 from sparsify.ir.graph import runnable
 
 QUICK = ("gemma3", "mistral3", "qwen2_vl")

@@ -65,7 +65,7 @@ AREAS = {
     ),
     "source": Area(
         ("sparsify/frontend/source.py", "sparsify/frontend/skeleton.py", "sparsify/frontend/matching.py",
-         "sparsify/frontend/bounds.py"),
+         "sparsify/frontend/building/bounds.py"),
         ("tests/frontend/test_source.py", "tests/frontend/test_matching.py",
          "tests/hostile/test_nan.py::test_a_module_keeps_its_dtype",
          "tests/hostile/test_nan.py::test_a_module_and_its_buffers",

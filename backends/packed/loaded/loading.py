@@ -15,7 +15,7 @@ import sparsify  # noqa: F401 (registers packed folders with transformers)
 from sparsify.errors import CheckpointError, SparsifyError, first_line
 from sparsify.files.checkpoint import Checkpoint
 from sparsify.files.whole import check_folder
-from sparsify.frontend.heads import name_class
+from sparsify.frontend.building.heads import name_class
 from sparsify.host import peak_memory, recent_peak, reset_peak
 from sparsify.import_path import environment, python
 

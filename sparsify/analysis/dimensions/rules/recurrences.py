@@ -1,4 +1,4 @@
-"""Rules of whole functions that loop over a sequence (see :mod:`sparsify.frontend.recurrences`)."""
+"""Rules of whole functions that loop over a sequence (see :mod:`sparsify.frontend.tracing.recurrences`)."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsify.frontend.bounds import small_buffers
+from sparsify.frontend.building.bounds import small_buffers
 from sparsify.frontend.matching import weights_of_checkpoint
 from sparsify.ir.store import TensorStore
 
