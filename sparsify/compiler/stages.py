@@ -21,8 +21,8 @@ from sparsify.compiler.seam import Seam
 from sparsify.context import Context
 from sparsify.data.batches import Calibration, example_batch, expected_batch, load_calibration
 from sparsify.data.chat import Chat
-from sparsify.data.image_text import names_image_text
 from sparsify.data.inputs import check_length
+from sparsify.data.pictures.image_text import names_image_text
 from sparsify.errors import SpecError
 from sparsify.files.ownership import Scratch
 from sparsify.files.reading import kind_at

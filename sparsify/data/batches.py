@@ -15,8 +15,6 @@ from sparsify.data.chat import Chat
 from sparsify.data.examples import other_inputs
 from sparsify.data.generate import sample_from_model
 from sparsify.data.given import given_batches
-from sparsify.data.image_text import names_image_text, read_image_text
-from sparsify.data.images import read_images
 from sparsify.data.inputs import (
     IMAGE_TOKENS,
     USUAL,
@@ -31,6 +29,8 @@ from sparsify.data.inputs import (
     split_rows,
 )
 from sparsify.data.parts import Documents
+from sparsify.data.pictures.image_text import names_image_text, read_image_text
+from sparsify.data.pictures.images import read_images
 from sparsify.data.rows import Refusing
 from sparsify.data.sources import FORMS, read_documents
 from sparsify.data.windows import Encode, disjoint_windows, random_windows

@@ -18,7 +18,7 @@ from support.families import save
 
 from sparsify.data import images, rows
 from sparsify.data.batches import expected_batch, load_calibration
-from sparsify.data.images import read_images
+from sparsify.data.pictures.images import read_images
 from sparsify.data.sources import read_documents
 from sparsify.errors import CalibrationError, CheckpointError, SparsifyError
 from sparsify.frontend.source import open_source

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from sparsify.data.chat import Chat, Messages
-from sparsify.data.images import check_sizes, open_image
 from sparsify.data.inputs import USUAL, check_length, default_length
+from sparsify.data.pictures.images import check_sizes, open_image
 from sparsify.data.rows import Lines
 from sparsify.data.sources import suffix_of
 from sparsify.errors import CalibrationError, SparsifyError, first_line
