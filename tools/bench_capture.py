@@ -55,10 +55,10 @@ def in_child(family: str, layers: int, length: int, how: str) -> float:
 def one(family: str, layers: int, length: int, *, whole: bool) -> None:
     """Capture a model and print its nodes, CPU seconds and seconds."""
     from sparsify.data.batches import example_batch
-    from sparsify.frontend import recurrences
     from sparsify.frontend.capture import capture
     from sparsify.frontend.matching import weights_of_module
     from sparsify.frontend.source import Source, build_skeleton
+    from sparsify.frontend.tracing import recurrences
 
     with tempfile.TemporaryDirectory() as folder:
         write_config(Path(folder), family, layers)

@@ -15,8 +15,8 @@ from support.vision import asks, llava, pictures, written
 from torch import Tensor
 
 import sparsify
-from sparsify.data import image_text, images
 from sparsify.data.batches import load_calibration
+from sparsify.data.pictures import image_text, images
 from sparsify.errors import CalibrationError
 from sparsify.evaluation.perplexity import evaluate
 from sparsify.frontend.source import Source, open_source

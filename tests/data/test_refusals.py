@@ -15,8 +15,9 @@ from safetensors.torch import save_file
 from support.families import build, save
 from torch import nn
 
-from sparsify.data import generate, images, sources
+from sparsify.data import generate, sources
 from sparsify.data.batches import load_calibration
+from sparsify.data.pictures import images
 from sparsify.data.sources import Documents, read_documents
 from sparsify.data.windows import random_windows
 from sparsify.errors import CalibrationError

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 import sparsify
 from sparsify.analysis.dimensions.groups import coupled_dimensions
 from sparsify.errors import TraceError
-from sparsify.frontend import recurrences
 from sparsify.frontend.capture import capture
 from sparsify.frontend.source import open_source
+from sparsify.frontend.tracing import recurrences
 from sparsify.ir.operators import exact_name
 from sparsify.ir.program import Program
 

@@ -16,8 +16,9 @@ import torch
 from safetensors.torch import save_file
 from support.families import save
 
-from sparsify.data import images, rows
+from sparsify.data import rows
 from sparsify.data.batches import expected_batch, load_calibration
+from sparsify.data.pictures import images
 from sparsify.data.pictures.images import read_images
 from sparsify.data.sources import read_documents
 from sparsify.errors import CalibrationError, CheckpointError, SparsifyError

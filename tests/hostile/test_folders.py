@@ -20,7 +20,7 @@ from sparsify.errors import CheckpointError
 from sparsify.files.checkpoint import MAX_HEADER
 from sparsify.files.json_text import MAX_DEPTH
 from sparsify.files.reading import MAX_CONFIG, MAX_INDEX, read_json
-from sparsify.frontend import bounds
+from sparsify.frontend.building import bounds
 from sparsify.frontend.source import open_source
 
 # Seconds that a refusal may take, where each of these took minutes or for ever.
