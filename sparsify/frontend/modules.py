@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sparsify.errors import CheckpointError
+from sparsify.errors import CheckpointError, first_line
 from sparsify.files.checkpoint import Checkpoint
 from sparsify.files.writer import write_all
 from sparsify.ir.store import RenamedStore, TensorStore
@@ -21,25 +21,29 @@ _INSIDE = re.compile(r"(?:(?<=\.)|^)(?:_orig_mod|_fsdp_wrapped_module|_checkpoin
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model itself, out of ``torch.compile`` and of those who run it on several devices.
+    """The model itself, out of ``torch.compile`` and of those who run it on several devices; of a model of peft a copy
+    with its adapters merged.
 
     Raises:
-        CheckpointError: adapters in it, or a part of it that is wrapped: its parameters have other names then.
+        CheckpointError: adapters that cannot be merged, or a part of it that is wrapped: its parameters have other
+            names then.
     """
     while True:
         if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
             model = model.module
         elif _compiled(model):
             model = model._orig_mod  # type: ignore[assignment]
+        elif _of_peft(model) and hasattr(model, "merge_and_unload"):
+            model = _merged(model)
         else:
             break
     for name, module in model.named_modules():
         asked = f"the model {type(model).__name__}"
-        if type(module).__module__.partition(".")[0] == "peft":
+        if _of_peft(module):
             raise CheckpointError(
                 asked,
                 found=f"an adapter of peft in it ({name or 'the model'} is a {type(module).__name__})",
-                do="Give what model.merge_and_unload() returns",
+                do="Merge it with peft (merge_and_unload()), or give the model without it",
             )
         if name and (_compiled(module) or type(module).__name__ in ("FullyShardedDataParallel", "CheckpointWrapper")):
             raise CheckpointError(
@@ -48,6 +52,23 @@ def unwrapped(model: nn.Module) -> nn.Module:
                 do="Give the model as it is before that, or its folder",
             )
     return model
+
+
+def _merged(model: Any) -> nn.Module:
+    """What ``model`` computes as a model without adapters; ``model`` stays as it is."""
+    try:
+        merged: nn.Module = copy.deepcopy(model).merge_and_unload(safe_merge=True)
+    except Exception as error:  # of many kinds: some adapters cannot be merged, some weights are quantized
+        raise CheckpointError(
+            f"the model {type(model).__name__}",
+            found=f"an adapter of peft that does not merge ({first_line(error)})",
+            do="Give the model without it",
+        ) from error
+    return merged
+
+
+def _of_peft(module: nn.Module) -> bool:
+    return type(module).__module__.partition(".")[0] == "peft"
 
 
 def _compiled(module: nn.Module) -> bool:

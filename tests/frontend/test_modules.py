@@ -74,8 +74,14 @@ def test_what_is_wrapped_around_a_model(kind: str, tmp_path: Path) -> None:
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), build("llama").parameters(), strict=True))
 
 
-def adapted() -> nn.Module:
-    return peft.get_peft_model(build("llama"), peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
+def adapted() -> Any:
+    lora = peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
+    torch.manual_seed(0)
+    return peft.get_peft_model(build("llama"), lora)
+
+
+def prompted() -> Any:
+    return peft.get_peft_model(build("llama"), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
 
 
 def with_adapter() -> nn.Module:
@@ -92,8 +98,7 @@ def in_part() -> nn.Module:
 @pytest.mark.parametrize(
     ("make", "says"),
     [
-        (adapted, "the model is a PeftModelForCausalLM"),
-        (lambda: torch.compile(adapted()), "the model is a PeftModelForCausalLM"),
+        (prompted, "the model is a PeftModelForCausalLM"),
         (with_adapter, "model.layers.0.self_attn.q_proj is a"),
         (in_part, "model.layers.0 in it is wrapped, in a OptimizedModule"),
     ],
@@ -102,8 +107,17 @@ def test_what_cannot_be_taken_off_is_named(make: Callable[[], nn.Module], says: 
     with pytest.raises(CheckpointError) as caught:
         sparsify.compile(make(), ["magnitude:2:4"], calibration=IDS, output=tmp_path / "out")
     assert says in str(caught.value) and ".out-" not in str(caught.value) and not list(tmp_path.iterdir())
-    if make is not in_part and says.startswith("the"):
-        assert "merge_and_unload()" in str(caught.value)
+
+
+@pytest.mark.parametrize("around", [lambda model: model, torch.compile], ids=["itself", "compiled"])
+def test_a_model_of_peft_is_pruned_as_its_merge(around: Callable[[nn.Module], nn.Module], tmp_path: Path) -> None:
+    model = adapted()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    for name, given in (("out", around(model)), ("want", adapted().merge_and_unload())):
+        sparsify.compile(given, ["wanda:2:4"], calibration=IDS, output=tmp_path / name)
+    assert same_files(tmp_path / "want", tmp_path / "out")
+    assert model.state_dict().keys() == before.keys()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 def test_an_ordinary_module_is_itself() -> None:
