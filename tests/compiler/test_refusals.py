@@ -147,12 +147,12 @@ def test_a_smaller_model_that_is_another_one_is_not_written(tmp_path: Path, monk
 
 
 def test_a_backend_that_cannot_begin_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from sparsify.backends.hf import job
+    from sparsify.frontend import source
 
     def broken(*names: Any) -> Any:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(job, "copy_companions", broken)
+    monkeypatch.setattr(source, "copy_companions", broken)
     with pytest.raises(BackendError, match="No space left"):
         sparsify.compile(save("llama", tmp_path / "model"), ["magnitude:2:4"], output=tmp_path / "out")
     assert [p.name for p in tmp_path.iterdir() if not p.name.endswith("lock")] == ["model"]
@@ -180,12 +180,12 @@ def test_no_room_for_a_module_is_told_before_it_is_written(tmp_path: Path, monke
 def test_an_error_that_nobody_foresaw_comes_as_it_is_and_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from sparsify.backends.hf import job
+    from sparsify.frontend import source
 
     def broken(*names: Any) -> Any:
         raise ZeroDivisionError("a bug")
 
-    monkeypatch.setattr(job, "copy_companions", broken)
+    monkeypatch.setattr(source, "copy_companions", broken)
     with pytest.raises(ZeroDivisionError, match="a bug"):
         sparsify.compile(save("llama", tmp_path / "model"), ["magnitude:2:4"], output=tmp_path / "out")
     assert [p.name for p in tmp_path.iterdir() if not p.name.endswith("lock")] == ["model"]

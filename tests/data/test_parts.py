@@ -133,7 +133,8 @@ def test_what_was_drawn_from_where(model: Path, folder_of_ids: Path, tmp_path: P
     assert done.returncode == 0, done.stderr
     said = json.loads((tmp_path / "out" / "sparsify.json").read_text())["calibration"]
     assert sum(said["drawn"].values()) == 10 and set(said["drawn"]) <= {"a.safetensors", "b.safetensors"}
-    assert all(f"{count} of {name}" in done.stdout for name, count in said["drawn"].items())
+    told = " ".join(done.stdout.split())
+    assert all(f"{count} of {name}" in told for name, count in said["drawn"].items()), told
 
 
 def test_eval_says_what_a_model_was_made_with(model: Path, folder_of_ids: Path, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from sparsify.backends.packed.unpack import unpack_folder
 from sparsify.backends.verify.checkpoint import verify_checkpoint
 from sparsify.errors import BackendError, CheckpointError, SpecError
 from sparsify.files.staging import check_output
-from sparsify.frontend import source
+from sparsify.frontend import stores
 from sparsify.frontend.source import open_source
 from sparsify.method.pattern import parse_pattern
 from sparsify.method.spec import parse_pass
@@ -155,8 +155,8 @@ def test_a_store_of_another_package_that_fails_is_left_out(
 ) -> None:
     from importlib.metadata import EntryPoint
 
-    entry, real = EntryPoint("theirs", "their_package:store", "sparsify.stores"), source.loaded
-    monkeypatch.setattr(source, "loaded", lambda group: [("theirs", entry, store), *real(group)])
+    entry, real = EntryPoint("theirs", "their_package:store", "sparsify.stores"), stores.loaded
+    monkeypatch.setattr(stores, "loaded", lambda group: [("theirs", entry, store), *real(group)])
     with pytest.warns(RuntimeWarning, match="'their_package' brings it"):
         assert open_source(copied("packed")).weights is not None
 

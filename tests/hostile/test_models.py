@@ -50,7 +50,6 @@ def refused(model: Path, tmp_path: Path, kind: type[SparsifyError], says: str) -
         ({"vocab_size": 65}, "(64, 32) in the folder, (65, 32) by config.json"),
         ({"model_type": "no-such-model"}, "transformers cannot read it"),
         ({"num_attention_heads": 0}, "config.json"),
-        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantized"),
     ],
 )
 def test_a_config_that_lies(model: Path, tmp_path: Path, changes: dict[str, Any], says: str) -> None:

@@ -21,7 +21,7 @@ from sparsify.backends.hf import job
 from sparsify.backends.onnx import export_onnx
 from sparsify.backends.verify.onnx_folder import verify_onnx
 from sparsify.errors import SpecError
-from sparsify.files.writer import lay_out
+from sparsify.files.writer import write_all
 from sparsify.frontend.source import open_source
 from sparsify.quantized.store import QuantizedStore
 
@@ -68,7 +68,7 @@ FORMATS: dict[str, Any] = {
 
 @pytest.mark.parametrize("kind", FORMATS)
 def test_shards_of_the_output_and_their_index(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(job, "lay_out", lambda folder, tensors: lay_out(folder, tensors, 20_000))
+    monkeypatch.setattr(job, "write_all", lambda folder, tensors, read: write_all(folder, tensors, read, 20_000))
     folder = FORMATS[kind](tmp_path / "model")
     sparsify.compile(folder, ["magnitude:50%"], output=tmp_path / "out")
     assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
