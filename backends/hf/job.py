@@ -70,7 +70,7 @@ class HuggingFaceJob:
     def _settled(self, config: dict[str, Any]) -> dict[str, Any]:
         """config.json that says what was found in the weights: the class of the model, and what is not tied."""
         module: Any = self.source.module
-        if not config.get("architectures") and "auto_map" not in config:
+        if type(module).__name__ not in (config.get("architectures") or ()) and "auto_map" not in config:
             config = {**config, "architectures": [type(module).__name__]}
         return config_of(module, self.source.weights.untied, config)
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import transformers
+
+from sparsify.files.reading import read_json
 from sparsify.frontend.source import Source
 from sparsify.ir.store import RenamedStore
 
@@ -17,6 +20,10 @@ def source_notes(source: Source, unknown: str = "carried over as they are") -> l
     kind, notes = type(source.module).__name__, []
     if source.adapter is not None:
         notes.append(f"merged an adapter of rank {source.adapter.config.get('r')} into the weights")
+    if source.folder is not None and (source.folder / "config.json").is_file():
+        said = read_json(source.folder / "config.json").get("architectures") or ["no class"]
+        if source.is_transformers and kind not in said and hasattr(transformers, kind):
+            notes.append(f"config.json names {said[0] if isinstance(said, list) else said}: read as {kind}, which fits")
     if isinstance(source.weights.store, RenamedStore):
         notes.append("tensors are written without the names of wrappers (_orig_mod., module.) that were in theirs")
     if source.weights.untied:

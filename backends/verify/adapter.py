@@ -25,6 +25,9 @@ def verify_adapter(folder: Path) -> Verification:
     """
     ledger = Ledger.of(folder)
     result = Verification(folder)
+    if ledger.checked == "none":
+        result.problems.append("no sparsify.json: there is nothing to hold an adapter against")
+        return result
     check_content(result, folder, ledger)
     try:
         tensors = load_file(admit(folder / WEIGHTS))

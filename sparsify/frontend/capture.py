@@ -44,7 +44,7 @@ def capture(source: Source, batch: Batch, device: torch.device | str = "cpu") ->
         batch: input name to tensor; digits name positional inputs. Only shapes and dtypes matter.
 
     Raises:
-        TraceError: the model cannot be exported, or needs values that only a run could give.
+        TraceError: the model cannot be exported, needs values that only a run could give, or reads nothing of an input.
     """
     module = source.running()
     with kept_whole(module) as recurrences:
@@ -52,11 +52,24 @@ def capture(source: Source, batch: Batch, device: torch.device | str = "cpu") ->
         recurrences.write_into(exported.graph)
     program = from_exported(exported, source.weights, device, constants=_real_tensors(module))
     program.model, program.literals = type(source.module).__name__, literals
+    _check_read(program, source.module)
     del exported
     # Exporting leaves reference cycles as large as the graph; a second capture would stack on them.
     gc.collect()
     release_freed()
     return program
+
+
+def _check_read(program: Program, module: nn.Module) -> None:
+    """A forward that takes any keyword (``**kwargs``) takes a misspelt mask, and never looks at it."""
+    named = inspect.signature(module.forward).parameters
+    unread = [str(name) for n in program.inputs if not n.users and (name := n.meta["input"]) not in named]
+    if unread := [name for name in unread if not name.isdigit()]:
+        raise TraceError(
+            f"input {unread[0]} of {program.model}",
+            found="nothing in the model reads it",
+            do=f"Its forward names {', '.join(n for n, p in named.items() if p.kind is not p.VAR_KEYWORD)}",
+        )
 
 
 def export(module: nn.Module, batch: Batch) -> tuple[torch.export.ExportedProgram, dict[str, Tensor]]:

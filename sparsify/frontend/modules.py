@@ -83,8 +83,9 @@ def without_wrappers(store: TensorStore) -> TensorStore:
         CheckpointError: two tensors would have one name then.
     """
     names = list(store.names())
-    inner = all(name.startswith("module.") for name in names)
-    own = {name: _INSIDE.sub("", name).removeprefix("module." if inner else "") for name in names}
+    own = {name: _INSIDE.sub("", name) for name in names}
+    while names and all(name.startswith("module.") for name in own.values()):
+        own = {name: _INSIDE.sub("", new.removeprefix("module.")) for name, new in own.items()}
     if all(name == new for name, new in own.items()):
         return store
     turned = {new: name for name, new in own.items()}

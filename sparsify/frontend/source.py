@@ -136,6 +136,11 @@ class Source:
             compute=self.compute,
         )
 
+    @property
+    def _holds_all(self) -> bool:
+        """Whether the model is one file, whose folder is nobody's."""
+        return (self.quantization or {}).get("method") == "gguf"
+
     def tokenizer(self) -> Any:
         """The folder's tokenizer.
 
@@ -164,7 +169,7 @@ class Source:
                 # transformers would make an empty one up from the config.
                 raise CheckpointError(
                     f"a tokenizer for {self.name}",
-                    found=f"no tokenizer files in {place}",
+                    found=f"no tokenizer {'of a kind that is known in it' if self._holds_all else f'files in {place}'}",
                     do="Add them, or give token ids in a .safetensors file",
                 )
             try:
@@ -174,7 +179,7 @@ class Source:
             except Exception as error:  # of many kinds, the tokenizers library's own among them
                 raise CheckpointError(
                     f"a tokenizer for {self.name}",
-                    found=f"none that loads in {place} ({first_line(error)})",
+                    found=f"none that loads{'' if self._holds_all else f' in {place}'} ({first_line(error)})",
                     do="Add its tokenizer files, or give token ids in a .safetensors file",
                 ) from error
         return self._tokenizer

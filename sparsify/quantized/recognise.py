@@ -52,10 +52,11 @@ def open_checkpoint(folder: Path, ledger: Ledger, to: torch.dtype) -> Checkpoint
     if kind_at(folder / "config.json") is None:
         return checkpoint  # whoever builds a model of it says so
     said = quantization_of(read_json(folder / "config.json"))
-    if said is None:
+    if not said:
+        empty = said is not None
         method, said = _unsaid(folder, checkpoint)
         if method is None:
-            return checkpoint
+            return PlainStore(folder, ledger=ledger) if empty else checkpoint
     elif (method := _method(said)) == compressed.METHOD and compressed.is_plain(checkpoint, said, where):
         if not _seen(checkpoint):
             return PlainStore(folder, ledger=ledger)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.families import FAMILIES, build, inputs, run
+from support.families import FAMILIES, build, inputs, run, save
 from support.regions import Plain, execute
 from torch import Tensor, nn
 
@@ -78,3 +78,10 @@ def test_control_flow_on_values_is_a_trace_error() -> None:
 
     with pytest.raises(TraceError, match=r"torch\.export fails"):
         capture(open_source(Branch()), {"0": torch.randn(2, 4)})
+
+
+def test_an_input_that_nothing_reads_is_named(tmp_path: Path) -> None:
+    """A forward that takes any keyword takes a misspelt mask."""
+    batch = {**inputs("llama"), "atention_mask": torch.ones(2, 16, dtype=torch.long)}
+    with pytest.raises(TraceError, match=r"input atention_mask of LlamaForCausalLM: nothing .* attention_mask"):
+        capture(open_source(save("llama", tmp_path / "model")), batch)

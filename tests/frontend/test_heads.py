@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
-from support.families import FAMILIES, LLAMA, build
+from support.families import FAMILIES, LLAMA, build, save
 from support.folders import load
 
 import sparsify
@@ -102,3 +102,12 @@ def test_attention_of_the_parts_of_a_model(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(said))
     config = open_source(tmp_path).config
     assert {c._attn_implementation for c in (config, config.text_config, config.vision_config)} == {"sdpa"}
+
+
+def test_a_class_that_nobody_has_is_replaced_and_that_is_said(tmp_path: Path) -> None:
+    folder = save("llama", tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "architectures": ["NopeModel"]}))
+    made = sparsify.compile(folder, ["magnitude:2:4"], output=tmp_path / "out")
+    assert json.loads((tmp_path / "out/config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
+    assert any("NopeModel" in note and "LlamaForCausalLM" in note for note in made.notes)

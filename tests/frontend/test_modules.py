@@ -129,6 +129,7 @@ RENAMED: dict[str, Callable[[str], str]] = {
     "compiled": lambda name: f"_orig_mod.{name}",
     "distributed": lambda name: f"module.{name}",
     "both": lambda name: f"module._orig_mod.{name}",
+    "the other way": lambda name: f"_orig_mod.module.{name}",
     "compiled layers": lambda name: name.replace("layers.0.", "layers.0._orig_mod."),
     "sharded": lambda name: name.replace("layers.0.", "layers.0._fsdp_wrapped_module._checkpoint_wrapped_module."),
 }

@@ -15,7 +15,7 @@ import pytest
 import torch
 from support import quantized
 from support.command_line import sparsify as run
-from support.quantized import Tensors, change_config, tensors_of
+from support.quantized import Tensors, change_config, dense_folder, tensors_of
 
 import sparsify
 from sparsify.errors import CheckpointError
@@ -329,3 +329,10 @@ class TestGguf:
                 opened(file)
             except CheckpointError:
                 continue
+
+
+def test_a_quantization_that_says_nothing_is_none(tmp_path: Path) -> None:
+    folder = dense_folder(tmp_path / "model")
+    change_config(folder, quantization_config={})
+    sparsify.compile(folder, ["magnitude:2:4"], output=tmp_path / "out")
+    assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())

@@ -109,7 +109,7 @@ def read_image_text(data: str, source: Source, samples: int, length: int | None,
     batches = [_ready(made, longest, source, processor) for made in chosen]
     other = tried - long - len(chosen)
     note = f"{len(chosen)} of {len(rows)} conversations of {data}, {_said(chosen[0])}, padded to {longest} tokens"
-    left = [f"{other} with images of other shapes"] * bool(other) + [f"{long} of more than {most} tokens"] * bool(long)
+    left = [f"{other} with other images or none"] * bool(other) + [f"{long} of more than {most} tokens"] * bool(long)
     return ImageText(batches, note + (f"; left out: {' and '.join(left)}" if left else ""))
 
 
