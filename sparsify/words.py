@@ -105,12 +105,18 @@ def _controls(c: str) -> bool:
     return code < 0x20 or 0x7F <= code < 0xA0 or 0xD800 <= code < 0xE000 or c in _UNSEEN
 
 
+# Sequences that are drawn: of two tokens each they fill a gigabyte.
+MAX_SAMPLES = 1 << 26
+
+
 def check_amount(samples: int | None, sequence_length: int | None) -> None:
     """Raises:
-    SpecError: fewer than one sample, or than two tokens.
+    SpecError: fewer than one sample, or more than a machine holds, or fewer than two tokens.
     """
     if samples is not None and samples < 1:
         raise SpecError(f"{samples} samples", found="fewer than one", do="Give --samples 1 or more")
+    if samples is not None and samples > MAX_SAMPLES:
+        raise SpecError(f"{samples} samples", found=f"more than {MAX_SAMPLES}", do="Give fewer: 128 serve most models")
     if sequence_length is not None and sequence_length < 2:
         raise SpecError(f"sequence length {sequence_length}", found="fewer than two tokens", do="Give 2 or more")
 

@@ -139,7 +139,9 @@ class Chat:
             said = [{**message, "content": _text(message, conversation.where)} for message in conversation.messages]
             text = tokenizer.apply_chat_template(said, tokenize=False, **told)
             # A template writes what a sequence begins with itself.
-            return torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]).long()
+            ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]).long()
+            self._check_places(ids, conversation.where)
+            return ids
         except SparsifyError:
             raise
         except Exception as error:  # a template raises whatever it likes
@@ -148,6 +150,17 @@ class Chat:
                 found=f"the chat template refuses it ({type(error).__name__}: {first_line(error)})",
                 do="Mend the messages, or give another template with --chat-template FILE",
             ) from error
+
+    def _check_places(self, ids: Tensor, where: str) -> None:
+        """Where an image was to be, and is none, the model would read a token that it never saw as text."""
+        config = self.source.config
+        places = (getattr(config, name, None) for name in ("image_token_id", "image_token_index"))
+        if any(isinstance(place, int) and bool((ids == place).any()) for place in places):
+            raise CalibrationError(
+                f"data '{where}'",
+                found="the place of an image in the text, and no image",
+                do='Name the image beside the messages ("images"), or in a part of them, or take its place out',
+            )
 
     def check_used(self, data: object) -> None:
         """Raises:

@@ -98,12 +98,24 @@ def test_the_most_frequent_shape_is_taken(source: Source, names: list[str], tmp_
     rows = [asks("one", names[i]) for i in range(3)] + [asks("two", names[3], names[4])] * 2 + [asks("none")]
     data = load_calibration(written(tmp_path / "a.jsonl", rows), source, samples=16)
     assert texts(data, source) == ["<s><turn>user\none</turn><turn>assistant\na thing</turn>"] * 3
-    assert "3 of 6 conversations" in data.label and "left out: 3 with images of other shapes" in data.label
+    assert "3 of 6 conversations" in data.label and "left out: 3 with other images or none" in data.label
     rows = [asks("one", names[0])] * 2 + [asks("w" * 60, names[1])] * 3
     data = load_calibration(written(tmp_path / "b.jsonl", rows), source, samples=16, sequence_length=64)
     assert data.sequences == 2 and data.label.endswith("left out: 3 of more than 64 tokens")
     with pytest.raises(CalibrationError, match="5 looked at, 5 of them longer than 8 tokens"):
         load_calibration(f"{tmp_path}/b.jsonl", source, sequence_length=8)
+
+
+def test_images_come_before_text_alone(source: Source, names: list[str], tmp_path: Path) -> None:
+    rows = [asks("none")] * 5 + [asks("one", names[0])] * 2
+    data = load_calibration(written(tmp_path / "a.jsonl", rows), source, samples=2)
+    assert "pixel_values" in data.batches[0] and data.sequences == 2
+
+
+def test_a_place_without_an_image_is_refused(source: Source, tmp_path: Path) -> None:
+    rows = [{"messages": [{"role": "user", "content": "<image>\nwhat is it?"}]} for _ in range(20)]
+    with pytest.raises(CalibrationError, match="the place of an image in the text, and no image"):
+        load_calibration(written(tmp_path / "a.jsonl", rows), source, samples=2, sequence_length=32)
 
 
 def test_text_alone_calibrates_the_language_model(source: Source, tmp_path: Path) -> None:
@@ -252,4 +264,4 @@ def test_images_of_as_many_patches_laid_out_otherwise(
         "image_grid_thw",
     }
     assert data.batches[0]["pixel_values"].shape == (32, 12) and data.sequence_length == 11
-    assert data.sequences == 2 and "left out: 2 with images of other shapes" in data.label
+    assert data.sequences == 2 and "left out: 2 with other images or none" in data.label

@@ -65,7 +65,7 @@ def names_image_text(data: object, source: Source) -> bool:
 
 def read_image_text(data: str, source: Source, samples: int, length: int | None, seed: int, chat: Chat) -> ImageText:
     """``samples`` conversations, drawn without repetition, of those whose images have the most frequent shapes; all if
-    there are fewer.
+    there are fewer. Conversations without any come last.
 
     Args:
         length: the most tokens that each may have; longer ones are left out. All are padded behind their end to the
@@ -94,9 +94,9 @@ def read_image_text(data: str, source: Source, samples: int, length: int | None,
         if made["input_ids"].shape[1] > most:
             long += 1
             continue
-        group = groups.setdefault(_shape(made), [])
-        group.append(made)
-        if len(group) == samples:
+        shape = _shape(made)
+        groups.setdefault(shape, []).append(made)
+        if shape and len(groups[shape]) == samples:
             break
     if not groups:
         raise CalibrationError(
@@ -104,7 +104,8 @@ def read_image_text(data: str, source: Source, samples: int, length: int | None,
             found=f"{tried} looked at, {long} of them longer than {most} tokens",
             do="Give shorter ones, or a larger --sequence-length",
         )
-    chosen = max(groups.values(), key=len)
+    # Of text alone is what has no shape; those with images are why the file was given.
+    chosen = groups[max(groups, key=lambda shape: (shape != (), len(groups[shape])))][:samples]
     longest = max(made["input_ids"].shape[1] for made in chosen)
     batches = [_ready(made, longest, source, processor) for made in chosen]
     other = tried - long - len(chosen)

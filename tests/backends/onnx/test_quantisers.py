@@ -53,7 +53,9 @@ def to_int4(model: onnx.ModelProto, out: Path) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def silence() -> None:
+def silence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """(onnxruntime's tools leave files where they are run.)"""
+    monkeypatch.chdir(tmp_path)
     ort.set_default_logger_severity(4)
     warnings.simplefilter("ignore")
 
