@@ -199,7 +199,7 @@ class Shrinker:
         return value
 
     def _table(self, name: str, value: dict[str, Any], config: Any, kept: dict[int, list[int]]) -> dict[str, Any]:
-        made = {}
+        made: dict[str, Any] = {}
         for key, each in value.items():
             if key == "mrope_section":
                 made[key] = [HEAD // 2 - 2, 1, 1] if len(each) == 3 else [2] * len(each)

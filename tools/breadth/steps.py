@@ -58,7 +58,7 @@ def buffers(trial: Trial) -> None:
     """The skeleton's computed buffers are the real model's."""
     from sparsify.frontend.skeleton import build_skeleton
 
-    skeleton = build_skeleton(trial.tiny.folder)
+    skeleton: Any = build_skeleton(trial.tiny.folder)
     # Not of the model's own config, to which saving it did something.
     own = type(trial.tiny.model)
     torch.manual_seed(0)
@@ -311,7 +311,7 @@ def _matrices(before: Tensor, after: Tensor, transposed: bool) -> list[tuple[Ten
 
 
 def _tensors(folder: Path) -> dict[str, Tensor]:
-    found = {}
+    found: dict[str, Tensor] = {}
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, framework="pt") as held:
             found |= {name: held.get_tensor(name) for name in held.keys()}  # noqa: SIM118

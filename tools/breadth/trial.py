@@ -75,7 +75,11 @@ def attempt(kind: str, place: Path, say: Callable[[dict[str, Any]], None], steps
 def check(kind: str, place: Path, steps: Sequence[str] | None = None) -> dict[str, dict[str, Any]]:
     """:func:`attempt` in this process: each step's verdict, with the reason of those that are not right."""
     result: dict[str, Any] = {"kind": kind, "steps": {}}
-    attempt(kind, place, lambda said: _take(result, said, "") and None, steps)
+
+    def take(said: dict[str, Any]) -> None:
+        _take(result, said, "")
+
+    attempt(kind, place, take, steps)
     found: dict[str, dict[str, Any]] = result["steps"]
     return found
 
