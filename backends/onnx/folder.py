@@ -8,6 +8,7 @@ from typing import Any
 from sparsify.backends.onnx.running.session import FOLD_LIMIT
 from sparsify.backends.onnx.tracing.contract import Contract
 from sparsify.files.manifest import write_json
+from sparsify.frontend.text_config import text_config
 
 # What onnxruntime-genai calls the families it knows; any other plain decoder is its "decoder".
 _GENAI_TYPES = {"llama", "mistral", "qwen2", "qwen3", "gemma2", "phi3"}
@@ -15,7 +16,7 @@ _GENAI_TYPES = {"llama", "mistral", "qwen2", "qwen3", "gemma2", "phi3"}
 
 def genai_config(config: Any, contract: Contract) -> dict[str, Any]:
     """``genai_config.json`` for a decoder of one head count throughout."""
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    text = text_config(config)
     key = contract.states[0][0]
     past = {
         "past_key_names": "past_key_values.%d.key",

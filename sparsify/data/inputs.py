@@ -11,6 +11,7 @@ from torch import Tensor
 from sparsify.errors import CalibrationError, SpecError
 from sparsify.frontend.source import Source
 from sparsify.frontend.tables import position_table
+from sparsify.frontend.text_config import text_config
 from sparsify.words import check_amount
 
 # Tokens that run through the graph at once: enough to keep the matrix products busy, few enough for the cache.
@@ -27,8 +28,7 @@ def as_inputs(ids: Tensor, source: Source) -> dict[str, Tensor]:
     if getattr(source.config, "is_encoder_decoder", False):
         start = getattr(source.config, "decoder_start_token_id", None) or 0
         inputs["decoder_input_ids"] = torch.cat([torch.full_like(ids[:, :1], start), ids[:, :-1]], dim=1)
-    text = source.config.get_text_config() if hasattr(source.config, "get_text_config") else None
-    both_ways = getattr(text, "use_bidirectional_attention", False)
+    both_ways = getattr(text_config(source.config), "use_bidirectional_attention", False)
     if both_ways and "token_type_ids" in signature(source.module.forward).parameters:
         # PaliGemma: a prompt is read in both directions, which its processor says with zeros; without them it depends
         # on how attention is computed.
@@ -76,7 +76,7 @@ def one_row_alone(source: Source) -> bool:
     config = source.config
     if config is None or getattr(source.module, "main_input_name", None) != "input_ids":
         return False
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    text = text_config(config)
     if getattr(config, "pad_token_id", None) is not None or getattr(text, "pad_token_id", None) is not None:
         return False
     kinds = [kind.__name__ for kind in type(source.module).__mro__]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsify.errors import CheckpointError, near
+from sparsify.frontend.text_config import text_config
 
 # Fields by which a config counts layers that predict further tokens and that transformers does not run.
 _FURTHER = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_layers", "mtp_num_hidden_layers")
@@ -74,7 +75,7 @@ def check_complete(
 def _uncounted(model: Any, strange: Iterable[str], placed: Collection[str]) -> str | None:
     """What to do where ``strange`` tensors are whole layers like those that the model has, one number further."""
     config: Any = getattr(model, "config", None)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    text = text_config(config)
     if any(getattr(text, name, None) for name in _FURTHER):
         return None
     known, others = _lists(placed), _lists(strange)
@@ -110,7 +111,7 @@ def _why_missing(model: Any, missing: Sequence[str]) -> str:
 
 def _why_shape(model: Any, meant: Sequence[int], found: Sequence[int]) -> str:
     config: Any = getattr(model, "config", None)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    text = text_config(config)
     size = getattr(text, "vocab_size", None)
     if len(meant) == len(found) and meant[0] == size and found[0] != size and list(meant[1:]) == list(found[1:]):
         return (

@@ -32,6 +32,7 @@ from sparsify.frontend.matching import weights_of_checkpoint, weights_of_module
 from sparsify.frontend.modules import unwrapped, without_wrappers
 from sparsify.frontend.skeleton import build_skeleton, recast
 from sparsify.frontend.stores import find_folder, open_store, pickles, read_for, read_pickles
+from sparsify.frontend.text_config import text_config
 from sparsify.frontend.ties import separate, untie
 from sparsify.ir.store import DenseView, TensorStore
 from sparsify.ir.weights import Weights
@@ -78,8 +79,7 @@ class Source:
 
     @property
     def context_length(self) -> int | None:
-        config = self.config
-        text = config.get_text_config() if hasattr(config, "get_text_config") else config
+        text = text_config(self.config)
         for key in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"):
             if isinstance(value := getattr(text, key, None), int) and value > 0:
                 return value
@@ -87,9 +87,7 @@ class Source:
 
     @property
     def vocab_size(self) -> int | None:
-        config = self.config
-        text = config.get_text_config() if hasattr(config, "get_text_config") else config
-        return getattr(text, "vocab_size", None)
+        return getattr(text_config(self.config), "vocab_size", None)
 
     @property
     def dtype(self) -> torch.dtype:

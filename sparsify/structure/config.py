@@ -17,6 +17,7 @@ from sparsify.analysis.dimensions.groups import Group
 from sparsify.errors import BackendError
 from sparsify.frontend.skeleton import construct
 from sparsify.frontend.source import Source
+from sparsify.frontend.text_config import text_config
 from sparsify.host import quiet
 
 _HEADS = ("num_attention_heads", "n_head", "num_heads", "n_heads")
@@ -178,14 +179,6 @@ def _head_fields(part: Part, before: int, after: int) -> Iterator[dict[str, Any]
             own = width // part.held[heads]
         if own is not None:
             yield changes | {size: own}
-
-
-def text_config(config: Any) -> Any:
-    """The config of the language model in ``config``; ``config`` where it is none of several models."""
-    try:
-        return config.get_text_config()
-    except ValueError:  # several that could be it
-        return config
 
 
 def _inside(config: Any, path: str = "") -> Iterator[tuple[str, Any]]:
