@@ -266,11 +266,10 @@ class Interpreter(fx.Interpreter):
 
 
 def _check_literals(program: Program, batches: Sequence[Mapping[str, Tensor]]) -> None:
-    for name, numbers in program.literals.items():
-        for index, batch in enumerate(batches):
-            if name not in batch or not torch.equal(batch[name].cpu(), numbers):
-                raise CalibrationError(
-                    f"input {name} of batch {index}",
-                    found=f"other numbers than the graph was traced with, {numbers.tolist()}",
-                    do="They decide the shapes inside the model: give batches that have the same",
-                )
+    for index, batch in enumerate(batches):
+        if (name := program.unlike(batch)) is not None:
+            raise CalibrationError(
+                f"input {name} of batch {index}",
+                found=f"other numbers than the graph was traced with, {program.literals[name].tolist()}",
+                do="They decide the shapes inside the model: give batches that have the same",
+            )

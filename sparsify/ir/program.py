@@ -8,7 +8,7 @@ full what is true of a program.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -80,6 +80,11 @@ class Program:
             if (name := self.parameter(node)) is not None:
                 found.setdefault(self.weights.canonical(name), node)
         return found
+
+    def unlike(self, batch: Mapping[str, Tensor]) -> str | None:
+        """The first of :attr:`literals` for which ``batch`` has other numbers than the graph, or none."""
+        names = (n for n, v in self.literals.items() if n not in batch or not torch.equal(batch[n].cpu(), v))
+        return next(names, None)
 
     def zero_batch(self) -> dict[str, Tensor]:
         """A batch with nothing in it, of the shapes and dtypes that the model was captured with."""
