@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
-from support.kinds import IMAGE, WAVES, batch, build
+from support.families import VISION
+from support.kinds import WAVES, batch, build
 from torch import nn
 from transformers.models.whisper.modeling_whisper import shift_tokens_right
 
@@ -18,16 +19,16 @@ from sparsify.frontend.source import open_source
 
 
 def _sounds() -> Any:
-    sizes = {name: IMAGE[name] for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "patch_size")}
+    sizes = {name: VISION[name] for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "patch_size")}
     return hf.ASTForAudioClassification(
         hf.ASTConfig(**sizes, intermediate_size=64, max_length=32, num_mel_bins=16, frequency_stride=8, time_stride=8)
     )
 
 
 MORE = {
-    "vision": lambda: hf.SiglipVisionModel(hf.SiglipVisionConfig(**IMAGE)),
-    "images": lambda: hf.CLIPForImageClassification(hf.CLIPConfig(vision_config=IMAGE)),
-    "video": lambda: hf.VideoMAEModel(hf.VideoMAEConfig(**IMAGE, num_frames=4)),
+    "vision": lambda: hf.SiglipVisionModel(hf.SiglipVisionConfig(**VISION)),
+    "images": lambda: hf.CLIPForImageClassification(hf.CLIPConfig(vision_config=VISION)),
+    "video": lambda: hf.VideoMAEModel(hf.VideoMAEConfig(**VISION, num_frames=4)),
     "sounds": _sounds,
     "waves": lambda: hf.Wav2Vec2ForSequenceClassification(hf.Wav2Vec2Config(**WAVES)),
 }

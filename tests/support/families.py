@@ -26,6 +26,12 @@ DEEPSEEK = {
     "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8, "n_shared_experts": 1,
 }  # fmt: skip
 TOKENS = {"bos_token_id": 1, "eos_token_id": 2}
+# An encoder of text, and one of images.
+BERT = {name: value for name, value in LLAMA.items() if "token_id" not in name}
+VISION = {
+    "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64, "image_size": 32,
+    "patch_size": 8,
+}  # fmt: skip
 
 _BUILD: dict[str, Callable[[], Any]] = {
     "llama": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**GQA)),
@@ -54,10 +60,9 @@ _BUILD: dict[str, Callable[[], Any]] = {
     "mamba2": lambda: hf.Mamba2ForCausalLM(
         hf.Mamba2Config(hidden_size=32, num_hidden_layers=2, vocab_size=64, state_size=8, num_heads=8, head_dim=8,
                         n_groups=2, chunk_size=8)),
-    "bert": lambda: hf.BertForMaskedLM(hf.BertConfig(**{k: v for k, v in LLAMA.items() if "token_id" not in k})),
+    "bert": lambda: hf.BertForMaskedLM(hf.BertConfig(**BERT)),
     "vit": lambda: hf.ViTForImageClassification(
-        hf.ViTConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, image_size=32,
-                     patch_size=8)),
+        hf.ViTConfig(**VISION)),
     "convnext": lambda: hf.ConvNextForImageClassification(
         hf.ConvNextConfig(hidden_sizes=[8, 16], depths=[1, 1], num_stages=2, image_size=32)),
     "t5": lambda: hf.T5ForConditionalGeneration(

@@ -8,15 +8,10 @@ from typing import Any
 
 import torch
 import transformers as hf
-from support.families import GQA, LLAMA
+from support.families import BERT, GQA, LLAMA, VISION
 from torch import Tensor, nn
 
 TEXT = {**LLAMA, "pad_token_id": 0}
-BERT = {name: value for name, value in LLAMA.items() if "token_id" not in name}
-IMAGE = {
-    "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64, "image_size": 32,
-    "patch_size": 8,
-}  # fmt: skip
 BESIDE = {
     "vocab_size": 64, "d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4,
     "decoder_attention_heads": 4, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "pad_token_id": 0, "eos_token_id": 2,
@@ -50,7 +45,7 @@ def _lfm2() -> Any:
 
 
 def _llava() -> Any:
-    parts = {"vision_config": hf.CLIPVisionConfig(**IMAGE), "text_config": hf.LlamaConfig(**GQA)}
+    parts = {"vision_config": hf.CLIPVisionConfig(**VISION), "text_config": hf.LlamaConfig(**GQA)}
     return hf.LlavaForConditionalGeneration(hf.LlavaConfig(**parts, image_token_id=63, vision_feature_layer=-1))
 
 
@@ -63,9 +58,9 @@ def _qwen2_vl() -> Any:
 
 _BUILD: dict[str, Callable[[], Any]] = {
     "whisper": _whisper,
-    "clip": lambda: hf.CLIPModel(hf.CLIPConfig(text_config=TEXT, vision_config=IMAGE, projection_dim=16)),
+    "clip": lambda: hf.CLIPModel(hf.CLIPConfig(text_config=TEXT, vision_config=VISION, projection_dim=16)),
     "siglip": lambda: hf.SiglipModel(
-        hf.SiglipConfig(text_config={**TEXT, "projection_size": 32}, vision_config=IMAGE)),
+        hf.SiglipConfig(text_config={**TEXT, "projection_size": 32}, vision_config=VISION)),
     "marian": lambda: hf.MarianMTModel(hf.MarianConfig(**BESIDE, decoder_vocab_size=64, max_position_embeddings=64)),
     "rwkv": _rwkv,
     "falcon_h1": _falcon_h1,

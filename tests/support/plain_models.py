@@ -9,15 +9,10 @@ from typing import Any
 import numpy as np
 import torch
 import transformers as hf
-from support.families import GQA, LLAMA
+from support.families import BERT, GQA, LLAMA, VISION
 from torch import Tensor
 
-_SIZES = {k: v for k, v in LLAMA.items() if "token_id" not in k}
 _GQA = {**GQA, "pad_token_id": 0}
-_IMAGE = {
-    "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64, "image_size": 32,
-    "patch_size": 8,
-}  # fmt: skip
 _BOTH = {
     "d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 4, "decoder_attention_heads": 4,
     "encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "vocab_size": 64, "max_position_embeddings": 64,
@@ -38,25 +33,25 @@ _BUILD: dict[str, Callable[[], Any]] = {
         hf.FalconConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, vocab_size=64, pad_token_id=0)),
     "bloom classifier": lambda: hf.BloomForSequenceClassification(
         hf.BloomConfig(hidden_size=32, n_layer=2, n_head=4, vocab_size=64, pad_token_id=0)),
-    "bert classifier": lambda: hf.BertForSequenceClassification(hf.BertConfig(**{**_SIZES, "num_hidden_layers": 1})),
-    "roberta": lambda: hf.RobertaForMaskedLM(hf.RobertaConfig(**_SIZES, pad_token_id=0)),
+    "bert classifier": lambda: hf.BertForSequenceClassification(hf.BertConfig(**{**BERT, "num_hidden_layers": 1})),
+    "roberta": lambda: hf.RobertaForMaskedLM(hf.RobertaConfig(**BERT, pad_token_id=0)),
     "distilbert": lambda: hf.DistilBertModel(
         hf.DistilBertConfig(dim=32, n_layers=2, n_heads=4, hidden_dim=64, vocab_size=64, max_position_embeddings=64)),
-    "albert": lambda: hf.AlbertForMaskedLM(hf.AlbertConfig(**_SIZES, embedding_size=16)),
+    "albert": lambda: hf.AlbertForMaskedLM(hf.AlbertConfig(**BERT, embedding_size=16)),
     "deberta": lambda: hf.DebertaV2Model(
-        hf.DebertaV2Config(**_SIZES, relative_attention=True, pos_att_type=["p2c", "c2p"], position_buckets=8,
+        hf.DebertaV2Config(**BERT, relative_attention=True, pos_att_type=["p2c", "c2p"], position_buckets=8,
                            norm_rel_ebd="layer_norm", share_att_key=True, type_vocab_size=0)),
     "modernbert": lambda: hf.ModernBertForMaskedLM(
         hf.ModernBertConfig(**LLAMA, local_attention=8, global_attn_every_n_layers=2, pad_token_id=0, cls_token_id=1,
                             sep_token_id=2)),
     "esm": lambda: hf.EsmForMaskedLM(
-        hf.EsmConfig(**_SIZES, pad_token_id=0, mask_token_id=3, position_embedding_type="rotary")),
+        hf.EsmConfig(**BERT, pad_token_id=0, mask_token_id=3, position_embedding_type="rotary")),
     "t5 encoder": lambda: hf.T5EncoderModel(
         hf.T5Config(d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, vocab_size=64)),
     "bart": lambda: hf.BartForConditionalGeneration(hf.BartConfig(**_BOTH)),
-    "clip text": lambda: hf.CLIPTextModel(hf.CLIPTextConfig(**_SIZES, bos_token_id=1, eos_token_id=2)),
-    "clip vision": lambda: hf.CLIPVisionModel(hf.CLIPVisionConfig(**_IMAGE)),
-    "dinov2": lambda: hf.Dinov2Model(hf.Dinov2Config(**{k: v for k, v in _IMAGE.items() if k != "intermediate_size"})),
+    "clip text": lambda: hf.CLIPTextModel(hf.CLIPTextConfig(**BERT, bos_token_id=1, eos_token_id=2)),
+    "clip vision": lambda: hf.CLIPVisionModel(hf.CLIPVisionConfig(**VISION)),
+    "dinov2": lambda: hf.Dinov2Model(hf.Dinov2Config(**{k: v for k, v in VISION.items() if k != "intermediate_size"})),
 }  # fmt: skip
 
 PLAIN = sorted(_BUILD)

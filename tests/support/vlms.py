@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import transformers as hf
+from support.families import VISION
 from torch import Tensor
 
 IMAGE, LENGTH = 100, 24
@@ -14,10 +15,6 @@ TEXT = {
     "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
     "intermediate_size": 64, "vocab_size": 128, "max_position_embeddings": 128, "bos_token_id": 1, "eos_token_id": 2,
     "pad_token_id": 0,
-}  # fmt: skip
-VISION = {
-    "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64, "image_size": 32,
-    "patch_size": 8,
 }  # fmt: skip
 MROPE = {**TEXT, "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2]}}
 QWEN = {"depth": 2, "hidden_size": 32, "num_heads": 4, "patch_size": 8}

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from breadth.hooks import InputNorms, expected_mask
 from breadth.model import Tiny, differ, leaves, load, run
@@ -283,21 +283,10 @@ def _equal(one: Tensor, other: Tensor) -> bool:
 
 
 def _run_graph(program: Any, batch: Mapping[str, Tensor]) -> list[Tensor]:
-    env: dict[fx.Node, Any] = {}
+    from sparsify.ir.graph import runnable
+
     with torch.no_grad():
-        for node in program.graph.nodes:
-            if node.op == "placeholder":
-                env[node] = batch[node.meta["input"]]
-            elif node.op == "get_attr":
-                name = str(node.target)
-                constant = program.constants.get(name)
-                env[node] = program.weights.read(name).to(node.meta["val"].dtype) if constant is None else constant
-            elif node.op == "call_function":
-                args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: env[n])
-                env[node] = node.target(*args, **kwargs)
-            else:
-                return leaves(fx.node.map_arg(node.args[0], lambda n: env[n]))
-    raise AssertionError("a graph without an output")
+        return leaves(runnable(program, torch.device("cpu"))(*(batch[n.meta["input"]] for n in program.inputs)))
 
 
 def _matrices(before: Tensor, after: Tensor, transposed: bool) -> list[tuple[Tensor, Tensor]]:
