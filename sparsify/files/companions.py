@@ -46,11 +46,14 @@ def holds_weights(name: str) -> bool:
     return Path(name).suffix.lower() in WEIGHT_SUFFIXES or name.endswith(".index.json") or name == "adapter_config.json"
 
 
-def companions(folder: Path) -> Iterator[Path]:
+def companions(folder: Path, written: str = "") -> Iterator[Path]:
     """The files that an output carries along: those beside the weights, and all of the sub-folders that belong to the
     model (``1_Pooling``, ``2_Dense`` with its own weights, ``additional_chat_templates``).
 
     No weights of the model, no index of weights, no manifest; see :func:`left_out`.
+
+    Args:
+        written: the pattern of the weights that the output has too: what describes such is carried.
 
     Raises:
         CheckpointError: one that is no regular file of the folder; see :func:`sparsify.files.reading.admit`.
@@ -60,7 +63,7 @@ def companions(folder: Path) -> Iterator[Path]:
         raise CheckpointError(
             f"model folder {folder}", found=found, do="Name a folder that sparsify or Hugging Face wrote"
         )
-    dropped = {path.name for path in _without_weights(folder)}
+    dropped = {path.name for path in _without_weights(folder, written)}
     for path in folder.iterdir():
         if path.name.startswith(".") or path.is_dir():
             continue
@@ -96,8 +99,10 @@ def left_out(folder: Path, weights: Container[str] = ()) -> list[str]:
     return sorted([*names, *(f"{i.name}/" for i in _subfolders(folder) if _files_of(i, folder) is None)])
 
 
-def _without_weights(folder: Path) -> Iterator[Path]:
+def _without_weights(folder: Path, written: str = "") -> Iterator[Path]:
     for name, weights in _DESCRIBE.items():
+        if weights == written:
+            continue
         if (folder / name).exists() and (name == "adapter_config.json" or any(folder.glob(weights))):
             yield folder / name
 
@@ -161,8 +166,9 @@ def check_companions(folder: Path, ledger: Ledger) -> None:
     if ledger.complete and folder.is_dir():
         _check_names(folder, ledger)
     held = {path.relative_to(folder).as_posix(): path for path in companions(folder)}
-    # What was carried once is held against the list also where it would not be carried again.
-    held |= {n: admit(folder / n) for n in ledger.files if "/" in n and n not in held and _is_below(folder, n)}
+    # What was written once is held against the list also where it would not be carried on.
+    beside = (name for name in ledger.files if "/" in name or not holds_weights(name))
+    held |= {n: admit(folder / n) for n in beside if n not in held and _is_below(folder, n)}
     for name, path in held.items():
         size = path.stat().st_size
         if path.suffix == ".json" and size > MAX_INDEX:
@@ -196,9 +202,9 @@ def size_of_companions(folder: Path) -> int:
     return sum(path.stat().st_size for path in companions(folder) if path.parent != folder)
 
 
-def copy_companions(folder: Path, into: Path) -> None:
-    """Copy the companions of ``folder``'s weights into the folder ``into``."""
-    for path in companions(folder):
+def copy_companions(folder: Path, into: Path, written: str = "") -> None:
+    """Copy the companions of ``folder``'s weights into the folder ``into``; ``written``: see :func:`companions`."""
+    for path in companions(folder, written):
         target = into / path.relative_to(folder)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, target)

@@ -141,6 +141,20 @@ def test_a_changed_file_is_named_and_nothing_is_written(
     refuses(kind, reader, folder, file)
 
 
+@pytest.mark.parametrize(("kind", "reader"), CASES)
+def test_every_file_beside_the_weights_is_checked(kind: str, reader: str, copy: Callable[[str], Path]) -> None:
+    """Also those that the reader itself has no use for, and that its output does not carry."""
+    folder = copy(kind)
+    beside = [p for p in sorted(folder.iterdir()) if p.suffix in (".json", ".jinja") and p.name != MANIFEST]
+    assert {"config.json", "chat_template.jinja"} <= {p.name for p in beside}
+    assert (kind in ("link", "external", "onnx-packed")) == ((folder / "genai_config.json") in beside)
+    for path in beside:
+        whole = path.read_bytes()
+        path.write_bytes(whole + b" ")
+        refuses(kind, reader, folder, path.name)
+        path.write_bytes(whole)
+
+
 def problems_of(folder: Path) -> list[str]:
     if list(folder.glob("*.onnx")):
         return verify_onnx(folder, run=False).problems

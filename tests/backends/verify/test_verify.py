@@ -185,6 +185,8 @@ def test_expand_gives_the_dense_bytes_and_a_folder_for_transformers(folders: dic
     assert got.keys() == want.keys()
     assert all(torch.equal(got[name], tensor.half()) for name, tensor in want.items())
     assert verify_onnx(dense).sound
+    carried = {p.name for p in packed.iterdir()} - {"model.onnx.data"}
+    assert {p.name for p in dense.iterdir()} == carried | {"model.safetensors"} and "genai_config.json" in carried
     assert transformers.AutoModelForCausalLM.from_pretrained(dense).dtype == torch.float16
     assert (packed / "model.onnx.data").exists()
     expand(packed)
