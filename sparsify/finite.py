@@ -125,7 +125,7 @@ def check_finite(name: str, tensor: Tensor, where: str = "", mask: int | None = 
     Args:
         where: the folder or file that it is of. mask: let minus infinity pass; None: where its name is a mask's.
     """
-    refuse(name, scan(tensor, is_mask(name) if mask is None else mask), tensor.shape, where)
+    refuse(name, scan(tensor, infinities_allowed(name) if mask is None else mask), tensor.shape, where)
 
 
 def check_all_finite(tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]], where: str = "") -> None:
@@ -152,7 +152,7 @@ def said(found: Scan, shape: Iterable[int]) -> str:
     return f"NaN or infinity in it, {found.count} in all, the first at {index}"
 
 
-def is_mask(name: str) -> int:
-    """Which infinities a tensor of that name may hold: none (0), minus (1), or both (2)."""
+def infinities_allowed(name: str) -> int:
+    """Which infinities a tensor of that name, a mask or a bound, may hold: none (0), minus (1), or both (2)."""
     leaf = name.rpartition(".")[2]
     return 2 if leaf in CLIPS else int(leaf in MASKS)

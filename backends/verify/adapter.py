@@ -11,7 +11,7 @@ from sparsify.backends.verify.content import check_content, check_numbers, compa
 from sparsify.backends.verify.result import Verification
 from sparsify.files.ledger import Ledger
 from sparsify.files.reading import admit
-from sparsify.finite import is_mask, scan
+from sparsify.finite import infinities_allowed, scan
 from sparsify.tensors import digest
 
 WEIGHTS = "adapter_model.safetensors"
@@ -35,7 +35,10 @@ def verify_adapter(folder: Path) -> Verification:
         result.problems.append(f"{WEIGHTS}: no sound safetensors file ({error})")
         return result
     check_numbers(
-        result, {n: scan(t, is_mask(n)) for n, t in tensors.items()}, {n: t.shape for n, t in tensors.items()}, ledger
+        result,
+        {n: scan(t, infinities_allowed(n)) for n, t in tensors.items()},
+        {n: t.shape for n, t in tensors.items()},
+        ledger,
     )
     if ledger.checked != "none":
         compare_tensors(result, tensors.keys(), lambda names: {name: digest(tensors[name]) for name in names}, ledger)

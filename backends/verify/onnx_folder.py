@@ -21,7 +21,7 @@ from sparsify.errors import CheckpointError, first_line
 from sparsify.files.checkpoint import INDEX, WEIGHTS
 from sparsify.files.ledger import Ledger
 from sparsify.files.manifest import MANIFEST, section
-from sparsify.finite import is_mask, scan
+from sparsify.finite import infinities_allowed, scan
 from sparsify.frontend.skeleton import DTYPES
 from sparsify.frontend.stores import open_store
 from sparsify.ir.store import TensorStore
@@ -114,7 +114,9 @@ def _check_patterns(
             continue
         # What lies in safetensors was looked at there, under the same name.
         if name not in equal:
-            check_numbers(result, {name: scan(weight, is_mask(name) or name in inline)}, {name: weight.shape}, ledger)
+            check_numbers(
+                result, {name: scan(weight, infinities_allowed(name) or name in inline)}, {name: weight.shape}, ledger
+            )
         written = equal.get(name, True)
         if name in ledger.tensors and name not in equal and not _is_written(weight, ledger, name):
             written = False

@@ -23,7 +23,7 @@ from torch import Tensor
 from sparsify.errors import CheckpointError
 from sparsify.files.ledger import Ledger
 from sparsify.files.reading import MAX_INDEX, admit, kind_at, read_json
-from sparsify.finite import Scan, is_mask
+from sparsify.finite import Scan, infinities_allowed
 from sparsify.tensors import BLAKE, copy_span, digest, digest_of_span, new_hash, read_into, show_span, write_from
 
 # Bytes of a safetensors header (the library's own limit), and tensors in it; the largest models have 10^5.
@@ -173,7 +173,7 @@ class Checkpoint:
 
         def look(name: str) -> Scan:
             entry = self._entries[name]
-            found = Scan(entry.dtype, is_mask(name))
+            found = Scan(entry.dtype, infinities_allowed(name))
             try:
                 show_span(entry.path, entry.start, entry.size, found)
             except EOFError as error:

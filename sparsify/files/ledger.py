@@ -14,7 +14,7 @@ from torch import Tensor
 from sparsify.errors import CheckpointError
 from sparsify.files.manifest import FORMAT, MANIFEST, digest_of_manifest, read_manifest, write_json
 from sparsify.files.reading import admit
-from sparsify.finite import Scan, check_finite, is_mask, refuse
+from sparsify.finite import Scan, check_finite, infinities_allowed, refuse
 from sparsify.tensors import BLAKE, CRC, digest, digest_of_span
 
 # By what the bytes of a folder were checked: "none" where it holds nothing of the kind, "skipped" where a user said so.
@@ -108,7 +108,7 @@ class Ledger:
 
     def scan(self, name: str, dtype: torch.dtype) -> Scan | None:
         """What is to be shown the bytes of tensor ``name`` when they are copied; None where nothing is."""
-        return Scan(dtype, is_mask(name)) if self.finite and Scan.reads(dtype) else None
+        return Scan(dtype, infinities_allowed(name)) if self.finite and Scan.reads(dtype) else None
 
     def check_scan(self, name: str, found: Scan | None, shape: torch.Size) -> None:
         """Raises:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,14 @@ from sparsify.frontend.text_config import text_config
 # Fields by which a config counts layers that predict further tokens and that transformers does not run.
 _FURTHER = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_layers", "mtp_num_hidden_layers")
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+
+
+def may_be_missing(model: nn.Module) -> Callable[[str], bool]:
+    """Whether a parameter or saved buffer of that name may be without a tensor, as the model's class says by patterns:
+    transformers computes it when it loads the model.
+    """
+    patterns = [re.compile(p) for p in getattr(model, "_keys_to_ignore_on_load_missing", None) or ()]
+    return lambda name: any(pattern.search(name) for pattern in patterns)
 
 
 def check_complete(
@@ -39,13 +47,9 @@ def check_complete(
     kind = type(model).__name__
     allowed = [*(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or []), r"rotary_emb\.inv_freq"]
     strange = [key for key in unknown if not any(re.search(pattern, key) for pattern in allowed)]
-    optional = list(getattr(model, "_keys_to_ignore_on_load_missing", None) or [])
+    optional = may_be_missing(model)
     held = {aliases.get(name, name) for name in shapes}
-    missing = [
-        name
-        for name in wanted
-        if aliases.get(name, name) not in held and not any(re.search(pattern, name) for pattern in optional)
-    ]
+    missing = [name for name in wanted if aliases.get(name, name) not in held and not optional(name)]
     found = (
         f"{len(strange)} of {len(stored)} tensors have no place in the config's model, first {next(iter(strange), '')}"
     )

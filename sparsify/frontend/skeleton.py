@@ -33,6 +33,7 @@ def build_skeleton(
     edit: Callable[[nn.Module], None] = lambda model: None,
     store: TensorStore | None = None,
     compute: torch.dtype | None = None,
+    like: nn.Module | None = None,
 ) -> nn.Module:
     """The model that ``folder``'s config.json describes, in eval mode, with parameters that take no memory.
 
@@ -45,6 +46,7 @@ def build_skeleton(
         store: what reads the folder's weights: where it gives them dense, so is the model, and the model may not be
             out of all proportion to them.
         compute: the model is built in this dtype whatever config.json says.
+        like: the same model, built before: its class is not looked for again.
 
     Raises:
         CheckpointError: no config, one that builds no model, or weights that only a quantizer reads.
@@ -75,7 +77,9 @@ def build_skeleton(
     sizes = sizes_of(folder)
     try:
         with few_parts(tensors, folder):
-            if store is not None:
+            if like is not None:
+                config.architectures = getattr(like.config, "architectures", None)
+            elif store is not None:
                 name_class(config, store.names())
         with torch.device("meta"), few_parts(tensors, folder):
             named = compute or getattr(config, "dtype", None) or dtype or torch.float32

@@ -105,7 +105,7 @@ class Source:
             separate(model, self.weights.untied)
             edit(model)
 
-        return build_skeleton(self.folder, self.trust_remote_code, dtype, change, self.weights.store)
+        return build_skeleton(self.folder, self.trust_remote_code, dtype, change, self.weights.store, like=self.module)
 
     def copy_beside(self, into: Path) -> None:
         """Copy what lies beside the folder's weights into the folder ``into``, saying what the dense model's says."""
@@ -132,6 +132,7 @@ class Source:
             edit=lambda model: separate(model, self.weights.untied),
             store=self.weights.store,
             compute=self.compute,
+            like=self.module,
         )
 
     @property

@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 
 from sparsify.analysis.linear import LinearSite, find_sites
 from sparsify.data.batches import example_batch
-from sparsify.finite import is_mask, said, scan
+from sparsify.finite import infinities_allowed, said, scan
 from sparsify.frontend.capture import Batch, capture
 from sparsify.frontend.source import open_source
 from sparsify.ir.operators import exact_name
@@ -67,7 +67,7 @@ def _parameters(program: Program, sites: dict[str, LinearSite]) -> Iterator[str]
         if name is not None and (canonical := program.weights.canonical(name)) not in seen:
             seen.add(canonical)
             value = program.weights.read(canonical)
-            found = scan(value, mask=is_mask(canonical))
+            found = scan(value, mask=infinities_allowed(canonical))
             broken = f"; {said(found, value.shape)}" if found.count else ""
             yield f"  {canonical} {list(value.shape)} {_dtype(value)}, {_zeros(value, sites.get(canonical))}{broken}"
 

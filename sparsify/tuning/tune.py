@@ -33,7 +33,7 @@ from sparsify.errors import CalibrationError, SpecError, VerifyError
 from sparsify.evaluation.perplexity import of_losses, perplexity
 from sparsify.files.ledger import write_manifest
 from sparsify.files.staging import Staging, check_output
-from sparsify.finite import is_mask, said, scan
+from sparsify.finite import infinities_allowed, said, scan
 from sparsify.frontend.capture import capture
 from sparsify.frontend.materialize import materialize
 from sparsify.frontend.source import Source, open_source
@@ -327,7 +327,7 @@ def _merged(wrapped: Any, source: Source, masks: Mapping[str, Tensor], recipe: R
         }
     if not source.allow_nan:
         for name, tensor in made.items():
-            if (found := scan(tensor, is_mask(name))).count:
+            if (found := scan(tensor, infinities_allowed(name))).count:
                 raise CalibrationError(
                     f"tuning {name}",
                     found=f"{said(found, tensor.shape)} as {tensor.dtype}, which it is stored in",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsify.frontend.building.bounds import small_buffers
+from sparsify.frontend.complete import may_be_missing
 from sparsify.frontend.matching import weights_of_checkpoint
 from sparsify.ir.store import TensorStore
 
@@ -20,9 +20,8 @@ def left_out(model: Any, store: TensorStore) -> list[str]:
     Raises:
         CheckpointError: it lacks others, or does not fit the model.
     """
-    patterns = list(getattr(model, "_keys_to_ignore_on_load_missing", None) or [])
-    held = set(store.names()) if patterns else set()
-    if not any(name not in held and any(re.search(p, name) for p in patterns) for name in model.state_dict()):
+    held, optional = set(store.names()), may_be_missing(model)
+    if not any(optional(name) and name not in held for name in model.state_dict()):
         return []
     weights = weights_of_checkpoint(model, store)
     return [name for name in model.state_dict() if name not in weights]

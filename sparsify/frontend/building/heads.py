@@ -11,6 +11,7 @@ import transformers
 from torch import nn
 
 from sparsify.errors import CheckpointError
+from sparsify.frontend.complete import may_be_missing
 from sparsify.frontend.matching import place
 from sparsify.host import quiet
 from sparsify.ir.weights import tied_names
@@ -100,8 +101,8 @@ def _rank(model: nn.Module, names: list[str]) -> tuple[int, int] | None:
     held = {aliases.get(name, name) for name in placed.renamed}
     for conversion in placed.groups.values():
         held |= {aliases.get(name, name) for name in _made_by(conversion.converter, conversion.targets[0])}
-    optional = [*(getattr(model, "_keys_to_ignore_on_load_missing", None) or [])]
-    if any(aliases.get(name, name) not in held and name not in optional for name in model.state_dict()):
+    optional = may_be_missing(model)
+    if any(aliases.get(name, name) not in held and not optional(name) for name in model.state_dict()):
         return None
     return -len(placed.unknown), placed.exact
 
