@@ -20,13 +20,28 @@ def difference(one: Program, other: Program) -> str | None:
         names = [operator_name(n) if n.op == "call_function" else n.op for n in (a, b)]
         # Parts of one size and parts whose sizes are told are the same parts.
         alike = names[0] == names[1] or set(names) <= {"chunk", "split", "split_with_sizes"}
-        if not alike or shapes[0] != shapes[1] or _numbers(a) != _numbers(b):
-            return f"{a.name} and {b.name}"
+        if not alike or shapes[0] != shapes[1]:
+            return f"{names[0]} of {shapes[0]} in place of {names[1]} of {shapes[1]}{_after(one, a)}"
+        if _numbers(a) != _numbers(b):
+            return f"{names[0]} by {_numbers(a)} in place of {_numbers(b)}{_after(one, a)}"
         if a.op == "get_attr" and str(b.target) in other.constants:
             held = one.constants.get(str(a.target))
             if held is None or not torch.equal(held, other.constants[str(b.target)]):
                 return f"the constant {b.target}"
     return None
+
+
+def _after(program: Program, node: fx.Node) -> str:
+    """The parameter that was last read on the way to ``node``, in words."""
+    todo, seen = [node], {node}
+    while todo:
+        for operand in todo.pop(0).all_input_nodes:
+            if (name := program.parameter(operand)) is not None:
+                return f", after {name}"
+            if operand not in seen:
+                seen.add(operand)
+                todo.append(operand)
+    return ""
 
 
 def _flat(value: Any) -> list[Tensor]:

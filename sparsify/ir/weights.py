@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from sparsify.errors import CheckpointError
+from sparsify.errors import CheckpointError, first_line
 
 if TYPE_CHECKING:
     from sparsify.ir.store import TensorStore
@@ -154,42 +154,55 @@ class Weights:
                 do="This conversion does not reverse; ignore this parameter with --ignore",
             )
 
-    def stored(self, name: str, tensor: Tensor) -> dict[str, Tensor]:
-        """The checkpoint's tensors for ``tensor`` in the place of parameter ``name``, which may have another shape; of
-        parameters that one conversion makes together those of ``name`` alone."""
+    def made_together(self, name: str) -> list[str]:
+        """The parameters that one conversion makes of the same checkpoint tensors, ``name`` among them."""
         name = self.canonical(name)
-        if name not in self._converted:
-            return {self._renamed[name]: tensor}
-        return self._revert({name: tensor})
+        targets = self._converted[name].targets if name in self._converted else [name]
+        return [self.canonical(target) for target in targets]
 
-    def _revert(self, parts: dict[str, Tensor]) -> dict[str, Tensor]:
+    def stored(self, parts: Mapping[str, Tensor], config: Any) -> dict[str, Tensor]:
+        """The checkpoint's tensors for ``parts`` in the place of the parameters that are
+        :meth:`made_together`, which may have other shapes: those of a model of this ``config``.
+        """
+        name = next(iter(parts))
+        if name not in self._converted:
+            return {self._renamed[name]: parts[name]}
+        return self._revert(dict(parts), config)
+
+    def _revert(self, parts: dict[str, Tensor], config: Any = None) -> dict[str, Tensor]:
         from transformers.core_model_loading import revert_weight_conversion
 
         # transformers looks for the conversions of a load on the model; the user's own stays as it was.
-        model: Any = self._model
-        missing = object()
-        before = getattr(model, "_weight_conversions", missing)
-        try:
-            model._weight_conversions = self._transforms
-            reverted: dict[str, Tensor] = revert_weight_conversion(model, parts)
-            return reverted
-        finally:
-            if before is missing:
-                del model._weight_conversions
-            else:
-                model._weight_conversions = before
+        model: Any = copy.copy(self._model)
+        model._weight_conversions = self._transforms
+        if config is not None:
+            model.config = config
+        reverted: dict[str, Tensor] = revert_weight_conversion(model, parts)
+        return reverted
 
     def _convert(self, conversion: Conversion) -> dict[str, Tensor]:
         return run_converter(conversion, {name: self.store.read(name) for name, _ in conversion.sources}, self._model)
 
 
 def run_converter(conversion: Conversion, tensors: Mapping[str, Tensor], model: nn.Module | None) -> dict[str, Tensor]:
-    """Apply a conversion to the tensors of its sources; the result is keyed by parameter name."""
+    """Apply a conversion to the tensors of its sources; the result is keyed by parameter name.
+
+    Raises:
+        CheckpointError: tensors of which the conversion makes nothing.
+    """
     converter = copy.deepcopy(conversion.converter)
     for name, pattern in conversion.sources:
         converter.add_tensor(conversion.targets[0], name, pattern, tensors[name])
     config = getattr(model, "config", None)
-    result = converter.convert(conversion.targets[0], model=model, config=config)
+    try:
+        result = converter.convert(conversion.targets[0], model=model, config=config)
+    except Exception as error:  # what its operations say of shapes that do not fit
+        raise CheckpointError(
+            f"parameter {conversion.targets[0]}",
+            found=f"transformers cannot make it of {conversion.sources[0][0]}, "
+            f"{list(tensors[conversion.sources[0][0]].shape)} ({first_line(error)})",
+            do="Does config.json belong to these weights?",
+        ) from error
     return {name: value[0] if isinstance(value, list) else value for name, value in result.items()}
 
 

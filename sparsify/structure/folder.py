@@ -15,18 +15,23 @@ from sparsify.files.companions import rewrite_config
 from sparsify.files.writer import lay_out, lay_out_files, layout_of
 from sparsify.frontend.source import Source
 from sparsify.ir.weights import Weights
-from sparsify.structure.config import by_part
+from sparsify.structure.config import by_part, changed
 
 
 def write_files(source: Source, weights: Weights, dense: Weights, config: Mapping[str, Any], into: Path) -> None:
     """The parameters of ``weights`` under the names that the checkpoint of ``dense`` has for them."""
 
+    # What transformers turns round by the number of heads has fewer of them.
+    smaller = changed(source.config, config)
+
     def stored() -> Iterator[tuple[str, Tensor]]:
         """Checkpoint tensors, those of one parameter at a time; then what the checkpoint holds beside parameters."""
         seen: set[str] = set()
         for name in dense.parameters():
-            for tensor, value in dense.stored(name, weights.read(name)).items():
-                yield tensor, value
+            if seen.issuperset(dense.sources(name)):
+                continue
+            parts = {made: weights.read(made) for made in dense.made_together(name)}
+            yield from dense.stored(parts, smaller).items()
             # One conversion may make fewer tensors of a smaller parameter: those that are left over go.
             seen |= set(dense.sources(name))
         for tensor in dense.store.names():

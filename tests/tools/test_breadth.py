@@ -54,6 +54,19 @@ def test_a_type_comes_out_as_the_table_says(kind: str, tmp_path: Path) -> None:
         assert not [s for s in found.values() if s["verdict"] in ("wrong", "traceback")], found
 
 
+@pytest.mark.parametrize("kind", ["gradium_phonon_tts", pytest.param("ernie4_5_vl_moe", marks=pytest.mark.slow)])
+def test_tensors_of_several_parameters_and_of_heads_come_out_smaller(kind: str, tmp_path: Path) -> None:
+    """transformers turns the first's projections round by the number of heads, and makes two parameters of the
+    second's experts at once: of a smaller model both are other tensors."""
+    found = check(kind, tmp_path, ("structural",))["structural"]
+    assert found["verdict"] == "right", found
+
+
+def test_what_depends_on_a_number_of_heads_says_where(tmp_path: Path) -> None:
+    found = check("glm_moe_dsa", tmp_path, ("structural",))["structural"]
+    assert found["verdict"] == "refused" and "mul by [0.5]" in found["reason"] and "indexer" in found["reason"], found
+
+
 def test_a_config_is_tiny_and_keeps_every_kind_of_layer() -> None:
     config, _ = tiny_config("qwen3_next")
     assert config.layer_types == ["linear_attention", "full_attention"] and config.num_hidden_layers == 2

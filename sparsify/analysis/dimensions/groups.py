@@ -164,6 +164,8 @@ def _resolve(walk: Walk) -> Dimensions:
     why: dict[int, str] = {}
     for ids, reason in walk.pins:
         found = label[ids]
+        if not len(found):  # a dimension of no channels
+            continue
         pinned[found] = True
         why.setdefault(int(found[0]), reason)
     renormalized = numpy.zeros(walk.count, dtype=bool)
