@@ -41,6 +41,8 @@ def verify(
                 result = verify_checkpoint(folder, pattern=pattern)
             elif kind_at(folder / "adapter_config.json") and not kind_at(folder / "config.json"):
                 result = verify_adapter(folder)
+            elif kind_at(folder) is None:
+                raise CheckpointError(f"verifying {folder}", found="nothing there", do="Check the path")
             elif folder.suffix.lower() == ".gguf":
                 raise CheckpointError(
                     f"verifying {folder}",

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sparsify.data.chat import Chat
 from sparsify.data.examples import other_inputs
-from sparsify.data.generate import sample_from_model
+from sparsify.data.generate import sample_from_model, writes_text
 from sparsify.data.given import given_batches
 from sparsify.data.inputs import (
     IMAGE_TOKENS,
@@ -245,9 +245,12 @@ def _from_name(
 ) -> _Drawn:
     name = getattr(source.module, "main_input_name", None)
     others = other_inputs(source)
+    asked = f"calibration for {type(source.module).__name__}, none being named"
+    if data is not None:
+        asked = f"calibration '{data}' for {type(source.module).__name__}"
     if source.is_transformers and (name != "input_ids" or others):
         raise CalibrationError(
-            f"calibration '{data or 'c4'}' for {type(source.module).__name__}",
+            asked,
             found=f"the model reads {' and '.join(dict.fromkeys([str(name), *others]))}, not text"
             + (" alone" if name == "input_ids" else ""),
             do="Name a folder of images"
@@ -256,7 +259,7 @@ def _from_name(
         )
     if not source.is_transformers:
         raise CalibrationError(
-            f"calibration '{data or 'c4'}' for {type(source.module).__name__}",
+            asked,
             found="a module that is no transformers model, so its inputs are unknown",
             do="Give batches: tensors, tuples or keyword dictionaries",
         )
@@ -266,6 +269,12 @@ def _from_name(
             documents = read_documents("c4", "calibration")
             return _windows(documents, source, samples or _SAMPLES, length or default_length(source), seed)
         except SparsifyError as error:
+            if not writes_text(source):
+                raise CalibrationError(
+                    asked,
+                    found=f"C4 is not to be had ({error.found}), and the model does not generate text from nothing",
+                    do="Give --calibration a text file or another source",
+                ) from error
             data, why = "self", f", because C4 is not to be had: {error.found}"
     if data == "random":
         vocabulary = source.vocab_size

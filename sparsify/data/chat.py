@@ -107,6 +107,7 @@ class Chat:
 
     def __init__(self, source: Source, template: str | Path | None = None) -> None:
         self.source, self.used = source, False
+        self.file = template
         self.template = None if template is None else _read(Path(template))
 
     @property
@@ -120,6 +121,8 @@ class Chat:
         Raises:
             CalibrationError: messages with more than text, or a template that there is not or that refuses them.
         """
+        from jinja2 import TemplateSyntaxError
+
         self.used = True
         if conversation.has_images:
             raise CalibrationError(
@@ -144,12 +147,22 @@ class Chat:
             return ids
         except SparsifyError:
             raise
+        except TemplateSyntaxError as error:
+            raise CalibrationError(
+                f"the chat template {self._name}",
+                found=f"no Jinja template (line {error.lineno}: {first_line(error)})",
+                do="Mend it, or give another with --chat-template FILE",
+            ) from error
         except Exception as error:  # a template raises whatever it likes
             raise CalibrationError(
                 f"data '{conversation.where}'",
-                found=f"the chat template refuses it ({type(error).__name__}: {first_line(error)})",
+                found=f"the chat template {self._name} refuses it ({type(error).__name__}: {first_line(error)})",
                 do="Mend the messages, or give another template with --chat-template FILE",
             ) from error
+
+    @property
+    def _name(self) -> str:
+        return f"of {self.source.name}'s tokenizer" if self.file is None else str(self.file)
 
     def _check_places(self, ids: Tensor, where: str) -> None:
         """Where an image was to be, and is none, the model would read a token that it never saw as text."""
@@ -191,7 +204,10 @@ def _read(path: Path) -> str:
         if path.stat().st_size > MAX_TEMPLATE:
             found = f"{path.stat().st_size} bytes, more than {MAX_TEMPLATE}"
             raise SpecError(f"chat template {path}", found=found, do="Name the file of a Jinja template")
-        return path.read_text(encoding="utf-8-sig")
+        text = path.read_text(encoding="utf-8-sig")
+        if not text.strip():
+            raise SpecError(f"chat template {path}", found="nothing in it", do="Name the file of a Jinja template")
+        return text
     except (OSError, ValueError) as error:
         found = f"cannot be read ({first_line(error)})"
         raise SpecError(f"chat template {path}", found=found, do="Name the file of a Jinja template") from error

@@ -16,6 +16,12 @@ from sparsify.frontend.source import Source
 _BATCH = 32
 
 
+def writes_text(source: Source) -> bool:
+    """Whether the model goes on from a first token alone."""
+    can_generate: bool = getattr(source.module, "can_generate", lambda: False)()
+    return can_generate and not getattr(source.config, "is_encoder_decoder", False)
+
+
 def sample_from_model(source: Source, samples: int, length: int, seed: int) -> Tensor:
     """Sample [samples, length] token ids from the model, from its first token on.
 
@@ -27,8 +33,7 @@ def sample_from_model(source: Source, samples: int, length: int, seed: int) -> T
     """
     from transformers import GenerationConfig
 
-    can_generate = getattr(source.module, "can_generate", lambda: False)()
-    if not can_generate or getattr(source.config, "is_encoder_decoder", False):
+    if not writes_text(source):
         raise CalibrationError(
             "calibration 'self'",
             found=f"{type(source.module).__name__} does not generate text from nothing",

@@ -287,7 +287,7 @@ def read_token_file(path: Path, name: str, forms: str) -> tuple[str, Tensor]:
             chosen = name or ("input_ids" if "input_ids" in names else next(iter(names), ""))
             if chosen not in names or (not name and len(names) > 1 and chosen != "input_ids"):
                 raise CalibrationError(
-                    f"data '{path}:{name}'",
+                    f"data '{path}:{name}'" if name else f"data '{path}'",
                     found=f"tensors {', '.join(names[:20]) or '(none)'}" + (", …" if len(names) > 20 else ""),
                     do=f"Name one of them: {path}:TENSOR",
                 )

@@ -242,6 +242,16 @@ class Checkpoint:
         return entry.path, entry.start, entry.size
 
 
+def _elsewhere(folder: Path) -> str:
+    """What to do with a folder that holds no weights itself."""
+    if any(folder.glob("*.onnx")):
+        return "Its weights are in the ONNX files: sparsify expand makes safetensors of packed ones"
+    inner = sorted(p.parent for name in (WEIGHTS, INDEX) for p in folder.glob(f"*/{name}"))
+    if inner:
+        return f"There are some in {inner[0].name}/: is {inner[0]} the model?"
+    return "Is this a Hugging Face model folder?"
+
+
 def _weight_files(folder: Path, ledger: Ledger) -> dict[Path, set[str] | None]:
     """Weight files of ``folder``, each with the tensors that the index lists for it (None without an index)."""
     if kind_at(folder) is None:
@@ -260,9 +270,7 @@ def _weight_files(folder: Path, ledger: Ledger) -> dict[Path, set[str] | None]:
         raise CheckpointError(
             f"weights of {folder}",
             found=f"neither {WEIGHTS} nor {INDEX}",
-            do="Its weights are in the ONNX files: sparsify expand makes safetensors of packed ones"
-            if any(folder.glob("*.onnx"))
-            else "Is this a Hugging Face model folder?",
+            do=_elsewhere(folder),
         )
     content: dict[str, Any] = read_json(folder / INDEX, MAX_INDEX)
     ledger.check_file(folder / INDEX)

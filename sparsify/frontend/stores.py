@@ -54,7 +54,8 @@ def find_folder(model: str | Path) -> Path:
         return Path(model).expanduser().absolute()
     text = str(model)
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", text) or text.startswith("."):
-        raise CheckpointError(f"model {text}", found="no such folder", do="Check the path")
+        what = "file" if text.lower().endswith(".gguf") else "folder"
+        raise CheckpointError(f"model {text}", found=f"no such {what}", do="Check the path")
     from huggingface_hub import snapshot_download
 
     try:
@@ -64,7 +65,7 @@ def find_folder(model: str | Path) -> Path:
     except Exception as error:  # the hub raises a dozen kinds, all of which mean: it cannot be had
         raise CheckpointError(
             f"model {text}",
-            found=f"no such folder here, and the hub did not give it ({type(error).__name__})",
+            found=f"nothing of that name here, and the hub did not give it ({type(error).__name__})",
             do="Check the path; for a hub id check the name, the network and your token",
         ) from error
     return Path(found)

@@ -58,6 +58,10 @@ def test_what_no_config_tells_is_refused() -> None:
         load_calibration("random", open_source(build("clip")))
     with pytest.raises(CalibrationError, match="reads input_features and decoder_input_ids, not text"):
         load_calibration("random", open_source(build("whisper")))
+    # Nothing that was not asked for is blamed.
+    for kind, says in (("whisper", "reads input_features"), ("reward", "does not generate text from nothing")):
+        with pytest.raises(CalibrationError, match=rf"^calibration for .*, none being named: .*{says}"):
+            load_calibration(None, open_source(build(kind)))
 
 
 @pytest.mark.parametrize("kind", ["whisper", "marian"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -89,6 +90,34 @@ def test_the_first_context_length_that_is_one_counts() -> None:
 def test_what_is_no_folder_and_no_hub_id(model: str) -> None:
     with pytest.raises(CheckpointError, match=r"no such folder\. Check the path"):
         open_source(model)
+
+
+@pytest.mark.parametrize("model", ["no/such/file.gguf", "nosuch.GGUF"])
+def test_a_file_that_is_not_there(model: str) -> None:
+    with pytest.raises(CheckpointError, match=r"no such file\. Check the path|nothing of that name here"):
+        open_source(model)
+
+
+def test_a_folder_whose_model_lies_in_another(tmp_path: Path, folder: Callable[[str], Path]) -> None:
+    shutil.copytree(folder("bert"), tmp_path / "0_Transformer")
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"some in 0_Transformer/: is .*0_Transformer the model\?"):
+        open_source(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("dtype", 16), ("dtype", {"a": 1}), ("dtype", "float33"), ("dtype", "torch.float32"), ("torch_dtype", "int8")]
+    + [("quantization_config", value) for value in ([], "fp8", 8, ["fp8"])],
+)
+def test_words_of_a_config_that_are_none(key: str, value: Any, tmp_path: Path, folder: Callable[[str], Path]) -> None:
+    copy = Path(shutil.copytree(folder("llama"), tmp_path / "copy"))
+    config = json.loads((copy / "config.json").read_text())
+    config = {k: v for k, v in config.items() if k != "dtype"} | {key: value}
+    (copy / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=rf"config\.json of .*: {key} .*, which is no ") as caught:
+        open_source(copy)
+    assert "object" not in str(caught.value) and "attribute" not in str(caught.value)
 
 
 def test_a_hub_id_that_cannot_be_had() -> None:

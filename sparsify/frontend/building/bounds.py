@@ -6,12 +6,14 @@ A model of a hundred thousand layers takes minutes to build although none of the
 from __future__ import annotations
 
 import re
+import reprlib
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.modules.module import (
     register_module_module_registration_hook,
@@ -46,7 +48,8 @@ def check_config(config: Mapping[str, Any], tensors: int | None, folder: Path) -
     """Hold the content of ``folder``'s config.json against the number of its ``tensors`` (None: not known).
 
     Raises:
-        CheckpointError: more layers than tensors, numbers out of all bounds, NaN, or code to be fetched.
+        CheckpointError: more layers than tensors, numbers out of all bounds, NaN, code to be fetched, a dtype that is
+            none, or a ``quantization_config`` that is no table.
     """
     for key, value in _leaves(config):
         if isinstance(value, float) and value != value:
@@ -57,6 +60,7 @@ def check_config(config: Mapping[str, Any], tensors: int | None, folder: Path) -
                 found=f"{key} {value!r}, which names code to fetch from the hub",
                 do="Take the line out; nothing of a folder chooses code that runs",
             )
+    _check_words(config, folder)
     layers = MAX_LAYERS_UNSEEN if tensors is None else max(MAX_LAYERS_UNSEEN, tensors)
     for key, number in _numbers(config):
         if _LAYERS.fullmatch(key) and number > layers:
@@ -68,6 +72,27 @@ def check_config(config: Mapping[str, Any], tensors: int | None, folder: Path) -
             raise _too_much(folder, f"{key} {number}, more than {MAX_IMAGE}")
         if _POSITIONS.fullmatch(key) and number > MAX_POSITIONS:
             raise _too_much(folder, f"{key} {number}, more than {MAX_POSITIONS}")
+
+
+def _check_words(config: Mapping[str, Any], folder: Path) -> None:
+    """What transformers takes as it is said, of the model and of its parts, and then fails of with words of its own."""
+    parts = (value for value in config.values() if isinstance(value, Mapping) and "model_type" in value)
+    for part in (config, *parts):
+        for key in ("dtype", "torch_dtype"):
+            word = part.get(key)
+            dtype = getattr(torch, word, None) if isinstance(word, str) else None
+            if word is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+                do = "Name the dtype of its weights, as bfloat16"
+                raise CheckpointError(
+                    f"config.json of {folder}",
+                    found=f"{key} {word!r}, which is no floating-point dtype of torch",
+                    do=do,
+                )
+        quantization = part.get("quantization_config")
+        if quantization is not None and not isinstance(quantization, Mapping):
+            found = f"quantization_config {reprlib.repr(quantization)}, which is no table"
+            do = "Take it out where no weight is quantized; else compare config.json with the published one"
+            raise CheckpointError(f"config.json of {folder}", found=found, do=do)
 
 
 @contextmanager
