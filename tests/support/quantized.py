@@ -18,7 +18,9 @@ GROUP = 16
 
 
 def dense_folder(folder: Path, family: str = "llama", dtype: torch.dtype = torch.bfloat16) -> Path:
-    """A seeded model's folder, in ``dtype``."""
+    """A seeded model's folder, in ``dtype``; a model that lies there is taken as it is."""
+    if (folder / "config.json").exists():
+        return folder
     save(family, folder)
     store(folder, {name: tensor.to(dtype) for name, tensor in tensors_of(folder).items()})
     change_config(folder, dtype=str(dtype).removeprefix("torch."))
