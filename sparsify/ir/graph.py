@@ -135,7 +135,15 @@ def runnable(program: Program, device: torch.device) -> fx.GraphModule:
         constant = program.parameter(node) is None or not value.is_floating_point()
         set_tensor(root, str(node.target), value if constant else nn.Parameter(value, requires_grad=False))
     graph = fx.Graph()
-    found: Any = graph.graph_copy(program.graph, {})
+    copies: dict[fx.Node, fx.Node] = {}
+    found: Any = graph.graph_copy(program.graph, copies)
+    given = {node.meta["input"]: copies[node] for node in program.inputs}
+    for number, way in enumerate(program.ways):
+        # Beside the graph nothing asks the inputs any more: the module asks by itself.
+        root.add_module(f"way_{number}", way.asked)
+        values = tuple(graph.call_method("cpu", (given[name],)) for name in way.inputs)
+        asked = graph.call_module(f"way_{number}", values)
+        graph.call_function(torch._assert, (asked, f"other inputs than the graph is for, at {way.where}"))
     # A single output is given as it is, not as a tuple of one.
     graph.output(found[0] if isinstance(found, (tuple, list)) and len(found) == 1 else found)
     return fx.GraphModule(root, graph)

@@ -17,6 +17,7 @@ from torch import Tensor, fx
 
 from sparsify.errors import VerifyError
 from sparsify.ir.rules import broken_rules
+from sparsify.ir.ways import Way
 from sparsify.ir.weights import Weights
 
 T = TypeVar("T")
@@ -33,6 +34,7 @@ class Program:
         output_names: names of the flat outputs where the model gives them, else "0", "1", ….
         model: the class of the model that was captured; empty for a bare graph.
         literals: inputs whose numbers are in the graph, because they decide its shapes; other numbers need another.
+        ways: what else is true of a batch on which the model goes the way that the graph goes.
     """
 
     graph_module: fx.GraphModule
@@ -41,6 +43,7 @@ class Program:
     output_names: list[str] = field(default_factory=list)
     model: str = ""
     literals: dict[str, Tensor] = field(default_factory=dict)
+    ways: tuple[Way, ...] = ()
     _facts: dict[Callable[[Any], Any], Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
