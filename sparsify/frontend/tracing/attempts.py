@@ -78,9 +78,9 @@ def _refusal(module: nn.Module, batch: Batch, error: BaseException) -> TraceErro
     if _asks(error):
         return TraceError(
             f"capturing {type(module).__name__}",
-            found=f"its own code chooses a way or a size{at} by numbers that only a run can give",
-            do=f"A graph goes one way, whatever it is given. Inputs were {shapes}: where one of them decides, such as a "
-            f"mask, leave it out or give it; else this model cannot be captured (torch.export: {first_line(error)})",
+            found=f"torch.export fails: the model chooses a way or a size{at} by numbers that only a run can give",
+            do=f"A graph goes one way, whatever it is given. Inputs were {shapes}: where one of them decides (a mask), "
+            f"leave it out or give it; else this model cannot be captured (torch.export: {first_line(error)})",
         )
     return TraceError(
         f"capturing {type(module).__name__}",

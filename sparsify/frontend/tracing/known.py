@@ -56,8 +56,8 @@ class Known(TorchFunctionMode):
     Args:
         numbers: pairs of a tensor of the trace and what it holds; None: what a trace makes stays the trace's, and only
             ``tensors`` are known.
-        given: tensors that a user gives anew in each batch. Whether something holds of them is asked of a batch before
-            it runs: the trace goes the way on which it does not.
+        given: tensors that a user gives anew in each batch, and that mark something. Whether something holds of them
+            is asked of a batch before it runs: the trace goes the way on which it does not.
     """
 
     def __init__(

@@ -49,7 +49,9 @@ def literal(
         if buffers is not None:
             named = dict(module.named_buffers(remove_duplicate=False))
             pairs = [(named[name], real) for name, real in buffers.items() if name in named]
-            given = [value for value in pytree.tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
+            leaves = [value for value in pytree.tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
+            # Tokens and masks mark things; a model whose way depends on measured values has no one way.
+            given = [value for value in leaves if not value.is_floating_point()]
         with Known(inputs.values(), pairs, given):
             return forward(*args, **kwargs, **inputs)
 
