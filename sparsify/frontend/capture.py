@@ -129,6 +129,7 @@ def from_exported(
                 values[target] = _constant(exported, str(spec.target), known)
             stand_ins.setdefault(target, val)
             env[node] = graph.get_attr(target)
+            env[node].meta["buffer"] = spec.kind is InputKind.BUFFER
         env[node].meta["val"] = torch.empty(val.shape, dtype=val.dtype, device="meta")
     output = inline(exported.graph, exported.graph_module, graph, env, _does_nothing)
     graph.output(output)

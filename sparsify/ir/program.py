@@ -17,10 +17,35 @@ from torch import Tensor, fx
 
 from sparsify.errors import VerifyError
 from sparsify.ir.rules import broken_rules
-from sparsify.ir.ways import Way
 from sparsify.ir.weights import Weights
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Way:
+    """A line of a model's own Python that decides by its inputs which way it goes, and when it goes as the graph does.
+
+    A graph goes one way whatever it is given: what is asked of the inputs is kept beside it, and asked of every batch
+    before it runs.
+
+    Attributes:
+        where: a file, a line and what it says. asked: takes the inputs that it has placeholders for, on the CPU, and
+            gives one truth value.
+    """
+
+    where: str
+    asked: fx.GraphModule
+
+    @property
+    def inputs(self) -> list[str]:
+        """Names of the inputs that decide."""
+        return [str(node.meta["input"]) for node in self.asked.graph.nodes if node.op == "placeholder"]
+
+    def taken_by(self, batch: Mapping[str, Tensor]) -> bool:
+        """Whether the model goes as the graph does on ``batch``."""
+        with torch.no_grad():
+            return bool(self.asked(*(batch[name].cpu().clone() for name in self.inputs)))
 
 
 @dataclass

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from sparsify.errors import TraceError, first_line
 from sparsify.frontend.tracing.caches import call_arguments
@@ -20,12 +19,9 @@ from sparsify.frontend.tracing.experts import experts_at_once
 from sparsify.frontend.tracing.known import real_buffers
 from sparsify.frontend.tracing.literal import could_be_literal, literal
 from sparsify.frontend.tracing.mends import as_eager
-from sparsify.frontend.tracing.places import failed_line
+from sparsify.frontend.tracing.places import asks_numbers, reason_of
 
 Batch = Mapping[str, Tensor]
-
-# What torch 2.13 says where numbers are read past its own questions.
-_NO_NUMBERS = "data is not allocated yet"
 
 
 def attempted(
@@ -52,9 +48,9 @@ def attempted(
                 exported = torch.export.export(module, args, kwargs, strict=False)
             return exported, {name: value.cpu() for name, value in literals.items()}
         except Exception as error:  # export raises many kinds; all mean that there is no graph
-            if not _asks(error):
+            if not asks_numbers(error):
                 del ways[:-1]
-            if not failed or _asks(error):
+            if not failed or asks_numbers(error):
                 # A traceback holds the graph so far; one is kept for whoever debugs.
                 failed = [error]
     raise _refusal(module, batch, failed[0]) from failed[0]
@@ -66,24 +62,12 @@ def _at_last(module: nn.Module, known: Batch, buffers: Batch) -> Iterator[None]:
         yield
 
 
-def _asks(error: BaseException) -> bool:
-    """Whether Python asked for numbers that a trace has not."""
-    return isinstance(error, GuardOnDataDependentSymNode) or _NO_NUMBERS in str(error)
-
-
 def _refusal(module: nn.Module, batch: Batch, error: BaseException) -> TraceError:
-    where = failed_line(error)
-    at = f" at {where}" if where else ""
     shapes = ", ".join(f"{name} {tuple(value.shape)}" for name, value in batch.items())
-    if _asks(error):
-        return TraceError(
-            f"capturing {type(module).__name__}",
-            found=f"torch.export fails: the model chooses a way or a size{at} by numbers that only a run can give",
-            do=f"A graph goes one way, whatever it is given. Inputs were {shapes}: where one of them decides (a mask), "
-            f"leave it out or give it; else this model cannot be captured (torch.export: {first_line(error)})",
+    do = f"Inputs were {shapes}; see the traceback with --debug"
+    if asks_numbers(error):
+        do = (
+            f"A graph goes one way, whatever it is given. Inputs were {shapes}: where one of them decides (a mask), "
+            f"leave it out or give it; else this model cannot be captured (torch.export: {first_line(error)})"
         )
-    return TraceError(
-        f"capturing {type(module).__name__}",
-        found=f"torch.export fails{at}: {first_line(error)}",
-        do=f"Inputs were {shapes}; see the traceback with --debug",
-    )
+    return TraceError(f"capturing {type(module).__name__}", found=f"torch.export fails: {reason_of(error)}", do=do)

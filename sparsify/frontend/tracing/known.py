@@ -99,8 +99,11 @@ class Known(TorchFunctionMode):
         written = self._written(name, args, kwargs)
         result = func(*args, **kwargs)
         results = [value for value in pytree.tree_leaves(result) if isinstance(value, Tensor)]
-        if written is not None and not known:
-            self._forget(written)
+        if written is not None and (not known or name in _CHANCE):
+            self._forget(written, ofgiven and name not in _CHANCE)
+        elif written is not None:
+            with _disable_current_modes():
+                func(*self._real(args), **self._real(kwargs))
         elif known or (not held and name in _MAKING):
             self._pair(name, func, args, kwargs, results)
         elif name in _FILLED and results:
@@ -111,7 +114,7 @@ class Known(TorchFunctionMode):
                         like,
                         torch.full(like.shape, _FILLED[name], dtype=like.dtype, device=like.device),
                     )
-        elif ofgiven and written is None:
+        elif ofgiven:
             self.given |= {id(value): value for value in results}
         return result
 
@@ -192,15 +195,19 @@ class Known(TorchFunctionMode):
             return args[0] if isinstance(args[0], Tensor) else None
         return None
 
-    def _forget(self, written: Tensor) -> None:
-        """Nothing is known any more of what shares its memory with ``written``."""
+    def _forget(self, written: Tensor, ofgiven: bool) -> None:
+        """Nothing is known any more of what shares its memory with ``written``; ``ofgiven``: but what a batch says."""
         own = written.untyped_storage()._cdata
 
         def lost(traced: Tensor) -> bool:
             return traced is written or traced.untyped_storage()._cdata == own
 
-        self.known = {key: pair for key, pair in self.known.items() if not lost(pair[0])}
-        self.given = {key: traced for key, traced in self.given.items() if not lost(traced)}
+        forgotten = {key: pair[0] for key, pair in self.known.items() if lost(pair[0])}
+        self.known = {key: pair for key, pair in self.known.items() if key not in forgotten}
+        if ofgiven:
+            self.given |= forgotten
+        else:
+            self.given = {key: traced for key, traced in self.given.items() if not lost(traced)}
 
     def _other_way(self, asked: Tensor) -> bool:
         """Go on where ``asked`` does not hold, and leave in the graph what says so."""

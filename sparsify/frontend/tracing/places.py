@@ -9,9 +9,14 @@ import traceback
 from pathlib import Path
 
 import torch
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+
+from sparsify.errors import first_line
 
 # What calls a model's code, and what it calls: nobody looks for a model there.
 _NOT = (str(Path(__file__).parents[2]) + "/", str(Path(torch.__file__).parent) + "/", "<")
+# What torch 2.13 says where numbers are read past its own questions.
+_NO_NUMBERS = "data is not allocated yet"
 _LIBRARY = sysconfig.get_paths()["stdlib"] + "/"
 
 
@@ -30,6 +35,19 @@ def failed_line(error: BaseException) -> str:
         if _is_model(frame.f_code.co_filename):
             found = _said(frame.f_code.co_filename, line)
     return found
+
+
+def asks_numbers(error: BaseException) -> bool:
+    """Whether an export failed because a model's Python asked for numbers that a trace has not."""
+    return isinstance(error, GuardOnDataDependentSymNode) or _NO_NUMBERS in str(error)
+
+
+def reason_of(error: BaseException) -> str:
+    """Why a trace of a model failed, and at which line of the model's code."""
+    where = failed_line(error)
+    if asks_numbers(error):
+        return f"the model chooses a way or a size{f' at {where}' if where else ''} by numbers that only a run can give"
+    return f"{first_line(error)}{f' at {where}' if where else ''}"
 
 
 def _is_model(file: str) -> bool:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, fx
 
-from sparsify.errors import TraceError
 from sparsify.frontend.tracing.known import WAY
 from sparsify.ir.graph import set_tensor
-from sparsify.ir.ways import Way
+from sparsify.ir.program import Way
 
 _ASSERT = torch.ops.aten._assert_async.msg
 
@@ -20,9 +20,6 @@ def without_ways(graph: fx.Graph, read: Callable[[str], Tensor]) -> tuple[Way, .
 
     Args:
         read: the value of a ``get_attr`` of the graph.
-
-    Raises:
-        TraceError: what was asked of a tensor that is written to.
     """
     marks = [n for n in graph.nodes if n.target is _ASSERT and str(n.args[1]).startswith(WAY)]
     ways = {mark.args: Way(str(mark.args[1]).removeprefix(WAY), _alone(graph, mark, read)) for mark in marks}
@@ -33,19 +30,7 @@ def without_ways(graph: fx.Graph, read: Callable[[str], Tensor]) -> tuple[Way, .
 
 def _alone(graph: fx.Graph, mark: fx.Node, read: Callable[[str], Tensor]) -> fx.GraphModule:
     (asked,) = mark.all_input_nodes
-    needed, todo = set[fx.Node](), [asked]
-    while todo:
-        if (node := todo.pop()) not in needed:
-            needed.add(node)
-            todo += node.all_input_nodes
-    for node in graph.nodes:
-        schema = getattr(node.target, "_schema", None)
-        if schema is not None and schema.is_mutable and needed.intersection(_chain(node)):
-            raise TraceError(
-                f"capturing {str(mark.args[1]).removeprefix(WAY)}",
-                found="a choice by numbers that the model writes one by one",
-                do="Give the input that it makes of the others (such as a mask), or leave out the one that decides",
-            )
+    needed = _needed(graph, asked, mark)
     alone, root, env = fx.Graph(), torch.nn.Module(), dict[fx.Node, fx.Node]()
     for node in graph.nodes:
         if node not in needed:
@@ -63,6 +48,20 @@ def _alone(graph: fx.Graph, mark: fx.Node, read: Callable[[str], Tensor]) -> fx.
             setattr(env[node], field, value)
     alone.output(env[asked])
     return fx.GraphModule(root, alone)
+
+
+def _needed(graph: fx.Graph, asked: fx.Node, mark: fx.Node) -> set[fx.Node]:
+    """What is computed for ``asked``, and what is written to any of it before that is asked."""
+    needed, todo = set[fx.Node](), [asked]
+    before = list(itertools.takewhile(lambda node: node is not mark, graph.nodes))
+    writing = [n for n in before if getattr(getattr(n.target, "_schema", None), "is_mutable", False)]
+    while todo:
+        while todo:
+            if (node := todo.pop()) not in needed:
+                needed.add(node)
+                todo += node.all_input_nodes
+        todo = [node for node in writing if node not in needed and needed.intersection(_chain(node))]
+    return needed
 
 
 def _chain(node: fx.Node) -> list[fx.Node]:
