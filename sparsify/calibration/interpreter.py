@@ -278,6 +278,6 @@ def _check_numbers(program: Program, batches: Sequence[Mapping[str, Tensor]]) ->
                 raise CalibrationError(
                     f"input {' and '.join(way.inputs)} of batch {index}",
                     found=f"numbers with which {program.model} goes another way than its graph, at {way.where}",
-                    do="The graph goes where that is not so: leave out batches (with padding, with tokens marked) for "
-                    "which it is, or give the mask that the model makes of them as an input",
+                    do="A graph goes one way: leave out batches that go another (with padding, with tokens marked), or "
+                    "give the mask that the model makes of them as an input",
                 )

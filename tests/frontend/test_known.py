@@ -128,6 +128,23 @@ class Marked(nn.Module):
         return x.masked_fill(mask[..., None], 0.0)
 
 
+class Unmarked(Marked):
+    """The other way round: a mask of ones is none."""
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:  # type: ignore[override]
+        x = self.layer(self.embed(input_ids))
+        return x if attention_mask.bool().all() else x * attention_mask[..., None]
+
+
+def test_a_mask_of_ones_is_the_usual_way() -> None:
+    model, ones = Unmarked(), torch.ones(2, 6, dtype=torch.long)
+    program = capture(open_source(model), {**tokens(0), "attention_mask": ones})
+    batch = {**tokens(1), "attention_mask": ones}
+    assert torch.equal(execute(program, [batch])[0], model(**batch))
+    with pytest.raises(CalibrationError, match="goes another way"):
+        execute(program, [{**tokens(1), "attention_mask": ones.tril()}])
+
+
 def tokens(seed: int, low: int = 1) -> dict[str, Tensor]:
     return {"input_ids": torch.randint(low, 16, (2, 6), generator=torch.Generator().manual_seed(seed))}
 

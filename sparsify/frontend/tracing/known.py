@@ -21,11 +21,11 @@ from torch.utils._python_dispatch import _disable_current_modes
 from sparsify.frontend.tracing.places import model_line
 
 # What a message of ``aten._assert_async`` in a graph begins with, where it says which way a trace went.
-WAY = "sparsify traced where this is not so: "
+WAY = "sparsify traced one way at "
 
 # By their names in torch: functions of which Python wants numbers, not a tensor.
 _ASKING = frozenset({"__bool__", "__int__", "__float__", "__index__", "__contains__", "item", "tolist", "numpy"}) | {
-    "equal", "allclose", "is_nonzero",
+    "__array__", "equal", "allclose", "is_nonzero",
 }  # fmt: skip
 # Whose results have as many elements as the numbers say; ``where`` and ``__getitem__`` have where the shapes differ.
 _COUNTING = frozenset({"nonzero", "argwhere", "masked_select", "unique", "unique_consecutive", "repeat_interleave"}) | {
@@ -37,7 +37,7 @@ _MAKING = frozenset({"zeros", "ones", "full", "arange", "tensor", "as_tensor", "
 }  # fmt: skip
 # Whose numbers are not known, whatever they are of.
 _CHANCE = frozenset({"empty_like", "new_empty", "empty", "multinomial", "bernoulli", "bernoulli_", "normal_"}) | {
-    "uniform_", "random_", "rand_like", "randn_like", "randint_like", "exponential_",
+    "uniform_", "random_", "rand_like", "randn_like", "randint_like", "exponential_", "normal", "poisson",
 }  # fmt: skip
 # Whose arguments, but for the first, are sizes: a tensor of one whole number is as good as the number.
 _SIZED = frozenset({"pad", "interpolate", "view", "reshape", "expand", "repeat", "unflatten", "split", "narrow"}) | {
@@ -48,6 +48,8 @@ _SIZED = frozenset({"pad", "interpolate", "view", "reshape", "expand", "repeat",
 _FILLED = {"zeros_like": 0, "new_zeros": 0, "ones_like": 1, "new_ones": 1}
 # Elements of a tensor whose numbers are computed: a mask of 2000 tokens by 2000.
 _MOST = 1 << 22
+# Of a buffer whose numbers are kept: sizes and positions, not tables.
+_BUFFER = 1 << 16
 
 
 class Known(TorchFunctionMode):
@@ -57,7 +59,7 @@ class Known(TorchFunctionMode):
         numbers: pairs of a tensor of the trace and what it holds; None: what a trace makes stays the trace's, and only
             ``tensors`` are known.
         given: tensors that a user gives anew in each batch, and that mark something. Whether something holds of them
-            is asked of a batch before it runs: the trace goes the way on which it does not.
+            is asked of a batch before it runs: the trace goes the way on which it does not, or holds of all.
     """
 
     def __init__(
@@ -72,10 +74,12 @@ class Known(TorchFunctionMode):
         # A copy: what a model writes to its buffers while it is traced is not written to them.
         with _disable_current_modes():
             self.known |= {
-                id(traced): (traced, real.clone()) for traced, real in numbers or () if real.numel() <= _MOST
+                id(traced): (traced, real.clone()) for traced, real in numbers or () if real.numel() <= _BUFFER
             }
         self.given: dict[int, Tensor] = {id(tensor): tensor for tensor in given}
         self.wide = numbers is not None
+        # Of those, what is true if something holds of all elements: usually it does, as a mask of ones shows.
+        self.of_all: dict[int, Tensor] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, name = kwargs or {}, getattr(func, "__name__", "")
@@ -95,7 +99,7 @@ class Known(TorchFunctionMode):
             return made
         ofgiven = bool(held) and all(id(value) in self.known or id(value) in self.given for value in held)
         if ofgiven and (name == "__bool__" or (name == "item" and args[0].dtype is torch.bool)):
-            return self._other_way(args[0])
+            return self._one_way(args[0])
         written = self._written(name, args, kwargs)
         result = func(*args, **kwargs)
         results = [value for value in pytree.tree_leaves(result) if isinstance(value, Tensor)]
@@ -116,6 +120,8 @@ class Known(TorchFunctionMode):
                     )
         elif ofgiven:
             self.given |= {id(value): value for value in results}
+            if name == "all" or (name == "bool" and id(args[0]) in self.of_all):
+                self.of_all |= {id(value): value for value in results}
         return result
 
     def _at_once(self, func: Any, args: Any, kwargs: Any) -> Any:
@@ -209,10 +215,12 @@ class Known(TorchFunctionMode):
         else:
             self.given = {key: traced for key, traced in self.given.items() if not lost(traced)}
 
-    def _other_way(self, asked: Tensor) -> bool:
-        """Go on where ``asked`` does not hold, and leave in the graph what says so."""
-        torch.ops.aten._assert_async.msg((asked == 0).reshape(()), WAY + model_line())
-        return False
+    def _one_way(self, asked: Tensor) -> bool:
+        """Go on where ``asked`` does not hold, or where it does of all, and leave in the graph what says so."""
+        holds = id(asked) in self.of_all
+        as_traced = asked != 0 if holds else asked == 0
+        torch.ops.aten._assert_async.msg(as_traced.reshape(()), WAY + model_line())
+        return holds
 
 
 def real_buffers(named: Iterable[tuple[str, Tensor]]) -> Mapping[str, Tensor]:
