@@ -242,9 +242,6 @@ MROPE: dict[str, dict[int, list[int]]] = dict.fromkeys(
 INPUTS: dict[str, tuple[str, ...]] = {
     # Its processor gives both; how it attends without the second depends on how attention is computed.
     "paligemma": ("input_ids", "token_type_ids"),
-    # Towers alone, which say that they read tokens.
-    "exaone4_5_vision": ("hidden_states", "grid_thw"),
-    "qwen2_5_vl_vision": ("hidden_states", "grid_thw"),
 }
 # How many tokens stand for one image in the text that goes with it.
 IMAGE_TOKENS: dict[str, int] = {"blip-2": 4, "instructblip": 4}

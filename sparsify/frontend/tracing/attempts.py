@@ -47,6 +47,8 @@ def attempted(
             with way():
                 exported = torch.export.export(module, args, kwargs, strict=False)
             return exported, {name: value.cpu() for name, value in literals.items()}
+        except TraceError:
+            raise
         except Exception as error:  # export raises many kinds; all mean that there is no graph
             if not asks_numbers(error):
                 del ways[:-1]
