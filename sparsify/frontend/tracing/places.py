@@ -16,7 +16,7 @@ from sparsify.errors import first_line
 # What calls a model's code, and what it calls: nobody looks for a model there.
 _NOT = (str(Path(__file__).parents[2]) + "/", str(Path(torch.__file__).parent) + "/", "<")
 # What torch 2.13 says where numbers are read past its own questions.
-_NO_NUMBERS = "data is not allocated yet"
+_NO_NUMBERS = ("data is not allocated yet", "expected to contain only concrete integers")
 _LIBRARY = sysconfig.get_paths()["stdlib"] + "/"
 
 
@@ -39,7 +39,7 @@ def failed_line(error: BaseException) -> str:
 
 def asks_numbers(error: BaseException) -> bool:
     """Whether an export failed because a model's Python asked for numbers that a trace has not."""
-    return isinstance(error, GuardOnDataDependentSymNode) or _NO_NUMBERS in str(error)
+    return isinstance(error, GuardOnDataDependentSymNode) or any(text in str(error) for text in _NO_NUMBERS)
 
 
 def reason_of(error: BaseException) -> str:
