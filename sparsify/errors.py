@@ -84,4 +84,6 @@ def near(word: str, known: Iterable[str], limit: int = 4) -> str:
 
 def first_line(error: BaseException) -> str:
     """The first line of another library's error that says something, else its type."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    # What is printed over many lines (a module) says nothing in the first of them.
+    return f"{lines[0]}…{lines[-1]}" if len(lines) > 1 and lines[0].endswith(("(", "[", "{")) else lines[0]

@@ -64,7 +64,7 @@ class Interpreter(fx.Interpreter):
     """Run regions of ``program`` over ``batches`` (input name to tensor), in order, from the first node on.
 
     Raises:
-        CalibrationError: a batch has other numbers than the graph where these decide its shapes.
+        CalibrationError: a batch has other numbers than the graph where these decide its shapes or its way.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class Interpreter(fx.Interpreter):
         device: torch.device,
     ) -> None:
         super().__init__(program.graph_module, garbage_collect_values=False)
-        _check_literals(program, batches)
+        _check_numbers(program, batches)
         self.program, self.flow, self.batches, self.store, self.device = program, flow, batches, store, device
         self.resident: Values = {}
         self.pinned: set[fx.Node] = set()
@@ -265,7 +265,7 @@ class Interpreter(fx.Interpreter):
         return copied
 
 
-def _check_literals(program: Program, batches: Sequence[Mapping[str, Tensor]]) -> None:
+def _check_numbers(program: Program, batches: Sequence[Mapping[str, Tensor]]) -> None:
     for index, batch in enumerate(batches):
         if (name := program.unlike(batch)) is not None:
             raise CalibrationError(
@@ -273,3 +273,11 @@ def _check_literals(program: Program, batches: Sequence[Mapping[str, Tensor]]) -
                 found=f"other numbers than the graph was traced with, {program.literals[name].tolist()}",
                 do="They decide the shapes inside the model: give batches that have the same",
             )
+        for way in program.ways:
+            if not way.taken_by(batch):
+                raise CalibrationError(
+                    f"input {' and '.join(way.inputs)} of batch {index}",
+                    found=f"numbers with which {program.model} goes another way than its graph, at {way.where}",
+                    do="A graph goes one way: leave out batches that go another (with padding, with tokens marked), or "
+                    "give the mask that the model makes of them as an input",
+                )

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import gc
 import inspect
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, redirect_stderr
+from collections.abc import Mapping
+from contextlib import redirect_stderr
 from io import StringIO
 from typing import Any, cast
 
@@ -17,22 +17,21 @@ import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.export.graph_signature import InputKind
-from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.utils import _pytree as pytree
 
-from sparsify.errors import TraceError, first_line
+from sparsify.errors import TraceError
 from sparsify.frontend.matching import weights_of_module
 from sparsify.frontend.source import Source
+from sparsify.frontend.tracing.attempts import Batch, attempted
+from sparsify.frontend.tracing.caches import without_cache
 from sparsify.frontend.tracing.functional import without_writes
-from sparsify.frontend.tracing.literal import could_be_literal, literal
 from sparsify.frontend.tracing.mends import mended
 from sparsify.frontend.tracing.recurrences import kept_whole
+from sparsify.frontend.tracing.ways import without_ways
 from sparsify.host import quiet, release_freed
 from sparsify.ir.graph import empty_root, inline
 from sparsify.ir.program import Program
 from sparsify.ir.weights import Weights
-
-Batch = Mapping[str, Tensor]
 
 aten = torch.ops.aten
 
@@ -86,29 +85,9 @@ def export(module: nn.Module, batch: Batch) -> tuple[torch.export.ExportedProgra
     try:
         # Where export gives up it prints the graph so far, which is of no use to whoever has no such model in hand.
         with torch.no_grad(), quiet(), without_cache(module), mended(module), redirect_stderr(StringIO()):
-            try:
-                return _export(module, batch, device), {}
-            except GuardOnDataDependentSymNode:
-                known = {name: batch[name].to(device) for name in could_be_literal(batch)}
-                if not known:
-                    raise
-                rest = {name: value for name, value in batch.items() if name not in known}
-                with literal(module, known):
-                    return _export(module, rest, device), {name: value.cpu() for name, value in known.items()}
-    except Exception as error:  # export raises many kinds; all mean that there is no graph
-        raise TraceError(
-            f"capturing {type(module).__name__}",
-            found=f"torch.export fails: {first_line(error)}",
-            do=f"Inputs were {', '.join(f'{k} {tuple(v.shape)}' for k, v in batch.items())}; "
-            "see the traceback with --debug",
-        ) from error
+            return attempted(module, batch, device)
     finally:
         _set_mode(module, training=training)
-
-
-def _export(module: nn.Module, batch: Batch, device: torch.device) -> torch.export.ExportedProgram:
-    args, kwargs = call_arguments(module, {k: torch.zeros_like(v, device=device) for k, v in batch.items()})
-    return torch.export.export(module, args, kwargs, strict=False)
 
 
 def from_exported(
@@ -150,9 +129,11 @@ def from_exported(
                 values[target] = _constant(exported, str(spec.target), known)
             stand_ins.setdefault(target, val)
             env[node] = graph.get_attr(target)
+            env[node].meta["buffer"] = spec.kind is InputKind.BUFFER
         env[node].meta["val"] = torch.empty(val.shape, dtype=val.dtype, device="meta")
     output = inline(exported.graph, exported.graph_module, graph, env, _does_nothing)
     graph.output(output)
+    ways = without_ways(graph, lambda name: values[name] if name in values else weights.read(name))
     without_writes(graph)
     module = fx.GraphModule(empty_root(stand_ins), graph)
     for node in module.graph.nodes:
@@ -161,44 +142,10 @@ def from_exported(
             node.meta["impure"] = node.target._schema.is_mutable
     module.graph.eliminate_dead_code(lambda n: n.op in ("placeholder", "output") or n.meta.get("impure", False))
     _drop_unread(module)
-    program = Program(module, weights, values, _leaf_names(exported.call_spec.out_spec))
+    program = Program(module, weights, values, _leaf_names(exported.call_spec.out_spec), ways=ways)
     program.to(torch.device(device))
     program.verify()
     return program
-
-
-def call_arguments(module: nn.Module, batch: Batch) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
-    """Positional and keyword arguments for ``module`` from a batch, without any cache of past tokens."""
-    positional = sorted((k for k in batch if k.isdigit()), key=int)
-    kwargs: dict[str, Any] = {k: v for k, v in batch.items() if not k.isdigit()}
-    if "use_cache" not in kwargs and takes_use_cache(module):
-        kwargs["use_cache"] = False
-    return tuple(batch[k] for k in positional), kwargs
-
-
-def takes_use_cache(module: nn.Module) -> bool:
-    """Whether a model's forward may be told ``use_cache``: its config has the word, or its signature."""
-    if getattr(getattr(module, "config", None), "use_cache", None) is not None:
-        return True
-    return hasattr(module, "config") and "use_cache" in inspect.signature(module.forward).parameters
-
-
-@contextmanager
-def without_cache(module: nn.Module) -> Iterator[None]:
-    """``module`` with every config of its parts saying that past tokens are not kept, and as it was afterwards.
-
-    A model of several models (a vision tower beside a language model) asks the config of the part that keeps them, not
-    its own, and not every such model hands the word on.
-    """
-    configs = {id(config): config for part in module.modules() if (config := getattr(part, "config", None)) is not None}
-    kept = [config for config in configs.values() if getattr(config, "use_cache", None) is True]
-    for config in kept:
-        config.use_cache = False
-    try:
-        yield
-    finally:
-        for config in kept:
-            config.use_cache = True
 
 
 def _set_mode(module: nn.Module, *, training: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -72,6 +73,11 @@ def inline(
             continue
         if node.target is torch.ops.aten._assert_tensor_metadata.default:
             continue
+        parts = env.get(node.all_input_nodes[0]) if node.target is operator.getitem else None
+        if isinstance(parts, (tuple, list)):
+            # What a wrapper gave is a tuple of nodes, not a node that gives a tuple.
+            env[node] = parts[node.args[1]]
+            continue
         if (same := skip(node)) is not None:
             env[node] = env[same]
             continue
@@ -135,7 +141,16 @@ def runnable(program: Program, device: torch.device) -> fx.GraphModule:
         constant = program.parameter(node) is None or not value.is_floating_point()
         set_tensor(root, str(node.target), value if constant else nn.Parameter(value, requires_grad=False))
     graph = fx.Graph()
-    found: Any = graph.graph_copy(program.graph, {})
+    copies: dict[fx.Node, fx.Node] = {}
+    found: Any = graph.graph_copy(program.graph, copies)
+    given = {node.meta["input"]: copies[node] for node in program.inputs}
+    for number, way in enumerate(program.ways):
+        # Beside the graph nothing asks the inputs any more: the module asks by itself.
+        root.add_module(f"way_{number}", way.asked)
+        # Copies, because a model may write to what it is given.
+        values = tuple(graph.call_method("clone", (graph.call_method("cpu", (given[name],)),)) for name in way.inputs)
+        asked = graph.call_module(f"way_{number}", values)
+        graph.call_function(torch._assert, (asked, f"other inputs than the graph is for, at {way.where}"))
     # A single output is given as it is, not as a tuple of one.
     graph.output(found[0] if isinstance(found, (tuple, list)) and len(found) == 1 else found)
     return fx.GraphModule(root, graph)

@@ -22,6 +22,32 @@ from sparsify.ir.weights import Weights
 T = TypeVar("T")
 
 
+@dataclass(frozen=True)
+class Way:
+    """A line of a model's own Python that decides by its inputs which way it goes, and when it goes as the graph does.
+
+    A graph goes one way whatever it is given: what is asked of the inputs is kept beside it, and asked of every batch
+    before it runs.
+
+    Attributes:
+        where: a file, a line and what it says. asked: takes the inputs that it has placeholders for, on the CPU, and
+            gives one truth value.
+    """
+
+    where: str
+    asked: fx.GraphModule
+
+    @property
+    def inputs(self) -> list[str]:
+        """Names of the inputs that decide."""
+        return [str(node.meta["input"]) for node in self.asked.graph.nodes if node.op == "placeholder"]
+
+    def taken_by(self, batch: Mapping[str, Tensor]) -> bool:
+        """Whether the model goes as the graph does on ``batch``."""
+        with torch.no_grad():
+            return bool(self.asked(*(batch[name].cpu().clone() for name in self.inputs)))
+
+
 @dataclass
 class Program:
     """What every analysis, pass and backend works on.
@@ -33,6 +59,7 @@ class Program:
         output_names: names of the flat outputs where the model gives them, else "0", "1", ….
         model: the class of the model that was captured; empty for a bare graph.
         literals: inputs whose numbers are in the graph, because they decide its shapes; other numbers need another.
+        ways: what else is true of a batch on which the model goes the way that the graph goes.
     """
 
     graph_module: fx.GraphModule
@@ -41,6 +68,7 @@ class Program:
     output_names: list[str] = field(default_factory=list)
     model: str = ""
     literals: dict[str, Tensor] = field(default_factory=dict)
+    ways: tuple[Way, ...] = ()
     _facts: dict[Callable[[Any], Any], Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property

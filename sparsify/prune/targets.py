@@ -37,9 +37,9 @@ def choose(program: Program, pattern: Pattern, wanted: Wanted) -> tuple[list[Tar
     """Split the parameters of ``program``'s linear sites into targets and those that stay dense, with the reason.
 
     By default every linear site inside a repeated block is a target, as in the papers; where a model
-    has no blocks, every site is. Blocks that make something of images or sound for a language model stay dense.
-    ``only`` replaces that default, ``ignore`` takes away from either. Weights
-    that an embedding shares are never targets.
+    has no blocks, every site is. Blocks that make something of images or sound for a language model stay dense, and
+    so do buffers. ``only`` replaces that default, ``ignore`` takes away from either. Weights that an embedding shares
+    are never targets.
 
     Parts of the model that the captured inputs do not run (a vision tower, of text alone) are among what stays dense.
 
@@ -48,6 +48,8 @@ def choose(program: Program, pattern: Pattern, wanted: Wanted) -> tuple[list[Tar
     """
     sites, _ = find_sites(program)
     shared = read_elsewhere(program, sites)
+    held = (n for n in program.graph.nodes if n.op == "get_attr" and n.meta.get("buffer"))
+    buffers = {program.weights.canonical(str(n.target)) for n in held}
     blocks, beside = any(site.block for site in sites), _towers(program, sites)
     only = wanted.only
     by_parameter: dict[str, list[LinearSite]] = {}
@@ -71,6 +73,8 @@ def choose(program: Program, pattern: Pattern, wanted: Wanted) -> tuple[list[Tar
             reason = f"reads {beside[site.block]} for the language model; name it with --only to prune it"
         elif only is None and site.window is not None:
             reason = "a convolution with a kernel; name it with --only to prune it"
+        elif only is None and parameter in buffers:
+            reason = "a buffer, such as a codebook, and no parameter; name it with --only to prune it"
         elif only is None and site.router:
             reason = "a router, which chooses experts; name it with --only to prune it"
         else:

@@ -67,7 +67,9 @@ def shrink(program: Program, dimensions: Dimensions, remove: Mapping[int, Sequen
         if n.op == "get_attr" and str(n.target) not in edit.constants
     }
     module = fx.GraphModule(empty_root(shapes | edit.constants), graph)
-    result = Program(module, weights, edit.constants, program.output_names, program.model, program.literals)
+    result = Program(
+        module, weights, edit.constants, program.output_names, program.model, program.literals, program.ways
+    )
     _propagate(result, shapes, edit.touched)
     result.verify()
     return result

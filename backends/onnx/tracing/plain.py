@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from sparsify.backends.onnx.tracing.contract import BATCH, SEQUENCE, Contract, Dims, Run
 from sparsify.backends.onnx.tracing.wrappers import Plain
-from sparsify.errors import BackendError, first_line
+from sparsify.errors import BackendError
+from sparsify.frontend.tracing.places import reason_of
 
 # Sizes of the example: none is 0 or 1, which tracing would take for a constant, and no two are alike.
 _ROWS, _LENGTH, _DECODER_LENGTH = 2, 5, 7
@@ -30,7 +31,7 @@ def plain_contract(model: nn.Module, run: Run, batch: Mapping[str, Tensor], name
         try:
             outputs = run(lambda inputs=inputs: wrapper.outputs(inputs))  # type: ignore[misc]
         except Exception as error:  # a model's own code raises whatever it likes
-            reasons.append(first_line(error))
+            reasons.append(reason_of(error))
             continue
         return Contract("plain", wrapper, inputs, [], list(outputs), dims, one_row=reasons[0] if rows == 1 else None)
     inputs, _ = _example(model, batch, names, _ROWS, apart=True)

@@ -16,7 +16,8 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from sparsify.backends.onnx.tracing.choice import contract_for
 from sparsify.backends.onnx.tracing.contract import Contract
-from sparsify.errors import BackendError, first_line
+from sparsify.errors import BackendError
+from sparsify.frontend.tracing.places import reason_of
 from sparsify.host import quiet
 
 T = TypeVar("T")
@@ -69,7 +70,7 @@ def export_contract(contract: Contract) -> torch.export.ExportedProgram:
     except Exception as error:  # export raises many kinds; all mean that there is no graph
         raise BackendError(
             f"exporting {type(contract.wrapper.model).__name__} to ONNX",
-            found=f"torch.export cannot trace it with dynamic shapes: {first_line(error)}",
+            found=f"torch.export cannot trace it with dynamic shapes: {reason_of(error)}",
             do="See the traceback with --debug; --to hf writes the pruned model without a graph",
         ) from error
 

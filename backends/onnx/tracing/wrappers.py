@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from sparsify.frontend.capture import call_arguments, without_cache
+from sparsify.frontend.tracing.caches import call_arguments, without_cache
 
 # Keys and values of a layer, or its convolution's and its recurrent state.
 States = list[tuple[Tensor, Tensor]]

@@ -19,11 +19,11 @@ from sparsify.backends.verify.outputs.feeds import feed_for, sizes_for
 from sparsify.backends.verify.result import Behaviour, Verification
 from sparsify.errors import BackendError, first_line
 from sparsify.files.manifest import section
-from sparsify.frontend.capture import call_arguments, without_cache
 from sparsify.frontend.matching import weights_of_checkpoint
 from sparsify.frontend.materialize import materialize
 from sparsify.frontend.skeleton import build_skeleton
 from sparsify.frontend.source import Source
+from sparsify.frontend.tracing.caches import call_arguments, without_cache
 from sparsify.ir.store import TensorStore
 
 _ALONE = "--weights-only checks the weights alone"

@@ -6,15 +6,14 @@ have the same. ``torch.export`` would take them for unknown and give up where a 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import _disable_current_modes
+
+from sparsify.frontend.tracing.known import Known
 
 # More elements than any description of images has; less than a sequence of tokens.
 _MOST = 1 << 14
@@ -30,42 +29,44 @@ def could_be_literal(batch: Mapping[str, Tensor]) -> list[str]:
         if not tensor.is_floating_point()
         and tensor.shape not in tokens
         and tensor.numel() <= _MOST
+        and not tensor.is_meta
         and not name.endswith(_NEVER)
     ]
 
 
 @contextmanager
-def literal(module: nn.Module, inputs: Mapping[str, Tensor]) -> Iterator[None]:
-    """``module`` with ``inputs`` among its arguments, whose numbers are known while it is traced."""
-    forward = module.forward
+def literal(
+    module: nn.Module, inputs: Mapping[str, Tensor], buffers: Mapping[str, Tensor] | None = None
+) -> Iterator[None]:
+    """``module`` with ``inputs`` among its arguments, whose numbers are known while it is traced.
 
-    def with_inputs(*args: Any, **kwargs: Any) -> Any:
-        with _Known(inputs.values()):
+    Args:
+        buffers: what its buffers hold, by their names, where what follows from them and from shapes is to be known.
+    """
+
+    def with_inputs(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        pairs, given = None, []
+        if buffers is not None:
+            named = dict(module.named_buffers(remove_duplicate=False))
+            pairs = [(named[name], real) for name, real in buffers.items() if name in named]
+            leaves = [value for value in pytree.tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
+            # Tokens and masks mark things; a model whose way depends on measured values has no one way.
+            given = [value for value in leaves if not value.is_floating_point()]
+        with Known(inputs.values(), pairs, given):
             return forward(*args, **kwargs, **inputs)
 
-    module.forward = with_inputs
+    with running_as(module, with_inputs):
+        yield
+
+
+@contextmanager
+def running_as(module: nn.Module, function: Callable[..., Any]) -> Iterator[None]:
+    """``module`` with a forward that calls ``function`` with its own forward and the arguments."""
+    before, forward = module.__dict__.get("forward"), module.forward
+    module.forward = lambda *args, **kwargs: function(forward, *args, **kwargs)
     try:
         yield
     finally:
         del module.forward
-
-
-class _Known(TorchFunctionMode):
-    """Computes at once what is computed from ``tensors`` alone, whose numbers a trace would forget."""
-
-    def __init__(self, tensors: Any) -> None:
-        super().__init__()
-        # Tensors by identity, and themselves, so that none takes the identity of one that is gone.
-        self.known: dict[int, Tensor] = {id(tensor): tensor for tensor in tensors}
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        given = [value for value in pytree.tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
-        if not given or not all(id(value) in self.known for value in given):
-            return func(*args, **kwargs)
-        with _disable_current_modes():
-            result = func(*args, **kwargs)
-        for value in pytree.tree_leaves(result):
-            if isinstance(value, Tensor) and not isinstance(value, FakeTensor):
-                self.known[id(value)] = value
-        return result
+        if before is not None:
+            module.forward = before

@@ -5,6 +5,7 @@ Each says what fails, in which version it was seen, and does nothing where it is
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -12,6 +13,8 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
+
+from sparsify.frontend.tracing.literal import running_as
 
 
 @contextmanager
@@ -22,7 +25,62 @@ def mended(module: nn.Module) -> Iterator[None]:
             _masks(stack)
         if type(module).__name__ == "Llama4ForConditionalGeneration":
             _llama4(stack)
+        _casts(stack)
+        _checks(stack)
         yield
+
+
+@contextmanager
+def as_eager(module: nn.Module) -> Iterator[None]:
+    """``module`` as it runs without any compiler, as far as its code asks, and giving tensors alone.
+
+    transformers 5.24: T5-like models make no mask of ones where they are compiled, and fail for want of it; others have
+    checks of values there, which no trace can make. Not for a first try: the graphs of models that need it alone.
+    """
+    files = {sys.modules.get(name) for name in {type(part).__module__ for part in module.modules()}}
+    with ExitStack() as stack:
+        for file in files:
+            if hasattr(file, "is_torchdynamo_compiling"):
+                stack.enter_context(patch.object(file, "is_torchdynamo_compiling", lambda: False))
+        stack.enter_context(running_as(module, _without_caches))
+        yield
+
+
+def _without_caches(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """A model may give a cache of past tokens whatever it is told; an exported graph can give tensors alone."""
+    out = forward(*args, **kwargs)
+    if isinstance(out, dict):
+        for name in [name for name, value in out.items() if _is_cache(value)]:
+            # An output of transformers refuses to lose one by its own ways.
+            out = type(out)(**{n: None if n == name else v for n, v in out.items()})
+    return out
+
+
+def _is_cache(value: object) -> bool:
+    return any(kind.__name__ == "Cache" for kind in type(value).__mro__)
+
+
+def _casts(stack: ExitStack) -> None:
+    """transformers 5.24: NLLB-MoE casts a layer whenever it runs. A cast to what a layer is already does nothing, and
+    torch, while it traces, cannot put the same parameter into its place."""
+    to = nn.Module.to
+
+    def cast(layer: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+        device, dtype, _, form = torch._C._nn._parse_to(*args, **kwargs)
+        tensors = [*layer.parameters(), *layer.buffers()]
+        same = form is None and all(
+            (device is None or tensor.device == device)
+            and (dtype is None or tensor.dtype == dtype or not (tensor.is_floating_point() or tensor.is_complex()))
+            for tensor in tensors
+        )
+        return layer if same else to(layer, *args, **kwargs)
+
+    stack.enter_context(patch.object(nn.Module, "to", cast))
+
+
+def _checks(stack: ExitStack) -> None:
+    """torch 2.13: a distribution looks at the numbers that it is made of, to raise an error where they are none."""
+    stack.enter_context(patch.object(torch.distributions.Distribution, "_validate_args", False))
 
 
 def _masks(stack: ExitStack) -> None:
