@@ -85,7 +85,7 @@ def export(module: nn.Module, batch: Batch) -> tuple[torch.export.ExportedProgra
     _set_mode(module, training=False)
     try:
         # Where export gives up it prints the graph so far, which is of no use to whoever has no such model in hand.
-        with torch.no_grad(), quiet(), without_cache(module), mended(module), redirect_stderr(StringIO()):
+        with torch.no_grad(), quiet(), without_cache(module), mended(module, batch), redirect_stderr(StringIO()):
             try:
                 return _export(module, batch, device), {}
             except GuardOnDataDependentSymNode:
@@ -95,6 +95,8 @@ def export(module: nn.Module, batch: Batch) -> tuple[torch.export.ExportedProgra
                 rest = {name: value for name, value in batch.items() if name not in known}
                 with literal(module, known):
                     return _export(module, rest, device), {name: value.cpu() for name, value in known.items()}
+    except TraceError:
+        raise
     except Exception as error:  # export raises many kinds; all mean that there is no graph
         raise TraceError(
             f"capturing {type(module).__name__}",

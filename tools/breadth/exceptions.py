@@ -239,9 +239,6 @@ MROPE: dict[str, dict[int, list[int]]] = dict.fromkeys(
     _SECTIONS,
 ) | {"ernie4_5_vl_moe_text": {4: [1, 1, 2]}}
 # The names of the inputs that are tried first.
-INPUTS: dict[str, tuple[str, ...]] = {
-    # Its processor gives both; how it attends without the second depends on how attention is computed.
-    "paligemma": ("input_ids", "token_type_ids"),
-}
+INPUTS: dict[str, tuple[str, ...]] = {}
 # How many tokens stand for one image in the text that goes with it.
 IMAGE_TOKENS: dict[str, int] = {"blip-2": 4, "instructblip": 4}

@@ -5,7 +5,7 @@ Each says what fails, in which version it was seen, and does nothing where it is
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest.mock import patch
@@ -13,13 +13,20 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 
+from sparsify.frontend.tracing.both_ways import leave_masks_out
+
 
 @contextmanager
-def mended(module: nn.Module) -> Iterator[None]:
-    """While it is open, ``module`` can be traced where only the faults below stand against it."""
+def mended(module: nn.Module, given: Collection[str] = ()) -> Iterator[None]:
+    """While it is open, ``module`` can be traced with inputs ``given`` where only the faults below stand against it.
+
+    Raises:
+        TraceError: see :func:`sparsify.frontend.tracing.both_ways.leave_masks_out`.
+    """
     with ExitStack() as stack:
         if hasattr(module, "config"):
             _masks(stack)
+            leave_masks_out(stack, module, given)
         if type(module).__name__ == "Llama4ForConditionalGeneration":
             _llama4(stack)
         yield
