@@ -26,10 +26,11 @@ _HGNET = {
     "stage_kernel_size": [3, 3, 5, 5],
     "embedding_size": 8,
 }
+_SERIES = {"prediction_length": 4, "context_length": 8, "lags_sequence": [1, 2], "num_time_features": 2}
 SIZES: dict[str, dict[str, Any]] = {
-    "autoformer": {"prediction_length": 4, "context_length": 8, "lags_sequence": [1, 2]},
-    "informer": {"prediction_length": 4, "context_length": 8, "lags_sequence": [1, 2]},
-    "time_series_transformer": {"prediction_length": 4, "context_length": 8, "lags_sequence": [1, 2]},
+    "autoformer": _SERIES | {"label_length": 4, "moving_average": 3},
+    "informer": _SERIES,
+    "time_series_transformer": _SERIES,
     "bridgetower_text_model": {"hidden_size": 64, "num_attention_heads": 4},
     "bridgetower_vision_model": {"hidden_size": 64},
     "bridgetower": {"hidden_size": 64, "contrastive_hidden_size": 32, "num_attention_heads": 4},
@@ -238,7 +239,5 @@ MROPE: dict[str, dict[int, list[int]]] = dict.fromkeys(
     ),
     _SECTIONS,
 ) | {"ernie4_5_vl_moe_text": {4: [1, 1, 2]}}
-# The names of the inputs that are tried first.
-INPUTS: dict[str, tuple[str, ...]] = {}
-# How many tokens stand for one image in the text that goes with it.
-IMAGE_TOKENS: dict[str, int] = {"blip-2": 4, "instructblip": 4}
+# How many tokens stand for one image, or for sound, in the text that goes with it.
+IMAGE_TOKENS: dict[str, int] = {"blip-2": 4, "instructblip": 4, "higgs_audio_v2": 4}

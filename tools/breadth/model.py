@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,8 @@ def make(kind: str, folder: Path) -> Tiny:
         model.save_pretrained(folder)
     except Exception as error:
         raise Unusable(f"does not save: {said(error)}") from error
+    if (saved := json.loads((folder / "config.json").read_text())["model_type"]) != kind:
+        raise Unusable(f"saves itself as {saved}")
     again, odd = load(type(model), folder)
     if odd:
         raise Unusable(f"does not load what it saved: {odd}")

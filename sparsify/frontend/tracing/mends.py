@@ -27,6 +27,8 @@ def mended(module: nn.Module, given: Collection[str] = ()) -> Iterator[None]:
         if hasattr(module, "config"):
             _masks(stack)
             leave_masks_out(stack, module, given)
+        if type(module).__name__.startswith(("Autoformer", "Informer")):
+            _series(stack)
         if type(module).__name__ == "Llama4ForConditionalGeneration":
             _llama4(stack)
         yield
@@ -54,6 +56,18 @@ def _masks(stack: ExitStack) -> None:
         stack.enter_context(patch.object(wrapped, "mod_index", index))
     if hasattr(masking_utils, "_vmap_expansion_sdpa"):
         stack.enter_context(patch.object(masking_utils, "_vmap_expansion_sdpa", expansion))
+
+
+def _series(stack: ExitStack) -> None:
+    """transformers 5.24: attention that shortens a series, or correlates it, takes no mask of the length that it had. A
+    run leaves out a mask that hides nothing; a trace would make it."""
+    from transformers import masking_utils
+
+    def left_out(padding_mask: Tensor | None, *_: Any) -> bool:
+        return padding_mask is None
+
+    if hasattr(masking_utils, "_ignore_bidirectional_mask_sdpa"):
+        stack.enter_context(patch.object(masking_utils, "_ignore_bidirectional_mask_sdpa", left_out))
 
 
 def _llama4(stack: ExitStack) -> None:
