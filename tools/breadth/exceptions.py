@@ -67,6 +67,21 @@ SIZES: dict[str, dict[str, Any]] = {
     "hgnet_v2": _HGNET,
     "d_fine": {"encoder_in_channels": [16, 16, 32], "encode_proj_layers": [2], "decoder_in_channels": [32, 32, 32]},
     "align": {"projection_dim": 80},
+    "kosmos-2": {"latent_query_num": 4},
+    "layoutlmv3": {"coordinate_size": 6, "shape_size": 4},
+    "levit": {"image_size": 64, "patch_size": 16},
+    "lilt": {"hidden_size": 48},
+    "longcat_flash": {"qk_head_dim": 16, "zero_expert_num": 4},
+    "sam_vision_model": {"num_pos_feats": 16},
+    "sam2_vision_model": {
+        "backbone_channel_list": [128, 64, 32, 16],
+        "backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]],
+    },
+    "sam2_prompt_encoder": {"image_size": 64, "patch_size": 16},
+    "vitmatte": {"backbone_config": {"patch_size": 16, "image_size": 64, "pretrain_image_size": 64}},
+    "step3p5": {"sliding_window": 8},
+    "textnet": {"hidden_sizes": [32, 32, 32, 64, 64]},
+    "xmod": {"default_language": "en_XX"},
     "deimv2": {"encoder_in_channels": [16, 16, 32], "encode_proj_layers": [2], "decoder_in_channels": [32, 32, 32]},
     "pp_doclayout_v2": {
         "encoder_in_channels": [16, 16, 32],
@@ -110,7 +125,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "bros": {"hidden_size": 64},
     "blip-2": {"image_token_index": 100},
     "instructblip": {"image_token_index": 100},
-    "instructblipvideo": {"video_token_id": 100},
+    "instructblipvideo": {"video_token_index": 100},
     "mamba2": {"num_heads": 8, "head_dim": 8},
     "nemotron": {"num_key_value_heads": 2},
     "qwen4_exp_text": {
@@ -168,7 +183,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "omdet-turbo": {"use_timm_backbone": False, "backbone_config:model": "swin"},
     "sam2_hiera_det_model": {
         "hidden_size": 16,
-        "blocks_per_stage": [1, 1, 1, 1],
+        "blocks_per_stage": [1, 2, 1, 1],
         "embed_dim_per_stage": [16, 32, 64, 128],
         "num_attention_heads_per_stage": [1, 2, 4, 8],
         "global_attention_blocks": [2],
@@ -240,4 +255,4 @@ MROPE: dict[str, dict[int, list[int]]] = dict.fromkeys(
     _SECTIONS,
 ) | {"ernie4_5_vl_moe_text": {4: [1, 1, 2]}}
 # How many tokens stand for one image, or for sound, in the text that goes with it.
-IMAGE_TOKENS: dict[str, int] = {"blip-2": 4, "instructblip": 4, "higgs_audio_v2": 4}
+IMAGE_TOKENS: dict[str, int] = {"blip-2": 4, "instructblip": 4, "instructblipvideo": 16, "higgs_audio_v2": 4}

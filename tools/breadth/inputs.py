@@ -87,16 +87,15 @@ class Inputs:
         high = min(LAST_ID, self._size("vocab_size", default=LAST_ID))
         low = FIRST_ID if high > 2 * FIRST_ID else 0
         if given := GIVEN.get(self.config.model_type):
-            return draw(given[name], low, high, generator)
+            found = draw(given[name], low, high, generator)
+            return self._with_images(found) if name == "input_ids" else found
         if name in ("input_ids", "decoder_input_ids", "text_input_ids", "labels", "encoder_input_ids"):
             books = self._size("num_codebooks", "n_codebooks", "num_channels_out", default=0)
             shape = (
                 (ROWS, LENGTH) if way < 2 else (ROWS, LENGTH, books or 2) if way == 2 else (ROWS, books or 2, LENGTH)
             )
             ids = torch.randint(low, high, shape, generator=generator)
-            if name == "input_ids" and (count := IMAGE_TOKENS.get(self.config.model_type)):
-                ids[:, :count] = self._size("image_token_id", "image_token_index", "audio_token_id", default=0)
-            return ids
+            return self._with_images(ids) if name == "input_ids" else ids
         if name in ("attention_mask", "pixel_mask", "pixel_attention_mask", "input_features_mask", "padding_mask"):
             if name.startswith("pixel"):
                 side = self._side()
@@ -176,6 +175,12 @@ class Inputs:
         if name in ("past_values_mask",):
             return torch.ones(ROWS, LENGTH)
         raise KeyError(name)
+
+    def _with_images(self, ids: Tensor) -> Tensor:
+        count = IMAGE_TOKENS.get(self.config.model_type, 0)
+        named = ("image_token_id", "image_token_index", "audio_token_id", "video_token_id")
+        ids[:, :count] = self._size(*named, default=0)
+        return ids
 
     def _lags(self) -> list[int]:
         return list(getattr(self.config, "lags_sequence", None) or [])
