@@ -22,7 +22,7 @@ def always_zero(node: fx.Node) -> bool:
         if name in _MADE:
             return True
         if name in _FILLED:
-            return len(node.args) > _FILLED[name] and node.args[_FILLED[name]] == 0
+            return len(node.args) > _FILLED[name] and node.args[_FILLED[name]] in (0, 0.0, False)
         if name not in _KEPT or not isinstance(node.args[0], fx.Node):
             return False
         node = node.args[0]
