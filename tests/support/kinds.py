@@ -72,6 +72,9 @@ KINDS: dict[str, Callable[[], Any]] = {
     "classifier": lambda: hf.LlamaForSequenceClassification(hf.LlamaConfig(**GQA, num_labels=3)),
     "reward": lambda: hf.LlamaForSequenceClassification(hf.LlamaConfig(**GQA, num_labels=1)),
     "tagger": lambda: hf.BertForTokenClassification(hf.BertConfig(**BERT, num_labels=3)),
+    "informer": lambda: hf.InformerModel(
+        hf.InformerConfig(prediction_length=4, context_length=8, lags_sequence=[1, 2], d_model=32, encoder_ffn_dim=64,
+                          decoder_ffn_dim=64, num_time_features=0)),
     # Its query and key layers read tokens and a table of relative positions.
     "deberta": lambda: hf.DebertaV2Model(
         hf.DebertaV2Config(**BERT, relative_attention=True, pos_att_type=["p2c", "c2p"], position_buckets=8,
@@ -116,6 +119,11 @@ def batch(kind: str, rows: int = 2) -> dict[str, Tensor]:
         return {"input_ids": ids, "pixel_values": torch.randn(rows, 3, 32, 32, generator=generator)}
     if kind in ("wav2vec2", "hubert"):
         return {"input_values": torch.randn(rows, 400, generator=generator)}
+    if kind == "informer":
+        past, future = torch.rand(rows, 10, generator=generator), torch.rand(rows, 4, generator=generator)
+        # A series without features beside it.
+        return {"past_values": past, "past_time_features": torch.zeros(rows, 10, 0), "past_observed_mask": past > -1,
+                "future_values": future, "future_time_features": torch.zeros(rows, 4, 0)}  # fmt: skip
     if kind == "deberta":
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     return {"input_ids": ids}

@@ -27,6 +27,7 @@ _HGNET = {
     "embedding_size": 8,
 }
 _SERIES = {"prediction_length": 4, "context_length": 8, "lags_sequence": [1, 2], "num_time_features": 2}
+_FOUR = {"num_hidden_layers": 4, "+out_indices": [1, 2, 3, 4]}
 SIZES: dict[str, dict[str, Any]] = {
     "autoformer": _SERIES | {"label_length": 4, "moving_average": 3},
     "informer": _SERIES,
@@ -67,6 +68,15 @@ SIZES: dict[str, dict[str, Any]] = {
     "hgnet_v2": _HGNET,
     "d_fine": {"encoder_in_channels": [16, 16, 32], "encode_proj_layers": [2], "decoder_in_channels": [32, 32, 32]},
     "align": {"projection_dim": 80},
+    "clap_audio_model": {"spec_size": 64, "num_mel_bins": 32, "hidden_size": 256, "window_size": 2},
+    "depth_anything": {"backbone_config": _FOUR},
+    "prompt_depth_anything": {"backbone_config": _FOUR},
+    "tipsv2_dpt": {"backbone_config": _FOUR},
+    "zoedepth": {"backbone_config": _FOUR},
+    "mobilevitv2": {"image_size": 64},
+    "sam_hq_vision_model": {"num_pos_feats": 16},
+    "sam3_vision_model": {"backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]]},
+    "superpoint": {"keypoint_decoder_dim": 65},
     "kosmos-2": {"latent_query_num": 4},
     "layoutlmv3": {"coordinate_size": 6, "shape_size": 4},
     "levit": {"image_size": 64, "patch_size": 16},
@@ -150,7 +160,7 @@ SIZES: dict[str, dict[str, Any]] = {
     },
     "wav2vec2-bert": {"vocab_size": 32},
     "wav2vec2-conformer": {"vocab_size": 32},
-    "upernet": {"auxiliary_in_channels": 32},
+    "upernet": {"auxiliary_in_channels": 64, "backbone_config": {"+out_indices": [1, 2, 3, 4]}},
     "glm5_next_text": {"index_topk": 16, "index_kpool": 16},
     "cvt": {"embed_dim": [16, 24, 32], "num_heads": [1, 3, 4], "depth": [1, 2, 3], "patch_sizes": [7, 3, 3]},
     "zamba": {
@@ -163,7 +173,7 @@ SIZES: dict[str, dict[str, Any]] = {
         "layers_block_type": ["linear_attention", "linear_attention", "hybrid", "hybrid"],
     },
     "blt": {"encoder_hash_byte_group_vocab": 128},
-    "dbrx": {"attn_config": {"+rope_theta": 10000.0}},
+    "dbrx": {"attn_config": {"+rope_theta": 10000.0, "clip_qkv": 8.0}},
     "swin2sr": {"embed_dim": 24, "depths": [1, 1], "num_heads": [3, 3]},
     "mimi": {
         "hidden_size": 32,
@@ -173,7 +183,7 @@ SIZES: dict[str, dict[str, Any]] = {
         "codebook_dim": 16,
     },
     "encodec": {"num_filters": 4, "hidden_size": 16, "codebook_dim": 16},
-    "efficientnet": {"width_coefficient": 0.25, "depth_coefficient": 0.5, "hidden_dim": 64},
+    "efficientnet": {"width_coefficient": 0.25, "depth_coefficient": 0.5, "hidden_dim": 320},
     "detr": _RESNET,
     "conditional_detr": _RESNET,
     "deformable_detr": _RESNET,

@@ -27,6 +27,8 @@ GIVEN: dict[str, dict[str, tuple[Any, ...]]] = {
     "autoformer": _SERIES,
     "informer": _SERIES,
     "time_series_transformer": _SERIES,
+    # Its last level of features has more than one place.
+    "deformable_detr": {"pixel_values": ("normal", 2, 3, 96, 96)},
     "idefics": {
         "input_ids": ("ids", 2, 16), "attention_mask": ("ones", 2, 16), "pixel_values": ("normal", 2, 1, 3, 32, 32),
         "image_attention_mask": ("ones", 2, 16, 1),
@@ -51,6 +53,18 @@ GIVEN: dict[str, dict[str, tuple[Any, ...]]] = {
     "kyutai_speech_to_text": {"input_ids": ("below", 60, 2, 16, 3)},
     "vit_mae": {"pixel_values": _IMAGE, "noise": ("normal", 2, 16)},
     "qwen3_asr_encoder": {"input_features": ("normal", 2, 16, 100), "input_features_mask": ("ones", 2, 100)},
+    "clap": {"input_ids": ("ids", 2, 16), "input_features": ("normal", 2, 1, 128, 32)},
+    "decision_transformer": {
+        "states": ("normal", 2, 5, 8), "actions": ("normal", 2, 5, 4), "returns_to_go": ("normal", 2, 5, 1),
+        "timesteps": ("below", 32, 2, 5), "attention_mask": ("ones", 2, 5),
+    },
+    "video_llama_3_vision": {
+        "pixel_values": ("normal", 32, 192), "grid_thw": ("value", [[1, 4, 4]] * 2), "merge_sizes": ("value", [1, 1]),
+    },
+    "blip_2_qformer": {"query_embeds": ("normal", 2, 4, 32), "encoder_hidden_states": ("normal", 2, 6, 32)},
+    "audioflamingo3_encoder": {"input_features": ("normal", 2, 16, 128), "input_features_mask": ("ones", 2, 128)},
+    "granite_speech5_ctc": {"input_features": ("normal", 2, 32, 64)},
+    "granite_speech5_encoder": {"input_features": ("normal", 2, 32, 64)},
     "musicgen": _CODES,
     "musicgen_melody": _CODES,
     "dia": {"input_ids": ("ids", 2, 16), "decoder_input_ids": ("ids", 2, 16, 9)},
