@@ -85,7 +85,7 @@ def live(norms: Tensor) -> Tensor:
         raise CalibrationError(
             "wanda scores",
             found="an input that is zero on every calibration token",
-            do="Use other calibration data",
+            do="Use other calibration data, or leave it out with --ignore",
         )
     return norms
 

@@ -69,7 +69,7 @@ def decide(
         layout, choice: the options of the backend.
     """
     sites, _ = find_sites(program)
-    shared, watch = read_elsewhere(program, sites), Stopwatch()
+    shared, watch = _held_twice(model) | read_elsewhere(program, sites), Stopwatch()
     readers: dict[str, list[LinearSite]] = {}
     for site in sites:
         readers.setdefault(site.parameter, []).append(site)
@@ -92,6 +92,16 @@ def siblings(decisions: Iterable[Decision]) -> list[list[str]]:
         if d.site is not None and d.site.layout == "packed24" and d.site.experts is None:
             groups.setdefault((d.linear.activation, d.linear.block), []).append(d.name)
     return [names for names in groups.values() if len(names) > 1]
+
+
+def _held_twice(model: nn.Module) -> dict[str, str]:
+    """Parameters that two modules hold, with the name in the other: transformers ties them again when it has loaded."""
+    names: dict[int, list[str]] = {}
+    for prefix, module in model.named_modules():
+        for leaf, parameter in module.named_parameters(recurse=False):
+            names.setdefault(id(parameter), []).append(f"{prefix}.{leaf}")
+    found = [held for held in names.values() if len(held) > 1]
+    return {name: next(other for other in held if other != name) for held in found for name in held}
 
 
 def _unfit_site(site: LinearSite) -> str | None:

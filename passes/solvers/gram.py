@@ -66,7 +66,9 @@ def _damped(gram: Tensor, percdamp: float) -> DampedGram:
     dead = diagonal == 0
     if bool(dead.all()):
         raise CalibrationError(
-            "the Gram matrix", found="an input that is zero on every calibration token", do="Use other calibration data"
+            "the Gram matrix",
+            found="an input that is zero on every calibration token",
+            do="Use other calibration data, or leave it out with --ignore",
         )
     # float64: a Gram matrix of few tokens is rank-deficient, and its factor decides masks.
     matrix = gram.to(torch.float64, copy=True)

@@ -4,6 +4,9 @@ A site says which axis of its parameter counts output neurons, which counts inpu
 so that everything after sees (out_features, in_features) whatever the storage: ``nn.Linear``, GPT-2's ``Conv1D``,
 a transposed matmul, a 1×1 convolution, a stack of experts. A contraction with a parameter that is not understood is
 reported as :class:`Opaque` with the reason, never passed over.
+
+A layer (linear, a convolution) is a site whatever it multiplies, be it a table that no batch changes: queries that are
+learned, coordinates of positions. A product of two parameters by another operator makes a weight, and is none.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ import torch
 from torch import Tensor, fx
 
 from sparsify.analysis.flow import Flow
+from sparsify.analysis.parameter_view import is_scaled, through_views
 from sparsify.analysis.window import Window, window_of
 from sparsify.errors import Refused
 from sparsify.ir.operators import GROUPED_PRODUCTS, argument, operator_name
@@ -24,12 +28,7 @@ from sparsify.ir.program import Program
 
 aten = torch.ops.aten
 
-# A permutation of axes or a copy: a parameter seen through these is still that parameter.
-_SAME = {aten.alias, aten.detach, aten.to, aten.contiguous, aten.clone, aten._to_copy}
-_VIEWS = {aten.view, aten.reshape, aten._unsafe_view, aten.unflatten}
 _CONVOLUTIONS = {aten.conv1d, aten.conv2d, aten.conv3d}
-# By a number: a parameter that is scaled as a whole is pruned as if it were not.
-_SCALED = {aten.mul, aten.div}
 # Operators that multiply and add over an axis; what reads a parameter here and is no site is Opaque.
 _CONTRACTIONS = {
     "linear", "addmm", "mm", "matmul", "bmm", "baddbmm", "addbmm", "einsum", "mv", "addmv", "dot", "vdot", "tensordot",
@@ -163,14 +162,22 @@ def _search(program: Program) -> Sites:
     flow = Flow.of(program)
     sites: list[LinearSite] = []
     opaque: list[Opaque] = []
+    # What is made of the outputs of layers that read no input: activations, though no batch changes them.
+    constant: set[fx.Node] = set()
     for node in program.graph.nodes:
-        if node.op != "call_function" or operator_name(node) not in _CONTRACTIONS or node not in flow.varying:
+        fixed = node not in flow.varying
+        if fixed and not constant.isdisjoint(node.all_input_nodes):
+            constant.add(node)
+        layer = operator_name(node) in (_WITH_BIAS if fixed else _CONTRACTIONS)
+        if node.op != "call_function" or not layer:
             continue
-        held = [a for a in node.all_input_nodes if flow.parameters.get(a)]
+        held = [a for a in node.all_input_nodes if flow.parameters.get(a) and a not in constant]
         if operator_name(node) in _WITH_ADDEND:
             held = [a for a in held if a is not _addend(node)]
         if not held:
             continue
+        if fixed:
+            constant.add(node)
         found = _site(program, node)
         if isinstance(found, LinearSite):
             sites.append(found)
@@ -193,7 +200,8 @@ def block_starts(program: Program, flow: Flow) -> list[int]:
     """Positions of the first site of each repeated block: where a graph is best cut into regions."""
     starts: dict[str, int] = {}
     for site in find_sites(program)[0]:
-        if site.block is not None:
+        # What no batch changes may stand far before its block.
+        if site.block is not None and site.node in flow.varying:
             at = flow.position[site.node]
             starts[site.block] = min(starts.get(site.block, at), at)
     return sorted(set(starts.values()))
@@ -232,9 +240,9 @@ def _site(program: Program, node: fx.Node) -> LinearSite | Refused:
         return _matrix_site(program, node, node.args[0], node.args[1], transposed=True)
     if packet in (aten.mm, aten.matmul, aten.bmm, aten.addmm):
         left, right = node.args[1:3] if packet is aten.addmm else node.args[:2]
-        if isinstance(right, fx.Node) and _through(program, right):
+        if isinstance(right, fx.Node) and through_views(program, right):
             return _matrix_site(program, node, left, right, transposed=False)
-        if isinstance(left, fx.Node) and _through(program, left):
+        if isinstance(left, fx.Node) and through_views(program, left):
             return _left_site(program, node, left, right)
         return Refused("the parameter is computed with before it is multiplied", node.name)
     if packet in _CONVOLUTIONS:
@@ -244,49 +252,10 @@ def _site(program: Program, node: fx.Node) -> LinearSite | Refused:
     return Refused(f"the operator {operator_name(node)} is not one whose weight sparsify can prune", node.name)
 
 
-def _through(program: Program, node: object) -> tuple[fx.Node, list[int]] | None:
-    """The ``get_attr`` behind ``node`` and, for each axis of ``node``, that of the parameter; None if computed.
-    Of an axis that a view splits into groups the outer part is ``~axis`` and the inner one ``axis``."""
-    if not isinstance(node, fx.Node):
-        return None
-    if node.op == "get_attr":
-        return (node, list(range(node.meta["val"].dim()))) if program.parameter(node) else None
-    packet = getattr(node.target, "_overloadpacket", None)
-    inner = _through(program, node.args[0]) if node.args else None
-    if inner is None:
-        return None
-    source, axes = inner
-    if packet in _SAME or (packet in _SCALED and not isinstance(node.args[1], fx.Node)):
-        return inner
-    if packet in (aten.t, aten.numpy_T):
-        return source, axes[::-1]
-    if packet is aten.transpose:
-        a, b = int(argument(node, 1)), int(argument(node, 2))
-        axes[a], axes[b] = axes[b], axes[a]
-        return source, axes
-    if packet is aten.permute:
-        return source, [axes[i] for i in argument(node, 1)]
-    if packet in _VIEWS:
-        return _split(source, axes, node)
-    return None
-
-
-def _split(source: fx.Node, axes: list[int], node: fx.Node) -> tuple[fx.Node, list[int]] | None:
-    """The same of a view that does nothing, or splits one axis into groups and touches no other."""
-    before, after = list(node.args[0].meta["val"].shape), list(node.meta["val"].shape)  # type: ignore[union-attr]
-    if before == after:
-        return source, axes
-    for at, axis in enumerate(axes):
-        split = len(after) == len(before) + 1 and before[:at] + before[at + 1 :] == after[:at] + after[at + 2 :]
-        if split and axis >= 0 and ~axis not in axes and after[at] > 1:
-            return source, [*axes[:at], ~axis, *axes[at:]]
-    return None
-
-
 def _matrix_site(
     program: Program, node: fx.Node, x: object, w: object, *, transposed: bool, offsets: object = None
 ) -> LinearSite | Refused:
-    found = _through(program, w)
+    found = through_views(program, w)
     if found is None or not isinstance(x, fx.Node):
         return Refused("the parameter is computed with before it is multiplied", node.name)
     source, axes = found
@@ -309,7 +278,7 @@ def _matrix_site(
 
 def _left_site(program: Program, node: fx.Node, w: fx.Node, x: object) -> LinearSite | Refused:
     """``W @ x``: the input features are the last axis but one of the activation (Mamba's dt_proj)."""
-    found = _through(program, w)
+    found = through_views(program, w)
     if found is None or len(found[1]) != 2 or not isinstance(x, fx.Node) or x.meta["val"].dim() < 2:
         return Refused("only a matrix may stand on the left of an activation", node.name)
     source, axes = found
@@ -321,7 +290,7 @@ def _convolution_site(program: Program, node: fx.Node) -> LinearSite | Refused:
     window = window_of(node)
     if isinstance(window, Refused):
         return window
-    found, x = _through(program, node.args[1]), node.args[0]
+    found, x = through_views(program, node.args[1]), node.args[0]
     if found is None or not isinstance(x, fx.Node):
         return Refused("the kernel is computed before it is applied", node.name)
     if found[1] != list(range(len(window.kernel) + 2)):
@@ -353,7 +322,7 @@ def _make(
 ) -> LinearSite | Refused:
     shape = source.meta["val"].shape
     name = program.weights.canonical(str(source.target))
-    bias, scaled = _bias(program, node), _is_scaled(program, node)
+    bias, scaled = _bias(program, node), is_scaled(program, node)
     if bias is not None and scaled:
         return Refused("the parameter is multiplied by a number, and the bias beside it is not", node.name)
     return LinearSite(
@@ -372,17 +341,6 @@ def _make(
         router=_chooses_experts(node),
         scaled=scaled,
     )
-
-
-def _is_scaled(program: Program, node: fx.Node) -> bool:
-    """Whether a number stands between the product and a parameter of it."""
-    todo = [a for a in node.all_input_nodes if _through(program, a)]
-    while todo:
-        seen = todo.pop()
-        if getattr(seen.target, "_overloadpacket", None) in _SCALED:
-            return True
-        todo += seen.all_input_nodes
-    return False
 
 
 def _chooses_experts(node: fx.Node) -> bool:

@@ -93,13 +93,16 @@ class Interpreter(fx.Interpreter):
 
         Args:
             watch: nodes of interest; ``on_value`` is called for each as soon as it is computed, or at the beginning
-                for one that was live already.
+                for one that was live already or that no batch changes.
 
         Raises:
             TraceError: an operator that fails. CalibrationError: too little memory.
         """
         with within_memory(f"running the model, {self._where(region)}", self.device):
             self.load_weights(region)
+            for node in watch:
+                if node not in self.flow.varying:
+                    self.static(node)
             work = self.ready(region, watch)
             for index in range(len(self.batches)):
                 self._run_batch(work, index, watch, on_value)

@@ -106,8 +106,9 @@ class RowReader:
         return rows[index], ends, None if tokens is None else tokens[index]
 
     def _counted(self, group: InputGroup, batch: Mapping[str, Tensor]) -> Tensor | None:
-        depends = self.flow.inputs[group.activation]
-        if depends and all(_OF_IMAGES.fullmatch(name) for name in depends):
+        # What no batch changes is no token's, and counts once for each batch.
+        depends = self.flow.inputs.get(group.activation, frozenset())
+        if all(_OF_IMAGES.fullmatch(name) for name in depends):
             return None
         decoder = any(name.startswith("decoder_") for name in depends)
         mask = batch.get("decoder_attention_mask" if decoder else "attention_mask")

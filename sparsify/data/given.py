@@ -27,7 +27,8 @@ def given_batches(data: Iterable[Any], source: Source, samples: int | None) -> l
         ) from error
     if not given:
         raise CalibrationError("calibration", found="no batches", do="Give at least one batch")
-    if empty := next((n for b in given for n, t in b.items() if not t.numel()), None):
+    # A series without features beside it is [batch, time, 0].
+    if empty := next((n for b in given for n, t in b.items() if 0 in t.shape[:2]), None):
         raise CalibrationError(f"calibration input {empty}", found="an empty tensor", do="Give some tokens")
     if other := next((batch for batch in given if batch.keys() != given[0].keys()), None):
         raise CalibrationError(

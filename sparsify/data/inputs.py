@@ -24,12 +24,13 @@ IMAGE_TOKENS = 256
 
 def as_inputs(ids: Tensor, source: Source) -> dict[str, Tensor]:
     """Token ids as the keyword inputs of the model; a decoder beside an encoder reads the same text."""
-    inputs = {"input_ids": ids}
-    if getattr(source.config, "is_encoder_decoder", False):
+    inputs, taken = {"input_ids": ids}, signature(source.module.forward).parameters
+    # Of a detector that reads text the word in its config means its own queries.
+    if getattr(source.config, "is_encoder_decoder", False) and "decoder_input_ids" in taken:
         start = getattr(source.config, "decoder_start_token_id", None) or 0
         inputs["decoder_input_ids"] = torch.cat([torch.full_like(ids[:, :1], start), ids[:, :-1]], dim=1)
     both_ways = getattr(text_config(source.config), "use_bidirectional_attention", False)
-    if both_ways and "token_type_ids" in signature(source.module.forward).parameters:
+    if both_ways and "token_type_ids" in taken:
         # PaliGemma: a prompt is read in both directions, which its processor says with zeros; without them it depends
         # on how attention is computed.
         inputs["token_type_ids"] = torch.zeros_like(ids)

@@ -84,7 +84,7 @@ def export(module: nn.Module, batch: Batch) -> tuple[torch.export.ExportedProgra
     _set_mode(module, training=False)
     try:
         # Where export gives up it prints the graph so far, which is of no use to whoever has no such model in hand.
-        with torch.no_grad(), quiet(), without_cache(module), mended(module), redirect_stderr(StringIO()):
+        with torch.no_grad(), quiet(), without_cache(module), mended(module, batch), redirect_stderr(StringIO()):
             return attempted(module, batch, device)
     finally:
         _set_mode(module, training=training)

@@ -9,6 +9,7 @@ from typing import Any, TypeGuard
 from torch import Tensor, nn
 
 from sparsify.frontend.source import Source
+from sparsify.frontend.text_config import text_config
 
 # What a table of one row per position is called in every family; tables of distances, boxes and patches are not.
 _NAMES = re.compile(r"(embed_|encode_)?pos(ition(s|al)?)?(_?(embed(s|ding|dings|der|s_layer)?|emb|encoding))?|wpe")
@@ -77,7 +78,4 @@ def _skipped(table: nn.Module) -> int:
 
 def _text_configs(config: Any) -> list[Any]:
     """The configs of what reads text: the model's own, and those that it names for text, encoder and decoder."""
-    found = [config]
-    if hasattr(config, "get_text_config"):
-        found += [config.get_text_config(), config.get_text_config(encoder=True), config.get_text_config(decoder=True)]
-    return found
+    return [config, text_config(config), text_config(config, encoder=True), text_config(config, decoder=True)]

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from sparsify.analysis.flow import Flow
 from sparsify.analysis.linear import LinearSite, find_sites
+from sparsify.analysis.zeros import always_zero
 from sparsify.errors import Refused, SpecError
 from sparsify.ir.program import Program
 from sparsify.method.pattern import Pattern
@@ -63,6 +64,8 @@ def choose(program: Program, pattern: Pattern, wanted: Wanted) -> tuple[list[Tar
         reason, code = None, ""
         if parameter in shared:
             reason = f"shared with {shared[parameter]}: pruning it would change that too"
+        elif all(always_zero(one.activation) for one in own):
+            reason = "its input is zero whatever the model is given"
         elif only is not None and not sources & only:
             reason, code = "not named by --only", NOT_NAMED
         elif not chosen:
@@ -97,12 +100,12 @@ def _towers(program: Program, sites: Sequence[LinearSite]) -> dict[str | None, s
     inputs = Flow.of(program).inputs
     seen: dict[str | None, set[str]] = {}
     for site in sites:
-        seen.setdefault(site.block, set()).update(inputs[site.activation])
+        seen.setdefault(site.block, set()).update(inputs.get(site.activation, ()))
     with_text = [names for block, names in seen.items() if block is not None and "input_ids" in names]
     return {
         block: ", ".join(sorted(names))
         for block, names in seen.items()
-        if block is not None and "input_ids" not in names and any(names < text for text in with_text)
+        if block is not None and names and "input_ids" not in names and any(names < text for text in with_text)
     }
 
 

@@ -131,7 +131,7 @@ class Turn:
             raise CalibrationError(
                 f"the input of {self.site.name}",
                 found="no calibration token reaches it",
-                do="Use other calibration data",
+                do="Use other calibration data, or leave it out with --ignore",
             )
         return unseen
 

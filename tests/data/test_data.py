@@ -3,10 +3,12 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import transformers as hf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
@@ -14,10 +16,12 @@ from support.families import build
 from torch import Tensor, nn
 
 from sparsify.data.batches import load_calibration
+from sparsify.data.inputs import as_inputs
 from sparsify.data.sources import Documents, python_stdlib, read_documents
 from sparsify.data.windows import disjoint_windows, random_windows
 from sparsify.errors import CalibrationError, SpecError
 from sparsify.frontend.source import Source, open_source
+from sparsify.frontend.text_config import text_config
 
 
 def no_encoder(text: str, special: bool = True) -> Tensor:
@@ -175,6 +179,23 @@ def test_batches_that_cannot_be_used(llama: Source, data: Any, says: str) -> Non
     with pytest.raises(CalibrationError) as caught:
         load_calibration(data, llama)
     assert says in str(caught.value)
+
+
+def test_a_detector_that_reads_text_has_no_decoder_ids() -> None:
+    class Detector(nn.Module):
+        def forward(self, input_ids: Tensor, pixel_values: Tensor) -> Tensor:
+            return input_ids + pixel_values
+
+    source: Any = SimpleNamespace(config=SimpleNamespace(is_encoder_decoder=True), module=Detector())
+    assert as_inputs(torch.ones(1, 4, dtype=torch.long), source).keys() == {"input_ids"}
+
+
+def test_the_config_of_what_reads_text_among_several() -> None:
+    parts = {"text_encoder": hf.T5Config(), "audio_encoder": hf.EncodecConfig(), "decoder": hf.MusicgenDecoderConfig()}
+    config = hf.MusicgenConfig(**parts)
+    assert text_config(config) is config
+    assert text_config(config, decoder=True) is config.decoder
+    assert text_config(hf.BertConfig()).model_type == "bert" and text_config(None) is None
 
 
 def test_a_plain_module_is_given_tensors_tuples_or_dictionaries() -> None:

@@ -14,12 +14,14 @@ from support.folders import load
 
 import sparsify
 from sparsify.backends.packed.loaded.loading import load_model
+from sparsify.frontend.capture import capture
 from sparsify.frontend.source import open_source
 
 TINY = {k: v for k, v in LLAMA.items() if "token_id" not in k} | {"num_hidden_layers": 1}
 BART = {"vocab_size": 64, "d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 16,
         "decoder_ffn_dim": 16, "encoder_attention_heads": 2, "decoder_attention_heads": 2}  # fmt: skip
 T5 = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 1, "num_heads": 4, "vocab_size": 64}
+SWIN = {"image_size": 16, "patch_size": 4, "embed_dim": 8, "depths": [1], "num_heads": [2], "window_size": 2}
 MADE: dict[str, Any] = {
     **{family: lambda family=family: build(family) for family in FAMILIES},
     "llama tied": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**TINY, tie_word_embeddings=True)),
@@ -29,6 +31,7 @@ MADE: dict[str, Any] = {
     "llama tokens": lambda: hf.LlamaForTokenClassification(hf.LlamaConfig(**TINY)),
     "bert body": lambda: hf.BertModel(hf.BertConfig(**TINY)),
     "bert without pooler": lambda: hf.BertModel(hf.BertConfig(**TINY), add_pooling_layer=False),
+    "swin body": lambda: hf.SwinModel(hf.SwinConfig(**SWIN)),
     "bert pretraining": lambda: hf.BertForPreTraining(hf.BertConfig(**TINY)),
     "bert classifier": lambda: hf.BertForSequenceClassification(hf.BertConfig(**TINY)),
     "bert answers": lambda: hf.BertForQuestionAnswering(hf.BertConfig(**TINY)),
@@ -52,6 +55,16 @@ def test_the_class_whose_parameters_are_there(kind: str, tmp_path: Path) -> None
     source = open_source(change(tmp_path, architectures=None))
     assert type(source.module) is type(model)
     assert not source.weights.unknown and type(load_model(tmp_path)) is type(model)
+
+
+def test_a_pooler_that_has_no_weights_is_in_the_graph(tmp_path: Path) -> None:
+    model = MADE["swin body"]().eval()
+    model.save_pretrained(tmp_path)
+    batch = {"pixel_values": torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))}
+    program = capture(open_source(tmp_path), batch)
+    assert "pooler_output" in program.output_names
+    source = open_source(save("bert", tmp_path / "bert"))
+    assert "pooler_output" not in capture(source, {"input_ids": torch.zeros(1, 8, dtype=torch.long)}).output_names
 
 
 @pytest.mark.parametrize("said", [["MyOwnForCausalLM"], "LlamaForCausalLM", [], [None], ["LlamaForCausalLM", "More"]])

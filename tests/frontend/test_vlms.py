@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import sparsify
 from sparsify.data.inputs import as_inputs
-from sparsify.errors import CalibrationError, SpecError
+from sparsify.errors import BackendError, CalibrationError, SpecError, TraceError
 from sparsify.frontend.capture import capture
 from sparsify.frontend.skeleton import build_skeleton
 from sparsify.frontend.source import open_source
@@ -50,6 +50,20 @@ def test_the_graph_is_the_model(name: str, image: bool, tmp_path: Path) -> None:
     with torch.no_grad(), mended(model):
         wanted = model(**batch, use_cache=False).logits
     assert torch.allclose(logits, wanted, atol=1e-6), float((logits - wanted).abs().max())
+
+
+def test_text_without_token_types_is_read_as_transformers_reads_it(tmp_path: Path) -> None:
+    """PaliGemma's causal mask is left out outside a trace, and its attention then looks both ways."""
+    source, batch = open_source(folder("paligemma", tmp_path)), text(2)
+    made = runnable(capture(source, batch), torch.device("cpu"))(batch["input_ids"])
+    with torch.no_grad():
+        wanted = build("paligemma")(**batch, use_cache=False).logits
+    assert torch.allclose(made, wanted, atol=1e-6)
+    for other in ("attention_mask", "position_ids"):
+        with pytest.raises(TraceError, match="depends on the numbers in"):
+            capture(source, batch | {other: torch.ones_like(batch["input_ids"])})
+    with pytest.raises(BackendError, match="reads a text in both directions"):
+        sparsify.compile(tmp_path, [], to="onnx", output=tmp_path / "out")
 
 
 @pytest.mark.parametrize("name", EACH)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import sparsify
 
-QUICK = ("whisper", "clip", "siglip", "marian", "falcon_h1", "hubert", "lfm2")
+QUICK = ("whisper", "clip", "siglip", "marian", "falcon_h1", "hubert", "lfm2", "deberta", "informer")
 KINDS = [*QUICK, *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("rwkv", "tagger"))]
 
 

@@ -56,7 +56,7 @@ def _qwen2_vl() -> Any:
     return hf.Qwen2VLForConditionalGeneration(hf.Qwen2VLConfig(text_config=text, vision_config=vision, **tokens))
 
 
-_BUILD: dict[str, Callable[[], Any]] = {
+KINDS: dict[str, Callable[[], Any]] = {
     "whisper": _whisper,
     "clip": lambda: hf.CLIPModel(hf.CLIPConfig(text_config=TEXT, vision_config=VISION, projection_dim=16)),
     "siglip": lambda: hf.SiglipModel(
@@ -72,6 +72,13 @@ _BUILD: dict[str, Callable[[], Any]] = {
     "classifier": lambda: hf.LlamaForSequenceClassification(hf.LlamaConfig(**GQA, num_labels=3)),
     "reward": lambda: hf.LlamaForSequenceClassification(hf.LlamaConfig(**GQA, num_labels=1)),
     "tagger": lambda: hf.BertForTokenClassification(hf.BertConfig(**BERT, num_labels=3)),
+    "informer": lambda: hf.InformerModel(
+        hf.InformerConfig(prediction_length=4, context_length=8, lags_sequence=[1, 2], d_model=32, encoder_ffn_dim=64,
+                          decoder_ffn_dim=64, num_time_features=0)),
+    # Its query and key layers read tokens and a table of relative positions.
+    "deberta": lambda: hf.DebertaV2Model(
+        hf.DebertaV2Config(**BERT, relative_attention=True, pos_att_type=["p2c", "c2p"], position_buckets=8,
+                           norm_rel_ebd="layer_norm", share_att_key=True, type_vocab_size=0)),
     "embedding": lambda: hf.Qwen3Model(hf.Qwen3Config(**GQA, head_dim=8)),
 }  # fmt: skip
 
@@ -79,7 +86,7 @@ _BUILD: dict[str, Callable[[], Any]] = {
 def build(kind: str) -> Any:
     """A seeded model in float32 and eval mode, no two of its norms and biases alike."""
     torch.manual_seed(0)
-    model = _BUILD[kind]().eval()
+    model = KINDS[kind]().eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() == 1 and "A_log" not in name and "time_" not in name:
@@ -112,6 +119,13 @@ def batch(kind: str, rows: int = 2) -> dict[str, Tensor]:
         return {"input_ids": ids, "pixel_values": torch.randn(rows, 3, 32, 32, generator=generator)}
     if kind in ("wav2vec2", "hubert"):
         return {"input_values": torch.randn(rows, 400, generator=generator)}
+    if kind == "informer":
+        past, future = torch.rand(rows, 10, generator=generator), torch.rand(rows, 4, generator=generator)
+        # A series without features beside it.
+        return {"past_values": past, "past_time_features": torch.zeros(rows, 10, 0), "past_observed_mask": past > -1,
+                "future_values": future, "future_time_features": torch.zeros(rows, 4, 0)}  # fmt: skip
+    if kind == "deberta":
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     return {"input_ids": ids}
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 import transformers as hf
 from support.families import BERT, GQA, LLAMA, VISION
+from support.kinds import KINDS
 from torch import Tensor
 
 _GQA = {**GQA, "pad_token_id": 0}
@@ -38,9 +39,7 @@ _BUILD: dict[str, Callable[[], Any]] = {
     "distilbert": lambda: hf.DistilBertModel(
         hf.DistilBertConfig(dim=32, n_layers=2, n_heads=4, hidden_dim=64, vocab_size=64, max_position_embeddings=64)),
     "albert": lambda: hf.AlbertForMaskedLM(hf.AlbertConfig(**BERT, embedding_size=16)),
-    "deberta": lambda: hf.DebertaV2Model(
-        hf.DebertaV2Config(**BERT, relative_attention=True, pos_att_type=["p2c", "c2p"], position_buckets=8,
-                           norm_rel_ebd="layer_norm", share_att_key=True, type_vocab_size=0)),
+    "deberta": KINDS["deberta"],
     "modernbert": lambda: hf.ModernBertForMaskedLM(
         hf.ModernBertConfig(**LLAMA, local_attention=8, global_attn_every_n_layers=2, pad_token_id=0, cls_token_id=1,
                             sep_token_id=2)),

@@ -26,10 +26,12 @@ _HGNET = {
     "stage_kernel_size": [3, 3, 5, 5],
     "embedding_size": 8,
 }
+_SERIES = {"prediction_length": 4, "context_length": 8, "lags_sequence": [1, 2], "num_time_features": 2}
+_FOUR = {"num_hidden_layers": 4, "+out_indices": [1, 2, 3, 4]}
 SIZES: dict[str, dict[str, Any]] = {
-    "autoformer": {"prediction_length": 4, "context_length": 8, "lags_sequence": [1, 2]},
-    "informer": {"prediction_length": 4, "context_length": 8, "lags_sequence": [1, 2]},
-    "time_series_transformer": {"prediction_length": 4, "context_length": 8, "lags_sequence": [1, 2]},
+    "autoformer": _SERIES | {"label_length": 4, "moving_average": 3},
+    "informer": _SERIES,
+    "time_series_transformer": _SERIES,
     "bridgetower_text_model": {"hidden_size": 64, "num_attention_heads": 4},
     "bridgetower_vision_model": {"hidden_size": 64},
     "bridgetower": {"hidden_size": 64, "contrastive_hidden_size": 32, "num_attention_heads": 4},
@@ -66,6 +68,30 @@ SIZES: dict[str, dict[str, Any]] = {
     "hgnet_v2": _HGNET,
     "d_fine": {"encoder_in_channels": [16, 16, 32], "encode_proj_layers": [2], "decoder_in_channels": [32, 32, 32]},
     "align": {"projection_dim": 80},
+    "clap_audio_model": {"spec_size": 64, "num_mel_bins": 32, "hidden_size": 256, "window_size": 2},
+    "depth_anything": {"backbone_config": _FOUR},
+    "prompt_depth_anything": {"backbone_config": _FOUR},
+    "tipsv2_dpt": {"backbone_config": _FOUR},
+    "zoedepth": {"backbone_config": _FOUR},
+    "mobilevitv2": {"image_size": 64},
+    "sam_hq_vision_model": {"num_pos_feats": 16},
+    "sam3_vision_model": {"backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]]},
+    "superpoint": {"keypoint_decoder_dim": 65},
+    "kosmos-2": {"latent_query_num": 4},
+    "layoutlmv3": {"coordinate_size": 6, "shape_size": 4},
+    "levit": {"image_size": 64, "patch_size": 16},
+    "lilt": {"hidden_size": 48},
+    "longcat_flash": {"qk_head_dim": 16, "zero_expert_num": 4},
+    "sam_vision_model": {"num_pos_feats": 16},
+    "sam2_vision_model": {
+        "backbone_channel_list": [128, 64, 32, 16],
+        "backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]],
+    },
+    "sam2_prompt_encoder": {"image_size": 64, "patch_size": 16},
+    "vitmatte": {"backbone_config": {"patch_size": 16, "image_size": 64, "pretrain_image_size": 64}},
+    "step3p5": {"sliding_window": 8},
+    "textnet": {"hidden_sizes": [32, 32, 32, 64, 64]},
+    "xmod": {"default_language": "en_XX"},
     "deimv2": {"encoder_in_channels": [16, 16, 32], "encode_proj_layers": [2], "decoder_in_channels": [32, 32, 32]},
     "pp_doclayout_v2": {
         "encoder_in_channels": [16, 16, 32],
@@ -109,7 +135,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "bros": {"hidden_size": 64},
     "blip-2": {"image_token_index": 100},
     "instructblip": {"image_token_index": 100},
-    "instructblipvideo": {"video_token_id": 100},
+    "instructblipvideo": {"video_token_index": 100},
     "mamba2": {"num_heads": 8, "head_dim": 8},
     "nemotron": {"num_key_value_heads": 2},
     "qwen4_exp_text": {
@@ -134,7 +160,7 @@ SIZES: dict[str, dict[str, Any]] = {
     },
     "wav2vec2-bert": {"vocab_size": 32},
     "wav2vec2-conformer": {"vocab_size": 32},
-    "upernet": {"auxiliary_in_channels": 32},
+    "upernet": {"auxiliary_in_channels": 64, "backbone_config": {"+out_indices": [1, 2, 3, 4]}},
     "glm5_next_text": {"index_topk": 16, "index_kpool": 16},
     "cvt": {"embed_dim": [16, 24, 32], "num_heads": [1, 3, 4], "depth": [1, 2, 3], "patch_sizes": [7, 3, 3]},
     "zamba": {
@@ -147,7 +173,7 @@ SIZES: dict[str, dict[str, Any]] = {
         "layers_block_type": ["linear_attention", "linear_attention", "hybrid", "hybrid"],
     },
     "blt": {"encoder_hash_byte_group_vocab": 128},
-    "dbrx": {"attn_config": {"+rope_theta": 10000.0}},
+    "dbrx": {"attn_config": {"+rope_theta": 10000.0, "clip_qkv": 8.0}},
     "swin2sr": {"embed_dim": 24, "depths": [1, 1], "num_heads": [3, 3]},
     "mimi": {
         "hidden_size": 32,
@@ -157,7 +183,7 @@ SIZES: dict[str, dict[str, Any]] = {
         "codebook_dim": 16,
     },
     "encodec": {"num_filters": 4, "hidden_size": 16, "codebook_dim": 16},
-    "efficientnet": {"width_coefficient": 0.25, "depth_coefficient": 0.5, "hidden_dim": 64},
+    "efficientnet": {"width_coefficient": 0.25, "depth_coefficient": 0.5, "hidden_dim": 320},
     "detr": _RESNET,
     "conditional_detr": _RESNET,
     "deformable_detr": _RESNET,
@@ -167,7 +193,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "omdet-turbo": {"use_timm_backbone": False, "backbone_config:model": "swin"},
     "sam2_hiera_det_model": {
         "hidden_size": 16,
-        "blocks_per_stage": [1, 1, 1, 1],
+        "blocks_per_stage": [1, 2, 1, 1],
         "embed_dim_per_stage": [16, 32, 64, 128],
         "num_attention_heads_per_stage": [1, 2, 4, 8],
         "global_attention_blocks": [2],
@@ -238,10 +264,5 @@ MROPE: dict[str, dict[int, list[int]]] = dict.fromkeys(
     ),
     _SECTIONS,
 ) | {"ernie4_5_vl_moe_text": {4: [1, 1, 2]}}
-# The names of the inputs that are tried first.
-INPUTS: dict[str, tuple[str, ...]] = {
-    # Its processor gives both; how it attends without the second depends on how attention is computed.
-    "paligemma": ("input_ids", "token_type_ids"),
-}
-# How many tokens stand for one image in the text that goes with it.
-IMAGE_TOKENS: dict[str, int] = {"blip-2": 4, "instructblip": 4}
+# How many tokens stand for one image, or for sound, in the text that goes with it.
+IMAGE_TOKENS: dict[str, int] = {"blip-2": 4, "instructblip": 4, "instructblipvideo": 16, "higgs_audio_v2": 4}

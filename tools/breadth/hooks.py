@@ -19,12 +19,15 @@ class InputNorms(TorchFunctionMode):
     """While it is entered: the sum of squares of every input feature of every product with a parameter of ``model``.
 
     Seen are ``torch.nn.functional.linear`` (``nn.Linear``, experts that lie stacked), ``addmm`` (GPT-2's Conv1D) and
-    products of matrices (Falcon, Llama 4). ``transposed``: parameters that lie [in, out].
+    products of matrices (Falcon, Llama 4). ``transposed``: parameters that lie [in, out]. ``calls``: what each product
+    added to ``squares``, in order. ``disturbed``: a product, by its number among ``calls``, that gives something else.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, disturbed: tuple[Key, int] | None = None) -> None:
         super().__init__()
         self.squares: dict[Key, Tensor] = {}
+        self.calls: dict[Key, list[Tensor]] = {}
+        self.disturbed = disturbed
         self.transposed: set[str] = set()
         self._names = {p.untyped_storage().data_ptr(): (n, p) for n, p in model.named_parameters()}
         # Another name of a tied weight is the first one's.
@@ -34,14 +37,22 @@ class InputNorms(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        before = self._asked()
         if func is nn.functional.linear:
             weight = args[1] if len(args) > 1 else kwargs["weight"]
-            self._see(args[0] if args else kwargs["input"], weight.transpose(-1, -2))
+            if weight.dim() > 1:
+                self._see(args[0] if args else kwargs["input"], weight.transpose(-1, -2))
         elif func in _PRODUCTS and len(args) > 1 and all(isinstance(a, Tensor) for a in args[:2]):
             self._see(args[0], args[1])
         elif func in _ADDED and len(args) > 2:
             self._see(args[1], args[2])
-        return func(*args, **kwargs)
+        found = func(*args, **kwargs)
+        asked = self.disturbed is not None and before == self.disturbed[1] < self._asked()
+        # Not by the same everywhere: a norm, or a softmax, would take that away again.
+        return found + torch.arange(found.numel()).sin().reshape(found.shape) if asked else found
+
+    def _asked(self) -> int:
+        return 0 if self.disturbed is None else len(self.calls.get(self.disturbed[0], ()))
 
     def _see(self, x: Tensor, right: Tensor) -> None:
         """``x`` [..., in] is multiplied with ``right`` [in, out], or [experts, in, out]."""
@@ -64,6 +75,7 @@ class InputNorms(TorchFunctionMode):
                 # Multiplied from both sides: then the first one counts, and no mask is compared with it in vain.
                 if before is None or before.shape == squares.shape:
                     self.squares[name, number] = squares if before is None else before + squares
+                    self.calls.setdefault((name, number), []).append(squares)
             return
 
 

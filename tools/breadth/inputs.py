@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from breadth.exceptions import IMAGE_TOKENS, INPUTS
+from breadth.exceptions import IMAGE_TOKENS
+from breadth.given import GIVEN, draw
 from breadth.shrink import FIRST_ID, LAST_ID
 
 Batch = dict[str, Tensor]
@@ -38,9 +39,11 @@ class Inputs:
         main = self.model.main_input_name
         mains = tuple(main) if isinstance(main, (list, tuple)) else (main,)
         kind = self.config.model_type
-        if kind in INPUTS:
-            yield INPUTS[kind]
-        first = tuple(m for m in mains if m in self.names) or mains
+        if kind in GIVEN:
+            yield tuple(GIVEN[kind])
+            return
+        # Of a class that says nothing of its main input the forward does.
+        first = tuple(m for m in mains if m in self.names)
         if getattr(self.config, "is_encoder_decoder", False) and "decoder_input_ids" in self.names:
             yield (*first, "decoder_input_ids")
         needed = tuple(
@@ -81,18 +84,18 @@ class Inputs:
         def normal(*shape: int) -> Tensor:
             return torch.randn(*shape, generator=generator)
 
+        high = min(LAST_ID, self._size("vocab_size", default=LAST_ID))
+        low = FIRST_ID if high > 2 * FIRST_ID else 0
+        if given := GIVEN.get(self.config.model_type):
+            found = draw(given[name], low, high, generator)
+            return self._with_images(found) if name == "input_ids" else found
         if name in ("input_ids", "decoder_input_ids", "text_input_ids", "labels", "encoder_input_ids"):
-            vocabulary = self._size("vocab_size", default=LAST_ID)
-            high = min(LAST_ID, vocabulary)
-            low = FIRST_ID if high > 2 * FIRST_ID else 0
             books = self._size("num_codebooks", "n_codebooks", "num_channels_out", default=0)
             shape = (
                 (ROWS, LENGTH) if way < 2 else (ROWS, LENGTH, books or 2) if way == 2 else (ROWS, books or 2, LENGTH)
             )
             ids = torch.randint(low, high, shape, generator=generator)
-            if name == "input_ids" and (count := IMAGE_TOKENS.get(self.config.model_type)):
-                ids[:, :count] = self._size("image_token_id", "image_token_index", default=0)
-            return ids
+            return self._with_images(ids) if name == "input_ids" else ids
         if name in ("attention_mask", "pixel_mask", "pixel_attention_mask", "input_features_mask", "padding_mask"):
             if name.startswith("pixel"):
                 side = self._side()
@@ -172,6 +175,12 @@ class Inputs:
         if name in ("past_values_mask",):
             return torch.ones(ROWS, LENGTH)
         raise KeyError(name)
+
+    def _with_images(self, ids: Tensor) -> Tensor:
+        count = IMAGE_TOKENS.get(self.config.model_type, 0)
+        named = ("image_token_id", "image_token_index", "audio_token_id", "video_token_id")
+        ids[:, :count] = self._size(*named, default=0)
+        return ids
 
     def _lags(self) -> list[int]:
         return list(getattr(self.config, "lags_sequence", None) or [])

@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from breadth.hooks import InputNorms, expected_mask
+from breadth.hooks import InputNorms, Key, expected_mask
 from breadth.model import Tiny, differ, leaves, load, run
 from breadth.shrink import tiny_config
 from sparsify.compiler.result import Compiled
@@ -120,11 +120,12 @@ def masks(trial: Trial) -> None:
             if squares is None or number in site.without_data:
                 idle += number in site.without_data
                 continue
-            want, close = expected_mask(before, squares)
-            got = (after != before) | (before == 0)
-            bad = ((got != want) & (before != 0)).reshape(*before.shape[:-1], -1, 4).any(-1) & ~close
-            if bool(bad.any()):
-                raise Wrong(f"{site.parameter}: {int(bad.sum())} of {bad.numel()} groups are not Wanda's by hooks")
+            bad = _unlike(before, after, squares)
+            if bad and (reaching := _reaching(tiny, seen, (seen.canonical[site.parameter], number))) is not None:
+                trial.remarks.append("some products with a weight that is used repeatedly reach no output")
+                bad = _unlike(before, after, reaching)
+            if bad:
+                raise Wrong(f"{site.parameter}: {bad} of {before.numel() // 4} groups are not Wanda's by hooks")
             if not torch.equal(after[after != 0], before[after != 0]):
                 raise Wrong(f"{site.parameter}: a kept weight changed")
             checked += 1
@@ -148,6 +149,7 @@ def masks(trial: Trial) -> None:
         trial.numbers["unreached"] = len(unreached)
     for opaque in {o.reason for o in done.opaque}:
         trial.remarks.append(f"not prunable: {opaque}")
+    trial.remarks = list(dict.fromkeys(trial.remarks))
     dead = [n for n in silent if _reaches_nothing(tiny, parameters[n])]
     if dead:
         trial.remarks.append(f"{len(dead)} linear layers compute what no output is made of")
@@ -276,6 +278,26 @@ def _reaches_nothing(tiny: Tiny, weight: Tensor) -> bool:
             return differ(run(tiny.model, tiny.batches[0]), tiny.exact[0]) <= 1e-5
         finally:
             weight.copy_(kept)
+
+
+def _unlike(before: Tensor, after: Tensor, squares: Tensor) -> int:
+    """How many groups of four Wanda prunes otherwise, by ``squares``, than ``after`` says; ties do not count."""
+    want, close = expected_mask(before, squares)
+    got = (after != before) | (before == 0)
+    bad = ((got != want) & (before != 0)).reshape(*before.shape[:-1], -1, 4).any(-1) & ~close
+    return int(bad.sum())
+
+
+def _reaching(tiny: Tiny, seen: InputNorms, key: Key) -> Tensor | None:
+    """The squares of the products with a weight that any output depends on; None where that is all or none."""
+    calls = seen.calls[key]
+    each = len(calls) // len(tiny.batches)
+    kept = []
+    for number in range(each):
+        with InputNorms(tiny.model, (key, number)):
+            if differ(run(tiny.model, tiny.batches[0]), tiny.exact[0]) > 1e-5:
+                kept += calls[number::each]
+    return torch.stack(kept).sum(0) if 0 < len(kept) < len(calls) else None
 
 
 def _equal(one: Tensor, other: Tensor) -> bool:

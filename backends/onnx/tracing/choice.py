@@ -11,6 +11,8 @@ from sparsify.backends.onnx.tracing.cached import cached_contract
 from sparsify.backends.onnx.tracing.contract import Contract, Run
 from sparsify.backends.onnx.tracing.plain import plain_contract
 from sparsify.backends.onnx.tracing.signature import missing
+from sparsify.errors import BackendError
+from sparsify.frontend.tracing.both_ways import reads_both_ways
 
 
 def contract_for(model: nn.Module, run: Run, batch: Mapping[str, Tensor], names: Collection[str] = ()) -> Contract:
@@ -22,8 +24,15 @@ def contract_for(model: nn.Module, run: Run, batch: Mapping[str, Tensor], names:
         names: inputs that the model's tokenizer gives.
 
     Raises:
-        BackendError: the model generates, but its cache is of a kind that no exported graph can hold.
+        BackendError: the model generates, but its cache is of a kind that no exported graph can hold; or how it attends
+            depends on numbers in its inputs.
     """
+    if reads_both_ways(model):
+        raise BackendError(
+            f"exporting {type(model).__name__} to ONNX",
+            found="it reads a text in both directions, or in one where its attention mask has a zero: no graph can",
+            do="Use --to hf",
+        )
     config = getattr(model, "config", None)
     generates = getattr(model, "can_generate", bool)() and not getattr(config, "is_encoder_decoder", False)
     contract = cached_contract(model, run) if generates else plain_contract(model, run, batch, names)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 import torch
@@ -112,7 +112,9 @@ def fake_copy(module: nn.Module, mode: FakeTensorMode, dtype: torch.dtype | None
 def _choose_implementations(model: Any) -> None:
     """Attention that ONNX has an operator for, and experts without loops over data."""
     if hasattr(model, "set_attn_implementation") and getattr(model, "_supports_sdpa", False):
-        model.set_attn_implementation("sdpa")
+        # Of several models in one (MusicGen) one may not: then each stays as it is.
+        with suppress(ValueError):
+            model.set_attn_implementation("sdpa")
     if getattr(model, "_can_set_experts_implementation", bool)():
         model.set_experts_implementation("batched_mm")
 

@@ -19,6 +19,7 @@ from sparsify.backends.packed.loaded.on_gpu import prepared_products
 from sparsify.errors import CheckpointError, SpecError
 from sparsify.files.checkpoint import Checkpoint
 from sparsify.files.reading import kind_at, read_json
+from sparsify.frontend.text_config import text_config
 from sparsify.host import processor
 
 
@@ -141,7 +142,7 @@ def _device(name: str) -> torch.device:
 
 
 def _inputs(model: Any, prompt: int, tokens: int) -> dict[str, torch.Tensor]:
-    config = model.config.get_text_config()
+    config = text_config(model.config)
     context = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
     if getattr(config, "vocab_size", None) and isinstance(context, int) and context > 0 and prompt + tokens > context:
         raise SpecError(

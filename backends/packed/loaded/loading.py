@@ -16,6 +16,7 @@ from sparsify.errors import CheckpointError, SparsifyError, first_line
 from sparsify.files.checkpoint import Checkpoint
 from sparsify.files.whole import check_folder
 from sparsify.frontend.building.heads import name_class
+from sparsify.frontend.text_config import text_config
 from sparsify.host import peak_memory, recent_peak, reset_peak
 from sparsify.import_path import environment, python
 
@@ -132,7 +133,7 @@ def first_inputs(model: Any, length: int = 1) -> dict[str, torch.Tensor]:
     import torch
 
     generator = torch.Generator().manual_seed(0)
-    config = model.config.get_text_config()
+    config = text_config(model.config)
     if getattr(config, "vocab_size", None) is None:
         size = model.config.image_size
         side = (size, size) if isinstance(size, int) else tuple(size)

@@ -23,6 +23,7 @@ from sparsify.frontend.matching import weights_of_checkpoint
 from sparsify.frontend.materialize import materialize
 from sparsify.frontend.skeleton import build_skeleton
 from sparsify.frontend.source import Source
+from sparsify.frontend.text_config import text_config
 from sparsify.frontend.tracing.caches import call_arguments, without_cache
 from sparsify.ir.store import TensorStore
 
@@ -85,7 +86,7 @@ def behave(store: GraphStore, model: Any, tokens: int = 16) -> Behaviour:
         worst = max(found.difference, *(_forward(runner, model, rows, 3) for rows in (1, 5)))
         return dataclasses.replace(found, difference=worst)
     session = open_session(store.file)
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    context = getattr(text_config(model.config), "max_position_embeddings", None)
     sizes = sizes_for(session.get_inputs(), context if isinstance(context, int) else None)
     return Behaviour(max(_compare(session, model, rows, length) for rows, length in sizes), 0, 0)
 

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparsify.frontend.text_config import text_config
+
 # Rows and tokens of each try. A graph that was traced with two rows and holds one of them is right with one alone.
 SIZES = ((2, 7), (1, 3), (5, 12))
 
@@ -26,7 +28,7 @@ def sizes_for(inputs: Sequence[Any], context: int | None) -> Iterator[tuple[int,
 def feed_for(inputs: Sequence[Any], model: Any, rows: int, length: int) -> dict[str, Tensor]:
     """One input of every name, [rows, length] where the graph leaves that free."""
     generator = torch.Generator().manual_seed(0)
-    config = model.config.get_text_config()
+    config = text_config(model.config)
     feed: dict[str, Tensor] = {}
     for info in inputs:
         name, shape = info.name, _shape(info, rows, length)

@@ -62,10 +62,15 @@ def name_class(config: Any, names: Iterable[str]) -> None:
 
 def built(kind: Any, config: Any, dtype: torch.dtype, names: Iterable[str] | None = None) -> nn.Module:
     """A model of the class ``kind``; an encoder without a pooler where none of the tensors ``names`` is one's."""
-    bare = names is not None and "add_pooling_layer" in inspect.signature(kind.__init__).parameters
-    bare = bare and not any("pooler." in name for name in names or ())
-    model: nn.Module = kind._from_config(config, dtype=dtype, **({"add_pooling_layer": False} if bare else {}))
-    return model
+    model: nn.Module = kind._from_config(config, dtype=dtype)
+    pooled = names is None or any("pooler." in name for name in names)
+    if pooled or "add_pooling_layer" not in inspect.signature(kind.__init__).parameters:
+        return model
+    # A pooler without weights (Swin's, which takes a mean) is in no file.
+    if not any("pooler." in name for name in model.state_dict()):
+        return model
+    bare: nn.Module = kind._from_config(config, dtype=dtype, add_pooling_layer=False)
+    return bare
 
 
 def is_of(kind: Any, config: Any) -> bool:

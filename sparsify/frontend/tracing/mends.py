@@ -6,7 +6,7 @@ Each says what fails, in which version it was seen, and does nothing where it is
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest.mock import patch
@@ -14,15 +14,23 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 
+from sparsify.frontend.tracing.both_ways import leave_masks_out
 from sparsify.frontend.tracing.literal import running_as
 
 
 @contextmanager
-def mended(module: nn.Module) -> Iterator[None]:
-    """While it is open, ``module`` can be traced where only the faults below stand against it."""
+def mended(module: nn.Module, given: Collection[str] = ()) -> Iterator[None]:
+    """While it is open, ``module`` can be traced with inputs ``given`` where only the faults below stand against it.
+
+    Raises:
+        TraceError: see :func:`sparsify.frontend.tracing.both_ways.leave_masks_out`.
+    """
     with ExitStack() as stack:
         if hasattr(module, "config"):
             _masks(stack)
+            leave_masks_out(stack, module, given)
+        if type(module).__name__.startswith(("Autoformer", "Informer")):
+            _series(stack)
         if type(module).__name__ == "Llama4ForConditionalGeneration":
             _llama4(stack)
         _casts(stack)
@@ -105,6 +113,18 @@ def _masks(stack: ExitStack) -> None:
         stack.enter_context(patch.object(wrapped, "mod_index", index))
     if hasattr(masking_utils, "_vmap_expansion_sdpa"):
         stack.enter_context(patch.object(masking_utils, "_vmap_expansion_sdpa", expansion))
+
+
+def _series(stack: ExitStack) -> None:
+    """transformers 5.24: attention that shortens a series, or correlates it, takes no mask of the length that it had. A
+    run leaves out a mask that hides nothing; a trace would make it."""
+    from transformers import masking_utils
+
+    def left_out(padding_mask: Tensor | None, *_: Any) -> bool:
+        return padding_mask is None
+
+    if hasattr(masking_utils, "_ignore_bidirectional_mask_sdpa"):
+        stack.enter_context(patch.object(masking_utils, "_ignore_bidirectional_mask_sdpa", left_out))
 
 
 def _llama4(stack: ExitStack) -> None:

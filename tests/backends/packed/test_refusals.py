@@ -9,14 +9,18 @@ import pytest
 import torch
 from support.families import save
 from support.folders import SMALLEST
+from torch import Tensor, nn
 
 import sparsify
 from sparsify.backends.packed import job
 from sparsify.backends.packed.bench import measure
 from sparsify.backends.packed.loaded.loading import load_model, measure_loading
+from sparsify.backends.packed.plan import decide
 from sparsify.backends.packed.store import open_packed
 from sparsify.errors import BackendError, CheckpointError, SpecError, TraceError
 from sparsify.files.ledger import Ledger
+from sparsify.frontend.capture import capture
+from sparsify.frontend.source import open_source
 
 
 def test_what_cannot_be_measured(tmp_path: Path) -> None:
@@ -31,6 +35,24 @@ def test_what_cannot_be_measured(tmp_path: Path) -> None:
     if not torch.cuda.is_available():
         with pytest.raises(SpecError, match="no CUDA device 0"):
             measure._device("cuda")
+
+
+def test_a_weight_that_two_layers_hold_stays_dense() -> None:
+    """transformers ties the two again when it has loaded them: detectors whose heads of all layers are one."""
+
+    class Heads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.other, self.own = (nn.Linear(64, 64) for _ in range(3))
+            self.other.weight = self.one.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.own(self.other(self.one(x)))  # type: ignore[no-any-return]
+
+    source = open_source(Heads())
+    program = capture(source, {"0": torch.zeros(2, 64)})
+    found = {d.name: d.reason for d in decide(program, program.weights, source.module, "bitmask", "smallest")}
+    assert found["one.weight"] == "shared with other.weight" and "shared" not in (found["own.weight"] or "")
 
 
 def test_folders_that_transformers_does_not_load(tmp_path: Path) -> None:

@@ -1,0 +1,68 @@
+"""Language models that read a prompt in both directions, as PaliGemma's does.
+
+transformers 5.24 makes a causal mask for such a model and, outside a trace, leaves it out where attention could say the
+same by itself. Their attention does not: without a mask it looks both ways. What a user sees is that, so a trace leaves
+the mask out, too. With a mask of padding it depends on the numbers in it, which no graph can follow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from contextlib import ExitStack
+from typing import Any
+from unittest.mock import patch
+
+from torch import Tensor, nn
+
+from sparsify.errors import TraceError
+
+
+def reads_both_ways(module: nn.Module) -> bool:
+    """Whether a causal mask that is left out makes attention in ``module`` look both ways."""
+    return any(
+        getattr(part, "is_causal", None) is False
+        and hasattr(part, "layer_idx")
+        and getattr(config := getattr(part, "config", None), "use_bidirectional_attention", False)
+        and getattr(config, "is_causal", True)
+        for part in module.modules()
+    )
+
+
+def leave_masks_out(stack: ExitStack, module: nn.Module, given: Collection[str] = ()) -> None:
+    """While ``stack`` is open, a trace of ``module`` leaves a causal mask out where a run would.
+
+    Args:
+        given: names of the inputs of the trace.
+
+    Raises:
+        TraceError: then, where that depends on the numbers in an input.
+    """
+    from transformers import masking_utils
+
+    if not reads_both_ways(module) or "token_type_ids" in given:
+        # With token types there always is a mask, which says it all.
+        return
+
+    def left_out(
+        padding_mask: Tensor | None, q_length: int, kv_length: int, q_offset: Any, kv_offset: Any, local: Any = None
+    ) -> bool:
+        if padding_mask is not None:
+            raise _unknown(module, "the attention mask")
+        return (local is None or kv_length < local) and (q_length == 1 or q_length == kv_length)
+
+    def packed(position_ids: Tensor) -> None:
+        # The model's own positions are of one sequence each.
+        if "position_ids" in given:
+            raise _unknown(module, "position_ids")
+
+    for name, function in {"_ignore_causal_mask_sdpa": left_out, "find_packed_sequence_indices": packed}.items():
+        if hasattr(masking_utils, name):
+            stack.enter_context(patch.object(masking_utils, name, function))
+
+
+def _unknown(module: nn.Module, where: str) -> TraceError:
+    return TraceError(
+        f"capturing {type(module).__name__}",
+        found=f"whether it reads both ways depends on the numbers in {where}",
+        do="Give token_type_ids beside it, as its processor does (zeros for a prompt)",
+    )

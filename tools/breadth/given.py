@@ -1,0 +1,86 @@
+"""Inputs that names and sizes do not tell: data, by model type.
+
+An input is ("ids", *shape), ("normal", *shape), ("ones", *shape), ("zeros", *shape), ("below", n, *shape) for whole
+numbers from 0 to n - 1, ("counts", n, *shape) for such as floats, or ("value", nested list).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_SERIES = {
+    "past_values": ("normal", 2, 10), "past_time_features": ("normal", 2, 10, 2),
+    "past_observed_mask": ("ones", 2, 10), "future_values": ("normal", 2, 4),
+    "future_time_features": ("normal", 2, 4, 2),
+}  # fmt: skip
+_IMAGE = ("normal", 2, 3, 32, 32)
+_BOXES = ("value", [[[1, 2, 5, 7]] * 16] * 2)
+_PATCHES = {
+    "pixel_values": ("normal", 2, 16, 192), "pixel_attention_mask": ("ones", 2, 16),
+    "spatial_shapes": ("value", [[4, 4], [4, 4]]),
+}  # fmt: skip
+_CODES = {"input_ids": ("ids", 2, 16), "attention_mask": ("ones", 2, 16), "decoder_input_ids": ("below", 60, 4, 16)}
+GIVEN: dict[str, dict[str, tuple[Any, ...]]] = {
+    "autoformer": _SERIES,
+    "informer": _SERIES,
+    "time_series_transformer": _SERIES,
+    # Its last level of features has more than one place.
+    "deformable_detr": {"pixel_values": ("normal", 2, 3, 96, 96)},
+    "idefics": {
+        "input_ids": ("ids", 2, 16), "attention_mask": ("ones", 2, 16), "pixel_values": ("normal", 2, 1, 3, 32, 32),
+        "image_attention_mask": ("ones", 2, 16, 1),
+    },
+    "siglip2": {"input_ids": ("ids", 2, 16)} | _PATCHES,
+    "siglip2_vision_model": _PATCHES,
+    "lilt": {"input_ids": ("ids", 2, 16), "bbox": _BOXES},
+    "layoutlmv3": {"input_ids": ("ids", 2, 16), "bbox": _BOXES, "pixel_values": _IMAGE},
+    "kosmos-2": {
+        "pixel_values": _IMAGE, "input_ids": ("ids", 2, 16),
+        "image_embeds_position_mask": ("value", [[0] * 2 + [1] * 4 + [0] * 10] * 2),
+    },
+    "instructblip": {"pixel_values": _IMAGE, "qformer_input_ids": ("ids", 2, 8), "input_ids": ("ids", 2, 16)},
+    "instructblipvideo": {
+        "pixel_values": ("normal", 2, 4, 3, 32, 32), "qformer_input_ids": ("ids", 2, 8), "input_ids": ("ids", 2, 24),
+    },
+    "pix2struct": {"flattened_patches": ("counts", 4, 2, 16, 34), "decoder_input_ids": ("ids", 2, 16)},
+    "voxtral_realtime": {"input_ids": ("ids", 2, 16), "input_features": ("normal", 2, 16, 128)},
+    "lxmert": {
+        "input_ids": ("ids", 2, 16), "visual_feats": ("normal", 2, 4, 32), "visual_pos": ("normal", 2, 4, 4),
+    },
+    "kyutai_speech_to_text": {"input_ids": ("below", 60, 2, 16, 3)},
+    "vit_mae": {"pixel_values": _IMAGE, "noise": ("normal", 2, 16)},
+    "qwen3_asr_encoder": {"input_features": ("normal", 2, 16, 100), "input_features_mask": ("ones", 2, 100)},
+    "clap": {"input_ids": ("ids", 2, 16), "input_features": ("normal", 2, 1, 128, 32)},
+    "decision_transformer": {
+        "states": ("normal", 2, 5, 8), "actions": ("normal", 2, 5, 4), "returns_to_go": ("normal", 2, 5, 1),
+        "timesteps": ("below", 32, 2, 5), "attention_mask": ("ones", 2, 5),
+    },
+    "video_llama_3_vision": {
+        "pixel_values": ("normal", 32, 192), "grid_thw": ("value", [[1, 4, 4]] * 2), "merge_sizes": ("value", [1, 1]),
+    },
+    "blip_2_qformer": {"query_embeds": ("normal", 2, 4, 32), "encoder_hidden_states": ("normal", 2, 6, 32)},
+    "audioflamingo3_encoder": {"input_features": ("normal", 2, 16, 128), "input_features_mask": ("ones", 2, 128)},
+    "granite_speech5_ctc": {"input_features": ("normal", 2, 32, 64)},
+    "granite_speech5_encoder": {"input_features": ("normal", 2, 32, 64)},
+    "musicgen": _CODES,
+    "musicgen_melody": _CODES,
+    "dia": {"input_ids": ("ids", 2, 16), "decoder_input_ids": ("ids", 2, 16, 9)},
+}  # fmt: skip
+
+
+def draw(spec: tuple[Any, ...], low: int, high: int, generator: torch.Generator) -> Tensor:
+    """The input that ``spec`` says; ids lie in [low, high)."""
+    what, *shape = spec
+    if what == "value":
+        return torch.tensor(shape[0])
+    if what in ("ones", "zeros"):
+        return torch.full(shape, int(what == "ones"))
+    if what == "normal":
+        return torch.randn(*shape, generator=generator)
+    if what in ("below", "counts"):
+        low, high, *shape = 0, *shape
+    drawn = torch.randint(low, high, shape, generator=generator)
+    return drawn.float() if what == "counts" else drawn
