@@ -54,7 +54,7 @@ def test_the_graph_is_the_model(name: str, image: bool, tmp_path: Path) -> None:
 
 def test_text_without_token_types_is_read_as_transformers_reads_it(tmp_path: Path) -> None:
     """PaliGemma's causal mask is left out outside a trace, and its attention then looks both ways."""
-    source, batch = open_source(folder("paligemma", tmp_path)), text(2)
+    source, batch = open_source(folder("paligemma", tmp_path / "model")), text(2)
     made = runnable(capture(source, batch), torch.device("cpu"))(batch["input_ids"])
     with torch.no_grad():
         wanted = build("paligemma")(**batch, use_cache=False).logits
@@ -63,7 +63,7 @@ def test_text_without_token_types_is_read_as_transformers_reads_it(tmp_path: Pat
         with pytest.raises(TraceError, match="depends on the numbers in"):
             capture(source, batch | {other: torch.ones_like(batch["input_ids"])})
     with pytest.raises(BackendError, match="reads a text in both directions"):
-        sparsify.compile(tmp_path, [], to="onnx", output=tmp_path / "out")
+        sparsify.compile(tmp_path / "model", [], to="onnx", output=tmp_path / "out")
 
 
 @pytest.mark.parametrize("name", EACH)
