@@ -27,7 +27,8 @@ from sparsify.errors import BackendError, first_line
 
 aten = torch.ops.aten
 
-# The single-output rules of onnxscript's default set, those of :mod:`identities` made exact. Its rules with several outputs try all pairs of nodes: cubic.
+# The single-output rules of onnxscript's default set, some of them made exact. Its rules with several outputs try all
+# pairs of nodes: cubic.
 _RULES = [
     *IDENTITIES,
     rules.one_reshape_matmul_reshape_rule,

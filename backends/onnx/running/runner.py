@@ -62,6 +62,9 @@ class Runner:
             )
         # A graph of one step has a fixed sequence length.
         self.step_only = list(self.inputs["input_ids"].shape)[1:] == [1]
+        # Only a model that keeps no keys has no use for the mask of the tokens before.
+        mask = self.inputs.get("attention_mask")
+        self.one_mask = mask is not None and list(mask.shape)[1:] == [1]
 
     def empty(self, rows: int) -> Cache:
         """The cache before the first token."""
@@ -105,7 +108,7 @@ class Runner:
         position = np.maximum(np.cumsum(mask, 1) - 1, 0)[:, -length:]
         given = {
             "input_ids": ids,
-            "attention_mask": mask[:, -1:] if self.step_only else mask,
+            "attention_mask": mask[:, -1:] if self.one_mask else mask,
             "position_ids": position,
         }
         feed = {
