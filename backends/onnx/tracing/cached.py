@@ -121,5 +121,6 @@ def _no_cache(model: nn.Module, found: str) -> BackendError:
     return BackendError(
         f"exporting {type(model).__name__} to ONNX as a decoder",
         found=found,
-        do="Inputs of a graph can be keys and values, and recurrent states; use --to hf",
+        do="Inputs of a graph can be keys and values, and recurrent states. --to onnx:cache=none writes a graph "
+        "without them, which reads the whole text for every token; or use --to hf",
     )

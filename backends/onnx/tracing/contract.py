@@ -19,7 +19,7 @@ from sparsify.backends.onnx.tracing.wrappers import States
 T = TypeVar("T")
 
 BATCH, SEQUENCE, PAST, TOTAL = "batch_size", "sequence_length", "past_sequence_length", "total_sequence_length"
-GraphKind = Literal["decoder", "step", "plain"]
+GraphKind = Literal["decoder", "step", "uncached", "plain"]
 Dims = dict[str, list[str | int]]
 
 
@@ -34,7 +34,8 @@ class Contract:
     """A module to export, and how its inputs and outputs are called.
 
     Attributes:
-        kind: ``decoder`` (key-value cache), ``step`` (recurrent states, one token at a time) or ``plain``.
+        kind: ``decoder`` (key-value cache), ``step`` (recurrent states, one token at a time), ``uncached`` (a model
+            that generates, of the whole text) or ``plain``.
         wrapper: takes a dictionary of tensors and a list of tuples of states; its ``model`` is the model.
         inputs, states: example tensors; ``dims`` names their dimensions and those of the outputs, ints being fixed.
         slots: names of the states, layer by layer, without the word for past or present: ``.0.key``, ``_conv.0``.

@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.export import Dim
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
+from sparsify.backends.onnx.options import Cache
 from sparsify.backends.onnx.tracing.choice import contract_for
 from sparsify.backends.onnx.tracing.contract import Contract
 from sparsify.errors import BackendError, first_line
@@ -27,6 +28,7 @@ def trace_model(
     batch: Mapping[str, Tensor],
     compute: torch.dtype | None = None,
     names: Collection[str] = (),
+    cache: Cache = "keep",
 ) -> tuple[torch.export.ExportedProgram, Contract]:
     """Export ``module`` under the contract that fits it; the module stays as it is.
 
@@ -34,6 +36,7 @@ def trace_model(
         batch: example inputs of models that do not generate.
         compute: dtype of the arithmetic; the module's own where None.
         names: inputs that the model's tokenizer gives.
+        cache: whether a model that generates keeps past tokens' states.
 
     Raises:
         BackendError: the model cannot be traced with a dynamic batch and sequence.
@@ -47,7 +50,7 @@ def trace_model(
             return function()
 
     with quiet_export():
-        contract = contract_for(model, run, batch, names)
+        contract = contract_for(model, run, batch, names, cache)
         if compute is not None:
             _match_inputs(contract, compute)
         return export_contract(contract), contract
