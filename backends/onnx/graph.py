@@ -19,9 +19,10 @@ from onnxscript.optimizer import fold_constants_ir
 from onnxscript.rewriter import RewritePass, onnx_fusions
 from onnxscript.rewriter.rules import common as rules
 
-from sparsify.backends.onnx.broadcast import spread_attention, stretch_rotations
+from sparsify.backends.onnx.broadcast import spread_attention, spread_masks, stretch_rotations
 from sparsify.backends.onnx.identities import IDENTITIES
 from sparsify.backends.onnx.options import Linear
+from sparsify.backends.onnx.tracing.settled import settle
 from sparsify.backends.onnx.tracing.trace import quiet_export
 from sparsify.errors import BackendError, first_line
 
@@ -71,6 +72,8 @@ def to_graph(
     if linear == "matmul":
         table = {aten.linear.default: _linear_as_matmul, aten.addmm.default: _addmm_as_matmul}
     spread_attention(exported)
+    spread_masks(exported)
+    settle(exported)
     try:
         with quiet_export(), contextlib.redirect_stdout(io.StringIO()):
             program = torch.onnx.export(
