@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -196,8 +197,10 @@ def _untranslated(error: Exception, opset: int) -> BackendError:
         cause = cause.__cause__ or cause.__context__
     # The innermost error names the operator; the outer ones only that there was one.
     found = next((line for line in lines if "No ONNX function" in line or "No decompositions" in line), lines[-1])
+    if operator := re.search(r"OpOverload\(op='([^']+)'", found):
+        found = f"operator {operator[1]} is one that torch's exporter knows none of ONNX for"
     return BackendError(
         f"exporting to ONNX at opset {opset}",
         found=found,
-        do="That operator has no ONNX translation; use --to hf, or another opset (18 to 24) if it is an old one",
+        do="Use --to hf, or another opset (18 to 24) if it is an old one",
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import onnx_ir as ir
 
@@ -29,7 +29,7 @@ def convert(
     current: list[Part] = [list(part) for part in parts]
     targets = list(conversion.targets)
     for operation in conversion.converter.operations:
-        made = _apply(build, parameter, operation, current, targets, wanted)
+        made = _apply(build, parameter, operation, current, targets, conversion.shapes, wanted)
         if made is None:
             break
         current, targets = made
@@ -47,7 +47,13 @@ def convert(
 
 
 def _apply(
-    build: Builder, parameter: str, operation: object, current: Sequence[Part], targets: list[str], wanted: ir.DataType
+    build: Builder,
+    parameter: str,
+    operation: object,
+    current: Sequence[Part],
+    targets: list[str],
+    shapes: Mapping[str, Sequence[int]],
+    wanted: ir.DataType,
 ) -> tuple[list[Part], list[str]] | None:
     """What an operation makes of ``current``, and of which parameters that is all; None where it is unknown."""
     kind, axis = type(operation).__name__, getattr(operation, "dim", 0)
@@ -61,13 +67,12 @@ def _apply(
         return None
     if kind == "Transpose" and not getattr(operation, "check_dims", False):
         return [build.swapped(f"{parameter}/turned", values[0], operation.dim0, operation.dim1, wanted)], targets  # type: ignore[attr-defined]
-    if kind == "Chunk" and parameter in targets:
-        length = _sizes(values[0])[axis]
-        size = -(-length // len(targets))
-        start = size * targets.index(parameter)
-        return [build.piece(f"{parameter}/piece", values[0], axis, start, min(start + size, length), wanted)], [
-            parameter
-        ]
+    if kind in ("Chunk", "Split") and parameter in targets and all(target in shapes for target in targets):
+        # Pieces of equal sizes, or of their parameters' own.
+        sizes = [shapes[target][axis] for target in targets]
+        at = targets.index(parameter)
+        start = sum(sizes[:at])
+        return [build.piece(f"{parameter}/piece", values[0], axis, start, start + sizes[at], wanted)], [parameter]
     return None
 
 

@@ -13,6 +13,9 @@ from sparsify.backends.onnx.tracing.layers import slots as layer_slots
 from sparsify.backends.onnx.tracing.wrappers import Decoder, States, Step, cache_argument
 from sparsify.errors import BackendError, first_line
 
+# They put an image into the cache without tokens that stand for it, and pad their masks by its size from then on.
+_IMAGES_IN_CACHE = {"git"}
+
 
 def cached_contract(model: nn.Module, run: Run) -> Contract:
     """The contract of a model that generates.
@@ -24,6 +27,10 @@ def cached_contract(model: nn.Module, run: Run) -> Contract:
     if name is None:
         raise _no_cache(model, "its forward takes no cache of keys and values, and none of recurrent states")
     config = getattr(model, "config", None)
+    if getattr(config, "model_type", None) in _IMAGES_IN_CACHE:
+        raise _no_cache(model, "it takes the first places of its cache for an image's, which is not in the graph")
+    if any(".generation_" in getattr(getattr(type(model), n, None), "__module__", "") for n in ("generate", "_sample")):
+        raise _no_cache(model, "it generates by a loop of its own, whose steps are more than one token")
     layers = layers_of(config)
     if strange(layers):
         raise _no_cache(model, f"its layers keep {described(config, layers)}")
@@ -114,7 +121,14 @@ def _name_dims(dims: Dims, slot: str, state: Tensor) -> None:
 def _not_run(model: nn.Module, error: Exception) -> BackendError:
     config = getattr(model, "config", None)
     kept = described(config, layers_of(config)) or "nothing that its config names"
-    return _no_cache(model, f"its layers keep {kept}, and it does not run with that alone ({first_line(error)})")
+    return _no_cache(model, f"its layers keep {kept}, and it does not run with a cache of that ({_said(error)})")
+
+
+def _said(error: Exception) -> str:
+    """A model's own words where they are a sentence; those of Python say nothing of it."""
+    said = first_line(error)
+    plain = not isinstance(error, (AttributeError, IndexError, KeyError, TypeError, UnboundLocalError))
+    return said if plain and "<class" not in said else "its code fails; see --debug"
 
 
 def _no_cache(model: nn.Module, found: str) -> BackendError:

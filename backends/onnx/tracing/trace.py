@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -72,9 +73,17 @@ def export_contract(contract: Contract) -> torch.export.ExportedProgram:
     except Exception as error:  # export raises many kinds; all mean that there is no graph
         raise BackendError(
             f"exporting {type(contract.wrapper.model).__name__} to ONNX",
-            found=f"torch.export cannot trace it with dynamic shapes: {first_line(error)}",
+            found=f"torch.export cannot trace it with dynamic shapes: {_why(error)}",
             do="See the traceback with --debug; --to hf writes the pruned model without a graph",
         ) from error
+
+
+def _why(error: Exception) -> str:
+    said = re.findall(r"L\['inputs'\]\['(\w+)'\]\.size\(\)\[(\d+)\]", str(error))
+    if not said or "onstraints violated" not in str(error):
+        return first_line(error)
+    axes = ", ".join(f"axis {axis} of {name}" for name, axis in dict.fromkeys(said))
+    return f"its code takes {axes} for a fixed number (a loop over it, or a comparison with another size)"
 
 
 def _dynamic(dims: list[str | int]) -> dict[int, object]:
