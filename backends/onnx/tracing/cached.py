@@ -85,6 +85,11 @@ def _step(model: nn.Module, run: Run) -> Contract:
         found = [kept(layer) for layer in cache.layers]
     except Exception as error:  # a model's own code raises whatever it likes
         raise _not_run(model, error) from error
+    for names, tensors in zip(slots, found, strict=True):
+        if odd := [t for n, t in zip(names, tensors, strict=True) if n.startswith(".") and t.dim() != 4]:
+            raise _no_cache(model, f"a layer's cache has shape {tuple(odd[0].shape)}")
+    if not any(slots):
+        raise _no_cache(model, "its layers keep nothing of what was read")
     keyed = any(slot.endswith(".key") for names in slots for slot in names)
     inputs = {"input_ids": ids, "attention_mask": torch.ones(rows, past + 1 if keyed else 1, dtype=torch.long)}
     dims: Dims = {"input_ids": [BATCH, 1], "attention_mask": [BATCH, TOTAL if keyed else 1], "logits": [BATCH, 1, -1]}
