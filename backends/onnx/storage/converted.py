@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TypeAlias
 
 import onnx_ir as ir
 
@@ -11,7 +12,7 @@ from sparsify.errors import BackendError
 from sparsify.ir.weights import Conversion
 
 # Values that belong together by their pattern: experts, one after the other; or one value.
-Part = ir.Value | list[ir.Value]
+Part: TypeAlias = "ir.Value | list[ir.Value]"
 
 
 def convert(

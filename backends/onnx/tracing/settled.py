@@ -34,7 +34,7 @@ def _as_pairs(graph: fx.Graph, node: fx.Node) -> None:
     """New axes and pieces of complex numbers (rotations of Llama 4 and DeepSeek V2), of pairs of real numbers."""
     old, *rest = node.args
     assert isinstance(old, fx.Node)
-    axis = int(rest[0]) if rest else 0  # type: ignore[call-overload]
+    axis = int(rest[0]) if rest else 0  # type: ignore[arg-type]
     # From the end there is one more axis to count.
     rest = [axis - 1 if axis < 0 else axis, *rest[1:]]
     with graph.inserting_before(node):

@@ -35,7 +35,9 @@ class Cached(nn.Module):
         """Logits, and the cache as the model leaves it; None makes one of its own."""
         name = cache_argument(self.model)
         out = self.model(**inputs, **{str(name): cache}, use_cache=True)
-        return out.logits, getattr(out, str(name))
+        given = getattr(out, str(name), None)
+        # RecurrentGemma gives none back, and has written into the one that it was given.
+        return out.logits, cache if given is None else given
 
 
 class Decoder(Cached):
