@@ -21,8 +21,8 @@ from onnxscript.rewriter import RewritePass, onnx_fusions
 from onnxscript.rewriter.rules import common as rules
 
 from sparsify.backends.onnx.broadcast import spread_attention, spread_masks, stretch_rotations
-from sparsify.backends.onnx.identities import IDENTITIES
 from sparsify.backends.onnx.options import Linear
+from sparsify.backends.onnx.tracing.identities import IDENTITIES
 from sparsify.backends.onnx.tracing.settled import settle
 from sparsify.backends.onnx.tracing.trace import quiet_export
 from sparsify.errors import BackendError, first_line
