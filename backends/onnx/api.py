@@ -12,6 +12,7 @@ from torch.export import ExportedProgram
 
 from sparsify.backends.onnx.backend import ONNX
 from sparsify.backends.onnx.edited import TracedModel, export_graph
+from sparsify.backends.onnx.options import Cache
 from sparsify.backends.onnx.retrace import Example
 from sparsify.backends.onnx.tracing.trace import trace_model
 from sparsify.compiler.pipeline import compile
@@ -29,13 +30,16 @@ class ExportReport:
     notes: list[str]
 
 
-def trace_onnx(model: nn.Module) -> TracedModel:
+def trace_onnx(model: nn.Module, cache: Cache = "keep") -> TracedModel:
     """Trace ``model`` (a transformers model) as the graph that would be exported, with its real weights in it.
+
+    Args:
+        cache: as for :class:`ONNX`.
 
     Raises:
         BackendError: it cannot be traced with dynamic shapes.
     """
-    exported, contract = trace_model(model, _example(model), None)
+    exported, contract = trace_model(model, _example(model), None, cache=cache)
     own = {f"model.{name}": tensor for name, tensor in model.state_dict(keep_vars=True).items()}
     module = exported.module(check_guards=False)
     for name in module.state_dict():

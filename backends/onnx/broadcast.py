@@ -39,6 +39,29 @@ def spread_attention(exported: torch.export.ExportedProgram) -> None:
             node.update_arg(at, new)
 
 
+def spread_masks(exported: torch.export.ExportedProgram) -> None:
+    """Give the mask of an attention a row for every query where it has one for all: the operator wants that."""
+    graph = exported.graph
+    for node in graph.find_nodes(op="call_function", target=aten.scaled_dot_product_attention.default):
+        mask = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
+        queries = node.args[0]
+        if mask is None or mask.meta["val"].dim() < 2 or mask.meta["val"].shape[-2] != 1:
+            continue
+        if (length := queries.meta["val"].shape[-2]) == 1:
+            continue
+        value = mask.meta["val"]
+        keep = [-1] * (value.dim() - 2)
+        with graph.inserting_before(node):
+            rows = graph.call_function(aten.sym_size.int, (queries, 2))
+            rows.meta["val"] = length
+            new = graph.call_function(aten.expand.default, (mask, [*keep, rows, -1]))
+        new.meta["val"] = value.expand(*keep, length, -1)
+        if len(node.args) > 3:
+            node.update_arg(3, new)
+        else:
+            node.update_kwarg("attn_mask", new)
+
+
 def stretch_rotations(model: ir.Model) -> None:
     """Give every ``RotaryEmbedding`` a row of cosines and sines for each row of what it turns.
 

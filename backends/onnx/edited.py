@@ -60,6 +60,12 @@ def export_graph(
             found="a graph computes in the dtype that it was traced with",
             do="Convert the model before it is traced, or export the model itself",
         )
+    if options.cache != Options.cache:
+        raise SpecError(
+            f"onnx:cache={options.cache} for a graph",
+            found="a graph has the inputs that it was traced with",
+            do="Trace the model so, trace_onnx(model, cache='none'), or export the model itself",
+        )
     config, contract = (graph.config, graph.contract) if isinstance(graph, TracedModel) else (None, None)
     graph = graph.graph_module if isinstance(graph, TracedModel) else graph
     exported = graph if isinstance(graph, ExportedProgram) else retrace(graph, example, contract)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -19,19 +20,19 @@ from onnxscript.optimizer import fold_constants_ir
 from onnxscript.rewriter import RewritePass, onnx_fusions
 from onnxscript.rewriter.rules import common as rules
 
-from sparsify.backends.onnx.broadcast import spread_attention, stretch_rotations
+from sparsify.backends.onnx.broadcast import spread_attention, spread_masks, stretch_rotations
 from sparsify.backends.onnx.options import Linear
+from sparsify.backends.onnx.tracing.identities import IDENTITIES
+from sparsify.backends.onnx.tracing.settled import settle
 from sparsify.backends.onnx.tracing.trace import quiet_export
 from sparsify.errors import BackendError, first_line
 
 aten = torch.ops.aten
 
-# The single-output rules of onnxscript's default set. Its rules with several outputs try all pairs of nodes: cubic.
+# The single-output rules of onnxscript's default set, some of them made exact. Its rules with several outputs try all
+# pairs of nodes: cubic.
 _RULES = [
-    rules.add_0_rule,
-    rules.sub_0_rule,
-    rules.mul_by_1_rule,
-    rules.div_by_1_rule,
+    *IDENTITIES,
     rules.one_reshape_matmul_reshape_rule,
     rules.two_reshapes_matmul_reshape_rule,
     rules.cast_constant_of_shape_rule,
@@ -68,10 +69,12 @@ def to_graph(
     Raises:
         BackendError: an operator has no ONNX translation.
     """
-    table: dict[Callable[..., object], Callable[..., object]] = {}
-    if linear == "gemm":
-        table[aten.linear.default] = _linear_as_gemm
+    table: dict[Callable[..., object], Callable[..., object]] = {aten.linear.default: _linear_as_gemm}
+    if linear == "matmul":
+        table = {aten.linear.default: _linear_as_matmul, aten.addmm.default: _addmm_as_matmul}
     spread_attention(exported)
+    spread_masks(exported)
+    settle(exported)
     try:
         with quiet_export(), contextlib.redirect_stdout(io.StringIO()):
             program = torch.onnx.export(
@@ -101,6 +104,20 @@ def _linear_as_gemm(x: Any, weight: Any, bias: Any = None) -> Any:
     product = op.Gemm(flat, weight, transB=1) if bias is None else op.Gemm(flat, weight, bias, transB=1)
     shape = op.Concat(op.Shape(x, start=0, end=-1), op.Constant(value_ints=[out_features]), axis=0)
     return op.Reshape(product, shape)
+
+
+def _linear_as_matmul(x: Any, weight: Any, bias: Any = None) -> Any:
+    product = op.MatMul(x, op.Transpose(weight, perm=[1, 0]))
+    return product if bias is None else op.Add(product, bias)
+
+
+def _addmm_as_matmul(bias: Any, x: Any, weight: Any, beta: float = 1.0, alpha: float = 1.0) -> Any:
+    product = op.MatMul(x, weight)
+    if alpha != 1:
+        product = op.Mul(product, op.CastLike(op.Constant(value_float=float(alpha)), product))
+    if beta != 1:
+        bias = op.Mul(bias, op.CastLike(op.Constant(value_float=float(beta)), bias))
+    return op.Add(product, bias)
 
 
 def _detach(model: ir.Model, names: set[str]) -> dict[str, ir.Value]:
@@ -180,8 +197,10 @@ def _untranslated(error: Exception, opset: int) -> BackendError:
         cause = cause.__cause__ or cause.__context__
     # The innermost error names the operator; the outer ones only that there was one.
     found = next((line for line in lines if "No ONNX function" in line or "No decompositions" in line), lines[-1])
+    if operator := re.search(r"OpOverload\(op='([^']+)'", found):
+        found = f"operator {operator[1]} is one that torch's exporter knows none of ONNX for"
     return BackendError(
         f"exporting to ONNX at opset {opset}",
         found=found,
-        do="That operator has no ONNX translation; use --to hf, or another opset (18 to 24) if it is an old one",
+        do="Use --to hf, or another opset (18 to 24) if it is an old one",
     )

@@ -64,6 +64,10 @@ def storage_notes(options: Options, stored: Sequence[StoredWeight], contract: Co
 
 def _input_notes(contract: Contract) -> list[str]:
     notes = []
+    if contract.kind == "uncached":
+        notes.append(
+            "no cache (cache=none): every token is computed from the whole text before it; padding goes on the right"
+        )
     if contract.media:
         notes.append(
             f"the language model alone: text in, {', '.join(contract.outputs)} out; images, sound and video "

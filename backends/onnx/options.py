@@ -9,6 +9,7 @@ from sparsify.errors import SpecError
 
 Mode = Literal["link", "external", "packed"]
 Linear = Literal["gemm", "matmul"]
+Cache = Literal["keep", "none"]
 Dtype = Literal["float32", "float16", "bfloat16"]
 OPSETS = tuple(range(18, 25))
 
@@ -22,6 +23,8 @@ class Options:
             ``packed`` writes zeros as one bit.
         opset: 18 to 24; 23 is the first with attention and normalisation as operators.
         linear: ``gemm`` on weights [out_features, in_features], or ``matmul``.
+        cache: of models that generate: ``keep`` has past tokens' states as inputs and outputs, ``none`` reads the whole
+            text for every token.
         dtype: of the stored weights; the checkpoint's own where None.
         compute: of the arithmetic, inputs and outputs. Weights stored otherwise are cast when a session is made.
     """
@@ -29,6 +32,7 @@ class Options:
     weights: Mode = "link"
     opset: int = 23
     linear: Linear = "gemm"
+    cache: Cache = "keep"
     dtype: Dtype | None = None
     compute: Dtype = "float32"
 

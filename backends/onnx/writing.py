@@ -31,7 +31,7 @@ def build_graph(
     Args:
         batch, names: example inputs, and further ones that the model's tokenizer gives.
     """
-    exported, contract = trace_model(module, batch, getattr(torch, options.compute), names)
+    exported, contract = trace_model(module, batch, getattr(torch, options.compute), names, options.cache)
     model, parameters = to_graph(
         exported, contract.input_names, contract.output_names, opset=options.opset, linear=options.linear
     )

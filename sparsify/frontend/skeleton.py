@@ -84,6 +84,7 @@ def build_skeleton(
         with torch.device("meta"), few_parts(tensors, folder):
             named = compute or getattr(config, "dtype", None) or dtype or torch.float32
             model = construct(config, trust_remote_code, named, None if store is None else store.names())
+        _to_meta(model)
         # Before widths that no config says: those are of folders of ours, of which nothing is left out.
         missing = [] if store is None or sizes is not None else left_out(model, store)
         compute_left_out(model, missing, folder)
@@ -172,6 +173,14 @@ def _plain_attention(config: Any) -> None:
     for part in parts:
         if getattr(part, "_attn_implementation", None) not in (None, "eager", "sdpa"):
             part._attn_implementation_internal = None
+
+
+def _to_meta(model: nn.Module) -> None:
+    """Parameters that a model draws by ``torch.normal`` (DiffLlama's) are real wherever it is built."""
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and not parameter.is_meta:
+                module._parameters[name] = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
 
 
 def _fake_parameters(model: nn.Module) -> None:

@@ -220,6 +220,10 @@ SIZES: dict[str, dict[str, Any]] = {
     },
     "vibevoice_asr": {"acoustic_tokenizer_chunk_size": 64},
     "muse_spark_audio": {"num_hidden_layers": 4, "hidden_sizes": [16, 16, 32, 32]},
+    # Of layers that only keep states transformers itself cannot generate.
+    "bamba": {"attn_layer_indices": [1]},
+    "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"], "num_hidden_layers": 2},
+    "recurrent_gemma": {"block_types": ["recurrent", "attention"]},
     "falcon_h1": {"mamba_d_ssm": 64, "mamba_n_heads": 8, "mamba_d_head": 8},
     "fun_asr_nano_adaptor": {"intermediate_size": 8},
     "pvt": {"hidden_sizes": [8, 16, 24, 32], "num_attention_heads": [1, 2, 3, 4]},

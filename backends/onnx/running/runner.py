@@ -13,6 +13,7 @@ import numpy.typing as npt
 from sparsify.backends.onnx.running.session import find_onnx, open_session
 from sparsify.backends.onnx.storage.store import check_written
 from sparsify.errors import BackendError, first_line
+from sparsify.files.manifest import section
 
 TokenIds = npt.NDArray[np.int64]
 # The states that a graph takes and gives, by the names of its inputs; onnxruntime's own values.
@@ -47,14 +48,17 @@ class Runner:
 
     def __init__(self, file: Path, *, device: str = "cpu", threads: int = 0, check: bool = True) -> None:
         self.file = find_onnx(file)
-        check_written(self.file, check)
+        ledger = check_written(self.file, check)
         self.folder = self.file.parent
+        said = section(ledger.manifest, "onnx")
         self.session = open_session(self.file, device=device, threads=threads)
         self.inputs = {i.name: i for i in self.session.get_inputs()}
         self.outputs = [o.name for o in self.session.get_outputs()]
         self.past = [n for n in self.inputs if n.startswith("past")]
         self.present = [n for n in self.outputs if n.startswith("present")]
-        if "input_ids" not in self.inputs or not self.past or len(self.past) != len(self.present):
+        # A model that generates, without a cache: all of the text goes in for every token.
+        self.whole = not self.past and said.get("kind") == "uncached" and "logits" in self.outputs
+        if "input_ids" not in self.inputs or not (self.past or self.whole) or len(self.past) != len(self.present):
             raise BackendError(
                 f"generating with {self.file}",
                 found=f"a graph of {', '.join(self.inputs)}, without a cache",
@@ -62,6 +66,9 @@ class Runner:
             )
         # A graph of one step has a fixed sequence length.
         self.step_only = list(self.inputs["input_ids"].shape)[1:] == [1]
+        # Only a model that keeps no keys has no use for the mask of the tokens before.
+        mask = self.inputs.get("attention_mask")
+        self.one_mask = mask is not None and list(mask.shape)[1:] == [1]
 
     def empty(self, rows: int) -> Cache:
         """The cache before the first token."""
@@ -105,7 +112,7 @@ class Runner:
         position = np.maximum(np.cumsum(mask, 1) - 1, 0)[:, -length:]
         given = {
             "input_ids": ids,
-            "attention_mask": mask[:, -1:] if self.step_only else mask,
+            "attention_mask": mask[:, -1:] if self.one_mask else mask,
             "position_ids": position,
         }
         feed = {
@@ -128,12 +135,19 @@ class Runner:
         sampling = sampling or Sampling()
         random = np.random.default_rng(sampling.seed)
         mask = np.ones_like(ids) if mask is None else mask
+        if self.whole and not mask.all():
+            raise BackendError(
+                f"generating with {self.file}",
+                found="padding among the text, and a graph without a cache (cache=none), which counts it as tokens",
+                do="Give rows of one length",
+            )
         cache = self.empty(len(ids))
         for _ in range(tokens):
             logits, cache = self.forward(ids, mask, cache)
-            ids = _choose(logits[:, -1].astype(np.float32), sampling, random)[:, None]
-            yield ids[:, 0]
-            mask = np.concatenate([mask, np.ones_like(ids)], 1)
+            chosen = _choose(logits[:, -1].astype(np.float32), sampling, random)[:, None]
+            yield chosen[:, 0]
+            ids = np.concatenate([ids, chosen], 1) if self.whole else chosen
+            mask = np.concatenate([mask, np.ones_like(chosen)], 1)
 
     def _zeros(self, info: Any, rows: int) -> Any:
         import onnxruntime as ort

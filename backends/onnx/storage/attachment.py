@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sparsify.backends.onnx.options import Mode
 from sparsify.backends.onnx.storage.builder import Builder
+from sparsify.backends.onnx.storage.converted import convert
 from sparsify.backends.onnx.storage.datafile import DATA, TYPES, DataFile, external
 from sparsify.backends.onnx.storage.pack import Format, best_format, pack_tensor, unpacking_bytes
 from sparsify.backends.onnx.storage.spread import spread_24, spread_bitmask
@@ -138,26 +139,10 @@ class Attachment:
         return spread(self.build, key, packed.shape, stored, codes, wanted)
 
     def _converted(self, parameter: str, conversion: Conversion, wanted: ir.DataType) -> ir.Value:
-        """A parameter that transformers joins from several tensors, joined by the graph instead."""
+        """A parameter that transformers makes of several tensors, or of a part of one, made by the graph instead."""
         parts: dict[str, list[ir.Value]] = {}
         for key, pattern in conversion.sources:
             parts.setdefault(pattern, []).append(self._leaf(key, wanted))
-        current: list[ir.Value | list[ir.Value]] = list(parts.values())
-        for operation in conversion.converter.operations:
-            kind, axis = type(operation).__name__, getattr(operation, "dim", 0)
-            lists = [part for part in current if isinstance(part, list)]
-            if kind == "MergeModulelist" and axis == 0 and len(lists) == len(current):
-                current = [self.build.stack(f"{parameter}/{i}", part, wanted) for i, part in enumerate(lists)]
-            elif kind == "Concatenate" and not lists:
-                current = [self.build.concat(f"{parameter}/joined", current, axis, wanted)]
-            else:
-                break
-        if len(conversion.targets) != 1 or len(current) != 1 or isinstance(current[0], list):
-            kinds = [type(o).__name__ for o in conversion.converter.operations]
-            raise BackendError(
-                f"exporting {parameter} to ONNX",
-                found=f"transformers makes it from {len(conversion.sources)} tensors by {', '.join(kinds)}, "
-                "which is not expressed in the graph",
-                do="Save the model again with this version of transformers, then export that folder",
-            )
-        return current[0]
+        # Names of a file are in an order of their own.
+        ordered = [parts[pattern] for pattern in conversion.converter.source_patterns if pattern in parts]
+        return convert(self.build, parameter, conversion, ordered, wanted)

@@ -78,3 +78,17 @@ class Builder:
         shapes = [[int(n) for n in part.shape or ()] for part in parts]
         shape = [*shapes[0][:axis], sum(s[axis] for s in shapes), *shapes[0][axis + 1 :]]
         return self.node("Concat", parts, name, shape, wanted, axis=axis)
+
+    def swapped(self, name: str, value: ir.Value, one: int, other: int, wanted: ir.DataType) -> ir.Value:
+        """``value`` with two of its axes in each other's place."""
+        order = list(range(len(value.shape or ())))
+        order[one], order[other] = order[other], order[one]
+        shape = [(value.shape or ())[axis] for axis in order]
+        return self.node("Transpose", [value], name, shape, wanted, perm=order)
+
+    def piece(self, name: str, value: ir.Value, axis: int, start: int, stop: int, wanted: ir.DataType) -> ir.Value:
+        """``value`` from ``start`` to ``stop`` along ``axis``."""
+        shape = [int(n) for n in value.shape or ()]
+        shape[axis] = stop - start
+        bounds = [self.constant(f"at.{n}", np.array([n], np.int64)) for n in (start, stop, axis)]
+        return self.node("Slice", [value, *bounds], name, shape, wanted)

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sparsify.backends.onnx.tracing.contract import BATCH, PAST, SEQUENCE, TOTAL, Contract, Dims, Run
-from sparsify.backends.onnx.tracing.wrappers import CACHES, Decoder, RecurrentStep, cache_argument
+from sparsify.backends.onnx.tracing.layers import cache_of, described, kept, layers_of, recurrent, strange
+from sparsify.backends.onnx.tracing.layers import slots as layer_slots
+from sparsify.backends.onnx.tracing.wrappers import Decoder, States, Step, cache_argument
 from sparsify.errors import BackendError, first_line
+
+# They put an image into the cache without tokens that stand for it, and pad their masks by its size from then on.
+_IMAGES_IN_CACHE = {"git"}
 
 
 def cached_contract(model: nn.Module, run: Run) -> Contract:
@@ -21,16 +25,16 @@ def cached_contract(model: nn.Module, run: Run) -> Contract:
     """
     name = cache_argument(model)
     if name is None:
-        raise _no_cache(model, f"its forward takes none of {', '.join(CACHES)}")
-    recurrent = name == "cache_params" or (name == "cache" and _is_recurrent(getattr(model, "config", None)))
-    return _step(model, run) if recurrent else _decoder(model, run)
-
-
-def _is_recurrent(config: Any) -> bool:
-    from transformers import DynamicCache
-
-    layers = DynamicCache(config=config).layers
-    return bool(layers) and all(hasattr(layer, "recurrent_states") for layer in layers)
+        raise _no_cache(model, "its forward takes no cache of keys and values, and none of recurrent states")
+    config = getattr(model, "config", None)
+    if getattr(config, "model_type", None) in _IMAGES_IN_CACHE:
+        raise _no_cache(model, "it takes the first places of its cache for an image's, which is not in the graph")
+    if any(".generation_" in getattr(getattr(type(model), n, None), "__module__", "") for n in ("generate", "_sample")):
+        raise _no_cache(model, "it generates by a loop of its own, whose steps are more than one token")
+    layers = layers_of(config)
+    if strange(layers):
+        raise _no_cache(model, f"its layers keep {described(config, layers)}")
+    return _step(model, run) if any(recurrent(layer) for layer in layers) else _decoder(model, run)
 
 
 def _decoder(model: nn.Module, run: Run) -> Contract:
@@ -43,12 +47,12 @@ def _decoder(model: nn.Module, run: Run) -> Contract:
     ids = torch.zeros(rows, length, dtype=torch.long)
     try:
         _, cache = run(lambda: wrapper.run(DynamicCache(), {"input_ids": ids}))
-        shapes = [(layer.keys.shape, layer.values.shape) for layer in cache.layers]
-        dtype = cache.layers[0].keys.dtype
+        found = [(layer.keys, layer.values) for layer in cache.layers]
+        dtype = found[0][0].dtype
     except Exception as error:  # a model's own code raises whatever it likes
-        raise _no_cache(model, f"it does not run with a plain key-value cache ({first_line(error)})") from error
-    if any(len(shape) != 4 for pair in shapes for shape in pair):
-        raise _no_cache(model, f"a layer's cache has shape {tuple(shapes[0][0])}")
+        raise _not_run(model, error) from error
+    if odd := [tuple(tensor.shape) for pair in found for tensor in pair if tensor.dim() != 4]:
+        raise _no_cache(model, f"a layer's cache has shape {odd[0]}")
     inputs = {"input_ids": ids}
     dims: Dims = {"input_ids": [BATCH, SEQUENCE], "logits": [BATCH, SEQUENCE, -1]}
     if "attention_mask" in parameters:
@@ -59,41 +63,83 @@ def _decoder(model: nn.Module, run: Run) -> Contract:
     if "position_ids" in parameters:
         inputs["position_ids"] = torch.arange(past, past + length).expand(rows, length).clone()
         dims["position_ids"] = [BATCH, SEQUENCE]
-    states = []
-    for i, pair in enumerate(shapes):
-        key, value = (torch.zeros(rows, s[1], past, s[3], dtype=dtype) for s in pair)
-        states.append((key, value))
-        for part, s in zip(("key", "value"), pair, strict=True):
-            dims[f"past_key_values.{i}.{part}"] = [BATCH, int(s[1]), PAST, int(s[3])]
-            dims[f"present.{i}.{part}"] = [BATCH, int(s[1]), TOTAL, int(s[3])]
-    return Contract("decoder", wrapper, inputs, states, ["logits"], dims)
+    slots = tuple((f".{i}.key", f".{i}.value") for i in range(len(found)))
+    states: States = []
+    for names, pair in zip(slots, found, strict=True):
+        states.append(tuple(torch.zeros(rows, t.shape[1], past, t.shape[3], dtype=dtype) for t in pair))
+        for name, tensor in zip(names, pair, strict=True):
+            _name_dims(dims, name, tensor)
+    return Contract("decoder", wrapper, inputs, states, ["logits"], dims, slots)
 
 
 def _step(model: nn.Module, run: Run) -> Contract:
-    rows = 2
+    rows, past = 2, 4
     ids = torch.zeros(rows, 1, dtype=torch.long)
-    wrapper = RecurrentStep(model)
+    config = getattr(model, "config", None)
+    positions = "position_ids" in inspect.signature(model.forward).parameters
+    first = {"input_ids": ids, **({"position_ids": torch.zeros_like(ids)} if positions else {})}
+    # Tells what each layer keeps, and of which sizes.
     try:
-        _, cache = run(lambda: wrapper.run(None, {"input_ids": ids}))
-        pairs = [(layer.conv_states[0], layer.recurrent_states[0]) for layer in cache.layers]
-        states = [(_zeros_like(conv), _zeros_like(recurrent)) for conv, recurrent in pairs]
-    except Exception as error:  # hybrid caches have layers of several kinds
-        raise _no_cache(model, f"its cache is not one of recurrent states alone ({first_line(error)})") from error
-    inputs = {"input_ids": ids, "attention_mask": torch.ones(rows, 1, dtype=torch.long)}
-    dims: Dims = {"input_ids": [BATCH, 1], "attention_mask": [BATCH, 1], "logits": [BATCH, 1, -1]}
-    for i, pair in enumerate(states):
-        for part, state in zip(("conv", "recurrent"), pair, strict=True):
-            dims[f"past_{part}.{i}"] = dims[f"present_{part}.{i}"] = [BATCH, *map(int, state.shape[1:])]
-    return Contract("step", wrapper, inputs, states, ["logits"], dims)
+        _, cache = run(lambda: Step(model, ()).run(cache_of(config), first))
+        slots = tuple(layer_slots(layer, number) for number, layer in enumerate(cache.layers))
+        found = [kept(layer) for layer in cache.layers]
+    except Exception as error:  # a model's own code raises whatever it likes
+        raise _not_run(model, error) from error
+    for names, tensors in zip(slots, found, strict=True):
+        if odd := [t for n, t in zip(names, tensors, strict=True) if n.startswith(".") and t.dim() != 4]:
+            raise _no_cache(model, f"a layer's cache has shape {tuple(odd[0].shape)}")
+    if not any(slots):
+        raise _no_cache(model, "its layers keep nothing of what was read")
+    keyed = any(slot.endswith(".key") for names in slots for slot in names)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones(rows, past + 1 if keyed else 1, dtype=torch.long)}
+    dims: Dims = {"input_ids": [BATCH, 1], "attention_mask": [BATCH, TOTAL if keyed else 1], "logits": [BATCH, 1, -1]}
+    if keyed:
+        inputs["attention_mask"][0, 0] = 0
+        if positions:
+            inputs["position_ids"], dims["position_ids"] = torch.full((rows, 1), past), [BATCH, 1]
+    states: States = []
+    for names, tensors in zip(slots, found, strict=True):
+        states.append(tuple(_example(name, tensor, past) for name, tensor in zip(names, tensors, strict=True)))
+        for name, tensor in zip(names, tensors, strict=True):
+            _name_dims(dims, name, tensor)
+    return Contract("step", Step(model, slots), inputs, states, ["logits"], dims, slots)
 
 
-def _zeros_like(state: Tensor) -> Tensor:
-    return torch.zeros(state.shape, dtype=state.dtype)
+def _example(slot: str, state: Tensor, past: int) -> Tensor:
+    """Zeros of the state's shape, of keys and values so many tokens long."""
+    shape = [*state.shape]
+    if slot.startswith("."):
+        shape[-2] = past
+    return torch.zeros(shape, dtype=state.dtype)
+
+
+def _name_dims(dims: Dims, slot: str, state: Tensor) -> None:
+    sizes = [int(size) for size in state.shape[1:]]
+    if slot.startswith("."):
+        heads, _, width = sizes
+        dims[f"past_key_values{slot}"] = [BATCH, heads, PAST, width]
+        dims[f"present{slot}"] = [BATCH, heads, TOTAL, width]
+    else:
+        dims[f"past{slot}"] = dims[f"present{slot}"] = [BATCH, *sizes]
+
+
+def _not_run(model: nn.Module, error: Exception) -> BackendError:
+    config = getattr(model, "config", None)
+    kept = described(config, layers_of(config)) or "nothing that its config names"
+    return _no_cache(model, f"its layers keep {kept}, and it does not run with a cache of that ({_said(error)})")
+
+
+def _said(error: Exception) -> str:
+    """A model's own words where they are a sentence; those of Python say nothing of it."""
+    said = first_line(error)
+    plain = not isinstance(error, (AttributeError, IndexError, KeyError, TypeError, UnboundLocalError))
+    return said if plain and "<class" not in said else "its code fails; see --debug"
 
 
 def _no_cache(model: nn.Module, found: str) -> BackendError:
     return BackendError(
         f"exporting {type(model).__name__} to ONNX as a decoder",
         found=found,
-        do="Only key-value caches and caches of recurrent states can be inputs of the graph; use --to hf",
+        do="Inputs of a graph can be keys and values, and recurrent states. --to onnx:cache=none writes a graph "
+        "without them, which reads the whole text for every token; or use --to hf",
     )

@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping
 
 from torch import Tensor, nn
 
+from sparsify.backends.onnx.options import Cache
 from sparsify.backends.onnx.tracing.cached import cached_contract
 from sparsify.backends.onnx.tracing.contract import Contract, Run
 from sparsify.backends.onnx.tracing.plain import plain_contract
@@ -15,13 +16,16 @@ from sparsify.errors import BackendError
 from sparsify.frontend.tracing.both_ways import reads_both_ways
 
 
-def contract_for(model: nn.Module, run: Run, batch: Mapping[str, Tensor], names: Collection[str] = ()) -> Contract:
+def contract_for(
+    model: nn.Module, run: Run, batch: Mapping[str, Tensor], names: Collection[str] = (), cache: Cache = "keep"
+) -> Contract:
     """The contract for ``model``.
 
     Args:
         model: a module whose parameters take no memory.
         batch: example inputs of a plain model, name to tensor; digits name positional inputs.
         names: inputs that the model's tokenizer gives.
+        cache: whether a model that generates keeps past tokens' states.
 
     Raises:
         BackendError: the model generates, but its cache is of a kind that no exported graph can hold; or how it attends
@@ -35,6 +39,11 @@ def contract_for(model: nn.Module, run: Run, batch: Mapping[str, Tensor], names:
         )
     config = getattr(model, "config", None)
     generates = getattr(model, "can_generate", bool)() and not getattr(config, "is_encoder_decoder", False)
-    contract = cached_contract(model, run) if generates else plain_contract(model, run, batch, names)
+    if generates and cache == "keep":
+        contract = cached_contract(model, run)
+    else:
+        contract = plain_contract(model, run, batch, names)
+        if generates:
+            contract = dataclasses.replace(contract, kind="uncached")
     frozen, media = missing(model, contract.inputs)
     return dataclasses.replace(contract, frozen=frozen, media=media)

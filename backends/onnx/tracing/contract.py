@@ -1,8 +1,9 @@
 """What the exported graph takes and gives: a flat wrapper around a model, with names, examples and dynamic dimensions.
 
 Decoders follow the names of optimum and onnxruntime-genai: ``input_ids``, ``attention_mask``, ``position_ids``,
-``past_key_values.{i}.key/.value`` in; ``logits``, ``present.{i}.key/.value`` out. State-space models are one step:
-``past_conv.{i}``, ``past_recurrent.{i}`` in, ``present_…`` out. All else is a plain graph of the model's own inputs.
+``past_key_values.{i}.key/.value`` in; ``logits``, ``present.{i}.key/.value`` out. State-space models, and those with
+layers of both kinds, are one step: ``past_conv.{i}``, ``past_recurrent.{i}`` in, ``present_…`` out. All else is a plain
+graph of the model's own inputs.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from sparsify.backends.onnx.tracing.wrappers import States
 T = TypeVar("T")
 
 BATCH, SEQUENCE, PAST, TOTAL = "batch_size", "sequence_length", "past_sequence_length", "total_sequence_length"
-GraphKind = Literal["decoder", "step", "plain"]
+GraphKind = Literal["decoder", "step", "uncached", "plain"]
 Dims = dict[str, list[str | int]]
 
 
@@ -33,9 +34,11 @@ class Contract:
     """A module to export, and how its inputs and outputs are called.
 
     Attributes:
-        kind: ``decoder`` (key-value cache), ``step`` (recurrent states, one token) or ``plain``.
+        kind: ``decoder`` (key-value cache), ``step`` (recurrent states, one token at a time), ``uncached`` (a model
+            that generates, of the whole text) or ``plain``.
         wrapper: takes a dictionary of tensors and a list of tuples of states; its ``model`` is the model.
         inputs, states: example tensors; ``dims`` names their dimensions and those of the outputs, ints being fixed.
+        slots: names of the states, layer by layer, without the word for past or present: ``.0.key``, ``_conv.0``.
         outputs: names, in order.
         frozen: inputs of the model that the graph has not: it computes with the model's defaults for them.
         media: inputs of other kinds than text that the graph has not: it is the language model alone.
@@ -48,6 +51,7 @@ class Contract:
     states: States
     outputs: list[str]
     dims: Dims = field(default_factory=dict)
+    slots: tuple[tuple[str, ...], ...] = ()
     frozen: tuple[str, ...] = ()
     media: tuple[str, ...] = ()
     one_row: str | None = None
@@ -61,7 +65,5 @@ class Contract:
         return [*self.outputs, *self.state_names("present")]
 
     def state_names(self, when: Literal["past", "present"]) -> list[str]:
-        if self.kind == "step":
-            return [f"{when}_{part}.{i}" for i in range(len(self.states)) for part in ("conv", "recurrent")]
-        stem = "past_key_values" if when == "past" else "present"
-        return [f"{stem}.{i}.{part}" for i in range(len(self.states)) for part in ("key", "value")]
+        keys = "past_key_values" if when == "past" else "present"
+        return [f"{keys if slot.startswith('.') else when}{slot}" for slots in self.slots for slot in slots]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -14,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.export import Dim
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
+from sparsify.backends.onnx.options import Cache
 from sparsify.backends.onnx.tracing.choice import contract_for
 from sparsify.backends.onnx.tracing.contract import Contract
 from sparsify.errors import BackendError
@@ -28,6 +30,7 @@ def trace_model(
     batch: Mapping[str, Tensor],
     compute: torch.dtype | None = None,
     names: Collection[str] = (),
+    cache: Cache = "keep",
 ) -> tuple[torch.export.ExportedProgram, Contract]:
     """Export ``module`` under the contract that fits it; the module stays as it is.
 
@@ -35,6 +38,7 @@ def trace_model(
         batch: example inputs of models that do not generate.
         compute: dtype of the arithmetic; the module's own where None.
         names: inputs that the model's tokenizer gives.
+        cache: whether a model that generates keeps past tokens' states.
 
     Raises:
         BackendError: the model cannot be traced with a dynamic batch and sequence.
@@ -48,7 +52,7 @@ def trace_model(
             return function()
 
     with quiet_export():
-        contract = contract_for(model, run, batch, names)
+        contract = contract_for(model, run, batch, names, cache)
         if compute is not None:
             _match_inputs(contract, compute)
         return export_contract(contract), contract
@@ -70,9 +74,17 @@ def export_contract(contract: Contract) -> torch.export.ExportedProgram:
     except Exception as error:  # export raises many kinds; all mean that there is no graph
         raise BackendError(
             f"exporting {type(contract.wrapper.model).__name__} to ONNX",
-            found=f"torch.export cannot trace it with dynamic shapes: {reason_of(error)}",
+            found=f"torch.export cannot trace it with dynamic shapes: {_why(error)}",
             do="See the traceback with --debug; --to hf writes the pruned model without a graph",
         ) from error
+
+
+def _why(error: Exception) -> str:
+    said = re.findall(r"L\['inputs'\]\['(\w+)'\]\.size\(\)\[(\d+)\]", str(error))
+    if not said or "onstraints violated" not in str(error):
+        return reason_of(error)
+    axes = ", ".join(f"axis {axis} of {name}" for name, axis in dict.fromkeys(said))
+    return f"its code takes {axes} for a fixed number (a loop over it, or a comparison with another size)"
 
 
 def _dynamic(dims: list[str | int]) -> dict[int, object]:

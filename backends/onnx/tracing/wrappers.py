@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
+from sparsify.backends.onnx.tracing.layers import cache_of, fill, kept
 from sparsify.frontend.tracing.caches import call_arguments, without_cache
 
-# Keys and values of a layer, or its convolution's and its recurrent state.
-States = list[tuple[Tensor, Tensor]]
+# Of every layer: keys and values, its convolution's and its recurrent state, or all of them.
+States = list[tuple[Tensor, ...]]
 
 # Before transformers 5.24 key-value caches and recurrent states had a name each.
 CACHES = ("cache", "past_key_values", "cache_params")
@@ -34,7 +35,9 @@ class Cached(nn.Module):
         """Logits, and the cache as the model leaves it; None makes one of its own."""
         name = cache_argument(self.model)
         out = self.model(**inputs, **{str(name): cache}, use_cache=True)
-        return out.logits, getattr(out, str(name))
+        given = getattr(out, str(name), None)
+        # RecurrentGemma gives none back, and has written into the one that it was given.
+        return out.logits, cache if given is None else given
 
 
 class Decoder(Cached):
@@ -49,25 +52,33 @@ class Decoder(Cached):
         return logits, [(layer.keys, layer.values) for layer in cache.layers]
 
 
-class RecurrentStep(Cached):
-    """One token of a model with recurrent states."""
+class Step(Cached):
+    """One token of a model with recurrent states, of some layers or of all.
+
+    ``slots`` are the names of each layer's states (see :mod:`sparsify.backends.onnx.tracing.layers`).
+    """
+
+    def __init__(self, model: nn.Module, slots: Sequence[tuple[str, ...]]) -> None:
+        super().__init__(model)
+        self.slots = list(slots)
 
     def forward(self, inputs: dict[str, Tensor], states: States) -> tuple[Any, States]:
-        from transformers import DynamicCache
-
         model: Any = self.model
-        cache = DynamicCache(config=model.config)
-        for layer, (conv, recurrent) in zip(cache.layers, states, strict=True):
-            # Layers write their states in place, and a graph may not write its inputs.
-            layer.conv_states[0], layer.recurrent_states[0] = conv.clone(), recurrent.clone()
-            for flags in (layer.is_conv_states_initialized, layer.is_recurrent_states_initialized):
-                flags[0] = True
-            layer.has_previous_state[0], layer.conv_kernel_size[0] = True, conv.shape[-1]
-        logits, cache = self.run(cache, {"input_ids": inputs["input_ids"]})
+        cache = cache_of(model.config)
+        for layer, names, tensors in zip(cache.layers, self.slots, states, strict=True):
+            fill(layer, names, tensors)
+        mask, keyed = inputs["attention_mask"], any(name.endswith(".key") for names in self.slots for name in names)
+        # Without keys there is nothing for the model to mask.
+        given = inputs if keyed else {"input_ids": inputs["input_ids"]}
+        logits, cache = self.run(cache, given)
+        mask = mask[:, -1:] if keyed else mask
         # A padded row keeps the state of one that has seen nothing, which is what the padded prefill computes.
-        mask = inputs["attention_mask"]
         return logits, [
-            (_masked(layer.conv_states[0], mask), _masked(layer.recurrent_states[0], mask)) for layer in cache.layers
+            tuple(
+                state if name.startswith(".") else _masked(state, mask)
+                for name, state in zip(names, kept(layer), strict=True)
+            )
+            for layer, names in zip(cache.layers, self.slots, strict=True)
         ]
 
 

@@ -220,29 +220,6 @@ def test_an_operator_without_a_translation_is_named_and_nothing_is_written(tmp_p
     assert not list(tmp_path.iterdir())
 
 
-def test_a_hybrid_cache_is_refused_by_name(tmp_path: Path) -> None:
-    config = transformers.JambaConfig(
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        intermediate_size=64,
-        vocab_size=64,
-        attn_layer_period=2,
-        attn_layer_offset=1,
-        expert_layer_period=4,
-        expert_layer_offset=3,
-        num_experts=2,
-        mamba_d_state=8,
-        mamba_dt_rank=4,
-        use_mamba_kernels=False,
-    )
-    model = transformers.JambaForCausalLM(config).eval()
-    with pytest.raises(SparsifyError, match="JambaForCausalLM to ONNX as a decoder"):
-        export_onnx(model, tmp_path / "out")
-    assert not list(tmp_path.iterdir())
-
-
 def net() -> torch.nn.Module:
     layer = torch.nn.Linear(64, 64)
     with torch.no_grad():

@@ -99,6 +99,24 @@ def test_int4(to: str, written: Callable[[str, str], Path], tmp_path: Path) -> N
     assert 1e-4 < distance(source, found) < 0.8
 
 
+def test_products_of_two_dimensions_are_found_too(tmp_path: Path) -> None:
+    """BERT's pooler and classifier read one vector a row."""
+    folder = save_plain("bert classifier", tmp_path / "dense")
+    sparsify.compile(folder, to=FOR_QUANTISERS, output=tmp_path / "out")
+    source = tmp_path / "out" / "model.onnx"
+    assert "Gemm" not in operators(source)
+    # Six of the one layer, the pooler and the classifier.
+    assert operators(to_int4(onnx.load(str(source)), tmp_path / "int4.onnx"))["MatMulNBits"] == 8
+    assert operators(to_int8(source, tmp_path / "int8.onnx"))["MatMulInteger"] == 8
+
+
+def test_weights_that_lie_turned_are_found_too(written: Callable[[str, str], Path], tmp_path: Path) -> None:
+    """GPT-2's Conv1D."""
+    source = written("gpt2", FOR_QUANTISERS) / "model.onnx"
+    assert "Gemm" not in operators(source)
+    assert operators(to_int4(onnx.load(str(source)), tmp_path / "int4.onnx"))["MatMulNBits"] >= 8
+
+
 def test_weights_have_one_place_that_says_their_shape(written: Callable[[str, str], Path]) -> None:
     for to in ("onnx", FOR_QUANTISERS):
         graph = onnx.load(str(written("llama", to) / "model.onnx"), load_external_data=False).graph
