@@ -28,7 +28,15 @@ _HGNET = {
 }
 _SERIES = {"prediction_length": 4, "context_length": 8, "lags_sequence": [1, 2], "num_time_features": 2}
 _FOUR = {"num_hidden_layers": 4, "+out_indices": [1, 2, 3, 4]}
+# With few heads of the index the scores of many tokens are 0, and which of them are looked at is anybody's choice.
+_INDEX = {"index_n_heads": 16, "index_topk": 8}
 SIZES: dict[str, dict[str, Any]] = {
+    "deepseek_v32": _INDEX,
+    "glm_moe_dsa": _INDEX,
+    "axk2": _INDEX,
+    "hy_v4": {"index_n_heads": 16, "index_topk": 64},
+    "hy_v4_vl_text": {"index_n_heads": 16, "index_topk": 64},
+    "mistral_large4_text": _INDEX,
     "autoformer": _SERIES | {"label_length": 4, "moving_average": 3},
     "informer": _SERIES,
     "time_series_transformer": _SERIES,

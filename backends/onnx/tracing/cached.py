@@ -13,8 +13,13 @@ from sparsify.backends.onnx.tracing.layers import slots as layer_slots
 from sparsify.backends.onnx.tracing.wrappers import Decoder, States, Step, cache_argument
 from sparsify.errors import BackendError, first_line
 
-# They put an image into the cache without tokens that stand for it, and pad their masks by its size from then on.
-_IMAGES_IN_CACHE = {"git"}
+# What the code of these does with a cache or with positions, and the graph that it is traced to would not.
+_OTHERWISE = {
+    "git": "it takes the first places of its cache for an image's, which is not in the graph",
+    "moshi": "its cache forgets what is further back than sliding_window, and its mask does not",
+    "kosmos-2": "it counts positions from its padding token's number on, past padding",
+    "kosmos-2.5": "it counts positions from its padding token's number on, past padding",
+}
 
 
 def cached_contract(model: nn.Module, run: Run) -> Contract:
@@ -27,8 +32,8 @@ def cached_contract(model: nn.Module, run: Run) -> Contract:
     if name is None:
         raise _no_cache(model, "its forward takes no cache of keys and values, and none of recurrent states")
     config = getattr(model, "config", None)
-    if getattr(config, "model_type", None) in _IMAGES_IN_CACHE:
-        raise _no_cache(model, "it takes the first places of its cache for an image's, which is not in the graph")
+    if why := _OTHERWISE.get(getattr(config, "model_type", "")):
+        raise _no_cache(model, why)
     if any(".generation_" in getattr(getattr(type(model), n, None), "__module__", "") for n in ("generate", "_sample")):
         raise _no_cache(model, "it generates by a loop of its own, whose steps are more than one token")
     layers = layers_of(config)

@@ -15,6 +15,9 @@ from sparsify.backends.onnx.tracing.signature import missing
 from sparsify.errors import BackendError
 from sparsify.frontend.tracing.both_ways import reads_both_ways
 
+# Traced, the number of compressed keys that these look at stays what it was of the example: other lengths do not run.
+_OF_ONE_LENGTH = frozenset({"deepseek_v4"})
+
 
 def contract_for(
     model: nn.Module, run: Run, batch: Mapping[str, Tensor], names: Collection[str] = (), cache: Cache = "keep"
@@ -42,6 +45,12 @@ def contract_for(
     if generates and cache == "keep":
         contract = cached_contract(model, run)
     else:
+        if getattr(config, "model_type", None) in _OF_ONE_LENGTH:
+            raise BackendError(
+                f"exporting {type(model).__name__} to ONNX",
+                found="its graph would hold for one length alone: a trace fixes how many compressed keys it looks at",
+                do="Use --to hf",
+            )
         contract = plain_contract(model, run, batch, names)
         if generates:
             contract = dataclasses.replace(contract, kind="uncached")

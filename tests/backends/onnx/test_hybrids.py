@@ -69,6 +69,11 @@ def test_loops_of_their_own_and_images_in_caches_are_refused(tmp_path: Path) -> 
         sparsify.compile(tmp_path / "git", to="onnx", output=tmp_path / "out")
     from sparsify.backends.onnx.tracing.cached import cached_contract
 
+    for kind, says in ((hf.MoshiForCausalLM, "its cache forgets"), (hf.Kosmos2_5ForConditionalGeneration, "positions")):
+        other = kind.__new__(kind)
+        object.__setattr__(other, "config", kind.config_class())
+        with pytest.raises(BackendError, match=says):
+            cached_contract(other, lambda function: function())
     own = hf.CsmForConditionalGeneration.__new__(hf.CsmForConditionalGeneration)
     with pytest.raises(BackendError, match="a loop of its own"):
         cached_contract(own, lambda function: function())
