@@ -56,6 +56,8 @@ CASES: dict[str, tuple[Callable[[Tensor, Any], Tensor], int, int, int, dict[str,
     "convolution": (lambda x, n: n.conv(x.transpose(1, 2)).transpose(1, 2), 8, 4, 8, {"conv": nn.Conv1d(8, 4, 1)}),
     "einsum": (lambda x, n: torch.einsum("btc,bsc,bsd->btd", x, x, x), 8, 8, 8, {}),
     "where": (lambda x, n: torch.where(x > 0, x, 0.1 * x), 8, 8, 8, {}),
+    "linear without an axis of outputs": (lambda x, n: x * F.linear(x, n.one.weight[0]).unsqueeze(-1), 8, 8, 8,
+                                          {"one": nn.Linear(8, 1)}),
     "matmul with a weight": (lambda x, n: x @ n.other.weight, 8, 4, 8, {"other": nn.Linear(4, 8)}),
 }  # fmt: skip
 

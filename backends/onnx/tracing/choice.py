@@ -15,8 +15,8 @@ from sparsify.backends.onnx.tracing.signature import missing
 from sparsify.errors import BackendError
 from sparsify.frontend.tracing.both_ways import reads_both_ways
 
-# Traced, the number of compressed keys that these look at stays what it was of the example: other lengths do not run.
-_OF_ONE_LENGTH = frozenset({"deepseek_v4"})
+# Traced, a size within these (of compressed keys, of an image's place) stays the example's: no other length runs.
+_OF_ONE_LENGTH = frozenset({"deepseek_v4", "kosmos-2"})
 
 
 def contract_for(
@@ -48,7 +48,7 @@ def contract_for(
         if getattr(config, "model_type", None) in _OF_ONE_LENGTH:
             raise BackendError(
                 f"exporting {type(model).__name__} to ONNX",
-                found="its graph would hold for one length alone: a trace fixes how many compressed keys it looks at",
+                found="its graph would hold for one length alone: its code makes a size within it a number while it is traced",
                 do="Use --to hf",
             )
         contract = plain_contract(model, run, batch, names)

@@ -47,6 +47,8 @@ def feed_for(inputs: Sequence[Any], model: Any, rows: int, length: int) -> dict[
             feed[name] = _ids(config, shape, generator)
         else:
             feed[name] = torch.randn(shape, generator=generator).to(model.dtype)
+        if name == "flattened_patches":  # (each begins with its row and its column, from 1 on)
+            feed[name][..., :2] = 1
         if "int32" in info.type:
             feed[name] = feed[name].int()
     pad = getattr(config, "pad_token_id", None)
@@ -68,11 +70,18 @@ def _ids(config: Any, shape: Sequence[int], generator: torch.Generator) -> Tenso
 
 
 def _shape(info: Any, rows: int, length: int) -> list[int]:
-    """The input's shape; a free first axis is the batch, any other one a sequence."""
-    return [
-        size if isinstance(size, int) else rows if axis == 0 else _length(str(size), length)
-        for axis, size in enumerate(info.shape)
-    ]
+    """The input's shape; a free first axis is the batch, a free side of an image some pixels, any other a sequence."""
+    shape = []
+    for axis, size in enumerate(info.shape):
+        if isinstance(size, int):
+            shape.append(size)
+        elif axis == 0:
+            shape.append(rows)
+        elif info.name.startswith("pixel") and axis >= len(info.shape) - 2:
+            shape.append(32 * (2 + length // 6))
+        else:
+            shape.append(_length(str(size), length))
+    return shape
 
 
 def _length(dim: str, length: int) -> int:

@@ -12,7 +12,9 @@ from sparsify.ir.operators import argument, shape_of
 
 def linear(walk: Walk, node: fx.Node) -> Rows:
     x, weight, bias = walk.of(node.args[0]), walk.of(node.args[1]), walk.of(argument(node, 2, "bias"))
-    walk.same(x[-1], weight[1], f"{node.name} sums over what is no parameter")
+    walk.same(x[-1], weight[-1], f"{node.name} sums over what is no parameter")
+    if len(weight) == 1:  # one output neuron, without a dimension of its own
+        return x[:-1]
     out = weight[0]
     if bias:
         out = walk.same(out, bias[0], f"{node.name} adds what is no parameter")
