@@ -48,7 +48,7 @@ def contract_for(
         if getattr(config, "model_type", None) in _OF_ONE_LENGTH:
             raise BackendError(
                 f"exporting {type(model).__name__} to ONNX",
-                found="its graph would hold for one length alone: its code makes a size within it a number while it is traced",
+                found="its graph would hold for one length alone: a size within it becomes a number in the trace",
                 do="Use --to hf",
             )
         contract = plain_contract(model, run, batch, names)
