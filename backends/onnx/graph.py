@@ -90,10 +90,17 @@ def to_graph(
     assert program is not None
     model = program.model
     parameters = _detach(model, set(exported.state_dict))
-    _optimise(model)
+    try:
+        _optimise(model)
+    except Exception as error:  # what onnxscript's folding says of a node that it cannot compute
+        raise BackendError(
+            f"exporting to ONNX at opset {opset}",
+            found=f"onnxscript cannot simplify the graph ({first_line(error)})",
+            do="See the traceback with --debug; --to hf writes the pruned model without a graph",
+        ) from error
     for value in parameters.values():
         model.graph.inputs.remove(value)
-    _check_domains(model)
+    _check_operators(model)
     return model, {name: value for name, value in parameters.items() if value.uses()}
 
 
@@ -159,13 +166,24 @@ def _optimise(model: ir.Model) -> None:
     model.producer_version = None
 
 
-def _check_domains(model: ir.Model) -> None:
+_DRAWING = frozenset(
+    {"RandomUniform", "RandomUniformLike", "RandomNormal", "RandomNormalLike", "Bernoulli", "Multinomial"}
+)
+
+
+def _check_operators(model: ir.Model) -> None:
     strange = sorted({f"{n.domain}::{n.op_type}" for n in model.graph.all_nodes() if n.domain not in ("", "ai.onnx")})
     if strange:
         raise BackendError(
             "exporting to ONNX",
             found=f"operators outside the ai.onnx domain: {', '.join(strange)}",
             do="No runtime would load them; report the model",
+        )
+    if drawn := sorted({n.op_type for n in model.graph.all_nodes() if n.op_type in _DRAWING}):
+        raise BackendError(
+            "exporting to ONNX",
+            found=f"the model draws random numbers when it runs ({', '.join(drawn)}): no two runs would be alike",
+            do="Give batches with the inputs that it draws else (calibration in Python), or use --to hf",
         )
 
 

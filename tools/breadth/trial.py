@@ -112,7 +112,7 @@ def isolated(kind: str, seconds: float, steps: Sequence[str] | None = None) -> d
         with suppress(ProcessLookupError):
             os.killpg(child, signal.SIGKILL)
     _, status, used = os.wait4(child, 0)
-    killed = killed or (os.WIFSIGNALED(status) and used.ru_utime + used.ru_stime >= seconds - 1)
+    killed = killed or (os.WIFSIGNALED(status) and used.ru_utime + used.ru_stime >= seconds - 5)
     result["seconds"] = round(used.ru_utime + used.ru_stime, 1)
     if killed or (status != 0 and running):
         why = f"more than {seconds:.0f} s" if killed else f"the process ended with status {status}"

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from sparsify.backends.onnx import export_onnx
 from sparsify.backends.onnx.running.session import open_session
+from sparsify.errors import BackendError
 
 
 class Call(nn.Module):
@@ -51,6 +52,13 @@ def test_what_is_nearly_zero_or_one_stays(opset: int, tmp_path: Path) -> None:
     check(lambda x: (x * 1.000009 - x) * 1e5, tmp_path / "one", torch.ones(3, 4), opset=opset)
     graph = check(lambda x: (x + 0.0) * 1.0 - 0.0, tmp_path / "exact", torch.randn(3, 4), opset=opset)
     assert [node.op_type for node in graph] == ["Mul"]
+
+
+def test_a_model_that_draws_random_numbers_is_refused(tmp_path: Path) -> None:
+    """What is compared with torch would be compared with other numbers (DiffusionGemma's canvas)."""
+    with pytest.raises(BackendError, match=r"draws random numbers when it runs \(RandomUniformLike\)"):
+        check(lambda x: x + torch.rand_like(x), tmp_path / "drawn", torch.randn(3, 4))
+    assert not (tmp_path / "drawn").exists()
 
 
 def test_rotations_by_complex_numbers(tmp_path: Path) -> None:

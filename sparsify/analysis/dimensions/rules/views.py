@@ -189,7 +189,9 @@ def item(walk: Walk, node: fx.Node) -> Any:
 
 def joined(walk: Walk, node: fx.Node) -> Rows:
     """cat: the dimension's rows one behind the other, the other dimensions the same."""
-    parts: Sequence[fx.Node] = argument(node, 0)
+    given: Sequence[fx.Node] = argument(node, 0)
+    # torch passes over an empty tensor of one dimension (a cache that holds nothing yet), whatever the others have.
+    parts = [part for part in given if tuple(shape_of(part)) != (0,)] or given
     dim = int(argument(node, 1, "dim", 0)) % len(shape_of(parts[0]))
     result: Rows = []
     for at in range(len(shape_of(parts[0]))):
