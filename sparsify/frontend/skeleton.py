@@ -177,10 +177,13 @@ def _plain_attention(config: Any) -> None:
 
 def _to_meta(model: nn.Module) -> None:
     """Parameters that a model draws by ``torch.normal`` (DiffLlama's) are real wherever it is built."""
+    made: dict[int, nn.Parameter] = {}
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None and not parameter.is_meta:
-                module._parameters[name] = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
+                meta = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
+                # One for one: tied weights stay one object.
+                module._parameters[name] = made.setdefault(id(parameter), meta)
 
 
 def _fake_parameters(model: nn.Module) -> None:
