@@ -15,7 +15,7 @@ from support.families import build
 from torch import nn
 
 from sparsify.backends.onnx.edited import export_graph
-from sparsify.backends.onnx.graph import _check_domains
+from sparsify.backends.onnx.graph import _check_operators
 from sparsify.backends.onnx.options import Options
 from sparsify.backends.onnx.running.runner import Runner
 from sparsify.backends.onnx.running.session import open_session
@@ -45,7 +45,7 @@ def test_operators_of_nobody() -> None:
     node = ir.node("Fancy", [x], domain="com.example")
     graph = ir.Graph([x], node.outputs, nodes=[node], opset_imports={"": 20, "com.example": 1})
     with pytest.raises(BackendError, match=r"outside the ai\.onnx domain: com\.example::Fancy"):
-        _check_domains(ir.Model(graph, ir_version=10))
+        _check_operators(ir.Model(graph, ir_version=10))
 
 
 def test_a_graph_that_does_not_generate(tmp_path: Path) -> None:
