@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+import transformers as hf
 from safetensors.torch import load_file
+from support.families import GQA
 from support.vlms import VLMS, build, text, with_image
 from torch import Tensor, nn
 
@@ -64,6 +66,19 @@ def test_text_without_token_types_is_read_as_transformers_reads_it(tmp_path: Pat
             capture(source, batch | {other: torch.ones_like(batch["input_ids"])})
     with pytest.raises(BackendError, match="reads a text in both directions"):
         sparsify.compile(tmp_path / "model", [], to="onnx", output=tmp_path / "out")
+
+
+def test_a_model_whose_mask_itself_looks_both_ways_takes_padding() -> None:
+    """EmbeddingGemma's: nothing about it depends on numbers."""
+    config = hf.Gemma3TextConfig(**GQA, head_dim=8, sliding_window=8, use_bidirectional_attention=True, pad_token_id=0)
+    model = hf.Gemma3TextModel(config).eval()
+    ids = torch.randint(1, 60, (2, 12))
+    mask = torch.ones_like(ids)
+    made = runnable(capture(open_source(model), {"input_ids": ids, "attention_mask": mask}), torch.device("cpu"))
+    mask[0, -3:] = 0
+    with torch.no_grad():
+        wanted = model(input_ids=ids, attention_mask=mask).last_hidden_state
+    assert torch.allclose(made(ids, mask)[mask == 1], wanted[mask == 1], atol=1e-5)
 
 
 @pytest.mark.parametrize("name", EACH)

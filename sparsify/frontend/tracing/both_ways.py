@@ -7,6 +7,7 @@ the mask out, too. With a mask of padding it depends on the numbers in it, which
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Collection
 from contextlib import ExitStack
 from typing import Any
@@ -24,8 +25,16 @@ def reads_both_ways(module: nn.Module) -> bool:
         and hasattr(part, "layer_idx")
         and getattr(config := getattr(part, "config", None), "use_bidirectional_attention", False)
         and getattr(config, "is_causal", True)
+        and not _masks_both_ways(type(part))
         for part in module.modules()
     )
+
+
+def _masks_both_ways(attention: type) -> bool:
+    """Whether the code around a class of attention makes a mask that itself looks both ways, as Gemma 3's does, which
+    is never left out; Gemma's and Gemma 2's make the causal one.
+    """
+    return hasattr(sys.modules[attention.__module__], "_bidirectional_window_overlay")
 
 
 def leave_masks_out(stack: ExitStack, module: nn.Module, given: Collection[str] = ()) -> None:
