@@ -61,7 +61,7 @@ def main() -> None:
             pruned = _child(*compile_, str(Path(scratch, "out")))
             size = sum(p.stat().st_size for p in folder.glob("*.safetensors"))
             print(
-                f"| {said} | {size / 1e6:.0f} | {read[0] - opened[0]:.1f} | {pruned[0]:.1f} ({pruned[1]:.1f}) "
+                f"| {said} | {size / 1e6:.0f} | {max(0.0, read[0] - opened[0]):.1f} | {pruned[0]:.1f} ({pruned[1]:.1f}) "
                 f"| {pruned[2] / 2**20:.0f} | {opened[2] / 2**20:.0f} |",
                 flush=True,
             )
