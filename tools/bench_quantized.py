@@ -60,8 +60,9 @@ def main() -> None:
             compile_ = ("-m", "sparsify", "compile", str(folder), "--pass", "magnitude:2:4", "--overwrite", "-o")
             pruned = _child(*compile_, str(Path(scratch, "out")))
             size = sum(p.stat().st_size for p in folder.glob("*.safetensors"))
+            reading = max(0.0, read[0] - opened[0])
             print(
-                f"| {said} | {size / 1e6:.0f} | {max(0.0, read[0] - opened[0]):.1f} | {pruned[0]:.1f} ({pruned[1]:.1f}) "
+                f"| {said} | {size / 1e6:.0f} | {reading:.1f} | {pruned[0]:.1f} ({pruned[1]:.1f}) "
                 f"| {pruned[2] / 2**20:.0f} | {opened[2] / 2**20:.0f} |",
                 flush=True,
             )
