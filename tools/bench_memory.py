@@ -15,6 +15,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from bench_prune import processor
@@ -33,6 +35,19 @@ source = Source("70b", model, weights_of_module(model))
 program = capture(source, example_batch(source, 1, 2048))
 print(f"{len(program.nodes)} nodes in {time.perf_counter() - began:.1f} s")
 """
+
+
+@dataclass(frozen=True)
+class Child:
+    """Seconds of the processor and of the clock, peak resident bytes (``ru_maxrss``), and what was printed.
+
+    The peak is never said to be less than what the parent had used when it began the child.
+    """
+
+    cpu: float
+    wall: float
+    peak: int
+    said: str
 
 
 def main() -> None:
@@ -56,10 +71,9 @@ def depth(scratch: Path, spec: str, memory: str) -> None:
     for layers in (8, 32):
         folder = scratch / f"layers-{layers}"
         make_checkpoint(folder, "1k", layers=layers)
-        peaks[layers], seconds, _ = compile_in_child(
-            folder, scratch / "out", spec, "--memory", memory, samples=8, length=256
-        )
-        print(f"{spec} --memory {memory}, {layers:3} layers: peak {peaks[layers] / 2**20:.0f} MiB, {seconds:.0f} s")
+        child = compile_in_child(folder, scratch / "out", spec, "--memory", memory, samples=8, length=256)
+        peaks[layers] = child.peak
+        print(f"{spec} --memory {memory}, {layers:3} layers: peak {child.peak / 2**20:.0f} MiB, {child.wall:.0f} s")
         shutil.rmtree(folder)
     print(f"32 against 8 layers: {peaks[32] / peaks[8]:.3f}×")
 
@@ -67,23 +81,21 @@ def depth(scratch: Path, spec: str, memory: str) -> None:
 def trace(scratch: Path) -> None:
     folder = scratch / "config-70b"
     write_config(folder, "70b")
-    peak, _, said = in_child([sys.executable, "-c", TRACE, str(folder)])
-    print(f"trace of Llama-70B from its config: {said.strip().splitlines()[-1]}, peak {peak / 2**20:.0f} MiB")
+    child = in_child([sys.executable, "-c", TRACE, str(folder)])
+    print(
+        f"trace of Llama-70B from its config: {child.said.strip().splitlines()[-1]}, peak {child.peak / 2**20:.0f} MiB"
+    )
 
 
 def large(folder: Path, scratch: Path) -> None:
     if not folder.exists():
         print(f"{folder}: {make_checkpoint(folder, '13b') / 1e9:.1f} GB made")
-    peak, seconds, _ = compile_in_child(
-        folder, folder.parent / f"{folder.name}-pruned", "wanda:2:4", samples=2, length=128
-    )
+    child = compile_in_child(folder, folder.parent / f"{folder.name}-pruned", "wanda:2:4", samples=2, length=128)
     size = sum(p.stat().st_size for p in folder.glob("*.safetensors"))
-    print(f"{folder.name} ({size / 1e9:.1f} GB), 2×128 tokens: peak {peak / 2**30:.2f} GiB, {seconds:.0f} s")
+    print(f"{folder.name} ({size / 1e9:.1f} GB), 2×128 tokens: peak {child.peak / 2**30:.2f} GiB, {child.wall:.0f} s")
 
 
-def compile_in_child(
-    folder: Path, out: Path, spec: str, *more: str, samples: int, length: int
-) -> tuple[int, float, str]:
+def compile_in_child(folder: Path, out: Path, spec: str, *more: str, samples: int, length: int) -> Child:
     command = [
         sys.executable,
         "-m",
@@ -108,18 +120,23 @@ def compile_in_child(
     return result
 
 
-def in_child(command: list[str]) -> tuple[int, float, str]:
-    """Run ``command``; its peak resident bytes, wall seconds and what it printed."""
+def in_child(command: Sequence[str], environment: Mapping[str, str] | None = None) -> Child:
+    """Run ``command``, with ``environment`` beside this process's own.
+
+    Raises:
+        SystemExit: it failed.
+    """
     began = time.perf_counter()
     with tempfile.TemporaryFile("w+") as said:
-        child = subprocess.Popen(command, stdout=said)
-        _, status, usage = os.wait4(child.pid, 0)
+        child = subprocess.Popen(command, stdout=said, env=os.environ | dict(environment or {}))
+        _, status, used = os.wait4(child.pid, 0)
+        wall = time.perf_counter() - began
         child.returncode = os.waitstatus_to_exitcode(status)
         said.seek(0)
         text = said.read()
     if child.returncode:
-        raise SystemExit(f"{command} failed with {child.returncode}")
-    return usage.ru_maxrss * 1024, time.perf_counter() - began, text
+        raise SystemExit(f"{list(command)} failed with {child.returncode}")
+    return Child(used.ru_utime + used.ru_stime, wall, used.ru_maxrss * 1024, text)
 
 
 if __name__ == "__main__":

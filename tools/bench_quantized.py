@@ -8,12 +8,12 @@ Each measurement is a process of its own, of one thread; ratios are within this 
 from __future__ import annotations
 
 import argparse
-import os
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
+
+from bench_memory import Child, in_child
 
 READ = """
 import sys
@@ -60,24 +60,16 @@ def main() -> None:
             compile_ = ("-m", "sparsify", "compile", str(folder), "--pass", "magnitude:2:4", "--overwrite", "-o")
             pruned = _child(*compile_, str(Path(scratch, "out")))
             size = sum(p.stat().st_size for p in folder.glob("*.safetensors"))
-            reading = max(0.0, read[0] - opened[0])
+            reading = max(0.0, read.cpu - opened.cpu)
             print(
-                f"| {said} | {size / 1e6:.0f} | {reading:.1f} | {pruned[0]:.1f} ({pruned[1]:.1f}) "
-                f"| {pruned[2] / 2**20:.0f} | {opened[2] / 2**20:.0f} |",
+                f"| {said} | {size / 1e6:.0f} | {reading:.1f} | {pruned.cpu:.1f} ({pruned.wall:.1f}) "
+                f"| {pruned.peak / 2**20:.0f} | {opened.peak / 2**20:.0f} |",
                 flush=True,
             )
 
 
-def _child(*words: str) -> tuple[float, float, int]:
-    """CPU seconds, wall seconds and peak bytes of Python with ``words``."""
-    began = time.perf_counter()
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    child = subprocess.Popen([sys.executable, *words], stdout=subprocess.DEVNULL, env=environment)
-    _, status, usage = os.wait4(child.pid, 0)
-    child.returncode = os.waitstatus_to_exitcode(status)
-    if child.returncode:
-        raise SystemExit(f"{words} failed with {child.returncode}")
-    return usage.ru_utime + usage.ru_stime, time.perf_counter() - began, usage.ru_maxrss * 1024
+def _child(*words: str) -> Child:
+    return in_child([sys.executable, *words], {"OMP_NUM_THREADS": "1"})
 
 
 if __name__ == "__main__":

@@ -52,6 +52,12 @@ _RULES = [
 ]
 
 
+# Whose results no input decides.
+_DRAWING = frozenset(
+    {"RandomUniform", "RandomUniformLike", "RandomNormal", "RandomNormalLike", "Bernoulli", "Multinomial"}
+)
+
+
 def to_graph(
     exported: torch.export.ExportedProgram,
     input_names: list[str],
@@ -164,11 +170,6 @@ def _optimise(model: ir.Model) -> None:
             tidy(model)
     model.producer_name = "sparsify"
     model.producer_version = None
-
-
-_DRAWING = frozenset(
-    {"RandomUniform", "RandomUniformLike", "RandomNormal", "RandomNormalLike", "Bernoulli", "Multinomial"}
-)
 
 
 def _check_operators(model: ir.Model) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from sparsify.errors import CalibrationError, first_line
 from sparsify.frontend.materialize import materialize
 from sparsify.frontend.source import Source
+from sparsify.frontend.text_config import text_config
 
 _BATCH = 32
 
@@ -42,7 +43,7 @@ def sample_from_model(source: Source, samples: int, length: int, seed: int) -> T
     model = _load(source)
     training, inherited = model.training, model.generation_config
     model.eval()
-    text = model.config.get_text_config()
+    text = text_config(model.config)
     start = getattr(text, "bos_token_id", None)
     start = start if isinstance(start, int) and 0 <= start < (source.vocab_size or start + 1) else 0
     settings = GenerationConfig(

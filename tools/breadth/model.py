@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 from breadth.inputs import Batch, Inputs
 from breadth.kinds import main_class
 from breadth.shrink import tiny_config
+from sparsify.frontend.text_config import text_config
 
 
 class Unusable(Exception):
@@ -89,10 +90,7 @@ def build(kind: str, seed: int = 0) -> tuple[Any, list[str]]:
 def run(model: Any, batch: Batch) -> list[Tensor]:
     """The model's outputs in eager mode without a cache of past tokens, flat."""
     names = inspect.signature(model.forward).parameters
-    try:
-        text = model.config.get_text_config()
-    except ValueError:  # of several that could be it
-        text = model.config
+    text = text_config(model.config)
     more: dict[str, Any] = {}
     if "use_cache" in names or any(getattr(c, "use_cache", None) is not None for c in (model.config, text)):
         more["use_cache"] = False

@@ -116,7 +116,7 @@ def _compare(session: Any, model: Any, rows: int, length: int) -> float:
 
 
 def _forward(runner: Runner, model: Any, rows: int, length: int) -> float:
-    vocabulary = model.config.get_text_config().vocab_size
+    vocabulary = text_config(model.config).vocab_size
     ids = torch.randint(vocabulary, (rows, length), generator=torch.Generator().manual_seed(rows))
     got, _ = runner.forward(ids.numpy(), np.ones((rows, length), np.int64), runner.empty(rows))
     with torch.no_grad():
@@ -124,7 +124,7 @@ def _forward(runner: Runner, model: Any, rows: int, length: int) -> float:
 
 
 def _decode(runner: Runner, model: Any, tokens: int) -> Behaviour:
-    vocabulary = model.config.get_text_config().vocab_size
+    vocabulary = text_config(model.config).vocab_size
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(1, vocabulary, (2, 12), generator=generator)
     mask = torch.ones_like(ids)
