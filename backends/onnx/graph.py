@@ -23,6 +23,7 @@ from onnxscript.rewriter.rules import common as rules
 from sparsify.backends.onnx.broadcast import spread_attention, spread_masks, stretch_rotations
 from sparsify.backends.onnx.options import Linear
 from sparsify.backends.onnx.tracing.identities import IDENTITIES
+from sparsify.backends.onnx.tracing.pads import keep_pads
 from sparsify.backends.onnx.tracing.settled import settle
 from sparsify.backends.onnx.tracing.trace import quiet_export
 from sparsify.errors import BackendError, first_line
@@ -154,6 +155,7 @@ def _optimise(model: ir.Model) -> None:
             common.RemoveUnusedNodesPass()(model)
         onnx_fusions.fuse(model)
         stretch_rotations(model)
+        keep_pads(model)
         for tidy in (
             common.RemoveUnusedNodesPass(),
             common.RemoveUnusedFunctionsPass(),

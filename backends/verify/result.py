@@ -34,11 +34,13 @@ class Behaviour:
     """Greatest differences between onnxruntime and torch: of the outputs, relative to their size, and of tokens.
 
     ``tokens`` is how many greedy ones were compared, of which ``agreeing`` are the same; 0 where nothing generates.
+    ``rounding``: how far torch's own outputs are from those of float64, where that had to be asked.
     """
 
     difference: float
     tokens: int
     agreeing: int
+    rounding: float = 0.0
 
 
 @dataclass

@@ -147,7 +147,7 @@ def _width_fields(part: Part, kind: str, before: int, after: int) -> Iterator[di
     known = [f for f in first if part.held.get(f) == before or f in part.unset]
     others = [f for f, v in part.held.items() if v == before and f not in known]
     extra = {}
-    if kind == "width" and getattr(part.config, "head_dim", None) is None:
+    if kind == "width" and _said(part.config, "head_dim") is None:
         heads = next((f for f in _HEADS if f in part.held), None)
         extra = {} if heads is None else {"head_dim": before // part.held[heads]}
     for field in [*known, *others]:
@@ -174,11 +174,19 @@ def _head_fields(part: Part, before: int, after: int) -> Iterator[dict[str, Any]
     # What a division by the number of heads gave until now is said from here on.
     width = next((part.held[f] for f in _WIDTH if f in part.held), None)
     for size in _HEAD_SIZE:
-        own = getattr(part.config, size, None)
+        own = _said(part.config, size)
         if own is None and width is not None:
             own = width // part.held[heads]
         if own is not None:
             yield changes | {size: own}
+
+
+def _said(config: Any, field: str) -> Any:
+    """What ``config`` says as a whole; None of what differs from layer to layer, which some refuse to say."""
+    try:
+        return getattr(config, field, None)
+    except Exception:  # (a RuntimeError of transformers that older versions of it do not have)
+        return None
 
 
 def _inside(config: Any, path: str = "") -> Iterator[tuple[str, Any]]:

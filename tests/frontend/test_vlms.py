@@ -19,6 +19,7 @@ from sparsify.errors import BackendError, CalibrationError, SpecError, TraceErro
 from sparsify.frontend.capture import capture
 from sparsify.frontend.skeleton import build_skeleton
 from sparsify.frontend.source import open_source
+from sparsify.frontend.tracing.both_ways import reads_both_ways
 from sparsify.frontend.tracing.mends import mended
 from sparsify.frontend.tracing.positions import with_positions
 from sparsify.ir.graph import runnable
@@ -66,6 +67,26 @@ def test_text_without_token_types_is_read_as_transformers_reads_it(tmp_path: Pat
             capture(source, batch | {other: torch.ones_like(batch["input_ids"])})
     with pytest.raises(BackendError, match="reads a text in both directions"):
         sparsify.compile(tmp_path / "model", [], to="onnx", output=tmp_path / "out")
+
+
+def test_attention_that_looks_both_ways_unless_a_text_is_padded_is_told(tmp_path: Path) -> None:
+    """AIMv2's text model makes a causal mask where it is given one of padding, and transformers leaves it out where
+    that says nothing; a CLIP's attention is told that it is causal.
+    """
+    own = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    text_part = own | {"vocab_size": 64, "max_position_embeddings": 32, "eos_token_id": 63}
+    vision = own | {"image_size": 16, "patch_size": 8}
+    model = hf.Aimv2Model(hf.Aimv2Config(text_config=text_part, vision_config=vision, projection_dim=16)).eval()
+    model.save_pretrained(tmp_path / "model")
+    batch = {"input_ids": torch.randint(1, 60, (2, 12)), "pixel_values": torch.randn(2, 3, 16, 16)}
+    source = open_source(tmp_path / "model")
+    capture(source, batch)
+    with pytest.raises(TraceError, match=r"depends on the numbers in the attention mask.*without the attention mask"):
+        capture(source, batch | {"attention_mask": torch.ones_like(batch["input_ids"])})
+    with pytest.raises(BackendError, match="reads a text in both directions"):
+        sparsify.compile(tmp_path / "model", [], calibration=[batch], to="onnx", output=tmp_path / "out")
+    clip = hf.CLIPModel(hf.CLIPConfig(text_config=text_part, vision_config=vision, projection_dim=16)).eval()
+    assert not reads_both_ways(clip)
 
 
 def test_a_model_whose_mask_itself_looks_both_ways_takes_padding() -> None:

@@ -38,6 +38,13 @@ class Sampling:
     seed: int = 0
 
 
+def is_state(name: str) -> bool:
+    """Whether an input of a graph holds what a layer kept of tokens before: a name with its number, as no series has
+    (``past_values``).
+    """
+    return name.startswith("past") and any(letter.isdigit() for letter in name)
+
+
 class Runner:
     """A decoder or step graph in a session; ``file`` is ``model.onnx`` or the folder that holds it. With ``check`` a
     folder of ours is held against its ``sparsify.json`` first.
@@ -54,7 +61,7 @@ class Runner:
         self.session = open_session(self.file, device=device, threads=threads)
         self.inputs = {i.name: i for i in self.session.get_inputs()}
         self.outputs = [o.name for o in self.session.get_outputs()]
-        self.past = [n for n in self.inputs if n.startswith("past")]
+        self.past = [n for n in self.inputs if is_state(n)]
         self.present = [n for n in self.outputs if n.startswith("present")]
         # A model that generates, without a cache: all of the text goes in for every token.
         self.whole = not self.past and said.get("kind") == "uncached" and "logits" in self.outputs

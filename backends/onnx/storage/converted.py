@@ -66,7 +66,10 @@ def _apply(
     values = _flat(current)
     if len(values) != 1:
         return None
-    if kind == "Transpose" and not getattr(operation, "check_dims", False):
+    if kind == "Transpose":
+        if getattr(operation, "check_dims", False) and _sizes(values[0]) == list(shapes[parameter]):
+            # Files of this model's experts are of both kinds, and transformers turns those that do not fit.
+            return [values[0]], targets
         return [build.swapped(f"{parameter}/turned", values[0], operation.dim0, operation.dim1, wanted)], targets  # type: ignore[attr-defined]
     if kind in ("Chunk", "Split") and parameter in targets and all(target in shapes for target in targets):
         # Pieces of equal sizes, or of their parameters' own.

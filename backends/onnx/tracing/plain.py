@@ -29,10 +29,17 @@ def plain_contract(model: nn.Module, run: Run, batch: Mapping[str, Tensor], name
     for rows, apart in _ways(batch):
         inputs, dims = _example(model, batch, names, rows, apart)
         try:
-            outputs = run(lambda inputs=inputs: wrapper.outputs(inputs))  # type: ignore[misc]
+            # Copies, which are without numbers: by those models know that they are traced.
+            outputs = run(lambda inputs=inputs: wrapper.outputs({n: t.clone() for n, t in inputs.items()}))  # type: ignore[misc]
         except Exception as error:  # a model's own code raises whatever it likes
             reasons.append(reason_of(error))
             continue
+        if not outputs:
+            raise BackendError(
+                f"exporting {type(model).__name__} to ONNX",
+                found="its forward gives no tensor and no tuple of tensors",
+                do="Use --to hf",
+            )
         return Contract("plain", wrapper, inputs, [], list(outputs), dims, one_row=reasons[0] if rows == 1 else None)
     inputs, _ = _example(model, batch, names, _ROWS, apart=True)
     raise BackendError(
@@ -56,6 +63,8 @@ def _example(
 ) -> tuple[dict[str, Tensor], Dims]:
     positional = all(name.isdigit() for name in batch)
     first = BATCH if rows > 1 else 1
+    ids = batch.get("input_ids")
+    tokens = ids.shape[1] if ids is not None and ids.dim() == 2 else None
     inputs: dict[str, Tensor] = {}
     dims: Dims = {}
 
@@ -74,6 +83,10 @@ def _example(
         named = f"input_{name}" if positional else name
         if value.dim() == 2 and not value.is_floating_point():
             sequence(named, dtype=value.dtype)
+            continue
+        if value.dim() > 2 and not value.is_floating_point() and value.shape[1] == tokens:
+            # So many numbers a token: boxes on a page, images that it may look at.
+            sequence(named, tuple(map(int, value.shape[2:])), value.dtype)
             continue
         value = torch.zeros(rows, *value.shape[1:], dtype=value.dtype) if value.dim() else value
         inputs[named] = value

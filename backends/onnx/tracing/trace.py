@@ -127,8 +127,10 @@ def _choose_implementations(model: Any) -> None:
         # Of several models in one (MusicGen) one may not: then each stays as it is.
         with suppress(ValueError):
             model.set_attn_implementation("sdpa")
-    if getattr(model, "_can_set_experts_implementation", bool)():
-        model.set_experts_implementation("batched_mm")
+    # A model of several (Nemotron-H Omni) may not say it of its part that has experts.
+    for part in model.modules():
+        if getattr(part, "_can_set_experts_implementation", bool)():
+            part.set_experts_implementation("batched_mm")
 
 
 def _match_inputs(contract: Contract, compute: torch.dtype) -> None:

@@ -99,18 +99,28 @@ class Plain(nn.Module):
     def outputs(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """What the model makes of ``inputs``, by name."""
         if self.positional:
-            return _tensors(self.model(*inputs.values()))
+            return named_tensors(self.model(*inputs.values()))
         with without_cache(self.model):
             _, named = call_arguments(self.model, inputs)
-            return _tensors(self.model(**named))
+            return named_tensors(self.model(**named))
 
 
-def _tensors(output: Any) -> dict[str, Tensor]:
-    """The tensors of a model's output that a deployed graph gives, by name."""
+def named_tensors(output: Any) -> dict[str, Tensor]:
+    """The tensors of a model's output that a deployed graph gives, by name; those of a tuple are ``NAME.0`` and on."""
     if isinstance(output, Tensor):
         return {"output": output}
     if isinstance(output, Mapping):
         names = ("logits", "last_hidden_state", "pooler_output")
-        named = {n: output[n] for n in names if isinstance(output.get(n), Tensor)}
-        return named or {n: v for n, v in output.items() if isinstance(v, Tensor)}
+        flat = {name: _flat(name, output[name]) for name in output}
+        named = [flat[name] for name in names if flat.get(name)]
+        named = named or [found for name, found in flat.items() if isinstance(output[name], Tensor)] or [*flat.values()]
+        return {name: tensor for found in named for name, tensor in found.items()}
     return {f"output_{i}": value for i, value in enumerate(output) if isinstance(value, Tensor)}
+
+
+def _flat(name: str, value: Any) -> dict[str, Tensor]:
+    if isinstance(value, Tensor):
+        return {name: value}
+    if isinstance(value, (tuple, list)) and all(isinstance(each, Tensor) for each in value):
+        return {f"{name}.{i}": each for i, each in enumerate(value)}
+    return {}

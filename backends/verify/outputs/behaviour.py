@@ -12,9 +12,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from sparsify.backends.onnx.running.runner import Runner
+from sparsify.backends.onnx.running.runner import Runner, is_state
 from sparsify.backends.onnx.running.session import open_session
 from sparsify.backends.onnx.storage.store import GraphStore
+from sparsify.backends.onnx.tracing.wrappers import named_tensors
 from sparsify.backends.verify.outputs.feeds import feed_for, sizes_for
 from sparsify.backends.verify.result import Behaviour, Verification
 from sparsify.errors import BackendError, first_line
@@ -28,6 +29,8 @@ from sparsify.frontend.tracing.caches import call_arguments, without_cache
 from sparsify.ir.store import TensorStore
 
 _ALONE = "--weights-only checks the weights alone"
+# So many times what torch's own rounding makes of the outputs may differ: its order is another.
+_ROUNDING = 4
 # Of the logits' own size; the arithmetic is the same, its order is not.
 _TOLERANCE = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
 
@@ -59,10 +62,10 @@ def check_behaviour(
             result.problems.append(said)
         return
     result.behaviour = behaviour
-    if behaviour.difference > _TOLERANCE[compute]:
+    allowed = max(_TOLERANCE[compute], _ROUNDING * behaviour.rounding)
+    if behaviour.difference > allowed:
         result.problems.append(
-            f"outputs: they differ from torch's by {behaviour.difference:.1e} of their size, "
-            f"more than {_TOLERANCE[compute]:.0e}"
+            f"outputs: they differ from torch's by {behaviour.difference:.1e} of their size, more than {allowed:.0e}"
         )
 
 
@@ -80,7 +83,7 @@ def torch_model(folder: Path, store: TensorStore, compute: torch.dtype) -> Any:
 
 def behave(store: GraphStore, model: Any, tokens: int = 16) -> Behaviour:
     """Run both on the same seeded inputs, of several numbers of rows: decoders first on a left-padded batch of two."""
-    if any(value.name.startswith("past") for value in store.model.graph.inputs):
+    if any(is_state(value.name) for value in store.model.graph.inputs):
         runner = Runner(store.file, check=False)
         found = _decode(runner, model, tokens)
         worst = max(found.difference, *(_forward(runner, model, rows, 3) for rows in (1, 5)))
@@ -88,16 +91,16 @@ def behave(store: GraphStore, model: Any, tokens: int = 16) -> Behaviour:
     session = open_session(store.file)
     context = getattr(text_config(model.config), "max_position_embeddings", None)
     sizes = sizes_for(session.get_inputs(), context if isinstance(context, int) else None)
-    return Behaviour(max(_compare(session, model, rows, length) for rows, length in sizes), 0, 0)
+    compared = [_compare(session, model, rows, length) for rows, length in sizes]
+    return Behaviour(max(worst for worst, _ in compared), 0, 0, max(rounding for _, rounding in compared))
 
 
-def _compare(session: Any, model: Any, rows: int, length: int) -> float:
+def _compare(session: Any, model: Any, rows: int, length: int) -> tuple[float, float]:
+    """The greatest difference, and torch's own rounding where that is large: some models make much of little."""
     feed = feed_for(session.get_inputs(), model, rows, length)
     names = [o.name for o in session.get_outputs()]
     got = dict(zip(names, session.run(names, {k: v.numpy() for k, v in feed.items()}), strict=True))
-    with torch.no_grad(), without_cache(model):
-        _, named = call_arguments(model, feed)
-        out = model(**named)
+    out = _outputs(model, feed)
     same = [name for name in names if name in out]
     if not same:
         raise BackendError(
@@ -112,7 +115,22 @@ def _compare(session: Any, model: Any, rows: int, length: int) -> float:
                 found=f"shape {list(got[name].shape)} from the graph, {list(out[name].shape)} from torch",
                 do="Export it again; a graph of another maker may hold one number of rows alone",
             )
-    return max(_relative(got[name], out[name].float().numpy()) for name in same)
+    worst = max(_relative(got[name], out[name].float().numpy()) for name in same)
+    if worst <= _TOLERANCE["float32"] or model.dtype != torch.float32:
+        return worst, 0.0
+    try:
+        exact = _outputs(model.double(), {n: t.double() if t.is_floating_point() else t for n, t in feed.items()})
+    except Exception:  # its code asks for one dtype: then nothing excuses a difference
+        return worst, 0.0
+    finally:
+        model.float()
+    return worst, max(_relative(out[name].float().numpy(), exact[name].float().numpy()) for name in same)
+
+
+def _outputs(model: Any, feed: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    with torch.no_grad(), without_cache(model):
+        _, named = call_arguments(model, feed)
+        return named_tensors(model(**named))
 
 
 def _forward(runner: Runner, model: Any, rows: int, length: int) -> float:

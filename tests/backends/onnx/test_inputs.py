@@ -87,3 +87,51 @@ def test_of_a_model_with_images_the_graph_is_the_language_model_alone(tmp_path: 
     checked = verify_onnx(tmp_path / "out")
     assert checked.sound and checked.behaviour is not None, (checked.problems, checked.unchecked)
     assert checked.behaviour.agreeing == checked.behaviour.tokens
+
+
+def test_what_there_is_of_every_token_is_as_long_as_the_text(tmp_path: Path) -> None:
+    """Boxes on a page, given with the calibration data and named by no tokenizer."""
+    config = hf.LayoutLMConfig(
+        vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=48
+    )
+    torch.manual_seed(0)
+    model = hf.LayoutLMForTokenClassification(config).eval()
+    model.save_pretrained(tmp_path / "dense")
+    batch = {"input_ids": torch.randint(1, 60, (2, 16)), "bbox": torch.tensor([1, 2, 5, 7]).expand(2, 16, 4)}
+    sparsify.compile(tmp_path / "dense", calibration=[batch], to="onnx", output=tmp_path / "out")
+    session = open_session(tmp_path / "out" / "model.onnx")
+    assert {i.name: i.shape for i in session.get_inputs()}["bbox"] == ["batch_size", "sequence_length", 4]
+    other = {n: v[:1, :7].contiguous() for n, v in batch.items()} | {"attention_mask": torch.ones(1, 7).long()}
+    with torch.no_grad():
+        want = model(**other).logits.numpy()
+    assert np.abs(session.run(None, {n: v.numpy() for n, v in other.items()})[0] - want).max() <= 2e-6
+    assert (checked := verify_onnx(tmp_path / "out")).sound, checked.problems
+
+
+def test_a_series_of_past_values_is_no_cache(tmp_path: Path) -> None:
+    config = hf.PatchTSTConfig(
+        num_input_channels=2, context_length=16, patch_length=4, patch_stride=4, num_hidden_layers=1, d_model=16,
+        num_attention_heads=2, ffn_dim=32, prediction_length=4,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    hf.PatchTSTForPrediction(config).eval().save_pretrained(tmp_path / "dense")
+    batch = {"past_values": torch.randn(2, 16, 2)}
+    sparsify.compile(tmp_path / "dense", calibration=[batch], to="onnx", output=tmp_path / "out")
+    checked = verify_onnx(tmp_path / "out")
+    assert checked.sound and checked.behaviour is not None, checked.problems
+
+
+def test_outputs_in_a_tuple_are_outputs(tmp_path: Path) -> None:
+    """The three readings of MGP-STR, which are all that it gives."""
+    config = hf.MgpstrConfig(
+        image_size=[16, 32], patch_size=8, max_token_length=5, num_character_labels=7, num_bpe_labels=11,
+        num_wordpiece_labels=13, hidden_size=32, num_hidden_layers=1, num_attention_heads=4,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    hf.MgpstrForSceneTextRecognition(config).eval().save_pretrained(tmp_path / "dense")
+    batch = {"pixel_values": torch.randn(2, 3, 16, 32)}
+    sparsify.compile(tmp_path / "dense", calibration=[batch], to="onnx", output=tmp_path / "out")
+    session = open_session(tmp_path / "out" / "model.onnx")
+    assert [o.name for o in session.get_outputs()] == ["logits.0", "logits.1", "logits.2"]
+    checked = verify_onnx(tmp_path / "out")
+    assert checked.sound and checked.behaviour is not None, checked.problems

@@ -95,3 +95,14 @@ def test_a_mask_of_one_row_for_all_queries(opset: int, tmp_path: Path) -> None:
     mask = torch.zeros(3, 1, 1, 7)
     mask[0, ..., -3:] = -1e9
     check(attend, tmp_path / "out", torch.randn(3, 2, 7, 4), mask, opset=opset)
+
+
+@pytest.mark.parametrize("opset", [18, 23])
+@pytest.mark.parametrize("pool", [nn.functional.max_pool2d, nn.functional.avg_pool2d])
+def test_zeros_around_what_is_pooled_stay(pool: Callable[..., Tensor], opset: int, tmp_path: Path) -> None:
+    """All numbers are negative: to a maximum the zeros of the padding are the greatest (BiT's stem)."""
+
+    def stem(x: Tensor) -> Tensor:
+        return pool(nn.functional.pad(x, (1, 1, 1, 1)), 3, 2)
+
+    check(stem, tmp_path / "pool", -torch.rand(2, 3, 9, 9) - 1, opset=opset)

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import onnx
 import pytest
+import torch
+import transformers as hf
 from support.command_line import sparsify as command
 from support.plain_models import save_plain
 
@@ -70,3 +72,31 @@ def test_a_graph_that_does_not_run_fails(copied: Path) -> None:
     edit(copied, demand)
     found = verify_onnx(copied)
     assert not found.sound and any("outputs: not compared" in line for line in found.problems), found.problems
+
+
+@pytest.mark.parametrize("off", [False, True])
+def test_rounding_that_a_model_makes_much_of_is_no_fault(off: bool, tmp_path: Path) -> None:
+    """Its logits are a million times the sum of what a norm made to sum to nothing; a shifted one is still wrong."""
+    config = hf.BertConfig(
+        vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=48, num_labels=2
+    )
+    torch.manual_seed(0)
+    model = hf.BertForTokenClassification(config).eval()
+    with torch.no_grad():
+        model.classifier.weight.fill_(1e6)
+    model.save_pretrained(tmp_path / "dense")
+    sparsify.compile(tmp_path / "dense", to="onnx", output=tmp_path / "out")
+    if off:
+        (tmp_path / "out" / "sparsify.json").unlink()
+
+        def shift(graph: onnx.GraphProto) -> None:
+            name = graph.output[0].name
+            node = next(n for n in graph.node if name in n.output)
+            node.output[0] = "before"
+            graph.initializer.append(onnx.helper.make_tensor("by", onnx.TensorProto.FLOAT, [1], [20.0]))
+            graph.node.append(onnx.helper.make_node("Add", ["before", "by"], [name]))
+
+        edit(tmp_path / "out", shift)
+    found = verify_onnx(tmp_path / "out")
+    assert found.behaviour is not None and found.behaviour.difference > 1e-4, found
+    assert found.sound is not off, found.problems
