@@ -31,6 +31,9 @@ _FOUR = {"num_hidden_layers": 4, "+out_indices": [1, 2, 3, 4]}
 # With few heads of the index the scores of many tokens are 0, and which of them are looked at is anybody's choice.
 _INDEX = {"index_n_heads": 16, "index_topk": 8}
 SIZES: dict[str, dict[str, Any]] = {
+    # (in every config of theirs that is published, and a field of none)
+    "qwen2_5_omni_thinker": {"+vision_start_token_id": 120},
+    "qwen3_omni_moe_thinker": {"+vision_start_token_id": 120},
     "deepseek_v32": _INDEX,
     "glm_moe_dsa": _INDEX,
     "axk2": _INDEX,
