@@ -15,8 +15,8 @@ from sparsify.backends.onnx.tracing.signature import missing
 from sparsify.errors import BackendError
 from sparsify.frontend.tracing.both_ways import reads_both_ways
 
-# Traced, a size within these (of compressed keys, of an image's place) stays the example's: no other length runs.
-_OF_ONE_LENGTH = frozenset({"deepseek_v4", "kosmos-2"})
+# Traced, the place of an image within the text stays the example's: no other length runs.
+_OF_ONE_LENGTH = frozenset({"kosmos-2"})
 
 
 def contract_for(

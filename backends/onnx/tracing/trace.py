@@ -19,10 +19,13 @@ from sparsify.backends.onnx.options import Cache
 from sparsify.backends.onnx.tracing.choice import contract_for
 from sparsify.backends.onnx.tracing.contract import Contract
 from sparsify.errors import BackendError
+from sparsify.frontend.text_config import text_config
 from sparsify.frontend.tracing.places import reason_of
 from sparsify.host import quiet
 
 T = TypeVar("T")
+# More tokens than any example has: a graph for fewer alone is one of its example.
+_SHORT = 16
 
 
 def trace_model(
@@ -65,7 +68,7 @@ def export_contract(contract: Contract) -> torch.export.ExportedProgram:
     states = [tuple(_dynamic(contract.dims[next(state_names)]) for _ in pair) for pair in contract.states]
     try:
         with torch.no_grad():
-            return torch.export.export(
+            exported = torch.export.export(
                 contract.wrapper.eval(),
                 (contract.inputs, contract.states),
                 dynamic_shapes=(shapes, states),
@@ -77,6 +80,28 @@ def export_contract(contract: Contract) -> torch.export.ExportedProgram:
             found=f"torch.export cannot trace it with dynamic shapes: {_why(error)}",
             do="See the traceback with --debug; --to hf writes the pruned model without a graph",
         ) from error
+
+
+    _check_lengths(exported, contract)
+    return exported
+
+
+def _check_lengths(exported: torch.export.ExportedProgram, contract: Contract) -> None:
+    """Refuse a graph that holds for about the lengths of its example alone: a size of the trace became a number in it
+    (the compressed keys of DeepSeek V4).
+
+    Raises:
+        BackendError: so it is.
+    """
+    model: Any = contract.wrapper.model
+    context = getattr(text_config(getattr(model, "config", None)), "max_position_embeddings", None)
+    most = min((int(r.upper) for r in exported.range_constraints.values() if r.upper < _SHORT), default=_SHORT)
+    if most < _SHORT and not (isinstance(context, int) and context <= _SHORT):
+        raise BackendError(
+            f"exporting {type(model).__name__} to ONNX",
+            found=f"its graph would hold for {most} tokens at most: a size within it becomes a number in the trace",
+            do="Use --to hf",
+        )
 
 
 def _why(error: Exception) -> str:
