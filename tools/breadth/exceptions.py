@@ -247,6 +247,23 @@ SIZES: dict[str, dict[str, Any]] = {
             "full_attention": {"rope_type": "default", "rope_theta": 10000.0},
         },
     },
+    "muse_glimmer_vision": {"pos_emb_height": 4, "pos_emb_width": 4},
+    "muse_spark_vision": {"pos_emb_height": 4, "pos_emb_width": 4},
+    "kimi_k25_vision": {"pos_emb_height": 8, "pos_emb_width": 8},
+    "minicpm_ocr_vision": {"insert_layer_id": 0},
+    "minicpmv4_7_vision": {"insert_layer_id": 0},
+    "inkling2_vision": {"posemb_grid_size": 8},
+    "seggpt": {"image_size": [64, 32]},
+    "oneformer": {"task_seq_len": 8},
+    "mimi_decoder": {"num_filters": 4},
+    "pocket_tts_audio_tokenizer_decoder": {"num_filters": 4},
+    "granite4_vision": {
+        "deepstack_layer_map": [[-1, 0]],
+        "spatial_target_layers": [1],
+        "downsample_rate": "1/2",
+        "qformer_config": {"num_attention_heads": 4},
+    },
+    "t5gemma2_encoder": {"text_config": {"+dropout_rate": 0.0}},
     "nemotron3_5_transcribe_audio": {"chunk_length": 500},
     "nemotron3_diarization": {"chunk_length": 340},
 }
@@ -275,6 +292,6 @@ MROPE: dict[str, dict[int, list[int]]] = dict.fromkeys(
         "cohere_compass_text",
     ),
     _SECTIONS,
-) | {"ernie4_5_vl_moe_text": {4: [1, 1, 2]}}
+) | {"ernie4_5_vl_moe_text": {4: [1, 1, 2]}, "hunyuan_vl_text": {4: [1, 1, 1, 1]}}
 # How many tokens stand for one image, or for sound, in the text that goes with it.
 IMAGE_TOKENS: dict[str, int] = {"blip-2": 4, "instructblip": 4, "instructblipvideo": 16, "higgs_audio_v2": 4}

@@ -23,7 +23,50 @@ _PATCHES = {
     "spatial_shapes": ("value", [[4, 4], [4, 4]]),
 }  # fmt: skip
 _CODES = {"input_ids": ("ids", 2, 16), "attention_mask": ("ones", 2, 16), "decoder_input_ids": ("below", 60, 4, 16)}
+_TWO_GRIDS = ("value", [[1, 4, 4]] * 2)
+# Two images of 16 patches, each a row of its pixels.
+_ROWS_OF_PIXELS = {"pixel_values": ("normal", 32, 192), "grid_thw": _TWO_GRIDS}
+# With patches of two frames.
+_OF_TWO_FRAMES = {"pixel_values": ("normal", 32, 384), "grid_thw": _TWO_GRIDS}
+_IN_WINDOWS = {"pixel_values": ("normal", 64, 384), "grid_thw": ("value", [[1, 8, 8]])}
+_IN_A_STRIP = {"pixel_values": ("normal", 1, 3, 8, 256), "target_sizes": ("value", [[4, 4]] * 2)}
+_LATENTS = {"latents": ("normal", 2, 32, 6)}
 GIVEN: dict[str, dict[str, tuple[Any, ...]]] = {
+    "gemma3n_audio": {
+        "audio_mel": ("normal", 2, 64, 128), "audio_mel_mask": ("value", [[False] * 56 + [True] * 8] * 2),
+    },
+    "gemma4_vision": {
+        "pixel_values": ("normal", 2, 36, 192),
+        "pixel_position_ids": ("value", [[[x, y] for y in range(6) for x in range(6)]] * 2),
+    },
+    "hunyuan_vl_vision": _ROWS_OF_PIXELS,
+    "hy_v4_vl_vision": _ROWS_OF_PIXELS,
+    "glm_image_vision": _ROWS_OF_PIXELS,
+    "cosmos3_edge_vision": _ROWS_OF_PIXELS,
+    "lfm3_vl_vision": _OF_TWO_FRAMES,
+    "muse_glimmer_vision": _IN_WINDOWS,
+    "muse_spark_vision": _IN_WINDOWS,
+    "kimi_k25_vision": {"pixel_values": ("normal", 32, 3, 8, 8), "grid_thw": _TWO_GRIDS},
+    "minicpm_ocr_vision": _IN_A_STRIP,
+    "minicpmv4_7_vision": _IN_A_STRIP,
+    "inkling2_vision": {"pixel_values": ("normal", 8, 16, 16, 3), "image_grid_thw": ("value", [[1, 2, 2]] * 2)},
+    "muse_glimmer_assistant": {
+        "noise_embeds": ("normal", 2, 4, 32), "context_hidden_states": ("normal", 2, 8, 128),
+    },
+    "muse_spark_audio": {"input_values": ("normal", 2, 3840)},
+    "jev": {
+        "input_ids": ("ids", 1, 16), "marks": ("value", [[8, 16]]), "num_options": ("value", [[2, 3]]),
+        "question_type_ids": ("value", [[0, 1]]),
+    },
+    "mimi_decoder": _LATENTS,
+    "pocket_tts_audio_tokenizer_decoder": _LATENTS,
+    "seggpt": dict.fromkeys(("pixel_values", "prompt_pixel_values", "prompt_masks"), _IMAGE),
+    "oneformer": {"pixel_values": ("normal", 2, 3, 64, 64), "task_inputs": ("ids", 2, 8)},
+    "omdet-turbo": {
+        "pixel_values": ("normal", 2, 3, 64, 64), "classes_input_ids": ("ids", 4, 8),
+        "classes_attention_mask": ("ones", 4, 8), "tasks_input_ids": ("ids", 2, 8),
+        "tasks_attention_mask": ("ones", 2, 8), "classes_structure": ("value", [2, 2]),
+    },
     "autoformer": _SERIES,
     "informer": _SERIES,
     "time_series_transformer": _SERIES,
