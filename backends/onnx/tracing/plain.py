@@ -11,21 +11,33 @@ from torch import Tensor, nn
 from sparsify.backends.onnx.tracing.contract import BATCH, SEQUENCE, Contract, Dims, Run
 from sparsify.backends.onnx.tracing.wrappers import Plain
 from sparsify.errors import BackendError
+from sparsify.frontend.tracing.known import real_buffers
 from sparsify.frontend.tracing.places import reason_of
 
 # Sizes of the example: none is 0 or 1, which tracing would take for a constant, and no two are alike.
 _ROWS, _LENGTH, _DECODER_LENGTH = 2, 5, 7
 
 
-def plain_contract(model: nn.Module, run: Run, batch: Mapping[str, Tensor], names: Collection[str]) -> Contract:
+def plain_contract(
+    model: nn.Module,
+    run: Run,
+    batch: Mapping[str, Tensor],
+    names: Collection[str],
+    fixed: Mapping[str, Tensor] | None = None,
+) -> Contract:
     """The contract of a model without a cache, of the inputs in ``batch`` and those of ``names`` that it takes.
+
+    Args:
+        fixed: inputs whose numbers decide its sizes, beside those in ``batch``, which then keep the sizes they have.
 
     Raises:
         BackendError: the model does not run on them.
     """
     positional = all(name.isdigit() for name in batch)
-    wrapper = Plain(model, positional)
     reasons: list[str] = []
+    if fixed:
+        return _fixed_contract(model, run, batch, fixed)
+    wrapper = Plain(model, positional)
     for rows, apart in _ways(batch):
         inputs, dims = _example(model, batch, names, rows, apart)
         try:
@@ -35,7 +47,27 @@ def plain_contract(model: nn.Module, run: Run, batch: Mapping[str, Tensor], name
             continue
         return Contract("plain", wrapper, inputs, [], list(outputs), dims, one_row=reasons[0] if rows == 1 else None)
     inputs, _ = _example(model, batch, names, _ROWS, apart=True)
-    raise BackendError(
+    raise _not_running(model, inputs, reasons)
+
+
+def _fixed_contract(model: nn.Module, run: Run, batch: Mapping[str, Tensor], fixed: Mapping[str, Tensor]) -> Contract:
+    """A graph of one image's grid, say: no size in it is free."""
+    inputs = {name: torch.zeros_like(value) for name, value in batch.items()}
+    dims: Dims = {name: list(map(int, value.shape)) for name, value in inputs.items()}
+    reasons: list[str] = []
+    for buffers in (None, real_buffers(model.named_buffers(remove_duplicate=False))):
+        wrapper = Plain(model, False, fixed, buffers)
+        try:
+            outputs = run(lambda wrapper=wrapper: wrapper.outputs(inputs))  # type: ignore[misc]
+        except Exception as error:  # a model's own code raises whatever it likes
+            reasons.append(reason_of(error))
+            continue
+        return Contract("plain", wrapper, inputs, [], list(outputs), dims, fixed=dict(fixed))
+    raise _not_running(model, {**inputs, **fixed}, reasons)
+
+
+def _not_running(model: nn.Module, inputs: Mapping[str, Tensor], reasons: list[str]) -> BackendError:
+    return BackendError(
         f"exporting {type(model).__name__} to ONNX",
         found=f"it does not run on {', '.join(f'{k} {list(v.shape)}' for k, v in inputs.items())} ({reasons[0]})",
         do="Give calibration batches with the inputs that the model needs",

@@ -43,7 +43,8 @@ def check_behaviour(
     try:
         stored = GraphStore(store.file, section(manifest, "onnx").get("transposed", ()))
         model = torch_model(folder, checkpoint or stored, getattr(torch, compute))
-        behaviour = behave(store, model)
+        fixed = {name: torch.tensor(value) for name, value in dict(section(manifest, "onnx").get("fixed", {})).items()}
+        behaviour = behave(store, model, fixed=fixed)
     except BackendError as error:
         result.problems.append(str(error))
         return
@@ -78,8 +79,14 @@ def torch_model(folder: Path, store: TensorStore, compute: torch.dtype) -> Any:
     return model.to(compute).eval()
 
 
-def behave(store: GraphStore, model: Any, tokens: int = 16) -> Behaviour:
-    """Run both on the same seeded inputs, of several numbers of rows: decoders first on a left-padded batch of two."""
+def behave(
+    store: GraphStore, model: Any, tokens: int = 16, fixed: Mapping[str, torch.Tensor] | None = None
+) -> Behaviour:
+    """Run both on the same seeded inputs, of several numbers of rows: decoders first on a left-padded batch of two.
+
+    Args:
+        fixed: inputs of the model that the graph has not, for it was made for these numbers.
+    """
     if any(value.name.startswith("past") for value in store.model.graph.inputs):
         runner = Runner(store.file, check=False)
         found = _decode(runner, model, tokens)
@@ -88,15 +95,15 @@ def behave(store: GraphStore, model: Any, tokens: int = 16) -> Behaviour:
     session = open_session(store.file)
     context = getattr(text_config(model.config), "max_position_embeddings", None)
     sizes = sizes_for(session.get_inputs(), context if isinstance(context, int) else None)
-    return Behaviour(max(_compare(session, model, rows, length) for rows, length in sizes), 0, 0)
+    return Behaviour(max(_compare(session, model, rows, length, fixed or {}) for rows, length in sizes), 0, 0)
 
 
-def _compare(session: Any, model: Any, rows: int, length: int) -> float:
+def _compare(session: Any, model: Any, rows: int, length: int, fixed: Mapping[str, torch.Tensor]) -> float:
     feed = feed_for(session.get_inputs(), model, rows, length)
     names = [o.name for o in session.get_outputs()]
     got = dict(zip(names, session.run(names, {k: v.numpy() for k, v in feed.items()}), strict=True))
     with torch.no_grad(), without_cache(model):
-        _, named = call_arguments(model, feed)
+        _, named = call_arguments(model, {**feed, **fixed})
         out = model(**named)
     same = [name for name in names if name in out]
     if not same:
