@@ -82,6 +82,8 @@ def _input_notes(contract: Contract) -> list[str]:
             f"no inputs of the graph, but left at the model's defaults: {', '.join(contract.frozen)} (inputs are what "
             "the folder's tokenizer gives, or calibration batches)"
         )
+    if contract.one_length is not None:
+        notes.append(f"its sequences are as long as those of calibration ({contract.one_length})")
     if contract.one_row is not None:
         notes.append(f"takes one row at a time, as the model itself does ({contract.one_row})")
     return notes

@@ -38,14 +38,17 @@ def plain_contract(
     if fixed:
         return _fixed_contract(model, run, batch, fixed)
     wrapper = Plain(model, positional)
-    for rows, apart in _ways(batch):
-        inputs, dims = _example(model, batch, names, rows, apart)
+    for rows, apart, own in _ways(batch):
+        inputs, dims = _example(model, batch, names, rows, apart, own)
         try:
             outputs = run(lambda inputs=inputs: wrapper.outputs(inputs))  # type: ignore[misc]
         except Exception as error:  # a model's own code raises whatever it likes
             reasons.append(reason_of(error))
             continue
-        return Contract("plain", wrapper, inputs, [], list(outputs), dims, one_row=reasons[0] if rows == 1 else None)
+        return Contract(
+            "plain", wrapper, inputs, [], list(outputs), dims,
+            one_row=reasons[0] if rows == 1 else None, one_length=reasons[0] if own else None,
+        )  # fmt: skip
     inputs, _ = _example(model, batch, names, _ROWS, apart=True)
     raise _not_running(model, inputs, reasons)
 
@@ -74,17 +77,29 @@ def _not_running(model: nn.Module, inputs: Mapping[str, Tensor], reasons: list[s
     )
 
 
-def _ways(batch: Mapping[str, Tensor]) -> Iterator[tuple[int, bool]]:
-    """Numbers of rows, and whether encoder and decoder read sequences of their own lengths: what models run on, the
-    freest first. A classifier without a padding token takes one row, BART's one sequence for both."""
-    yield _ROWS, True
+def _ways(batch: Mapping[str, Tensor]) -> Iterator[tuple[int, bool, bool]]:
+    """Numbers of rows, whether encoder and decoder read sequences of their own lengths, and whether all lengths are the
+    batch's: what models run on, the freest first. A classifier without a padding token takes one row, BART's one
+    sequence for both; a time series is as long as its config says, OneFormer's task, too."""
+    yield _ROWS, True, False
     if any(name.startswith("decoder") for name in batch):
-        yield _ROWS, False
-    yield 1, True
+        yield _ROWS, False, False
+    yield 1, True, False
+    if "input_ids" in batch or any(map(_sequence, batch.values())):
+        yield _ROWS, True, True
+
+
+def _sequence(value: Tensor) -> bool:
+    return value.dim() == 2 and not value.is_floating_point()
 
 
 def _example(
-    model: nn.Module, batch: Mapping[str, Tensor], names: Collection[str], rows: int, apart: bool
+    model: nn.Module,
+    batch: Mapping[str, Tensor],
+    names: Collection[str],
+    rows: int,
+    apart: bool,
+    given: bool = False,
 ) -> tuple[dict[str, Tensor], Dims]:
     positional = all(name.isdigit() for name in batch)
     first = BATCH if rows > 1 else 1
@@ -94,17 +109,20 @@ def _example(
     def sequence(name: str, more: tuple[int, ...] = (), dtype: torch.dtype = torch.long) -> None:
         own = apart and name.startswith("decoder")
         length = _DECODER_LENGTH if own else _LENGTH
+        if given:
+            like = batch[name if name in batch else "input_ids"]
+            length = int(like.shape[1])
         inputs[name] = torch.zeros(rows, length, *more, dtype=dtype)
         if name.endswith("attention_mask"):
             # A mask of ones alone lets models drop it while they are traced.
             inputs[name] += 1
             inputs[name][0, -1] = 0
-        dims[name] = [first, f"decoder_{SEQUENCE}" if own else SEQUENCE, *more]
+        dims[name] = [first, length if given else f"decoder_{SEQUENCE}" if own else SEQUENCE, *more]
 
     for name, value in batch.items():
         # So many rows whatever the batch had, and of tokens more than one.
         named = f"input_{name}" if positional else name
-        if value.dim() == 2 and not value.is_floating_point():
+        if _sequence(value) and not (given and positional):
             sequence(named, dtype=value.dtype)
             continue
         value = torch.zeros(rows, *value.shape[1:], dtype=value.dtype) if value.dim() else value

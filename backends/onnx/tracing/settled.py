@@ -24,6 +24,8 @@ def settle(exported: torch.export.ExportedProgram) -> None:
         elif node.target in (aten.repeat_interleave.self_Tensor, aten.repeat_interleave.self_int):
             # How long it comes out is told for speed alone: it follows from the rest.
             node.kwargs = {key: value for key, value in node.kwargs.items() if key != "output_size"}
+        elif node.target is aten._is_all_true.default:
+            node.target = aten.all.default
         elif node.target is aten.conv3d.default and (len(node.args) < 3 or node.args[2] is None):
             _with_bias(exported.graph, node)
         elif node.target in _SHAPING and _complex(node.args[0]):
