@@ -173,8 +173,9 @@ SIZES: dict[str, dict[str, Any]] = _PICTURES | {
     "neucodec": {"quantization_dim": 64},
     "moonshine_streaming": {"+num_key_value_heads": 4},
     "shieldgemma2": {"+yes_token_index": 100, "+no_token_index": 101},
-    "dots3_note_text": _INDEX
-    | {
+    "dots3_note_text": {
+        "index_n_heads": 16,
+        "index_topk": 64,
         "+swa_num_attention_heads": 4,
         "+swa_num_key_value_heads": 4,
         "+swa_q_lora_rank": 16,
