@@ -107,7 +107,9 @@ def choose_groups(source: Source, program: Program, structural_pass: StructuralP
         group, kind, name = one
         left, fields = structural_pass.left(len(group.free), kind), dict[str, Any]()
         beside = kind != "width" and _beside(group)
-        if beside and (len(group.free), left) not in {(len(c.group.free), c.left) for c in chosen if c.kind == kind}:
+        same = {(len(c.group.free), c.left) for c in chosen if c.kind == kind}
+        # Where there is a config its fields say below which groups follow: of four patches at once, four times as wide.
+        if beside and widths is None and (len(group.free), left) not in same:
             continue
         if widths is not None:
             said = widths.nearest(group, kind, left, alike[kind])

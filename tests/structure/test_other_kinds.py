@@ -78,6 +78,23 @@ def test_experts_beside_shared_ones_of_several_times_their_width(tmp_path: Path)
     assert_close(run(small, given), run(zeroed_model(tmp_path / "dense", result.structure[0]), given))
 
 
+def test_a_layer_beside_the_blocks_of_four_times_their_width(tmp_path: Path) -> None:
+    """Four patches become one in a layer as much wider than the blocks', by the same field of the config."""
+    torch.manual_seed(0)
+    config = hf.AutoConfig.for_model(
+        "minicpm_ocr_vision", hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        image_size=32, patch_size=8, insert_layer_id=0,
+    )  # fmt: skip
+    hf.AutoModel.from_config(config).eval().save_pretrained(tmp_path / "dense")
+    given = {"pixel_values": torch.randn(1, 3, 8, 256), "target_sizes": torch.tensor([[4, 4], [4, 4]])}
+    result = sparsify.compile(
+        tmp_path / "dense", ["llm-pruner:50%,importance=l2"], calibration=[given], output=tmp_path / "out"
+    )
+    small = load(tmp_path / "out")
+    assert small.vit_merger.linear_1.out_features == 128 and small.config.intermediate_size == 32
+    assert_close(run(small, given), run(zeroed_model(tmp_path / "dense", result.structure[0]), given))
+
+
 def test_without_a_loss_nothing_is_written(tmp_path: Path) -> None:
     with pytest.raises(TraceError, match=r"no logits.*importance=l2"):
         sparsify.compile(build("clip"), ["llm-pruner:50%"], calibration=[batch("clip")], output=tmp_path / "out")
