@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers as hf
-from support.families import DEEPSEEK
+from support.families import DEEPSEEK, GQA
 from support.folders import load
 from support.kinds import batch, build, run, save
 from support.zeroed import zeroed_model
@@ -93,6 +93,19 @@ def test_a_layer_beside_the_blocks_of_four_times_their_width(tmp_path: Path) -> 
     small = load(tmp_path / "out")
     assert small.vit_merger.linear_1.out_features == 128 and small.config.intermediate_size == 32
     assert_close(run(small, given), run(zeroed_model(tmp_path / "dense", result.structure[0]), given))
+
+
+def test_a_narrow_layer_stays_whole_and_is_named(tmp_path: Path) -> None:
+    """Of eight channels in eights none would be left: the heads go all the same."""
+    torch.manual_seed(0)
+    model = hf.LlamaForCausalLM(hf.LlamaConfig(**{**GQA, "intermediate_size": 8})).eval()
+    model.save_pretrained(tmp_path / "dense")
+    result = sparsify.compile(tmp_path / "dense", ["llm-pruner:50%,importance=l2"], output=tmp_path / "out")
+    (done,), given = result.structure, {"input_ids": torch.arange(3, 19)[None]}
+    assert {cut.kind for cut in done.cuts} == {"heads"}
+    assert all("of 8 channels in multiples of 8 none would be left" in left.reason for left in done.skipped)
+    assert len(done.skipped) == 2
+    assert_close(run(load(tmp_path / "out"), given), run(zeroed_model(tmp_path / "dense", done), given))
 
 
 def test_without_a_loss_nothing_is_written(tmp_path: Path) -> None:
