@@ -120,6 +120,10 @@ SIZES: dict[str, dict[str, Any]] = {
         "use_timm_backbone": False,
         "apply_layernorm_after_vision_backbone": False,
         "vision_features_channels": [32, 32, 32],
+        "text_config": {"hidden_size": 64, "projection_dim": 64},
+        "class_embed_dim": 64,
+        "text_projection_in_dim": 64,
+        "text_projection_out_dim": 64,
         "backbone_config:model": ("swin", {"+out_indices": [1, 2, 3]}),
     },
     "sam2_hiera_det_model": {
