@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +51,10 @@ def plain_contract(
             "plain", wrapper, inputs, [], list(outputs), dims,
             one_row=reasons[0] if rows == 1 else None, one_length=reasons[0] if own else None,
         )  # fmt: skip
+    if all(value.is_floating_point() for value in batch.values()) and not positional:
+        # Sound that is padded to a multiple of something: how far follows from its length, and from buffers.
+        with suppress(BackendError):
+            return replace(_fixed_contract(model, run, batch, {}), one_length=reasons[0])
     inputs, _ = _example(model, batch, names, _ROWS, apart=True)
     raise _not_running(model, inputs, reasons)
 

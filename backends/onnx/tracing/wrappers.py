@@ -114,7 +114,7 @@ class Plain(nn.Module):
             return _tensors(self.model(*inputs.values()))
         with without_cache(self.model):
             _, named = call_arguments(self.model, inputs)
-            with literal(self.model, self.fixed, self.held) if self.fixed else nullcontext():
+            with literal(self.model, self.fixed, self.held) if self.fixed or self.held else nullcontext():
                 return _tensors(self.model(**named))
 
 
