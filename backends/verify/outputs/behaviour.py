@@ -47,7 +47,8 @@ def check_behaviour(
     try:
         stored = GraphStore(store.file, section(manifest, "onnx").get("transposed", ()))
         model = torch_model(folder, checkpoint or stored, getattr(torch, compute))
-        behaviour = behave(store, model)
+        fixed = {name: torch.tensor(value) for name, value in dict(section(manifest, "onnx").get("fixed", {})).items()}
+        behaviour = behave(store, model, fixed=fixed)
     except BackendError as error:
         result.problems.append(str(error))
         return
@@ -82,8 +83,14 @@ def torch_model(folder: Path, store: TensorStore, compute: torch.dtype) -> Any:
     return model.to(compute).eval()
 
 
-def behave(store: GraphStore, model: Any, tokens: int = 16) -> Behaviour:
-    """Run both on the same seeded inputs, of several numbers of rows: decoders first on a left-padded batch of two."""
+def behave(
+    store: GraphStore, model: Any, tokens: int = 16, fixed: Mapping[str, torch.Tensor] | None = None
+) -> Behaviour:
+    """Run both on the same seeded inputs, of several numbers of rows: decoders first on a left-padded batch of two.
+
+    Args:
+        fixed: inputs of the model that the graph has not, for it was made for these numbers.
+    """
     if any(is_state(value.name) for value in store.model.graph.inputs):
         runner = Runner(store.file, check=False)
         found = _decode(runner, model, tokens)
@@ -96,18 +103,22 @@ def behave(store: GraphStore, model: Any, tokens: int = 16) -> Behaviour:
     for rows, length in sizes:
         feed = feed_for(session.get_inputs(), model, rows, length)
         try:
-            out = _outputs(model, feed)
+            out = _outputs(model, {**feed, **(fixed or {})})
         except Exception as error:  # torch's own model may not take one row (a norm over the batch)
             refused = error
             continue
-        compared.append(_compare(session, model, feed, out))
+        compared.append(_compare(session, model, feed, out, fixed or {}))
     if refused is not None and not compared:
         raise refused
     return Behaviour(max(worst for worst, _ in compared), 0, 0, max(rounding for _, rounding in compared))
 
 
 def _compare(
-    session: Any, model: Any, feed: Mapping[str, torch.Tensor], out: Mapping[str, torch.Tensor]
+    session: Any,
+    model: Any,
+    feed: Mapping[str, torch.Tensor],
+    out: Mapping[str, torch.Tensor],
+    fixed: Mapping[str, torch.Tensor],
 ) -> tuple[float, float]:
     """The greatest difference, and torch's own rounding where that is large: some models make much of little."""
     names = [o.name for o in session.get_outputs()]
@@ -138,7 +149,7 @@ def _compare(
     def differ(one: list[torch.Tensor], other: list[torch.Tensor]) -> float:
         return max(_relative(a.float().numpy(), b.float().numpy()) for a, b in zip(one, other, strict=True))
 
-    return worst, rounding_of(model, feed, give, differ)
+    return worst, rounding_of(model, {**feed, **fixed}, give, differ)
 
 
 def _outputs(model: Any, feed: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
