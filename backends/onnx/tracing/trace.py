@@ -96,13 +96,23 @@ def _check_lengths(exported: torch.export.ExportedProgram, contract: Contract) -
     """
     model: Any = contract.wrapper.model
     context = getattr(text_config(getattr(model, "config", None)), "max_position_embeddings", None)
-    most = min((int(r.upper) for r in exported.range_constraints.values() if r.upper < _SHORT), default=_SHORT)
+    free = _free_sizes(exported)
+    ranges = (bounds for size, bounds in exported.range_constraints.items() if size in free)
+    most = min((int(bounds.upper) for bounds in ranges if bounds.upper < _SHORT), default=_SHORT)
     if most < _SHORT and not (isinstance(context, int) and context <= _SHORT):
         raise BackendError(
             f"exporting {type(model).__name__} to ONNX",
             found=f"its graph would hold for {most} tokens at most: a size within it becomes a number in the trace",
             do="Use --to hf",
         )
+
+
+def _free_sizes(exported: torch.export.ExportedProgram) -> set[object]:
+    """The sizes of the inputs that are symbols."""
+    given = set(exported.graph_signature.user_inputs)
+    values = [n.meta["val"] for n in exported.graph.nodes if n.op == "placeholder" and n.name in given]
+    sizes: list[Any] = [size for value in values if isinstance(value, Tensor) for size in value.shape]
+    return {symbol for size in sizes if isinstance(size, torch.SymInt) for symbol in size.node.expr.free_symbols}
 
 
 def _why(error: Exception) -> str:
