@@ -26,6 +26,7 @@ MAX_LINE = 16 << 20
 COMPRESSED = (".gz", ".zst")
 
 _CHUNK = 1 << 16
+_NUL = "NUL, as in UTF-16 or UTF-32 without a byte-order mark"
 # The longer marks first: that of UTF-32 begins with that of UTF-16.
 _MARKS = (
     (codecs.BOM_UTF32_LE, "utf-32-le"),
@@ -69,16 +70,20 @@ class TextFile:
             offset, at = offset + len(line), at + len(line)
 
     def not_utf8(self) -> CalibrationError:
-        """The error that names the first byte which is no UTF-8."""
+        """The error that names the first byte which is no UTF-8, or NUL: valid UTF-8, and in no text."""
         at, line, held = 0, 1, b""
         while True:
             piece = self.read(at + len(held), 1 << 20)
             data = held + piece
             try:
                 _, used = codecs.utf_8_decode(data, "strict", not piece)
+                wrong = data.find(0, 0, used)
             except UnicodeDecodeError as error:
-                where = f"line {line + data.count(10, 0, error.start)}, byte {at + error.start}"
-                return not_utf8(self.name, f"{where} (0x{data[error.start]:02x}) is none")
+                wrong = data.find(0, 0, error.start)
+                wrong = error.start if wrong < 0 else wrong
+            if wrong >= 0:
+                where = f"line {line + data.count(10, 0, wrong)}, byte {at + wrong} (0x{data[wrong]:02x})"
+                return not_utf8(self.name, f"{where} is {'none' if data[wrong] else _NUL}")
             if not piece:
                 return not_utf8(self.name, "it changed while it was read")
             at, line, held = at + used, line + data.count(10, 0, used), data[used:]
@@ -88,7 +93,7 @@ def not_utf8(name: str, where: str) -> CalibrationError:
     return CalibrationError(
         f"data '{name}'",
         found=f"not a UTF-8 text file: {where}",
-        do="Save it as UTF-8 (iconv -f LATIN1 -t UTF-8, say), or name another source",
+        do="Save it as UTF-8 (iconv -f LATIN1 -t UTF-8, or from UTF-16LE, say), or name another source",
     )
 
 
@@ -226,6 +231,8 @@ def _items(text: TextFile) -> Iterator[Any]:
         if len(held) - at > MAX_LINE and (wrong is not None or end - at > MAX_LINE):
             raise _not_a_list(text, f"item {number} is longer than {MAX_LINE} bytes, or no JSON")
         if wrong is not None:
+            if "\0" in held:
+                raise text.not_utf8()
             raise _not_a_list(text, f"item {number} is not JSON ({first_line(wrong)})")
         at = end
         yield item
