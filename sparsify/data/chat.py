@@ -63,7 +63,9 @@ def called(value: Any) -> str:
         return "a number"
     if isinstance(value, list):
         return f"a list of {len(value)}, with {called(value[0])} first" if value else "an empty list"
-    return {str: "text", dict: "a table"}.get(type(value), f"a {type(value).__name__}")
+    if isinstance(value, str):
+        return "text"
+    return "a table" if isinstance(value, dict) else f"a {type(value).__name__}"
 
 
 def nul_at(text: str, where: str) -> CalibrationError:
@@ -158,8 +160,8 @@ class Chat:
             do = "The model reads text alone: give text"
             if reads_images(self.source):
                 do = (
-                    "To calibrate on images name their one .jsonl or .json file itself; of a folder and other files, "
-                    "and for perplexity, text is read"
+                    "To calibrate on images name their one .jsonl or .json file itself; of other files, "
+                    "and for perplexity, text alone is read"
                 )
             raise CalibrationError(f"data '{conversation.where}'", found="images, where text alone is read", do=do)
         told = {"chat_template": self.template} | ({"tools": conversation.tools} if conversation.tools else {})

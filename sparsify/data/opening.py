@@ -26,7 +26,6 @@ MAX_LINE = 16 << 20
 COMPRESSED = (".gz", ".zst")
 
 _CHUNK = 1 << 16
-_NUL = "NUL, as in UTF-16 or UTF-32 without a byte-order mark"
 # The longer marks first: that of UTF-32 begins with that of UTF-16.
 _MARKS = (
     (codecs.BOM_UTF32_LE, "utf-32-le"),
@@ -83,17 +82,20 @@ class TextFile:
                 wrong = error.start if wrong < 0 else wrong
             if wrong >= 0:
                 where = f"line {line + data.count(10, 0, wrong)}, byte {at + wrong} (0x{data[wrong]:02x})"
-                return not_utf8(self.name, f"{where} is {'none' if data[wrong] else _NUL}")
+                if data[wrong]:
+                    return not_utf8(self.name, f"{where} is none")
+                nul = f"{where} is NUL, as in UTF-16 or UTF-32 without a byte-order mark"
+                return not_utf8(self.name, nul, "UTF-16LE")
             if not piece:
                 return not_utf8(self.name, "it changed while it was read")
             at, line, held = at + used, line + data.count(10, 0, used), data[used:]
 
 
-def not_utf8(name: str, where: str) -> CalibrationError:
+def not_utf8(name: str, where: str, usual: str = "LATIN1") -> CalibrationError:
     return CalibrationError(
         f"data '{name}'",
         found=f"not a UTF-8 text file: {where}",
-        do="Save it as UTF-8 (iconv -f LATIN1 -t UTF-8, or from UTF-16LE, say), or name another source",
+        do=f"Save it as UTF-8 (iconv -f {usual} -t UTF-8, say), or name another source",
     )
 
 

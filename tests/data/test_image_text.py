@@ -218,7 +218,9 @@ def test_who_cannot_read_images_says_so(model: Path, names: list[str], tmp_path:
     plain = save("llama", tmp_path / "plain")
     with pytest.raises(CalibrationError, match=r"images, where text alone is read\. The model reads text alone"):
         load_calibration(path, open_source(plain), samples=1)
-    with pytest.raises(CalibrationError, match=r"a\.jsonl, line 1': images, .* name their one \.jsonl .* of a folder"):
+    with pytest.raises(
+        CalibrationError, match=r"folder': images in a\.jsonl, .* Name that file itself \(.*/folder/a\.jsonl\)"
+    ):
         load_calibration(str(tmp_path / "folder"), open_source(model), samples=1, sequence_length=8)
     for file, says in (("processor_config.json", "the processor of bare"), ("chat_template.jinja", "without a chat")):
         bare = llava(tmp_path / file / "bare")

@@ -185,7 +185,7 @@ def test_a_token_that_has_no_embedding(tmp_path: Path) -> None:
     """Text whose token the model has none for: the ids are the folder's own, of a tokenizer with more tokens."""
     folder = save("llama", tmp_path / "model")
     of_bytes().save_pretrained(folder)
-    (tmp_path / "a.txt").write_text("~ " * 999)
+    (tmp_path / "a.txt").write_text("~" * 999)
     (tmp_path / "ids.jsonl").write_text('{"text": [1, 2, 999999, 3, 4, 5, 6, 7, 8, 9]}')
     says = (
         r"token id \d+ of {}: the model's vocabulary has 64 tokens, and its own tokenizer has 262: .* token '~'\. Take"
