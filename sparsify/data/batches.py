@@ -24,6 +24,7 @@ from sparsify.data.inputs import (
     check_table,
     default_length,
     one_row_alone,
+    outside,
     rows_at_once,
     rows_to_batches,
     split_rows,
@@ -329,8 +330,4 @@ def _check_inputs(batches: list[dict[str, Tensor]], source: Source) -> None:
                 check_table(tensor.shape[1], source)
             low, high = int(tensor.min()), int(tensor.max())
             if low < 0 or (vocabulary and high >= vocabulary):
-                raise CalibrationError(
-                    f"token id {low if low < 0 else high} of calibration batch {index}",
-                    found=f"the model's vocabulary has {vocabulary} tokens",
-                    do="The ids are of another tokenizer; give text, or ids of this model's",
-                )
+                raise outside(low if low < 0 else high, f"calibration batch {index}", source)

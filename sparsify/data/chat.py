@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparsify.data.content import as_wanted
+from sparsify.data.inputs import reads_images
 from sparsify.errors import CalibrationError, SparsifyError, SpecError, first_line
 from sparsify.files.reading import kind_at
 from sparsify.frontend.source import Source
@@ -51,6 +53,27 @@ class Messages:
 Render = Callable[[Messages], Tensor]
 
 
+def called(value: Any) -> str:
+    """What a value of JSON is, in words."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return "true or false"
+    if isinstance(value, (int, float)):
+        return "a number"
+    if isinstance(value, list):
+        return f"a list of {len(value)}, with {called(value[0])} first" if value else "an empty list"
+    if isinstance(value, str):
+        return "text"
+    return "a table" if isinstance(value, dict) else f"a {type(value).__name__}"
+
+
+def nul_at(text: str, where: str) -> CalibrationError:
+    """The error for text with a NUL, which stands in no text: it is of another encoding, or no text."""
+    found = f"a NUL (\\u0000) at character {text.index(chr(0)) + 1} of a text"
+    return CalibrationError(f"data '{where}'", found=found, do="Write the text anew in its own encoding, or leave it")
+
+
 def as_messages(value: Any, where: str, row: dict[str, Any] | None = None) -> Messages | None:
     """``value`` as a conversation: ``{"role", "content"}`` or, as in ShareGPT's files, ``{"from", "value"}`` each.
 
@@ -68,7 +91,7 @@ def as_messages(value: Any, where: str, row: dict[str, Any] | None = None) -> Me
     messages = [_message(item, f"{where}, message {number}") for number, item in enumerate(value, 1)]
     tools = (row or {}).get("tools")
     if tools is not None and not isinstance(tools, list):
-        raise CalibrationError(f"data '{where}'", found=f"tools that are a {type(tools).__name__}", do="Give a list")
+        raise CalibrationError(f"data '{where}'", found=f"tools that are {called(tools)}", do="Give a list")
     pictures = (row or {}).get("images") or (row or {}).get("image") or []
     return Messages(messages, where, tools or None, pictures if isinstance(pictures, list) else [pictures])
 
@@ -77,11 +100,11 @@ def _message(item: dict[str, Any], where: str) -> dict[str, Any]:
     if isinstance(item.get("from"), str) and "role" not in item:
         role = _SPEAKERS.get(item["from"])
         if role is None or not isinstance(item.get("value"), str):
-            found = f"from {item['from']!r} and a {type(item.get('value')).__name__}"
+            found = f"from {item['from']!r} and a value that is {called(item.get('value'))}"
             raise CalibrationError(
                 f"data '{where}'", found=found, do=f"Speakers are {', '.join(_SPEAKERS)}, and say text"
             )
-        return {"role": role, "content": item["value"]}
+        return {"role": role, "content": _sound(item["value"], where)}
     content = item.get("content")
     parts = isinstance(content, list) and all(isinstance(p, dict) and isinstance(p.get("type"), str) for p in content)
     silent = content is None and item.get("tool_calls")
@@ -91,8 +114,17 @@ def _message(item: dict[str, Any], where: str) -> dict[str, Any]:
             found=f"a table of {', '.join(map(str, item)) or 'nothing'}",
             do='A message is {"role": …, "content": …}, its content text or a list of parts with a type',
         )
+    for text in [content] if isinstance(content, str) else [part.get("text") for part in content or []]:
+        if isinstance(text, str):
+            _sound(text, where)
     # Tables of parquet files have every field that any of them has.
     return {"content": content} | {name: held for name, held in item.items() if held is not None}
+
+
+def _sound(text: str, where: str) -> str:
+    if "\0" in text:
+        raise nul_at(text, where)
+    return text
 
 
 class Chat:
@@ -125,11 +157,13 @@ class Chat:
 
         self.used = True
         if conversation.has_images:
-            raise CalibrationError(
-                f"data '{conversation.where}'",
-                found="images, where text alone is read",
-                do="A model that reads images calibrates on them; else, and for perplexity, give text",
-            )
+            do = "The model reads text alone: give text"
+            if reads_images(self.source):
+                do = (
+                    "To calibrate on images name their one .jsonl or .json file itself; of other files, "
+                    "and for perplexity, text alone is read"
+                )
+            raise CalibrationError(f"data '{conversation.where}'", found="images, where text alone is read", do=do)
         told = {"chat_template": self.template} | ({"tools": conversation.tools} if conversation.tools else {})
         tokenizer = self.source.tokenizer()
         if self.template is None and not getattr(tokenizer, "chat_template", None):
@@ -139,11 +173,15 @@ class Chat:
                 do="Give one with --chat-template FILE, or data with a field of text",
             )
         try:
-            said = [{**message, "content": _text(message, conversation.where)} for message in conversation.messages]
-            text = tokenizer.apply_chat_template(said, tokenize=False, **told)
+            _check_parts(conversation)
+
+            def render(messages: list[dict[str, Any]]) -> str:
+                return str(tokenizer.apply_chat_template(messages, tokenize=False, **told))
+
+            text = render(as_wanted(conversation.messages, render, conversation.where))
             # A template writes what a sequence begins with itself.
             ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]).long()
-            self._check_places(ids, conversation.where)
+            self.check_places(ids, conversation.where)
             return ids
         except SparsifyError:
             raise
@@ -164,8 +202,12 @@ class Chat:
     def _name(self) -> str:
         return f"of {self.source.name}'s tokenizer" if self.file is None else str(self.file)
 
-    def _check_places(self, ids: Tensor, where: str) -> None:
-        """Where an image was to be, and is none, the model would read a token that it never saw as text."""
+    def check_places(self, ids: Tensor, where: str) -> None:
+        """Where an image was to be, and is none, the model would read a token that it never saw as text.
+
+        Raises:
+            CalibrationError: ``ids`` of any shape, without images, hold the place of one.
+        """
         config = self.source.config
         places = (getattr(config, name, None) for name in ("image_token_id", "image_token_index"))
         if any(isinstance(place, int) and bool((ids == place).any()) for place in places):
@@ -183,18 +225,14 @@ class Chat:
             raise SpecError("--chat-template", found=f"no chat messages in {data}", do="Leave it out")
 
 
-def _text(message: dict[str, Any], where: str) -> str | None:
-    content = message["content"]
-    if not isinstance(content, list):
-        text: str | None = content
-        return text
-    if other := next((part["type"] for part in content if part["type"] != "text"), None):
+def _check_parts(conversation: Messages) -> None:
+    parts = (p for m in conversation.messages if isinstance(m["content"], list) for p in m["content"])
+    if other := next((part["type"] for part in parts if part["type"] != "text"), None):
         raise CalibrationError(
-            f"data '{where}'",
+            f"data '{conversation.where}'",
             found=f"a part of type {other!r}, where text alone is read",
             do="Images in messages are for calibrating models that read images; else give text",
         )
-    return "".join(str(part.get("text", "")) for part in content)
 
 
 def _read(path: Path) -> str:

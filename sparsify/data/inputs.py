@@ -8,7 +8,7 @@ from inspect import signature
 import torch
 from torch import Tensor
 
-from sparsify.errors import CalibrationError, SpecError
+from sparsify.errors import CalibrationError, CheckpointError, SpecError
 from sparsify.frontend.source import Source
 from sparsify.frontend.tables import position_table
 from sparsify.frontend.text_config import text_config
@@ -35,6 +35,14 @@ def as_inputs(ids: Tensor, source: Source) -> dict[str, Tensor]:
         # on how attention is computed.
         inputs["token_type_ids"] = torch.zeros_like(ids)
     return inputs
+
+
+def reads_images(source: Source) -> bool:
+    """Whether the model reads images beside text, and a processor for both lies beside it."""
+    config, folder = source.config, source.folder
+    if folder is None or getattr(config, "vision_config", None) is None:
+        return False
+    return getattr(source.module, "main_input_name", None) == "input_ids"
 
 
 def default_length(source: Source, most: int = USUAL) -> int:
@@ -117,6 +125,30 @@ def split_rows(batches: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
             )
         single += [{n: t[i : i + 1].contiguous() for n, t in batch.items()} for i in range(rows.pop())]
     return single
+
+
+def outside(token: int, where: str, source: Source) -> CalibrationError:
+    """The error for a token id that the model has no embedding for, below 0 or past its vocabulary."""
+    asked = f"token id {token} of {where}"
+    if token < 0:
+        do = "Ids count from 0. Of padding give the padding token's, with 0 in an attention_mask; -100 is of labels"
+        return CalibrationError(asked, found="a negative number, which is no token's id", do=do)
+    size = f"the model's vocabulary has {source.vocab_size} tokens"
+    try:
+        tokenizer = source.tokenizer()
+        known = len(tokenizer)
+        text = tokenizer.convert_ids_to_tokens(token) if token < known else None
+    except CheckpointError:
+        text = None
+    if text is None:
+        return CalibrationError(
+            asked, found=size, do="The ids are of another tokenizer; give text, or ids of this model's"
+        )
+    return CalibrationError(
+        asked,
+        found=f"{size}, and its own tokenizer has {known}: this id is its token {text!r}",
+        do="Take that token out of the data, or mend the folder: another tokenizer, or as many embeddings as tokens",
+    )
 
 
 def are_ids(tensor: Tensor) -> bool:

@@ -69,26 +69,33 @@ class TextFile:
             offset, at = offset + len(line), at + len(line)
 
     def not_utf8(self) -> CalibrationError:
-        """The error that names the first byte which is no UTF-8."""
+        """The error that names the first byte which is no UTF-8, or NUL: valid UTF-8, and in no text."""
         at, line, held = 0, 1, b""
         while True:
             piece = self.read(at + len(held), 1 << 20)
             data = held + piece
             try:
                 _, used = codecs.utf_8_decode(data, "strict", not piece)
+                wrong = data.find(0, 0, used)
             except UnicodeDecodeError as error:
-                where = f"line {line + data.count(10, 0, error.start)}, byte {at + error.start}"
-                return not_utf8(self.name, f"{where} (0x{data[error.start]:02x}) is none")
+                wrong = data.find(0, 0, error.start)
+                wrong = error.start if wrong < 0 else wrong
+            if wrong >= 0:
+                where = f"line {line + data.count(10, 0, wrong)}, byte {at + wrong} (0x{data[wrong]:02x})"
+                if data[wrong]:
+                    return not_utf8(self.name, f"{where} is none")
+                nul = f"{where} is NUL, as in UTF-16 or UTF-32 without a byte-order mark"
+                return not_utf8(self.name, nul, "UTF-16LE")
             if not piece:
                 return not_utf8(self.name, "it changed while it was read")
             at, line, held = at + used, line + data.count(10, 0, used), data[used:]
 
 
-def not_utf8(name: str, where: str) -> CalibrationError:
+def not_utf8(name: str, where: str, usual: str = "LATIN1") -> CalibrationError:
     return CalibrationError(
         f"data '{name}'",
         found=f"not a UTF-8 text file: {where}",
-        do="Save it as UTF-8 (iconv -f LATIN1 -t UTF-8, say), or name another source",
+        do=f"Save it as UTF-8 (iconv -f {usual} -t UTF-8, say), or name another source",
     )
 
 
@@ -226,6 +233,8 @@ def _items(text: TextFile) -> Iterator[Any]:
         if len(held) - at > MAX_LINE and (wrong is not None or end - at > MAX_LINE):
             raise _not_a_list(text, f"item {number} is longer than {MAX_LINE} bytes, or no JSON")
         if wrong is not None:
+            if "\0" in held:
+                raise text.not_utf8()
             raise _not_a_list(text, f"item {number} is not JSON ({first_line(wrong)})")
         at = end
         yield item

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsify.data.chat import Messages, Render, as_messages
+from sparsify.data.chat import Messages, Render, as_messages, called, nul_at
 from sparsify.data.opening import MAX_LINE, MAX_RATIO, SMALL, list_as_lines, open_text
 from sparsify.data.texts import LongText, text_in_memory
 from sparsify.errors import CalibrationError, SparsifyError, first_line
@@ -97,7 +97,7 @@ class Lines(Sequence[Document]):
         try:
             row = parse_json(line)
         except ValueError as error:
-            if isinstance(error.__cause__, UnicodeDecodeError):
+            if isinstance(error.__cause__, UnicodeDecodeError) or b"\0" in line:
                 raise self._text.not_utf8() from error
             do = "Give one JSON object a line, or one JSON list"
             raise CalibrationError(f"data '{self.path}'", found=f"{where} is not JSON ({error})", do=do) from error
@@ -112,13 +112,15 @@ class Lines(Sequence[Document]):
     def _how(self, row: Any) -> str:
         if isinstance(row, dict) and {"prompt", "instruction"} & row.keys():
             return f"Write what the model sees into one field ({self.path}:FIELD), or into 'messages' with roles"
+        if not isinstance(row, dict):
+            return f"Every {self._unit} is a text, or all are tables with one and the same field"
         return f"Name it: {self.path}:FIELD"
 
 
 def _lacks(row: Any, field: str) -> str:
     wanted = f"no field '{field or USUAL_FIELDS[0]}'"
     if not isinstance(row, dict):
-        return f"is a {type(row).__name__}, and has {wanted}"
+        return f"is {called(row)}, not a table with a field '{field or USUAL_FIELDS[0]}'"
     names = ", ".join(map(repr, list(row)[:8])) + (", …" if len(row) > 8 else "")
     return f"has {wanted}, but {names}" if row else f"has {wanted}"
 
@@ -165,9 +167,12 @@ class Table(Sequence[Document]):
         return self._starts[-1]
 
     def __iter__(self) -> Iterator[Document]:
+        number = 1
         for group in range(len(self._starts) - 1):
             for values in self._batches(group):
-                yield from (rendered(row_value(value, self.name), self._chat) for value in values)
+                for value in values:
+                    yield rendered(row_value(value, f"{self.name}, row {number}"), self._chat)
+                    number += 1
 
     def __getitem__(self, index: Any) -> Any:
         return rendered(self.row(index), self._chat)
@@ -186,7 +191,7 @@ class Table(Sequence[Document]):
             start += len(values)
             values = next(batches)
         self._held = group, batches, start, values
-        return row_value(values[row - start], self.name)
+        return row_value(values[row - start], f"{self.name}, row {at + 1}")
 
     def _batches(self, group: int) -> Iterator[list[Any]]:
         with Refusing(self.name):
@@ -250,7 +255,8 @@ class Column(Sequence[Document]):
 
     def row(self, index: Any) -> Document | Messages:
         """One of them, a conversation as it is."""
-        return row_value(self.rows[range(len(self))[index]][self.field], self.name)
+        at = range(len(self))[index]
+        return row_value(self.rows[at][self.field], f"{self.name}, row {at + 1}")
 
 
 class TokenRows(Sequence[Document]):
@@ -331,18 +337,18 @@ def document(value: Any, where: str) -> Document:
     """A value of a row as a document.
 
     Raises:
-        CalibrationError: neither text nor a list of token ids, or longer than ``MAX_DOCUMENT``.
+        CalibrationError: neither text nor a list of token ids, text with a NUL, or longer than ``MAX_DOCUMENT``.
     """
     if isinstance(value, str):
+        if "\0" in value:
+            raise nul_at(value, where)
         if len(value) > MAX_DOCUMENT:
             raise _too_long(where, f"a text of {len(value)} characters")
         return text_in_memory(value, where)
     # A vocabulary is smaller; what is larger fits no tensor.
     if isinstance(value, list) and all(type(i) is int and abs(i) < 1 << 31 for i in value):
         return torch.tensor(value, dtype=torch.long)
-    raise CalibrationError(
-        f"data '{where}'", found=f"a {type(value).__name__}", do="A document is text or a list of token ids"
-    )
+    raise CalibrationError(f"data '{where}'", found=called(value), do="A document is text or a list of token ids")
 
 
 def _too_long(where: str, found: str) -> CalibrationError:

@@ -124,6 +124,11 @@ def _folder(folder: Path, field: str, chat: Render | None) -> Documents:
         part = _file(path, field if suffix_of(path) in _DATA else "", chat)
         parts.append(part)
         files.append((path.relative_to(folder).as_posix(), len(part.documents)))
+    for (name, _), part in zip(files, parts, strict=True):
+        if isinstance(part.documents, Lines) and part.documents.images:
+            found = f"images in {name}, where text alone is read"
+            do = f"Name that file itself ({folder / name}), if the model reads images; else leave it out"
+            raise CalibrationError(f"data '{folder}'", found=found, do=do)
     if any(part.packed for part in parts) and not all(part.packed for part in parts):
         odd = next(name for (name, _), part in zip(files, parts, strict=True) if not part.packed)
         found = f"chat messages in some files and none in {odd}"

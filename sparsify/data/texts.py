@@ -31,7 +31,7 @@ class LongText:
     Attributes:
         read: so many bytes from a position on, fewer at the end.
         name: what it is called in errors. ``file``: line ends of all systems are read as ``\\n``, as by Python.
-        wrong: the error where it is not UTF-8.
+        wrong: the error where it is not UTF-8, or has a NUL.
     """
 
     size: int
@@ -44,7 +44,7 @@ class LongText:
         """Some ``count`` bytes from byte ``start`` on, less what precedes the first line or word that begins there.
 
         Raises:
-            CalibrationError: they are not UTF-8.
+            CalibrationError: they are not UTF-8, or hold a NUL.
         """
         data = self.read(start, count)
         half = next((i for i, byte in enumerate(data[:4]) if byte & 0xC0 != 0x80), len(data[:4])) if start else 0
@@ -60,7 +60,7 @@ class LongText:
         """All of it, in order.
 
         Raises:
-            CalibrationError: it is not UTF-8.
+            CalibrationError: it is not UTF-8, or holds a NUL.
         """
         decoder = self._decoder()
         for start in range(0, self.size, PIECE):
@@ -71,16 +71,19 @@ class LongText:
 
     def _decode(self, decoder: io.IncrementalNewlineDecoder, data: bytes, final: bool = False) -> str:
         try:
-            return decoder.decode(data, final)
+            text = decoder.decode(data, final)
         except UnicodeDecodeError as error:
             raise self.wrong(self.name) from error
+        if "\0" in text:
+            raise self.wrong(self.name)
+        return text
 
 
 def text_of_file(path: Path) -> str | LongText:
     """The text of a file, and no more than its beginning read if it is long.
 
     Raises:
-        CalibrationError: what was read is not UTF-8. OSError: it cannot be read.
+        CalibrationError: what was read is not UTF-8, or holds a NUL. OSError: it cannot be read.
     """
     held = open_text(path)
     text = LongText(held.size, held.read, str(path), file=True, wrong=lambda _: held.not_utf8())

@@ -25,7 +25,7 @@ from sparsify.calibration.loss import is_causal, logits_node, model_kind
 from sparsify.context import Context, Progress
 from sparsify.data.batches import evaluation_windows
 from sparsify.data.chat import Chat
-from sparsify.data.inputs import as_inputs, check_table, one_row_alone
+from sparsify.data.inputs import as_inputs, check_table, one_row_alone, outside
 from sparsify.errors import CalibrationError, TraceError
 from sparsify.evaluation.heldout import with_use
 from sparsify.frontend.capture import capture
@@ -116,11 +116,7 @@ def perplexity(source: Source, windows: Tensor, context: Context | None = None) 
     count, length = windows.shape
     vocabulary = source.vocab_size
     if vocabulary and int(windows.max()) >= vocabulary:
-        raise CalibrationError(
-            f"token id {int(windows.max())}",
-            found=f"a vocabulary of {vocabulary}",
-            do="Give ids of this model's tokenizer",
-        )
+        raise outside(int(windows.max()), "the data", source)
     check_table(length, source)
     most = 1 if one_row_alone(source) else max(1, _TOKENS_AT_ONCE // length)
     size = max(d for d in range(1, min(most, count) + 1) if count % d == 0)

@@ -211,17 +211,25 @@ def test_images_that_are_too_large(
 
 def test_who_cannot_read_images_says_so(model: Path, names: list[str], tmp_path: Path) -> None:
     path = written(tmp_path / "a.jsonl", [asks("what", names[0])])
-    with pytest.raises(CalibrationError, match="images, where text alone is read"):
+    with pytest.raises(CalibrationError, match=r"a\.jsonl, line 1': images, where .* name their one \.jsonl"):
         evaluate(model, path, sequence_length=8)
+    (tmp_path / "folder").mkdir()
+    written(tmp_path / "folder" / "a.jsonl", [asks("what", names[0])])
     plain = save("llama", tmp_path / "plain")
-    with pytest.raises(CalibrationError, match="images, where text alone is read"):
+    with pytest.raises(CalibrationError, match=r"images, where text alone is read\. The model reads text alone"):
         load_calibration(path, open_source(plain), samples=1)
+    with pytest.raises(
+        CalibrationError, match=r"folder': images in a\.jsonl, .* Name that file itself \(.*/folder/a\.jsonl\)"
+    ):
+        load_calibration(str(tmp_path / "folder"), open_source(model), samples=1, sequence_length=8)
     for file, says in (("processor_config.json", "the processor of bare"), ("chat_template.jinja", "without a chat")):
         bare = llava(tmp_path / file / "bare")
         (bare / file).unlink()
         with pytest.raises(CalibrationError, match=says):
             load_calibration(path, open_source(bare), samples=1)
-    (tmp_path / "t").write_text("<image>{{ messages | length }}")
+    (tmp_path / "t").write_text(
+        "<image>{% for m in messages %}{% for p in m.content %}{{ p.text }}{% endfor %}{% endfor %}"
+    )
     from sparsify.data.chat import Chat
 
     source = open_source(bare)
@@ -236,7 +244,9 @@ class Patches:
     def __init__(self, source: Source) -> None:
         self.image_processor, self.tokenizer = object(), source.tokenizer()
 
-    def apply_chat_template(self, messages: list[dict[str, Any]], **_: Any) -> dict[str, Any]:
+    def apply_chat_template(self, messages: list[dict[str, Any]], tokenize: bool, **_: Any) -> Any:
+        if not tokenize:
+            return str([part for message in messages for part in message["content"]]).replace("'", "")
         found = [part["image"] for message in messages for part in message["content"] if part["type"] == "image"]
         grids = torch.tensor([[1, image.height // 10 * 2, image.width // 10 * 2] for image in found])
         ids = torch.cat([torch.tensor([1]), torch.full((int(grids.prod(1).sum()) // 4,), 5), torch.tensor([9, 10])])

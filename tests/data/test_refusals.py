@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from support.families import build, save
+from support.tokenizers import of_bytes
 from torch import nn
 
 from sparsify.data import generate, sources
@@ -21,6 +22,7 @@ from sparsify.data.pictures import images
 from sparsify.data.sources import Documents, read_documents
 from sparsify.data.windows import random_windows
 from sparsify.errors import CalibrationError
+from sparsify.evaluation.perplexity import evaluate
 from sparsify.frontend.source import Source, open_source
 
 
@@ -121,7 +123,7 @@ def test_batches_given_in_python(llama: Source) -> None:
         ([{"inputs_embeds": torch.full((1, 4, 32), torch.nan)}], "NaN or infinity"),
         ([{"inputs_embeds": torch.full((1, 4, 32), torch.inf)}], "NaN or infinity"),
         ([torch.full((1, 4), 64)], "vocabulary has 64 tokens"),
-        ([torch.full((1, 4), -1)], "vocabulary has 64 tokens"),
+        ([torch.full((1, 4), -1)], "token id -1 of calibration batch 0: a negative number, .* Ids count from 0"),
     ):
         with pytest.raises(CalibrationError, match=says):
             load_calibration(batches, llama)
@@ -177,3 +179,21 @@ def test_images(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setitem(sys.modules, "PIL", None)
     with pytest.raises(CalibrationError, match="no pillow"):
         load_calibration(str(pictures), open_source(model), samples=2)
+
+
+def test_a_token_that_has_no_embedding(tmp_path: Path) -> None:
+    """Text whose token the model has none for: the ids are the folder's own, of a tokenizer with more tokens."""
+    folder = save("llama", tmp_path / "model")
+    of_bytes().save_pretrained(folder)
+    (tmp_path / "a.txt").write_text("~" * 999)
+    (tmp_path / "ids.jsonl").write_text('{"text": [1, 2, 999999, 3, 4, 5, 6, 7, 8, 9]}')
+    says = (
+        r"token id \d+ of {}: the model's vocabulary has 64 tokens, and its own tokenizer has 262: .* token '~'\. Take"
+    )
+    with pytest.raises(CalibrationError, match=says.format("calibration batch 0")):
+        load_calibration(f"{tmp_path}/a.txt", open_source(folder), samples=2, sequence_length=8)
+    with pytest.raises(CalibrationError, match=says.format("the data")):
+        evaluate(folder, f"{tmp_path}/a.txt", sequence_length=8)
+    other = r"token id 999999 of .*: the model's vocabulary has 64 tokens\. The ids are of another tokenizer"
+    with pytest.raises(CalibrationError, match=other):
+        load_calibration(f"{tmp_path}/ids.jsonl", open_source(folder), samples=1, sequence_length=8)

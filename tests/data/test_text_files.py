@@ -89,9 +89,30 @@ def test_text_is_the_same_however_it_lies(kind: str, tmp_path: Path, monkeypatch
             r"line 2 has no field 'text', but 'body', 'id'\. Name it",
         ),
         ("other.jsonl", b'{"body": "b"}\n', "line 1 has no field 'text', but 'body'"),
-        ("number.jsonl", b"3\n", "line 1 is a int, and has no field 'text'"),
+        ("number.jsonl", b"3\n", "line 1 is a number, not a table with a field 'text'. Every line is a text, or"),
+        (
+            "nest.json",
+            b'[["a", "b"], ["c"]]',
+            "item 1 is a list of 2, with text first, not a table .*Every item is a text",
+        ),
+        ("ids.json", b"[[1, 2]]", "item 1 is a list of 2, with a number first, not a table"),
+        ("texts.jsonl", b'{"text": ["a"]}', "line 1': a list of 1, with text first. A document is text"),
+        ("true.jsonl", b'{"text": true}', "line 1': true or false. A document"),
+        (
+            "u16.txt",
+            "ab\ncd".encode("utf-16-le"),
+            r"not a UTF-8 text file: line 1, byte 1 \(0x00\) is NUL, as in UTF-16",
+        ),
+        ("u16be.txt", "ab\ncd".encode("utf-16-be"), r"line 1, byte 0 \(0x00\) is NUL"),
+        ("u32.txt", "ab".encode("utf-32-le"), r"line 1, byte 1 \(0x00\) is NUL"),
+        ("nul.txt", b"two words\nof\0them", r"line 2, byte 12 \(0x00\) is NUL"),
+        ("nul.txt.gz", gzip.compress(b"two\0words"), r"line 1, byte 3 \(0x00\) is NUL"),
+        ("u16.jsonl", LINES.encode("utf-16-le"), r"line 1, byte 1 \(0x00\) is NUL"),
+        ("u16list.json", json.dumps(ROWS).encode("utf-16-le"), r"line 1, byte 1 \(0x00\) is NUL"),
+        ("raw.jsonl", b'{"text": "a"}\n{"text": "b\0"}\n', r"line 2, byte 25 \(0x00\) is NUL"),
+        ("escaped.jsonl", b'"a"\n"b\\u0000"\n', r"line 2': a NUL \(\\u0000\) at character 2 of a text"),
         ("pair.jsonl", b'{"prompt": "a", "completion": "b"}\n', "Write what the model sees into one field"),
-        ("null.jsonl", b'{"text": null}\n', "line 1': a NoneType. A document is text"),
+        ("null.jsonl", b'{"text": null}\n', "line 1': null. A document is text"),
         ("cut.json", b'[{"text": "a"}, {"text":', "item 2 is not JSON"),
         ("open.json", b'[{"text": "a"}, {"text": "b"}', "'' behind item 2"),
         ("comma.json", b'[{"text": "a"},]', "item 2 is not JSON"),
@@ -108,6 +129,26 @@ def test_what_is_wrong_is_said(name: str, content: bytes, says: str, tmp_path: P
     (tmp_path / name).write_bytes(content)
     with pytest.raises(CalibrationError, match=says):
         read_documents(f"{tmp_path}/{name}", "calibration")
+
+
+def test_a_nul_far_on_in_a_long_text(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"a word\n" * 200_000 + b"\0")
+    (found,) = read_documents(f"{tmp_path}/a.txt", "calibration").documents
+    assert isinstance(found, LongText)
+    for read in (lambda: list(found.chunks()), lambda: found.at(1_390_000, 20_000)):
+        with pytest.raises(CalibrationError, match=r"line 200001, byte 1400000 \(0x00\) is NUL"):
+            read()
+
+
+def test_a_nul_in_a_table(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow", reason="the data extra is not installed")
+    import pyarrow.parquet as parquet
+
+    parquet.write_table(pyarrow.table({"text": ["one", "t\0o"]}), tmp_path / "a.parquet")
+    found = read_documents(f"{tmp_path}/a.parquet", "calibration").documents
+    for read in (lambda: found[1], lambda: list(found)):
+        with pytest.raises(CalibrationError, match=r"a\.parquet:text, row 2': a NUL .* at character 2"):
+            read()
 
 
 @pytest.mark.parametrize("compress", [gzip.compress, zstd])

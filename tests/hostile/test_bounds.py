@@ -20,7 +20,9 @@ from sparsify.data import rows
 from sparsify.data.batches import expected_batch, load_calibration
 from sparsify.data.pictures import images
 from sparsify.data.pictures.images import read_images
-from sparsify.data.sources import read_documents
+from sparsify.data.sources import Documents, read_documents
+from sparsify.data.texts import LongText
+from sparsify.data.windows import random_windows
 from sparsify.errors import CalibrationError, CheckpointError, SparsifyError
 from sparsify.frontend.source import open_source
 
@@ -73,11 +75,18 @@ def test_a_deep_line(tmp_path: Path, value: str) -> None:
     refused(tmp_path / "a.jsonl", "line 2 is not JSON (lists or tables nested")
 
 
-def test_a_text_of_a_terabyte_is_opened_and_drawn_from_at_once(tmp_path: Path, bundled: Path) -> None:
+def test_a_text_of_a_terabyte_is_drawn_from_at_once() -> None:
+    line = b"words and words\n"
+    text = LongText(1 << 40, lambda start, count: (line * (count // 16 + 2))[start % 16 :][:count], "a")
+    found = random_windows(Documents("a", [text]), lambda text, special=True: torch.tensor([*text.encode()]), 2, 16, 0)
+    assert found.shape == (2, 16)
+
+
+def test_a_hole_of_a_terabyte_is_refused_at_once(tmp_path: Path) -> None:
+    """What lies in a hole is NUL, which stands in no text; the file is not looked through for it."""
     text = sparse(tmp_path / "a.txt", 1 << 40, b"words and words\n" * 1000)
-    (found,) = read_documents(str(text), "calibration").documents
-    assert not isinstance(found, (str, torch.Tensor)) and found.size == 1 << 40
-    assert load_calibration(str(text), open_source(bundled), samples=2, sequence_length=16).sequences == 2
+    with pytest.raises(CalibrationError, match=r"line 1001, byte 16000 \(0x00\) is NUL"):
+        read_documents(str(text), "calibration")
 
 
 @pytest.mark.parametrize("at", [0, 100, 1 << 20, (3 << 20) - 2])

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from sparsify.data.chat import Chat, Messages
-from sparsify.data.inputs import USUAL, check_length, default_length
+from sparsify.data.content import as_wanted
+from sparsify.data.inputs import USUAL, check_length, default_length, reads_images
 from sparsify.data.pictures.images import check_sizes, open_image
 from sparsify.data.rows import Lines
 from sparsify.data.sources import suffix_of
@@ -39,14 +40,6 @@ class ImageText:
 
     batches: list[dict[str, Tensor]]
     note: str
-
-
-def reads_images(source: Source) -> bool:
-    """Whether the model reads images beside text, and a processor for both lies beside it."""
-    config, folder = source.config, source.folder
-    if folder is None or getattr(config, "vision_config", None) is None:
-        return False
-    return getattr(source.module, "main_input_name", None) == "input_ids"
 
 
 def names_image_text(data: object, source: Source) -> bool:
@@ -150,12 +143,19 @@ def _inputs(row: Messages, folder: Path, processor: Any, chat: Chat) -> dict[str
             do="Give one with --chat-template FILE",
         )
     messages = _with_images(row, folder)
+
+    def render(tried: list[dict[str, Any]]) -> str:
+        return str(processor.apply_chat_template(tried, tokenize=False, **told))
+
     try:
+        messages = as_wanted(messages, render, row.where, parts=True)
         made = processor.apply_chat_template(messages, tokenize=True, return_dict=True, return_tensors="pt", **told)
         found = {name: value for name, value in made.items() if isinstance(value, Tensor)}
         ids = found.pop("input_ids")
         if ids.dim() != 2 or len(ids) != 1:
             raise ValueError(f"it gives token ids of shape {tuple(ids.shape)}")
+        if not row.has_images:
+            chat.check_places(ids, row.where)
     except SparsifyError:
         raise
     except Exception as error:  # processors and templates raise whatever they like
