@@ -59,7 +59,9 @@ def reduced(walk: Walk, node: fx.Node, note: Any) -> Rows:
     gone = {d % len(rows) for d in dims} if rows else set()
     for d in gone:
         note(rows[d])
-    kept = bool(argument(node, 2, "keepdim", False))
+    # Where keepdim stands among the arguments differs (var has its correction before it); what came out tells.
+    value = node.meta["val"]
+    kept = (value[0] if isinstance(value, (tuple, list)) else value).dim() == len(rows)
     return [None if i in gone else row for i, row in enumerate(rows) if kept or i not in gone]
 
 
