@@ -81,7 +81,6 @@ def export_contract(contract: Contract) -> torch.export.ExportedProgram:
             do="See the traceback with --debug; --to hf writes the pruned model without a graph",
         ) from error
 
-
     _check_lengths(exported, contract)
     return exported
 
