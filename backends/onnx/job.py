@@ -34,7 +34,9 @@ class ONNXJob:
     def __init__(self, options: Options, source: Source, out: Path, *, overwrite: bool, program: Program) -> None:
         self.options, self.source = options, source
         names = _tokenizer_inputs(source)
-        self.graph, self.parameters, self.contract = build_graph(source.module, program.zero_batch(), options, names)
+        self.graph, self.parameters, self.contract = build_graph(
+            source.module, program.zero_batch(), options, names, program.literals
+        )
         # Only now: it copies the weights.
         self.hf = HuggingFaceJob(source, out, overwrite=overwrite)
         self.weights: Weights = self.hf.weights

@@ -73,11 +73,17 @@ def _input_notes(contract: Contract) -> list[str]:
             f"the language model alone: text in, {', '.join(contract.outputs)} out; images, sound and video "
             f"({', '.join(contract.media)}) are not in it"
         )
+    for name, value in contract.fixed.items():
+        notes.append(
+            f"made for {name} {value.tolist()} alone, which decides its sizes: other numbers need another graph"
+        )
     if contract.frozen:
         notes.append(
             f"no inputs of the graph, but left at the model's defaults: {', '.join(contract.frozen)} (inputs are what "
             "the folder's tokenizer gives, or calibration batches)"
         )
+    if contract.one_length is not None:
+        notes.append(f"its sequences are as long as those of calibration ({contract.one_length})")
     if contract.one_row is not None:
         notes.append(f"takes one row at a time, as the model itself does ({contract.one_row})")
     return notes
@@ -92,4 +98,6 @@ def said_of(contract: Contract | None) -> dict[str, Any]:
         said["part"] = LANGUAGE
     if contract.frozen:
         said["frozen"] = list(contract.frozen)
+    if contract.fixed:
+        said["fixed"] = {name: value.tolist() for name, value in contract.fixed.items()}
     return said

@@ -24,14 +24,19 @@ FILE = "model.onnx"
 
 
 def build_graph(
-    module: nn.Module, batch: Mapping[str, Tensor], options: Options, names: Collection[str] = ()
+    module: nn.Module,
+    batch: Mapping[str, Tensor],
+    options: Options,
+    names: Collection[str] = (),
+    fixed: Mapping[str, Tensor] | None = None,
 ) -> tuple[ir.Model, dict[str, ir.Value], Contract]:
     """Trace and translate ``module``; the graph's parameters have names and no numbers yet.
 
     Args:
         batch, names: example inputs, and further ones that the model's tokenizer gives.
+        fixed: inputs whose numbers decide the model's sizes; the graph holds for them alone.
     """
-    exported, contract = trace_model(module, batch, getattr(torch, options.compute), names, options.cache)
+    exported, contract = trace_model(module, batch, getattr(torch, options.compute), names, options.cache, fixed)
     model, parameters = to_graph(
         exported, contract.input_names, contract.output_names, opset=options.opset, linear=options.linear
     )

@@ -86,7 +86,8 @@ def _ask(store: GraphStore, names: list[str]) -> Iterator[tuple[str, Tensor]]:
         if node is not None and node not in needed:
             needed.add(node)
             todo += [v.producer() for v in node.inputs if v is not None]
-    graph.remove([n for n in graph if n not in needed], safe=True)
+    # Not safely, as that is called: loops that go with the rest still read what lies outside them.
+    graph.remove([n for n in graph if n not in needed])
     used = {v.name for n in needed for v in n.inputs if v is not None}
     for name in [n for n in graph.initializers if n not in used]:
         graph.initializers.pop(name)

@@ -105,9 +105,17 @@ def choose_groups(source: Source, program: Program, structural_pass: StructuralP
             skipped.append(one)
             continue
         group, kind, name = one
-        left, fields = structural_pass.left(len(group.free), kind), dict[str, Any]()
         beside = kind != "width" and _beside(group)
-        if beside and (len(group.free), left) not in {(len(c.group.free), c.left) for c in chosen if c.kind == kind}:
+        try:
+            left, fields = structural_pass.left(len(group.free), kind), dict[str, Any]()
+        except SpecError as error:
+            # Of one narrow layer nothing can go: no reason to leave all others as they are.
+            if not beside:
+                skipped.append(Refused(error.found, name))
+            continue
+        same = {(len(c.group.free), c.left) for c in chosen if c.kind == kind}
+        # Where there is a config its fields say below which groups follow: of four patches at once, four times as wide.
+        if beside and widths is None and (len(group.free), left) not in same:
             continue
         if widths is not None:
             said = widths.nearest(group, kind, left, alike[kind])

@@ -287,6 +287,8 @@ _CORRECTIONS: dict[str, Callable[[_Edit, fx.Node, fx.Node, fx.Graph], None]] = {
 def _propagate(program: Program, shapes: Mapping[str, Tensor], touched: Collection[fx.Node]) -> None:
     """Give every node the shape that its value has now; those that nothing smaller reaches keep theirs.
 
+    What comes out as large as before ends a way: behind it may lie operators whose sizes only a run can give.
+
     Raises:
         TraceError: the graph does not run any more, which would be a rule's mistake.
     """
@@ -318,8 +320,17 @@ def _propagate(program: Program, shapes: Mapping[str, Tensor], touched: Collecti
                     found=f"it does not run any more ({first_line(error)})",
                     do="Report this as a bug, with the model",
                 ) from error
-            node.meta["val"] = as_meta_tree(values[node])
-            smaller.add(node)
+            made = as_meta_tree(values[node])
+            if _sizes_of(made) != _sizes_of(node.meta["val"]):
+                node.meta["val"] = made
+                smaller.add(node)
+
+
+def _sizes_of(val: Any) -> Any:
+    """The sizes of every tensor in a value, and whatever else it holds as it is."""
+    if isinstance(val, Tensor):
+        return val.dtype, tuple(val.shape)
+    return [_sizes_of(each) for each in val] if isinstance(val, (tuple, list)) else val
 
 
 def _empty(val: Any) -> Any:

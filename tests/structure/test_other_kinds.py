@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers as hf
-from support.families import DEEPSEEK
+from support.families import DEEPSEEK, GQA
 from support.folders import load
 from support.kinds import batch, build, run, save
 from support.zeroed import zeroed_model
@@ -76,6 +76,36 @@ def test_experts_beside_shared_ones_of_several_times_their_width(tmp_path: Path)
     small, given = load(tmp_path / "out"), {"input_ids": torch.arange(3, 19)[None]}
     assert (small.config.moe_intermediate_size, small.config.n_shared_experts) == (8, 2)
     assert_close(run(small, given), run(zeroed_model(tmp_path / "dense", result.structure[0]), given))
+
+
+def test_a_layer_beside_the_blocks_of_four_times_their_width(tmp_path: Path) -> None:
+    """Four patches become one in a layer as much wider than the blocks', by the same field of the config."""
+    torch.manual_seed(0)
+    config = hf.AutoConfig.for_model(
+        "minicpm_ocr_vision", hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        image_size=32, patch_size=8, insert_layer_id=0,
+    )  # fmt: skip
+    hf.AutoModel.from_config(config).eval().save_pretrained(tmp_path / "dense")
+    given = {"pixel_values": torch.randn(1, 3, 8, 256), "target_sizes": torch.tensor([[4, 4], [4, 4]])}
+    result = sparsify.compile(
+        tmp_path / "dense", ["llm-pruner:50%,importance=l2"], calibration=[given], output=tmp_path / "out"
+    )
+    small = load(tmp_path / "out")
+    assert small.vit_merger.linear_1.out_features == 128 and small.config.intermediate_size == 32
+    assert_close(run(small, given), run(zeroed_model(tmp_path / "dense", result.structure[0]), given))
+
+
+def test_a_narrow_layer_stays_whole_and_is_named(tmp_path: Path) -> None:
+    """Of eight channels in eights none would be left: the heads go all the same."""
+    torch.manual_seed(0)
+    model = hf.LlamaForCausalLM(hf.LlamaConfig(**{**GQA, "intermediate_size": 8})).eval()
+    model.save_pretrained(tmp_path / "dense")
+    result = sparsify.compile(tmp_path / "dense", ["llm-pruner:50%,importance=l2"], output=tmp_path / "out")
+    (done,), given = result.structure, {"input_ids": torch.arange(3, 19)[None]}
+    assert {cut.kind for cut in done.cuts} == {"heads"}
+    assert all("of 8 channels in multiples of 8 none would be left" in left.reason for left in done.skipped)
+    assert len(done.skipped) == 2
+    assert_close(run(load(tmp_path / "out"), given), run(zeroed_model(tmp_path / "dense", done), given))
 
 
 def test_without_a_loss_nothing_is_written(tmp_path: Path) -> None:

@@ -78,6 +78,25 @@ def test_a_list_of_positions_is_corrected_where_it_lies() -> None:
         assert made.device == GPU and made.tolist() == [5, 4]
 
 
+class Chosen(nn.Module):
+    """Some rows of what two layers make, chosen by their numbers: how many, only a run can say."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 8), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        made = self.second(self.first(x).relu())
+        return made[x.sum(-1) > 0]
+
+
+def test_behind_what_stays_as_large_nothing_is_tried_again() -> None:
+    batch = {"0": torch.randn(2, 3, 6, generator=torch.Generator().manual_seed(0))}
+    program, dimensions = program_of(Chosen(), batch)
+    number = next(i for i, g in enumerate(dimensions.groups) if any(m.parameter == "first.weight" for m in g.members))
+    check_equality(program, dimensions, {number: [0, 3]}, batch)
+
+
 @pytest.mark.parametrize("name", ["llama", "gpt2", "vit"])
 def test_the_residual_width_of_a_whole_model(name: str, report: Reports) -> None:
     """Norms divide by another width then, so that it is no model with zeros; but it runs, everywhere narrower."""

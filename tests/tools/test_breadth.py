@@ -10,7 +10,7 @@ import pytest
 import torch
 from breadth.hooks import expected_mask
 from breadth.kinds import main_class, model_types
-from breadth.model import differ
+from breadth.model import Unusable, build, differ
 from breadth.shrink import VOCABULARY, tiny_config
 from breadth.table import RESULTS, TABLE, installed, table, verdicts
 from breadth.trial import check
@@ -106,3 +106,9 @@ def test_the_worst_step_is_the_column() -> None:
         "onnx": {"verdict": "wrong"},
     }
     assert verdicts({"steps": steps}) == {"hf": "refused", "packed": "–", "onnx": "wrong", "structural": "–"}
+
+
+@pytest.mark.parametrize(("kind", "why"), [("qwen2_5_omni", "has no forward"), ("sam2_video", "a session object")])
+def test_a_type_that_cannot_be_tried_says_why(kind: str, why: str) -> None:
+    with pytest.raises(Unusable, match=why):
+        build(kind)

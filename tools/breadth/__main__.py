@@ -4,6 +4,8 @@ python tools/breadth run RESULTS.jsonl [TYPE…]     # types that are not in it 
 python tools/breadth show TYPE…                    # some, with what they print
 python tools/breadth collect RESULTS.jsonl…        # into tools/breadth/results.json, over what it had of these types
 python tools/breadth table > docs/architectures.md
+
+Some types (Gemma 3n, MaskFormer and others) need timm and scipy beside what sparsify's tests do.
 """
 
 from __future__ import annotations

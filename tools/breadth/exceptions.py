@@ -4,33 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+from breadth.pictures import SIZES as _PICTURES
+
 # Values for fields of a config class ("+NAME": for what is no field). "FIELD:class" names the model type of one
-# of its parts that has no default, "FIELD:model" that of one that takes the default's place.
-_RESNET = {
-    "use_timm_backbone": False,
-    "backbone": None,
-    "use_pretrained_backbone": False,
-    "backbone_config:model": "resnet",
-}
-_HGNET = {
-    "stem_channels": [3, 8, 8],
-    "hidden_sizes": [16, 16, 16, 32],
-    "stage_in_channels": [8, 16, 16, 16],
-    "stage_mid_channels": [8, 8, 8, 8],
-    "stage_out_channels": [16, 16, 16, 32],
-    "stage_num_blocks": [1, 1, 1, 1],
-    "stage_numb_of_layers": [2, 2, 2, 2],
-    "depths": [1, 1, 1, 1],
-    "stage_downsample": [False, True, True, True],
-    "stage_light_block": [False, False, True, True],
-    "stage_kernel_size": [3, 3, 5, 5],
-    "embedding_size": 8,
-}
+# of its parts that has no default, "FIELD:model" that of one that takes the default's place
+# (or both it and values of its own).
 _SERIES = {"prediction_length": 4, "context_length": 8, "lags_sequence": [1, 2], "num_time_features": 2}
-_FOUR = {"num_hidden_layers": 4, "+out_indices": [1, 2, 3, 4]}
 # With few heads of the index the scores of many tokens are 0, and which of them are looked at is anybody's choice.
 _INDEX = {"index_n_heads": 16, "index_topk": 8}
-SIZES: dict[str, dict[str, Any]] = {
+SIZES: dict[str, dict[str, Any]] = _PICTURES | {
     # (in every config of theirs that is published, and a field of none)
     "qwen2_5_omni_thinker": {"+vision_start_token_id": 120},
     "qwen3_omni_moe_thinker": {"+vision_start_token_id": 120},
@@ -46,7 +28,6 @@ SIZES: dict[str, dict[str, Any]] = {
     "bridgetower_text_model": {"hidden_size": 64, "num_attention_heads": 4},
     "bridgetower_vision_model": {"hidden_size": 64},
     "bridgetower": {"hidden_size": 64, "contrastive_hidden_size": 32, "num_attention_heads": 4},
-    "bit": {"num_groups": 8, "embedding_size": 16, "hidden_sizes": [32, 64]},
     "chameleon": {"vocabulary_map": {"<image>": 100, "IMGIMGA": 101}},
     "emu3": {"vocabulary_map": {"<image>": 100, "<|extra_0|>": 101}},
     "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1},
@@ -63,7 +44,6 @@ SIZES: dict[str, dict[str, Any]] = {
         "token_dropout": False,
         "position_embedding_type": "rotary",
     },
-    "depth_pro": {"patch_size": 32},
     "dory": {
         "num_hidden_layers": 3,
         "n_input_layers": 1,
@@ -76,73 +56,17 @@ SIZES: dict[str, dict[str, Any]] = {
     "fun_asr_nano": {"adaptor_config": {"intermediate_size": 8}},
     "dots3_note_audio_encoder": {"adapter_input_size": 32},
     "dots3_note_vision_encoder": {"adapter_in_dim": 32},
-    "hgnet_v2": _HGNET,
-    "d_fine": {"encoder_in_channels": [16, 16, 32], "encode_proj_layers": [2], "decoder_in_channels": [32, 32, 32]},
     "align": {"projection_dim": 80},
     "clap_audio_model": {"spec_size": 64, "num_mel_bins": 32, "hidden_size": 256, "window_size": 2},
-    "depth_anything": {"backbone_config": _FOUR},
-    "prompt_depth_anything": {"backbone_config": _FOUR},
-    "tipsv2_dpt": {"backbone_config": _FOUR},
-    "zoedepth": {"backbone_config": _FOUR},
-    "mobilevitv2": {"image_size": 64},
-    "sam_hq_vision_model": {"num_pos_feats": 16},
-    "sam3_vision_model": {"backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]]},
-    "superpoint": {"keypoint_decoder_dim": 65},
     "kosmos-2": {"latent_query_num": 4},
     "layoutlmv3": {"coordinate_size": 6, "shape_size": 4},
-    "levit": {"image_size": 64, "patch_size": 16},
     "lilt": {"hidden_size": 48},
     "longcat_flash": {"qk_head_dim": 16, "zero_expert_num": 4},
-    "sam_vision_model": {"num_pos_feats": 16},
-    "sam2_vision_model": {
-        "backbone_channel_list": [128, 64, 32, 16],
-        "backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]],
-    },
-    "sam2_prompt_encoder": {"image_size": 64, "patch_size": 16},
-    "vitmatte": {"backbone_config": {"patch_size": 16, "image_size": 64, "pretrain_image_size": 64}},
     "step3p5": {"sliding_window": 8},
-    "textnet": {"hidden_sizes": [32, 32, 32, 64, 64]},
     "xmod": {"default_language": "en_XX"},
-    "deimv2": {"encoder_in_channels": [16, 16, 32], "encode_proj_layers": [2], "decoder_in_channels": [32, 32, 32]},
-    "pp_doclayout_v2": {
-        "encoder_in_channels": [16, 16, 32],
-        "encode_proj_layers": [2],
-        "decoder_in_channels": [32, 32, 32],
-    },
-    "pp_doclayout_v3": {
-        "encoder_in_channels": [16, 16, 32],
-        "encode_proj_layers": [2],
-        "decoder_in_channels": [32, 32, 32],
-    },
-    "pp_doclayout_v4": {
-        "encoder_in_channels": [16, 16, 32],
-        "encode_proj_layers": [2],
-        "decoder_in_channels": [32, 32, 32],
-    },
-    "rt_detr": {"encode_proj_layers": [2], "decoder_in_channels": [32, 32, 32]},
-    "rt_detr_v2": {"encode_proj_layers": [2], "decoder_in_channels": [32, 32, 32]},
     "gpt_neo": {"num_layers": 2, "attention_types": [[["global", "local"], 1]]},
     "granite_speech5_encoder": {"context_size": 16},
     "granite_speech_encoder": {"context_size": 16},
-    "swin": {"window_size": 2},
-    "swinv2": {"window_size": 2},
-    "donut-swin": {"window_size": 2},
-    "maskformer-swin": {"window_size": 2},
-    "dpt": {"num_hidden_layers": 4, "backbone_out_indices": [0, 1, 2, 3], "neck_hidden_sizes": [16, 16, 16, 16]},
-    "lw_detr_vit": {
-        "num_windows": 4,
-        "image_size": 64,
-        "num_hidden_layers": 2,
-        "window_block_indices": [0],
-        "out_indices": [1, 2],
-    },
-    "align_vision_model": {
-        "width_coefficient": 0.25,
-        "depth_coefficient": 0.5,
-        "hidden_dim": 64,
-        "in_channels": [32, 16, 24, 40, 80, 112, 192],
-        "out_channels": [16, 24, 40, 80, 112, 192, 320],
-    },
     "bros": {"hidden_size": 64},
     "blip-2": {"image_token_index": 100},
     "instructblip": {"image_token_index": 100},
@@ -171,9 +95,7 @@ SIZES: dict[str, dict[str, Any]] = {
     },
     "wav2vec2-bert": {"vocab_size": 32},
     "wav2vec2-conformer": {"vocab_size": 32},
-    "upernet": {"auxiliary_in_channels": 64, "backbone_config": {"+out_indices": [1, 2, 3, 4]}},
     "glm5_next_text": {"index_topk": 16, "index_kpool": 16},
-    "cvt": {"embed_dim": [16, 24, 32], "num_heads": [1, 3, 4], "depth": [1, 2, 3], "patch_sizes": [7, 3, 3]},
     "zamba": {
         "n_mamba_heads": 2,
         "attention_hidden_size": 64,
@@ -185,7 +107,6 @@ SIZES: dict[str, dict[str, Any]] = {
     },
     "blt": {"encoder_hash_byte_group_vocab": 128},
     "dbrx": {"attn_config": {"+rope_theta": 10000.0, "clip_qkv": 8.0}},
-    "swin2sr": {"embed_dim": 24, "depths": [1, 1], "num_heads": [3, 3]},
     "mimi": {
         "hidden_size": 32,
         "upsample_groups": 32,
@@ -194,23 +115,6 @@ SIZES: dict[str, dict[str, Any]] = {
         "codebook_dim": 16,
     },
     "encodec": {"num_filters": 4, "hidden_size": 16, "codebook_dim": 16},
-    "efficientnet": {"width_coefficient": 0.25, "depth_coefficient": 0.5, "hidden_dim": 320},
-    "detr": _RESNET,
-    "conditional_detr": _RESNET,
-    "deformable_detr": _RESNET,
-    "dab-detr": _RESNET,
-    "table-transformer": _RESNET,
-    "grounding-dino": {"num_queries": 8},
-    "omdet-turbo": {"use_timm_backbone": False, "backbone_config:model": "swin"},
-    "sam2_hiera_det_model": {
-        "hidden_size": 16,
-        "blocks_per_stage": [1, 2, 1, 1],
-        "embed_dim_per_stage": [16, 32, 64, 128],
-        "num_attention_heads_per_stage": [1, 2, 4, 8],
-        "global_attention_blocks": [2],
-        "image_size": [64, 64],
-        "window_positional_embedding_background_size": [2, 2],
-    },
     "vibevoice_acoustic_tokenizer_encoder": {
         "downsampling_ratios": [2, 4],
         "depths": [1, 1, 1],
@@ -218,12 +122,13 @@ SIZES: dict[str, dict[str, Any]] = {
         "hidden_size": 16,
     },
     "vibevoice_acoustic_tokenizer_decoder": {
-        "upsampling_ratios": [4, 2],
+        "downsampling_ratios": [2, 4],
         "depths": [1, 1, 1],
         "num_filters": 8,
         "hidden_size": 16,
     },
     "vibevoice_acoustic_tokenizer": {
+        "vae_std": 0.0,
         "downsampling_ratios": [2, 4],
         "depths": [1, 1, 1],
         "num_filters": 8,
@@ -237,11 +142,8 @@ SIZES: dict[str, dict[str, Any]] = {
     "recurrent_gemma": {"block_types": ["recurrent", "attention"]},
     "falcon_h1": {"mamba_d_ssm": 64, "mamba_n_heads": 8, "mamba_d_head": 8},
     "fun_asr_nano_adaptor": {"intermediate_size": 8},
-    "pvt": {"hidden_sizes": [8, 16, 24, 32], "num_attention_heads": [1, 2, 3, 4]},
-    "poolformer": {"hidden_sizes": [8, 16, 24, 32]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_hidden_layers": 2},
     "chameleon_vqgan": {"resolution": 32},
-    "radio": {"max_img_size": 64},
     "cohere_compass_text": {
         "layer_types": ["sliding_attention", "full_attention"],
         "num_hidden_layers": 2,
@@ -250,6 +152,43 @@ SIZES: dict[str, dict[str, Any]] = {
             "full_attention": {"rope_type": "default", "rope_theta": 10000.0},
         },
     },
+    "mimi_decoder": {"num_filters": 4},
+    "pocket_tts_audio_tokenizer_decoder": {"num_filters": 4},
+    "granite4_vision": {
+        "vision_config": {"hidden_size": 64},
+        "deepstack_layer_map": [[-1, 0]],
+        "spatial_target_layers": [1],
+        "downsample_rate": "1/2",
+    },
+    # Its rotary part is never narrower than 32.
+    "clvp_encoder": {"hidden_size": 64, "num_attention_heads": 2},
+    "clvp": {"decoder_config": {"decoder_fixing_codes": [83, 45, 45, 48]}},
+    "fastspeech2_conformer_with_hifigan": {"vocoder_config": {"model_in_dim": 16}},
+    "apertus1p5": {
+        "image_token_offset": 96,
+        "audio_token_offset": 112,
+        "vision_config": {"codebook_size": 16},
+        "audio_config": {"codebook_size": 16},
+    },
+    "univnet": {"kernel_predictor_hidden_channels": 32},
+    "xcodec": {"codebook_dim": 544},
+    "xcodec2": {"quantization_dim": 64},
+    "neucodec": {"quantization_dim": 64},
+    "moonshine_streaming": {"+num_key_value_heads": 4},
+    "shieldgemma2": {"+yes_token_index": 100, "+no_token_index": 101},
+    "dots3_note_text": {
+        "index_n_heads": 16,
+        "index_topk": 64,
+        "+swa_num_attention_heads": 4,
+        "+swa_num_key_value_heads": 4,
+        "+swa_q_lora_rank": 16,
+        "+swa_kv_lora_rank": 16,
+        "+swa_head_dim": 16,
+        "+swa_qk_nope_head_dim": 8,
+        "+swa_v_head_dim": 8,
+    },
+    "vits": {"noise_scale": 0.0, "noise_scale_duration": 0.0},
+    "t5gemma2_encoder": {"text_config": {"+dropout_rate": 0.0}},
     "nemotron3_5_transcribe_audio": {"chunk_length": 500},
     "nemotron3_diarization": {"chunk_length": 340},
 }
@@ -278,6 +217,22 @@ MROPE: dict[str, dict[int, list[int]]] = dict.fromkeys(
         "cohere_compass_text",
     ),
     _SECTIONS,
-) | {"ernie4_5_vl_moe_text": {4: [1, 1, 2]}}
+) | {"ernie4_5_vl_moe_text": {4: [1, 1, 2]}, "hunyuan_vl_text": {4: [1, 1, 1, 1]}}
 # How many tokens stand for one image, or for sound, in the text that goes with it.
-IMAGE_TOKENS: dict[str, int] = {"blip-2": 4, "instructblip": 4, "instructblipvideo": 16, "higgs_audio_v2": 4}
+IMAGE_TOKENS: dict[str, int] = {"pi0": 16, "blip-2": 4, "instructblip": 4, "instructblipvideo": 16, "higgs_audio_v2": 4}
+_SESSION = "its forward takes a session object that holds a video, not tensors"
+_SHARED = "its forward takes a dict of another model's keys and values, not tensors"
+# Types of which no tiny model can be tried, and why; one that gives no such reason says itself why not.
+CANNOT: dict[str, str] = {
+    "sam2_video": _SESSION,
+    "sam3_tracker_video": _SESSION,
+    "sam3_video": _SESSION,
+    "edgetam_video": _SESSION,
+    "gemma4_assistant": _SHARED,
+    "gemma4_unified_assistant": _SHARED,
+    "jev": "transformers does not say what it misses in a saved one (output_loading_info)",
+    "dinat": "it requires the natten library, which is compiled for a device",
+    "layoutlmv2": "it requires the detectron2 library, which is not on PyPI",
+    "higgs_audio_v2_tokenizer": "it requires the torchaudio library",
+    "timm_backbone": "transformers takes the folder of a saved one for the name of an architecture of timm",
+}

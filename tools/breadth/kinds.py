@@ -19,7 +19,7 @@ MAPPINGS = (
 # Of types whose first mapping is not what they are known for: the mapping that is.
 KNOWN_FOR = {
     "reformer": "CAUSAL_LM", "fuyu": "IMAGE_TEXT_TO_TEXT", "musicgen": "TEXT_TO_WAVEFORM",
-    "musicgen_melody": "TEXT_TO_WAVEFORM",
+    "musicgen_melody": "TEXT_TO_WAVEFORM", "shieldgemma2": "IMAGE_CLASSIFICATION",
 }  # fmt: skip
 
 

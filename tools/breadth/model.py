@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from breadth.exceptions import CANNOT
 from breadth.inputs import Batch, Inputs
 from breadth.kinds import main_class
 from breadth.shrink import tiny_config
@@ -66,6 +67,10 @@ def build(kind: str, seed: int = 0) -> tuple[Any, list[str]]:
     _put_right(kind)
     if own is None:
         raise Unusable("transformers has no model of this config")
+    if kind in CANNOT:
+        raise Unusable(CANNOT[kind])
+    if own.forward is torch.nn.Module.forward:
+        raise Unusable(f"{own.__name__} has no forward: only its parts can be run")
     try:
         config, large = tiny_config(kind)
         torch.manual_seed(seed)

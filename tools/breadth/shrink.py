@@ -37,7 +37,8 @@ class Shrinker:
         own = SIZES.get(getattr(cls, "model_type", ""), {}) | (more or {})
         first = {k: v for k, v in own.items() if k in _fields(cls)}
         for name, other in ((k.removesuffix(":model"), v) for k, v in own.items() if k.endswith(":model")):
-            first[name] = self.config(config_class(other))
+            model, sizes = other if isinstance(other, tuple) else (other, None)
+            first[name] = self.config(config_class(model), more=sizes)
         if default is None:
             default = self._default(cls)
         values: dict[str, Any] = {}
@@ -72,7 +73,7 @@ class Shrinker:
             for own_rope in [v for v in rope.values() if isinstance(v, dict)] or [rope]:
                 half = int(HEAD * own_rope.get("partial_rotary_factor", 1)) // 2
                 own_rope["mrope_section"] = MROPE[cls.model_type][half]
-        return cls(**values, **{k[1:]: v for k, v in own.items() if k.startswith("+")})
+        return cls(**values | {k[1:]: v for k, v in own.items() if k.startswith("+")})
 
     def _default(self, cls: Any) -> Any:
         try:
@@ -178,7 +179,7 @@ class Shrinker:
                 if _is_list(_get(config, "depths")) or not all(_is_int(v) for v in value)
                 else [min(v, 1) for v in value]
             )
-        if name.startswith("stage_"):
+        if name.startswith("stage_") and all(_is_int(v) for v in value):
             return _narrower(value) if "channels" in name else [min(v, 2) for v in value]
         if all(_is_int(v) for v in value) and value:
             if name == "depth" or name.endswith("depths") or name in ("num_blocks", "layers"):

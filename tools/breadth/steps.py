@@ -199,6 +199,7 @@ def packed(trial: Trial) -> None:
     """transformers loads the packed output, and it computes what the ordinary one does."""
     import sparsify
     from sparsify.backends.packed.backend import PackedBackend
+    from sparsify.backends.verify.outputs.rounding import rounding_of
 
     hf = trial.folder("hf")
     done = sparsify.compile(
@@ -210,7 +211,7 @@ def packed(trial: Trial) -> None:
     exact, _ = load(own, hf)
     for batch in trial.tiny.batches:
         gap = differ(run(model, batch), run(exact, batch))
-        if gap > 1e-4 and gap > 4 * _rounding(exact, batch):
+        if gap > 1e-4 and gap > 4 * rounding_of(exact, batch, run, differ):
             raise Wrong(f"the packed model differs from the ordinary one by {gap:.1e}")
     count = sum("Packed" in type(m).__name__ for m in model.modules())
     trial.numbers["packed"] = count
@@ -276,18 +277,6 @@ STEPS: Mapping[str, Callable[[Trial], None]] = {
     "buffers": buffers, "capture": captured, "masks": masks, "untouched": untouched, "reload": reload,
     "packed": packed, "structural": structural, "onnx": onnx,
 }  # fmt: skip
-
-
-def _rounding(model: Any, batch: dict[str, Tensor]) -> float:
-    """How far the model's outputs are from those of float64: a detector's nearly equal candidates change places."""
-    single = run(model, batch)
-    try:
-        double = run(model.double(), {n: t.double() if t.is_floating_point() else t for n, t in batch.items()})
-    except Exception:  # its code asks for one dtype
-        return 0.0
-    finally:
-        model.float()
-    return differ(single, double)
 
 
 def _reaches_nothing(tiny: Tiny, weight: Tensor) -> bool:

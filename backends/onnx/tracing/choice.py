@@ -20,7 +20,12 @@ _OF_ONE_LENGTH = frozenset({"kosmos-2"})
 
 
 def contract_for(
-    model: nn.Module, run: Run, batch: Mapping[str, Tensor], names: Collection[str] = (), cache: Cache = "keep"
+    model: nn.Module,
+    run: Run,
+    batch: Mapping[str, Tensor],
+    names: Collection[str] = (),
+    cache: Cache = "keep",
+    fixed: Mapping[str, Tensor] | None = None,
 ) -> Contract:
     """The contract for ``model``.
 
@@ -29,6 +34,7 @@ def contract_for(
         batch: example inputs of a plain model, name to tensor; digits name positional inputs.
         names: inputs that the model's tokenizer gives.
         cache: whether a model that generates keeps past tokens' states.
+        fixed: inputs of a plain model whose numbers decide its sizes.
 
     Raises:
         BackendError: the model generates, but its cache is of a kind that no exported graph can hold; or how it attends
@@ -51,8 +57,8 @@ def contract_for(
                 found="its graph would hold for one length alone: a size within it becomes a number in the trace",
                 do="Use --to hf",
             )
-        contract = plain_contract(model, run, batch, names)
+        contract = plain_contract(model, run, batch, names, fixed)
         if generates:
             contract = dataclasses.replace(contract, kind="uncached")
-    frozen, media = missing(model, contract.inputs)
+    frozen, media = missing(model, [*contract.inputs, *contract.fixed])
     return dataclasses.replace(contract, frozen=frozen, media=media)

@@ -42,7 +42,9 @@ class Contract:
         outputs: names, in order.
         frozen: inputs of the model that the graph has not: it computes with the model's defaults for them.
         media: inputs of other kinds than text that the graph has not: it is the language model alone.
+        fixed: inputs whose numbers decide its sizes: they are in the graph, which holds for them alone.
         one_row: why the model runs on one row alone; None where it runs on any number.
+        one_length: why its sequences have the example's lengths; None where they have any.
     """
 
     kind: GraphKind
@@ -54,7 +56,9 @@ class Contract:
     slots: tuple[tuple[str, ...], ...] = ()
     frozen: tuple[str, ...] = ()
     media: tuple[str, ...] = ()
+    fixed: dict[str, Tensor] = field(default_factory=dict)
     one_row: str | None = None
+    one_length: str | None = None
 
     @property
     def input_names(self) -> list[str]:

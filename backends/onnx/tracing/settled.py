@@ -21,6 +21,13 @@ def settle(exported: torch.export.ExportedProgram) -> None:
             continue
         if node.target is aten.erfinv.default:
             _known(exported, node)
+        elif node.target in (aten.repeat_interleave.self_Tensor, aten.repeat_interleave.self_int):
+            # How long it comes out is told for speed alone: it follows from the rest.
+            node.kwargs = {key: value for key, value in node.kwargs.items() if key != "output_size"}
+        elif node.target is aten._is_all_true.default:
+            node.target = aten.all.default
+        elif node.target is aten.conv3d.default and (len(node.args) < 3 or node.args[2] is None):
+            _with_bias(exported.graph, node)
         elif node.target in _SHAPING and _complex(node.args[0]):
             _as_pairs(exported.graph, node)
 
@@ -46,6 +53,16 @@ def _as_pairs(graph: fx.Graph, node: fx.Node) -> None:
     again.meta["val"] = node.meta["val"]
     node.replace_all_uses_with(again)
     graph.erase_node(node)
+
+
+def _with_bias(graph: fx.Graph, node: fx.Node) -> None:
+    """A bias of zeros for a convolution that has none: onnxscript gives it one of two axes."""
+    value, given = node.meta["val"], dict(zip(("input", "weight", "bias"), node.args, strict=False)) | node.kwargs
+    with graph.inserting_before(node):
+        zeros = graph.call_function(aten.full.default, ([int(value.shape[1])], 0.0), {"dtype": value.dtype})
+    zeros.meta["val"] = value.new_zeros(int(value.shape[1]))
+    node.args = (given.pop("input"), given.pop("weight"), zeros, *node.args[3:])
+    node.kwargs = {key: each for key, each in given.items() if key != "bias"}
 
 
 def _known(exported: torch.export.ExportedProgram, node: fx.Node) -> None:

@@ -34,6 +34,7 @@ def trace_model(
     compute: torch.dtype | None = None,
     names: Collection[str] = (),
     cache: Cache = "keep",
+    fixed: Mapping[str, Tensor] | None = None,
 ) -> tuple[torch.export.ExportedProgram, Contract]:
     """Export ``module`` under the contract that fits it; the module stays as it is.
 
@@ -42,6 +43,7 @@ def trace_model(
         compute: dtype of the arithmetic; the module's own where None.
         names: inputs that the model's tokenizer gives.
         cache: whether a model that generates keeps past tokens' states.
+        fixed: inputs of one that does not whose numbers decide its sizes.
 
     Raises:
         BackendError: the model cannot be traced with a dynamic batch and sequence.
@@ -55,7 +57,7 @@ def trace_model(
             return function()
 
     with quiet_export():
-        contract = contract_for(model, run, batch, names, cache)
+        contract = contract_for(model, run, batch, names, cache, fixed)
         if compute is not None:
             _match_inputs(contract, compute)
         return export_contract(contract), contract

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 from torch import Tensor, nn
 
 from sparsify.backends.onnx.tracing.layers import cache_of, fill, kept
 from sparsify.frontend.tracing.caches import call_arguments, without_cache
+from sparsify.frontend.tracing.literal import literal
 
 # Of every layer: keys and values, its convolution's and its recurrent state, or all of them.
 States = list[tuple[Tensor, ...]]
@@ -87,11 +89,21 @@ def _masked(state: Tensor, mask: Tensor) -> Tensor:
 
 
 class Plain(nn.Module):
-    """A model without states."""
+    """A model without states.
 
-    def __init__(self, model: nn.Module, positional: bool) -> None:
+    ``fixed`` are inputs whose numbers it has anyway; ``buffers`` what its buffers hold, where sizes follow from them.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        positional: bool,
+        fixed: Mapping[str, Tensor] | None = None,
+        buffers: Mapping[str, Tensor] | None = None,
+    ) -> None:
         super().__init__()
         self.model, self.positional = model, positional
+        self.fixed, self.held = dict(fixed or {}), buffers
 
     def forward(self, inputs: dict[str, Tensor], states: States) -> tuple[Any, States]:
         return tuple(self.outputs(inputs).values()), []
@@ -102,7 +114,8 @@ class Plain(nn.Module):
             return named_tensors(self.model(*inputs.values()))
         with without_cache(self.model):
             _, named = call_arguments(self.model, inputs)
-            return named_tensors(self.model(**named))
+            with literal(self.model, self.fixed, self.held) if self.fixed or self.held else nullcontext():
+                return named_tensors(self.model(**named))
 
 
 def named_tensors(output: Any) -> dict[str, Tensor]:

@@ -34,7 +34,10 @@ def unfit(model: nn.Module, parameter: str) -> str | None:
         owner = model.get_submodule(path)
     except AttributeError:
         return f"no module {path} in the model"
-    kind = type(owner).__name__
+    kind, above = type(owner).__name__, model.get_submodule(path.rpartition(".")[0])
+    # A packed layer takes the place of the dense one in its parent, but not in a list that its parent runs.
+    if any(each is owner for held in vars(above).values() if isinstance(held, (list, tuple)) for each in held):
+        return f"{type(above).__name__} holds it in a list of its own, where it cannot be exchanged"
     if (leaf == "weight" and kind in LINEAR_CLASSES) or is_stack(owner, leaf):
         return None
     return f"{kind} computes with its weight in its own way"

@@ -43,18 +43,30 @@ def feed_for(inputs: Sequence[Any], model: Any, rows: int, length: int) -> dict[
         elif name == "bbox":
             corners = torch.randint(0, 500, shape, generator=generator)
             feed[name] = torch.cat([corners[..., :2], corners[..., :2] + corners[..., 2:]], -1)
+        elif name.endswith(("_shapes", "_sizes")):
+            # Of what an image consists of: few, for there are as many places as the graph has.
+            feed[name] = torch.full(shape, 2)
         elif "int" in info.type:
             feed[name] = _ids(config, shape, generator)
+        elif "bool" in info.type:
+            feed[name] = torch.rand(shape, generator=generator) < 0.5
         else:
-            feed[name] = torch.randn(shape, generator=generator).to(model.dtype)
+            feed[name] = torch.randn(shape, generator=generator)
         if name == "flattened_patches":  # (each begins with its row and its column, from 1 on)
             feed[name][..., :2] = 1
-        if "int32" in info.type:
-            feed[name] = feed[name].int()
+        feed[name] = feed[name].to(_dtype(info.type, model.dtype))
     pad = getattr(config, "pad_token_id", None)
-    if "input_ids" in feed and "attention_mask" in feed and isinstance(pad, int):
-        feed["input_ids"].masked_fill_(feed["attention_mask"] == 0, pad)
+    ids, mask = feed.get("input_ids"), feed.get("attention_mask")
+    if ids is not None and mask is not None and ids.shape[: mask.dim()] == mask.shape and isinstance(pad, int):
+        ids[mask == 0] = pad
     return feed
+
+
+def _dtype(onnx: str, compute: torch.dtype) -> torch.dtype:
+    """Of an input that the graph declares as ``onnx``; a mask, too, may be of whole numbers, truth or fractions."""
+    if "int32" in onnx:
+        return torch.int32
+    return torch.bool if "bool" in onnx else torch.long if "int" in onnx else compute
 
 
 def _ids(config: Any, shape: Sequence[int], generator: torch.Generator) -> Tensor:

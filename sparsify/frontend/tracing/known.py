@@ -184,7 +184,8 @@ class Known(TorchFunctionMode):
     def _size(self, value: Any) -> Any:
         if not isinstance(value, Tensor) or value.dim() or value.is_floating_point() or id(value) not in self.known:
             return value
-        return int(self.known[id(value)][1])
+        with _disable_current_modes():
+            return int(self.known[id(value)][1])
 
     def _ends(self, value: Any) -> Any:
         if not isinstance(value, slice):

@@ -1,0 +1,75 @@
+"""Models of which an input's numbers decide the sizes (the grid of an image's patches): a graph for these numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+
+import sparsify
+from sparsify.backends.onnx.running.session import open_session
+from sparsify.backends.verify.onnx_folder import verify_onnx
+from sparsify.files.manifest import read_manifest
+
+SIZES = {"hidden_size": 32, "num_heads": 4, "patch_size": 8, "depth": 2, "intermediate_size": 64, "out_hidden_size": 32}
+GRID = {"grid_thw": torch.tensor([[1, 4, 4], [1, 2, 4]])}
+# A convolution without a bias; a table read by numbers that a loop adds up, and frames that are counted.
+BUILD: dict[str, tuple[Callable[[], Any], str, tuple[int, ...]]] = {
+    "qwen2.5": (lambda: hf.AutoModel.from_config(hf.AutoConfig.for_model(
+        "qwen2_5_vl_vision", **SIZES, fullatt_block_indexes=[1])), "hidden_states", (24, 384)),
+    "kimi": (lambda: hf.AutoModel.from_config(hf.AutoConfig.for_model(
+        "kimi_k25_vision", patch_size=8, pos_emb_height=8, pos_emb_width=8, num_attention_heads=4, hidden_size=32,
+        num_hidden_layers=2, intermediate_size=64)), "pixel_values", (24, 3, 8, 8)),
+}  # fmt: skip
+# Sound, upsampled and padded by what buffers say; boxes beside text that are as many as its tokens.
+GIVEN: dict[str, tuple[str, dict[str, Any], dict[str, torch.Tensor]]] = {
+    "mimi_decoder": ("mimi_decoder", {
+        "num_filters": 4, "hidden_size": 32, "upsample_groups": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 4, "head_dim": 8, "intermediate_size": 64}, {"latents": torch.zeros(2, 32, 6)}),
+    "lilt": ("lilt", {
+        "vocab_size": 64, "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64,
+        "max_position_embeddings": 64}, {
+        "input_ids": torch.arange(4, 36).view(2, 16), "bbox": torch.tensor([[[1, 2, 5, 7]] * 16] * 2)}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["mimi_decoder", pytest.param("lilt", marks=pytest.mark.slow)])
+def test_what_runs_at_no_other_length_keeps_that_of_calibration(name: str, tmp_path: Path) -> None:
+    kind, sizes, batch = GIVEN[name]
+    torch.manual_seed(0)
+    hf.AutoModel.from_config(hf.AutoConfig.for_model(kind, **sizes)).eval().save_pretrained(tmp_path / "dense")
+    result = sparsify.compile(tmp_path / "dense", calibration=[batch], to="onnx", output=tmp_path / "out", device="cpu")
+    assert any("as long as those of calibration" in note for note in result.notes), result.notes
+    checked = verify_onnx(tmp_path / "out")
+    assert checked.sound and checked.behaviour is not None, checked.problems
+
+
+@pytest.mark.parametrize("name", ["qwen2.5", pytest.param("kimi", marks=pytest.mark.slow)])
+def test_a_graph_is_made_for_one_grid(name: str, tmp_path: Path) -> None:
+    build, pixels, shape = BUILD[name]
+    torch.manual_seed(0)
+    model = build().eval()
+    model.save_pretrained(tmp_path / "dense")
+    batch = {pixels: torch.randn(shape), **GRID}
+    result = sparsify.compile(
+        tmp_path / "dense", ["magnitude:50%"], calibration=[batch], to="onnx", output=tmp_path / "out", device="cpu"
+    )
+    said = read_manifest(tmp_path / "out")["onnx"]
+    assert said["fixed"] == {"grid_thw": GRID["grid_thw"].tolist()} and said["inputs"] == [pixels]
+    assert any("made for grid_thw [[1, 4, 4], [1, 2, 4]] alone" in note for note in result.notes), result.notes
+    checked = verify_onnx(tmp_path / "out")
+    assert checked.sound and checked.behaviour is not None, checked.problems
+    session = open_session(tmp_path / "out" / "model.onnx")
+    # Its outputs are those of the pruned model, on numbers that it was not traced with.
+    pruned = dict(model.named_parameters())
+    with torch.no_grad():
+        for run in result.runs:
+            for site in run.sites:
+                pruned[site.parameter].copy_(result.weight(site.parameter))
+        want = model(**(other := {pixels: torch.randn(shape), **GRID}))[0]
+    (got, *_) = session.run(["last_hidden_state"], {pixels: other[pixels].numpy()})
+    assert float((torch.from_numpy(got) - want).abs().max()) <= 1e-4
