@@ -33,11 +33,6 @@ def check_same_tokens(pupil: Source, teacher: Source) -> None:
     ours, theirs = _words(pupil), _words(teacher)
     if ours is not None and theirs is not None and ours != theirs:
         other = sum(ours.get(word) != number for word, number in theirs.items())
-        found = (
-            f"a tokenizer of {len(theirs)} tokens, {other} of which are others or have other ids than the {len(ours)}"
-        )
-        found += " of the pruned model's"
-    elif pupil.vocab_size and teacher.vocab_size and pupil.vocab_size != teacher.vocab_size:
         found = f"{other} of its tokenizer's {len(theirs)} tokens have other ids in the pruned model's"
     elif pupil.vocab_size and teacher.vocab_size and pupil.vocab_size != teacher.vocab_size:
         found = f"a vocabulary of {teacher.vocab_size} tokens, and {pupil.vocab_size} in the pruned model"

@@ -81,7 +81,7 @@ class Refining:
         if self.logits is not None and self.logits.meta["val"].shape[-1] == 1:
             self.logits = None  # one score is no choice: it is fitted as a value
         self.trainable = Trainable(program, self.blocks, self.logits, left)
-        self.every = every and not self.trainable.any_pruned()
+        self.every = every and self._smaller() and not self.trainable.any_pruned()
         if not self.every:
             self.trainable.check_pruned()
         self.tokens = expert_tokens(program, batches, context)
@@ -109,6 +109,11 @@ class Refining:
                     student.run_region(Region(block.start, block.stop, end))
                 teacher.forget()
         return results
+
+    def _smaller(self) -> bool:
+        """Whether a weight has another shape than the teacher's: channels were taken out."""
+        ours, theirs = self.program.weights, self.teacher.weights
+        return any(n not in theirs or ours.shape(n) != theirs.shape(n) for own in self.trainable.matrices for n in own)
 
     def _block(self, number: int, student: Fitter, teacher: Fitter, kept: Mapping[str, Tensor | None]) -> RegionResult:
         started = time.perf_counter()
