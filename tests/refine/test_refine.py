@@ -1,4 +1,4 @@
-"""Blocks fitted to the dense model's: against the recipe written out, the guard, and everything that stays as it was."""
+"""Blocks fitted to the dense model's: against the recipe written out, the guard, and all that stays as it was."""
 
 from __future__ import annotations
 
@@ -248,7 +248,9 @@ def test_a_loss_that_is_no_number_names_the_block(tmp_path: Path) -> None:
     with torch.no_grad():
         dense.model.layers[0].mlp.down_proj.weight *= 1e25
     dense.save_pretrained(tmp_path / "dense")
-    with pytest.raises(CalibrationError, match=r"refining model.layers.0: a loss that is NaN or infinite before the first step"):
+    with pytest.raises(
+        CalibrationError, match=r"refining model.layers.0: a loss that is NaN or infinite before the first step"
+    ):
         compiled(tmp_path / "dense", tmp_path / "out", "magnitude:2:4", "refine:epochs=1,rate=0.9")
 
 
