@@ -26,9 +26,11 @@ if TYPE_CHECKING:
     from sparsify.method.spec import parse_pass
     from sparsify.method.weight_pass import Pruned, WeightPass
     from sparsify.prune.fx_pass import GraphPrune
+    from sparsify.tuning.hold import HoldZeros, hold_zeros
 
 __all__ = [
-    "Compiled", "GraphPrune", "Pruned", "SparsifyError", "WeightPass", "compile", "load", "parse_pass", "perplexity",
+    "Compiled", "GraphPrune", "HoldZeros", "Pruned", "SparsifyError", "WeightPass", "compile", "hold_zeros", "load",
+    "parse_pass", "perplexity",
 ]  # fmt: skip
 
 
@@ -53,11 +55,13 @@ __getattr__ = lazily(
     {
         "Compiled": "compiler.result",
         "GraphPrune": "prune.fx_pass",
+        "HoldZeros": "tuning.hold",
         "Pruned": "method.weight_pass",
         "SparsifyError": "errors",
         "WeightPass": "method.weight_pass",
         "backends": "backends",
         "compile": "compiler.pipeline",
+        "hold_zeros": "tuning.hold",
         "load": "frontend.materialize",
         "parse_pass": "method.spec",
         "passes": "passes",

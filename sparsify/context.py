@@ -36,6 +36,27 @@ class SiteResult:
 
 
 @dataclass
+class RegionResult:
+    """What became of one region that was trained.
+
+    Attributes:
+        loss: what it was judged by: ``error``, mean ‖f−T‖²/‖T‖² of its output against the dense model's, or ``kl``,
+            the divergence of the predictions; ``before`` and ``after`` on held-back sequences, as written.
+        rate: the rate that was best; None where nothing gained and the region stayed as it was.
+        entries: how many numbers were trained. ``written``: the parameters that changed.
+    """
+
+    name: str
+    loss: str
+    before: float
+    after: float
+    rate: float | None
+    entries: int
+    written: list[str]
+    seconds: float
+
+
+@dataclass
 class Progress:
     """What an observer is told: after a batch of a region (``site`` None), and after each site is pruned.
 

@@ -38,9 +38,9 @@ class Bench:
 
     def run(self, spec: str, samples: int, seed: int) -> tuple[float, float]:
         """Perplexity and seconds."""
-        one_by_one = spec.startswith("gblm")
+        rows = 1 if spec.startswith("gblm") else None
         data = load_calibration(
-            "python-stdlib", self.source, samples=samples, sequence_length=LENGTH, seed=seed, one_by_one=one_by_one
+            "python-stdlib", self.source, samples=samples, sequence_length=LENGTH, seed=seed, rows=rows
         )
         assert self.source.folder is not None
         began = 0.0

@@ -103,6 +103,10 @@ def compile_command(
     strict: Strict = False,
     adapter: AdapterWord = None,
     dtype: Dtype = None,
+    teacher: Annotated[
+        str | None,
+        typer.Option("--teacher", help="Dense model that refine fits to. [default: MODEL before it]", metavar="MODEL"),
+    ] = None,
     trust_remote_code: Trust = False,
     quiet: Quiet = False,
     log_level: LogLevel = "warning",
@@ -161,6 +165,7 @@ def compile_command(
                 strict=strict,
                 adapter=adapter,
                 dtype=dtype,
+                teacher=teacher,
                 tell=lambda text: console.print(text),
                 observe=line.show,
                 after=shown.after,

@@ -31,6 +31,9 @@ def result_report(compiled: Compiled, seconds: float) -> RenderableType:
     for done in compiled.structure:
         parts += [Text(spec_text(done.structural_pass), "bold"), *map(Text, done.lines())]
     for run in compiled.runs:
+        if run.regions:
+            parts += _region_report(run)
+            continue
         if not run.sites:
             weights = f"{len(run.written)} weights written" if run.written else "no weight written"
             parts.append(Text(f"{spec_text(run.applied)}: {weights}, {run.seconds:.1f} s"))
@@ -60,7 +63,8 @@ def plan_report(compiled: Compiled) -> RenderableType:
             parts.append(Text(f"{spec_text(run.applied)} would then prune the smaller model, once it is there"))
             continue
         if run.pattern is None:
-            parts.append(Text(f"{spec_text(run.applied)} would see the graph as a whole"))
+            what = "train one block after the other" if run.applied.kind == "regions" else "see the graph as a whole"
+            parts.append(Text(f"{spec_text(run.applied)} would {what}"))
             continue
         table = Table(title=f"{spec_text(run.applied)} would prune", title_justify="left")
         for column in ("site", "sites", "out × in", "to"):
@@ -136,6 +140,21 @@ def _result_table(run: PassRun) -> Table:
     if prefix:
         table.title = f"{table.title}: {prefix}…"
     return table
+
+
+def _region_report(run: PassRun) -> list[RenderableType]:
+    """What each block gained on sequences that it was not trained on, and which stayed as they were."""
+    table = Table(title=f"{spec_text(run.applied)}: {run.seconds:.1f} s", title_justify="left", caption_justify="left")
+    table.add_column("block", overflow="fold")
+    for column in ("loss", "before", "after", "gain", "rate", "time"):
+        table.add_column(column, justify="right")
+    for region in run.regions:
+        gain = "–" if region.rate is None else f"{1 - region.after / region.before:.1%}"
+        rate = "kept as it was" if region.rate is None else f"{region.rate:g}"
+        figures = (f"{region.before:.4g}", f"{region.after:.4g}", gain, rate, f"{region.seconds:.1f} s")
+        table.add_row(region.name, region.loss, *figures)
+    table.caption = "loss on held-back sequences; error: mean ‖f−T‖²/‖T‖² against the dense model's, kl: of predictions"
+    return [table]
 
 
 def shared_prefix(kinds: Iterable[str]) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 from sparsify.compiler.request import Request
 from sparsify.compiler.result import Compiled, PassRun
-from sparsify.context import SiteResult
+from sparsify.context import RegionResult, SiteResult
 from sparsify.data.batches import Calibration
 from sparsify.files.manifest import FORMAT
 from sparsify.frontend.source import Source
@@ -66,6 +66,7 @@ def _pass(run: PassRun, request: Request) -> dict[str, Any]:
         "ignore": list(request.ignore),
         "only": list(request.only),
         "sites": [_site(site) for site in run.sites],
+        **({"regions": [_region(region) for region in run.regions]} if run.regions else {}),
         "skipped": [{"name": s.node, "reason": s.reason} for s in run.skipped],
     }
 
@@ -81,6 +82,18 @@ def _site(site: SiteResult) -> dict[str, Any]:
         "tokens": site.tokens,
         **({"notes": site.notes} if site.notes else {}),
         **({"experts_without_tokens": site.without_data} if site.without_data else {}),
+    }
+
+
+def _region(region: RegionResult) -> dict[str, Any]:
+    return {
+        "name": region.name,
+        "loss": region.loss,
+        "before": region.before,
+        "after": region.after,
+        "rate": region.rate,
+        "entries": region.entries,
+        "written": region.written,
     }
 
 

@@ -50,6 +50,7 @@ def compile(
     strict: bool = False,
     adapter: str | None = None,
     dtype: str | torch.dtype | None = None,
+    teacher: str | Path | nn.Module | None = None,
     dry_run: bool = False,
     observe: Observer = unobserved,
     tell: Callable[[str], None] = untold,
@@ -77,6 +78,7 @@ def compile(
         strict: refuse tensors that the model's class has no place for; else they are carried over, and listed.
         adapter: ``"merge"``: add a LoRA adapter of peft in the folder to the weights; None refuses one.
         dtype: of the same three, what the weights of a quantized model are read and written in; None: bfloat16.
+        teacher: for ``refine``: the dense model, where it is not ``model`` itself before the other passes.
         dry_run: decide what would be pruned and stop there.
         tell: told in words, before the work, what a quantized model grows to.
         observe: told of every batch and every site. after: told of every pass that has run, with the program.
@@ -103,6 +105,7 @@ def compile(
         overwrite=overwrite,
         dry_run=dry_run,
         template=chat_template,
+        teacher=teacher,
     )
     context = Context(resolve_device(device), parse_bytes(memory), seed, observe)
     seam = Seam(context, after)
@@ -127,5 +130,10 @@ def compile(
             return planned.compiled
         planned, data = stages.draw(planned, data, request, context)
         planned = stages.restructure(planned, data, request, seam, place)
+        planned = stages.teach(
+            planned, data, request, context,
+            allow_bin=allow_bin, trust_remote_code=trust_remote_code, check=check, compute_dtype=compute_dtype,
+            dtype=None,
+        )  # fmt: skip
         job, compiled = stages.prune(planned, data, request, seam, stack)
         return stages.finish(compiled, job, request, place, context)

@@ -7,11 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from sparsify.calibration.accumulators import GRADIENTS
 from sparsify.compiler.backend import Backend, as_backend
 from sparsify.data.batches import Calibration
 from sparsify.errors import SpecError
 from sparsify.method.base import Pass, check_order
+from sparsify.method.region_pass import RegionPass
 from sparsify.method.spec import parse_pass, spec_text
 from sparsify.method.structural_pass import StructuralPass
 from sparsify.words import Schedule, check_amount, check_schedule
@@ -27,6 +30,7 @@ class Request:
         structural, others: the passes in their order, structural ones first.
         data: a source's name, what was given in Python, or None for the default; samples, length: how much is drawn.
         out: the folder to write; None keeps the result in memory. template: the file of a chat template.
+        teacher: the dense model that a pass fits to, where it is not the one that is pruned here.
     """
 
     structural: tuple[StructuralPass, ...]
@@ -42,6 +46,7 @@ class Request:
     overwrite: bool = False
     dry_run: bool = False
     template: str | Path | None = None
+    teacher: str | Path | nn.Module | None = None
 
     @property
     def passes(self) -> tuple[Pass, ...]:
@@ -53,9 +58,9 @@ class Request:
         return self.data is not None or any(own.needs_data for own in self.passes)
 
     @property
-    def one_by_one(self) -> bool:
-        """Whether gradients are taken, which are those of single samples."""
-        return any(GRADIENTS & set(own.statistics) for own in self.passes)
+    def most_rows(self) -> int | None:
+        """How many rows a batch may have: one where gradients are taken, which are those of single samples."""
+        return most_rows(self.passes)
 
     @property
     def named(self) -> str | None:
@@ -66,6 +71,14 @@ class Request:
     def is_named(self) -> bool:
         """Whether data are drawn, and were not given in Python."""
         return self.data is None or isinstance(self.data, str)
+
+
+def most_rows(passes: Iterable[Pass]) -> int | None:
+    """The most rows of a batch that all of ``passes`` take; None for any number."""
+    passes = list(passes)
+    if any(GRADIENTS & set(own.statistics) for own in passes):
+        return 1
+    return min((own.batch for own in passes if isinstance(own, RegionPass)), default=None)
 
 
 def parse(
@@ -82,6 +95,7 @@ def parse(
     overwrite: bool = False,
     dry_run: bool = False,
     template: str | Path | None = None,
+    teacher: str | Path | nn.Module | None = None,
 ) -> Request:
     """Understand the words, and refuse what can be refused before a model is opened.
 
@@ -122,11 +136,31 @@ def parse(
         overwrite=overwrite,
         dry_run=dry_run,
         template=template,
+        teacher=teacher,
     )
+    _check_teacher(request)
     if template is not None and not (request.needs_data and request.is_named):
         found = "batches given in Python" if request.needs_data else "no pass that calibrates"
         raise SpecError(f"--chat-template {template}", found=found, do="Leave it out, or name data of chat messages")
     return request
+
+
+def _check_teacher(request: Request) -> None:
+    fitted = next((at for at, own in enumerate(request.passes) if isinstance(own, RegionPass)), None)
+    if fitted is None:
+        if request.teacher is not None:
+            raise SpecError(
+                f"--teacher {request.teacher}", found="no pass that fits to one", do="Give --pass refine beside it"
+            )
+        return
+    before = {own.kind for own in request.passes[:fitted]}
+    if request.teacher is None and not before & {"structure", "weights"}:
+        own = request.passes[fitted]
+        raise SpecError(
+            f"{spec_text(own)} without a pass that prunes before it",
+            found="a model that is its own teacher",
+            do="Give the dense model with --teacher, or prune first: --pass twin:2:4 --pass refine",
+        )
 
 
 def default_output(source_name: str, passes: Sequence[str], to: str = "hf") -> Path:

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from sparsify.analysis.linear import Opaque
-from sparsify.context import SiteResult
+from sparsify.context import RegionResult, SiteResult
 from sparsify.data.batches import Calibration
 from sparsify.errors import Refused, SpecError, near
 from sparsify.frontend.materialize import materialize
@@ -29,7 +29,8 @@ class PassRun:
 
     Attributes:
         applied: the pass. targets, skipped: of a weight pass, the weights that it is for and those that stay dense,
-            each with the reason. sites: what happened, site by site. written: the parameters that it changed.
+            each with the reason. sites: what happened, site by site. regions: of a pass that trains, what became of
+            each block. written: the parameters that it changed.
         seconds: of the whole pass.
     """
 
@@ -38,6 +39,7 @@ class PassRun:
     targets: list[Target] = field(default_factory=list)
     skipped: list[Refused] = field(default_factory=list)
     sites: list[SiteResult] = field(default_factory=list)
+    regions: list[RegionResult] = field(default_factory=list)
     written: set[str] = field(default_factory=set)
     seconds: float = 0.0
 

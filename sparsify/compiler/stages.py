@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,6 +19,7 @@ from sparsify.compiler.manifest import make_manifest
 from sparsify.compiler.request import Request
 from sparsify.compiler.result import Compiled, PassRun
 from sparsify.compiler.seam import Seam
+from sparsify.compiler.teacher import open_teacher
 from sparsify.context import Context
 from sparsify.data.batches import Calibration, example_batch, expected_batch, load_calibration
 from sparsify.data.chat import Chat
@@ -32,10 +34,12 @@ from sparsify.frontend.source import Source, open_source, require_real
 from sparsify.ir.graph import runnable
 from sparsify.ir.program import Program
 from sparsify.ir.store import MemoryStore
+from sparsify.method.region_pass import RegionPass
 from sparsify.method.weight_pass import WeightPass
 from sparsify.prune.engine import prune as prune_weights
 from sparsify.prune.names import Wanted
 from sparsify.prune.targets import choose
+from sparsify.refine.engine import refine
 from sparsify.structure.plan import plan as plan_structure
 from sparsify.structure.record import Restructured
 from sparsify.structure.restructure import Captured
@@ -73,12 +77,14 @@ class Planned:
 
     Attributes:
         structure: what structural passes would take out. runs: the other passes; of weight passes those of the model
-            as it is, which is why there are none yet where the model gets smaller first.
+            as it is, which is why there are none yet where the model gets smaller first. dense: the model that passes
+            fit to, where it is another one than ``model`` was.
     """
 
     model: Captured
     structure: list[Restructured]
     runs: list[PassRun]
+    dense: Program | None = None
 
     @property
     def compiled(self) -> Compiled:
@@ -188,14 +194,29 @@ def restructure(planned: Planned, data: Calibration | None, request: Request, se
     """
     if not request.structural:
         return planned
-    model, done = planned.model, list[Restructured]()
+    dense, model, done = planned.model.program, planned.model, list[Restructured]()
     samples = None if data is None else Samples(data.batches, data.labels)
     for own in request.structural:
         with seam.running(own, model.program) as ran:
             model, records = make_smaller(model, own, samples, place.path, seam.context)
             ran.program = model.program
         done += records
-    return Planned(model, done, _runs(model, request))
+    fits = any(isinstance(own, RegionPass) for own in request.others)
+    return Planned(model, done, _runs(model, request), dense if fits else None)
+
+
+def teach(planned: Planned, data: Calibration | None, request: Request, context: Context, **opening: Any) -> Planned:
+    """The dense model that the user names for passes that fit to one, traced on the same data.
+
+    Raises:
+        CheckpointError, TraceError, SpecError: as :func:`sparsify.compiler.teacher.open_teacher`.
+    """
+    if request.teacher is None:
+        return planned
+    source = planned.model.source
+    return replace(
+        planned, dense=open_teacher(request.teacher, source, _first_batch(source, request, data), context, **opening)
+    )
 
 
 def _open_output(planned: Planned, request: Request, stack: ExitStack) -> Job | None:
@@ -235,12 +256,30 @@ def prune(
                     schedule=request.schedule,
                     dense=planned.model.source.weights,
                 )
+            elif isinstance(own, RegionPass):
+                assert data is not None
+                run.regions = refine(
+                    program,
+                    own,
+                    data.batches,
+                    seam.context,
+                    _teacher(planned, program),
+                    every=planned.dense is not None,
+                    left=frozenset(planned.model.wanted.ignored),
+                )
             elif isinstance(own, GraphPass):
                 own.apply(program, None if data is None else data.batches, seam.context)
             elif isinstance(own, LoweringPass):
                 compiled.lowered = own.lower(runnable(program, seam.context.device))
         run.seconds, run.written = ran.seconds, ran.written
     return job, compiled
+
+
+def _teacher(planned: Planned, program: Program) -> Program:
+    """The dense model as a program: of its own, or this graph with the weights that it began with."""
+    if planned.dense is not None:
+        return planned.dense
+    return replace(program, weights=planned.model.source.weights)
 
 
 def finish(compiled: Compiled, job: Job | None, request: Request, place: Workplace, context: Context) -> Compiled:
@@ -263,7 +302,7 @@ def _load(source: Source, request: Request, context: Context) -> Calibration:
         samples=request.samples,
         sequence_length=request.length,
         seed=context.seed,
-        one_by_one=request.one_by_one,
+        rows=request.most_rows,
         chat=chat,
     )
     chat.check_used(f"'{request.data}'" if request.data is not None else data.label)
@@ -281,7 +320,7 @@ def _first_batch(source: Source, request: Request, given: Calibration | None) ->
         source,
         samples=request.samples,
         sequence_length=request.length,
-        one_by_one=request.one_by_one,
+        most=request.most_rows,
     )
 
 
@@ -290,11 +329,11 @@ def _runs(model: Captured, request: Request) -> list[PassRun]:
     schedule = request.schedule if request.needs_data else "none"
     runs = []
     for own in request.others:
-        if not isinstance(own, (WeightPass, GraphPass, LoweringPass)):
+        if not isinstance(own, (WeightPass, RegionPass, GraphPass, LoweringPass)):
             raise SpecError(
                 f"pass {own.name}",
                 found=f"a pass of kind '{own.kind}' that nothing here runs",
-                do="Derive it from WeightPass, StructuralPass, GraphPass or LoweringPass",
+                do="Derive it from WeightPass, RegionPass, StructuralPass, GraphPass or LoweringPass",
             )
         run = PassRun(own, schedule)
         if isinstance(own, WeightPass):

@@ -23,6 +23,7 @@ from sparsify.data.inputs import (
     check_length,
     check_table,
     default_length,
+    fewer_rows,
     one_row_alone,
     outside,
     rows_at_once,
@@ -116,14 +117,14 @@ def load_calibration(
     samples: int | None = None,
     sequence_length: int | None = None,
     seed: int = 0,
-    one_by_one: bool = False,
+    rows: int | None = None,
     chat: Chat | None = None,
     both: bool = False,
 ) -> Calibration:
     """Batches from ``data``: a source's name, an iterable of batches, or None for C4 and, without it, ``self``.
 
     Args:
-        one_by_one: batches of one sample each, as gradients per sample need them.
+        rows: the most rows of a batch: 1, as gradients per sample need them, or None, as many as run well.
         chat: renders chat messages; None: by the template of the model's tokenizer.
         both: the source is held-out data as well; see :func:`sparsify.data.sources.read_documents`.
 
@@ -141,8 +142,8 @@ def load_calibration(
         batches, label = given_batches(data, source, samples), "batches given in Python"
     elif data is not None and _names_images(data, source):
         images = read_images(Path(data), source, samples or _SAMPLES, seed)
-        rows = {"pixel_values": images.pixels} | ({} if images.labels is None else {"labels": images.labels})
-        batches, label = rows_to_batches(rows, whole=False), images.note
+        pixels = {"pixel_values": images.pixels} | ({} if images.labels is None else {"labels": images.labels})
+        batches, label = rows_to_batches(pixels, whole=False), images.note
     elif isinstance(data, str) and names_image_text(data, source):
         pictured = read_image_text(data, source, samples or _SAMPLES, sequence_length, seed, chat)
         batches, label = pictured.batches, pictured.note
@@ -153,8 +154,11 @@ def load_calibration(
             drawn.label,
             dict(drawn.files),
         )
-    if (one_by_one or one_row_alone(source)) and any(len(next(iter(batch.values()))) > 1 for batch in batches):
-        batches = split_rows(batches)
+    most = 1 if one_row_alone(source) else rows
+    # Of images cut into patches no row can be told; only who needs single samples cannot go on without.
+    told = most == 1 or all(len({len(t) for t in batch.values()}) == 1 for batch in batches)
+    if most is not None and told and any(len(next(iter(batch.values()))) > most for batch in batches):
+        batches = split_rows(batches, most)
     if source.compute is not None:
         batches = [{n: t.to(source.compute) if t.is_floating_point() else t for n, t in b.items()} for b in batches]
     batches = [with_positions(source.module, batch) for batch in batches]
@@ -182,7 +186,7 @@ def expected_batch(
     *,
     samples: int | None = None,
     sequence_length: int | None = None,
-    one_by_one: bool = False,
+    most: int | None = None,
 ) -> dict[str, Tensor]:
     """A batch with nothing in it, of the shape that :func:`load_calibration` will give of a named source.
 
@@ -192,15 +196,15 @@ def expected_batch(
     Raises:
         CalibrationError: the model's inputs cannot be guessed from its config.
     """
-    one_by_one = one_by_one or one_row_alone(source)
+    most = 1 if one_row_alone(source) else most
     if data is not None and _names_images(data, source):
-        rows = 1 if one_by_one else rows_at_once(samples or _SAMPLES, IMAGE_TOKENS)
-        return example_batch(source, rows)
+        rows = rows_at_once(samples or _SAMPLES, IMAGE_TOKENS)
+        return example_batch(source, fewer_rows(rows, most))
     check_length(sequence_length, source)
     own = data == "self"
     length = sequence_length or default_length(source, _SELF_LENGTH if own else USUAL)
-    rows = 1 if one_by_one else rows_at_once(samples or (_SELF_SAMPLES if own else _SAMPLES), length)
-    return example_batch(source, rows, length)
+    rows = rows_at_once(samples or (_SELF_SAMPLES if own else _SAMPLES), length)
+    return example_batch(source, fewer_rows(rows, most), length)
 
 
 def _names_images(data: str, source: Source) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from inspect import signature
 
@@ -108,13 +109,20 @@ def rows_at_once(count: int, tokens: int) -> int:
     return max(d for d in range(1, min(most, count) + 1) if count % d == 0)
 
 
-def split_rows(batches: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
-    """Batches of one row each, as gradients per sample and classifiers without padding need them.
+def fewer_rows(rows: int, most: int | None) -> int:
+    """The largest number up to ``most`` that divides ``rows``; ``rows`` where ``most`` is None."""
+    return rows if most is None else max(d for d in range(1, min(most, rows) + 1) if rows % d == 0)
+
+
+def split_rows(batches: list[dict[str, Tensor]], most: int = 1) -> list[dict[str, Tensor]]:
+    """Batches of at most so many rows each: of one, as gradients per sample and classifiers without padding need them.
 
     Raises:
         CalibrationError: inputs that do not share their first axis.
     """
-    single = []
+    fewer = []
+    all_rows = {len(t) for batch in batches for t in batch.values()}
+    size = fewer_rows(math.gcd(*all_rows), most)
     for batch in batches:
         rows = {len(t) for t in batch.values()}
         if len(rows) > 1:
@@ -123,8 +131,8 @@ def split_rows(batches: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
                 found=f"inputs whose first axes differ: {sorted(rows)}",
                 do="Give batches whose inputs all have one row per sample",
             )
-        single += [{n: t[i : i + 1].contiguous() for n, t in batch.items()} for i in range(rows.pop())]
-    return single
+        fewer += [{n: t[i : i + size].contiguous() for n, t in batch.items()} for i in range(0, rows.pop(), size)]
+    return fewer
 
 
 def outside(token: int, where: str, source: Source) -> CalibrationError:

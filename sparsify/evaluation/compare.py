@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsify.calibration.accumulators import GRADIENTS
 from sparsify.calibration.measuring import drift
 from sparsify.compiler.pipeline import compile
+from sparsify.compiler.request import most_rows
 from sparsify.context import Context, Observer, SiteResult, unobserved
 from sparsify.data.batches import evaluation_windows, load_calibration
 from sparsify.data.chat import Chat
@@ -109,7 +109,7 @@ def compare(
             samples=samples,
             sequence_length=sequence_length,
             seed=seed,
-            one_by_one=any(GRADIENTS & set(p.statistics) for p in parsed),
+            rows=most_rows(parsed),
             chat=chat,
             both=both,
         )

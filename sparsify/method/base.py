@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal
 
 from sparsify.errors import SpecError
 
-Kind = Literal["structure", "graph", "weights", "lowering"]
+Kind = Literal["structure", "graph", "weights", "regions", "lowering"]
 Change = Literal["shapes", "weights", "graph"]
 
 
@@ -22,7 +22,8 @@ class Pass:
     Class attributes:
         name: how the pass is called in a spec. ``summary``: what it does, in a line.
         kind: who runs it: ``structure`` makes the model smaller, ``graph`` sees a captured program as a whole,
-            ``weights`` prunes one matrix after the other, ``lowering`` rewrites the graph for packed operators.
+            ``weights`` prunes one matrix after the other, ``regions`` trains one block after the other,
+            ``lowering`` rewrites the graph for packed operators.
         follows: kinds of passes that may have run before it; ``misplaced`` says why no other may.
         changes: what it may change of the model: the shapes of parameters, their values, the graph. Checked after
             it has run, and before: a backend that writes parameters alone takes no pass that changes the graph.
@@ -86,5 +87,6 @@ def _advice(own: Pass) -> str:
         "structure": "Give structural passes first",
         "graph": "Give it before passes that lower the graph",
         "weights": "Give it before passes that lower the graph",
+        "regions": "Give it before passes that lower the graph",
         "lowering": "Lower once, at the end",
     }[own.kind]

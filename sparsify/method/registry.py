@@ -24,6 +24,7 @@ _OWN = {
         "llm-pruner": "sparsify.passes.llm_pruner:LLMPruner",
         "lower-sparse": "sparsify.passes.lowering.lower_sparse:LowerSparse",
         "magnitude": "sparsify.passes.magnitude:Magnitude",
+        "refine": "sparsify.passes.refine:Refine",
         "sparsegpt": "sparsify.passes.sparsegpt:SparseGPT",
         "twin": "sparsify.passes.twin:Twin",
         "wanda": "sparsify.passes.wanda:Wanda",

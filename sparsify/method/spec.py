@@ -7,6 +7,7 @@ pass, so a printed spec is a runnable one.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import types
 import typing
@@ -160,7 +161,10 @@ def _options(kind: type, name: str, options: list[str]) -> dict[str, Any]:
 def _value(what: str, text: str, hint: Any) -> Any:
     """``text`` as a value of the type ``hint``."""
     if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
-        hint = next(h for h in typing.get_args(hint) if h is not type(None))
+        for each in typing.get_args(hint):
+            with contextlib.suppress(SpecError):
+                return _value(what, text, each)
+        raise SpecError(what, found=f"'{text}' is not {_choices(hint)}", do=f"Give {_choices(hint)}")
     if typing.get_origin(hint) is typing.Literal:
         if text in typing.get_args(hint):
             return text

@@ -40,11 +40,9 @@ from sparsify.frontend.source import Source, open_source
 from sparsify.host import cpu_by_default, quiet, within_memory
 from sparsify.ir.program import Program
 from sparsify.tensors import digest
+from sparsify.tuning.hold import LEAST_ZEROS
 from sparsify.tuning.recipe import Recipe
 from sparsify.tuning.state import TuneState
-
-# A linear weight with fewer zeros than this was not pruned: its zeros are chance, and are not held.
-LEAST_ZEROS = 0.05
 
 
 @dataclass

@@ -28,7 +28,7 @@ LOSSES = [family for family in FAMILIES if family not in ("bert",)]
 
 def ours(model: Any, batches: Any, memory: int = 1 << 30) -> dict[str, dict[str, Tensor]]:
     source = open_source(model)
-    data = load_calibration(batches, source, one_by_one=True)
+    data = load_calibration(batches, source, rows=1)
     program = capture(source, data.batches[0])
     targets, _ = choose(program, Unstructured("0.5"), Wanted())
     found = {}

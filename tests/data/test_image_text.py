@@ -69,7 +69,7 @@ def test_batches_are_what_the_processor_makes(source: Source, model: Path, names
     again, other = (load_calibration(path, source, samples=3, seed=seed) for seed in (0, 1))
     assert again.digest != data.digest and other.digest != again.digest
     assert again.digest == load_calibration(path, source, samples=3).digest
-    assert load_calibration(path, source, samples=6, one_by_one=True).digest == data.digest
+    assert load_calibration(path, source, samples=6, rows=1).digest == data.digest
 
 
 FORMS: dict[str, Callable[[str], dict[str, Any]]] = {

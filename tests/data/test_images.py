@@ -61,9 +61,9 @@ def test_a_vision_model_from_its_folder(vit: Path, images: Path, tmp_path: Path,
 
 def test_labels_change_gblms_gradients(vit: Path, images: Path) -> None:
     source = open_source(vit)
-    one = load_calibration(str(images), source, one_by_one=True)
+    one = load_calibration(str(images), source, rows=1)
     (images / "1").rename(images / "dog")
-    other = load_calibration(str(images), source, one_by_one=True)
+    other = load_calibration(str(images), source, rows=1)
     assert len(one.batches) == 10 and one.labels is not None and other.labels is None
 
 

@@ -136,7 +136,7 @@ def test_inputs_that_do_not_share_their_first_axis() -> None:
     with pytest.raises(CalibrationError, match="different sizes with inputs that do not share their first axis"):
         load_calibration(uneven, net)
     with pytest.raises(CalibrationError, match=r"first axes differ: \[2, 3\]"):
-        load_calibration(uneven[:1], net, one_by_one=True)
+        load_calibration(uneven[:1], net, rows=1)
 
 
 def test_random_ids_need_a_vocabulary() -> None:

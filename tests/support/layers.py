@@ -19,7 +19,7 @@ STOREYS: tuple[tuple[str, ...], ...] = (
     ("analysis", "frontend"),
     ("data",),
     ("calibration",),
-    ("prune",),
+    ("prune", "refine"),
     ("structure",),
     ("compiler",),
     ("evaluation", "inspection"),

@@ -1,0 +1,1 @@
+"""Region passes over a program: both streams, one region's training, the guard."""

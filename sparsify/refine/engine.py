@@ -1,0 +1,243 @@
+"""Runs a region pass over a program: the pruned stream and the dense one side by side, block after block.
+
+For block k, P is its input in the pruned model with blocks before k as they came out, T what the dense model's block
+gives in its own stream. What is trained is judged on sequences that it was not trained on, with the weights as they
+would be written; where it gained nothing there, nothing is written.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+
+import torch
+from torch import Tensor, fx
+
+from sparsify.analysis.flow import Flow
+from sparsify.calibration.activations import ActivationStore
+from sparsify.calibration.interpreter import Region
+from sparsify.calibration.loss import logits_node
+from sparsify.context import Context, Progress, RegionResult
+from sparsify.errors import CalibrationError, SpecError
+from sparsify.host import within_memory
+from sparsify.ir.program import Program
+from sparsify.method.region_pass import RegionPass
+from sparsify.method.spec import spec_text
+from sparsify.precision import exact_products
+from sparsify.refine.fitter import Fit, Fitter, Judge, Lessons
+from sparsify.refine.masters import Masters
+from sparsify.refine.regions import Block, find_blocks
+from sparsify.refine.trainable import Trainable, expert_tokens
+
+
+@exact_products()
+def refine(
+    program: Program,
+    own: RegionPass,
+    batches: Sequence[Mapping[str, Tensor]],
+    context: Context,
+    teacher: Program,
+    *,
+    every: bool = False,
+    left: frozenset[str] = frozenset(),
+) -> list[RegionResult]:
+    """Fit every block of ``program`` to that of ``teacher``.
+
+    Args:
+        batches: of the shapes that both were captured with.
+        every: where no linear weight has zeros, train all of them: those of a model that was made smaller.
+        left: checkpoint tensors that stay as they are.
+
+    Raises:
+        SpecError: nothing is pruned. CalibrationError: too few sequences to hold some back, or a loss that is no
+            number. TraceError: blocks that do not run one after the other, or that are not the teacher's.
+    """
+    return Refining(program, own, batches, context, teacher, every, left).run()
+
+
+class Refining:
+    """One run of a region pass; see :func:`refine`."""
+
+    def __init__(
+        self,
+        program: Program,
+        own: RegionPass,
+        batches: Sequence[Mapping[str, Tensor]],
+        context: Context,
+        teacher: Program,
+        every: bool,
+        left: frozenset[str],
+    ) -> None:
+        self.program, self.own, self.batches, self.context, self.teacher = program, own, batches, context, teacher
+        self.blocks, self.taught = find_blocks(program), find_blocks(teacher)
+        check_alike(self.blocks, self.taught)
+        self.lessons = self._lessons()
+        self.logits = logits_node(program) if own.last == "kl" else None
+        theirs = logits_node(teacher)
+        if self.logits is not None and (theirs is None or theirs.meta["val"].shape != self.logits.meta["val"].shape):
+            raise _other("predictions", self.logits, theirs)
+        if self.logits is not None and self.logits.meta["val"].shape[-1] == 1:
+            self.logits = None  # one score is no choice: it is fitted as a value
+        self.trainable = Trainable(program, self.blocks, self.logits, left)
+        self.every = every and self._smaller() and not self.trainable.any_pruned()
+        if not self.every:
+            self.trainable.check_pruned()
+        self.tokens = expert_tokens(program, batches, context)
+
+    def run(self) -> list[RegionResult]:
+        """Refine every block in order, and say what became of it."""
+        results = []
+        flow, theirs = Flow.of(self.program), Flow.of(self.teacher)
+        end, taught_end = len(flow.order), len(theirs.order)
+        with ExitStack() as stack, torch.no_grad():
+            stores = [stack.enter_context(ActivationStore(self.context.memory // 2, self.context.device)) for _ in "PT"]
+            student = Fitter(self.program, flow, self.batches, stores[0], self.context.device)
+            teacher = Fitter(self.teacher, theirs, self.batches, stores[1], self.context.device)
+            student.run_region(Region(0, self.blocks[0].start, end))
+            teacher.run_region(Region(0, self.taught[0].start, taught_end))
+            for number, (block, taught) in enumerate(zip(self.blocks, self.taught, strict=True)):
+                self._tell(number, block.name)
+                teacher.run_region(Region(taught.start, taught.stop, taught_end))
+                kept = self.trainable.kept(number, self.tokens, every=self.every)
+                if any(mask is not None for mask in kept.values()):
+                    with within_memory(f"refining {block.name}", self.context.device):
+                        results.append(self._block(number, student, teacher, kept))
+                last = number + 1 == len(self.blocks)
+                if not last:
+                    student.run_region(Region(block.start, block.stop, end))
+                teacher.forget()
+        return results
+
+    def _smaller(self) -> bool:
+        """Whether a weight has another shape than the teacher's: channels were taken out."""
+        ours, theirs = self.program.weights, self.teacher.weights
+        return any(n not in theirs or ours.shape(n) != theirs.shape(n) for own in self.trainable.matrices for n in own)
+
+    def _block(self, number: int, student: Fitter, teacher: Fitter, kept: Mapping[str, Tensor | None]) -> RegionResult:
+        started = time.perf_counter()
+        block, taught = self.blocks[number], self.taught[number]
+        predicts = self.logits is not None and number + 1 == len(self.blocks)
+        order = student.flow.position
+        if predicts:
+            wanted = self.logits
+            assert wanted is not None
+            work = student.prepare(block.start, order[wanted] + 1, len(order), list(kept))
+            judge = self._by_predictions(teacher, taught)
+        else:
+            wanted = block.output
+            work = student.prepare(block.start, block.stop, len(order), list(kept))
+            judge = self._by_values(teacher, taught)
+        fit = Fit(student, work, wanted, judge, self.own, block.name)
+        weights, lessons = self.program.weights, self.lessons
+        first = Masters.of(weights, kept, self.context.device)
+        student.take(first.stored(weights))
+        before = fit.loss(lessons.held)
+        if not math.isfinite(before):
+            raise CalibrationError(
+                f"refining {block.name}",
+                found="a loss that is NaN or infinite before the first step",
+                do="Look at the weights; where float16 overflows take --compute-dtype float32",
+            )
+        best, chosen, rate = before, dict[str, Tensor](), None
+        problems = []
+        for attempt in self.own.ladder:
+            masters = Masters.of(weights, kept, self.context.device)
+
+            def tell(epoch: int, attempt: float = attempt) -> None:
+                self._tell(number, f"{block.name}, rate {attempt:g}, epoch {epoch + 1}")
+
+            try:
+                fit.train(masters, attempt, lessons, self.context.seed + number, tell)
+            except CalibrationError as error:
+                if len(self.own.ladder) == 1:
+                    raise
+                problems.append(error)
+                continue
+            stored = masters.stored(weights)
+            student.take(stored)
+            after = fit.loss(lessons.held)
+            if after < best:
+                best, chosen, rate = after, {n: v.cpu() for n, v in stored.items()}, attempt
+        if len(problems) == len(self.own.ladder):
+            raise problems[-1]
+        for name, value in chosen.items():
+            weights.write(name, value)
+        student.forget()
+        entries = sum(int(weights.shape(n).numel()) if m is None else int(m.sum()) for n, m in kept.items())
+        return RegionResult(
+            block.name, "kl" if predicts else "error", before, best, rate, entries, sorted(chosen),
+            time.perf_counter() - started,
+        )  # fmt: skip
+
+    def _by_values(self, teacher: Fitter, taught: Block) -> Judge:
+        def judge(index: int, value: Tensor) -> Tensor:
+            target = teacher.store.take(index, taught.output.name, self.context.device, keep=True)
+            assert isinstance(target, Tensor)
+            return self.own.error(value, target, self._counted(index, value))
+
+        return judge
+
+    def _by_predictions(self, teacher: Fitter, taught: Block) -> Judge:
+        """The dense model's logits are made again of its last hidden values whenever they are needed: kept, they would
+        take as much as the vocabulary is wide."""
+        logits = logits_node(self.teacher)
+        assert logits is not None
+        order = teacher.flow.position
+        work = teacher.prepare(taught.stop, order[logits] + 1, len(order))
+
+        def judge(index: int, value: Tensor) -> Tensor:
+            with torch.no_grad():
+                target = teacher.give(work, index, logits)
+            return self.own.divergence(value, target, self._counted(index, value))
+
+        return judge
+
+    def _counted(self, index: int, value: Tensor) -> Tensor | None:
+        """Where there are tokens, and no padding."""
+        mask = self.batches[index].get("attention_mask")
+        if mask is None or mask.dim() != 2 or tuple(value.shape[:-1]) != tuple(mask.shape) or bool((mask != 0).all()):
+            return None
+        return (mask != 0).to(value.device)
+
+    def _lessons(self) -> Lessons:
+        count = len(self.batches)
+        rows = [len(next(iter(batch.values()))) for batch in self.batches]
+        held = round(self.own.guard * count)
+        if not 0 < held < count:
+            raise CalibrationError(
+                f"{spec_text(self.own)} on {sum(rows)} sequences in {count} batches",
+                found=f"{held} batches to hold back and {count - held} to train on",
+                do="Give more --samples, or another guard",
+            )
+        # Spread over the text, which may be of several kinds in a row.
+        chosen = {int((i + 0.5) * count / held) for i in range(held)}
+        return Lessons([i for i in range(count) if i not in chosen], sorted(chosen))
+
+    def _tell(self, number: int, what: str) -> None:
+        self.context.observe(Progress(number, len(self.blocks), f"refining {what}", 0))
+
+
+def check_alike(blocks: Sequence[Block], taught: Sequence[Block]) -> None:
+    """Raises:
+    SpecError: two models whose blocks do not give values of one shape.
+    """
+    if len(blocks) != len(taught):
+        raise SpecError(
+            "refining to the teacher's outputs",
+            found=f"{len(blocks)} blocks, and {len(taught)} in the teacher",
+            do="Give the dense model that was pruned",
+        )
+    for ours, theirs in zip(blocks, taught, strict=True):
+        if ours.output.meta["val"].shape != theirs.output.meta["val"].shape:
+            raise _other(f"the output of {ours.name}", ours.output, theirs.output)
+
+
+def _other(what: str, ours: fx.Node, theirs: fx.Node | None) -> SpecError:
+    other = "none" if theirs is None else str(list(theirs.meta["val"].shape))
+    return SpecError(
+        "refining to the teacher's outputs",
+        found=f"{what} of shape {list(ours.meta['val'].shape)}, and {other} in the teacher",
+        do="Give the dense model that was pruned",
+    )

@@ -1,0 +1,181 @@
+"""Zeros that stay zeros while anybody trains: ``with sparsify.hold_zeros(model): …``, and a callback for the Trainer.
+
+Gradients of pruned entries are zero before an optimizer sees them, so that they have no part in its moments or in a
+norm that is clipped; what an optimizer does to them all the same (noise, a merged adapter) is taken back after every
+step.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from transformers import TrainerCallback
+
+from sparsify.errors import SpecError, VerifyError
+
+# A weight with fewer zeros than this was not pruned: its zeros are chance, and are not held.
+LEAST_ZEROS = 0.05
+
+
+@dataclass(frozen=True)
+class Held:
+    """Weights whose zeros are held: per name the parameter and where it is kept."""
+
+    parameters: dict[str, nn.Parameter]
+    kept: dict[str, Tensor]
+
+    def apply(self) -> None:
+        """Make every pruned entry zero."""
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.masked_fill_(~self.kept[name].to(parameter.device), 0)
+
+    def broken(self) -> dict[str, int]:
+        """How many pruned entries of each weight are not zero."""
+        counts = {name: int(((p != 0) & ~self.kept[name].to(p.device)).sum()) for name, p in self.parameters.items()}
+        return {name: count for name, count in counts.items() if count}
+
+
+@contextmanager
+def hold_zeros(model: nn.Module) -> Iterator[Held]:
+    """While it is open, no training changes a zero of ``model``'s pruned weights, whatever the optimizer.
+
+    Held are parameters of two and more axes, no embeddings, of which at least 5% are zero when it begins. Works through
+    ``DistributedDataParallel``, whose parameters are the model's own, and for peft's adapters, whose merging is masked.
+
+    Raises:
+        SpecError: no weight of the model is pruned, or its parameters are sharded (FSDP, DeepSpeed ZeRO 3), where no
+            process sees a weight whole. VerifyError: a zero was changed behind its back.
+
+    >>> import torch, sparsify
+    >>> net = torch.nn.Linear(8, 4)
+    >>> _ = torch.nn.init.constant_(net.weight[:, :4].data, 0)
+    >>> with sparsify.hold_zeros(net):
+    ...     optimizer = torch.optim.AdamW(net.parameters())
+    ...     net(torch.ones(1, 8)).sum().backward()
+    ...     optimizer.step()
+    >>> int((net.weight == 0).sum())
+    16
+    """
+    _check_whole(model)
+    held = _find(model)
+    hooks: list[Any] = [
+        parameter.register_hook(_masking(held.kept[name]))
+        for name, parameter in held.parameters.items()
+        if parameter.requires_grad
+    ]
+    watched = weakref.ref(model)
+
+    def after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        if watched() is not None:
+            held.apply()
+
+    hooks.append(register_optimizer_step_post_hook(after_step))
+    merging = [part for part in model.modules() if hasattr(part, "merge") and hasattr(part, "get_base_layer")]
+    for part in merging:
+        _mask_merging(part, held)
+    try:
+        yield held
+        if broken := held.broken():
+            held.apply()
+            name, count = next(iter(broken.items()))
+            raise VerifyError(
+                f"holding the zeros of {name}",
+                found=f"{count} pruned entries were written to without an optimizer's step",
+                do="They are zero again; assign to weights outside of hold_zeros",
+            )
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for part in merging:
+            with suppress(AttributeError):
+                del part.merge
+
+
+class HoldZeros(TrainerCallback):
+    """For transformers' Trainer: ``Trainer(…, callbacks=[sparsify.HoldZeros()])`` holds zeros from the first step to
+    the last; see :func:`hold_zeros`.
+    """
+
+    def __init__(self) -> None:
+        self._open: Any = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **rest: Any) -> None:
+        self._open = hold_zeros(model)
+        self._open.__enter__()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
+        opened, self._open = self._open, None
+        if opened is not None:
+            opened.__exit__(None, None, None)
+
+
+def _find(model: nn.Module) -> Held:
+    tables = {
+        id(parameter)
+        for part in model.modules()
+        if isinstance(part, nn.Embedding)
+        for parameter in part.parameters(recurse=False)
+    }
+    found = {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if parameter.dim() > 1 and parameter.is_floating_point() and id(parameter) not in tables
+    }
+    kept = {}
+    for name, parameter in found.items():
+        mask = parameter.detach() != 0
+        # What training begins with at zero (LoRA's B) is no pruned weight.
+        if mask.any() and float((~mask).float().mean()) >= LEAST_ZEROS:
+            kept[name] = mask
+    if not kept:
+        raise SpecError(
+            "holding the zeros of a model",
+            found=f"no weight with zeros among {len(found)}: nothing is pruned",
+            do="Prune it first, and load what was written",
+        )
+    return Held({name: found[name] for name in kept}, kept)
+
+
+def _check_whole(model: nn.Module) -> None:
+    for part in model.modules():
+        if type(part).__name__ == "FullyShardedDataParallel":
+            raise _sharded("FullyShardedDataParallel")
+    for parameter in model.parameters():
+        if type(parameter.data).__name__ == "DTensor" or type(parameter).__name__ == "DTensor":
+            raise _sharded("FSDP 2 or tensor parallelism (DTensor)")
+        if hasattr(parameter, "ds_id"):
+            raise _sharded("DeepSpeed ZeRO 3")
+
+
+def _sharded(what: str) -> SpecError:
+    return SpecError(
+        "holding the zeros of a model",
+        found=f"parameters that are sharded by {what}: no process sees a weight whole",
+        do="Train with DistributedDataParallel, or on one device (sparsify tune)",
+    )
+
+
+def _masking(kept: Tensor) -> Any:
+    def hook(gradient: Tensor) -> Tensor:
+        return gradient.masked_fill(~kept.to(gradient.device), 0)
+
+    return hook
+
+
+def _mask_merging(part: Any, held: Held) -> None:
+    merge = part.merge
+
+    def masked(*args: Any, **kwargs: Any) -> Any:
+        result = merge(*args, **kwargs)
+        held.apply()
+        return result
+
+    part.merge = masked
