@@ -127,5 +127,5 @@ def compile(
             return planned.compiled
         planned, data = stages.draw(planned, data, request, context)
         planned = stages.restructure(planned, data, request, seam, place)
-        job, compiled = stages.prune(planned, data, request, seam, stack)
+        job, compiled = stages.prune(planned, data, request, seam, place)
         return stages.finish(compiled, job, request, place, context)

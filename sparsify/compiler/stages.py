@@ -24,7 +24,7 @@ from sparsify.data.chat import Chat
 from sparsify.data.inputs import check_length
 from sparsify.data.pictures.image_text import names_image_text
 from sparsify.errors import SpecError
-from sparsify.files.ownership import Scratch
+from sparsify.files.ownership import Claim, Scratch
 from sparsify.files.reading import kind_at
 from sparsify.files.staging import check_output
 from sparsify.frontend.capture import Batch, capture
@@ -45,9 +45,12 @@ from sparsify.words import format_bytes
 
 @dataclass
 class Workplace:
-    """A temporary folder, made when it is first asked for and gone when the compile is, unless somebody keeps it."""
+    """A temporary folder, made when it is first asked for and gone when the compile is, unless somebody keeps it; and
+    the place of the output, which is this job's until the backend takes it over.
+    """
 
     stack: ExitStack
+    output: Claim | None = None
     _folder: Scratch | None = None
 
     @property
@@ -113,7 +116,9 @@ def open_model(
     """
     if request.out is not None and not request.dry_run:
         local = Path(model) if not isinstance(model, nn.Module) and kind_at(model) else None
-        check_output(request.out, overwrite=request.overwrite, source=local)
+        place.output = check_output(request.out, overwrite=request.overwrite, source=local)
+        if place.output is not None:
+            place.stack.enter_context(place.output)
     source = open_source(
         model,
         allow_bin=allow_bin,
@@ -198,27 +203,29 @@ def restructure(planned: Planned, data: Calibration | None, request: Request, se
     return Planned(model, done, _runs(model, request))
 
 
-def _open_output(planned: Planned, request: Request, stack: ExitStack) -> Job | None:
+def _open_output(planned: Planned, request: Request, place: Workplace) -> Job | None:
     """The output, under construction from here on: passes write to it. None where the result stays in memory."""
     source, program = planned.model.source, planned.model.program
     if request.out is None:
         program.weights = source.weights.on(MemoryStore(source.weights.store))
         return None
+    if place.output is not None:
+        place.output.release()
     job = request.backend.open(source, request.out, overwrite=request.overwrite, program=program)
-    stack.enter_context(job)
+    place.stack.enter_context(job)
     program.weights = job.weights
     return job
 
 
 def prune(
-    planned: Planned, data: Calibration | None, request: Request, seam: Seam, stack: ExitStack
+    planned: Planned, data: Calibration | None, request: Request, seam: Seam, place: Workplace
 ) -> tuple[Job | None, Compiled]:
     """Run every pass that is not structural, in the order given, on the weights of the output under construction.
 
     Raises:
         SparsifyError: what a pass refuses, or a promise that it broke.
     """
-    job = _open_output(planned, request, stack)
+    job = _open_output(planned, request, place)
     compiled, program = planned.compiled, planned.model.program
     compiled.calibration, compiled.opaque = data, find_sites(program)[1]
     samples = None if data is None else Samples(data.batches, data.labels)
