@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -32,10 +32,11 @@ from sparsify.frontend.source import Source, open_source, require_real
 from sparsify.ir.graph import runnable
 from sparsify.ir.program import Program
 from sparsify.ir.store import MemoryStore
+from sparsify.method.pattern import NM
 from sparsify.method.weight_pass import WeightPass
 from sparsify.prune.engine import prune as prune_weights
 from sparsify.prune.names import Wanted
-from sparsify.prune.targets import choose
+from sparsify.prune.targets import UNFIT, choose
 from sparsify.structure.plan import plan as plan_structure
 from sparsify.structure.record import Restructured
 from sparsify.structure.restructure import Captured
@@ -306,6 +307,9 @@ def _runs(model: Captured, request: Request) -> list[PassRun]:
         run = PassRun(own, schedule)
         if isinstance(own, WeightPass):
             run.targets, run.skipped = choose(model.program, own.pattern, model.wanted)
+            if isinstance(own.pattern, NM) and any(hasattr(smaller, "round") for smaller in request.structural):
+                hint = f"; round={own.pattern.m} of the pass that makes the model smaller leaves widths that fit"
+                run.skipped = [replace(s, reason=s.reason + hint) if s.code == UNFIT else s for s in run.skipped]
         runs.append(run)
     return runs
 
