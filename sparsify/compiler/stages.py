@@ -308,7 +308,8 @@ def _runs(model: Captured, request: Request) -> list[PassRun]:
         if isinstance(own, WeightPass):
             run.targets, run.skipped = choose(model.program, own.pattern, model.wanted)
             if isinstance(own.pattern, NM) and any(hasattr(smaller, "round") for smaller in request.structural):
-                hint = f"; round={own.pattern.m} of the pass that makes the model smaller leaves widths that fit"
+                m = own.pattern.m
+                hint = f"; where {m} divides the dense width, round={m} of the pass that makes it smaller keeps that so"
                 run.skipped = [replace(s, reason=s.reason + hint) if s.code == UNFIT else s for s in run.skipped]
         runs.append(run)
     return runs

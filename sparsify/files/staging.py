@@ -152,7 +152,9 @@ def check_output(out: Path, *, overwrite: bool, source: Path | None) -> Claim | 
     out = out.absolute()
     _check_place(out, source)
     try:
-        claim = Claim(out, warn=False) if out.parent.is_dir() else _try_parents(out)
+        claim = Claim(out, warn=False) if out.parent.is_dir() else None
+        if claim is None:
+            _try_parents(out)
     except OSError as error:
         raise BackendError(
             f"output {out}", found=f"cannot be made ({error})", do="Choose another place with -o"

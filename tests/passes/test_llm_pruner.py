@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+import transformers
 from support.command_line import sparsify as sparsify_command
-from support.families import save
 from support.folders import load
 from torch import Tensor, nn
 
@@ -236,10 +236,12 @@ def test_the_least_important_go_by_other_importances(
 
 
 def test_widths_that_no_pattern_fits_are_told_with_what_fits(tmp_path: Path) -> None:
-    save("llama", tmp_path / "model")
-    smaller = "llm-pruner:20%,importance=l1,granularity=channel"
+    """20 channels are no multiple of 8, the round that is kept by itself."""
+    sizes = {"hidden_size": 16, "intermediate_size": 20, "num_attention_heads": 2, "num_hidden_layers": 3}
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=64, **sizes)).save_pretrained(tmp_path / "model")
+    smaller = "llm-pruner:25%,importance=l1"
     made = sparsify.compile(tmp_path / "model", [smaller, "magnitude:2:4"])
-    hints = [s.reason for s in made.runs[0].skipped if "not a multiple of 4" in s.reason]
-    assert hints and all("; round=4 of the pass that makes the model smaller" in reason for reason in hints)
+    hints = [s.reason for s in made.runs[0].skipped if "in_features 15 is not a multiple of 4" in s.reason]
+    assert hints and all("round=4 of the pass that makes it smaller" in reason for reason in hints)
     made = sparsify.compile(tmp_path / "model", [f"{smaller},round=4", "magnitude:2:4"])
     assert not [s for s in made.runs[0].skipped if "not a multiple" in s.reason]
