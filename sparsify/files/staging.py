@@ -57,7 +57,7 @@ class Staging:
             self._claim, self._lent = claim or Claim(self.out), claim is not None
             try:
                 # Only now: an older output may have come back to its place.
-                _check_free(self.out, overwrite=overwrite)
+                check_free(self.out, overwrite=overwrite)
                 _check_room(self.out, need)
                 self.folder.mkdir()
                 self._mode = stat.S_IMODE(self.folder.stat().st_mode)
@@ -105,7 +105,7 @@ class Staging:
             if not self.overwrite:
                 raise
         _check_kind(self.out)
-        _check_free(self.out, overwrite=True)
+        check_free(self.out, overwrite=True)
         if exchange(self.folder, self.out):
             return self.folder
         # Two steps; who is killed between them leaves the older one to be moved back by the next.
@@ -160,7 +160,7 @@ def check_output(out: Path, *, overwrite: bool, source: Path | None) -> Claim | 
             f"output {out}", found=f"cannot be made ({error})", do="Choose another place with -o"
         ) from error
     try:
-        _check_free(out, overwrite=overwrite)
+        check_free(out, overwrite=overwrite)
     except BaseException:
         if claim is not None:
             claim.release()
@@ -204,7 +204,8 @@ def _check_kind(out: Path) -> None:
         raise BackendError(f"output {out}", found="a file or a link of that name", do="Choose another name with -o")
 
 
-def _check_free(out: Path, *, overwrite: bool) -> None:
+def check_free(out: Path, *, overwrite: bool) -> None:
+    """Raise BackendError if something is at ``out``: with ``overwrite`` if that is no output of ours and no model."""
     if not out.exists():
         return
     if not overwrite:
@@ -215,7 +216,7 @@ def _check_free(out: Path, *, overwrite: bool) -> None:
         )
     if (names := _not_ours(out)) is not None:
         raise BackendError(
-            f"output {out} --overwrite",
+            f"replacing {out}",
             found=f"a folder with {names} in it, and nothing by which it is an output of sparsify or a model",
             do="If nothing in it is needed, delete it yourself; or choose another place with -o",
         )
