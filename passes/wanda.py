@@ -16,6 +16,7 @@ from sparsify.errors import CalibrationError
 from sparsify.method.pattern import NM, Unstructured
 from sparsify.method.statistics import InputStatistics
 from sparsify.passes.scored import ScoredPass
+from sparsify.tensors import all_finite
 
 
 @dataclass(frozen=True)
@@ -74,18 +75,26 @@ def input_norm(statistics: InputStatistics) -> Tensor:
     """‖X_j‖₂ / √n, [in_features] float32.
 
     Raises:
-        CalibrationError: every input is zero, so that scores would order weights by their index alone.
+        CalibrationError: every input is zero, so that scores would order weights by their index alone, or one is no
+            number.
     """
     return live(statistics.squared_norm).sqrt().to(torch.float32)
 
 
 def live(norms: Tensor) -> Tensor:
-    """``norms`` if any is not zero."""
+    """``norms`` if any is not zero and all are finite."""
+    if not all_finite(norms):
+        raise CalibrationError(
+            "wanda scores",
+            found="inputs whose norms overflow or are no numbers",
+            do="Mend the weights before this layer, take --compute-dtype float32, or leave it out with --ignore",
+        )
     if not bool(norms.any()):
         raise CalibrationError(
             "wanda scores",
             found="an input that is zero on every calibration token",
-            do="Use other calibration data, or leave it out with --ignore",
+            do="Huge weights before it do that too: is the checkpoint sound? Else use other calibration data, or leave "
+            "it out with --ignore",
         )
     return norms
 

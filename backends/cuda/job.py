@@ -32,8 +32,6 @@ class CudaJob(PackedJob):
         BackendError: no weight is 2:4, or the folder cannot be written.
     """
 
-    advice = "Prune it to 2:4 first (--pass wanda:2:4), the only sparsity that GPUs multiply"
-
     def __init__(self, source: Source, out: Path, *, overwrite: bool, policy: Policy, tune: bool) -> None:
         super().__init__(source, out, overwrite=overwrite, layout="packed24", choice="smallest")
         self.policy, self.tune = policy, tune
@@ -42,6 +40,11 @@ class CudaJob(PackedJob):
 
     def options(self) -> dict[str, str | bool]:
         return {"policy": self.policy, "tune": self.tune}
+
+    def advice(self, pruned: bool) -> str:
+        if pruned:
+            return "GPUs multiply 2:4 alone (--pass wanda:2:4); of what is 2:4 and not faster so write --to hf"
+        return "Prune it to 2:4 first (--pass wanda:2:4), the only sparsity that GPUs multiply"
 
     def decide(self, program: Program) -> list[Decision]:
         found = [_without_experts(d) for d in super().decide(program)]

@@ -53,7 +53,9 @@ def expand(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Folder to write. [default: in place]", metavar="DENSE")
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace DENSE if it exists.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace DENSE: an older output or a model, no other folder.")
+    ] = False,
     no_check: NoCheck = False,
     allow_nan: AllowNan = False,
     debug: Debug = False,

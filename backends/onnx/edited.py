@@ -25,7 +25,7 @@ from sparsify.backends.onnx.writing import FILE, write_graph
 from sparsify.errors import SpecError
 from sparsify.files.checkpoint import WEIGHTS, Checkpoint
 from sparsify.files.ledger import write_manifest
-from sparsify.files.staging import Staging
+from sparsify.files.staging import Staging, check_output
 from sparsify.finite import check_all_finite
 from sparsify.ir.weights import Weights
 
@@ -54,6 +54,8 @@ def export_graph(
         SpecError, BackendError: as :func:`sparsify.backends.onnx.api.export_onnx`.
         CheckpointError: a tensor that is not finite.
     """
+    if (claim := check_output(out, overwrite=overwrite, source=None)) is not None:
+        claim.release()
     if options.compute != Options.compute:
         raise SpecError(
             f"onnx:compute={options.compute} for a graph",

@@ -17,7 +17,9 @@ Folder = Annotated[Path, typer.Argument(help="Folder that compile --to packed wr
 def unpack(
     folder: Folder,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.", metavar="DENSE")],
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace DENSE if it exists.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace DENSE: an older output or a model, no other folder.")
+    ] = False,
     no_check: NoCheck = False,
     allow_nan: AllowNan = False,
     trust_remote_code: Trust = False,

@@ -12,7 +12,7 @@ from sparsify.backends.hf.job import HuggingFaceJob
 from sparsify.backends.packed.config import FORMAT, METHOD
 from sparsify.backends.packed.format import PackedSite
 from sparsify.backends.packed.loaded.modules import pack_modules
-from sparsify.backends.packed.plan import Decision, decide, siblings, summary
+from sparsify.backends.packed.plan import PRUNED, Decision, decide, siblings, summary
 from sparsify.backends.packed.store import PackedStore
 from sparsify.backends.packed.writing import differences, write_packed
 from sparsify.errors import BackendError, TraceError
@@ -36,8 +36,6 @@ class PackedJob:
     Raises:
         BackendError: no model that transformers loads, nothing in it is worth packing, or the folder cannot be written.
     """
-
-    advice = "Prune it first (--pass wanda:2:4), or take --to packed:choice=smallest to pack for size alone"
 
     def __init__(
         self, source: Source, out: Path, *, overwrite: bool, layout: AskedLayout, choice: PackingChoice
@@ -80,8 +78,9 @@ class PackedJob:
         self.decisions = self.decide(program)
         if not self.sites:
             reasons = "; ".join(f"{d.name}: {d.reason}" for d in self.decisions[:3])
+            advice = self.advice(any(d.zeros >= PRUNED for d in self.decisions))
             raise BackendError(
-                f"packing {self.source.name}", found=f"no weight is worth packing ({reasons})", do=self.advice
+                f"packing {self.source.name}", found=f"no weight is worth packing ({reasons})", do=advice
             )
         dense = layout_of(self.hf.store)
         sums = self._write(folder, program)
@@ -98,6 +97,13 @@ class PackedJob:
         packed = Weights(store, names, aliases=weights.aliases, model=self.source.module)
         packed.unknown, packed.untied = weights.unknown, weights.untied
         return path, packed
+
+    def advice(self, pruned: bool) -> str:
+        """What to do where nothing is packed: "prune it first" to nobody who did."""
+        smaller = "take --to packed:choice=smallest to pack for size alone"
+        known = ["prune it first (--pass wanda:2:4)"] * (not pruned) + [smaller] * (self.choice == "measured")
+        text = ", or ".join([*known, "write --to hf"])
+        return text[0].upper() + text[1:]
 
     def _write(self, folder: Path, program: Program) -> dict[str, str]:
         """The packed weight files in the place of the dense ones, checked before those go; the digest of each."""

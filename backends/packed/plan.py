@@ -22,6 +22,9 @@ from sparsify.runtime.stopwatch import Stopwatch, Timing
 from sparsify.runtime.words import LAYOUTS, AskedLayout, Layout, PackingChoice
 from sparsify.words import format_bytes
 
+# The share of zeros from which on a weight counts as pruned.
+PRUNED = 0.05
+
 
 @dataclass(frozen=True)
 class Decision:
@@ -170,7 +173,7 @@ def summary(decisions: Iterable[Decision]) -> list[str]:
     reasons: dict[str, list[str]] = {}
     for d in decisions:
         # What was never pruned is dense as a matter of course.
-        if d.reason is not None and d.zeros >= 0.05:
+        if d.reason is not None and d.zeros >= PRUNED:
             reasons.setdefault(d.reason, []).append(d.name)
     for reason, names in reasons.items():
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""

@@ -68,7 +68,8 @@ def _damped(gram: Tensor, percdamp: float) -> DampedGram:
         raise CalibrationError(
             "the Gram matrix",
             found="an input that is zero on every calibration token",
-            do="Use other calibration data, or leave it out with --ignore",
+            do="Huge weights before it do that too: is the checkpoint sound? Else use other calibration data, or leave "
+            "it out with --ignore",
         )
     # float64: a Gram matrix of few tokens is rank-deficient, and its factor decides masks.
     matrix = gram.to(torch.float64, copy=True)

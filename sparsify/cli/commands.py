@@ -87,7 +87,9 @@ def compile_command(
     only: Annotated[list[str] | None, typer.Option(help="Prune only these: names, globs, re:…", metavar="NAME")] = None,
     device: Device = "auto",
     memory: Memory = "8GiB",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace OUT: an older output or a model, no other folder.")
+    ] = False,
     print_after: Annotated[
         list[str] | None,
         typer.Option(
@@ -295,7 +297,9 @@ def compare_command(
     seed: Annotated[int, typer.Option(help="Seed for drawing sequences.")] = 0,
     device: Device = "auto",
     memory: Memory = "8GiB",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace OUT: an older output or a model, no other folder.")
+    ] = False,
     as_json: AsJson = False,
     allow_bin: AllowBin = False,
     no_check: NoCheck = False,

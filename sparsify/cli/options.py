@@ -63,16 +63,21 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")]
 LogLevel = Annotated[str, typer.Option(help="debug, info, warning or error.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")]
 
+# What a shell makes of SIGTERM.
+_TERMINATED = 143
+
 
 @contextlib.contextmanager
 def command_errors(debug: bool, log_level: str) -> Iterator[None]:
     """Errors as sentences with the right exit code; a terminated process cleans up like an interrupted one."""
     _set_logging(log_level)
     with contextlib.suppress(ValueError):  # not in the main thread
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(_TERMINATED))
     try:
         yield
-    except (typer.Exit, SystemExit, BrokenPipeError):
+    except (typer.Exit, SystemExit, BrokenPipeError) as error:
+        if isinstance(error, SystemExit) and error.code == _TERMINATED:
+            complain("terminated; nothing was written")
         # Whoever read the output has seen enough: typer ends the process quietly.
         raise
     except KeyboardInterrupt:

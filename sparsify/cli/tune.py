@@ -45,7 +45,9 @@ def tune_command(
     save_every: Annotated[int, typer.Option(help="Steps between saved states (TUNED.tuning).", min=1)] = 100,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from TUNED.tuning.")] = False,
     device: Device = "auto",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace TUNED if it exists.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace TUNED: an older output or a model, no other folder.")
+    ] = False,
     as_json: AsJson = False,
     no_check: NoCheck = False,
     allow_nan: AllowNan = False,

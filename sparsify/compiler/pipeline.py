@@ -135,5 +135,5 @@ def compile(
             allow_bin=allow_bin, trust_remote_code=trust_remote_code, check=check, compute_dtype=compute_dtype,
             dtype=None,
         )  # fmt: skip
-        job, compiled = stages.prune(planned, data, request, seam, stack)
+        job, compiled = stages.prune(planned, data, request, seam, place)
         return stages.finish(compiled, job, request, place, context)

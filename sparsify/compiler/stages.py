@@ -26,7 +26,7 @@ from sparsify.data.chat import Chat
 from sparsify.data.inputs import check_length
 from sparsify.data.pictures.image_text import names_image_text
 from sparsify.errors import SpecError
-from sparsify.files.ownership import Scratch
+from sparsify.files.ownership import Claim, Scratch
 from sparsify.files.reading import kind_at
 from sparsify.files.staging import check_output
 from sparsify.frontend.capture import Batch, capture
@@ -34,11 +34,12 @@ from sparsify.frontend.source import Source, open_source, require_real
 from sparsify.ir.graph import runnable
 from sparsify.ir.program import Program
 from sparsify.ir.store import MemoryStore
+from sparsify.method.pattern import NM
 from sparsify.method.region_pass import RegionPass
 from sparsify.method.weight_pass import WeightPass
 from sparsify.prune.engine import prune as prune_weights
 from sparsify.prune.names import Wanted
-from sparsify.prune.targets import choose
+from sparsify.prune.targets import UNFIT, choose
 from sparsify.refine.engine import refine
 from sparsify.structure.plan import plan as plan_structure
 from sparsify.structure.record import Restructured
@@ -49,9 +50,12 @@ from sparsify.words import format_bytes
 
 @dataclass
 class Workplace:
-    """A temporary folder, made when it is first asked for and gone when the compile is, unless somebody keeps it."""
+    """A temporary folder, made when it is first asked for and gone when the compile is, unless somebody keeps it; and
+    the place of the output, which is this job's until the backend takes it over.
+    """
 
     stack: ExitStack
+    output: Claim | None = None
     _folder: Scratch | None = None
 
     @property
@@ -119,7 +123,9 @@ def open_model(
     """
     if request.out is not None and not request.dry_run:
         local = Path(model) if not isinstance(model, nn.Module) and kind_at(model) else None
-        check_output(request.out, overwrite=request.overwrite, source=local)
+        place.output = check_output(request.out, overwrite=request.overwrite, source=local)
+        if place.output is not None:
+            place.stack.enter_context(place.output)
     source = open_source(
         model,
         allow_bin=allow_bin,
@@ -219,27 +225,29 @@ def teach(planned: Planned, data: Calibration | None, request: Request, context:
     )
 
 
-def _open_output(planned: Planned, request: Request, stack: ExitStack) -> Job | None:
+def _open_output(planned: Planned, request: Request, place: Workplace) -> Job | None:
     """The output, under construction from here on: passes write to it. None where the result stays in memory."""
     source, program = planned.model.source, planned.model.program
     if request.out is None:
         program.weights = source.weights.on(MemoryStore(source.weights.store))
         return None
+    if place.output is not None:
+        place.output.release()
     job = request.backend.open(source, request.out, overwrite=request.overwrite, program=program)
-    stack.enter_context(job)
+    place.stack.enter_context(job)
     program.weights = job.weights
     return job
 
 
 def prune(
-    planned: Planned, data: Calibration | None, request: Request, seam: Seam, stack: ExitStack
+    planned: Planned, data: Calibration | None, request: Request, seam: Seam, place: Workplace
 ) -> tuple[Job | None, Compiled]:
     """Run every pass that is not structural, in the order given, on the weights of the output under construction.
 
     Raises:
         SparsifyError: what a pass refuses, or a promise that it broke.
     """
-    job = _open_output(planned, request, stack)
+    job = _open_output(planned, request, place)
     compiled, program = planned.compiled, planned.model.program
     compiled.calibration, compiled.opaque = data, find_sites(program)[1]
     samples = None if data is None else Samples(data.batches, data.labels)
@@ -338,6 +346,10 @@ def _runs(model: Captured, request: Request) -> list[PassRun]:
         run = PassRun(own, schedule)
         if isinstance(own, WeightPass):
             run.targets, run.skipped = choose(model.program, own.pattern, model.wanted)
+            if isinstance(own.pattern, NM) and any(hasattr(smaller, "round") for smaller in request.structural):
+                m = own.pattern.m
+                hint = f"; where {m} divides the dense width, round={m} of the pass that makes it smaller keeps that so"
+                run.skipped = [replace(s, reason=s.reason + hint) if s.code == UNFIT else s for s in run.skipped]
         runs.append(run)
     return runs
 

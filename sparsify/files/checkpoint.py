@@ -214,7 +214,12 @@ class Checkpoint:
             held = sorted((e.start, name) for name, e in self._entries.items() if e.path == path)
             begin = held[0][0] if held else path.stat().st_size
             with path.open("rb", buffering=0) as source, (folder / path.name).open("wb", buffering=0) as target:
-                copy_span(source, target, begin)
+                try:
+                    copy_span(source, target, begin)
+                except EOFError as error:
+                    raise CheckpointError(
+                        f"copying {path}", found=f"it ended early ({error})", do="Fetch it again"
+                    ) from error
                 for _, name in held:
                     entry = self._entries[name]
                     hashes = {kind: new_hash(kind) for kind in {BLAKE, self.ledger.algorithm}}

@@ -128,14 +128,14 @@ def _files_of(inner: Path, folder: Path) -> list[Path] | None:
         whole = whole or any(Path(name).suffix.lower() in _FOREIGN for name in names)
         held = [name for name in names if Path(name).suffix.lower() in WEIGHT_SUFFIXES]
         size += sum((here / name).lstat().st_size for name in held)
-        whole = whole or (bool(held) and _is_model(here / "config.json"))
+        whole = whole or (bool(held) and is_model(here / "config.json"))
     # Half of the weights and more are the weights again: in another layout, under other names.
     own = sum(p.stat().st_size for p in folder.iterdir() if p.suffix.lower() in WEIGHT_SUFFIXES and p.is_file())
     whole = whole or 0 < own < 2 * size
     return None if whole and inner.name not in _modules(folder) else files
 
 
-def _is_model(config: Path) -> bool:
+def is_model(config: Path) -> bool:
     """Whether a config.json is that of a model that transformers would load."""
     try:
         return kind_at(config) == "file" and bool(read_json(config).keys() & {"model_type", "architectures"})

@@ -171,10 +171,17 @@ def write_manifest(
 
 
 def digest_of_header(path: Path) -> str:
-    """Of a safetensors file: of its first 8 bytes and the table of tensors that follows."""
+    """Of a safetensors file: of its first 8 bytes and the table of tensors that follows.
+
+    Raises:
+        CheckpointError: it ends before.
+    """
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
-    return digest_of_span(path, 0, 8 + length)
+    try:
+        return digest_of_span(path, 0, 8 + length)
+    except EOFError as error:
+        raise CheckpointError(f"reading {path}", found=f"it ended early ({error})", do="Fetch it again") from error
 
 
 def _digests(folder: Path, manifest: Mapping[str, Any]) -> list[dict[str, str]]:

@@ -23,11 +23,14 @@ _LOCK = "sparsify-lock"
 class Claim:
     """That this job alone writes ``out``, until it is released. Use as a context manager.
 
+    Args:
+        warn: of a filesystem that knows no locks.
+
     Raises:
         BackendError: another job writes it. OSError: the folder that ``out`` is to lie in cannot be written.
     """
 
-    def __init__(self, out: Path) -> None:
+    def __init__(self, out: Path, *, warn: bool = True) -> None:
         self.out = out.absolute()
         self._lock = beside(self.out, _LOCK)
         make_folders(self.out.parent)
@@ -36,7 +39,7 @@ class Claim:
         self._close = weakref.finalize(self, os.close, fd)
         if sure:
             _settle(self.out)
-        else:
+        elif warn:
             warnings.warn(
                 f"{self.out.parent} is on a filesystem without locks: two jobs on one output are not told from each "
                 "other, and what a killed one leaves is for you to remove",
@@ -60,16 +63,6 @@ class Claim:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.release()
-
-
-def settle(out: Path) -> None:
-    """Put right what killed jobs on ``out`` left: an older output comes back to its place, the rest goes.
-
-    Raises:
-        BackendError: a job that is alive writes it now. OSError: what is there cannot be moved.
-    """
-    if asides(out) or os.path.lexists(beside(out, _LOCK)):
-        Claim(out).release()
 
 
 class Scratch(tempfile.TemporaryDirectory[str]):

@@ -13,6 +13,11 @@ from sparsify.files.json_text import parse_json
 # every channel that was taken out.
 MAX_CONFIG, MAX_INDEX, MAX_MANIFEST = 16 << 20, 128 << 20, 256 << 20
 
+# Files without which a model is not what its publisher made; what else lies there (pictures) is carried as it is.
+_NEEDED = frozenset({".safetensors", ".bin", ".gguf", ".onnx", ".json", ".txt", ".model", ".jinja", ".py", ".tiktoken"})
+# A pointer of Git LFS begins so, and is no longer than this.
+_POINTER, _LONGEST_POINTER = b"version https://git-lfs", 1024
+
 _KINDS = {
     stat.S_IFDIR: "a folder",
     stat.S_IFIFO: "a FIFO",
@@ -28,9 +33,16 @@ def admit(path: Path) -> Path:
     A link is followed inside the folder, and from a snapshot of a Hugging Face hub cache into that cache's blobs.
 
     Raises:
-        CheckpointError: a link to elsewhere or to nothing, or no regular file: reading one may never end.
+        CheckpointError: a link to elsewhere or to nothing, or no regular file: reading one may never end; or what Git
+            leaves in the place of a large file.
     """
     asked = f"file {path}"
+    if path.is_symlink() and not path.exists():
+        raise CheckpointError(
+            asked,
+            found=f"a link to {path.readlink()}, where nothing is",
+            do="Remove the link if the model does not need the file; else fetch the folder again",
+        )
     try:
         if path.is_symlink() and not _belongs(path.parent.resolve(), target := path.resolve(strict=True)):
             raise CheckpointError(
@@ -38,13 +50,28 @@ def admit(path: Path) -> Path:
                 found=f"a link to {target}, outside the model's folder",
                 do="Copy the file itself into the folder; links are followed only inside a Hugging Face hub cache",
             )
-        kind = stat.S_IFMT(path.stat().st_mode)
+        there = path.stat()
+        kind = stat.S_IFMT(there.st_mode)
     except (OSError, RuntimeError) as error:  # (RuntimeError: a circle of links, before Python 3.13)
         raise CheckpointError(asked, found=f"it cannot be opened ({error})", do="Fetch the folder again") from error
     if kind != stat.S_IFREG:
         found = f"{_KINDS.get(kind, 'something else')}, and only regular files are read"
         raise CheckpointError(asked, found=found, do="Do not trust this folder; remove it or fetch it again")
+    if there.st_size <= _LONGEST_POINTER and path.suffix.lower() in _NEEDED and _is_pointer(path):
+        raise CheckpointError(
+            asked,
+            found="a Git LFS pointer, which says where the file is, and not the file",
+            do="Run `git lfs pull` in that folder, or fetch it with `hf download`",
+        )
     return path
+
+
+def _is_pointer(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            return file.read(len(_POINTER)) == _POINTER
+    except OSError:  # (whoever reads it says so)
+        return False
 
 
 def _belongs(folder: Path, target: Path) -> bool:

@@ -6,6 +6,7 @@ process that dies leaves only hidden things; the next run to the same output put
 
 from __future__ import annotations
 
+import os
 import shutil
 import stat
 from pathlib import Path
@@ -13,9 +14,15 @@ from types import TracebackType
 
 from sparsify.durable import aside, discard, exchange, move_new, sync, sync_tree
 from sparsify.errors import BackendError
+from sparsify.files.companions import is_model
 from sparsify.files.modes import carry_modes, set_mode
-from sparsify.files.ownership import Claim, settle
+from sparsify.files.ownership import Claim
+from sparsify.files.reading import kind_at
 from sparsify.words import format_bytes
+
+# What says of a folder that it is an output of ours or a model, beside ONNX files and a model's config.json: manifests,
+# tables of compare, adapters, the state of a tuning run.
+_MARKS = ("sparsify.json", "compare.json", "adapter_config.json", "state.safetensors")
 
 
 class Staging:
@@ -28,8 +35,8 @@ class Staging:
         claim: of an owner of ``out`` who keeps it.
 
     Raises:
-        BackendError: ``out`` exists (without ``overwrite``), is a file, is written by another job, has no room or
-            cannot be made.
+        BackendError: ``out`` exists (without ``overwrite``, or is neither empty nor what an output or a model is), is
+            a file, is written by another job, has no room or cannot be made.
     """
 
     def __init__(
@@ -50,7 +57,7 @@ class Staging:
             self._claim, self._lent = claim or Claim(self.out), claim is not None
             try:
                 # Only now: an older output may have come back to its place.
-                _check_free(self.out, overwrite=overwrite)
+                check_free(self.out, overwrite=overwrite)
                 _check_room(self.out, need)
                 self.folder.mkdir()
                 self._mode = stat.S_IMODE(self.folder.stat().st_mode)
@@ -98,6 +105,7 @@ class Staging:
             if not self.overwrite:
                 raise
         _check_kind(self.out)
+        check_free(self.out, overwrite=True)
         if exchange(self.folder, self.out):
             return self.folder
         # Two steps; who is killed between them leaves the older one to be moved back by the next.
@@ -129,20 +137,43 @@ class Staging:
             ) from error
 
 
-def check_output(out: Path, *, overwrite: bool, source: Path | None) -> None:
-    """Raise BackendError unless ``out`` may be written without losing anything the user did not offer.
+def check_output(out: Path, *, overwrite: bool, source: Path | None) -> Claim | None:
+    """Whether ``out`` may be written without losing anything that the user did not offer, and can be at all.
 
     What killed jobs left there is put right first: an older output may be back.
+
+    Returns:
+        that this job alone writes ``out``, until it is released, which has to be before :class:`Staging`; None where
+        the folder that it lies in is not there yet.
+
+    Raises:
+        BackendError: as :class:`Staging`, before any work; of the room alone nothing is known yet.
     """
     out = out.absolute()
     _check_place(out, source)
     try:
-        settle(out)
+        claim = Claim(out, warn=False) if out.parent.is_dir() else None
+        if claim is None:
+            _try_parents(out)
     except OSError as error:
         raise BackendError(
-            f"output {out}", found=f"what a killed job left cannot be removed ({error})", do="Remove it by hand"
+            f"output {out}", found=f"cannot be made ({error})", do="Choose another place with -o"
         ) from error
-    _check_free(out, overwrite=overwrite)
+    try:
+        check_free(out, overwrite=overwrite)
+    except BaseException:
+        if claim is not None:
+            claim.release()
+        raise
+    return claim
+
+
+def _try_parents(out: Path) -> None:
+    """Raise OSError unless the folder that ``out`` is to lie in can be made. Nothing is left of the attempt."""
+    first = next(path for path in (out, *out.parents) if os.path.lexists(path.parent))
+    trial = aside(first, "partial")
+    trial.mkdir()
+    trial.rmdir()
 
 
 def _check_place(out: Path, source: Path | None) -> None:
@@ -173,13 +204,34 @@ def _check_kind(out: Path) -> None:
         raise BackendError(f"output {out}", found="a file or a link of that name", do="Choose another name with -o")
 
 
-def _check_free(out: Path, *, overwrite: bool) -> None:
-    if out.exists() and not overwrite:
+def check_free(out: Path, *, overwrite: bool) -> None:
+    """Raise BackendError if something is at ``out``: with ``overwrite`` if that is no output of ours and no model."""
+    if not out.exists():
+        return
+    if not overwrite:
         raise BackendError(
             f"output {out}",
             found="it exists already",
             do="Pass --overwrite to replace it, or choose another -o",
         )
+    if (names := _not_ours(out)) is not None:
+        raise BackendError(
+            f"replacing {out}",
+            found=f"a folder with {names} in it, and nothing by which it is an output of sparsify or a model",
+            do="If nothing in it is needed, delete it yourself; or choose another place with -o",
+        )
+
+
+def _not_ours(folder: Path) -> str | None:
+    """What is in a folder that is neither empty nor an output of ours or a model; None of those that are."""
+    try:
+        names = sorted(path.name for path in folder.iterdir())
+    except OSError as error:
+        return f"what cannot be seen ({error.strerror})"
+    ours = any(name in _MARKS or name.endswith(".onnx") for name in names if kind_at(folder / name) == "file")
+    if not names or ours or is_model(folder / "config.json"):
+        return None
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _check_room(out: Path, need: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from codecs import BOM_UTF8
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -61,9 +62,11 @@ def build_skeleton(
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
     except Exception as error:  # a config's own checks raise whatever they like
+        marked = (folder / "config.json").read_bytes().startswith(BOM_UTF8)
+        why = "it begins with a byte-order mark: save it as UTF-8 without one" if marked else first_line(error)
         raise CheckpointError(
             f"config.json of {folder}",
-            found=f"transformers cannot read it ({first_line(error)})",
+            found=f"transformers cannot read it ({why})",
             do="Check the file; a model with code of its own needs --trust-remote-code",
         ) from error
     if isinstance(store, DenseView):

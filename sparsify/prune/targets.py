@@ -15,6 +15,8 @@ from sparsify.prune.names import Wanted
 
 # The code of a site that stays dense because --only names others.
 NOT_NAMED = "not-named"
+# Of a weight whose rows the pattern cannot be laid on.
+UNFIT = "unfit"
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,7 @@ def choose(program: Program, pattern: Pattern, wanted: Wanted) -> tuple[list[Tar
         elif only is None and site.router:
             reason = "a router, which chooses experts; name it with --only to prune it"
         else:
-            reason = pattern.unfit(site.shape[1])
+            reason, code = pattern.unfit(site.shape[1]), UNFIT
         if reason:
             skipped.append(Refused(reason, site.name, code))
         else:

@@ -108,7 +108,7 @@ class Turn:
             raise CalibrationError(
                 f"weight {self.target.parameter}",
                 found="it holds NaN or infinity",
-                do="Mend the checkpoint before pruning it",
+                do="Mend the checkpoint before pruning it, or leave this weight out with --ignore",
             )
         if self.site.bias is not None:
             # [experts, out_features]: every matrix has its own part of it.

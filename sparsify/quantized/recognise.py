@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,8 @@ METHODS: dict[str, Find] = {
     bnb.METHOD: bnb.find,
 }
 _BESIDE = {AUTO_GPTQ: gptq.METHOD, AUTO_AWQ: awq.METHOD}
+# How fp8 and compressed-tensors call the scales of weights.
+_SCALES = (".weight_scale", ".weight_scale_inv", ".weight_zero_point")
 # No weights of a model in use are whole numbers.
 _DENSE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -66,7 +70,7 @@ def open_checkpoint(folder: Path, ledger: Ledger, to: torch.dtype) -> Checkpoint
         method, said = scaled_fp8.METHOD, {}
     if method not in METHODS:
         raise refused(where, f"quantization_config of {method!r} in config.json")
-    layout = METHODS[method](checkpoint, said, where)
+    layout = _without_orphans(checkpoint, METHODS[method](checkpoint, said, where), where)
     _check_rest(checkpoint, layout, where)
     # Where no weight is in the format that is named, what names it is left over.
     return QuantizedStore(checkpoint, layout, to) if layout.dense else PlainStore(folder, ledger=ledger)
@@ -125,6 +129,23 @@ def _seen(tensors: Tensors) -> str | None:
         if (weight and many and tensors.dtype(name) not in _DENSE) or tensors.dtype(name) in FLOAT8:
             return name
     return None
+
+
+def _without_orphans(tensors: Tensors, layout: Layout, where: str) -> Layout:
+    """``layout`` less scales of weights that are not quantized or not there: in a dense output they would say that
+    something is.
+    """
+    used = {stored for dense in layout.dense.values() for stored in dense.parts.values()} | layout.beside
+    found = sorted(name for name in tensors.names() if name.endswith(_SCALES) and name not in used)
+    if not found or not layout.dense:
+        return layout
+    more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+    warnings.warn(
+        f"{where}: {', '.join(found[:3])}{more}: scales of no quantized weight, which are left out",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+    return replace(layout, beside=layout.beside | frozenset(found))
 
 
 def _check_rest(tensors: Checkpoint, layout: Layout, where: str) -> None:

@@ -107,8 +107,8 @@ def made(name: str, parts: Mapping[str, Tensor], dense: Dense, to: torch.dtype) 
     do = "The file is damaged, or written otherwise than its format says: fetch it again"
     try:
         tensor = dense.make(parts, to)
-    except CheckpointError:
-        raise
+    except CheckpointError as error:
+        raise error.asking(f"dequantizing {name}") from error
     except Exception as error:  # libraries raise whatever they like of what they are given
         raise CheckpointError(
             f"dequantizing {name}", found=f"it fails ({type(error).__name__}: {first_line(error)})", do=do

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from sparsify.durable import aside, discard, move_new
 from sparsify.errors import BackendError, CheckpointError
 from sparsify.files.ownership import Claim
-from sparsify.files.staging import Staging
+from sparsify.files.staging import Staging, check_free
 from sparsify.tuning.recipe import Recipe
 
 _MOMENTS = ("exp_avg", "exp_avg_sq", "step")
@@ -64,6 +64,7 @@ class TuneState:
                 f"output {out}", found=f"no state can be kept beside it ({error})", do="Choose another place with -o"
             ) from error
         with claim:
+            check_free(_folder(out), overwrite=True)
             state = cls(_folder(out), asdict(recipe), trained, _like=source, _claim=claim)
             if resume:
                 state._load()

@@ -110,29 +110,30 @@ def tune(
     backend = as_backend(to)
     if adapter and backend.name != "hf":
         raise SpecError(f"an adapter --to {backend.name}", found="a folder of peft's own form", do="Leave --to out")
-    check_output(out, overwrite=overwrite, source=Path(model))
-    source = open_source(model, trust_remote_code=trust_remote_code, check=check, allow_nan=allow_nan)
-    length = recipe.length or default_length(source, 256)
-    chat, judged = Chat(source, chat_template), validation or data
-    both = same_source(data, judged)
-    held_out, told = evaluation_windows(judged, source, length, 32, chat, both=both)
-    drawn = load_calibration(
-        data, source, samples=recipe.samples, sequence_length=length, seed=recipe.seed, chat=chat, both=both
-    )
-    chat.check_used(f"'{data}'")
-    ids = torch.cat([batch["input_ids"] for batch in drawn.batches])
-    if len(ids) < recipe.batch:
-        raise CalibrationError(
-            f"tuning on {drawn.size}",
-            found=f"fewer than one step of {recipe.batch} sequences",
-            do="Give more --samples, or a smaller --batch",
-        )
-    context = Context(place)
-    before = perplexity(source, held_out, context)
-    program = capture(source, example_batch(source))
-    masks = masks_of(program)
-    less = "Take fewer sequences at once (--micro), shorter ones (--sequence-length) or --device cpu"
     with ExitStack() as stack:
+        if (claim := check_output(out, overwrite=overwrite, source=Path(model))) is not None:
+            stack.enter_context(claim)
+        source = open_source(model, trust_remote_code=trust_remote_code, check=check, allow_nan=allow_nan)
+        length = recipe.length or default_length(source, 256)
+        chat, judged = Chat(source, chat_template), validation or data
+        both = same_source(data, judged)
+        held_out, told = evaluation_windows(judged, source, length, 32, chat, both=both)
+        drawn = load_calibration(
+            data, source, samples=recipe.samples, sequence_length=length, seed=recipe.seed, chat=chat, both=both
+        )
+        chat.check_used(f"'{data}'")
+        ids = torch.cat([batch["input_ids"] for batch in drawn.batches])
+        if len(ids) < recipe.batch:
+            raise CalibrationError(
+                f"tuning on {drawn.size}",
+                found=f"fewer than one step of {recipe.batch} sequences",
+                do="Give more --samples, or a smaller --batch",
+            )
+        context = Context(place)
+        before = perplexity(source, held_out, context)
+        program = capture(source, example_batch(source))
+        masks = masks_of(program)
+        less = "Take fewer sequences at once (--micro), shorter ones (--sequence-length) or --device cpu"
         with within_memory(f"tuning {source.name}", place, less):
             network, wrapped = _network(source, recipe, place)
             state = stack.enter_context(TuneState.of(out, recipe, wrapped, resume=resume, source=source.folder))
@@ -153,6 +154,8 @@ def tune(
             state.losses,
         )
         with within_memory(f"what tuning {source.name} gave", place, less):
+            if claim is not None:
+                claim.release()
             if adapter:
                 tuned = _write_adapter(source, wrapped, known, held_out, overwrite)
                 state.forget()

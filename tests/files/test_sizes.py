@@ -134,7 +134,7 @@ def test_a_commit_that_fails_leaves_the_older_output_whole(
 
     out, rename, calls = tmp_path / "out", os.rename, []
     out.mkdir()
-    (out / "old").write_text("old")
+    (out / "sparsify.json").write_text("old")
 
     def failing(*names: object, **more: object) -> None:
         calls.append(names)
@@ -153,5 +153,5 @@ def test_a_commit_that_fails_leaves_the_older_output_whole(
         assert not calls, "a commit that tells nobody of its failure"
     except BackendError as error:
         assert "cannot be put in place" in str(error)
-        assert [p.name for p in out.iterdir()] == ["old"] and (out / "old").read_text() == "old"
+        assert [p.name for p in out.iterdir()] == ["sparsify.json"] and (out / "sparsify.json").read_text() == "old"
     assert [p.name for p in tmp_path.iterdir() if not p.name.endswith("lock")] == ["out"]

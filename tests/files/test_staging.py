@@ -55,14 +55,59 @@ def test_no_room_is_told_before_anything_is_written(tmp_path: Path, monkeypatch:
 
 def test_an_existing_output_needs_overwrite(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "old").write_text("")
+    (tmp_path / "out" / "sparsify.json").write_text("")
     with pytest.raises(BackendError, match="--overwrite"):
         Staging(tmp_path / "out")
     with Staging(tmp_path / "out", overwrite=True) as staging:
         (staging.folder / "new").write_text("")
-        assert (tmp_path / "out" / "old").exists()
+        assert (tmp_path / "out" / "sparsify.json").exists()
         staging.commit()
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["new"] and not partials(tmp_path)
+
+
+OURS = ["sparsify.json", "compare.json", "adapter_config.json", "decoder.onnx", "state.safetensors", "config.json"]
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_an_output_or_a_model_may_be_replaced(tmp_path: Path, name: str) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / name).write_text('{"model_type": "llama"}')
+    with Staging(out, overwrite=True) as staging:
+        staging.commit()
+    assert [*out.iterdir()] == []
+
+
+@pytest.mark.parametrize("name", ["thesis.txt", "config.json", "models/sparsify.json", ".git/config", "x.onnx/y"])
+def test_no_other_folder_is_replaced(tmp_path: Path, name: str) -> None:
+    """What other programs call config.json, and folders of outputs, are no outputs."""
+    out = tmp_path / "out"
+    (out / name).parent.mkdir(parents=True)
+    (out / name).write_text('{"port": 80}')
+    first = name.split("/")[0]
+    for look in (lambda: check_output(out, overwrite=True, source=None), lambda: Staging(out, overwrite=True)):
+        with pytest.raises(BackendError, match=f"with {first} in it.*delete it yourself"):
+            look()
+    assert (out / name).read_text() == '{"port": 80}' and [*tmp_path.iterdir()] == [out]
+
+
+@pytest.mark.parametrize("place", ["file/out", "file/deep/out", "/proc/out", "/proc/deep/out"])
+def test_an_output_that_cannot_be_made_is_told_at_once(tmp_path: Path, place: str) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(BackendError, match="cannot be made"):
+        check_output(tmp_path / place, overwrite=False, source=None)
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_look_at_the_place_leaves_nothing_and_keeps_others_away(tmp_path: Path) -> None:
+    assert check_output(tmp_path / "new" / "deep" / "out", overwrite=False, source=None) is None
+    assert not [*tmp_path.iterdir()]
+    claim = check_output(tmp_path / "out", overwrite=False, source=None)
+    assert claim is not None
+    with pytest.raises(BackendError, match="another job is writing it now"):
+        check_output(tmp_path / "out", overwrite=False, source=None)
+    claim.release()
+    assert not [*tmp_path.iterdir()]
 
 
 @pytest.mark.parametrize("name", ["x" * 256, "a\0b"])
@@ -154,23 +199,23 @@ def test_a_job_that_was_dropped_locks_nobody_out(tmp_path: Path) -> None:
 def test_what_came_there_meanwhile_is_not_replaced(
     tmp_path: Path, monkeypatch: Any, exchange: bool, overwrite: bool
 ) -> None:
-    """By something else than a job of ours. With --overwrite a folder is; a file or a link never."""
+    """By something else than a job of ours. With --overwrite an output is; a file, a link or their folder never."""
     if not exchange:
         monkeypatch.setattr(durable, "renameat2", lambda: None)
     out = tmp_path / "out"
 
-    def folder() -> None:
+    def folder(name: str = "sparsify.json") -> None:
         out.mkdir()
-        (out / "theirs").write_text("")
+        (out / name).write_text("")
 
-    for come in (folder, out.touch, lambda: out.symlink_to("x")):
+    for come in (folder, lambda: folder("theirs"), out.touch, lambda: out.symlink_to("x")):
         told = pytest.raises(BackendError) if not overwrite or come is not folder else nullcontext()
         with told, Staging(out, overwrite=overwrite) as staging:
             come()
             staging.commit()
         assert len([*tmp_path.iterdir()]) == 1
         if not overwrite or come is not folder:
-            assert out.is_symlink() or out.is_file() or (out / "theirs").exists()
+            assert out.is_symlink() or out.is_file() or [*out.iterdir()]
             out.unlink() if not out.is_dir() or out.is_symlink() else shutil.rmtree(out)
         else:
             assert [*out.iterdir()] == []
@@ -181,7 +226,7 @@ def test_what_came_there_meanwhile_is_not_replaced(
 def test_a_rename_that_fails_leaves_the_older_one(tmp_path: Path, monkeypatch: Any, exchange: bool) -> None:
     out = tmp_path / "out"
     out.mkdir()
-    (out / "old").write_text("")
+    (out / "sparsify.json").write_text("")
     calls: list[Path] = []
 
     def fails(one: Path, place: Path, real: Any = durable.move_new) -> None:
@@ -197,7 +242,7 @@ def test_a_rename_that_fails_leaves_the_older_one(tmp_path: Path, monkeypatch: A
         monkeypatch.setattr(durable, "renameat2", lambda: None)
     with pytest.raises(BackendError, match="Input/output error"), Staging(out, overwrite=True) as staging:
         staging.commit()
-    assert [p.name for p in out.iterdir()] == ["old"] and not partials(tmp_path)
+    assert [p.name for p in out.iterdir()] == ["sparsify.json"] and not partials(tmp_path)
 
 
 def test_an_older_output_that_resists_is_removed_all_the_same(tmp_path: Path) -> None:
@@ -205,6 +250,7 @@ def test_an_older_output_that_resists_is_removed_all_the_same(tmp_path: Path) ->
     inner.mkdir(parents=True)
     (inner / "x").write_text("")
     inner.chmod(0o500)
+    (tmp_path / "out" / "sparsify.json").write_text("")
     with Staging(tmp_path / "out", overwrite=True) as staging:
         staging.commit()
     assert [p.name for p in tmp_path.iterdir()] == ["out"] and not partials(tmp_path)

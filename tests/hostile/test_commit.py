@@ -60,7 +60,7 @@ while len(list(place.glob("ready*"))) < 2:
 for i in range(rounds):
     try:
         with Staging(place / "outs" / str(i), overwrite=overwrite) as staging:
-            for name in "abc":
+            for name in ("a", "b", "sparsify.json"):
                 (staging.folder / name).write_text(number)
             staging.commit()
         print("won", flush=True)
@@ -88,7 +88,7 @@ def test_two_processes_race_for_one_output(tmp_path: Path, overwrite: bool) -> N
     first, second = (text.splitlines() for text, _ in said)
     for i, (one, other) in enumerate(zip(first, second, strict=True)):
         out = tmp_path / "outs" / str(i)
-        whose = {(out / name).read_text() for name in "abc"}
+        whose = {(out / name).read_text() for name in ("a", "b", "sparsify.json")}
         assert len(whose) == 1 and len([*out.iterdir()]) == 3
         wins = [one, other].count("won")
         assert wins == 1 if not overwrite else wins in (1, 2)

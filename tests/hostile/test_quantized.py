@@ -336,3 +336,26 @@ def test_a_quantization_that_says_nothing_is_none(tmp_path: Path) -> None:
     change_config(folder, quantization_config={})
     sparsify.compile(folder, ["magnitude:2:4"], output=tmp_path / "out")
     assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
+
+
+@pytest.mark.parametrize("kind", ["fp8", "modelopt"])
+def test_scales_of_no_quantized_weight_are_left_out(kind: str, tmp_path: Path) -> None:
+    """Of a weight that is dense, and of one that is not there."""
+    folder, end = MAKE[kind](tmp_path / "model"), PARTS[kind][0]
+
+    def change(tensors: Tensors) -> None:
+        tensors[f"{Q_PROJ}.weight"] = tensors[f"{Q_PROJ}.weight"].to(torch.bfloat16)
+        tensors[f"model.layers.9.self_attn.q_proj.{end}"] = torch.ones(1)
+
+    changed(folder, change)
+    with pytest.warns(RuntimeWarning, match=rf"{Q_PROJ}.{end}, .*layers.9.*of no quantized weight"):
+        result = sparsify.compile(folder, ["magnitude:2:4"], output=tmp_path / "out")
+    assert result.output is not None
+    written = tensors_of(result.output)
+    assert f"{Q_PROJ}.weight" in written and not [name for name in written if "scale" in name]
+
+
+def test_a_damaged_gptq_weight_is_named(tmp_path: Path) -> None:
+    folder = quantized.gptq(tmp_path / "model", 4, None, True)
+    changed(folder, lambda tensors: tensors[f"{Q_PROJ}.g_idx"].fill_(1000))
+    refused(folder, f"dequantizing {Q_PROJ}.weight", "g_idx names groups 1000")

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+import transformers
 from support.command_line import sparsify as sparsify_command
 from support.folders import load
 from torch import Tensor, nn
@@ -232,3 +233,15 @@ def test_the_least_important_go_by_other_importances(
             total += {"taylor-mix": w * g - w * f * w / 2, "taylor-second": w * f * w}[importance].abs().sum(axis)
     cuts = {c.name.rpartition(".")[2]: c for c in result.structure[0].cuts if "layers.0." in c.name}
     assert list(cuts["down_proj"].removed) == sorted(total.argsort()[:32].tolist())
+
+
+def test_widths_that_no_pattern_fits_are_told_with_what_fits(tmp_path: Path) -> None:
+    """20 channels are no multiple of 8, the round that is kept by itself."""
+    sizes = {"hidden_size": 16, "intermediate_size": 20, "num_attention_heads": 2, "num_hidden_layers": 3}
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=64, **sizes)).save_pretrained(tmp_path / "model")
+    smaller = "llm-pruner:25%,importance=l1"
+    made = sparsify.compile(tmp_path / "model", [smaller, "magnitude:2:4"])
+    hints = [s.reason for s in made.runs[0].skipped if "in_features 15 is not a multiple of 4" in s.reason]
+    assert hints and all("round=4 of the pass that makes it smaller" in reason for reason in hints)
+    made = sparsify.compile(tmp_path / "model", [f"{smaller},round=4", "magnitude:2:4"])
+    assert not [s for s in made.runs[0].skipped if "not a multiple" in s.reason]

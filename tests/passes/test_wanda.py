@@ -103,3 +103,12 @@ def test_variant_lets_rows_differ() -> None:
     pruned = parse_pass("wanda:50%,variant=true").prune(weight, stats)
     assert len(set(pruned.mask.sum(dim=1).tolist())) > 1
     assert abs(float(pruned.mask.float().mean()) - 0.5) < 0.02
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_statistics_that_overflow_are_not_called_zero(value: float) -> None:
+    for spec, name in (("wanda:2:4", "squared_norm"), ("wanda:2:4,norm=max", "absolute_max")):
+        for rest in (0.0, 1.0):
+            norms = InputStatistics({name: torch.tensor([value, rest, rest, rest])}, 4, 1)
+            with pytest.raises(CalibrationError, match="overflow or are no numbers"):
+                parse_pass(spec).prune(torch.ones(1, 4), norms)

@@ -192,6 +192,11 @@ def test_what_is_refused(sparse: Path, text: str, tmp_path: Path) -> None:
     with pytest.raises(BackendError, match="exists"):
         tune(sparse, text, out, QUICK)
     assert list(out.iterdir()) == [] and not (tmp_path / "out.tuning").exists()
+    out.rmdir()
+    (tmp_path / "out.tuning").mkdir()
+    (tmp_path / "out.tuning" / "mine.txt").write_text("")
+    with pytest.raises(BackendError, match=r"replacing .*out.tuning: a folder with mine.txt in it"):
+        tune(sparse, text, out, QUICK)
 
 
 def test_a_mask_that_broke_is_found() -> None:

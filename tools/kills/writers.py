@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tests"))
 
 import sparsify  # noqa: E402
-from sparsify.files.ownership import Scratch, settle  # noqa: E402
+from sparsify.files.ownership import Claim, Scratch  # noqa: E402
 from sparsify.files.single import put_file  # noqa: E402
 from sparsify.files.staging import Staging, check_output  # noqa: E402
 from sparsify.runtime.cache import put_whole  # noqa: E402
@@ -89,8 +89,8 @@ def _compile(to: str, *passes: str) -> Callable[[Scene, bool], None]:
 def _plain(scene: Scene, overwrite: bool) -> None:
     with Staging(scene.out, overwrite=overwrite) as staging:
         (staging.folder / "inner").mkdir()
-        for name in ("new.txt", "inner/new.txt"):
-            (staging.folder / name).write_text("new")
+        for name in ("sparsify.json", "inner/new.txt"):
+            (staging.folder / name).write_text('"new"')
         staging.commit()
 
 
@@ -146,7 +146,7 @@ def _after_tune(scene: Scene) -> None:
     """The state, where there is one, is whole; then it is not a hidden thing of ours that is left."""
     _check(scene)
     state = scene.out.with_name(f"{scene.out.name}.tuning")
-    settle(state)
+    Claim(state).release()
     if state.exists():
         assert sorted(p.name for p in state.iterdir()) == ["state.json", "state.safetensors"]
 
@@ -173,15 +173,16 @@ def _cache(scene: Scene, overwrite: bool) -> None:
 
 
 def _check(scene: Scene) -> None:
-    check_output(scene.out, overwrite=True, source=None)
+    if (claim := check_output(scene.out, overwrite=True, source=None)) is not None:
+        claim.release()
     for name in ("sparsify-compare", "sparsify-smaller"):
         Scratch(name).cleanup()
 
 
 def _older(scene: Scene) -> None:
     scene.out.mkdir()
-    for name in ("older.txt", "oldest.txt"):
-        (scene.out / name).write_text("old")
+    for name in ("sparsify.json", "oldest.txt"):
+        (scene.out / name).write_text('"old"')
 
 
 def _older_file(scene: Scene) -> None:

@@ -53,9 +53,13 @@ def _decoder(model: nn.Module, run: Run) -> Contract:
     try:
         _, cache = run(lambda: wrapper.run(DynamicCache(), {"input_ids": ids}))
         found = [(layer.keys, layer.values) for layer in cache.layers]
-        dtype = found[0][0].dtype
     except Exception as error:  # a model's own code raises whatever it likes
         raise _not_run(model, error) from error
+    if empty := [i for i, pair in enumerate(found) if any(tensor is None for tensor in pair)]:
+        said = ", ".join(map(str, empty[:4])) + (f" and {len(empty) - 4} more" if len(empty) > 4 else "")
+        raise _no_cache(model, f"text alone gives layers {said} no keys and values (they attend to other inputs)")
+    if not found:
+        raise _no_cache(model, "its layers keep nothing of what was read")
     if odd := [tuple(tensor.shape) for pair in found for tensor in pair if tensor.dim() != 4]:
         raise _no_cache(model, f"a layer's cache has shape {odd[0]}")
     inputs = {"input_ids": ids}
@@ -71,7 +75,7 @@ def _decoder(model: nn.Module, run: Run) -> Contract:
     slots = tuple((f".{i}.key", f".{i}.value") for i in range(len(found)))
     states: States = []
     for names, pair in zip(slots, found, strict=True):
-        states.append(tuple(torch.zeros(rows, t.shape[1], past, t.shape[3], dtype=dtype) for t in pair))
+        states.append(tuple(torch.zeros(rows, t.shape[1], past, t.shape[3], dtype=t.dtype) for t in pair))
         for name, tensor in zip(names, pair, strict=True):
             _name_dims(dims, name, tensor)
     return Contract("decoder", wrapper, inputs, states, ["logits"], dims, slots)

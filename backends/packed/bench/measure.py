@@ -112,6 +112,9 @@ def _file_bytes(dense: nn.Module, against: str | None) -> int:
 
 def _sites(folder: Path) -> dict[str, PackedSite]:
     path = folder / "config.json"
+    if kind_at(folder) != "folder":
+        found = "no such folder" if kind_at(folder) is None else "a file"
+        raise CheckpointError(f"bench {folder}", found=found, do="Name a folder of --to packed")
     if kind_at(path) != "file":
         raise CheckpointError(f"bench {folder}", found="no config.json there", do="Name a folder of --to packed")
     sites = sites_of(read_json(path), str(folder))

@@ -11,9 +11,11 @@ from typing import Any
 import onnx_ir as ir
 import pytest
 import torch
+from support import vlms
 from support.families import build
 from torch import nn
 
+import sparsify
 from sparsify.backends.onnx.edited import export_graph
 from sparsify.backends.onnx.graph import _check_operators
 from sparsify.backends.onnx.options import Options
@@ -146,3 +148,12 @@ def test_a_model_that_cannot_be_traced() -> None:
     contract = contract_for(Branch(), lambda function: function(), {"0": torch.zeros(1, 4)})
     with pytest.raises(BackendError, match=r"torch\.export cannot trace it"):
         export_contract(contract)
+
+
+def test_layers_that_keep_nothing_of_text(tmp_path: Path) -> None:
+    """Cross-attention reads an image's keys: text alone fills none."""
+    config = vlms.build("mllama").config
+    config.text_config.cross_attention_layers = [0]
+    type(vlms.build("mllama"))(config).save_pretrained(tmp_path / "model")
+    with pytest.raises(BackendError, match=r"text alone gives layers \d.* no keys and values.*cache=none"):
+        sparsify.compile(tmp_path / "model", [], to="onnx", output=tmp_path / "out")

@@ -23,7 +23,7 @@ from sparsify.errors import BackendError
 from sparsify.evaluation.perplexity import perplexity
 from sparsify.files.checkpoint import Checkpoint
 from sparsify.frontend.source import open_source
-from sparsify.runtime.stopwatch import Stopwatch
+from sparsify.runtime.stopwatch import Stopwatch, Timing
 
 
 def packed_parameters(model: Any) -> set[str]:
@@ -244,3 +244,12 @@ def test_bench_against_the_dense_folder(llama: tuple[Path, Path], tmp_path: Path
     assert {s["layout"] for s in result["sites"]} == {"packed24", "bitmask", "dense"}
     assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
     assert json.loads((tmp_path / "bench.json").read_text())["prompt"] == 8
+
+
+def test_prune_it_first_is_said_to_nobody_who_did(
+    folder: Callable[[str], Path], tmp_path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(Timing, "pays", property(lambda self: False))
+    with pytest.raises(BackendError, match="dense is faster here") as caught:
+        sparsify.compile(folder("llama"), ["magnitude:2:4"], output=tmp_path / "no", to="packed")
+    assert "choice=smallest" in caught.value.do and "rune it" not in caught.value.do
