@@ -33,7 +33,7 @@ from sparsify.cli.options import (
 from sparsify.cli.terminal import Terminal, say
 from sparsify.errors import BackendError, SpecError
 from sparsify.files.reading import kind_at
-from sparsify.method.spec import check_pass, describe_passes, parse_backend, parse_pass, split_specs
+from sparsify.method.spec import check_pass, describe_passes, parse_backend, parse_pass, split_pipeline, split_specs
 from sparsify.words import (
     check_adapter,
     check_amount,
@@ -281,7 +281,7 @@ def eval_command(
 def compare_command(
     model: Model,
     passes: Annotated[
-        str, typer.Option("--passes", help="Specs with commas between: wanda:2:4,sparsegpt:2:4,…", metavar="SPECS")
+        str, typer.Option("--passes", help="Specs with commas between: wanda:2:4,twin:2:4+refine,…", metavar="SPECS")
     ],
     data: Annotated[
         str | None, typer.Option(help="Held-out text for perplexity, as for eval. [default: none]", metavar="TEXT")
@@ -318,7 +318,7 @@ def compare_command(
         specs = split_specs(passes)
         check_compute_dtype(compute_dtype)
         check_adapter(adapter)
-        _check_words(specs, schedule, memory, "hf", samples, sequence_length, seed)
+        _check_words(specs, schedule, memory, "hf", samples, sequence_length, seed, pipelines=True)
         from sparsify.cli.progress import ProgressLine
         from sparsify.cli.tables import comparison_report
         from sparsify.evaluation.compare import compare
@@ -373,13 +373,22 @@ def _write_text(path: Path, text: str) -> None:
 
 
 def _check_words(
-    specs: list[str], schedule: str, memory: str, to: str, samples: int | None, length: int | None, seed: int
+    specs: list[str],
+    schedule: str,
+    memory: str,
+    to: str,
+    samples: int | None,
+    length: int | None,
+    seed: int,
+    *,
+    pipelines: bool = False,
 ) -> None:
     """Check the words of the command before anything large is imported or read."""
     check_amount(samples, length)
     check_seed(seed)
     for spec in specs:
-        check_pass(spec)
+        for part in split_pipeline(spec) if pipelines else [spec]:
+            check_pass(part)
     check_schedule(schedule)
     parse_bytes(memory)
     if parse_backend(to).needs_pass and not specs:

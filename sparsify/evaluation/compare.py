@@ -29,7 +29,7 @@ from sparsify.files.reading import kind_at
 from sparsify.files.staging import Staging
 from sparsify.frontend.source import Source, open_source
 from sparsify.host import cpu_by_default, recent_peak, reset_peak, resolve_device
-from sparsify.method.spec import parse_pass
+from sparsify.method.spec import parse_pass, split_pipeline
 from sparsify.words import Schedule, parse_bytes
 
 
@@ -62,6 +62,7 @@ def compare(
     """Prune ``model`` by each of ``passes`` on the same calibration tokens, and evaluate each on ``data``.
 
     Args:
+        passes: specs, or several with ``+`` between, which run one after the other (``twin:2:4+refine``).
         data: held-out text for perplexity, as for :func:`sparsify.evaluation.perplexity.evaluate`; None for none.
             Of a file that is ``calibration`` as well the last tenth is held out.
         windows: evaluate on the first so many windows only.
@@ -72,13 +73,14 @@ def compare(
         SparsifyError: as :func:`sparsify.compile` and
             :func:`sparsify.evaluation.perplexity.evaluate`; nothing is written then.
     """
-    parsed = [parse_pass(spec) for spec in passes]
+    pipelines = [split_pipeline(spec) for spec in passes]
+    parsed = [parse_pass(spec) for pipeline in pipelines for spec in pipeline]
     if not parsed:
         raise SpecError("comparing without a pass", found="nothing to do", do="Give --passes wanda:2:4,sparsegpt:2:4")
-    if other := next((own for own in parsed if own.kind != "weights"), None):
+    if other := next((own for own in parsed if own.kind not in ("weights", "regions")), None):
         raise SpecError(
             f"comparing {other.name}",
-            found="a pass that does not prune weight by weight, so that no site's error can be told",
+            found="a pass that neither prunes nor trains weight by weight, so that no site's error can be told",
             do="Compile with it, and compare the results by sparsify eval",
         )
     with ExitStack() as stack:
@@ -119,13 +121,13 @@ def compare(
             return None if text is None else perplexity(pruned, text[0], context)
 
         rows = [ComparedPass("dense", quality(source), None, 1.0, 0.0, None)]
-        for spec in passes:
+        for spec, pipeline in zip(passes, pipelines, strict=True):
             reset = reset_peak(context.device)
             started = time.perf_counter()
             with Scratch("sparsify-compare") as folder:
                 made = compile(
                     model,
-                    [spec],
+                    pipeline,
                     calibration=shared,
                     schedule=schedule,
                     output=Path(folder) / "pruned",
@@ -141,20 +143,28 @@ def compare(
                     observe=observe,
                 )
                 seconds, peak = time.perf_counter() - started, recent_peak(context.device) if reset else None
-                run = made.runs[0]
-                sites: list[SiteResult] = run.sites
-                pruned = [site for target in run.targets for site in target.sites]
+                pruning = [run for run in made.runs if run.targets]
+                sites: list[SiteResult] = [site for run in pruning for site in run.sites]
+                pruned = list({s.name: s for run in pruning for target in run.targets for s in target.sites}.values())
                 errors = drift(made.program, pruned, shared.batches, source.weights, context)
                 rows.append(
                     ComparedPass(
                         name=spec,
                         perplexity=quality(replace(source, weights=made.program.weights)),
                         error=sum(errors.values()) / len(errors) if errors else None,
-                        kept=run.kept,
+                        kept=pruning[-1].kept,
                         seconds=seconds,
                         memory=peak,
                         errors=errors,
-                        notes=[f"{site.name}: {note}" for site in sites for note in site.notes],
+                        notes=[
+                            *(f"{site.name}: {note}" for site in sites for note in site.notes),
+                            *(
+                                f"{region.name} gained nothing and stayed as it was"
+                                for run in made.runs
+                                for region in run.regions
+                                if region.rate is None
+                            ),
+                        ],
                     )
                 )
         result = Compared(

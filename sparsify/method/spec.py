@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import re
 import types
 import typing
 from typing import Any
@@ -102,6 +103,11 @@ def split_specs(text: str) -> list[str]:
         elif part:
             specs.append(part)
     return specs
+
+
+def split_pipeline(text: str) -> list[str]:
+    """``twin:2:4+refine:rate=0.01`` as the specs of passes that run one after the other."""
+    return [spec for piece in re.split(r"\+(?=\s*[a-z])", text) if (spec := piece.strip())]
 
 
 def describe_passes() -> list[tuple[str, str, dict[str, str]]]:

@@ -203,12 +203,13 @@ class Refining:
 
     def _lessons(self) -> Lessons:
         count = len(self.batches)
-        rows = [len(next(iter(batch.values()))) for batch in self.batches]
-        held = round(self.own.guard * count)
-        if not 0 < held < count:
+        sequences = sum(len(next(iter(batch.values()))) for batch in self.batches)
+        # Whole batches: where they are few, one of them is more than was asked for.
+        held = max(1, round(self.own.guard * count))
+        if round(self.own.guard * sequences) < 1 or held >= count:
             raise CalibrationError(
-                f"{spec_text(self.own)} on {sum(rows)} sequences in {count} batches",
-                found=f"{held} batches to hold back and {count - held} to train on",
+                f"{spec_text(self.own)} on {sequences} sequences in {count} batches",
+                found="none to hold back" if held < count else "none to train on beside those that are held back",
                 do="Give more --samples, or another guard",
             )
         # Spread over the text, which may be of several kinds in a row.

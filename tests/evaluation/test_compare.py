@@ -115,3 +115,17 @@ def test_another_job_on_the_output_is_told_before_the_work(model: Path, text: Pa
             observe=looks.append,
         )  # fmt: skip
     assert not looks and not list(tmp_path.iterdir())
+
+
+def test_passes_that_run_one_after_the_other(model: Path, text: Path) -> None:
+    specs = split_specs("wanda:2:4,wanda:2:4+refine:epochs=1,rate=0.02,last=error,magnitude:50%")
+    assert specs == ["wanda:2:4", "wanda:2:4+refine:epochs=1,rate=0.02,last=error", "magnitude:50%"]
+    found = compare(model, specs, data=str(text), calibration=str(text), samples=8, sequence_length=32, windows=4)
+    alone, refined = found.rows[1:3]
+    assert refined.name == specs[1] and refined.kept == alone.kept and refined.errors.keys() == alone.errors.keys()
+    assert refined.error is not None and alone.error is not None and refined.error < alone.error
+
+
+def test_a_pipeline_that_takes_channels_out_cannot_be_compared(model: Path, text: Path) -> None:
+    with pytest.raises(SparsifyError, match="comparing llm-pruner"):
+        compare(model, ["llm-pruner:50%,importance=l2+refine"], calibration=str(text))

@@ -215,7 +215,7 @@ def test_a_model_that_was_made_smaller_learns_from_the_dense_one(tmp_path: Path)
         (["refine", "wanda:2:4"], {}, SpecError, "its own teacher"),
         (["wanda:2:4"], {"teacher": "dense"}, SpecError, "no pass that fits"),
         (["refine"], {"teacher": "dense"}, SpecError, "nothing is pruned"),
-        (["wanda:2:4", "refine:guard=0.01"], {}, CalibrationError, "0 batches to hold back"),
+        (["wanda:2:4", "refine:guard=0.01"], {}, CalibrationError, "on 32 sequences in 16 batches: none to hold back"),
         (["wanda:2:4", "refine"], {"teacher": "narrow"}, SpecError, r"shape \[2, 12, 32\], and \[2, 12, 16\]"),
         (["wanda:2:4", "refine"], {"teacher": "deep"}, SpecError, "2 blocks, and 3 in the teacher"),
         (["wanda:2:4", "refine"], {"teacher": "words"}, SpecError, "a vocabulary of 62 tokens, and 64"),
