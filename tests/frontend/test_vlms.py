@@ -93,6 +93,7 @@ def test_a_model_whose_mask_itself_looks_both_ways_takes_padding() -> None:
     """EmbeddingGemma's: nothing about it depends on numbers."""
     config = hf.Gemma3TextConfig(**GQA, head_dim=8, sliding_window=8, use_bidirectional_attention=True, pad_token_id=0)
     model = hf.Gemma3TextModel(config).eval()
+    assert not reads_both_ways(model)
     ids = torch.randint(1, 60, (2, 12))
     mask = torch.ones_like(ids)
     made = runnable(capture(open_source(model), {"input_ids": ids, "attention_mask": mask}), torch.device("cpu"))

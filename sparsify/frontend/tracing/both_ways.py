@@ -42,6 +42,7 @@ def _happens_to(module: nn.Module) -> bool:
     """
     return any(
         getattr(part, "_supports_sdpa", False)
+        and not getattr(getattr(part, "config", None), "use_bidirectional_attention", False)
         and "create_causal_mask(" in (code := _forward_of(type(part)))
         and not any(other in code for other in ("is_causal", "position_bias", "create_bidirectional_mask("))
         and {own.is_causal for own in _own_parts(part) if hasattr(own, "is_causal")} == {False}
