@@ -16,6 +16,7 @@ SIZES: dict[str, dict[str, Any]] = _PICTURES | {
     # (in every config of theirs that is published, and a field of none)
     "qwen2_5_omni_thinker": {"+vision_start_token_id": 120},
     "qwen3_omni_moe_thinker": {"+vision_start_token_id": 120},
+    "timesfm2_5": {"context_length": 256},
     # (layers of a stack, and of all that it runs through)
     "hrm_text": {"num_layers_per_stack": 2, "num_hidden_layers": 16},
     "deepseek_v32": _INDEX,
