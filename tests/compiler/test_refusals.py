@@ -47,7 +47,7 @@ def test_plug_ins_that_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_comparing_what_does_not_prune_weight_by_weight(tmp_path: Path) -> None:
-    with pytest.raises(SpecError, match="does not prune weight by weight"):
+    with pytest.raises(SpecError, match="neither prunes nor trains weight by weight"):
         compare(tmp_path, ["wanda:2:4", "llm-pruner:25%"])
     with pytest.raises(SpecError, match="nothing to do"):
         compare(tmp_path, [])

@@ -79,7 +79,7 @@ def test_every_registered_pass_declares_itself() -> None:
     for name in registered("sparsify.passes"):
         kind = find("sparsify.passes", name)
         assert issubclass(kind, Pass) and kind.name == name and kind.summary
-        assert kind.kind in ("structure", "graph", "weights", "lowering") and kind.misplaced and kind.changes
+        assert kind.kind in ("structure", "graph", "weights", "regions", "lowering") and kind.misplaced and kind.changes
 
 
 def test_graph_passes_and_weight_passes_in_any_order() -> None:

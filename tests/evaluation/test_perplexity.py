@@ -44,7 +44,7 @@ def test_too_little_text_and_wrong_ids(bundled: Path, tmp_path: Path, folder: Ca
     (tmp_path / "a.txt").write_text("x = 1\n")
     with pytest.raises(CalibrationError, match="tokens in all"):
         evaluate(bundled, str(tmp_path / "a.txt"))
-    with pytest.raises(CalibrationError, match="vocabulary of 64"):
+    with pytest.raises(CalibrationError, match="token id 64 of the data: the model's vocabulary has 64 tokens"):
         perplexity(open_source(folder("llama")), torch.full((1, 8), 64))
 
 
