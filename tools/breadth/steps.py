@@ -211,7 +211,7 @@ def packed(trial: Trial) -> None:
     exact, _ = load(own, hf)
     for batch in trial.tiny.batches:
         gap = differ(run(model, batch), run(exact, batch))
-        if gap > 1e-4 and gap > 4 * rounding_of(exact, batch, run, differ):
+        if gap > 1e-4 and gap > 4 * rounding_of(exact, batch, lambda own, given: run(own, dict(given)), differ):
             raise Wrong(f"the packed model differs from the ordinary one by {gap:.1e}")
     count = sum("Packed" in type(m).__name__ for m in model.modules())
     trial.numbers["packed"] = count
