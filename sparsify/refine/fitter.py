@@ -13,11 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from sparsify.analysis.flow import Flow
-from sparsify.calibration.activations import ActivationStore
 from sparsify.calibration.interpreter import Interpreter, Region, Work
 from sparsify.errors import CalibrationError
-from sparsify.ir.program import Program
 from sparsify.method.region_pass import RegionPass
 from sparsify.refine.masters import Masters
 from sparsify.tensors import all_finite
@@ -38,17 +35,8 @@ class Lessons:
 class Fitter(Interpreter):
     """An interpreter that runs one region over and over on values that stay where they are."""
 
-    def __init__(
-        self,
-        program: Program,
-        flow: Flow,
-        batches: Sequence[Mapping[str, Tensor]],
-        store: ActivationStore,
-        device: torch.device,
-    ) -> None:
-        super().__init__(program, flow, batches, store, device)
-        self._readers: list[tuple[fx.Node, str]] = []
-        self._derived: list[fx.Node] = []
+    _readers: Sequence[tuple[fx.Node, str]] = ()
+    _derived: Sequence[fx.Node] = ()
 
     def prepare(self, start: int, stop: int, end: int, trained: Sequence[str] = ()) -> Work:
         """Make [start, stop) ready to run more than once; ``trained`` are given by :meth:`take` each time."""
@@ -96,7 +84,7 @@ class Fitter(Interpreter):
     def forget(self) -> None:
         """Free the region's weights."""
         self.resident.clear()
-        self._readers, self._derived = [], []
+        self._readers, self._derived = (), ()
 
 
 @dataclass

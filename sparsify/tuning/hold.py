@@ -19,9 +19,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import TrainerCallback
 
 from sparsify.errors import SpecError, VerifyError
-
-# A weight with fewer zeros than this was not pruned: its zeros are chance, and are not held.
-LEAST_ZEROS = 0.05
+from sparsify.refine.trainable import LEAST_ZEROS
 
 
 @dataclass(frozen=True)

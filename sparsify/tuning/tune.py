@@ -39,8 +39,8 @@ from sparsify.frontend.materialize import materialize
 from sparsify.frontend.source import Source, open_source
 from sparsify.host import cpu_by_default, quiet, within_memory
 from sparsify.ir.program import Program
+from sparsify.refine.trainable import LEAST_ZEROS
 from sparsify.tensors import digest
-from sparsify.tuning.hold import LEAST_ZEROS
 from sparsify.tuning.recipe import Recipe
 from sparsify.tuning.state import TuneState
 
