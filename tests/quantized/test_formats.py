@@ -52,6 +52,8 @@ BY_TRANSFORMERS: dict[str, Any] = {
     "fp4": (partial(quantized.bitsandbytes, kind="fp4"), "bnb"),
     "llm.int8": (partial(quantized.bitsandbytes, kind="int8"), "bnb"),
 }
+# As transformers 5.22 began to: tensor by tensor, in the dtype that was asked for.
+_ONE_BY_ONE = hasattr(transformers.integrations.compressed_tensors, "CompressedTensorsDequantize")
 _MARKS = {"ct": [_CT], "bnb": [_BNB]}
 
 
@@ -64,6 +66,8 @@ def test_equals_transformers(make: Callable[[Path], Path], how: Any, dtype: str,
     folder, to = make(tmp_path / "model"), getattr(torch, dtype)
     options = {} if how == "bnb" else {"quantization_config": how}
     if how == "ct":
+        if not _ONE_BY_ONE and (dtype == "float32" or make.keywords["form"] == "int-quantized"):
+            pytest.skip("this transformers rounds scales to bfloat16 first, and reads no int-quantized weights")
         options = {"quantization_config": transformers.CompressedTensorsConfig(dequantize=True)}
     reference = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=to, **options)
     if how == "bnb":

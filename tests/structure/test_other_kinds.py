@@ -10,7 +10,7 @@ import torch
 import transformers as hf
 from support.families import DEEPSEEK, GQA
 from support.folders import load
-from support.kinds import batch, build, run, save
+from support.kinds import batch, build, needs_type, run, save
 from support.zeroed import zeroed_model
 from torch.testing import assert_close
 
@@ -78,6 +78,7 @@ def test_experts_beside_shared_ones_of_several_times_their_width(tmp_path: Path)
     assert_close(run(small, given), run(zeroed_model(tmp_path / "dense", result.structure[0]), given))
 
 
+@needs_type("minicpm_ocr_vision")
 def test_a_layer_beside_the_blocks_of_four_times_their_width(tmp_path: Path) -> None:
     """Four patches become one in a layer as much wider than the blocks', by the same field of the config."""
     torch.manual_seed(0)

@@ -6,10 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import transformers as hf
 from support.families import BERT, GQA, LLAMA, VISION
 from torch import Tensor, nn
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 TEXT = {**LLAMA, "pad_token_id": 0}
 BESIDE = {
@@ -22,6 +24,11 @@ WAVES = {
     "conv_dim": (16, 16), "conv_stride": (5, 2), "conv_kernel": (10, 3), "num_feat_extract_layers": 2,
     "num_conv_pos_embeddings": 8, "num_conv_pos_embedding_groups": 2,
 }  # fmt: skip
+
+
+def needs_type(kind: str) -> pytest.MarkDecorator:
+    """Skips where the installed transformers is older than this type of model."""
+    return pytest.mark.skipif(kind not in CONFIG_MAPPING_NAMES, reason=f"transformers {hf.__version__} has no {kind}")
 
 
 def _whisper() -> Any:

@@ -21,7 +21,9 @@ QWEN = {"depth": 2, "hidden_size": 32, "num_heads": 4, "patch_size": 8}
 
 _BUILD: dict[str, Callable[[], Any]] = {
     "llava": lambda: hf.LlavaForConditionalGeneration(hf.LlavaConfig(
-        text_config=hf.LlamaConfig(**TEXT), vision_config=hf.CLIPVisionConfig(**VISION), image_token_index=IMAGE)),
+        text_config=hf.LlamaConfig(**TEXT), vision_config=hf.CLIPVisionConfig(**VISION), image_token_index=IMAGE,
+        # The last layer: one behind those that are read is no part of every transformers' graph.
+        vision_feature_layer=-1)),
     "qwen2_vl": lambda: hf.Qwen2VLForConditionalGeneration(hf.Qwen2VLConfig(
         text_config=MROPE, vision_config={**QWEN, "embed_dim": 32}, image_token_id=IMAGE)),
     "qwen3_vl": lambda: hf.Qwen3VLForConditionalGeneration(hf.Qwen3VLConfig(

@@ -14,6 +14,7 @@ from breadth.model import Unusable, build, differ
 from breadth.shrink import VOCABULARY, tiny_config
 from breadth.table import RESULTS, TABLE, installed, table, verdicts
 from breadth.trial import check
+from support.kinds import needs_type
 
 HF = ("buffers", "capture", "masks", "untouched", "reload")
 KEPT: dict[str, Any] = json.loads(RESULTS.read_text(encoding="utf-8"))
@@ -54,7 +55,13 @@ def test_a_type_comes_out_as_the_table_says(kind: str, tmp_path: Path) -> None:
         assert not [s for s in found.values() if s["verdict"] in ("wrong", "traceback")], found
 
 
-@pytest.mark.parametrize("kind", ["gradium_phonon_tts", pytest.param("ernie4_5_vl_moe", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param("gradium_phonon_tts", marks=needs_type("gradium_phonon_tts")),
+        pytest.param("ernie4_5_vl_moe", marks=pytest.mark.slow),
+    ],
+)
 def test_tensors_of_several_parameters_and_of_heads_come_out_smaller(kind: str, tmp_path: Path) -> None:
     """transformers turns the first's projections round by the number of heads, and makes two parameters of the
     second's experts at once: of a smaller model both are other tensors."""

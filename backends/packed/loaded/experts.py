@@ -51,7 +51,8 @@ def _experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_
     x = _stack_product(self, first, hidden_states[order // chosen], experts, offsets)
     x = self._apply_gate(x) if self.has_gate else self.act_fn(x)
     x = _stack_product(self, "down_proj", x, experts, offsets)
-    if self.has_post_expert_norm:
+    # Before transformers 5.20 experts have none, and do not say so.
+    if getattr(self, "has_post_expert_norm", False):
         x = self.post_expert_norm(x)
     weighted = x * top_k_weights.reshape(-1)[order].unsqueeze(-1)
     back = torch.empty_like(weighted)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
+from support.kinds import needs_type
 
 import sparsify
 from sparsify.backends.onnx.running.session import open_session
@@ -32,6 +33,7 @@ DECODER = {
 }  # fmt: skip
 
 
+@needs_type("mimi_decoder")
 def test_what_runs_at_no_other_length_keeps_that_of_calibration(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = hf.AutoModel.from_config(hf.AutoConfig.for_model("mimi_decoder", **DECODER)).eval()
