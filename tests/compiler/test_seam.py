@@ -233,6 +233,7 @@ def package(tmp_path: Path) -> Path:
     return place
 
 
+@pytest.mark.slow
 def test_a_graph_pass_of_another_package_at_the_command_line(package: Path, bundled: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     done = command(

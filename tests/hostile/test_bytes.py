@@ -220,6 +220,7 @@ def test_weights_that_the_manifest_does_not_know(copy: Callable[[str], Path]) ->
     refuses("hf", "compile again", folder, "model.safetensors.index.json")
 
 
+@pytest.mark.slow
 def test_a_folder_of_format_1_is_checked_by_what_it_has(copy: Callable[[str], Path], tmp_path: Path) -> None:
     for kind in ("hf", "packed"):
         folder = copy(kind)

@@ -34,6 +34,7 @@ def kills(writers: str) -> list[dict[str, object]]:
     return found
 
 
+@pytest.mark.slow
 def test_killed_at_every_call_of_the_commit() -> None:
     """Of what all writers share, and of single files, the cache and the state of tuning; the writers are below."""
     series = kills("staging,file,cache,state")

@@ -133,6 +133,7 @@ def test_masks_in_old_checkpoints(name: str, tmp_path: Path) -> None:
                     read()
 
 
+@pytest.mark.slow
 def test_what_was_allowed_is_said(model: Path, tmp_path: Path) -> None:
     spoil(model, "model.embed_tokens.weight", (62, 3))
     for to in BACKENDS:
@@ -152,6 +153,7 @@ def test_what_was_allowed_is_said(model: Path, tmp_path: Path) -> None:
         sparsify.compile(model, ["magnitude:2:4"], output=tmp_path / "no", allow_nan=True)
 
 
+@pytest.mark.slow
 def test_readers_of_our_folders(model: Path, text: str, tmp_path: Path) -> None:
     name = "model.norm.weight"
     for to in ("hf", "packed", "onnx-packed"):
@@ -176,6 +178,7 @@ def test_readers_of_our_folders(model: Path, text: str, tmp_path: Path) -> None:
     assert "1 in all, the first at [3]" in inspect_graph(tmp_path / "hf")
 
 
+@pytest.mark.slow
 def test_onnx_files(model: Path, tmp_path: Path) -> None:
     spoil(model, "model.norm.weight", (3,))
     for mode in ("link", "packed"):
@@ -188,6 +191,7 @@ def test_onnx_files(model: Path, tmp_path: Path) -> None:
     assert read_manifest(expand(tmp_path / "packed", tmp_path / "wide", allow_nan=True))["allow_nan"] is True
 
 
+@pytest.mark.slow
 def test_a_stored_dtype_that_does_not_hold_the_numbers(model: Path, tmp_path: Path) -> None:
     spoil(model, "lm_head.weight", (1, 1), 1e6)
     with pytest.raises(BackendError, match=r"lm_head\.weight in torch.float16"):
@@ -214,6 +218,7 @@ def overflowing(tmp_path: Path) -> Path:
     return tmp_path / "half"
 
 
+@pytest.mark.slow
 def test_float16_that_overflows_is_no_perplexity(overflowing: Path, text: str, tmp_path: Path) -> None:
     with pytest.raises(CalibrationError, match=r"NaN or infinite in window 0.*--compute-dtype float32"):
         evaluate(overflowing, text, sequence_length=16)

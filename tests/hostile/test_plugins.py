@@ -79,6 +79,7 @@ def test_one_that_does_not_load(package: str, site: Path, bundled: Path) -> None
         assert open_source(bundled).folder == bundled
 
 
+@pytest.mark.slow
 def test_the_commands_with_all_of_them(site: Path, bundled: Path, tmp_path: Path) -> None:
     for package, code in BROKEN.items():
         install(site, package, code, everywhere(package))

@@ -370,6 +370,7 @@ def test_what_a_gpu_does_not_take_stays_dense_and_is_named() -> None:
         assert all(why in str(r.reason) for r in result.graph_module.meta["sparsify"])
 
 
+@pytest.mark.slow
 def test_the_backend_of_torch_compile(monkeypatch: pytest.MonkeyPatch) -> None:
     times(monkeypatch)
     net = Siblings().eval()

@@ -99,6 +99,7 @@ def test_a_ragged_folder_is_evaluated_and_pruned_further(ragged: Ragged, more: P
     assert said.returncode == 0, said.stdout + said.stderr
 
 
+@pytest.mark.slow
 def test_a_ragged_folder_becomes_onnx_and_is_verified(ragged: Ragged, tmp_path: Path) -> None:
     sparsify.compile(ragged[1], [], output=tmp_path / "onnx", to="onnx")
     said = command("verify", tmp_path / "onnx")

@@ -146,6 +146,7 @@ def test_another_backend_writes_it(sparse: Path, text: str, tmp_path: Path) -> N
         tune(sparse, text, tmp_path / "none", QUICK, to="packed", adapter=True)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_where_it_stopped(sparse: Path, text: str, tmp_path: Path) -> None:
     whole = tune(sparse, text, tmp_path / "whole", replace(QUICK, dropout=0.0))
 

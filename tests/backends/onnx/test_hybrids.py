@@ -30,7 +30,9 @@ SLOW = ["bamba", "jamba", "kimi_linear", "nemotron_h", "olmo_hybrid", "qwen3_5",
 )
 def test_a_hybrid_gives_the_tokens_and_logits_of_transformers(family: str, tmp_path: Path) -> None:
     # So many layers that one of them is of the other kind.
-    model = recurrent(family, {"qwen3_next": 4, "qwen3_5": 4, "olmo_hybrid": 4, "kimi_linear": 5}.get(family, 3))
+    model = recurrent(
+        family, {"falcon_h1": 2, "qwen3_next": 4, "qwen3_5": 4, "olmo_hybrid": 4, "kimi_linear": 5}.get(family, 3)
+    )
     model.config.eos_token_id = model.generation_config.eos_token_id = None
     model.save_pretrained(tmp_path / "dense")
     result = sparsify.compile(tmp_path / "dense", to="onnx", output=tmp_path / "out")

@@ -127,6 +127,7 @@ def test_verify_finds_one_changed_byte(llama: tuple[Path, Path], tmp_path: Path)
     assert done.returncode == 1 and "up_proj" in done.stdout
 
 
+@pytest.mark.slow
 def test_without_the_import_it_does_not_load_in_silence(llama: tuple[Path, Path]) -> None:
     load_it = f"M.from_pretrained({str(llama[1])!r})"
     late = f"""
@@ -234,6 +235,7 @@ def test_from_the_command_line(bundled: Path, tmp_path: Path) -> None:
     assert long.returncode == 2 and "context" in long.stderr
 
 
+@pytest.mark.slow
 def test_bench_against_the_dense_folder(llama: tuple[Path, Path], tmp_path: Path) -> None:
     few = ("--prompt", 8, "--tokens", 4, "--rounds", 1)
     said = command("bench", llama[1], "--against", llama[0], *few, "--json", "-o", tmp_path)
