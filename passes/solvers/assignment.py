@@ -1,9 +1,9 @@
 """Who goes where: a one-to-one assignment of n things to n places that is close to the best one.
 
 The auction of Bertsekas (Annals of Operations Research 14, 1988) in Jacobi form: every thing without a place bids for
-the one it would gain most by, as much as it would lose by its second best, and the highest bid has it. Prices only rise;
-with bids raised by ε the result is within n·ε of the best, and ε goes down in steps, each of which begins at the prices
-of the one before.
+the one it would gain most by, as much as it would lose by its second best, and the highest bid has it. Prices only
+rise; with bids raised by ε the result is within n·ε of the best, and ε goes down in steps, each of which begins at the
+prices of the one before.
 """
 
 from __future__ import annotations

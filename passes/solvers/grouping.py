@@ -20,7 +20,7 @@ _MOST = 4e9
 # Of pairs of channels and rows: where there are fewer, all swaps of two are looked at as well.
 _FEW = 1e8
 # A sweep (a round for each place) that gains less than this of what is kept is the last one.
-_LEAST = 2e-4
+_LEAST = 5e-4
 _SWEEPS = 20
 # Groups that are looked at together.
 _PART = 64
@@ -39,10 +39,9 @@ def search(scores: Tensor, n: int, m: int, seed: int) -> Tensor:
     """
     groups = torch.arange(len(scores), device=scores.device).view(-1, m)
     generator = torch.Generator().manual_seed(seed)
-    worth = float(_worth(scores, groups, n).sum())
-    dealt = _dealt(scores, n, m)
     if len(groups) < 2:
         return groups.reshape(-1)
+    worth, dealt = float(_worth(scores, groups, n).sum()), _dealt(scores, m)
     if (other := float(_worth(scores, dealt, n).sum())) > worth:
         groups, worth = dealt, other
     for _ in range(_SWEEPS):
@@ -63,7 +62,9 @@ def search(scores: Tensor, n: int, m: int, seed: int) -> Tensor:
 
 def _worth(scores: Tensor, groups: Tensor, n: int) -> Tensor:
     """What each of ``groups`` [groups, m] keeps, in float64."""
-    return torch.cat([sum(_largest(scores, part, n)).sum(dim=1, dtype=torch.float64) for part in groups.split(_PART)])
+    return torch.cat(
+        [torch.stack(_largest(scores, part, n)).sum(dim=(0, 2), dtype=torch.float64) for part in groups.split(_PART)]
+    )
 
 
 def _largest(scores: Tensor, groups: Tensor, n: int) -> list[Tensor]:
@@ -78,8 +79,8 @@ def _largest(scores: Tensor, groups: Tensor, n: int) -> list[Tensor]:
     return found
 
 
-def _dealt(scores: Tensor, n: int, m: int) -> Tensor:
-    """Channels dealt out by their worth: to every group N of the larger ones, and M − N of the smaller."""
+def _dealt(scores: Tensor, m: int) -> Tensor:
+    """Channels dealt out by their worth: to every group one of the largest, one of the next, and so on."""
     order = scores.sum(dim=1).argsort(descending=True, stable=True)
     return order.view(m, -1).t().contiguous()
 
@@ -110,7 +111,7 @@ def _swapped(scores: Tensor, groups: Tensor, n: int, worth: float) -> Tensor:
         x = scores[flat]
         # [p, q]: what q's group keeps with p in q's place.
         sums = x.sum(dim=1)[:, None] - best[-1].sum(dim=1)
-        taken = (torch.cdist(x, best[-1], p=1) + sums) / 2 + sum(best).sum(dim=1)
+        taken = (torch.cdist(x, best[-1], p=1) + sums) / 2 + torch.stack(best).sum(dim=(0, 2))
         gain = (taken + taken.t()).double() - own.repeat_interleave(m)[:, None] - own.repeat_interleave(m)
         # [group, group, pair]: the best pair of each two groups.
         pairs = gain.view(count, m, count, m).transpose(1, 2).reshape(count, count, m * m)

@@ -66,6 +66,7 @@ class ChannelPass(Pass):
         """The channel that comes to each place: [channels], a permutation that keeps at least as much.
 
         Args:
-            worth: [channels, rows], the rows of all matrices that read these channels. seed: another one for every lane.
+            worth: [channels, rows], the rows of all matrices that read these channels.
+            seed: another one for every lane.
         """
         raise NotImplementedError

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sparsify.analysis.dimensions.lanes import Lane, Lanes, find_lanes
-from sparsify.analysis.linear import LinearSite, block_of, find_sites
+from sparsify.analysis.linear import block_of, find_sites
 from sparsify.calibration.measuring import Measuring
 from sparsify.context import ChannelResult, Context, Progress
 from sparsify.errors import Refused, SpecError
@@ -96,7 +96,10 @@ def reorder(
     batches: Sequence[Mapping[str, Tensor]],
     context: Context,
 ) -> tuple[list[ChannelResult], list[Refused], Orders]:
-    """Put the channels of each group of ``program`` into a better order; what happened, and what was done to parameters.
+    """Put the channels of each group of ``program`` into a better order.
+
+    Returns:
+        What became of each group, those that stay as they are, and what was done to parameters.
 
     Raises:
         CalibrationError: an activation that is NaN or infinite.
@@ -185,7 +188,9 @@ class _Group:
             for expert in experts:
                 norm = self.norms[name][expert].to(self.context.device)
                 # An expert that no token reached is ordered by its weights alone; the scale of a lane means nothing.
-                norm = (norm / norm.max().clamp_min(1e-300)).float() if bool(norm.any()) else torch.ones_like(norm).float()
+                norm = (
+                    (norm / norm.max().clamp_min(1e-300)).float() if bool(norm.any()) else torch.ones_like(norm).float()
+                )
                 for run in reading.runs:
                     at = torch.from_numpy(run).to(self.context.device)
                     columns = self.matrices[name][expert].to(self.context.device).index_select(1, at).float()

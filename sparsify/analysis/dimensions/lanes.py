@@ -113,7 +113,7 @@ class _Finder:
         if not len(self.group.free):
             return Refused(self.group.reason or "its channels are told apart", name)
         owners = self._heads() if self.split else None
-        stacked = self._experts() or {}
+        stacked = self._experts()
         lanes, why = list[Lane](), "fewer than two groups of channels may change places"
         for head in [None] if owners is None else range(int(max(o.max() for o in owners)) + 1):
             inside = [numpy.ones(len(m.channel), dtype=bool) for m in self.group.members]
@@ -124,8 +124,8 @@ class _Finder:
                 if isinstance(lane, str):
                     why = lane
                 elif stacked:
-                    count = len(self.group.members) and self._count(stacked)
-                    lanes += [Lane(lane.channels, lane.moving, lane.reading, expert) for expert in range(count)]
+                    experts = range(lane.reading[0].site.experts)
+                    lanes += [Lane(lane.channels, lane.moving, lane.reading, expert) for expert in experts]
                 else:
                     lanes.append(lane)
         return Lanes(name, tuple(lanes), stacked) if lanes else Refused(why, name)
@@ -180,10 +180,10 @@ class _Finder:
         found: list[Ids] = []
         group = None
         for member in self.group.members:
-            for own in self.whole.groups if group is None else [group]:
-                same = [m for m in own.members if (m.parameter, m.axis) == (member.parameter, member.axis)]
+            for other in self.whole.groups if group is None else [group]:
+                same = [m for m in other.members if (m.parameter, m.axis) == (member.parameter, member.axis)]
                 if same:
-                    group = own
+                    group = other
                     found.append(same[0].channel)
                     break
             else:
@@ -208,33 +208,18 @@ class _Finder:
             numpy.where(free[m.channel], numbers[own], -1) for m, own in zip(self.group.members, found, strict=True)
         ]
 
-    def _experts(self) -> dict[str, int] | None:
-        """For each parameter the axis that counts experts, where all are stacked by the same ones."""
-        found: dict[str, int] = {}
-        for member in self.group.members:
-            site = self.sites.get(member.parameter)
-            if site is not None and site.expert_axis is not None:
-                found[member.parameter] = site.expert_axis
-        if not found:
-            return None
-        first = next(iter(found.items()))
-        stack = next(
-            (g for g in self.whole.groups if any((m.parameter, m.axis) == first for m in g.members)), None
-        )  # fmt: skip
+    def _experts(self) -> dict[str, int]:
+        """For each parameter the axis that counts experts, where all are stacked by the same ones; else nothing."""
+        sites = [self.sites[m.parameter] for m in self.group.members if m.parameter in self.sites]
+        first = next(((s.parameter, s.expert_axis) for s in sites if s.expert_axis is not None), None)
+        stack = next((g for g in self.whole.groups if first in [(m.parameter, m.axis) for m in g.members]), None)
         if stack is None:
-            return None
-        axes = {m.parameter: m for m in stack.members if (m.channel == numpy.arange(stack.channels)).all()} if all(
-            len(m.channel) == stack.channels for m in stack.members if m.parameter in found
-        ) else {}  # fmt: skip
-        for member in self.group.members:
-            other = axes.get(member.parameter)
-            if other is None or other.axis == member.axis:
-                return None
-            found[member.parameter] = other.axis
-        return found
-
-    def _count(self, stacked: Mapping[str, int]) -> int:
-        return next(self.sites[name].experts for name in stacked if name in self.sites)
+            return {}
+        # The e-th of each is the e-th expert's.
+        count = numpy.arange(stack.channels)
+        axes = {m.parameter: m.axis for m in stack.members if numpy.array_equal(m.channel, count)}
+        alike = all(axes.get(m.parameter, m.axis) != m.axis for m in self.group.members)
+        return {m.parameter: axes[m.parameter] for m in self.group.members} if alike else {}
 
 
 def _copies(at: Ids, number: Ids, channels: int) -> Ids | None:
