@@ -13,20 +13,22 @@ from torch import Tensor
 
 # ε of each step, of the mean spread of a row's benefits.
 _STEPS = (0.125, 0.025, 0.005, 0.001)
+# Rounds of one auction for each thing, and some for few: numbers so far apart that ε is lost among them would take any.
+_ROUNDS, _FEW = 4, 1000
 
 
 def assign(benefit: Tensor) -> Tensor:
     """The place of each thing: [n], a permutation, for ``benefit`` [things, places]."""
-    count, device = len(benefit), benefit.device
-    if count == 1:
-        return torch.zeros(1, dtype=torch.long, device=device)
-    spread = float((benefit.amax(dim=1) - benefit.amin(dim=1)).mean())
-    price = benefit.new_zeros(count)
-    place = torch.arange(count, device=device)
-    if spread <= 0:
+    count, place = len(benefit), torch.arange(len(benefit), device=benefit.device)
+    # What a thing gains by any place alike says nothing, and would cost digits.
+    benefit = benefit - benefit.amin(dim=1, keepdim=True)
+    spread = float(benefit.amax(dim=1).mean())
+    if count < 2 or spread <= 0:
         return place
+    least = 4 * torch.finfo(benefit.dtype).eps * float(benefit.max())
+    price = benefit.new_zeros(count)
     for step in _STEPS:
-        place = _auction(benefit, price, step * spread)
+        place = _auction(benefit, price, max(step * spread, least))
     return place
 
 
@@ -35,12 +37,13 @@ def _auction(benefit: Tensor, price: Tensor, raised: float) -> Tensor:
     count = len(benefit)
     owner = torch.full((count,), -1, device=benefit.device)
     place = owner.clone()
-    while len(free := (place < 0).nonzero()[:, 0]):
+    for _ in range(_ROUNDS * count + _FEW):
+        free = (place < 0).nonzero()[:, 0]
+        if not len(free):
+            break
         value, wish = (benefit[free] - price).topk(2, dim=1)
         wish = wish[:, 0]
-        # At least the next number: a bid that leaves a large price where it is would be made for ever.
-        least = torch.nextafter(price[wish], price.new_tensor(torch.inf))
-        bid = torch.maximum(price[wish] + value[:, 0] - value[:, 1] + raised, least)
+        bid = price[wish] + value[:, 0] - value[:, 1] + raised
         highest = torch.full_like(price, -torch.inf).scatter_reduce(0, wish, bid, "amax")
         # Of equal bids one wins: that of the last thing.
         wins = bid == highest[wish]
@@ -51,4 +54,6 @@ def _auction(benefit: Tensor, price: Tensor, raised: float) -> Tensor:
         owner[sold] = winner[sold]
         place[winner[sold]] = sold
         price[sold] = highest[sold]
+    # Whoever is left takes what is left.
+    place[place < 0] = (owner < 0).nonzero()[:, 0]
     return place

@@ -10,6 +10,7 @@ own, else they move alike.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -111,7 +112,8 @@ class _Finder:
         readers = [m for m in self.group.members if _reads(self.sites, m)]
         name = ", ".join(dict.fromkeys(m.parameter.removesuffix(".weight") for m in readers))
         if not len(self.group.free):
-            return Refused(self.group.reason or "its channels are told apart", name)
+            # Without the number of the node, which differs from block to block.
+            return Refused(re.sub(r"_\d+\b", "", self.group.reason or "its channels are told apart"), name)
         owners = self._heads() if self.split else None
         stacked = self._experts()
         lanes, why = list[Lane](), "fewer than two groups of channels may change places"
