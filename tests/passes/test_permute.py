@@ -10,15 +10,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support import families, kinds
+from support.command_line import sparsify as command
 from support.families import FAMILIES, build, inputs, save
 from support.folders import load
 from support.recurrent import RECURRENT as RECURRENT
 from support.recurrent import recurrent
 from torch import Tensor, nn
-from typer.testing import CliRunner
 
 import sparsify
-from sparsify.cli.main import app
 from sparsify.data.batches import load_calibration
 from sparsify.errors import SpecError
 from sparsify.evaluation.compare import compare
@@ -27,7 +26,7 @@ from sparsify.method.spec import parse_pass, spec_text
 from sparsify.passes.permute import Permute
 
 
-def text(rows: int = 8) -> list[dict[str, Tensor]]:
+def text(rows: int = 32) -> list[dict[str, Tensor]]:
     ids = torch.randint(3, 60, (rows, 12), generator=torch.Generator().manual_seed(0))
     return [{"input_ids": part} for part in ids.split(2)]
 
@@ -48,7 +47,7 @@ def shaken(model: Any) -> Any:
         for name, parameter in model.named_parameters():
             if "layer_scale" in name:
                 parameter.fill_(1)
-            if parameter.dim() == 1 and "A_log" not in name:
+            if (parameter.dim() == 1 or name.endswith("bias")) and "A_log" not in name:
                 parameter.add_(torch.randn_like(parameter) * 0.1)
     return model
 
@@ -117,7 +116,7 @@ def test_wanda_keeps_as_much_as_was_said() -> None:
     model, batch = build("llama"), inputs("llama", rows=4)
     result = sparsify.compile(model, ["permute:2:4", "wanda:2:4"], calibration=[batch], schedule="dense")
     hidden: list[Tensor] = []
-    layer = result.dense is not None and sparsify.compile(model, ["permute:2:4"], calibration=[batch]).model
+    layer = sparsify.compile(model, ["permute:2:4"], calibration=[batch]).model.requires_grad_(False)
     layer.model.layers[0].mlp.down_proj.register_forward_pre_hook(lambda _, given: hidden.append(given[0]))
     families.run(layer, batch)
     norms = hidden[0].flatten(0, 1).square().sum(0)
@@ -143,13 +142,13 @@ def test_refine_after_it(schedule: Any, tmp_path: Path) -> None:
     """Fits to the same block outputs: what was lost in one compile is what was lost against the dense model's."""
     dense = save("llama", tmp_path / "dense")
     first = "wanda:2:4" if schedule == "block" else "twin:2:4"
-    refine = "refine:epochs=1,rate=0.02"
+    refine = "refine:epochs=2,rate=0.02"
     result = compiled(dense, "permute:2:4", first, refine, output=tmp_path / "out", schedule=schedule)
     compiled(dense, "permute:2:4", first, output=tmp_path / "pruned", schedule=schedule)
     named = compiled(tmp_path / "pruned", refine, teacher=dense, schedule=schedule)
     (ours,), (theirs,) = ([r.regions for r in one.runs if r.regions] for one in (result, named))
     assert [r.before for r in ours] == pytest.approx([r.before for r in theirs], rel=1e-4)
-    assert ours[0].after < ours[0].before
+    assert any(region.after < region.before for region in ours)
     for name, value in tensors(tmp_path / "out").items():
         if "proj" in name:
             assert int((value != 0).unflatten(-1, (-1, 4)).sum(-1).max()) <= 2, name
@@ -158,11 +157,11 @@ def test_refine_after_it(schedule: Any, tmp_path: Path) -> None:
     assert all(group["kept_before"] < group["kept_after"] for group in said["channels"])
 
 
-@pytest.mark.parametrize("to", ["packed", "onnx"])
+@pytest.mark.parametrize("to", ["packed:choice=smallest", pytest.param("onnx", marks=pytest.mark.slow)])
 def test_outputs_of_other_kinds(to: str, tmp_path: Path) -> None:
     dense = save("llama", tmp_path / "dense")
     hf = compiled(dense, "permute:2:4", "wanda:2:4", output=tmp_path / "hf")
-    other = compiled(dense, "permute:2:4", "wanda:2:4", output=tmp_path / to, to=to)
+    other = compiled(dense, "permute:2:4", "wanda:2:4", output=tmp_path / "other", to=to)
     batch = inputs("llama")
     assert torch.equal(families.run(hf.model, batch), families.run(other.model, batch))
     assert torch.equal(families.run(load(tmp_path / "hf"), batch), families.run(hf.model, batch))
@@ -212,7 +211,7 @@ def test_what_cannot_be_done_is_refused_before_anything_is_written(tmp_path: Pat
         parse_pass("permute")
     dense = save("llama", tmp_path / "dense")
     for passes in (["wanda:2:4", "permute:2:4"], ["twin:2:4", "refine", "permute:2:4"]):
-        with pytest.raises(SpecError, match="zeros whose pattern another order would break"):
+        with pytest.raises(SpecError, match="zeros whose pattern another order of channels"):
             sparsify.compile(dense, passes, output=tmp_path / "out")
     compiled(dense, "magnitude:2:4", output=tmp_path / "pruned")
     for pattern in ("2:4", "4:8"):
@@ -238,11 +237,11 @@ def test_the_command_line_says_what_was_gained(tmp_path: Path) -> None:
     dense = save("llama", tmp_path / "dense")
     words = ["compile", str(dense), "--pass", "permute:2:4", "--pass", "wanda:2:4", "--calibration", "random"]
     words += ["--samples", "4", "--sequence-length", "16", "-o", str(tmp_path / "out")]
-    planned = CliRunner().invoke(app, [*words, "--dry-run"])
-    assert planned.exit_code == 0 and "permute:2:4 would reorder" in planned.output
-    done = CliRunner().invoke(app, words)
-    assert done.exit_code == 0 and "kept before" in done.output and "2 × 8" in done.output
-    assert "permute:PATTERN" in CliRunner().invoke(app, ["passes"]).output
+    planned = command(*words, "--dry-run")
+    assert planned.returncode == 0 and "permute:2:4 would reorder" in planned.stdout
+    done = command(*words)
+    assert done.returncode == 0 and "kept before" in done.stdout and "2 × 8" in done.stdout
+    assert "permute:PATTERN" in command("passes").stdout
 
 
 def test_compared_with_others_errors_are_in_the_new_order(tmp_path: Path) -> None:
