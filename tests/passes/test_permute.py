@@ -47,7 +47,7 @@ def shaken(model: Any) -> Any:
         for name, parameter in model.named_parameters():
             if "layer_scale" in name:
                 parameter.fill_(1)
-            if (parameter.dim() == 1 or name.endswith("bias")) and "A_log" not in name:
+            if parameter.dim() == 1 or name.endswith(("bias", "A_log")):
                 parameter.add_(torch.randn_like(parameter) * 0.1)
     return model
 
