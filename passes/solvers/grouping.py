@@ -18,7 +18,7 @@ from sparsify.passes.solvers.assignment import assign
 # Products of groups, groups and rows in one round; where there would be more, it looks at some of the rows.
 _MOST = 4e9
 # Of pairs of channels and rows: where there are fewer, all swaps of two are looked at as well.
-_FEW = 1e8
+_FEW = 3e7
 # A sweep (a round for each place) that gains less than this of what is kept is the last one.
 _LEAST = 5e-4
 _SWEEPS = 20
