@@ -24,7 +24,7 @@ from sparsify.ir.program import Program
 from sparsify.method.base import Change, Pass, check_order
 from sparsify.method.pattern import NM, Unstructured
 from sparsify.method.registry import find, registered
-from sparsify.passes import LLMPruner, LowerSparse, Magnitude, Wanda
+from sparsify.passes import LLMPruner, LowerSparse, Magnitude, Permute, Wanda
 
 
 @dataclass(frozen=True)
