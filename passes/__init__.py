@@ -20,13 +20,14 @@ if TYPE_CHECKING:
     from sparsify.passes.llm_pruner import LLMPruner
     from sparsify.passes.lowering.lower_sparse import LowerSparse
     from sparsify.passes.magnitude import Magnitude
+    from sparsify.passes.permute import Permute
     from sparsify.passes.sparsegpt import SparseGPT
     from sparsify.passes.twin import Twin
     from sparsify.passes.wanda import Wanda
 
 __all__ = [
-    "ALPS", "APT", "GBLM", "Activation", "Gradient", "LLMPruner", "LowerSparse", "Magnitude", "SparseGPT", "Twin",
-    "Wanda",
+    "ALPS", "APT", "GBLM", "Activation", "Gradient", "LLMPruner", "LowerSparse", "Magnitude", "Permute", "SparseGPT",
+    "Twin", "Wanda",
 ]  # fmt: skip
 
 __getattr__ = lazily(
@@ -40,6 +41,7 @@ __getattr__ = lazily(
         "LLMPruner": "llm_pruner",
         "LowerSparse": "lowering.lower_sparse",
         "Magnitude": "magnitude",
+        "Permute": "permute",
         "SparseGPT": "sparsegpt",
         "Twin": "twin",
         "Wanda": "wanda",

@@ -18,7 +18,7 @@ from sparsify.method.pattern import Pattern
 from sparsify.method.selection import Comparison, select
 from sparsify.method.statistics import InputStatistics
 from sparsify.method.weight_pass import Pruned
-from sparsify.passes.fitting import FittingPass, Problem
+from sparsify.passes.solvers.fitting import FittingPass, Problem
 
 # ρ relative to the unit diagonal: chosen on stories260k and pycode-6m (docs/benchmarks.md), where twice as many steps
 # gain less than 2% of the objective.

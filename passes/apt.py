@@ -21,7 +21,7 @@ from sparsify.method.registry import find
 from sparsify.method.selection import Comparison, falls_short, holds, select
 from sparsify.method.statistics import InputStatistics
 from sparsify.method.weight_pass import Pruned, WeightPass
-from sparsify.passes.fitting import FittingPass, Problem
+from sparsify.passes.solvers.fitting import FittingPass, Problem
 from sparsify.passes.solvers.gram import DampedGram
 
 # Weights whose losses are compared at once.

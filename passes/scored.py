@@ -13,7 +13,7 @@ from torch import Tensor
 from sparsify.method.selection import Comparison, select
 from sparsify.method.statistics import InputStatistics
 from sparsify.method.weight_pass import Pruned
-from sparsify.passes.fitting import FittingPass, Method, Problem, adaptive
+from sparsify.passes.solvers.fitting import FittingPass, Method, Problem, adaptive
 
 Update = Literal["none", "sequential", "iterative", "block", "exact"]
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from sparsify.method.selection import Axis
 from sparsify.method.statistics import InputStatistics
 from sparsify.method.weight_pass import Pruned
-from sparsify.passes.fitting import FittingPass, Problem, adaptive
+from sparsify.passes.solvers.fitting import FittingPass, Problem, adaptive
 
 
 @dataclass(frozen=True)

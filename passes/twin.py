@@ -14,7 +14,7 @@ from torch import Tensor
 from sparsify.method.statistics import InputStatistics
 from sparsify.method.weight_pass import Pruned
 from sparsify.passes.apt import MaskedPass
-from sparsify.passes.fitting import FitTarget
+from sparsify.passes.solvers.fitting import FitTarget
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Twin(MaskedPass):
     """Fit the kept weights to the dense model's outputs; the mask is chosen on the goal W*, not on W.
 
     ``mask`` is ALPS's unless another is named; ``blend`` and ``percdamp`` are the a and λ of
-    :mod:`sparsify.passes.fitting`.
+    :mod:`sparsify.passes.solvers.fitting`.
 
     >>> from sparsify.method.spec import parse_pass, spec_text
     >>> spec_text(parse_pass("twin:2:4,mask=sparsegpt,blend=1"))

@@ -57,6 +57,27 @@ class RegionResult:
 
 
 @dataclass
+class ChannelResult:
+    """What became of one group of channels that may change places.
+
+    Attributes:
+        name: the sites that read them. ``channels``: how many, in ``lanes`` that they do not leave (heads, experts).
+        moved: how many lie elsewhere now.
+        before, after: what the pattern keeps of the worth of all weights that read them, as a share.
+        written: the parameters that changed.
+    """
+
+    name: str
+    channels: int
+    lanes: int
+    moved: int
+    before: float
+    after: float
+    written: list[str]
+    seconds: float
+
+
+@dataclass
 class Progress:
     """What an observer is told: after a batch of a region (``site`` None), and after each site is pruned.
 

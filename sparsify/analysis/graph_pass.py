@@ -24,7 +24,7 @@ class GraphPass(Pass):
     """
 
     kind: ClassVar[Kind] = "graph"
-    follows: ClassVar[frozenset[Kind]] = frozenset({"structure", "graph", "weights", "regions"})
+    follows: ClassVar[frozenset[Kind]] = frozenset({"structure", "graph", "channels", "weights", "regions"})
     misplaced: ClassVar[str] = "a graph whose weights are packed by then"
     changes: ClassVar[frozenset[Change]] = frozenset({"weights"})
 
@@ -42,7 +42,7 @@ class LoweringPass(Pass):
     """Base of passes that rewrite a runnable graph for other operators; what they give is a module, and the last."""
 
     kind: ClassVar[Kind] = "lowering"
-    follows: ClassVar[frozenset[Kind]] = frozenset({"structure", "graph", "weights", "regions"})
+    follows: ClassVar[frozenset[Kind]] = frozenset({"structure", "graph", "channels", "weights", "regions"})
     misplaced: ClassVar[str] = "a graph that is lowered already"
     changes: ClassVar[frozenset[Change]] = frozenset({"graph"})
 

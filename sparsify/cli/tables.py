@@ -34,6 +34,9 @@ def result_report(compiled: Compiled, seconds: float) -> RenderableType:
         if run.regions:
             parts += _region_report(run)
             continue
+        if run.channels:
+            parts += [_channel_report(run), *_skipped_lines(run.skipped, "left in their order")]
+            continue
         if not run.sites:
             weights = f"{len(run.written)} weights written" if run.written else "no weight written"
             parts.append(Text(f"{spec_text(run.applied)}: {weights}, {run.seconds:.1f} s"))
@@ -59,6 +62,11 @@ def plan_report(compiled: Compiled) -> RenderableType:
     for done in compiled.structure:
         parts += [Text(f"{spec_text(done.structural_pass)} would leave", "bold"), *map(Text, done.lines())]
     for run in compiled.runs:
+        if run.lanes:
+            names = [lanes.name for lanes in run.lanes]
+            parts.append(Text(f"{spec_text(run.applied)} would reorder what {_some(names)} read"))
+            parts += _skipped_lines(run.skipped, "left in their order")
+            continue
         if run.pattern is not None and not run.targets:
             parts.append(Text(f"{spec_text(run.applied)} would then prune the smaller model, once it is there"))
             continue
@@ -157,6 +165,25 @@ def _region_report(run: PassRun) -> list[RenderableType]:
     return [table]
 
 
+def _channel_report(run: PassRun) -> Table:
+    """What each group of channels gained by another order."""
+    table = Table(title=f"{spec_text(run.applied)}: {run.seconds:.1f} s", title_justify="left", caption_justify="left")
+    table.add_column("channels that are read by", overflow="fold")
+    for column in ("channels", "moved", "kept before", "kept after", "time"):
+        table.add_column(column, justify="right")
+    for group in run.channels:
+        table.add_row(
+            group.name,
+            f"{group.channels}" if group.lanes == 1 else f"{group.lanes} × {group.channels // group.lanes}",
+            str(group.moved),
+            f"{group.before:.2%}",
+            f"{group.after:.2%}",
+            f"{group.seconds:.1f} s",
+        )
+    table.caption = "kept: what the pattern would keep of Σ|W|²‖X‖² of the weights that read them"
+    return table
+
+
 def shared_prefix(kinds: Iterable[str]) -> str:
     """What all names begin with, up to a dot; nothing where there is but one."""
     split = [name.split(".")[:-1] for name in kinds]
@@ -181,11 +208,11 @@ def _by_kind(targets: Iterable[Target]) -> dict[str, list[Target]]:
     return kinds
 
 
-def _skipped_lines(skipped: Sequence[Refused]) -> list[RenderableType]:
+def _skipped_lines(skipped: Sequence[Refused], what: str = "left dense") -> list[RenderableType]:
     reasons: dict[str, list[str]] = {}
     for item in skipped:
         reasons.setdefault(item.reason, []).append(item.node)
-    return [Text(f"left dense: {_some(names)}: {reason}", "yellow") for reason, names in reasons.items()]
+    return [Text(f"{what}: {_some(names)}: {reason}", "yellow") for reason, names in reasons.items()]
 
 
 def _opaque_lines(opaque: Sequence[Opaque]) -> list[RenderableType]:

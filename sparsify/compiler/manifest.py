@@ -9,7 +9,7 @@ from typing import Any
 
 from sparsify.compiler.request import Request
 from sparsify.compiler.result import Compiled, PassRun
-from sparsify.context import RegionResult, SiteResult
+from sparsify.context import ChannelResult, RegionResult, SiteResult
 from sparsify.data.batches import Calibration
 from sparsify.files.manifest import FORMAT
 from sparsify.frontend.source import Source
@@ -67,6 +67,7 @@ def _pass(run: PassRun, request: Request) -> dict[str, Any]:
         "only": list(request.only),
         "sites": [_site(site) for site in run.sites],
         **({"regions": [_region(region) for region in run.regions]} if run.regions else {}),
+        **({"channels": [_channels(group) for group in run.channels]} if run.channels else {}),
         "skipped": [{"name": s.node, "reason": s.reason} for s in run.skipped],
     }
 
@@ -94,6 +95,18 @@ def _region(region: RegionResult) -> dict[str, Any]:
         "rate": region.rate,
         "entries": region.entries,
         "written": region.written,
+    }
+
+
+def _channels(group: ChannelResult) -> dict[str, Any]:
+    return {
+        "name": group.name,
+        "channels": group.channels,
+        "lanes": group.lanes,
+        "moved": group.moved,
+        "kept_before": group.before,
+        "kept_after": group.after,
+        "written": group.written,
     }
 
 

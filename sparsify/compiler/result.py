@@ -10,13 +10,15 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
+from sparsify.analysis.dimensions.lanes import Lanes
 from sparsify.analysis.linear import Opaque
-from sparsify.context import RegionResult, SiteResult
+from sparsify.context import ChannelResult, RegionResult, SiteResult
 from sparsify.data.batches import Calibration
 from sparsify.errors import Refused, SpecError, near
 from sparsify.frontend.materialize import materialize
 from sparsify.frontend.source import Source
 from sparsify.ir.program import Program
+from sparsify.ir.weights import Weights
 from sparsify.method.base import Pass
 from sparsify.method.pattern import Pattern
 from sparsify.prune.targets import Target
@@ -30,7 +32,8 @@ class PassRun:
     Attributes:
         applied: the pass. targets, skipped: of a weight pass, the weights that it is for and those that stay dense,
             each with the reason. sites: what happened, site by site. regions: of a pass that trains, what became of
-            each block. written: the parameters that it changed.
+            each block. lanes, channels: of a pass that reorders channels, the groups that it is for and what became of
+            each; ``skipped`` are those that stay in their order then. written: the parameters that it changed.
         seconds: of the whole pass.
     """
 
@@ -40,6 +43,8 @@ class PassRun:
     skipped: list[Refused] = field(default_factory=list)
     sites: list[SiteResult] = field(default_factory=list)
     regions: list[RegionResult] = field(default_factory=list)
+    lanes: list[Lanes] = field(default_factory=list)
+    channels: list[ChannelResult] = field(default_factory=list)
     written: set[str] = field(default_factory=set)
     seconds: float = 0.0
 
@@ -64,7 +69,8 @@ class Compiled:
         runs: one per pass, in order. ``calibration``: None where no data was used. ``opaque``: contractions with
             a parameter that no pass can prune. ``output``: the folder that was written, or None; ``notes``: what the
             backend says of it. ``structure``: what structural passes took out, before ``runs``; ``source`` is the
-            smaller model then. ``lowered``: the module that a lowering pass gave. ``manifest``: what ``sparsify.json``
+            smaller model then. ``dense``: the weights before ``runs``, in the order that passes gave to channels.
+            ``lowered``: the module that a lowering pass gave. ``manifest``: what ``sparsify.json``
             says of all this.
     """
 
@@ -74,6 +80,7 @@ class Compiled:
     calibration: Calibration | None = None
     opaque: Sequence[Opaque] = ()
     structure: list[Restructured] = field(default_factory=list)
+    dense: Weights | None = None
     output: Path | None = None
     notes: list[str] = field(default_factory=list)
     lowered: fx.GraphModule | None = None

@@ -34,6 +34,7 @@ from sparsify.frontend.source import Source, open_source, require_real
 from sparsify.ir.graph import runnable
 from sparsify.ir.program import Program
 from sparsify.ir.store import MemoryStore
+from sparsify.method.channel_pass import ChannelPass
 from sparsify.method.pattern import NM
 from sparsify.method.region_pass import RegionPass
 from sparsify.method.weight_pass import WeightPass
@@ -41,8 +42,10 @@ from sparsify.prune.engine import prune as prune_weights
 from sparsify.prune.names import Wanted
 from sparsify.prune.targets import UNFIT, choose
 from sparsify.refine.engine import refine
+from sparsify.structure.orders import reordered
 from sparsify.structure.plan import plan as plan_structure
 from sparsify.structure.record import Restructured
+from sparsify.structure.reorder import choose_lanes, reorder
 from sparsify.structure.restructure import Captured
 from sparsify.structure.rounds import check_source, in_a_folder, make_smaller
 from sparsify.words import format_bytes
@@ -251,10 +254,16 @@ def prune(
     compiled, program = planned.compiled, planned.model.program
     compiled.calibration, compiled.opaque = data, find_sites(program)[1]
     samples = None if data is None else Samples(data.batches, data.labels)
+    compiled.dense = planned.model.source.weights
     for run in planned.runs:
         own = run.applied
         with seam.running(own, program) as ran:
-            if isinstance(own, WeightPass):
+            if isinstance(own, ChannelPass):
+                assert data is not None
+                run.channels, left, orders = reorder(program, own, run.lanes, data.batches, seam.context)
+                run.skipped += left
+                compiled.dense = reordered(compiled.dense, orders)
+            elif isinstance(own, WeightPass):
                 run.sites = prune_weights(
                     program,
                     own,
@@ -262,7 +271,7 @@ def prune(
                     samples,
                     seam.context,
                     schedule=request.schedule,
-                    dense=planned.model.source.weights,
+                    dense=compiled.dense,
                 )
             elif isinstance(own, RegionPass):
                 assert data is not None
@@ -337,13 +346,15 @@ def _runs(model: Captured, request: Request) -> list[PassRun]:
     schedule = request.schedule if request.needs_data else "none"
     runs = []
     for own in request.others:
-        if not isinstance(own, (WeightPass, RegionPass, GraphPass, LoweringPass)):
+        if not isinstance(own, (ChannelPass, WeightPass, RegionPass, GraphPass, LoweringPass)):
             raise SpecError(
                 f"pass {own.name}",
                 found=f"a pass of kind '{own.kind}' that nothing here runs",
-                do="Derive it from WeightPass, RegionPass, StructuralPass, GraphPass or LoweringPass",
+                do="Derive it from WeightPass, RegionPass, ChannelPass, StructuralPass, GraphPass or LoweringPass",
             )
         run = PassRun(own, schedule)
+        if isinstance(own, ChannelPass):
+            run.lanes, run.skipped = choose_lanes(model.program, own, model.wanted)
         if isinstance(own, WeightPass):
             run.targets, run.skipped = choose(model.program, own.pattern, model.wanted)
             if isinstance(own.pattern, NM) and any(hasattr(smaller, "round") for smaller in request.structural):

@@ -77,7 +77,7 @@ def compare(
     parsed = [parse_pass(spec) for pipeline in pipelines for spec in pipeline]
     if not parsed:
         raise SpecError("comparing without a pass", found="nothing to do", do="Give --passes wanda:2:4,sparsegpt:2:4")
-    if other := next((own for own in parsed if own.kind not in ("weights", "regions")), None):
+    if other := next((own for own in parsed if own.kind not in ("channels", "weights", "regions")), None):
         raise SpecError(
             f"comparing {other.name}",
             found="a pass that neither prunes nor trains weight by weight, so that no site's error can be told",
@@ -146,7 +146,7 @@ def compare(
                 pruning = [run for run in made.runs if run.targets]
                 sites: list[SiteResult] = [site for run in pruning for site in run.sites]
                 pruned = list({s.name: s for run in pruning for target in run.targets for s in target.sites}.values())
-                errors = drift(made.program, pruned, shared.batches, source.weights, context)
+                errors = drift(made.program, pruned, shared.batches, made.dense or source.weights, context)
                 rows.append(
                     ComparedPass(
                         name=spec,

@@ -39,7 +39,7 @@ class RegionPass(Pass):
     batch: int = 4
 
     kind: ClassVar[Kind] = "regions"
-    follows: ClassVar[frozenset[Kind]] = frozenset({"structure", "graph", "weights", "regions"})
+    follows: ClassVar[frozenset[Kind]] = frozenset({"structure", "graph", "channels", "weights", "regions"})
     misplaced: ClassVar[str] = "weights that are packed by then"
     changes: ClassVar[frozenset[Change]] = frozenset({"weights"})
 

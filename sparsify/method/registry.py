@@ -24,6 +24,7 @@ _OWN = {
         "llm-pruner": "sparsify.passes.llm_pruner:LLMPruner",
         "lower-sparse": "sparsify.passes.lowering.lower_sparse:LowerSparse",
         "magnitude": "sparsify.passes.magnitude:Magnitude",
+        "permute": "sparsify.passes.permute:Permute",
         "refine": "sparsify.passes.refine:Refine",
         "sparsegpt": "sparsify.passes.sparsegpt:SparseGPT",
         "twin": "sparsify.passes.twin:Twin",

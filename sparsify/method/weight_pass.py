@@ -60,7 +60,7 @@ class WeightPass(Pass):
     outliers: float = 5.0
 
     kind: ClassVar[Kind] = "weights"
-    follows: ClassVar[frozenset[Kind]] = frozenset({"structure", "graph", "weights", "regions"})
+    follows: ClassVar[frozenset[Kind]] = frozenset({"structure", "graph", "channels", "weights", "regions"})
     misplaced: ClassVar[str] = "weights that are packed by then"
     changes: ClassVar[frozenset[Change]] = frozenset({"weights"})
     common_to: ClassVar[str] = "every pass that prunes weights"

@@ -48,7 +48,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (SQUARES, "wanda:2:4", r"running the model, before layers\.0\.0\.weight on cuda"),
         (OPERATOR, "wanda:2:4", r"running the model, layers\.0\.0\.weight to layers\.0\.0\.bias on cuda"),
         ("sparsify.passes.wanda.Wanda.mask", "wanda:2:4", r"pruning layers\.0\.0 on cuda"),
-        ("sparsify.passes.fitting.damped_gram", "sparsegpt:2:4", r"pruning layers\.0\.0 on cuda"),
+        ("sparsify.passes.solvers.fitting.damped_gram", "sparsegpt:2:4", r"pruning layers\.0\.0 on cuda"),
         ("sparsify.prune.allocation.Measured.scores", "wanda:50%,allocation=owl", r"pass wanda on cuda"),
         ("sparsify.frontend.capture.from_exported", "wanda:2:4", r"compiling on cuda"),
     ],

@@ -24,7 +24,7 @@ from sparsify.ir.program import Program
 from sparsify.method.base import Change, Pass, check_order
 from sparsify.method.pattern import NM, Unstructured
 from sparsify.method.registry import find, registered
-from sparsify.passes import LLMPruner, LowerSparse, Magnitude, Wanda
+from sparsify.passes import LLMPruner, LowerSparse, Magnitude, Permute, Wanda
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,8 @@ def test_every_registered_pass_declares_itself() -> None:
     for name in registered("sparsify.passes"):
         kind = find("sparsify.passes", name)
         assert issubclass(kind, Pass) and kind.name == name and kind.summary
-        assert kind.kind in ("structure", "graph", "weights", "regions", "lowering") and kind.misplaced and kind.changes
+        assert kind.kind in ("structure", "graph", "channels", "weights", "regions", "lowering")
+        assert kind.misplaced and kind.changes
 
 
 def test_graph_passes_and_weight_passes_in_any_order() -> None:
@@ -93,7 +94,7 @@ def test_graph_passes_and_weight_passes_in_any_order() -> None:
 
 def test_what_comes_after_what() -> None:
     """Every pair of kinds, by their declarations alone."""
-    passes: list[Pass] = [LLMPruner(Unstructured(0.5)), Scale(), Wanda(NM(2, 4)), LowerSparse()]
+    passes: list[Pass] = [LLMPruner(Unstructured(0.5)), Scale(), Permute(NM(2, 4)), Wanda(NM(2, 4)), LowerSparse()]
     allowed = set()
     for one, other in itertools.product(passes, passes):
         try:
@@ -102,8 +103,9 @@ def test_what_comes_after_what() -> None:
             assert other.name in str(error) and one.name in str(error) and error.do
         else:
             allowed.add((one.kind, other.kind))
-    earlier = ("structure", "graph", "weights")
-    assert allowed == {("structure", "structure")} | {(a, b) for a in earlier for b in ("graph", "weights", "lowering")}
+    earlier = ("structure", "graph", "channels", "weights")
+    after = {(a, b) for a in earlier for b in ("graph", "channels", "weights", "lowering")} - {("weights", "channels")}
+    assert allowed == {("structure", "structure")} | after
 
 
 def test_structural_after_weights_is_refused_before_a_model_is_opened() -> None:

@@ -52,6 +52,8 @@ class Group:
         reason: why the pinned ones must.
         renormalized: whether a mean, a norm, a softmax or a choice is taken over them, so that a model without some
             gives other values than one where these are zero.
+        parts: for each channel a number. Of one number are those that no operator tells apart: a slice takes all of
+            them or none.
     """
 
     members: tuple[Member, ...]
@@ -59,6 +61,7 @@ class Group:
     pinned: Ids
     reason: str | None
     renormalized: bool
+    parts: Ids
 
     @property
     def free(self) -> Ids:
@@ -101,8 +104,20 @@ def coupled_dimensions(program: Program) -> Dimensions:
     return program.fact(_coupled)
 
 
-def _coupled(program: Program) -> Dimensions:
-    walk = Walk(program)
+def dimensions_inside(program: Program) -> Dimensions:
+    """The same where a channel is one place inside of every head, in the place of a whole head. Found once a graph.
+
+    What is pinned here cannot change places in all heads alike; nothing may be removed by it.
+    """
+    return program.fact(_inside)
+
+
+def _inside(program: Program) -> Dimensions:
+    return _coupled(program, inside=True)
+
+
+def _coupled(program: Program, inside: bool = False) -> Dimensions:
+    walk = Walk(program, inside)
     for node in program.graph.nodes:
         walk.rows[node] = _rows(walk, node)
     return _resolve(walk)
@@ -171,6 +186,12 @@ def _resolve(walk: Walk) -> Dimensions:
     renormalized = numpy.zeros(walk.count, dtype=bool)
     for ids in walk.renormalized:
         renormalized[label[ids]] = True
+    parts = numpy.zeros(walk.count, dtype=numpy.uint64)
+    drawn = numpy.random.default_rng(0)
+    for ids, each in walk.parts:
+        # A sum of random numbers says which parts a class is in.
+        found = numpy.unique(label[ids])
+        parts[found] += drawn.integers(1 << 63, size=len(found) if each else 1, dtype=numpy.uint64)
     axes = [
         (name, axis, label[row.ids])
         for name, rows in walk.parameters.items()
@@ -183,7 +204,7 @@ def _resolve(walk: Walk) -> Dimensions:
         own = numpy.unique(numpy.concatenate([axes[i][2] for i in component]))
         members = tuple(Member(axes[i][0], axes[i][1], numpy.searchsorted(own, axes[i][2])) for i in component)
         first = next((why[c] for c in own.tolist() if c in why), None) if pinned[own].any() else None
-        groups.append(Group(members, len(own), pinned[own], first, bool(renormalized[own].any())))
+        groups.append(Group(members, len(own), pinned[own], first, bool(renormalized[own].any()), parts[own]))
     order = sorted(range(len(groups)), key=lambda i: not len(groups[i].free))
     groups = [groups[i] for i in order]
     for number, group in enumerate(groups):

@@ -51,9 +51,15 @@ Rows = list[Row | None]
 
 @dataclass
 class Walk:
-    """One pass over a graph."""
+    """One pass over a graph.
+
+    Attributes:
+        inside: where a view splits a dimension, whether the innermost part keeps the channels (those inside of heads,
+            the same of every head) and not the outermost (heads).
+    """
 
     program: Program
+    inside: bool = False
     rows: dict[fx.Node, Any] = field(default_factory=dict)
     # Of tensors whose values are positions in a row: a router's choice of experts. Of several values by their number.
     indexing: dict[Any, Row] = field(default_factory=dict)
@@ -62,6 +68,8 @@ class Walk:
     pins: list[tuple[Ids, str]] = field(default_factory=list)
     # Classes of which an operator takes a mean, a softmax or a choice: with fewer of them it gives others values.
     renormalized: list[Ids] = field(default_factory=list)
+    # Classes of which an operator takes some and leaves the others; with True it tells each from each.
+    parts: list[tuple[Ids, bool]] = field(default_factory=list)
     without_rule: dict[str, str] = field(default_factory=dict)
     count: int = 0
 

@@ -8,8 +8,8 @@ from support import slow
 
 from sparsify.method.pattern import NM, Unstructured
 from sparsify.method.spec import parse_pass
-from sparsify.passes import SparseGPT, apt, fitting
-from sparsify.passes.solvers import exact, gram, sweep
+from sparsify.passes import SparseGPT, apt
+from sparsify.passes.solvers import exact, fitting, gram, sweep
 from sparsify.passes.solvers.exact import conjugate_gradients, solve_rows
 from sparsify.passes.solvers.gram import damped_gram, invert_upper
 from sparsify.passes.solvers.sweep import block_update

@@ -28,6 +28,7 @@ def broadcast(walk: Walk, operands: Sequence[fx.Node], node: fx.Node, drop: int 
 def some(walk: Walk, row: Row, ids: Any, node: fx.Node) -> Row | None:
     """Some positions of a row; a single one is pinned, since a dimension of size one cannot lose it."""
     part = row.made(ids)
+    walk.parts.append((ids, False))
     if len(ids) != 1:
         return part
     walk.pin(part, f"{node.name} takes one position of it")

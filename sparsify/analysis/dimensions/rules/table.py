@@ -23,7 +23,7 @@ _ELEMENTWISE = (
     "round", "floor", "ceil", "log1p", "expm1", "addcmul", "addcdiv", "lerp",
 )  # fmt: skip
 _PASSES = (
-    "to", "_to_copy", "contiguous", "clone", "detach", "alias", "type_as", "dropout", "cumsum", "zeros_like",
+    "to", "_to_copy", "contiguous", "clone", "detach", "alias", "type_as", "dropout", "zeros_like",
     "ones_like", "full_like", "empty_like",
 )  # fmt: skip
 
@@ -37,6 +37,7 @@ _FILLED = ("zeros", "ones", "full", "empty", "new_zeros", "new_ones", "new_empty
 _FAMILIES: tuple[tuple[RowRule, tuple[str, ...]], ...] = (
     (values.elementwise, _ELEMENTWISE),
     (values.passes, _PASSES),
+    (values.running, ("cumsum",)),
     (values.filled, _FILLED),
     (values.constant, ("arange", "diff", "eye")),
     (values.mean, ("mean", "var")),

@@ -24,6 +24,14 @@ def passes(walk: Walk, node: fx.Node) -> Rows:
     return list(walk.of(first))
 
 
+def running(walk: Walk, node: fx.Node) -> Rows:
+    """cumsum: along its dimension the channels have an order."""
+    row = walk.of(node.args[0])[int(argument(node, 1, "dim"))]
+    if row is not None:
+        walk.parts.append((row.ids, True))
+    return passes(walk, node)
+
+
 def filled(walk: Walk, node: fx.Node) -> Rows:
     """A tensor of one value: it may have any size, and takes that of what it meets."""
     return [walk.new_row(size, elastic=True) for size in node.meta["val"].shape]

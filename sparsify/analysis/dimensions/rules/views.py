@@ -68,13 +68,14 @@ def _merged(walk: Walk, rows: Rows, sizes: list[int], node: fx.Node) -> Row | No
 
 
 def _split(walk: Walk, row: Row, sizes: list[int]) -> Rows:
-    """One dimension as several. The outermost that tells channels apart keeps them, whole: heads, not parts of each."""
+    """One dimension as several. The outermost that tells channels apart keeps them, whole: heads, not parts of each;
+    or the innermost, alike in every head."""
     result: Rows = [None] * len(sizes)
     if sum(size > 1 for size in sizes) == 1:
         result[next(i for i, size in enumerate(sizes) if size > 1)] = row
         return result
     grid = row.ids.reshape(sizes)
-    for at, size in enumerate(sizes):
+    for at, size in reversed([*enumerate(sizes)]) if walk.inside else enumerate(sizes):
         if size == 1:
             continue
         lines = numpy.moveaxis(grid, at, 0).reshape(size, -1)

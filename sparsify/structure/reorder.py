@@ -1,0 +1,215 @@
+"""Runs a channel pass over a program: which groups it is for, what their inputs measure, and each group in its new
+order.
+
+The inputs are measured in one forward of the model as it is, a number for each channel; then one group after the other
+is read, ordered and written. Reordered are only channels inside of one block, so that what goes from block to block is
+the same as before.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from sparsify.analysis.dimensions.lanes import Lane, Lanes, find_lanes
+from sparsify.analysis.linear import block_of, find_sites
+from sparsify.calibration.measuring import Measuring
+from sparsify.context import ChannelResult, Context, Progress
+from sparsify.errors import Refused, SpecError
+from sparsify.host import within_memory
+from sparsify.ir.program import Program
+from sparsify.method.channel_pass import ChannelPass
+from sparsify.method.spec import spec_text
+from sparsify.prune.names import Wanted
+from sparsify.prune.targets import choose, read_elsewhere
+from sparsify.structure.orders import Orders
+
+
+def choose_lanes(program: Program, own: ChannelPass, wanted: Wanted) -> tuple[list[Lanes], list[Refused]]:
+    """The groups of channels that ``own`` is for, and those that stay in their order, each with the reason.
+
+    Raises:
+        SpecError: there is none.
+    """
+    targets, _ = choose(program, own.pattern, wanted)
+    named = {target.parameter for target in targets if target.sources is None}
+    sites = find_sites(program)[0]
+    look = _Look(program, wanted, named, {s.parameter for s in sites}, read_elsewhere(program, sites))
+    chosen, left = list[Lanes](), list[Refused]()
+    for group, found in find_lanes(program, own.unit):
+        members = list(dict.fromkeys(m.parameter for m in group.members))
+        if isinstance(found, Refused):
+            if not look.wide(members):
+                left.append(found)
+            continue
+        reason = look.why_not(found, members)
+        if reason is None:
+            chosen.append(found)
+        elif reason:
+            left.append(Refused(reason, found.name))
+    if not chosen:
+        reasons = "; ".join(f"{s.node}: {s.reason}" for s in left[:3]) or "no channels inside of a block"
+        raise SpecError(
+            spec_text(own), found=f"no channels that may change places ({reasons})", do=f"Leave {own.name} out"
+        )
+    return chosen, left
+
+
+class _Look:
+    """Why a group of channels stays in its order."""
+
+    def __init__(
+        self, program: Program, wanted: Wanted, named: set[str], linear: set[str], shared: Mapping[str, str]
+    ) -> None:
+        self.weights, self.wanted, self.named, self.linear, self.shared = program.weights, wanted, named, linear, shared
+        self.blocks = any(block_of(name) is not None for name in linear)
+
+    def wide(self, members: Sequence[str]) -> bool:
+        """Whether they are of the residual width, or beside the blocks: of no concern here."""
+        blocks = {block_of(name) for name in members}
+        return self.blocks and (len(blocks) > 1 or None in blocks)
+
+    def why_not(self, found: Lanes, members: Sequence[str]) -> str | None:
+        """None where nothing speaks against it; an empty reason where nobody would have thought of it."""
+        if self.wide(members):
+            return ""
+        if not {site.parameter for site in found.sites} & self.named:
+            return "" if self.wanted.only is not None else "what reads them is not pruned"
+        for name in members:
+            sources = frozenset(self.weights.sources(name))
+            if name in self.shared:
+                return f"{name} is shared with {self.shared[name]}"
+            if sources & self.wanted.ignored:
+                return f"{name} is named by --ignore"
+            if self.wanted.only is not None and name in self.linear and not sources <= self.wanted.only:
+                return f"{name} would be reordered too, and is not named by --only"
+        return None
+
+
+def reorder(
+    program: Program,
+    own: ChannelPass,
+    chosen: Sequence[Lanes],
+    batches: Sequence[Mapping[str, Tensor]],
+    context: Context,
+) -> tuple[list[ChannelResult], list[Refused], Orders]:
+    """Put the channels of each group of ``program`` into a better order.
+
+    Returns:
+        What became of each group, those that stay as they are, and what was done to parameters.
+
+    Raises:
+        CalibrationError: an activation that is NaN or infinite.
+        SpecError: every group has zeros already that another order would break.
+    """
+    norms = _measured(program, own, chosen, batches, context)
+    orders, results, left = Orders(), list[ChannelResult](), list[Refused]()
+    for number, lanes in enumerate(chosen):
+        with within_memory(f"reordering {lanes.name}", context.device):
+            found = _Group(program, own, lanes, norms, context).reordered(number, orders)
+        if isinstance(found, Refused):
+            left.append(found)
+            continue
+        results.append(found)
+        context.observe(Progress(number + 1, len(chosen), f"reordering {lanes.name}", 0))
+    if not results:
+        raise SpecError(spec_text(own), found=f"{left[0].node}: {left[0].reason}", do=f"Leave {own.name} out")
+    return results, left, orders
+
+
+def _measured(
+    program: Program,
+    own: ChannelPass,
+    chosen: Sequence[Lanes],
+    batches: Sequence[Mapping[str, Tensor]],
+    context: Context,
+) -> dict[str, Tensor]:
+    """Parameter -> squared norms of its inputs [experts, in_features], in float64; of all the sites that read it."""
+    wanted = {site.parameter for lanes in chosen for site in lanes.sites}
+    sites = [site for site in find_sites(program)[0] if site.parameter in wanted]
+    measuring = Measuring(program, sites, batches, own.statistics, context)
+    norms: dict[str, Tensor] = {}
+    for group, recorder in measuring.once():
+        values = [recorder.accumulators["squared_norm"].value(e, measuring.sequences) for e in range(recorder.experts)]
+        value = torch.stack(values).cpu()
+        for name in {site.parameter for site in group.sites}:
+            norms[name] = norms[name] + value if name in norms else value
+    return norms
+
+
+class _Group:
+    """One group of channels with the matrices that read them, in float32."""
+
+    def __init__(
+        self, program: Program, own: ChannelPass, lanes: Lanes, norms: Mapping[str, Tensor], context: Context
+    ) -> None:
+        self.weights, self.own, self.lanes, self.norms, self.context = program.weights, own, lanes, norms, context
+        self.matrices = {s.parameter: s.matrices(self.weights.read(s.parameter)) for s in lanes.sites}
+
+    def reordered(self, number: int, orders: Orders) -> ChannelResult | Refused:
+        """Find the order of each lane, write the parameters that change, and add what was done to ``orders``."""
+        started = time.perf_counter()
+        for site in self.lanes.sites:
+            if (pattern := _holds(self.matrices[site.parameter], self.own.unit)) is not None:
+                return Refused(f"{site.name} has {pattern} zeros, which another order would break", self.lanes.name)
+        done, moved = Orders(), 0
+        before = after = whole = 0.0
+        for place, lane in enumerate(self.lanes.lanes):
+            worth = self._worth(lane)
+            old = self.own.kept(worth)
+            order = self.own.order(worth, (self.context.seed * 100_003 + number) * 100_003 + place).cpu()
+            new = self.own.kept(worth[order.to(worth.device)])
+            whole += float(worth.sum(dtype=torch.float64))
+            if new > old:
+                moved += int((order != torch.arange(len(order))).sum())
+                self._note(lane, order, done)
+            before, after = before + old, after + max(old, new)
+        self.matrices.clear()
+        for name in done.of:
+            self.weights.write(name, done.applied(name, self.weights.read(name)))
+        for name, found in done.of.items():
+            # Another group may have reordered another axis of it.
+            orders.of.setdefault(name, []).extend(found)
+        share = max(whole, torch.finfo(torch.float64).tiny)
+        return ChannelResult(
+            self.lanes.name, sum(lane.channels for lane in self.lanes.lanes), len(self.lanes.lanes), moved,
+            before / share, after / share, sorted(done.of), time.perf_counter() - started,
+        )  # fmt: skip
+
+    def _worth(self, lane: Lane) -> Tensor:
+        """[channels, rows]: of every matrix that reads the lane, and of every run of neighbours in it."""
+        rows = []
+        for reading in lane.reading:
+            site, name = reading.site, reading.site.parameter
+            experts = range(site.experts) if lane.expert is None else [lane.expert]
+            for expert in experts:
+                norm = self.norms[name][expert].to(self.context.device)
+                # An expert that no token reached is ordered by its weights alone; the scale of a lane means nothing.
+                norm = (
+                    (norm / norm.max().clamp_min(1e-300)).float() if bool(norm.any()) else torch.ones_like(norm).float()
+                )
+                for run in reading.runs:
+                    at = torch.from_numpy(run).to(self.context.device)
+                    columns = self.matrices[name][expert].to(self.context.device).index_select(1, at).float()
+                    rows.append(self.own.worth(columns, norm[at]).t())
+        return torch.cat(rows, dim=1).contiguous()
+
+    def _note(self, lane: Lane, order: Tensor, done: Orders) -> None:
+        for moving in lane.moving:
+            name, stack = moving.parameter, self.lanes.stacked.get(moving.parameter)
+            places = torch.from_numpy(moving.places)
+            at = done.at(name, moving.axis, stack, self.weights.shape(name))
+            at.places[lane.expert or 0, places] = places[order]
+
+
+def _holds(matrices: Tensor, unit: int) -> str | None:
+    """The N:M pattern that zeros in ``matrices`` [experts, out_features, in_features] lie in, if any."""
+    for m, most in dict.fromkeys([(4, 3), (8, 4), (unit, unit // 2)]):
+        if matrices.shape[-1] % m == 0:
+            n = int((matrices != 0).unflatten(-1, (-1, m)).sum(dim=-1).max())
+            if n <= most:
+                return f"{n}:{m}"
+    return None
