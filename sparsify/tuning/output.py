@@ -20,8 +20,7 @@ from sparsify.finite import infinities_allowed, said, scan
 from sparsify.frontend.source import Source
 from sparsify.ir.program import Program
 from sparsify.tensors import digest
-from sparsify.tuning.recipe import Recipe
-from sparsify.tuning.tuned import Tuned
+from sparsify.tuning.recipe import Recipe, Tuned
 
 
 def merged(wrapped: Any, source: Source, masks: Mapping[str, Tensor], recipe: Recipe) -> dict[str, Tensor]:

@@ -1,8 +1,10 @@
-"""How a model is tuned."""
+"""How a model is tuned, and what came of it."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 from sparsify.errors import SpecError
@@ -96,3 +98,35 @@ class Recipe:
     @property
     def highest_rate(self) -> float:
         return self.rate if self.rate is not None else {"lora": 3e-4, "full": 2e-5}[self.method]
+
+
+@dataclass
+class Tuned:
+    """What came of it.
+
+    Attributes:
+        data: what was trained on. ``left_out``: sequences of it that stand in the validation text.
+        perplexity: on held-out text, before and after (merged). ``losses``: of every step.
+        layers: where targets were named, the layers that LoRA was put on, their numbers as ``*``.
+        teacher: name, digest and perplexity (on the same held-out text) of the teacher, and how many of its weights
+            are pruned; None without one.
+    """
+
+    recipe: Recipe
+    output: Path
+    steps: int
+    tokens: int
+    seconds: float
+    perplexity: tuple[float, float]
+    validation: str
+    masked: int
+    data: str
+    losses: list[float] = field(default_factory=list)
+    left_out: int = 0
+    layers: Sequence[str] = ()
+    teacher: Mapping[str, Any] | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON; what this run had nothing of is not in it."""
+        said = asdict(self) | {"output": str(self.output), "recipe": self.recipe.as_dict()}
+        return {k: v for k, v in said.items() if v or k not in ("left_out", "layers", "teacher")}

@@ -38,12 +38,11 @@ from sparsify.tuning.masks import check_masks, masks_of
 from sparsify.tuning.network import build_network
 from sparsify.tuning.output import Output, merged, write_adapter
 from sparsify.tuning.overlap import apart
-from sparsify.tuning.recipe import Recipe
+from sparsify.tuning.recipe import Recipe, Tuned
 from sparsify.tuning.state import TuneState
 from sparsify.tuning.targets import find_targets, kinds_of, linear_layers
 from sparsify.tuning.teacher import known, open_for
 from sparsify.tuning.training import Training, orders
-from sparsify.tuning.tuned import Tuned
 
 
 @cpu_by_default()
