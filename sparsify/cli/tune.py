@@ -24,7 +24,19 @@ def tune_command(
     validation: Annotated[
         str | None, typer.Option(help="Validate on this instead, and train on all of DATA.", metavar="DATA")
     ] = None,
+    teacher: Annotated[
+        str | None, typer.Option(help="Learn the predictions of this model, the dense one mostly.", metavar="MODEL")
+    ] = None,
+    distill: Annotated[
+        float | None, typer.Option(help="Their share in the loss; of the text itself the rest. [default: 1]")
+    ] = None,
     method: Annotated[str, typer.Option(help="lora or full.")] = "lora",
+    targets: Annotated[
+        str | None,
+        typer.Option(
+            help="Layers that LoRA is put on: q,v or names or globs. [default: every linear one]", metavar="NAMES"
+        ),
+    ] = None,
     to: Annotated[str, typer.Option("--to", help="What to write, as for compile.", metavar="BACKEND")] = "hf",
     adapter: Annotated[bool, typer.Option("--adapter", help="Write LoRA's adapter alone, not merged.")] = False,
     rank: Annotated[int, typer.Option(help="Of LoRA.")] = 8,
@@ -73,6 +85,8 @@ def tune_command(
             samples=samples,
             length=sequence_length,
             seed=seed,
+            targets=targets,
+            distill=distill,
         )
         parse_backend(to)
         from sparsify.host import resolve_device
@@ -95,6 +109,8 @@ def tune_command(
                 allow_nan=allow_nan,
                 chat_template=chat_template,
                 validation=validation,
+                teacher=teacher,
+                progress=lambda step: show(f"{step.label}, {step.regions_done} of {step.regions}"),
                 observe=lambda step, of, loss: show(f"step {step} of {of}, loss {loss:.3f}"),
             )
         if as_json:
@@ -104,6 +120,13 @@ def tune_command(
         first, last = (result.losses[0], result.losses[-1]) if result.losses else (0.0, 0.0)
         say(f"{result.steps} steps, {result.tokens:,} tokens, {result.seconds:.0f} s; loss {first:.3f} → {last:.3f}")
         say(f"trained on {result.data}")
+        if result.left_out:
+            say(f"{result.left_out} sequences of it stand in the validation text, and were left out")
+        if result.layers:
+            say(f"LoRA on {', '.join(result.layers)}")
+        if result.teacher is not None:
+            dense = f", {result.teacher['pruned']} of whose weights are pruned" if "pruned" in result.teacher else ""
+            say(f"taught by {result.teacher['name']}{dense}, of perplexity {result.teacher['perplexity']:.3f}")
         say(f"perplexity on {result.validation}: {before:.3f} → {after:.3f}")
         if result.masked:
             say(f"the zeros of {result.masked} weights were held")

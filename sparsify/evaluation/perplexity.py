@@ -120,7 +120,7 @@ def perplexity(source: Source, windows: Tensor, context: Context | None = None) 
     check_table(length, source)
     most = 1 if one_row_alone(source) else max(1, _TOKENS_AT_ONCE // length)
     size = max(d for d in range(1, min(most, count) + 1) if count % d == 0)
-    batches = _Batches(windows, size, source)
+    batches = Windows(windows, size, source)
     with within_memory(f"evaluating {source.name}", context.device):
         program = capture(source, batches[0], context.device)
         losses = _losses(program, batches, context)
@@ -153,7 +153,7 @@ def of_losses(losses: Tensor, name: str, dtype: torch.dtype) -> float:
     )
 
 
-class _Batches(Sequence[Mapping[str, Tensor]]):
+class Windows(Sequence[Mapping[str, Tensor]]):
     """``size`` windows at a time as inputs; the ids of a large text take half the memory as they are."""
 
     def __init__(self, windows: Tensor, size: int, source: Source) -> None:

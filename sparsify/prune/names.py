@@ -66,7 +66,7 @@ class _Names:
         """
         found: set[str] = set()
         for pattern in patterns:
-            hits = [name for name in self._of if _matches(pattern, name, flag)]
+            hits = [name for name in self._of if matches(pattern, name, flag)]
             if not hits:
                 tail = pattern.removeprefix("re:").strip("*")
                 inside = sorted(n for n in self._of if tail and tail in n)[:4]
@@ -89,7 +89,12 @@ def _prefixes(name: str) -> Iterable[str]:
     return (".".join(parts[: i + 1]) for i in range(len(parts)))
 
 
-def _matches(pattern: str, name: str, flag: str) -> bool:
+def matches(pattern: str, name: str, flag: str) -> bool:
+    """Whether ``pattern`` is ``name``, as a whole name, a glob or ``re:…``; ``flag`` is where it was given.
+
+    Raises:
+        SpecError: it is no regular expression.
+    """
     if pattern.startswith("re:"):
         try:
             return re.match(pattern[3:], name) is not None

@@ -60,14 +60,14 @@ def find_blocks(program: Program) -> list[Block]:
                 found=f"blocks {name} and {after} run mixed with each other",
                 do="Refine a model whose blocks run one after the other",
             )
-    sizes = _alive(flow)
+    sizes = alive(flow)
     cuts, before = [], -1
     for _, (first, last) in ordered:
-        cuts.append(_smallest(sizes, before + 1, first))
+        cuts.append(smallest(sizes, before + 1, first))
         before = last
     # Behind the last block a head reads, or nothing more is multiplied.
     beyond = min((at for at in others if at > before), default=len(flow.order) - 1)
-    cuts.append(_smallest(sizes, before + 1, beyond))
+    cuts.append(smallest(sizes, before + 1, beyond))
     return [
         Block(name, start, stop, output)
         for (name, _), start, stop in zip(ordered, cuts, cuts[1:], strict=False)
@@ -75,7 +75,7 @@ def find_blocks(program: Program) -> list[Block]:
     ]
 
 
-def _alive(flow: Flow) -> list[int]:
+def alive(flow: Flow) -> list[int]:
     """For each position, the numbers in all values that are made before it and read at or behind it."""
     change = [0] * (len(flow.order) + 2)
     for node in flow.order:
@@ -86,7 +86,8 @@ def _alive(flow: Flow) -> list[int]:
     return list(accumulate(change))
 
 
-def _smallest(sizes: Sequence[int], first: int, last: int) -> int:
+def smallest(sizes: Sequence[int], first: int, last: int) -> int:
+    """The position from ``first`` to ``last`` before which least is alive, by ``sizes`` of :func:`alive`."""
     return min(range(first, last + 1), key=lambda at: sizes[at])
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +30,14 @@ class TuneState:
     """Where a run stands.
 
     Attributes:
+        teacher: the digest of the weights that are distilled from, or None.
         trained: the parameters that are trained, by name. step: optimizer steps done. losses: of each.
     """
 
     folder: Path
     recipe: dict[str, Any]
     trained: dict[str, nn.Parameter]
+    teacher: str | None = None
     step: int = 0
     losses: list[float] = field(default_factory=list)
     _moments: dict[str, Tensor] = field(default_factory=dict)
@@ -45,15 +47,23 @@ class TuneState:
     @classmethod
     @contextmanager
     def of(
-        cls, out: Path, recipe: Recipe, network: nn.Module, *, resume: bool, source: Path | None = None
+        cls,
+        out: Path,
+        recipe: Recipe,
+        network: nn.Module,
+        *,
+        resume: bool,
+        source: Path | None = None,
+        teacher: str | None = None,
     ) -> Iterator[TuneState]:
         """A run that begins, or with ``resume`` goes on. Meanwhile no other run for the same ``out`` does.
 
         Args:
             source: the folder of the model, whose files' modes the state carries.
+            teacher: the digest of the weights that are distilled from.
 
         Raises:
-            CheckpointError: nothing to go on from, a state of another recipe, or a damaged one.
+            CheckpointError: nothing to go on from, a state of another recipe or teacher, or a damaged one.
             BackendError: another run for ``out`` is under way, or nothing can be written there.
         """
         trained = {name: p for name, p in network.named_parameters() if p.requires_grad}
@@ -65,7 +75,7 @@ class TuneState:
             ) from error
         with claim:
             check_free(_folder(out), overwrite=True)
-            state = cls(_folder(out), asdict(recipe), trained, _like=source, _claim=claim)
+            state = cls(_folder(out), recipe.as_dict(), trained, teacher, _like=source, _claim=claim)
             if resume:
                 state._load()
             yield state
@@ -78,7 +88,7 @@ class TuneState:
             for moment in _MOMENTS:
                 value = raw.state[parameter][moment]
                 tensors[f"{moment}.{name}"] = value.detach().cpu().contiguous().clone()
-        content = {"recipe": self.recipe, "step": self.step, "losses": self.losses}
+        content = {"recipe": self.recipe, "step": self.step, "losses": self.losses, "teacher": self.teacher}
         with Staging(self.folder, overwrite=True, like=self._like, claim=self._claim) as staging:
             save_file(tensors, staging.folder / "state.safetensors")
             (staging.folder / "state.json").write_text(json.dumps(content), encoding="utf-8")
@@ -109,7 +119,9 @@ class TuneState:
             raise CheckpointError(
                 f"resuming from {self.folder}", found=f"no state to read there ({error})", do="Begin without --resume"
             ) from error
-        other = {k: v for k, v in self.recipe.items() if content["recipe"].get(k) != v and k != "minutes"}
+        before = content["recipe"]
+        other = [k for k in {**self.recipe, **before} if before.get(k) != self.recipe.get(k) and k != "minutes"]
+        other += ["teacher"] if content.get("teacher") != self.teacher else []
         if other:
             raise CheckpointError(
                 f"resuming from {self.folder}",

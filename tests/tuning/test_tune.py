@@ -23,9 +23,12 @@ from sparsify.data.batches import example_batch
 from sparsify.errors import BackendError, CalibrationError, CheckpointError, SpecError, VerifyError
 from sparsify.frontend.capture import capture
 from sparsify.frontend.source import open_source
+from sparsify.tuning.masks import check_masks, masks_of
+from sparsify.tuning.network import build_network
 from sparsify.tuning.recipe import Recipe
 from sparsify.tuning.state import TuneState
-from sparsify.tuning.tune import _network, _share, check_masks, masks_of, tune
+from sparsify.tuning.training import rate_share
+from sparsify.tuning.tune import tune
 
 pytest.importorskip("peft")
 QUICK = Recipe(steps=6, batch=8, micro=4, samples=24, length=32, warmup=2, rate=2e-2)
@@ -242,12 +245,12 @@ def test_at_the_command_line(sparse: Path, text: str, tmp_path: Path) -> None:
     ("steps", "warmup", "rising"), [(100, 5, 5), (100, 10, 10), (100, 99, 10), (25, 100, 2), (6, 9, 1)]
 )
 def test_the_rate_rises_for_a_tenth_of_a_run_at_most_and_falls_to_nothing(steps: int, warmup: int, rising: int) -> None:
-    shares = [_share(step, steps, warmup) for step in range(steps)]
+    shares = [rate_share(step, steps, warmup) for step in range(steps)]
     assert shares[:rising] == pytest.approx([(i + 1) / rising for i in range(rising)])
     assert shares.index(max(shares)) in (rising - 1, rising) and max(shares) == 1
     falling = [(steps - step) / (steps - rising) for step in range(rising, steps)]
     assert shares[rising:] == pytest.approx(falling) and shares[-1] == pytest.approx(1 / (steps - rising))
-    assert _share(0, steps, 0) == 1
+    assert rate_share(0, steps, 0) == 1
 
 
 def test_the_state_of_another_model_is_refused(tmp_path: Path) -> None:
@@ -267,6 +270,6 @@ def test_the_state_of_another_model_is_refused(tmp_path: Path) -> None:
 def test_lora_without_peft_is_refused(dense: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(SpecError, match="the package peft is not installed"):
-        _network(open_source(dense), QUICK, torch.device("cpu"))
-    network, trained = _network(open_source(dense), replace(QUICK, method="full"), torch.device("cpu"))
+        build_network(open_source(dense), QUICK, torch.device("cpu"))
+    network, trained = build_network(open_source(dense), replace(QUICK, method="full"), torch.device("cpu"))
     assert trained is network

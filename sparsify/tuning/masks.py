@@ -1,0 +1,36 @@
+"""Which weights of a model are pruned, and whether they still are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from sparsify.analysis.linear import find_sites
+from sparsify.errors import VerifyError
+from sparsify.ir.program import Program
+from sparsify.refine.trainable import LEAST_ZEROS
+
+
+def masks_of(program: Program) -> dict[str, Tensor]:
+    """Parameter -> True where a linear weight is kept; of those that were pruned."""
+    masks = {}
+    for name in dict.fromkeys(site.parameter for site in find_sites(program)[0]):
+        kept = program.weights.read(name) != 0
+        if float((~kept).float().mean()) >= LEAST_ZEROS:
+            masks[name] = kept
+    return masks
+
+
+def check_masks(weights: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> None:
+    """Raises:
+    VerifyError: a weight that is not zero where it was pruned.
+    """
+    for name, kept in masks.items():
+        broken = int(((weights[name] != 0) & ~kept.to(weights[name].device)).sum())
+        if broken:
+            raise VerifyError(
+                f"tuning {name}",
+                found=f"{broken} pruned weights are not zero any more",
+                do="Report this as a bug; nothing was written",
+            )

@@ -1,0 +1,83 @@
+"""The model that a run distils from: opened, held against the one that is tuned, and told apart from others."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsify.calibration.loss import logits_node
+from sparsify.compiler.teacher import check_same_tokens
+from sparsify.context import Context
+from sparsify.data.batches import example_batch
+from sparsify.errors import SpecError
+from sparsify.evaluation.perplexity import perplexity
+from sparsify.frontend.capture import capture
+from sparsify.frontend.source import Source, open_source
+from sparsify.ir.program import Program
+from sparsify.ir.weights import Weights
+from sparsify.tensors import BLAKE, as_bytes, new_hash
+from sparsify.tuning.masks import masks_of
+
+
+def open_for(pupil: Source, name: str | Path | nn.Module, **opening: Any) -> Source:
+    """The teacher ``name``, opened without reading its weights.
+
+    Args:
+        opening: as for :func:`sparsify.frontend.source.open_source`.
+
+    Raises:
+        CheckpointError: no such model. SpecError: one of other tokens.
+    """
+    teacher = open_source(name, **opening)
+    check_same_tokens(pupil, teacher)
+    return teacher
+
+
+def known(teacher: Source, pupil: Source, program: Program, held_out: Tensor, context: Context) -> Mapping[str, Any]:
+    """What the record says of the teacher: its name, the digest of its weights, how many of them are pruned, and its
+    perplexity on the held-out text [windows, length].
+
+    Args:
+        program: the pupil's.
+
+    Raises:
+        SpecError: its predictions are over other tokens than the pupil's, or it is the pupil itself.
+        TraceError: no causal language model. CalibrationError: a perplexity that is no number.
+    """
+    traced = capture(teacher, example_batch(teacher))
+    ours, theirs = (node and node.meta["val"].shape[-1] for node in (logits_node(program), logits_node(traced)))
+    if theirs is not None and ours != theirs:
+        raise SpecError(
+            f"teacher {teacher.name}",
+            found=f"predictions over {theirs} tokens, and {ours} in the model that is tuned",
+            do="Give the dense model that was pruned, or one with the same head",
+        )
+    pruned = len(masks_of(traced))
+    if _same(teacher.weights, pupil.weights):
+        raise SpecError(
+            f"teacher {teacher.name}",
+            found=f"the very weights that are tuned{', as pruned as they are' if pruned else ''}: nothing to learn",
+            do="Give the dense model that was pruned",
+        )
+    measured = perplexity(teacher, held_out, context)
+    said = {"name": teacher.name, BLAKE: _digest(teacher.weights), "perplexity": measured}
+    return said | ({"pruned": pruned} if pruned else {})
+
+
+def _same(one: Weights, other: Weights) -> bool:
+    names = set(one.parameters())
+    if names != set(other.parameters()) or any(one.shape(n) != other.shape(n) for n in names):
+        return False
+    return all(torch.equal(one.read(n).cpu(), other.read(n).cpu()) for n in one.parameters())
+
+
+def _digest(weights: Weights) -> str:
+    whole = new_hash()
+    for name in sorted(weights.parameters()):
+        whole.update(f"{name} {weights.dtype(name)} {list(weights.shape(name))}".encode())
+        whole.update(as_bytes(weights.read(name).cpu().contiguous()))
+    return whole.hexdigest()
