@@ -1,17 +1,33 @@
-"""Perplexity of dense, magnitude and wanda at several patterns and schedules, as Markdown tables.
+"""Perplexity, CPU time and memory of methods and pipelines on three models, as Markdown tables; runs are kept.
 
-    python tools/bench_quality.py [--stories ../shared] [--patterns 50%,4:8,2:4]
+    python tools/bench_quality.py run stories|pycode|smollm2 [--shared ../shared] [--model FOLDER] [--seeds 0,1,2]
+        [--passes twin,twin+refine] [--patterns 2:4,50%] [--samples 64] [--calibration self]
+    python tools/bench_quality.py                     # the tables of everything that was run: docs/quality.md
 
-The bundled model calibrates on 64×256 tokens of the standard library and is evaluated on 96 windows of 256 of the
-held-out half. stories260k, where the folder is at hand, calibrates and is evaluated on its own stories: each story
-tokenised with its begin token, joined, 64×256 tokens from calibration.txt, all windows of 256 of heldout.txt.
+Each run is a process of its own and a line of tools/quality.jsonl, with machine and commit; one that is there is not
+run again. Text that calibrates is never text that evaluates:
+
+stories: stories260k, 64×256 tokens of calibration.txt (each story with its begin token, joined), all windows of 256
+of heldout.txt. pycode: the bundled model in float32, 64×256 tokens of the standard library, 64 windows of 256 of its held-out half.
+smollm2: SmolLM2-135M (``--model``, as tools/get_smollm2.py makes it), 64×512 tokens of wikitext-2's validation part,
+64 windows of 512 of its test part; and of other kinds of text, 32 windows of Python source and of stories.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import math
 import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from bench_prune import processor
@@ -25,32 +41,19 @@ from sparsify.evaluation.perplexity import perplexity
 from sparsify.frontend.source import Source, open_source
 
 ROOT = Path(__file__).parents[1]
+KEPT = ROOT / "tools" / "quality.jsonl"
 LENGTH = 256
+PASSES = "magnitude,wanda,sparsegpt,alps,twin,twin+refine,permute+twin+refine"
+PATTERNS = "50%,2:4,4:8"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--stories", type=Path, default=ROOT.parent / "shared")
-    parser.add_argument("--patterns", default="50%,4:8,2:4")
-    args = parser.parse_args()
-    patterns = args.patterns.split(",")
-    print(f"{processor()}, python {platform.python_version()}, torch {torch.__version__}\n")
+@dataclass(frozen=True)
+class Bench:
+    """A model, the data that calibrates, and the windows that judge, by kind of text; the first is the judge."""
 
-    source = open_source(ROOT / "models" / "pycode-6m")
-    data = load_calibration("python-stdlib", source, samples=64, sequence_length=LENGTH)
-    ids = torch.cat([batch["input_ids"] for batch in data.batches])
-    windows, _ = evaluation_windows("python-stdlib", source, LENGTH, 96)
-    table("pycode-6m", source, ids, windows, patterns)
-
-    folder = args.stories / "models" / "stories260k"
-    if folder.exists():
-        source = open_source(folder)
-        text = args.stories / "data" / "stories"
-        stream = Documents("stories", [tokens(source, text / "calibration.txt")])
-        ids = random_windows(stream, lambda t, special=True: torch.empty(0), 64, LENGTH, 0)
-        held = tokens(source, text / "heldout.txt")
-        windows = held[: len(held) // LENGTH * LENGTH].view(-1, LENGTH)
-        table("stories260k", source, ids, windows, patterns)
+    source: Source
+    calibration: Any
+    windows: Mapping[str, Tensor]
 
 
 def tokens(source: Source, path: Path) -> Tensor:
@@ -58,30 +61,168 @@ def tokens(source: Source, path: Path) -> Tensor:
     return torch.cat([source.tokenizer()(story, return_tensors="pt")["input_ids"][0] for story in stories])
 
 
-def table(name: str, source: Source, ids: Tensor, windows: Tensor, patterns: list[str]) -> None:
-    assert source.folder is not None
-    print(
-        f"{name}: dense {perplexity(source, windows):.2f} "
-        f"({len(ids)}×{LENGTH} calibrate, {len(windows)}×{LENGTH} evaluate)\n"
-    )
-    print("| | " + " | ".join(patterns) + " |\n|---|" + "---|" * len(patterns))
-    rows = [("magnitude", "layer")] + [("wanda", schedule) for schedule in ("layer", "block", "dense")]
-    for method, schedule in rows:
-        cells = []
-        for pattern in patterns:
-            calibration = [ids] if method == "wanda" else None
-            result = sparsify.compile(
-                source.folder,
-                [f"{method}:{pattern}"],
-                calibration=calibration,
-                schedule=schedule,  # type: ignore[arg-type]
-            )
-            pruned = Source(name, source.module, result.program.weights)
-            left = sum("multiple" in s.reason for s in result.runs[0].skipped)
-            cells.append(f"{perplexity(pruned, windows):.2f}" + (f" ({left} sites dense)" if left else ""))
-        label = method if method == "magnitude" else f"{method}, {schedule}"
-        print(f"| {label} | " + " | ".join(cells) + " |")
-    print()
+def bench(asked: Mapping[str, Any]) -> Bench:
+    """The model and data of a run."""
+    shared, seed, samples = Path(asked["shared"]), asked["seed"], asked["samples"]
+    data = shared / "data"
+    if asked["model"] == "stories":
+        source = open_source(shared / "models" / "stories260k")
+        stream = Documents("stories", [tokens(source, data / "stories" / "calibration.txt")])
+        ids = random_windows(stream, lambda text, special=True: torch.empty(0), samples, LENGTH, seed)
+        held = tokens(source, data / "stories" / "heldout.txt")
+        return Bench(source, [ids], {"stories": held[: len(held) // LENGTH * LENGTH].view(-1, LENGTH)})
+    if asked["model"] == "pycode":
+        source, text, length = open_source(ROOT / "models" / "pycode-6m"), "python-stdlib", LENGTH
+        judged = {"python": (text, 64)}
+    else:
+        source, length = open_source(asked["folder"]), 512
+        text = str(data / "wikitext-2" / "valid.txt")
+        judged = {
+            "wikitext-2": (str(data / "wikitext-2" / "test.txt"), 64),
+            "python": ("python-stdlib", 32),
+            "stories": (str(data / "stories" / "heldout.txt"), 32),
+        }
+    text = asked["calibration"] or text
+    rows = 1 if "gblm" in asked["passes"] else None
+    drawn = load_calibration(text, source, samples=samples, sequence_length=length, seed=seed, rows=rows)
+    windows = {kind: evaluation_windows(name, source, length, count)[0] for kind, (name, count) in judged.items()}
+    return Bench(source, drawn, windows)
+
+
+def specs(passes: str, pattern: str) -> list[str]:
+    """``twin+refine`` at 2:4: twin:2:4, refine. Options follow the name: ``refine:rate=0.01``."""
+    found = []
+    for name in passes.split("+") if passes != "dense" else []:
+        own, _, options = name.partition(":")
+        words = [word for word in ("" if own == "refine" else pattern, options) if word]
+        found.append(f"{own}:{','.join(words)}" if words else own)
+    return found
+
+
+def one(asked: Mapping[str, Any]) -> dict[str, Any]:
+    """A run, in this process."""
+    torch.set_num_threads(2)
+    setup = bench(asked)
+    source, wanted = setup.source, specs(asked["passes"], asked["pattern"])
+    wall, cpu = time.perf_counter(), time.process_time()
+    judged, regions = source, None
+    if wanted:
+        assert source.folder is not None
+        data = None if asked["passes"] == "magnitude" else setup.calibration
+        result = sparsify.compile(source.folder, wanted, calibration=data, seed=asked["seed"])
+        judged = Source(source.name, source.module, result.program.weights)
+        kept = [region for run in result.runs for region in getattr(run, "regions", ())]
+        regions = [sum(region.rate is not None for region in kept), len(kept)]
+    took = {"wall_s": round(time.perf_counter() - wall, 1), "cpu_s": round(time.process_time() - cpu, 1)}
+    took["peak_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+    found = {kind: round(perplexity(judged, windows), 4) for kind, windows in setup.windows.items()}
+    return {"perplexity": found, **took, "refined": regions}
+
+
+def key(asked: Mapping[str, Any]) -> tuple[Any, ...]:
+    return tuple(asked[word] for word in ("model", "passes", "pattern", "seed", "samples", "calibration"))
+
+
+def kept() -> list[dict[str, Any]]:
+    return [json.loads(line) for line in KEPT.read_text().splitlines()] if KEPT.exists() else []
+
+
+def run(args: argparse.Namespace) -> None:
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    where = {
+        "commit": commit.stdout.strip(),
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": f"{processor()}, 2 threads, python {platform.python_version()}, torch {torch.__version__}",
+    }
+    done = {key(row) for row in kept()}
+    seeds = [int(word) for word in args.seeds.split(",")]
+    for pattern in ["", *args.patterns.split(",")]:
+        for passes in args.passes.split(",") if pattern else ["dense"]:
+            for seed in seeds if passes not in ("dense", "magnitude") else [0]:
+                asked = {
+                    "model": args.which, "passes": passes, "pattern": pattern, "seed": seed, "samples": args.samples,
+                    "calibration": args.calibration, "shared": str(args.shared), "folder": str(args.model),
+                }  # fmt: skip
+                if passes in ("dense", "magnitude"):
+                    asked |= {"samples": 0 if passes == "dense" else args.samples}
+                if key(asked) in done:
+                    continue
+                child = subprocess.run(
+                    [sys.executable, "-W", "ignore", __file__, "one", json.dumps({**asked, "samples": args.samples})],
+                    capture_output=True, text=True,
+                )  # fmt: skip
+                if child.returncode:
+                    print(f"{passes} {pattern}, seed {seed}: {child.stderr.strip().splitlines()[-1]}", flush=True)
+                    continue
+                row = {word: asked[word] for word in asked if word not in ("shared", "folder")}
+                row |= json.loads(child.stdout.splitlines()[-1]) | where
+                with KEPT.open("a") as file:
+                    file.write(json.dumps(row) + "\n")
+                print(json.dumps(row), flush=True)
+
+
+def tables(rows: list[dict[str, Any]]) -> Iterable[str]:
+    """A table for each model, number of sequences and text that calibrated: its own text, then what carries over."""
+    groups = dict.fromkeys((row["model"], row["samples"], row["calibration"]) for row in rows if row["samples"])
+    for model, samples, text in groups:
+        own = [r for r in rows if (r["model"], r["samples"], r["calibration"]) == (model, samples, text)]
+        dense = next((r for r in rows if r["model"] == model and r["passes"] == "dense"), None)
+        yield f"### {model}, {samples} sequences{f' of {text}' if text else ''}\n"
+        if dense is not None:
+            yield "Dense: " + ", ".join(f"{kind} {value:.2f}" for kind, value in dense["perplexity"].items()) + ".\n"
+        kinds = list(own[0]["perplexity"])
+        judged = "perplexity on " + kinds[0]
+        yield f"| | {judged} | loss | {''.join(f'{kind} | ' for kind in kinds[1:])}CPU s | wall s | MiB | blocks refined | seeds |"
+        yield "|---" * (8 + len(kinds) - 1) + "|"
+        for pattern in dict.fromkeys(r["pattern"] for r in own):
+            wanda = mean([r for r in own if r["pattern"] == pattern and r["passes"] == "wanda"], kinds[0])
+            for passes in dict.fromkeys(r["passes"] for r in own if r["pattern"] == pattern):
+                yield line([r for r in own if (r["pattern"], r["passes"]) == (pattern, passes)], kinds, dense, wanda)
+        yield ""
+    machines = sorted({f"{row['machine']} ({row['date']}, commit {row['commit']})" for row in rows})
+    yield "Measured on: " + "; ".join(machines) + "."
+
+
+def line(found: list[dict[str, Any]], kinds: list[str], dense: dict[str, Any] | None, wanda: float | None) -> str:
+    values = [row["perplexity"][kinds[0]] for row in found]
+    deviation = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    loss = ""
+    if dense is not None and wanda is not None:
+        least = math.log(dense["perplexity"][kinds[0]])
+        loss = f"{(math.log(statistics.mean(values)) - least) / (math.log(wanda) - least):.3f}"
+    refined = "/".join(map(str, found[0]["refined"])) if found[0]["refined"] and found[0]["refined"][1] else ""
+    cells = [
+        f"{found[0]['passes']}, {found[0]['pattern']}", f"{statistics.mean(values):.2f}{deviation}", loss,
+        *(f"{mean(found, kind):.2f}" for kind in kinds[1:]),
+        *(f"{statistics.mean(row[word] for row in found):.0f}" for word in ("cpu_s", "wall_s", "peak_mib")),
+        refined, str(len(found)),
+    ]  # fmt: skip
+    return "| " + " | ".join(cells) + " |"
+
+
+def mean(found: list[dict[str, Any]], kind: str) -> float | None:
+    return statistics.mean(row["perplexity"][kind] for row in found) if found else None
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["one"]:
+        print(json.dumps(one(json.loads(sys.argv[2]))))
+        return
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", nargs="?", choices=("run", "table"), default="table")
+    parser.add_argument("which", nargs="?", choices=("stories", "pycode", "smollm2"), default="stories")
+    parser.add_argument("--shared", type=Path, default=ROOT.parent / "shared")
+    parser.add_argument("--model", type=Path)
+    parser.add_argument("--passes", default=PASSES)
+    parser.add_argument("--patterns", default=PATTERNS)
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--samples", type=int, default=64)
+    parser.add_argument("--calibration", default="")
+    args = parser.parse_args()
+    if args.what == "run":
+        run(args)
+    else:
+        print("\n".join(tables(kept())))
 
 
 if __name__ == "__main__":

@@ -109,7 +109,9 @@ class Fit:
             total = sum(float(self.judge(i, self.fitter.give(self.work, i, self.output))) for i in batches)
         return total / len(batches)
 
-    def train(self, masters: Masters, rate: float, lessons: Lessons, seed: int, tell: Callable[[int], None]) -> None:
+    def train(
+        self, masters: Masters, rate: float, epochs: int, lessons: Lessons, seed: int, tell: Callable[[int], None]
+    ) -> None:
         """Adam on ``masters``, in place; entries that are not kept stay what they are.
 
         Args:
@@ -125,8 +127,8 @@ class Fit:
         together = max(1, self.own.batch // rows)
         order = torch.Generator().manual_seed(seed)
         each = -(-len(lessons.train) // together)
-        steps, step = self.own.epochs * each, 0
-        for epoch in range(self.own.epochs):
+        steps, step = epochs * each, 0
+        for epoch in range(epochs):
             tell(epoch)
             shuffled = [lessons.train[i] for i in torch.randperm(len(lessons.train), generator=order).tolist()]
             for first in range(0, len(shuffled), together):
