@@ -1,4 +1,4 @@
-"""The fuzzers end, count, and find nothing in a few trials of each kind: `make fuzz` runs them long."""
+"""The fuzzers end, count, and find nothing in a few trials of each kind: `make fuzz`, which CI calls too, runs them long."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["checkpoints", "packed", "json", "onnx", "words", "sealed", "poison"])
 def test_a_few_trials(kind: str) -> None:
-    words = [sys.executable, "tools/fuzz", kind, "--seed", "11", "--trials", "15", "--seconds", "300"]
+    words = [sys.executable, "tools/fuzz", kind, "--seed", "11", "--trials", "3", "--seconds", "300"]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=580, check=False)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
-    assert done.stdout.splitlines()[-1].split()[:2] == [kind, "15"]
+    assert done.stdout.splitlines()[-1].split()[:2] == [kind, "3"]

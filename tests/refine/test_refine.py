@@ -135,6 +135,15 @@ def test_the_rate_is_the_best_of_a_ladder(tmp_path: Path) -> None:
     assert (afters["auto"].after, afters["auto"].rate) == (best.after, best.rate)
 
 
+def test_of_a_ladder_the_best_after_one_epoch_is_trained_for_all(tmp_path: Path) -> None:
+    dense, found = save("llama", tmp_path / "dense"), {}
+    for spec in ("refine:epochs=1,rate=auto", "refine:epochs=4,rate=auto"):
+        found[spec] = compiled(dense, tmp_path / spec, "wanda:2:4", spec).runs[1].regions[0]
+    one, all_of_them = found.values()
+    alone = compiled(dense, tmp_path / "alone", "wanda:2:4", f"refine:epochs=4,rate={one.rate}").runs[1].regions[0]
+    assert all_of_them.after == min(one.after, alone.after) and all_of_them.rate == one.rate
+
+
 def test_the_same_seed_gives_the_same_bytes(tmp_path: Path) -> None:
     dense = save("llama", tmp_path / "dense")
     for name in ("one", "two"):
