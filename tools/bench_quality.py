@@ -1,14 +1,15 @@
 """Perplexity, CPU time and memory of methods and pipelines on three models, as Markdown tables; runs are kept.
 
     python tools/bench_quality.py run stories|pycode|smollm2 [--shared ../shared] [--model FOLDER] [--seeds 0,1,2]
-        [--passes twin,twin+refine] [--patterns 2:4,50%] [--samples 64] [--calibration self]
+        [--passes twin,twin+refine] [--patterns 2:4,50%] [--samples 64] [--calibration self] [--threads 2]
     python tools/bench_quality.py                     # the tables of everything that was run: docs/quality.md
 
 Each run is a process of its own and a line of tools/quality.jsonl, with machine and commit; one that is there is not
 run again. Text that calibrates is never text that evaluates:
 
 stories: stories260k, 64×256 tokens of calibration.txt (each story with its begin token, joined), all windows of 256
-of heldout.txt. pycode: the bundled model in float32, 64×256 tokens of the standard library, 64 windows of 256 of its held-out half.
+of heldout.txt. pycode: the bundled model, 64×256 tokens of the standard library, 64 windows of 256 of its held-out
+half.
 smollm2: SmolLM2-135M (``--model``, as tools/get_smollm2.py makes it), 64×512 tokens of wikitext-2's validation part,
 64 windows of 512 of its test part; and of other kinds of text, 32 windows of Python source and of stories.
 """
@@ -101,7 +102,7 @@ def specs(passes: str, pattern: str) -> list[str]:
 
 def one(asked: Mapping[str, Any]) -> dict[str, Any]:
     """A run, in this process."""
-    torch.set_num_threads(2)
+    torch.set_num_threads(asked["threads"])
     setup = bench(asked)
     source, wanted = setup.source, specs(asked["passes"], asked["pattern"])
     wall, cpu = time.perf_counter(), time.process_time()
@@ -129,10 +130,11 @@ def kept() -> list[dict[str, Any]]:
 
 def run(args: argparse.Namespace) -> None:
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    versions = f"python {platform.python_version()}, torch {torch.__version__}"
     where = {
         "commit": commit.stdout.strip(),
         "date": time.strftime("%Y-%m-%d"),
-        "machine": f"{processor()}, 2 threads, python {platform.python_version()}, torch {torch.__version__}",
+        "machine": f"{processor()}, {versions}, {args.threads} threads",
     }
     done = {key(row) for row in kept()}
     seeds = [int(word) for word in args.seeds.split(",")]
@@ -147,10 +149,10 @@ def run(args: argparse.Namespace) -> None:
                     asked |= {"samples": 0 if passes == "dense" else args.samples}
                 if key(asked) in done:
                     continue
+                words = json.dumps({**asked, "samples": args.samples, "threads": args.threads})
                 child = subprocess.run(
-                    [sys.executable, "-W", "ignore", __file__, "one", json.dumps({**asked, "samples": args.samples})],
-                    capture_output=True, text=True,
-                )  # fmt: skip
+                    [sys.executable, "-W", "ignore", __file__, "one", words], capture_output=True, text=True
+                )
                 if child.returncode:
                     print(f"{passes} {pattern}, seed {seed}: {child.stderr.strip().splitlines()[-1]}", flush=True)
                     continue
@@ -171,9 +173,19 @@ def tables(rows: list[dict[str, Any]]) -> Iterable[str]:
         if dense is not None:
             yield "Dense: " + ", ".join(f"{kind} {value:.2f}" for kind, value in dense["perplexity"].items()) + ".\n"
         kinds = list(own[0]["perplexity"])
-        judged = "perplexity on " + kinds[0]
-        yield f"| | {judged} | loss | {''.join(f'{kind} | ' for kind in kinds[1:])}CPU s | wall s | MiB | blocks refined | seeds |"
-        yield "|---" * (8 + len(kinds) - 1) + "|"
+        heads = [
+            "",
+            f"perplexity on {kinds[0]}",
+            "loss",
+            *kinds[1:],
+            "CPU s",
+            "wall s",
+            "MiB",
+            "blocks refined",
+            "seeds",
+        ]
+        yield "| " + " | ".join(heads) + " |"
+        yield "|---" * len(heads) + "|"
         for pattern in dict.fromkeys(r["pattern"] for r in own):
             wanda = mean([r for r in own if r["pattern"] == pattern and r["passes"] == "wanda"], kinds[0])
             for passes in dict.fromkeys(r["passes"] for r in own if r["pattern"] == pattern):
@@ -218,6 +230,7 @@ def main() -> None:
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--calibration", default="")
+    parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     if args.what == "run":
         run(args)

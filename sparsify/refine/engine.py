@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 
 import torch
@@ -142,7 +142,11 @@ class Refining:
             )
         best, chosen, rate = before, dict[str, Tensor](), None
         problems: list[CalibrationError] = []
-        for attempt, epochs in self._attempts(problems, lambda: rate):
+        ladder = self.own.ladder
+        # One epoch with each of several rates, then all epochs with the best of them.
+        attempts = [(attempt, 1 if len(ladder) > 1 else self.own.epochs) for attempt in ladder]
+        while attempts:
+            attempt, epochs = attempts.pop(0)
             masters = Masters.of(weights, kept, self.context.device)
 
             def tell(epoch: int, attempt: float = attempt) -> None:
@@ -152,12 +156,16 @@ class Refining:
                 fit.train(masters, attempt, epochs, lessons, self.context.seed + number, tell)
             except CalibrationError as error:
                 problems.append(error)
-                continue
-            stored = masters.stored(weights)
-            student.take(stored)
-            after = fit.loss(lessons.held)
-            if after < best:
-                best, chosen, rate = after, {n: v.cpu() for n, v in stored.items()}, attempt
+            else:
+                stored = masters.stored(weights)
+                student.take(stored)
+                after = fit.loss(lessons.held)
+                if after < best:
+                    best, chosen, rate = after, {n: v.cpu() for n, v in stored.items()}, attempt
+            if not attempts and epochs < self.own.epochs and rate is not None:
+                attempts = [(rate, self.own.epochs)]
+        if len(problems) >= len(ladder):
+            raise problems[-1]
         for name, value in chosen.items():
             weights.write(name, value)
         student.forget()
@@ -166,26 +174,6 @@ class Refining:
             block.name, "kl" if predicts else "error", before, best, rate, entries, sorted(chosen),
             time.perf_counter() - started,
         )  # fmt: skip
-
-    def _attempts(
-        self, problems: Sequence[CalibrationError], best: Callable[[], float | None]
-    ) -> Iterator[tuple[float, int]]:
-        """Rates, each with its epochs: one epoch with each of several, then all epochs with the best of them.
-
-        Raises:
-            CalibrationError: no rate gave a loss that is a number.
-        """
-        ladder, epochs = self.own.ladder, self.own.epochs
-        if len(ladder) > 1:
-            for rate in ladder:
-                yield rate, 1
-            found = best()
-            if epochs > 1 and found is not None:
-                yield found, epochs
-        else:
-            yield ladder[0], epochs
-        if len(problems) >= len(ladder):
-            raise problems[-1]
 
     def _by_values(self, teacher: Fitter, taught: Block) -> Judge:
         def judge(index: int, value: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The fuzzers end, count, and find nothing in a few trials of each kind: `make fuzz`, which CI calls too, runs them long."""
+"""The fuzzers end, count, and find nothing in a few trials of each kind: `make fuzz` runs them long, in CI too."""
 
 from __future__ import annotations
 
