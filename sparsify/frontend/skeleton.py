@@ -136,8 +136,7 @@ def recast(module: nn.Module, dtype: torch.dtype) -> nn.Module:
         else:
             with mode:
                 fake = torch.empty(tensor.shape, dtype=dtype, device=tensor.device)
-            trained = tensor.requires_grad
-            memo[id(tensor)] = nn.Parameter(fake, requires_grad=trained) if isinstance(tensor, nn.Parameter) else fake
+            memo[id(tensor)] = nn.Parameter(fake, requires_grad=False) if isinstance(tensor, nn.Parameter) else fake
     return copy.deepcopy(module, memo)
 
 
@@ -185,7 +184,7 @@ def _to_meta(model: nn.Module) -> None:
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None and not parameter.is_meta:
-                meta = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=parameter.requires_grad)
+                meta = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
                 # One for one: tied weights stay one object.
                 module._parameters[name] = made.setdefault(id(parameter), meta)
 
@@ -201,7 +200,6 @@ def _fake_parameters(model: nn.Module) -> None:
                         continue
                     fake = torch.empty(tensor.shape, dtype=tensor.dtype)
                     if isinstance(tensor, nn.Parameter):
-                        # As its constructor wants it: a table of sines is not trained.
-                        fake = nn.Parameter(fake, requires_grad=tensor.requires_grad)
+                        fake = nn.Parameter(fake, requires_grad=False)
                     # One fake per tensor: tied weights stay one object.
                     tensors[name] = fakes.setdefault(id(tensor), fake)

@@ -82,8 +82,6 @@ def _put(model: nn.Module, name: str, value: Tensor) -> None:
     parent, _, leaf = name.rpartition(".")
     owner = model.get_submodule(parent)
     if leaf in owner._parameters:
-        # As its constructor wants it.
-        trained = owner._parameters[leaf].requires_grad and value.is_floating_point()
-        owner._parameters[leaf] = nn.Parameter(value, requires_grad=trained)
+        owner._parameters[leaf] = nn.Parameter(value, requires_grad=False)
     else:
         owner._buffers[leaf] = value
