@@ -124,7 +124,7 @@ def test_teachers_that_cannot_teach(models: Path, text: str, tmp_path: Path) -> 
     assert not out.exists() and not (tmp_path / "out.tuning").exists()
 
 
-def test_a_run_goes_on_with_the_same_teacher_alone(models: Path, text: str, tmp_path: Path) -> None:
+def test_a_run_goes_on_with_the_same_teacher_data_and_model_alone(models: Path, text: str, tmp_path: Path) -> None:
     recipe, out = replace(QUICK, dropout=0.0, steps=6), tmp_path / "parts"
     whole = tune(models / "sparse", text, tmp_path / "whole", recipe, teacher=models / "dense")
 
@@ -134,10 +134,16 @@ def test_a_run_goes_on_with_the_same_teacher_alone(models: Path, text: str, tmp_
 
     with pytest.raises(KeyboardInterrupt):
         tune(models / "sparse", text, out, recipe, save_every=3, observe=stop, teacher=models / "dense")
-    with pytest.raises(CheckpointError, match="another teacher"):
+    with pytest.raises(CheckpointError, match="a run with another teacher[.]"):
         tune(models / "sparse", text, out, recipe, resume=True)
     with pytest.raises(CheckpointError, match="another targets"):
         tune(models / "sparse", text, out, replace(recipe, targets="q"), resume=True, teacher=models / "dense")
+    save_file({"input_ids": torch.arange(4000) % 50 + 3}, tmp_path / "other.safetensors")
+    with pytest.raises(CheckpointError, match="a run with another data[.]"):
+        tune(models / "sparse", str(tmp_path / "other.safetensors"), out, recipe, resume=True, teacher=models / "dense")
+    sparsify.compile(models / "dense", ["magnitude:1:4"], output=tmp_path / "sparser")
+    with pytest.raises(CheckpointError, match="a run with another model[.]"):
+        tune(tmp_path / "sparser", text, out, recipe, resume=True, teacher=models / "dense")
     parts = tune(models / "sparse", text, out, recipe, resume=True, teacher=models / "dense")
     assert parts.losses == pytest.approx(whole.losses, rel=1e-5)
 
