@@ -16,7 +16,11 @@ from sparsify.ir.weights import Weights
 
 
 def materialize(source: Source, weights: Weights, changed: set[str]) -> nn.Module:
-    """A module with the parameters of ``weights``; of a module in memory only ``changed`` ones are new."""
+    """A module with the parameters of ``weights``; of a module in memory only ``changed`` ones are new.
+
+    Parameters in floating point are to be trained, as they are when transformers loads them; those of a module in
+    memory as it says.
+    """
     if source.folder is not None:
         model = source.skeleton()
         if lacking := [n for n, t in model.state_dict().items() if n not in weights and isinstance(t, FakeTensor)]:
@@ -40,6 +44,9 @@ def materialize(source: Source, weights: Weights, changed: set[str]) -> nn.Modul
                 module._parameters[name] = fresh[full]
             else:
                 module._buffers[name] = fresh[full].data
+    if source.folder is not None:
+        for parameter in model.parameters():
+            parameter.requires_grad_(parameter.is_floating_point())
     return model
 
 

@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import wraps
+from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_module_registration_hook
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import TrainerCallback
 
@@ -46,7 +49,8 @@ def hold_zeros(model: nn.Module) -> Iterator[Held]:
     """While it is open, no training changes a zero of ``model``'s pruned weights, whatever the optimizer.
 
     Held are parameters of two and more axes, no embeddings, of which at least 5% are zero when it begins. Works through
-    ``DistributedDataParallel``, whose parameters are the model's own, and for peft's adapters, whose merging is masked.
+    ``DistributedDataParallel``, whose parameters are the model's own, and for peft's adapters, also those that are added
+    meanwhile: merging and unmerging them is masked.
 
     Raises:
         SpecError: no weight of the model is pruned, or its parameters are sharded (FSDP, DeepSpeed ZeRO 3), where no
@@ -64,22 +68,28 @@ def hold_zeros(model: nn.Module) -> Iterator[Held]:
     """
     _check_whole(model)
     held = _find(model)
-    hooks: list[Any] = [
-        parameter.register_hook(_masking(held.kept[name]))
-        for name, parameter in held.parameters.items()
-        if parameter.requires_grad
-    ]
     watched = weakref.ref(model)
+    with ExitStack() as stack:
+        for name, parameter in held.parameters.items():
+            if parameter.requires_grad:
+                stack.callback(parameter.register_hook(_masking(held.kept[name])).remove)
+        checked: list[bool] = []
 
-    def after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        if watched() is not None:
-            held.apply()
+        def after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+            if (still := watched()) is not None:
+                if not checked:
+                    # It may have been sharded since: what is held would be parameters that nobody trains.
+                    _check_whole(still)
+                    checked.append(True)
+                held.apply()
 
-    hooks.append(register_optimizer_step_post_hook(after_step))
-    merging = [part for part in model.modules() if hasattr(part, "merge") and hasattr(part, "get_base_layer")]
-    for part in merging:
-        _mask_merging(part, held)
-    try:
+        stack.callback(register_optimizer_step_post_hook(after_step).remove)
+        for part in model.modules():
+            _mask_merging(part, held, stack)
+        # Adapters may be added meanwhile.
+        stack.callback(
+            register_module_module_registration_hook(lambda _, __, part: _mask_merging(part, held, stack)).remove
+        )
         yield held
         if broken := held.broken():
             held.apply()
@@ -89,12 +99,6 @@ def hold_zeros(model: nn.Module) -> Iterator[Held]:
                 found=f"{count} pruned entries were written to without an optimizer's step",
                 do="They are zero again; assign to weights outside of hold_zeros",
             )
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for part in merging:
-            with suppress(AttributeError):
-                del part.merge
 
 
 class HoldZeros(TrainerCallback):
@@ -168,12 +172,35 @@ def _masking(kept: Tensor) -> Any:
     return hook
 
 
-def _mask_merging(part: Any, held: Held) -> None:
-    merge = part.merge
+def _mask_merging(part: Any, held: Held, stack: ExitStack) -> None:
+    """Let an adapter's layer of peft's leave zeros as they are, merged or taken out again (of any number of adapters,
+    with ``safe_merge`` or without, by ``merge_and_unload`` too), until ``stack`` is closed."""
+    if not hasattr(part, "get_base_layer"):
+        return
+    weights = {id(parameter) for parameter in held.parameters.values()}
+    if weights.isdisjoint(map(id, part.parameters())):
+        return
+    for name in ("merge", "unmerge"):
+        if isinstance(method := getattr(part, name, None), MethodType):
+            before = vars(part).get(name)
+            setattr(part, name, _masked(method, held))
+            stack.callback(_put_back, part, name, before)
 
-    def masked(*args: Any, **kwargs: Any) -> Any:
-        result = merge(*args, **kwargs)
-        held.apply()
-        return result
 
-    part.merge = masked
+def _masked(method: MethodType, held: Held) -> MethodType:
+    # A method, and of what it is given: a copy of the model calls its own.
+    @wraps(method.__func__)
+    def masked(part: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return method.__func__(part, *args, **kwargs)
+        finally:
+            held.apply()
+
+    return MethodType(masked, method.__self__)
+
+
+def _put_back(part: nn.Module, name: str, before: Any) -> None:
+    if before is None:
+        vars(part).pop(name, None)
+    else:
+        setattr(part, name, before)

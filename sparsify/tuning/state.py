@@ -30,14 +30,15 @@ class TuneState:
     """Where a run stands.
 
     Attributes:
-        teacher: the digest of the weights that are distilled from, or None.
+        origins: what the run goes by beside its recipe, by name: digests of the model, of the sequences that are
+            trained on and, where there is one, of the teacher.
         trained: the parameters that are trained, by name. step: optimizer steps done. losses: of each.
     """
 
     folder: Path
     recipe: dict[str, Any]
     trained: dict[str, nn.Parameter]
-    teacher: str | None = None
+    origins: Mapping[str, str] = field(default_factory=dict)
     step: int = 0
     losses: list[float] = field(default_factory=list)
     _moments: dict[str, Tensor] = field(default_factory=dict)
@@ -54,16 +55,16 @@ class TuneState:
         *,
         resume: bool,
         source: Path | None = None,
-        teacher: str | None = None,
+        origins: Mapping[str, str] | None = None,
     ) -> Iterator[TuneState]:
         """A run that begins, or with ``resume`` goes on. Meanwhile no other run for the same ``out`` does.
 
         Args:
             source: the folder of the model, whose files' modes the state carries.
-            teacher: the digest of the weights that are distilled from.
+            origins: see the attribute.
 
         Raises:
-            CheckpointError: nothing to go on from, a state of another recipe or teacher, or a damaged one.
+            CheckpointError: nothing to go on from, a state of another recipe or other origins, or a damaged one.
             BackendError: another run for ``out`` is under way, or nothing can be written there.
         """
         trained = {name: p for name, p in network.named_parameters() if p.requires_grad}
@@ -75,7 +76,7 @@ class TuneState:
             ) from error
         with claim:
             check_free(_folder(out), overwrite=True)
-            state = cls(_folder(out), recipe.as_dict(), trained, teacher, _like=source, _claim=claim)
+            state = cls(_folder(out), recipe.as_dict(), trained, origins or {}, _like=source, _claim=claim)
             if resume:
                 state._load()
             yield state
@@ -88,7 +89,8 @@ class TuneState:
             for moment in _MOMENTS:
                 value = raw.state[parameter][moment]
                 tensors[f"{moment}.{name}"] = value.detach().cpu().contiguous().clone()
-        content = {"recipe": self.recipe, "step": self.step, "losses": self.losses, "teacher": self.teacher}
+        content = {"recipe": self.recipe, "step": self.step, "losses": self.losses}
+        content["origins"] = dict(self.origins)
         with Staging(self.folder, overwrite=True, like=self._like, claim=self._claim) as staging:
             save_file(tensors, staging.folder / "state.safetensors")
             (staging.folder / "state.json").write_text(json.dumps(content), encoding="utf-8")
@@ -121,7 +123,8 @@ class TuneState:
             ) from error
         before = content["recipe"]
         other = [k for k in {**self.recipe, **before} if before.get(k) != self.recipe.get(k) and k != "minutes"]
-        other += ["teacher"] if content.get("teacher") != self.teacher else []
+        origins = content.get("origins", {})
+        other += [k for k in {**self.origins, **origins} if origins.get(k) != self.origins.get(k)]
         if other:
             raise CheckpointError(
                 f"resuming from {self.folder}",

@@ -64,7 +64,7 @@ def known(teacher: Source, pupil: Source, program: Program, held_out: Tensor, co
             do="Give the dense model that was pruned",
         )
     measured = perplexity(teacher, held_out, context)
-    said = {"name": teacher.name, BLAKE: _digest(teacher.weights), "perplexity": measured}
+    said = {"name": teacher.name, BLAKE: weights_digest(teacher.weights), "perplexity": measured}
     return said | ({"pruned": pruned} if pruned else {})
 
 
@@ -75,7 +75,8 @@ def _same(one: Weights, other: Weights) -> bool:
     return all(torch.equal(one.read(n).cpu(), other.read(n).cpu()) for n in one.parameters())
 
 
-def _digest(weights: Weights) -> str:
+def weights_digest(weights: Weights) -> str:
+    """Of every parameter: name, dtype, shape and bytes."""
     whole = new_hash()
     for name in sorted(weights.parameters()):
         whole.update(f"{name} {weights.dtype(name)} {list(weights.shape(name))}".encode())

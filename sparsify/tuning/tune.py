@@ -32,7 +32,7 @@ from sparsify.files.staging import check_output
 from sparsify.frontend.capture import capture
 from sparsify.frontend.source import open_source
 from sparsify.host import cpu_by_default, within_memory
-from sparsify.tensors import BLAKE
+from sparsify.tensors import BLAKE, digest
 from sparsify.tuning.distillation import Distillation
 from sparsify.tuning.masks import check_masks, masks_of
 from sparsify.tuning.network import build_network
@@ -41,7 +41,7 @@ from sparsify.tuning.overlap import apart
 from sparsify.tuning.recipe import Recipe, Tuned
 from sparsify.tuning.state import TuneState
 from sparsify.tuning.targets import find_targets, kinds_of, linear_layers
-from sparsify.tuning.teacher import known, open_for
+from sparsify.tuning.teacher import known, open_for, weights_digest
 from sparsify.tuning.training import Training, orders
 
 
@@ -78,7 +78,8 @@ def tune(
         chat_template: the file of a Jinja template for chat messages, in place of the tokenizer's own.
         to: the backend that writes the result, as for :func:`sparsify.compile`.
         adapter: write LoRA's additions alone, as a folder of ``peft``, and not the merged model.
-        resume: go on from ``OUTPUT.tuning``, where the state is kept every ``save_every`` steps until it is done.
+        resume: go on from ``OUTPUT.tuning``, where the state is kept every ``save_every`` steps until it is done, with
+            the same model, recipe, data (the sequences drawn from it) and teacher.
         check: hold the bytes of a folder of ours against its ``sparsify.json``. allow_nan: let NaN in tensors pass.
         progress: told of the teacher's blocks, and of those of evaluations. observe: told (step, steps, loss).
 
@@ -124,9 +125,10 @@ def tune(
         less = "Take fewer sequences at once (--micro), shorter ones (--sequence-length) or --device cpu"
         with within_memory(f"tuning {source.name}", place, less):
             network, wrapped = build_network(source, recipe, place, layers)
-            digest = None if record is None else record[BLAKE]
+            origins = {"model": weights_digest(source.weights), "data": digest(ids.contiguous())}
+            origins |= {} if record is None else {"teacher": record[BLAKE]}
             state = stack.enter_context(
-                TuneState.of(out, recipe, wrapped, resume=resume, source=source.folder, teacher=digest)
+                TuneState.of(out, recipe, wrapped, resume=resume, source=source.folder, origins=origins)
             )
             started = time.perf_counter()
             steps = recipe.steps or max(1, recipe.epochs * len(ids) // recipe.batch)

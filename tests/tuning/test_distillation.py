@@ -124,7 +124,7 @@ def test_teachers_that_cannot_teach(models: Path, text: str, tmp_path: Path) -> 
     assert not out.exists() and not (tmp_path / "out.tuning").exists()
 
 
-def test_a_run_goes_on_with_the_same_teacher_alone(models: Path, text: str, tmp_path: Path) -> None:
+def test_a_run_goes_on_with_the_same_teacher_data_and_model_alone(models: Path, text: str, tmp_path: Path) -> None:
     recipe, out = replace(QUICK, dropout=0.0, steps=6), tmp_path / "parts"
     whole = tune(models / "sparse", text, tmp_path / "whole", recipe, teacher=models / "dense")
 
@@ -134,10 +134,16 @@ def test_a_run_goes_on_with_the_same_teacher_alone(models: Path, text: str, tmp_
 
     with pytest.raises(KeyboardInterrupt):
         tune(models / "sparse", text, out, recipe, save_every=3, observe=stop, teacher=models / "dense")
-    with pytest.raises(CheckpointError, match="another teacher"):
+    with pytest.raises(CheckpointError, match="a run with another teacher[.]"):
         tune(models / "sparse", text, out, recipe, resume=True)
     with pytest.raises(CheckpointError, match="another targets"):
         tune(models / "sparse", text, out, replace(recipe, targets="q"), resume=True, teacher=models / "dense")
+    save_file({"input_ids": torch.arange(4000) % 50 + 3}, tmp_path / "other.safetensors")
+    with pytest.raises(CheckpointError, match="a run with another data[.]"):
+        tune(models / "sparse", str(tmp_path / "other.safetensors"), out, recipe, resume=True, teacher=models / "dense")
+    sparsify.compile(models / "dense", ["magnitude:1:4"], output=tmp_path / "sparser")
+    with pytest.raises(CheckpointError, match="a run with another model[.]"):
+        tune(tmp_path / "sparser", text, out, recipe, resume=True, teacher=models / "dense")
     parts = tune(models / "sparse", text, out, recipe, resume=True, teacher=models / "dense")
     assert parts.losses == pytest.approx(whole.losses, rel=1e-5)
 
@@ -185,3 +191,19 @@ def test_text_that_is_validated_on_is_not_trained_on(models: Path, text: str, tm
         tune(models / "sparse", str(tmp_path / "part.safetensors"), tmp_path / "c", recipe, validation=text)
     repeated = torch.arange(40).repeat(5)
     assert apart(repeated[:64][None], repeated[None]).tolist() == [True], "what the text itself repeats is no sign"
+
+
+@pytest.mark.slow
+def test_a_dense_teacher_recovers_a_real_model(stories: Path, tmp_path: Path) -> None:
+    data = stories.parents[1] / "data" / "stories"
+    if not data.exists():
+        pytest.skip("shared/data/stories is not here")
+    train, held = str(data / "calibration.txt"), str(data / "heldout.txt")
+    sparsify.compile(stories, ["wanda:2:4"], calibration=train, samples=16, output=tmp_path / "sparse")
+    recipe = Recipe(method="full", rate=1e-3, steps=20, batch=16, samples=320, length=128)
+    result = tune(tmp_path / "sparse", train, tmp_path / "out", recipe, validation=held, teacher=stories)
+    assert result.teacher is not None and result.teacher["perplexity"] < 4
+    assert result.teacher["perplexity"] < result.perplexity[1] < 0.3 * result.perplexity[0]
+    one, other = (open_source(f).weights for f in (tmp_path / "sparse", tmp_path / "out"))
+    pruned = [n for n in one.parameters() if "_proj" in n]
+    assert len(pruned) == 35 and all(bool(((one.read(n) != 0) | (other.read(n) == 0)).all()) for n in pruned)
