@@ -49,7 +49,7 @@ def hold_zeros(model: nn.Module) -> Iterator[Held]:
     """While it is open, no training changes a zero of ``model``'s pruned weights, whatever the optimizer.
 
     Held are parameters of two and more axes, no embeddings, of which at least 5% are zero when it begins. Works through
-    ``DistributedDataParallel``, whose parameters are the model's own, and for peft's adapters, also those that are added
+    ``DistributedDataParallel``, whose parameters are the model's own, and for peft's adapters, also those added
     meanwhile: merging and unmerging them is masked.
 
     Raises:

@@ -134,15 +134,15 @@ def test_a_run_goes_on_with_the_same_teacher_data_and_model_alone(models: Path, 
 
     with pytest.raises(KeyboardInterrupt):
         tune(models / "sparse", text, out, recipe, save_every=3, observe=stop, teacher=models / "dense")
-    with pytest.raises(CheckpointError, match="a run with another teacher[.]"):
+    with pytest.raises(CheckpointError, match=r"a run with another teacher[.]"):
         tune(models / "sparse", text, out, recipe, resume=True)
     with pytest.raises(CheckpointError, match="another targets"):
         tune(models / "sparse", text, out, replace(recipe, targets="q"), resume=True, teacher=models / "dense")
     save_file({"input_ids": torch.arange(4000) % 50 + 3}, tmp_path / "other.safetensors")
-    with pytest.raises(CheckpointError, match="a run with another data[.]"):
+    with pytest.raises(CheckpointError, match=r"a run with another data[.]"):
         tune(models / "sparse", str(tmp_path / "other.safetensors"), out, recipe, resume=True, teacher=models / "dense")
     sparsify.compile(models / "dense", ["magnitude:1:4"], output=tmp_path / "sparser")
-    with pytest.raises(CheckpointError, match="a run with another model[.]"):
+    with pytest.raises(CheckpointError, match=r"a run with another model[.]"):
         tune(tmp_path / "sparser", text, out, recipe, resume=True, teacher=models / "dense")
     parts = tune(models / "sparse", text, out, recipe, resume=True, teacher=models / "dense")
     assert parts.losses == pytest.approx(whole.losses, rel=1e-5)

@@ -10,7 +10,6 @@ import pytest
 import torch
 from support.families import build
 from support.held import learn, pruned, unchanged, zeros
-from torch import nn
 
 import sparsify
 from sparsify.errors import SpecError, VerifyError

@@ -19,7 +19,7 @@ pytest.importorskip("peft")
 
 @pytest.fixture(scope="module")
 def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """``dense``, ``sparse`` (the same at 2:4), ``other`` (of another vocabulary), ``gpt2`` (of fused layers), and ids."""
+    """``dense``, ``sparse`` (it at 2:4), ``other`` (of another vocabulary), ``gpt2`` (of fused layers), and ids."""
     folder = tmp_path_factory.mktemp("models")
     deep("llama", 2).save_pretrained(folder / "dense")
     sparsify.compile(folder / "dense", ["magnitude:2:4"], output=folder / "sparse")
