@@ -49,8 +49,8 @@ def hold_zeros(model: nn.Module) -> Iterator[Held]:
     """While it is open, no training changes a zero of ``model``'s pruned weights, whatever the optimizer.
 
     Held are parameters of two and more axes, no embeddings, of which at least 5% are zero when it begins. Works through
-    ``DistributedDataParallel``, whose parameters are the model's own, and for peft's adapters, those that are added
-    meanwhile too: merging and unmerging them is masked.
+    ``DistributedDataParallel``, whose parameters are the model's own, and for peft's adapters, also those added
+    meanwhile: merging and unmerging them is masked.
 
     Raises:
         SpecError: no weight of the model is pruned, or its parameters are sharded (FSDP, DeepSpeed ZeRO 3), where no
