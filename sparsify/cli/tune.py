@@ -28,7 +28,7 @@ def tune_command(
         str | None, typer.Option(help="Learn the predictions of this model, the dense one mostly.", metavar="MODEL")
     ] = None,
     distill: Annotated[
-        float | None, typer.Option(help="Their share in the loss; of the text itself the rest. [default: 1]")
+        float | None, typer.Option(help="Their share in the loss; of the text itself the rest. [default: 0.5]")
     ] = None,
     method: Annotated[str, typer.Option(help="lora or full.")] = "lora",
     targets: Annotated[

@@ -34,7 +34,8 @@ class Recipe:
         batch: sequences a step; micro: of them at once. samples, length: sequences drawn, and their tokens
             (None: 256, or the context of a model that has less).
         targets: what LoRA is put on, names between commas (:mod:`sparsify.tuning.targets`); None: every linear layer.
-        distill: with a teacher, the share of its divergence in the loss, of cross-entropy the rest; None: all.
+        distill: with a teacher, the share of its divergence in the loss, of cross-entropy the rest; None: half
+            (docs/benchmarks.md, "Tuning with a teacher").
     """
 
     method: Method = "lora"

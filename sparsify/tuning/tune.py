@@ -134,7 +134,7 @@ def tune(
             steps = recipe.steps or max(1, recipe.epochs * len(ids) // recipe.batch)
             lessons, numbers = None, list(orders(len(ids), recipe, steps))[state.step :]
             if dense is not None and numbers:
-                share = 1.0 if recipe.distill is None else recipe.distill
+                share = 0.5 if recipe.distill is None else recipe.distill
                 lessons = stack.enter_context(Distillation.of(dense, ids, torch.cat(numbers).unique(), share, context))
             training = Training(wrapped, network, ids, recipe, steps, masks, place, lessons)
             training.run(state, save_every, observe)

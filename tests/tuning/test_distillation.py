@@ -57,7 +57,7 @@ def kl(student: Path, teacher: Path) -> float:
 
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_the_divergence_falls_and_zeros_hold(models: Path, text: str, tmp_path: Path, method: Any) -> None:
-    recipe = replace(QUICK, method=method, dropout=0.0, rate=2e-2 if method == "lora" else 5e-3)
+    recipe = replace(QUICK, distill=1.0, method=method, dropout=0.0, rate=2e-2 if method == "lora" else 5e-3)
     result = tune(models / "sparse", text, tmp_path / "out", recipe, teacher=models / "dense")
     assert kl(tmp_path / "out", models / "dense") < 0.9 * kl(models / "sparse", models / "dense")
     assert result.losses[-1] < result.losses[0]
