@@ -104,7 +104,7 @@ class GraphPrune(PassBase):
     def _batches(self, lifted: fx.GraphModule, source: Source) -> list[dict[str, Tensor]]:
         given: Any = self.calibration
         if len(given) == 0 and self.example_inputs is not None:
-            given = [tuple(v for v in self.example_inputs if not isinstance(v, nn.Parameter))]
+            given = [tuple(v for v in self.example_inputs if not isinstance(v, nn.Parameter) and not _is_number(v))]
         if len(given) == 0:
             raise CalibrationError(
                 f"pass {self.weight_pass.name} on a graph",
@@ -125,12 +125,15 @@ class GraphPrune(PassBase):
 def _hold_parameters(
     graph_module: fx.GraphModule, example_inputs: Sequence[Any] | None
 ) -> tuple[fx.GraphModule, dict[str, str]]:
-    """A copy in which placeholders that are parameters became attributes; and attribute to placeholder name."""
+    """A copy in which placeholders that are parameters became attributes; and attribute to placeholder name.
+
+    Numbers that ``torch.compile`` leaves open are those of the example there: it is what calibration runs.
+    """
     if example_inputs is None:
         return graph_module, {}
     values = placeholder_values(graph_module, example_inputs)
     graph = fx.Graph()
-    env: dict[fx.Node, fx.Node] = {}
+    env: dict[fx.Node, Any] = {}
     root = nn.Module()
     for name, value in [*graph_module.named_parameters(), *graph_module.named_buffers()]:
         set_tensor(root, name, value)
@@ -143,13 +146,25 @@ def _hold_parameters(
             names[attribute] = node.name
             set_tensor(root, attribute, value)
             env[node] = graph.get_attr(attribute)
+        elif _is_number(value) and isinstance(value, Tensor):
+            set_tensor(root, node.name, value)
+            env[node] = graph.get_attr(node.name)
+        elif _is_number(value):
+            env[node] = value.node.hint  # int(value) would hold the caller's graph to this size
         else:
             env[node] = graph.placeholder(str(node.target))
     for node in graph_module.graph.nodes:
-        if node.op != "placeholder":
+        if node.target == "item" and _is_number(values.get(node.args[0])):
+            env[node] = values[node.args[0]].item()
+        elif node.op != "placeholder":
             env[node] = graph.node_copy(node, lambda n: env[n])
     graph.eliminate_dead_code()
     return fx.GraphModule(root, graph), names
+
+
+def _is_number(value: Any) -> bool:
+    """Whether it is a size, or a number that comes as a tensor without axes."""
+    return isinstance(value, (torch.SymInt, torch.SymFloat)) or (isinstance(value, Tensor) and value.dim() == 0)
 
 
 def _with_parameters(

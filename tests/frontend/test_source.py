@@ -87,7 +87,8 @@ def test_the_first_context_length_that_is_one_counts() -> None:
 
 
 @pytest.mark.parametrize("model", ["no/such/folder/here", "./nowhere", "a b", "../x"])
-def test_what_is_no_folder_and_no_hub_id(model: str) -> None:
+def test_what_is_no_folder_and_no_hub_id(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(CheckpointError, match=r"no such folder\. Check the path"):
         open_source(model)
 

@@ -71,7 +71,7 @@ def test_the_divergence_falls_and_zeros_hold(models: Path, text: str, tmp_path: 
 def test_the_first_loss_is_the_divergence_itself(models: Path, text: str, tmp_path: Path) -> None:
     """Of what the teacher gives when it is run by transformers, on the sequences of the first step."""
     seen: list[torch.Tensor] = []
-    recipe = replace(QUICK, method="full", steps=1, batch=24)
+    recipe = replace(QUICK, distill=1.0, method="full", steps=1, batch=24)
     result = tune(models / "sparse", text, tmp_path / "out", recipe, teacher=models / "dense")
     from sparsify.data.batches import load_calibration
 
