@@ -93,7 +93,7 @@ def test_every_family(family: str, captured: Callable[[str], Program]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("spec", ["sparsegpt:2:4", "twin:2:4", "alps:4:8"])
+@pytest.mark.parametrize("spec", ["sparsegpt:4:8", "twin:2:4"])
 def test_every_family_by_products(family: str, spec: str, captured: Callable[[str], Program]) -> None:
     check(captured(family), spec, [inputs(family, seed=seed) for seed in (1, 2)])
 
