@@ -206,7 +206,8 @@ def line(found: list[dict[str, Any]], kinds: list[str], dense: dict[str, Any] | 
     cells = [
         f"{found[0]['passes']}, {found[0]['pattern']}", f"{statistics.mean(values):.2f}{deviation}", loss,
         *(f"{mean(found, kind):.2f}" for kind in kinds[1:]),
-        *(f"{statistics.mean(row[word] for row in found):.0f}" for word in ("cpu_s", "wall_s", "peak_mib")),
+        *(f"{min(row[word] for row in found):.0f}" for word in ("cpu_s", "wall_s")),
+        str(max(row["peak_mib"] for row in found)),
         refined, str(len(found)),
     ]  # fmt: skip
     return "| " + " | ".join(cells) + " |"

@@ -119,13 +119,14 @@ def tune(
             raise _too_few(drawn, told, len(every) - len(ids), recipe)
         context = Context(place, observe=progress)
         program = capture(source, example_batch(source))
-        record = None if dense is None else known(dense, source, program, held_out, context)
+        own = weights_digest(source.weights)
+        record = None if dense is None else known(dense, own, program, held_out, context)
         before = perplexity(source, held_out, context)
         masks = masks_of(program)
         less = "Take fewer sequences at once (--micro), shorter ones (--sequence-length) or --device cpu"
         with within_memory(f"tuning {source.name}", place, less):
             network, wrapped = build_network(source, recipe, place, layers)
-            origins = {"model": weights_digest(source.weights), "data": digest(ids.contiguous())}
+            origins = {"model": own, "data": digest(ids.contiguous())}
             origins |= {} if record is None else {"teacher": record[BLAKE]}
             state = stack.enter_context(
                 TuneState.of(out, recipe, wrapped, resume=resume, source=source.folder, origins=origins)
