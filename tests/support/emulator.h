@@ -2,7 +2,8 @@
 // kernels' own source runs where there is no GPU. A thread is a fiber that runs until it has to wait for others.
 //
 // What it checks: every global access against the buffers that it was told of; copies without a register arrive when
-// they are awaited and not before, bulk ones when as many bytes as were announced are on their way; nothing but a
+// they are awaited and not before, bulk ones when as many bytes as were announced are on their way, and none of these
+// goes to a place that a thread has read without saying that its reads have ended; nothing but a
 // prefetch touches memory before the kernel before has ended; no block of a cluster reads another's shared memory after
 // that one has ended; shared memory begins as NaN and may not be written past its end; threads that wait for others who
 // never come; and, run in the other order of threads, results that depend on it.
@@ -16,6 +17,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <map>
+#include <set>
 #include <vector>
 
 typedef unsigned int u32;
@@ -57,6 +59,8 @@ struct Block {
   Wait everyone;
   int alive;
   std::map<const void*, Phases> signals;
+  // Sixteen bytes of shared memory that were read, and the threads that may still be at it.
+  std::map<const unsigned char*, std::set<int>> reading;
 };
 
 static std::vector<Thread> threads;
@@ -156,19 +160,37 @@ inline float load_float(const float* p) { return read_checked<float>(p); }
 inline void store_half(u16* p, u16 v) { write_checked(p, v); }
 inline void store_float(float* p, float v) { write_checked(p, v); }
 inline void store_pair(uint2* p, uint2 v) { write_checked(p, v); }
-inline uint4 load_shared(const unsigned char* p) {
-  if ((p - emulator::own().shared) % 16) emulator::fail("shared access off its boundary");
-  uint4 v;
+template <class V>
+V read_shared(const unsigned char* p) {
+  if ((p - emulator::own().shared) % sizeof(V)) emulator::fail("shared access off its boundary");
+  emulator::own().reading[p - (p - emulator::own().shared) % 16].insert(emulator::current);
+  V v;
   memcpy(&v, p, sizeof v);
   return v;
 }
-
-inline void copy_async(unsigned char* to, const void* from, bool there) {
-  if (there) emulator::check(from, 16, false);
-  // What is on its way must not be taken for what is there.
-  memset(to, 0xff, 16);
-  emulator::threads[emulator::current].open.push_back({to, from, there});
+inline uint4 load_shared(const unsigned char* p) { return read_shared<uint4>(p); }
+inline uint2 load_shared_8(const unsigned char* p) { return read_shared<uint2>(p); }
+inline void end_reads() {
+  for (auto& one : emulator::own().reading) one.second.erase(emulator::current);
 }
+inline uint4 load_matrices(const unsigned char* p) {
+  const int own = emulator::current & 31;
+  emulator::Warp& warp = emulator::warps[emulator::current >> 5];
+  warp.a[own] = read_shared<uint4>(p);
+  emulator::meet(warp.wait, 32, [] {});
+  u32 words[4];
+  for (int i = 0; i < 4; i++) memcpy(&words[i], (const char*)&warp.a[8 * i + own / 4] + own % 4 * 4, 4);
+  emulator::meet(warp.wait, 32, [] {});
+  return {words[0], words[1], words[2], words[3]};
+}
+
+inline void copy_async(unsigned char* to, const void* from, bool there, int bytes = 16) {
+  if (there) emulator::check(from, bytes, false);
+  // What is on its way must not be taken for what is there.
+  memset(to, 0xff, bytes);
+  emulator::threads[emulator::current].open.push_back({to, from, there, (u64)bytes});
+}
+inline void copy_async_8(unsigned char* to, const void* from, bool there) { copy_async(to, from, there, 8); }
 inline void commit_copies() {
   auto& self = emulator::threads[emulator::current];
   self.groups.push_back(self.open);
@@ -206,6 +228,9 @@ inline void announce(Signal* s, u32 bytes) {
 inline void copy_bulk(unsigned char* to, const void* from, u32 bytes, Signal* s) {
   if (bytes % 16 || (to - emulator::own().shared) % 16) emulator::fail("a bulk copy of other than sixteens of bytes");
   emulator::check(from, bytes, false);
+  auto& reading = emulator::own().reading;
+  for (auto at = reading.lower_bound(to); at != reading.end() && at->first < to + bytes; ++at)
+    if (!at->second.empty()) emulator::fail("a bulk copy to where a load may still read");
   memset(to, 0xff, bytes);
   emulator::Phases& phases = signal_of(s);
   phases.copies.push_back({to, from, true, bytes});

@@ -45,9 +45,10 @@ class Variant:
 
     Attributes:
         kind: ``decode`` (a block's warps split the columns), ``bulk`` (so too, with weights brought by the copy engine
-            to blocks that stay for several groups of rows) or ``tiled`` (the warps split the rows).
-        warps: of a block. row_tiles: of 16 rows, of a block (of a warp: ``tiled``). token_tiles: of 8 tokens, at most
-            (of a block: ``tiled``).
+            to blocks that stay for several groups of rows), ``tiled`` (the warps split the rows) or ``wide`` (four
+            warps split the rows and two the columns of a tile, with weights brought by the copy engine).
+        warps: of a block. row_tiles: of 16 rows, of a block (of a warp: ``tiled``, ``wide``). token_tiles: of 8 tokens,
+            at most (of a block: ``tiled``, ``wide``).
         splits: blocks that share the columns of the same rows. They are a cluster and add their sums there; those of
             ``tiled`` leave them to a second kernel.
         early: see :class:`Launch`.
@@ -85,17 +86,23 @@ class Variant:
 
     @property
     def possible_splits(self) -> Sequence[int]:
-        return range(1, MOST_SPLITS + 1) if self.kind == "tiled" else CLUSTERS
+        match self.kind:
+            case "tiled":
+                return range(1, MOST_SPLITS + 1)
+            case "wide":
+                return range(1, CLUSTERS[-1] + 1)
+            case _:
+                return CLUSTERS
 
     @property
     def needs_hopper(self) -> bool:
         """Whether compute capability 9.0 is the least that runs it."""
-        return self.kind == "bulk" or self.early or (self.kind == "decode" and self.splits > 1)
+        return self.kind in ("bulk", "wide") or self.early or (self.kind == "decode" and self.splits > 1)
 
     @property
     def most_tokens(self) -> int | None:
         """That it takes at once; None: any number."""
-        return None if self.kind == "tiled" else 8 * self.token_tiles
+        return None if self.kind in ("tiled", "wide") else 8 * self.token_tiles
 
     def fits(self, tokens: int, columns: int) -> bool:
         """Whether it takes ``tokens`` at once, and has columns enough to split."""
@@ -114,6 +121,11 @@ class Variant:
                 shared = self.warps * depth * (self.row_tiles * TILE_BYTES + _SIGNAL) + 2 * sums
                 blocks = min(groups, max(1, multiprocessors * resident // self.splits))
                 return Launch(self.kernel, (blocks, 1, self.splits), threads, shared, self.splits, self.early, resident)
+            case "wide":
+                high = -(-rows // (16 * self.row_tiles * _WIDE_ROWS))
+                grid = (-(-tokens // (8 * self.token_tiles)), high, self.splits)
+                stage = _WIDE_ROWS * self.row_tiles * TILE_BYTES + 8 * self.token_tiles * _WIDE_STAGE_ROW
+                return Launch(self.kernel, grid, threads, 2 * (stage + _SIGNAL), self.splits, self.early, resident=1)
             case _:
                 high = -(-rows // (16 * self.row_tiles * self.warps))
                 grid = (-(-tokens // (8 * self.token_tiles)), high, self.splits)
@@ -122,6 +134,8 @@ class Variant:
 
 # Bytes that kernels/tiled.h stages of a token.
 _STAGE_ROW = 576
+# The same of kernels/wide.h, and the warps of a block that take rows of their own.
+_WIDE_STAGE_ROW, _WIDE_ROWS = 528, 4
 # Of kernels/device.h.
 _SIGNAL = 8
 # Tiles that a warp of a bulk kernel has on their way, and how many of its blocks share a multiprocessor, as
@@ -131,11 +145,12 @@ _RINGS = {(8, 1): (2, 2), (4, 1): (3, 3), (8, 2): (2, 1)}
 # Of the columns, at most, by a second kernel; and by clusters, of which 8 is the most that every GPU with them runs.
 MOST_SPLITS = 64
 CLUSTERS = (1, 2, 4, 8)
-# Those that kernels/kernels.cu compiles; the bulk ones for compute capability 9.0 and later.
+# Those that kernels/kernels.cu compiles; the bulk and wide ones for compute capability 9.0 and later.
 DECODE = tuple(Variant("decode", w, r, m) for w, r in ((8, 1), (4, 1), (16, 1), (8, 2)) for m in (1, 2))
 BULK = tuple(Variant("bulk", w, r, m) for w, r in _RINGS for m in (1, 2))
 TILED = tuple(Variant("tiled", w, r, m) for w, r in ((4, 1), (8, 1), (8, 2)) for m in (4, 8))
-VARIANTS = DECODE + BULK + TILED
+WIDE = tuple(Variant("wide", 8, r, m) for r in (2, 4) for m in (4, 8))
+VARIANTS = DECODE + BULK + TILED + WIDE
 
 
 def add_splits_launch(tokens: int, rows: int, early: bool = False) -> Launch:

@@ -34,12 +34,13 @@ FAMILIES: dict[str, Sequence[tuple[str, int]]] = {
     "early": [("decode_w8_r1_m1_e", 1), ("tiled_w4_r1_m4_s2_e", 33)],
     "clusters": [("decode_w8_r1_m1_s2", 1), ("decode_w8_r1_m2_s8", 16), ("decode_w8_r1_m1_s4_e", 3)],
     "bulk": [("bulk_w8_r1_m1", 1), ("bulk_w4_r1_m2", 16), ("bulk_w8_r2_m2", 12), ("bulk_w8_r1_m1_s2_e", 5)],
+    "wide": [("wide_w8_r4_m8", 64), ("wide_w8_r2_m4", 20), ("wide_w8_r4_m4_s3", 33), ("wide_w8_r2_m8_s8_e", 200)],
 }
 
 
 CAPTURED = (
     "decode_w8_r1_m1", "unpack", "library", "decode_w8_r1_m1_e", "tiled_w4_r1_m4_s2_e", "decode_w8_r1_m1_s2",
-    "bulk_w8_r1_m1_e", "decode_w8_r1_m1_s2_e",
+    "bulk_w8_r1_m1_e", "decode_w8_r1_m1_s2_e", "wide_w8_r4_m8_s3_e",
 )  # fmt: skip
 
 

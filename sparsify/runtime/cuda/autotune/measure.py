@@ -18,7 +18,7 @@ from sparsify.runtime.cuda.autotune.clock import Clock
 from sparsify.runtime.cuda.dispatch import BUCKETS, DENSE, Timings
 from sparsify.runtime.cuda.fragments import tiles
 from sparsify.runtime.cuda.gpu import GPU
-from sparsify.runtime.cuda.variants import BULK, CLUSTERS, DECODE, TILED, Variant
+from sparsify.runtime.cuda.variants import BULK, CLUSTERS, DECODE, TILED, WIDE, Variant
 
 _SPLITS = (1, 2, 4, 8)
 # How often the fastest is timed again.
@@ -134,6 +134,8 @@ def own_candidates(tokens: int, rows: int, columns: int, gpu: GPU) -> list[Varia
         found = [replace(v, splits=s) for v in TILED if v.token_tiles == groups for s in _SPLITS]
         # Two tiles of columns a split at least, for one to be on its way while the other is used.
         found = [v for v in found if v.splits <= max(1, tiles(1, columns)[1] // 2)]
+        wide = [replace(v, splits=s) for v in WIDE if v.token_tiles == groups for s in v.possible_splits]
+        found += [v for v in wide if v.fits(tokens, columns)]
     else:
         some = [v for v in DECODE + BULK if 8 * (v.token_tiles - 1) < tokens]
         # Columns are split over more blocks where there are too few rows to occupy the GPU.

@@ -55,11 +55,13 @@ DEVICE void bulk(const Arguments& a) {
       await_signal(signals + place, phase);
 #pragma unroll
       for (int r = 0; r < RT; r++) read_tile(tiles[r], ring + (place * RT + r) * TILE_BYTES + lane * 16);
-      // The place is free again once every lane has read it.
-      warp_barrier();
-      ask(place);
 #pragma unroll
       for (int j = 0; j < CHUNKS; j++) multiply_inputs<T, RT, MT>(c, tiles, x[j], j);
+      // The place is free again once every lane has read it. After the products, where nobody has to wait for that: the
+      // tiles that are on their way are enough.
+      end_reads();
+      warp_barrier();
+      ask(place);
       if (++place == DEPTH) place = 0, phase ^= 1;
     }
     // Two halves in turn: one barrier a round is enough for nobody to write sums that are still being read.

@@ -47,12 +47,29 @@ DEVICE void store_float(float* p, float v) { *p = v; }
 DEVICE void store_pair(uint2* p, uint2 v) { *p = v; }
 
 DEVICE uint4 load_shared(const unsigned char* p) { return *reinterpret_cast<const uint4*>(p); }
+DEVICE uint2 load_shared_8(const unsigned char* p) { return *reinterpret_cast<const uint2*>(p); }
+
+// Four matrices of eight rows of 16 bytes; lane 8 i + r names row r of matrix i, and lane 4 g + t gets bytes 4 t .. 4 t + 3
+// of each one's row g.
+DEVICE uint4 load_matrices(const unsigned char* p) {
+  uint4 r;
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(r.x), "=r"(r.y), "=r"(r.z), "=r"(r.w)
+               : "r"((u32)__cvta_generic_to_shared(p))
+               : "memory");
+  return r;
+}
 
 // 16 bytes from global to shared memory without a register on the way; zeros where there is nothing to read.
 DEVICE void copy_async(unsigned char* shared, const void* global, bool there) {
   const u32 to = (u32)__cvta_generic_to_shared(shared);
   const int bytes = there ? 16 : 0;
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(global), "r"(bytes));
+}
+DEVICE void copy_async_8(unsigned char* shared, const void* global, bool there) {
+  const u32 to = (u32)__cvta_generic_to_shared(shared);
+  const int bytes = there ? 8 : 0;
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(to), "l"(global), "r"(bytes));
 }
 DEVICE void commit_copies() { asm volatile("cp.async.commit_group;"); }
 // Until all copies but those of the last `left` commits are there.
@@ -105,6 +122,10 @@ DEVICE void copy_bulk(unsigned char* to, const void* from, u32 bytes, Signal* s)
                "l"(from), "r"(bytes), "r"(shared_address(s))
                : "memory");
 }
+// By everyone who has read shared memory, before a barrier behind which a bulk copy writes over it. The copy engine
+// waits for no load: a load that was only issued, and waits in its queue, would get the new bytes. It happened, with
+// 16 tokens' inputs in that queue (an H200, 2026-11-27).
+DEVICE void end_reads() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 // A signal that never comes ends the kernel with an error rather than the GPU's usefulness to everybody.
 DEVICE void await_signal(Signal* s, int phase) {
   u32 done = 0;

@@ -8,6 +8,7 @@
 #include "decode.h"
 #include "tiled.h"
 #include "unpack.h"
+#include "wide.h"
 
 #define DECODE(w, r, m) \
   KERNEL(decode_w##w##_r##r##_m##m, w * 32) { decode<SPARSIFY_TYPE, w, r, m>(a); }
@@ -23,6 +24,11 @@ DECODE(8, 2, 1) DECODE(8, 2, 2)
 BULK(8, 1, 1, 2, 2) BULK(8, 1, 2, 2, 2)
 BULK(4, 1, 1, 3, 3) BULK(4, 1, 2, 3, 3)
 BULK(8, 2, 1, 2, 1) BULK(8, 2, 2, 2, 1)
+
+#define WIDE(r, m) \
+  RESIDENT_KERNEL(wide_w8_r##r##_m##m, WIDE_THREADS, 1) { wide<SPARSIFY_TYPE, r, m>(a); }
+WIDE(2, 4) WIDE(2, 8)
+WIDE(4, 4) WIDE(4, 8)
 #endif
 
 #define TILED(w, r, m) \
