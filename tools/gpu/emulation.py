@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -124,7 +125,8 @@ def emulated() -> Machine:
     # The layout is private there: here it is the dense matrix.
     put(torch, "_cslt_compress", lambda dense: dense.clone())
     put(torch, "_cslt_sparse_mm", sparse_mm)
-    put(torch, "_cslt_sparse_mm_search", lambda *arguments, **options: 0)
+    # CPU builds do not have this module at all.
+    torch._C._cusparselt = SimpleNamespace(mm_search=lambda *arguments: (0, 1, -1, 0))  # type: ignore[attr-defined]
     return EmulatedMachine(torch.device("cpu"), gpu, MadeUpClock(), target=gpu)
 
 
@@ -135,7 +137,7 @@ def put(home: Any, name: str, value: Any) -> None:
 
 
 def sparse_mm(
-    compressed: Tensor, dense: Tensor, bias: Tensor | None = None, transpose_result: bool = False, alg_id: int = 0
+    compressed: Tensor, dense: Tensor, bias: Tensor | None = None, transpose_result: bool = False, **algorithm: int
 ) -> Tensor:
     y = compressed @ dense
     y = y if bias is None else y + bias[:, None]

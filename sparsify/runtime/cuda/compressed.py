@@ -7,6 +7,7 @@ with the identity, which is exact. CUTLASS takes packed24's values as they are, 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -20,6 +21,39 @@ SparseLibrary = Literal["cusparselt", "cutlass"]
 TOKEN_UNIT = 8
 # What the libraries need of [rows, columns] in 16-bit dtypes.
 _UNITS: dict[SparseLibrary, tuple[int, int]] = {"cusparselt": (16, 16), "cutlass": (32, 64)}
+
+
+@dataclass(frozen=True)
+class Algorithm:
+    """One of cuSPARSELt's.
+
+    Attributes:
+        number: its own; what is fastest depends on the shape.
+        splits: of the columns, added up at the end.
+        mode: how (cusparseLtSplitKMode_t: 0 in the same kernel, 1 in a second one); -1 leaves it to the library.
+    """
+
+    number: int = 0
+    splits: int = 1
+    mode: int = -1
+
+    def __str__(self) -> str:
+        return f"{self.number}" if self.splits == 1 else f"{self.number}:{self.splits}:{self.mode}"
+
+    @classmethod
+    def parse(cls, text: str) -> Algorithm:
+        """Undo ``str(algorithm)``.
+
+        Raises:
+            ValueError: it is not one's text.
+        """
+        parts = text.split(":")
+        if not all(part.isdigit() for part in parts) or len(parts) not in (1, 3):
+            raise ValueError(f"no algorithm {text!r}")
+        found = cls(*map(int, parts))
+        if str(found) != text or found.splits < 1:
+            raise ValueError(f"no algorithm {text!r}")
+        return found
 
 
 def library_of(capability: tuple[int, int]) -> SparseLibrary:
@@ -55,11 +89,11 @@ def decompress(compressed: Tensor, codes: Tensor | None, shape: tuple[int, int])
     return pack(torch._cslt_sparse_mm(compressed, ones)[:rows], "packed24")
 
 
-def multiply(x: Tensor, compressed: Tensor, codes: Tensor | None, bias: Tensor | None, algorithm: int) -> Tensor:
+def multiply(x: Tensor, compressed: Tensor, codes: Tensor | None, bias: Tensor | None, algorithm: Algorithm) -> Tensor:
     """``x`` [tokens, columns] times the weight, [tokens, rows].
 
     Args:
-        algorithm: cuSPARSELt's number of it; its search finds the fastest for a shape.
+        algorithm: of cuSPARSELt; its search finds the fastest for a shape.
     """
     tokens = x.shape[0]
     if tokens % TOKEN_UNIT:
@@ -67,13 +101,17 @@ def multiply(x: Tensor, compressed: Tensor, codes: Tensor | None, bias: Tensor |
     if codes is not None:
         y = torch._sparse_semi_structured_linear(x, compressed, codes, bias=bias)
     else:
-        y = torch._cslt_sparse_mm(compressed, x.t(), bias, transpose_result=True, alg_id=algorithm)
+        y = torch._cslt_sparse_mm(
+            compressed, x.t(), bias, transpose_result=True,
+            alg_id=algorithm.number, split_k=algorithm.splits, split_k_mode=algorithm.mode,
+        )  # fmt: skip
     return y[:tokens]
 
 
-def search(compressed: Tensor, x: Tensor) -> int:
-    """The number of cuSPARSELt's fastest algorithm for ``x`` [tokens, columns], tokens in eights. Runs many."""
-    return int(torch._cslt_sparse_mm_search(compressed, x.t(), transpose_result=True))
+def search(compressed: Tensor, x: Tensor) -> Algorithm:
+    """cuSPARSELt's fastest for ``x`` [tokens, columns], tokens in eights. Runs many."""
+    number, splits, mode, _ = torch._C._cusparselt.mm_search(compressed, x.t(), None, None, None, True)
+    return Algorithm(number, splits, mode) if splits > 1 else Algorithm(number)
 
 
 def _cutlass_places(rows: int, columns: int, device: torch.device) -> Tensor:

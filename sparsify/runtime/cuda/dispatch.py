@@ -3,9 +3,11 @@
 A plan is text, so that a graph can carry it: ``8:decode_w8_r1_m1,16:decode_w8_r1_m2,*:unpack`` runs the first kernel
 for up to 8 tokens, the second up to 16, and multiplies with an unpacked copy above. Kernels are
 
-- ``decode_…``, ``bulk_…``, ``tiled_…``, ``wide_…``: our own, on fragments (:class:`sparsify.runtime.cuda.variants.Variant`);
+- ``decode_…``, ``bulk_…``, ``tiled_…``, ``wide_…``: our own, on fragments
+  (:class:`sparsify.runtime.cuda.variants.Variant`);
 - ``unpack``: fragments to a dense copy that the next layer reuses, and cuBLAS;
-- ``cusparselt:ALGORITHM``, ``cutlass``: NVIDIA's, on the compressed copy.
+- ``cusparselt:NUMBER``, ``cusparselt:NUMBER:SPLITS:MODE`` (:class:`sparsify.runtime.cuda.compressed.Algorithm`) and
+  ``cutlass``: NVIDIA's, on the compressed copy.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from functools import lru_cache
 from itertools import pairwise
 
 from sparsify.errors import BackendError
+from sparsify.runtime.cuda.compressed import Algorithm
 from sparsify.runtime.cuda.fragments import tiles
 from sparsify.runtime.cuda.variants import Variant
 from sparsify.runtime.words import Policy
@@ -93,8 +96,8 @@ def check_kernel(name: str) -> str:
     if name in ("unpack", "cutlass"):
         return name
     library, _, algorithm = name.partition(":")
-    if library == "cusparselt" and algorithm.isdigit():
-        return name
+    if library == "cusparselt":
+        return f"{library}:{Algorithm.parse(algorithm)}"
     return Variant.named(name).name
 
 

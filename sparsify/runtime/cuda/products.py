@@ -36,7 +36,7 @@ def run_kernel(
     if kernel.startswith(("cutlass", "cusparselt")):
         if compressed is None:
             raise missing(kernel, "the compressed copy")
-        algorithm = int(kernel.partition(":")[2] or 0)
+        algorithm = libraries.Algorithm.parse(kernel.partition(":")[2] or "0")
         y = libraries.multiply(x, compressed, codes, bias, algorithm).contiguous()
         if y.shape != (x.shape[0], rows):
             raise BackendError(

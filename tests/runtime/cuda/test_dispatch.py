@@ -23,13 +23,22 @@ from sparsify.runtime.cuda.compressed import SparseLibrary
 from sparsify.runtime.cuda.dispatch import BUCKETS, LEAST, Plan, Timings, default_plan
 from sparsify.runtime.cuda.gpu import GPU
 from sparsify.runtime.cuda.prepared import NO_COMPILER, PreparedWeight, prepare_weight
-from sparsify.runtime.cuda.variants import BULK, DECODE, TILED, Variant
+from sparsify.runtime.cuda.variants import BULK, DECODE, TILED, WIDE, Variant
 from sparsify.runtime.layout import Packed, holds_24, pack, unpack
 from sparsify.runtime.soundness import check
 from sparsify.runtime.words import POLICIES, Policy
 
 KERNELS = st.sampled_from(
-    ["unpack", "cutlass", "cusparselt:0", "cusparselt:31", *(v.name for v in TILED), "tiled_w8_r2_m8_s4_e"]
+    [
+        "unpack",
+        "cutlass",
+        "cusparselt:0",
+        "cusparselt:31",
+        "cusparselt:12:4:1",
+        *(v.name for v in TILED + WIDE),
+        "tiled_w8_r2_m8_s4_e",
+        "wide_w8_r4_m8_s3_e",
+    ]
 )
 
 
@@ -60,6 +69,10 @@ def test_plans_survive_being_text(steps: list[tuple[int, str]], tokens: int) -> 
         "16:decode_w8_r1_m1,*:unpack",
         "*:cusparselt",
         "*:cusparselt:-1",
+        "*:cusparselt:1:2",
+        "*:cusparselt:01",
+        "*:cusparselt:1:1:0",
+        "*:wide_w8_r4_m8_s9",
         "*:tiled_w8_r2_m8_s",
         "*:tiled_w8_r2_m8_s65",
         "8:decode_w8_r1_m1_s3,*:unpack",
@@ -169,7 +182,7 @@ def test_what_of_ours_is_raced(rows: int, tokens: int) -> None:
         assert launch.cluster == 1 or launch.grid[0] * launch.grid[2] <= 2 * H200.multiprocessors
         assert launch.shared <= 227 << 10 and launch.threads <= 1024
     kinds = {v.kind for v in new}
-    assert kinds == ({"decode", "bulk"} if tokens <= 16 else {"tiled"} if tokens <= 512 else set())
+    assert kinds == ({"decode", "bulk"} if tokens <= 16 else {"tiled", "wide"} if tokens <= 512 else set())
     split = any(v.splits > 1 for v in new)
     assert split == (tokens <= 512 and (rows <= 4096 or tokens > 16)), "rows that leave the GPU idle are split"
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sparsify.runtime.cuda import nvrtc
 from sparsify.runtime.cuda.fragments import to_fragments
-from sparsify.runtime.cuda.variants import BULK, DECODE, TILED, VARIANTS, Variant
+from sparsify.runtime.cuda.variants import BULK, DECODE, TILED, VARIANTS, WIDE, Variant
 from sparsify.runtime.layout import pack
 
 DTYPES = (torch.bfloat16, torch.float16)
@@ -28,8 +28,10 @@ SPLIT = (
     Variant("decode", 8, 2, 2, 4, early=True),
     Variant("bulk", 8, 1, 2, 2, early=True),
     Variant("bulk", 4, 1, 1, 4),
+    Variant("wide", 8, 4, 8, 3, early=True),
+    Variant("wide", 8, 2, 4, 2),
 )
-EARLY = tuple(replace(v, early=True) for v in (DECODE[0], BULK[0], TILED[0]))
+EARLY = tuple(replace(v, early=True) for v in (DECODE[0], BULK[0], TILED[0], WIDE[0]))
 
 
 def weight(rows: int, columns: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -50,15 +52,28 @@ def check(variant: Variant, dtype: torch.dtype, shape: tuple[int, int], tokens: 
         assert error(emulate.linear(variant, x, fragments, shape[0]), exact) < 4e-3
 
 
-QUICK = (DECODE[0], DECODE[-1], BULK[0], BULK[-1], TILED[0], TILED[-1], SPLIT[1], SPLIT[3], SPLIT[4], EARLY[1])
+QUICK = (
+    DECODE[0],
+    DECODE[-1],
+    BULK[0],
+    BULK[-1],
+    TILED[0],
+    TILED[-1],
+    SPLIT[1],
+    SPLIT[3],
+    SPLIT[4],
+    SPLIT[6],
+    WIDE[0],
+    EARLY[1],
+)
 CASES = [
     *((variant, torch.bfloat16) for variant in QUICK),
     (SPLIT[1], torch.float16),
     (SPLIT[4], torch.float16),
     *(pytest.param(v, torch.bfloat16, marks=pytest.mark.slow) for v in (*VARIANTS, *SPLIT, *EARLY) if v not in QUICK),
 ]
-# Seven row tiles: blocks that stay (two or three of them, see emulate.MULTIPROCESSORS) go on to others. 2048 columns:
-# more tiles than a ring of copies has places.
+# Seven row tiles: blocks that stay (two or three of them, see emulate.MULTIPROCESSORS) go on to others, with more tiles
+# than a ring of copies has places.
 SHAPES = (((16, 256), (1, 7, 16)), ((7, 64), (3, 9, 33)), ((100, 840), (2, 16, 70)), ((36, 2048), (5,)))
 
 
@@ -67,7 +82,7 @@ def test_against_float64_on_ragged_shapes(variant: Variant, dtype: torch.dtype) 
     torch.manual_seed(0)
     for shape, counts in SHAPES:
         # A tiled kernel does as much for one token as for its whole tile of them.
-        for tokens in counts[-1:] if variant.kind == "tiled" else counts:
+        for tokens in counts[-1:] if variant.kind in ("tiled", "wide") else counts:
             if variant.fits(tokens, shape[1]):
                 check(variant, dtype, shape, tokens)
 
@@ -106,7 +121,7 @@ def check_machine_code(binary: Path, hopper: bool) -> None:
         loads = [w for w in words if w.split(".")[0] == "LDG"]
         wide = [w for w in loads if w.endswith(".128") or ".128." in w]
         # Nine 16-byte loads are one tile of weights. The bias is two bytes, and no more than that is narrow.
-        if name.startswith("bulk"):
+        if name.startswith(("bulk", "wide")):
             assert sum(w.startswith("UBLKCP.S.G") for w in words) >= 2, f"{name} has no bulk copies"
             assert sum(w.startswith("LDS") and "128" in w for w in words) >= 9, name
         else:
@@ -116,7 +131,10 @@ def check_machine_code(binary: Path, hopper: bool) -> None:
             products = [w for w in words if w.startswith("HMMA.SP.16832.F32")]
             variant = Variant.named(name)
             # One per chunk, row tile and token tile of a tile of weights.
-            assert len(products) >= 8 * variant.row_tiles * variant.token_tiles, (name, len(products))
+            assert len(products) >= (4 if variant.kind == "wide" else 8) * variant.row_tiles * variant.token_tiles, (
+                name,
+                len(products),
+            )
         if name.startswith("tiled"):
             assert any(w.startswith("LDGSTS") and "128" in w for w in words), f"{name} has no asynchronous copies"
 

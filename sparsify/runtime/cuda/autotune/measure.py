@@ -119,7 +119,9 @@ def candidates(matrix: RacedMatrix, x: Tensor, gpu: GPU) -> list[str]:
         names.append("cutlass")
     elif matrix.compressed is not None:
         try:
-            names.append(f"cusparselt:{_algorithm(matrix.compressed, x)}")
+            found = _algorithm(matrix.compressed, x)
+            # Its search looks at one kernel alone, with everything in the cache: without splits it may do better.
+            names += dict.fromkeys((f"cusparselt:{found}", f"cusparselt:{found.number}"))
         except RuntimeError as error:
             _left_out("cusparselt", x, rows, error)
     return names
@@ -148,6 +150,6 @@ def own_candidates(tokens: int, rows: int, columns: int, gpu: GPU) -> list[Varia
     return [v for v in found if gpu.hopper or not v.needs_hopper]
 
 
-def _algorithm(weight: Tensor, x: Tensor) -> int:
+def _algorithm(weight: Tensor, x: Tensor) -> compressed.Algorithm:
     padded = pad(x, (0, 0, 0, -x.shape[0] % compressed.TOKEN_UNIT))
     return compressed.search(weight, padded)
