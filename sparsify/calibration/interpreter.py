@@ -19,6 +19,7 @@ from sparsify.analysis.flow import Flow, root_of
 from sparsify.calibration.activations import ActivationStore
 from sparsify.errors import CalibrationError, TraceError, first_line
 from sparsify.host import is_out_of_memory, within_memory
+from sparsify.ir.operators import placed
 from sparsify.ir.program import Program
 
 Values = dict[fx.Node, Any]
@@ -63,6 +64,9 @@ class Work:
 class Interpreter(fx.Interpreter):
     """Run regions of ``program`` over ``batches`` (input name to tensor), in order, from the first node on.
 
+    All of it runs on ``device``: inputs, weights, constants and waiting values are brought there, and what an operator
+    makes of nothing is made there.
+
     Raises:
         CalibrationError: a batch has other numbers than the graph where these decide its shapes or its way.
     """
@@ -78,6 +82,7 @@ class Interpreter(fx.Interpreter):
         super().__init__(program.graph_module, garbage_collect_values=False)
         _check_numbers(program, batches)
         self.program, self.flow, self.batches, self.store, self.device = program, flow, batches, store, device
+        self._placed = {node: placed(node, device) for node in flow.order}
         self.resident: Values = {}
         self.pinned: set[fx.Node] = set()
 
@@ -177,6 +182,11 @@ class Interpreter(fx.Interpreter):
             values[node] = value.clone() if node in work.copied and isinstance(value, Tensor) else value
         return values
 
+    def fetch_args_from_env(self, n: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        found: Any = self.map_nodes_to_values(self._placed[n], n)
+        args, kwargs = found
+        return args, kwargs
+
     def compute(self, node: fx.Node) -> Any:
         """The value of ``node`` from those in ``env``.
 
@@ -213,8 +223,7 @@ class Interpreter(fx.Interpreter):
             if node.op == "get_attr":
                 self.resident[node] = self.program.load(node).to(self.device)
             else:
-                args = fx.node.map_arg(node.args, self.static)
-                kwargs = fx.node.map_arg(node.kwargs, self.static)
+                args, kwargs = fx.node.map_arg(self._placed[node], self.static)
                 self.resident[node] = node.target(*args, **kwargs)  # type: ignore[operator]
         return self.resident[node]
 

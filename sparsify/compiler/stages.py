@@ -167,7 +167,7 @@ def plan(source: Source, request: Request, context: Context) -> tuple[Planned, C
     if request.needs_data and (not request.is_named or names_image_text(request.data, source)):
         given = _load(source, request, context)
     wanted = Wanted.of(source.weights, request.only, request.ignore)
-    program = capture(source, _first_batch(source, request, given), context.device)
+    program = capture(source, _first_batch(source, request, given))
     model = Captured(source, program, wanted)
     structure = [plan_structure(source, program, own, wanted) for own in request.structural]
     # What other passes are for is known once the model is smaller.
@@ -191,7 +191,7 @@ def draw(
     source, wanted = model.source, model.wanted
     # The graph of the plan goes before that of the real shapes comes.
     del planned, model
-    again = Captured(source, capture(source, data.batches[0], context.device), wanted)
+    again = Captured(source, capture(source, data.batches[0]), wanted)
     return Planned(again, structure, [] if structure else _runs(again, request)), data
 
 

@@ -22,7 +22,7 @@ def open_teacher(name: Any, pupil: Source, batch: Batch, context: Context, **ope
     """
     source = open_source(name, **opening)
     check_same_tokens(pupil, source)
-    return capture(source, batch, context.device)
+    return capture(source, batch)
 
 
 def check_same_tokens(pupil: Source, teacher: Source) -> None:

@@ -122,7 +122,7 @@ def perplexity(source: Source, windows: Tensor, context: Context | None = None) 
     size = max(d for d in range(1, min(most, count) + 1) if count % d == 0)
     batches = Windows(windows, size, source)
     with within_memory(f"evaluating {source.name}", context.device):
-        program = capture(source, batches[0], context.device)
+        program = capture(source, batches[0])
         losses = _losses(program, batches, context)
     return of_losses(losses, source.name, _logits(program).meta["val"].dtype)
 

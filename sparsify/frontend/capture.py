@@ -30,14 +30,15 @@ from sparsify.frontend.tracing.recurrences import kept_whole
 from sparsify.frontend.tracing.ways import without_ways
 from sparsify.host import quiet, release_freed
 from sparsify.ir.graph import empty_root, inline
+from sparsify.ir.operators import placed
 from sparsify.ir.program import Program
 from sparsify.ir.weights import Weights
 
 aten = torch.ops.aten
 
 
-def capture(source: Source, batch: Batch, device: torch.device | str = "cpu") -> Program:
-    """Trace the model of ``source`` at the shapes of ``batch`` for ``device``.
+def capture(source: Source, batch: Batch) -> Program:
+    """Trace the model of ``source`` at the shapes of ``batch``.
 
     Args:
         batch: input name to tensor; digits name positional inputs. Only shapes and dtypes matter.
@@ -49,7 +50,7 @@ def capture(source: Source, batch: Batch, device: torch.device | str = "cpu") ->
     with kept_whole(module) as recurrences:
         exported, literals = export(module, batch)
         recurrences.write_into(exported.graph)
-    program = from_exported(exported, source.weights, device, constants=_real_tensors(module))
+    program = from_exported(exported, source.weights, constants=_real_tensors(module))
     program.model, program.literals = type(source.module).__name__, literals
     _check_read(program, source.module)
     del exported
@@ -78,7 +79,7 @@ def export(module: nn.Module, batch: Batch) -> tuple[torch.export.ExportedProgra
     Raises:
         TraceError: it cannot be exported.
     """
-    # Inputs lie where the module does; which device a graph is for is said once it is one.
+    # Inputs lie where the module does; the program made of it is for no device.
     device = next((p.device for p in module.parameters() if not p.is_meta), torch.device("cpu"))
     training = module.training
     _set_mode(module, training=False)
@@ -93,7 +94,6 @@ def export(module: nn.Module, batch: Batch) -> tuple[torch.export.ExportedProgra
 def from_exported(
     exported: torch.export.ExportedProgram,
     weights: Weights | None = None,
-    device: torch.device | str = "cpu",
     constants: Mapping[str, Tensor] | None = None,
 ) -> Program:
     """Turn an ExportedProgram into a :class:`Program`.
@@ -133,6 +133,8 @@ def from_exported(
         env[node].meta["val"] = torch.empty(val.shape, dtype=val.dtype, device="meta")
     output = inline(exported.graph, exported.graph_module, graph, env, _does_nothing)
     graph.output(output)
+    for node in graph.nodes:
+        node.args, node.kwargs = placed(node, torch.device("cpu"))
     ways = without_ways(graph, lambda name: values[name] if name in values else weights.read(name))
     without_writes(graph)
     module = fx.GraphModule(empty_root(stand_ins), graph)
@@ -143,7 +145,6 @@ def from_exported(
     module.graph.eliminate_dead_code(lambda n: n.op in ("placeholder", "output") or n.meta.get("impure", False))
     _drop_unread(module)
     program = Program(module, weights, values, _leaf_names(exported.call_spec.out_spec), ways=ways)
-    program.to(torch.device(device))
     program.verify()
     return program
 
@@ -197,7 +198,7 @@ def _constant(exported: torch.export.ExportedProgram, name: str, known: Mapping[
             found="a tensor made while tracing, whose numbers are lost",
             do="Pass the loaded module to sparsify.compile instead of its folder",
         )
-    return value.detach()
+    return value.detach().cpu()
 
 
 def _real_tensors(module: nn.Module) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from sparsify.errors import TraceError
+from sparsify.ir.operators import placed
 from sparsify.ir.program import Program
 
 
@@ -131,7 +132,7 @@ def _as_meta(value: Any) -> Any:
 def runnable(program: Program, device: torch.device) -> fx.GraphModule:
     """The graph of ``program`` as a module that runs by itself: every tensor is read into memory.
 
-    It takes inputs of the shapes that the program was captured with, on the ``device`` that it was captured for.
+    It takes inputs of the shapes that the program was captured with, on ``device``.
     """
     root = nn.Module()
     for node in program.graph.nodes:
@@ -143,6 +144,8 @@ def runnable(program: Program, device: torch.device) -> fx.GraphModule:
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     found: Any = graph.graph_copy(program.graph, copies)
+    for node in graph.nodes:
+        node.args, node.kwargs = placed(node, device)
     given = {node.meta["input"]: copies[node] for node in program.inputs}
     for number, way in enumerate(program.ways):
         # Beside the graph nothing asks the inputs any more: the module asks by itself.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import fx
 
 # One product per expert, of tokens sorted by expert: (tokens, a stack of matrices, where each expert's tokens end).
@@ -32,3 +33,16 @@ def shape_of(value: Any) -> Sequence[int]:
 def argument(node: fx.Node, place: int, name: str = "", default: Any = None) -> Any:
     """An argument of ``node``, given by place or by name. Whoever asks knows the operator, and so what it is."""
     return node.args[place] if len(node.args) > place else node.kwargs.get(name, default)
+
+
+def placed(node: fx.Node, device: torch.device) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of ``node`` for a run on ``device``: that in the place of every device named, and where a tensor is
+    made of numbers alone and no device is named."""
+    args, kwargs = fx.node.map_aggregate(
+        (node.args, node.kwargs), lambda a: device if isinstance(a, torch.device) else a
+    )
+    schema = getattr(node.target, "_schema", None)
+    takes = {a.name: str(a.type) for a in schema.arguments} if schema is not None else {}
+    if "device" in takes and not any("Tensor" in kind for kind in takes.values()):
+        kwargs = {**kwargs, "device": device}
+    return args, kwargs

@@ -2,8 +2,9 @@
 
 The graph has one ``placeholder`` per input tensor and one ``get_attr`` per parameter, buffer or constant, named as in
 the model. Parameters are on the meta device in the graph module; their values come from :class:`Weights` when needed.
-``node.meta["val"]`` is a meta tensor with the shape and dtype of the node's value. :mod:`sparsify.ir.rules` says in
-full what is true of a program.
+``node.meta["val"]`` is a meta tensor with the shape and dtype of the node's value. A program is for no device: it names
+the CPU where it must name one, and who runs it says where (:func:`sparsify.ir.operators.placed`).
+:mod:`sparsify.ir.rules` says in full what is true of a program.
 """
 
 from __future__ import annotations
@@ -124,14 +125,6 @@ class Program:
         if target in self.constants:
             return self.constants[target]
         return self.weights.read(target).to(node.meta["val"].dtype)
-
-    def to(self, device: torch.device) -> None:
-        """Make every operator that names a device name ``device``, and move the constants there."""
-        for node in self.graph.nodes:
-            node.args = fx.node.map_aggregate(node.args, lambda a: device if isinstance(a, torch.device) else a)
-            node.kwargs = fx.node.map_aggregate(node.kwargs, lambda a: device if isinstance(a, torch.device) else a)
-        self.constants = {name: value.to(device) for name, value in self.constants.items()}
-        self.changed()
 
     def verify(self) -> None:
         """Check every rule that a program obeys.

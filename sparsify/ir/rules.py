@@ -101,11 +101,11 @@ def _values_take_no_memory(program: Checked) -> Iterator[str]:
             yield node.name
 
 
-def _no_meta_device(program: Checked) -> Iterator[str]:
+def _for_no_device(program: Checked) -> Iterator[str]:
     for node in program.graph_module.graph.nodes:
         named: list[Any] = []
         fx.node.map_aggregate((node.args, node.kwargs), named.append)
-        if any(isinstance(value, torch.device) and value.type == "meta" for value in named):
+        if any(isinstance(value, torch.device) and value.type != "cpu" for value in named):
             yield node.name
 
 
@@ -148,7 +148,7 @@ RULES: tuple[Rule, ...] = (
     Rule("there is a name for every output", _outputs_are_named),
     Rule("every value's shape and dtype is known", _values_are_described),
     Rule("what describes a value takes no memory", _values_take_no_memory),
-    Rule("no operator names the meta device", _no_meta_device),
+    Rule("no operator names another device than the CPU", _for_no_device),
     Rule("every tensor that is read is held by the weights or the constants", _tensors_are_held),
     Rule("every constant has its numbers", _constants_have_numbers),
     Rule("every tensor has the shape that the graph says", _shapes_agree),

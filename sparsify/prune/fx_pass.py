@@ -89,7 +89,7 @@ class GraphPrune(PassBase):
         source = Source("graph", lifted, weights_of_module(lifted))
         batches = self._batches(lifted, source)
         context = Context(self.device or torch.device("cpu"))
-        program = capture(source, batches[0], context.device)
+        program = capture(source, batches[0])
         given = program.weights
         targets, _ = choose(program, self.weight_pass.pattern, Wanted.of(given, self.only, self.ignore))
         program.weights = given.on(MemoryStore(given.store))

@@ -129,7 +129,7 @@ def _without_layers(
     smaller = replace(
         smaller, name=source.name, checked=source.checked, ledger=Ledger(into, "none", read_manifest(into))
     )
-    captured = capture(smaller, program.zero_batch() | program.literals, context.device)
+    captured = capture(smaller, program.zero_batch() | program.literals)
     names: dict[str, str | None] = dict.fromkeys(program.weights.store.names())
     wanted = model.wanted.renamed(names | layers.tensors_kept(program.weights, stack, gone))
     return Captured(smaller, captured, wanted), done
@@ -190,7 +190,7 @@ def _compared(folder: Path, source: Source, small: Program, context: Context) ->
     asked, cut = f"the smaller model of {source.name}", "cut the graph in Python: sparsify.structure.shrink.shrink"
     try:
         smaller = _smaller(folder, source)
-        program = capture(smaller, small.zero_batch() | small.literals, context.device)
+        program = capture(smaller, small.zero_batch() | small.literals)
     except TraceError as error:
         raise BackendError(
             asked,

@@ -46,7 +46,7 @@ class Distillation:
         self._place = {number: place for place, number in enumerate(numbers.tolist())}
         with within_memory(f"the teacher {teacher.name}", context.device):
             batches = Windows(ids[numbers], 1, teacher)
-            program = capture(teacher, batches[0], context.device)
+            program = capture(teacher, batches[0])
             self._split = _Split.of(program)
             self._fitter = Fitter(program, Flow.of(program), batches, store, context.device)
             self._read()

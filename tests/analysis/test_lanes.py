@@ -17,7 +17,7 @@ from sparsify.ir.program import Program
 
 
 def captured(model: Any, batch: Any) -> Program:
-    return capture(open_source(model), batch, torch.device("cpu"))
+    return capture(open_source(model), batch)
 
 
 def found(model: Any, batch: Any, unit: int = 4) -> dict[str, Lanes | Refused]:

@@ -114,5 +114,5 @@ def test_compare_is_the_cpus(folder: Folder, tmp_path: Path) -> None:
 
 def test_a_graph_that_runs_by_itself_lies_on_one_device(folder: Folder) -> None:
     with FakeGPU():
-        module = runnable(capture(open_source(folder("llama")), inputs("llama"), GPU), GPU)
+        module = runnable(capture(open_source(folder("llama")), inputs("llama")), GPU)
         assert isinstance(module(inputs("llama")["input_ids"].to("cuda")), Tagged)

@@ -79,6 +79,11 @@ def the_meta_device(program: Program) -> None:
     made.meta["val"] = torch.empty(2, device="meta")
 
 
+def a_gpu(program: Program) -> None:
+    made = program.graph.call_function(torch.ops.aten.zeros.default, ([2],), {"device": torch.device("cuda")})
+    made.meta["val"] = torch.empty(2, device="meta")
+
+
 def no_tensor(program: Program) -> None:
     reading = node(program, "get_attr")
     reading.target = "gone"
@@ -108,7 +113,7 @@ BREAKS: dict[str, tuple[Callable[[Program], None], ...]] = {
     "there is a name for every output": (too_many_names,),
     "every value's shape and dtype is known": (no_value,),
     "what describes a value takes no memory": (a_real_value,),
-    "no operator names the meta device": (the_meta_device,),
+    "no operator names another device than the CPU": (the_meta_device, a_gpu),
     "every tensor that is read is held by the weights or the constants": (no_tensor,),
     "every constant has its numbers": (no_numbers,),
     "every tensor has the shape that the graph says": (another_shape,),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -55,13 +54,9 @@ def pruned_on_gpu(
     free: int = 1 << 34,
     **more: Any,
 ) -> tuple[dict[str, Tensor], list[SiteResult], FakeGPU]:
-    """What a GPU of ``free`` bytes makes of a program that was captured for the CPU; and that GPU."""
-    graph = fx.Graph()
-    graph.output(graph.graph_copy(program.graph, {}))
-    there = replace(program, graph_module=fx.GraphModule(program.graph_module, graph))
+    """What a GPU of ``free`` bytes makes of a program; and that GPU."""
     with FakeGPU(free) as gpu:
-        there.to(GPU)
-        return *prune_captured(there, spec, data, schedule, device=GPU, **more), gpu
+        return *prune_captured(program, spec, data, schedule, device=GPU, **more), gpu
 
 
 def batches(family: str, count: int = 3, masked: bool = False) -> list[dict[str, Tensor]]:

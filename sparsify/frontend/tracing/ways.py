@@ -41,11 +41,6 @@ def _alone(graph: fx.Graph, mark: fx.Node, read: Callable[[str], Tensor]) -> fx.
             env[node] = alone.get_attr(name)
             continue
         env[node] = alone.node_copy(node, lambda n: env[n])
-        for field in ("args", "kwargs"):
-            value = fx.node.map_aggregate(
-                getattr(env[node], field), lambda a: torch.device("cpu") if isinstance(a, torch.device) else a
-            )
-            setattr(env[node], field, value)
     alone.output(env[asked])
     return fx.GraphModule(root, alone)
 
