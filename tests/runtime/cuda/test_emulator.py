@@ -35,7 +35,11 @@ FAULTS = {
     "a signal that nobody made": ("publish_signals();", ""),
     "threads wait for others that never come": ("announce(signal, 512)", "announce(signal, 496)"),
     "a phase announced twice": ("announce(signal, 512);", "announce(signal, 512); announce(signal, 512);"),
-    "bulk copies that nobody awaited": ("await_signal(signal, 0);", ""),
+    "bulk copies that nobody awaited": ("await_signal(signal, 0);", "warp_barrier();"),
+    "a bulk copy to where a load may still read": (
+        "u16 v[8];",
+        "u16 v[8]; warp_barrier(); if (thread() == 0) copy_bulk(shared, a.x, 512, signal);",
+    ),
     "other than sixteens": ("a.x, 512, signal", "a.x, 500, signal"),
     "read outside of every buffer": ("a.x, 512, signal", "a.x + 8, 512, signal"),
     "write outside of every buffer": ("a.y + 8", "a.y - 8 + 8"),

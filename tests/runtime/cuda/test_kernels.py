@@ -123,7 +123,12 @@ def check_machine_code(binary: Path, hopper: bool) -> None:
         # Nine 16-byte loads are one tile of weights. The bias is two bytes, and no more than that is narrow.
         if name.startswith(("bulk", "wide")):
             assert sum(w.startswith("UBLKCP.S.G") for w in words) >= 2, f"{name} has no bulk copies"
-            assert sum(w.startswith("LDS") and "128" in w for w in words) >= 9, name
+            # Nine 16-byte loads are one tile; a warp of the wide ones takes half of it, and inputs as matrices.
+            shared = sum(w.startswith("LDS.") and "128" in w for w in words)
+            variant = Variant.named(name)
+            assert shared >= (4 * variant.row_tiles if variant.kind == "wide" else 9), name
+            matrices = sum(w.startswith("LDSM") and w.endswith(".4") for w in words)
+            assert matrices >= 4 * variant.token_tiles or variant.kind == "bulk", name
         else:
             assert len(wide) >= 9, (name, loads)
         assert all(".U16" in w for w in loads if w not in wide), (name, loads)
