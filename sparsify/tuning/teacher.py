@@ -49,9 +49,12 @@ def known(teacher: Source, pupil: str, program: Program, held_out: Tensor, conte
         TraceError: no causal language model. CalibrationError: a perplexity that is no number.
     """
     traced = capture(teacher, example_batch(teacher))
-    ours, theirs = (node and node.meta["val"].shape[-1] for node in (logits_node(program), logits_node(traced)))
+    ours, theirs = _width(program), _width(traced)
     # Embeddings are padded to other widths (Qwen2.5's of 0.5B and of 7B): no text has a token of the further rows.
-    wider = theirs is not None and ours is not None and theirs > ours > max((words_of(teacher) or {"": ours}).values())
+    words = words_of(teacher)
+    wider = False
+    if words and ours is not None and theirs is not None:
+        wider = theirs > ours > max(words.values())
     if theirs is not None and ours != theirs and not wider:
         raise SpecError(
             f"teacher {teacher.name}",
@@ -69,6 +72,12 @@ def known(teacher: Source, pupil: str, program: Program, held_out: Tensor, conte
     said = {"name": teacher.name, BLAKE: own, "perplexity": measured}
     said |= {"pruned": pruned} if pruned else {}
     return said | ({"predictions": [theirs, ours]} if wider else {})
+
+
+def _width(program: Program) -> int | None:
+    """How many tokens its predictions are over."""
+    node = logits_node(program)
+    return None if node is None else int(node.meta["val"].shape[-1])
 
 
 def weights_digest(weights: Weights) -> str:
