@@ -127,6 +127,9 @@ def tune_command(
         if result.teacher is not None:
             dense = f", {result.teacher['pruned']} of whose weights are pruned" if "pruned" in result.teacher else ""
             say(f"taught by {result.teacher['name']}{dense}, of perplexity {result.teacher['perplexity']:.3f}")
+            if "predictions" in result.teacher:
+                theirs, ours = result.teacher["predictions"]
+                say(f"of its {theirs} predictions the first {ours} were learnt: no token has one of the others")
         say(f"perplexity on {result.validation}: {before:.3f} → {after:.3f}")
         if result.masked:
             say(f"the zeros of {result.masked} weights were held")

@@ -25,22 +25,30 @@ def open_teacher(name: Any, pupil: Source, batch: Batch, context: Context, **ope
     return capture(source, batch)
 
 
-def check_same_tokens(pupil: Source, teacher: Source) -> None:
-    """Raises:
-    SpecError: the same text is other tokens to the two, so that neither could learn from the other.
+def check_same_tokens(pupil: Source, teacher: Source, *, padded: bool = False) -> None:
+    """Hold the tokens of two models against each other.
+
+    Args:
+        padded: let vocabularies of other sizes pass where both have the same tokenizer: one has rows of padding.
+
+    Raises:
+        SpecError: the same text is other tokens to the two, so that neither could learn from the other.
     """
     found = None
-    ours, theirs = _words(pupil), _words(teacher)
+    ours, theirs = words_of(pupil), words_of(teacher)
     if ours is not None and theirs is not None and ours != theirs:
         other = sum(ours.get(word) != number for word, number in theirs.items())
         found = f"{other} of its tokenizer's {len(theirs)} tokens have other ids in the pruned model's"
+    elif padded and ours is not None and theirs is not None:
+        return
     elif pupil.vocab_size and teacher.vocab_size and pupil.vocab_size != teacher.vocab_size:
         found = f"a vocabulary of {teacher.vocab_size} tokens, and {pupil.vocab_size} in the pruned model"
     if found is not None:
         raise SpecError(f"teacher {teacher.name}", found=found, do="Give the dense model that was pruned")
 
 
-def _words(source: Source) -> dict[str, int] | None:
+def words_of(source: Source) -> dict[str, int] | None:
+    """The tokens of a source's tokenizer with their ids; None where it has none."""
     try:
         words: dict[str, int] = source.tokenizer().get_vocab()
     except (CheckpointError, NotImplementedError, AttributeError):  # none there, or a processor of images

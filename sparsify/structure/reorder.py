@@ -34,7 +34,10 @@ def choose_lanes(program: Program, own: ChannelPass, wanted: Wanted) -> tuple[li
     Raises:
         SpecError: there is none.
     """
-    targets, _ = choose(program, own.pattern, wanted)
+    try:
+        targets, _ = choose(program, own.pattern, wanted)
+    except SpecError as error:
+        raise error.asking(spec_text(own)) from None
     named = {target.parameter for target in targets if target.sources is None}
     sites = find_sites(program)[0]
     look = _Look(program, wanted, named, {s.parameter for s in sites}, read_elsewhere(program, sites))
@@ -75,7 +78,7 @@ class _Look:
     def why_not(self, found: Lanes, members: Sequence[str]) -> str | None:
         """None where nothing speaks against it; an empty reason where nobody would have thought of it."""
         if self.wide(members):
-            return ""
+            return self._joined(members)
         if not {site.parameter for site in found.sites} & self.named:
             return "" if self.wanted.only is not None else "what reads them is not pruned"
         for name in members:
@@ -87,6 +90,14 @@ class _Look:
             if self.wanted.only is not None and name in self.linear and not sources <= self.wanted.only:
                 return f"{name} would be reordered too, and is not named by --only"
         return None
+
+    def _joined(self, members: Sequence[str]) -> str:
+        """Why those of several blocks are one group, where that is a weight that blocks share; else nothing."""
+        tied = [name for name in members if name in set(self.weights.aliases.values())]
+        inside = all(block_of(name) is not None for name in members)
+        return (
+            f"{tied[0]} is shared by several blocks, whose channels would have to move alike" if tied and inside else ""
+        )
 
 
 def reorder(

@@ -84,6 +84,8 @@ class Distillation:
         def teach(row: int) -> Tensor:
             with torch.no_grad():
                 found = self._fitter.give(self._work, self._place[chosen[row]], self._split.logits)[0]
+                # Of a wider teacher the further ones are padding; see :func:`sparsify.tuning.teacher.known`.
+                found = found[:, : logits.shape[-1]]
             self._finite = [*self._finite[-255:], (chosen[row], found.isfinite().all())]
             return found
 

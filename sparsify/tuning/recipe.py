@@ -109,8 +109,8 @@ class Tuned:
         data: what was trained on. ``left_out``: sequences of it that stand in the validation text.
         perplexity: on held-out text, before and after (merged). ``losses``: of every step.
         layers: where targets were named, the layers that LoRA was put on, their numbers as ``*``.
-        teacher: name, digest and perplexity (on the same held-out text) of the teacher, and how many of its weights
-            are pruned; None without one.
+        teacher: name, digest and perplexity (on the same held-out text) of the teacher, how many of its weights are
+            pruned, and over how many tokens it predicts and is learnt, where these differ; None without one.
     """
 
     recipe: Recipe

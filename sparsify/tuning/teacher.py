@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from sparsify.calibration.loss import logits_node
-from sparsify.compiler.teacher import check_same_tokens
+from sparsify.compiler.teacher import check_same_tokens, words_of
 from sparsify.context import Context
 from sparsify.data.batches import example_batch
 from sparsify.errors import SpecError
@@ -32,13 +32,14 @@ def open_for(pupil: Source, name: str | Path | nn.Module, **opening: Any) -> Sou
         CheckpointError: no such model. SpecError: one of other tokens.
     """
     teacher = open_source(name, **opening)
-    check_same_tokens(pupil, teacher)
+    check_same_tokens(pupil, teacher, padded=True)
     return teacher
 
 
 def known(teacher: Source, pupil: str, program: Program, held_out: Tensor, context: Context) -> Mapping[str, Any]:
-    """What the record says of the teacher: its name, the digest of its weights, how many of them are pruned, and its
-    perplexity on the held-out text [windows, length].
+    """What the record says of the teacher: its name, the digest of its weights, how many of them are pruned, its
+    perplexity on the held-out text [windows, length], and over how many tokens it predicts, and how many of them are
+    learnt, where it has rows of padding that the pupil has not.
 
     Args:
         pupil: the digest of the pupil's weights. program: the pupil's.
@@ -48,8 +49,13 @@ def known(teacher: Source, pupil: str, program: Program, held_out: Tensor, conte
         TraceError: no causal language model. CalibrationError: a perplexity that is no number.
     """
     traced = capture(teacher, example_batch(teacher))
-    ours, theirs = (node and node.meta["val"].shape[-1] for node in (logits_node(program), logits_node(traced)))
-    if theirs is not None and ours != theirs:
+    ours, theirs = _width(program), _width(traced)
+    # Embeddings are padded to other widths (Qwen2.5's of 0.5B and of 7B): no text has a token of the further rows.
+    words = words_of(teacher)
+    wider = False
+    if words and ours is not None and theirs is not None:
+        wider = theirs > ours > max(words.values())
+    if theirs is not None and ours != theirs and not wider:
         raise SpecError(
             f"teacher {teacher.name}",
             found=f"predictions over {theirs} tokens, and {ours} in the model that is tuned",
@@ -64,7 +70,14 @@ def known(teacher: Source, pupil: str, program: Program, held_out: Tensor, conte
         )
     measured = perplexity(teacher, held_out, context)
     said = {"name": teacher.name, BLAKE: own, "perplexity": measured}
-    return said | ({"pruned": pruned} if pruned else {})
+    said |= {"pruned": pruned} if pruned else {}
+    return said | ({"predictions": [theirs, ours]} if wider else {})
+
+
+def _width(program: Program) -> int | None:
+    """How many tokens its predictions are over."""
+    node = logits_node(program)
+    return None if node is None else int(node.meta["val"].shape[-1])
 
 
 def weights_digest(weights: Weights) -> str:

@@ -12,6 +12,9 @@ import torch
 from safetensors.torch import save_file
 from support.families import deep, save
 from support.folders import load
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast
 
 import sparsify
 from sparsify.errors import CalibrationError, CheckpointError, SpecError, TraceError
@@ -122,6 +125,72 @@ def test_teachers_that_cannot_teach(models: Path, text: str, tmp_path: Path) -> 
     with pytest.raises(SpecError, match="no teacher"):
         tune(models / "sparse", text, out, replace(QUICK, distill=0.5))
     assert not out.exists() and not (tmp_path / "out.tuning").exists()
+
+
+def test_of_a_teacher_with_rows_of_padding_the_others_are_learnt(text: str, tmp_path: Path) -> None:
+    """The same tokens in a wider head: as if the teacher had none of the further rows, whatever they say."""
+    words = {"pad_token": "w0", "bos_token": "w1", "eos_token": "w2", "unk_token": "w3"}
+    vocabulary = {f"w{number}": number for number in range(64)}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel(vocabulary, "w3")), **words)
+    dense, wide, large = deep("llama", 2), deep("llama", 2), deep("llama", 2)
+    wide.resize_token_embeddings(80)
+    with torch.no_grad():
+        wide.lm_head.weight[64:] = 5 * torch.randn(16, 32)
+    large.resize_token_embeddings(80)
+    for name, model in {"dense": dense, "wide": wide, "large": large}.items():
+        model.save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    sparsify.compile(tmp_path / "dense", ["magnitude:2:4"], output=tmp_path / "sparse")
+    found = {
+        name: tune(
+            tmp_path / "sparse", text, tmp_path / f"by-{name}", replace(QUICK, distill=1.0), teacher=tmp_path / name
+        )
+        for name in ("dense", "wide")
+    }
+    assert found["wide"].losses == pytest.approx(found["dense"].losses, rel=1e-5)
+    assert found["wide"].teacher["predictions"] == [80, 64] and "predictions" not in found["dense"].teacher
+    # Where the model that is tuned is the wider one, the teacher says nothing of its further rows.
+    sparsify.compile(tmp_path / "large", ["magnitude:2:4"], output=tmp_path / "larger")
+    with pytest.raises(SpecError, match="predictions over 64 tokens, and 80 in the model that is tuned"):
+        tune(tmp_path / "larger", text, tmp_path / "out", QUICK, teacher=tmp_path / "dense")
+    # Nor is a head of fewer rows than the tokenizer has tokens one with padding.
+    tokenizer.add_tokens([f"more{number}" for number in range(8)])
+    for name in ("sparse", "wide"):
+        tokenizer.save_pretrained(tmp_path / name)
+    with pytest.raises(SpecError, match="predictions over 80 tokens, and 64"):
+        tune(tmp_path / "sparse", text, tmp_path / "out", QUICK, teacher=tmp_path / "wide", check=False)
+    assert not (tmp_path / "out").exists()
+
+
+def test_numbers_of_the_teacher_that_are_none_are_told(models: Path, tmp_path: Path) -> None:
+    """Its perplexity is a number, for the held-out text has no token 61; what is trained on has."""
+    ids = torch.randint(3, 60, (4000,), generator=torch.Generator().manual_seed(0))
+    ids[:3000:7] = 61
+    text = tmp_path / "ids.safetensors"
+    save_file({"input_ids": ids}, text)
+    hidden, predicted = deep("llama", 2), deep("llama", 2)
+    hidden.model.embed_tokens.weight.data[61] = torch.nan
+    with torch.no_grad():
+        # A direction that only token 61 has, through which its logits overflow.
+        predicted.model.embed_tokens.weight[:, 0] = 0
+        predicted.model.embed_tokens.weight[61, 0] = 1
+        for layer in predicted.model.layers:
+            layer.self_attn.o_proj.weight[0] = 0
+            layer.mlp.down_proj.weight[0] = 0
+        predicted.model.norm.weight[0] = 1e20
+        predicted.lm_head.weight[:, 0] = 1e20
+    out = tmp_path / "out"
+    for model, words in (
+        (
+            hidden,
+            r"distilling from \S*: hidden values of the teacher that are NaN or infinite in sequence \d+, and in \d+",
+        ),
+        (predicted, r"distilling from \S*, step 1: logits of the teacher that are NaN or infinite in sequence \d+"),
+    ):
+        model.save_pretrained(tmp_path / "teacher")
+        with pytest.raises(CalibrationError, match=words + ".*Give another teacher; float16 ends at 65504"):
+            tune(models / "sparse", str(text), out, QUICK, teacher=tmp_path / "teacher", allow_nan=True)
+        assert not out.exists()
 
 
 def test_a_run_goes_on_with_the_same_teacher_data_and_model_alone(models: Path, text: str, tmp_path: Path) -> None:

@@ -148,8 +148,10 @@ class _Finder:
 
     def _lane(self, channels: Ids, inside: Sequence[Ids]) -> Lane | str:
         """Of ``channels``, or why they are none."""
-        if len(channels) % self.unit or len(channels) < 2 * self.unit:
-            return f"{len(channels)} channels may change places, which are no two groups of {self.unit} or more"
+        if len(channels) % self.unit:
+            return f"{len(channels)} channels may change places, and are no whole groups of {self.unit}"
+        if len(channels) < 2 * self.unit:
+            return f"{len(channels)} channels may change places, and are a single group"
         order: Ids | None = None
         reading, rest = list[Reading](), list[tuple[Member, Ids]]()
         for member, own in zip(self.group.members, inside, strict=True):
