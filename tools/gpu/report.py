@@ -126,7 +126,8 @@ def _decode(steps: Steps) -> Iterator[str]:
         yield (
             f"\nDecode, LLaMA-7B's shape, one sequence, static cache, {name}, CUDA graph: {s['dense_tokens_s']:.1f} → "
             f"{s['packed_tokens_s']:.1f} tokens/s, {s['ratio']:.2f}× ({s['low']:.2f} … {s['high']:.2f}); weights in "
-            f"memory {packed / dense:.3f}×; {s['same_tokens']:.0%} of the tokens the same; {s['left_dense']} products "
+            f"memory {packed / dense:.3f}×; logits of a prompt {s['logits_error']:.2e} from the "
+            f"dense ones; {s['same_tokens']:.0%} of the tokens the same; {s['left_dense']} products "
             "left dense. Of a layer, 4 products (q/k/v and gate/up joined) against 7 dense ones."
         )
 
@@ -141,6 +142,14 @@ def _pruning(steps: Steps) -> Iterator[str]:
                 f"| {name} | {s['whole_seconds']:.1f} | {s['forward_seconds']:.1f} | {s['times_forward']:.2f} | "
                 f"{s['peak_bytes'] / 2**30:.1f} GiB (forward {s['forward_bytes'] / 2**30:.1f}) |"
             )
+    shares = {name: s for name, s in steps.items() if "share" in s}
+    if shares:
+        yield "\n| pruned on the GPU and on the CPU | entries the same | bar |"
+        yield "|---|---|---|"
+        yield from (f"| {name} | {s['share']:.4f} | {s['bar']} |" for name, s in shares.items())
+    if (s := found(steps, "command line")) is not None:
+        dense, gpu, cpu = s["perplexities"]
+        yield f"\nPerplexity of the bundled model on the GPU: {dense:.3f}; pruned there {gpu:.3f}, on a CPU {cpu:.3f}."
     if (m := found(steps, "metrics")) is not None:
         yield (
             f"\nOne square matrix, statistics included: wanda {m['wanda_seconds'] * 1e3:.2f} ms, sparsegpt "

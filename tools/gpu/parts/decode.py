@@ -28,6 +28,8 @@ from sparsify.runtime.cuda.autotune.times import TimesFile, random_24
 from sparsify.runtime.layout import unpack
 
 _PROMPT = 16
+# Past rounding in 16 bits through every layer; a wrong product gives about 1.4.
+_WRONG = 0.2
 
 
 def steps(machine: Machine, results: Results) -> list[Step]:
@@ -42,6 +44,7 @@ def decode(machine: Machine, layers: str, broken: set[str]) -> Found:
     with torch.inference_mode():
         dense, packed = llama(machine, broken)
         ids = torch.randint(1, sizes.decoded["vocab_size"], (1, _PROMPT), device=machine.device)
+        error = logits_error(dense, packed, ids)
         torch._dynamo.reset()
         torch._dynamo.utils.counters.clear()
         decoders = [Decoder(machine, model, ids, sizes.steps, layers == "compiled") for model in (dense, packed)]
@@ -57,12 +60,22 @@ def decode(machine: Machine, layers: str, broken: set[str]) -> Found:
         "ratio": statistics.median(ratios),
         "low": min(ratios),
         "high": max(ratios),
+        "logits_error": error,
         "same_tokens": float((tokens[0] == tokens[1]).float().mean()),
         "weights_bytes": memory,
         "plans": sorted({str(record.plan) for record in packed.sparsify_prepared if record.plan}),
         "compilations": torch._dynamo.utils.counters["stats"]["unique_graphs"],
         "left_dense": sum(record.plan is None for record in packed.sparsify_prepared),
     }
+
+
+def logits_error(dense: Any, packed: Any, ids: Tensor) -> float:
+    """‖a − b‖/‖a‖ of the logits of one prompt that both read: greedy tokens of a random model part by rounding alone."""
+    a, b = (model(input_ids=ids, use_cache=False).logits.float() for model in (dense, packed))
+    error = float((a - b).norm() / a.norm())
+    if not error < _WRONG:
+        raise AssertionError(f"the packed model's logits are {error:.3f} from the dense one's")
+    return error
 
 
 def know_times(machine: Machine, config: Any, broken: set[str]) -> None:

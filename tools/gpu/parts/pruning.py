@@ -1,4 +1,5 @@
-"""Pruning itself on the GPU: whole runs of a random 1B-shaped model against its plain forward, and metrics alone."""
+"""Pruning itself on the GPU: the same zeros as on the CPU, whole runs of a random 1B-shaped model against its plain
+forward, and metrics alone."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ from machine import Found, Machine, Step
 from results import Results
 from torch import Tensor
 
+from parts import agreement
 from sparsify.calibration.gradients import Samples
 from sparsify.calibration.recorder import GroupRecorder
 from sparsify.context import Context, SiteResult
@@ -38,7 +40,7 @@ def steps(machine: Machine, results: Results) -> list[Step]:
     """One model for all of them, made when the first asks for it."""
     trial = Trial(machine)
     runs: list[Step] = [(f"{spec} {schedule}", partial(trial.run, spec, schedule)) for spec, schedule in RUNS]
-    return [("metrics", partial(metrics, machine)), *runs]
+    return [("metrics", partial(metrics, machine)), *runs[:3], *agreement.steps(machine, results), *runs[3:]]
 
 
 class Trial:
