@@ -182,7 +182,7 @@ class Interpreter(fx.Interpreter):
             values[node] = value.clone() if node in work.copied and isinstance(value, Tensor) else value
         return values
 
-    def fetch_args_from_env(self, n: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def fetch_args_kwargs_from_env(self, n: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
         found: Any = self.map_nodes_to_values(self._placed[n], n)
         args, kwargs = found
         return args, kwargs

@@ -126,7 +126,8 @@ def emulated() -> Machine:
     put(torch, "_cslt_compress", lambda dense: dense.clone())
     put(torch, "_cslt_sparse_mm", sparse_mm)
     # CPU builds do not have this module at all.
-    torch._C._cusparselt = SimpleNamespace(mm_search=lambda *arguments: (0, 1, -1, 0))  # type: ignore[attr-defined]
+    bindings: Any = torch._C
+    bindings._cusparselt = SimpleNamespace(mm_search=lambda *arguments: (0, 1, -1, 0))
     return EmulatedMachine(torch.device("cpu"), gpu, MadeUpClock(), target=gpu)
 
 

@@ -147,9 +147,9 @@ def _pruning(steps: Steps) -> Iterator[str]:
         yield "\n| pruned on the GPU and on the CPU | entries the same | bar |"
         yield "|---|---|---|"
         yield from (f"| {name} | {s['share']:.4f} | {s['bar']} |" for name, s in shares.items())
-    if (s := found(steps, "command line")) is not None:
-        dense, gpu, cpu = s["perplexities"]
-        yield f"\nPerplexity of the bundled model on the GPU: {dense:.3f}; pruned there {gpu:.3f}, on the CPU {cpu:.3f}."
+    if (c := found(steps, "command line")) is not None:
+        dense, gpu, cpu = c["perplexities"]
+        yield f"\nPerplexity of the bundled model on the GPU: {dense:.3f}; pruned there {gpu:.3f}, on a CPU {cpu:.3f}."
     if (m := found(steps, "metrics")) is not None:
         yield (
             f"\nOne square matrix, statistics included: wanda {m['wanda_seconds'] * 1e3:.2f} ms, sparsegpt "

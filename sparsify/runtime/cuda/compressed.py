@@ -8,7 +8,7 @@ with the identity, which is exact. CUTLASS takes packed24's values as they are, 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -110,7 +110,9 @@ def multiply(x: Tensor, compressed: Tensor, codes: Tensor | None, bias: Tensor |
 
 def search(compressed: Tensor, x: Tensor) -> Algorithm:
     """cuSPARSELt's fastest for ``x`` [tokens, columns], tokens in eights. Runs many."""
-    number, splits, mode, _ = torch._C._cusparselt.mm_search(compressed, x.t(), None, None, None, True)
+    # Without a stub, and not there in CPU builds.
+    library: Any = torch._C._cusparselt
+    number, splits, mode, _ = library.mm_search(compressed, x.t(), None, None, None, True)
     return Algorithm(number, splits, mode) if splits > 1 else Algorithm(number)
 
 

@@ -66,7 +66,7 @@ def compare(machine: Machine, name: str) -> Found:
 
 def command_line(machine: Machine, work: Path) -> Found:
     """The bundled model pruned by the command on the GPU and on the CPU, and both read by `eval` on the GPU."""
-    place, folders = str(machine.device), {}
+    place, work, folders = str(machine.device), work.resolve(), {}
     for device in (place, "cpu"):
         # On a CPU that emulates a GPU both are the same device.
         folders[device] = work / f"pycode-24-{device.replace(':', '-')}"

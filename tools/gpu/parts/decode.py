@@ -70,7 +70,7 @@ def decode(machine: Machine, layers: str, broken: set[str]) -> Found:
 
 
 def logits_error(dense: Any, packed: Any, ids: Tensor) -> float:
-    """‖a − b‖/‖a‖ of the logits of one prompt, read by both: greedy tokens of a random model part at the first rounding."""
+    """‖a − b‖/‖a‖ of the logits of one prompt that both read: greedy tokens of a random model part by mere rounding."""
     a, b = (model(input_ids=ids, use_cache=False).logits.float() for model in (dense, packed))
     error = float((a - b).norm() / a.norm())
     if not error < _WRONG:
