@@ -29,8 +29,8 @@ from sparsify.prune.fx_pass import GraphPrune
 METHODS = [
     "wanda:2:4", "wanda:50%,norm=max,variant=true", "wanda:60%,allocation=owl", "wanda:60%,allocation=error",
     "wanda:50%,update=iterative", "magnitude:2:4,update=block", "sparsegpt:2:4", "sparsegpt:50%,compensation=exact",
-    "apt:2:4", "apt:50%,solver=cg", "twin:2:4", "gblm:2:4", "gblm:50%,norm=l1", "gradient:50%,metric=platon",
-    "activation:25%,metric=correlation",
+    "apt:2:4", "apt:50%,solver=cg", "alps:2:4", "twin:2:4", "gblm:2:4", "gblm:50%,norm=l1",
+    "gradient:50%,metric=platon", "activation:25%,metric=correlation",
 ]  # fmt: skip
 EXPERTS = ["wanda:2:4", "sparsegpt:50%", "apt:2:4", "twin:2:4,mask=wanda", "gblm:2:4", "activation:25%"]
 SCHEDULED = [(spec, schedule) for spec in ("wanda:2:4", "sparsegpt:2:4", "gblm:2:4") for schedule in ("block", "dense")]
