@@ -1,6 +1,7 @@
-"""Peak memory of pruning: against depth, of a large checkpoint, and of tracing a 70B model.
+"""Peak memory of pruning: against depth, of a large checkpoint, and of tracing a 70B model; and what refine costs.
 
     python tools/bench_memory.py                 # 8 against 32 layers, and the 70B trace
+    python tools/bench_memory.py --only refine   # refine alone, and how many forwards of the model it takes
     python tools/bench_memory.py --large FOLDER  # a large checkpoint too; made by tools/make_checkpoint.py if missing
 
 Each measurement is a process of its own; peak resident memory is the kernel's (ru_maxrss).
@@ -36,6 +37,21 @@ program = capture(source, example_batch(source, 1, 2048))
 print(f"{len(program.nodes)} nodes in {time.perf_counter() - began:.1f} s")
 """
 
+# One forward of the whole model over so many random tokens.
+FORWARD = """
+import sys, time, torch, transformers
+model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32).eval()
+samples = [torch.randint(1024, (1, int(sys.argv[3]))) for _ in range(int(sys.argv[2]))]
+with torch.no_grad():
+    model(samples[0])
+    began = time.process_time()
+    for ids in samples:
+        model(ids)
+print(time.process_time() - began)
+"""
+# Sequences and tokens of each that refine learns from.
+SAMPLES, LENGTH = 32, 256
+
 
 @dataclass(frozen=True)
 class Child:
@@ -53,16 +69,23 @@ class Child:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--large", type=Path)
+    parser.add_argument("--only", choices=["refine"])
     parser.add_argument("--scratch", type=Path, default=Path(tempfile.gettempdir()))
     args = parser.parse_args()
     print(f"{processor()}, {os.cpu_count()} cores")
     with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
-        depth(Path(scratch), "wanda:2:4", "8GiB")
-        # Gradients and activations past the budget lie in a file.
-        depth(Path(scratch), "gblm:2:4", "100MiB")
-        trace(Path(scratch))
-        if args.large:
-            large(args.large, Path(scratch))
+        if args.only != "refine":
+            others(Path(scratch), args.large)
+        refine(Path(scratch))
+
+
+def others(scratch: Path, big: Path | None) -> None:
+    depth(scratch, "wanda:2:4", "8GiB")
+    # Gradients and activations past the budget lie in a file.
+    depth(scratch, "gblm:2:4", "100MiB")
+    trace(scratch)
+    if big:
+        large(big, scratch)
 
 
 def depth(scratch: Path, spec: str, memory: str) -> None:
@@ -74,6 +97,28 @@ def depth(scratch: Path, spec: str, memory: str) -> None:
         child = compile_in_child(folder, scratch / "out", spec, "--memory", memory, samples=8, length=256)
         peaks[layers] = child.peak
         print(f"{spec} --memory {memory}, {layers:3} layers: peak {child.peak / 2**20:.0f} MiB, {child.wall:.0f} s")
+        shutil.rmtree(folder)
+    print(f"32 against 8 layers: {peaks[32] / peaks[8]:.3f}×")
+
+
+def refine(scratch: Path) -> None:
+    """Peak memory of ``wanda:2:4`` and ``refine`` with 8 and with 32 layers, and refine's CPU seconds in forwards."""
+    peaks = {}
+    for layers in (8, 32):
+        folder = scratch / f"refined-{layers}"
+        make_checkpoint(folder, "small", layers=layers)
+        runs = [
+            compile_in_child(folder, scratch / "out", "wanda:2:4", *more, samples=SAMPLES, length=LENGTH)
+            for more in ((), ("--pass", "refine"))
+        ]
+        forward = float(in_child([sys.executable, "-c", FORWARD, str(folder), str(SAMPLES), str(LENGTH)]).said)
+        peaks[layers] = runs[1].peak
+        cost = runs[1].cpu - runs[0].cpu
+        before, after = (child.peak / 2**20 for child in runs)
+        print(
+            f"wanda:2:4 and refine, {SAMPLES}×{LENGTH} tokens, {layers:3} layers: peak {after:.0f} MiB, {before:.0f} "
+            f"without refine; refine takes {cost:.0f} CPU s, {cost / forward:.0f} forwards of {forward:.2f}"
+        )
         shutil.rmtree(folder)
     print(f"32 against 8 layers: {peaks[32] / peaks[8]:.3f}×")
 
