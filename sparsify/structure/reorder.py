@@ -93,11 +93,11 @@ class _Look:
 
     def _joined(self, members: Sequence[str]) -> str:
         """Why those of several blocks are one group, where that is a weight that blocks share; else nothing."""
-        tied = [name for name in members if name in set(self.weights.aliases.values())]
-        inside = all(block_of(name) is not None for name in members)
-        return (
-            f"{tied[0]} is shared by several blocks, whose channels would have to move alike" if tied and inside else ""
-        )
+        shared = set(self.weights.aliases.values())
+        tied = next((name for name in members if name in shared), None)
+        if tied is None or any(block_of(name) is None for name in members):
+            return ""
+        return f"{tied} is shared by several blocks, whose channels would have to move alike"
 
 
 def reorder(

@@ -8,6 +8,7 @@ with the identity, which is exact. CUTLASS takes packed24's values as they are, 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Literal
 
 import torch
@@ -40,8 +41,9 @@ class Algorithm:
     def __str__(self) -> str:
         return f"{self.number}" if self.splits == 1 else f"{self.number}:{self.splits}:{self.mode}"
 
-    @classmethod
-    def parse(cls, text: str) -> Algorithm:
+    @staticmethod
+    @lru_cache(maxsize=4096)
+    def parse(text: str) -> Algorithm:
         """Undo ``str(algorithm)``.
 
         Raises:
@@ -50,7 +52,7 @@ class Algorithm:
         parts = text.split(":")
         if not all(part.isdigit() for part in parts) or len(parts) not in (1, 3):
             raise ValueError(f"no algorithm {text!r}")
-        found = cls(*map(int, parts))
+        found = Algorithm(*map(int, parts))
         if str(found) != text or found.splits < 1:
             raise ValueError(f"no algorithm {text!r}")
         return found
