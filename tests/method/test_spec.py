@@ -4,9 +4,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sparsify import passes
 from sparsify.errors import SpecError
 from sparsify.method.pattern import NM, Unstructured
-from sparsify.method.registry import find, registered
+from sparsify.method.registry import find, is_own, loaded, registered
 from sparsify.method.spec import describe_passes, parse_pass, spec_text
 from sparsify.method.weight_pass import WeightPass
 from sparsify.passes import LowerSparse, Magnitude, Wanda
@@ -80,3 +81,10 @@ def test_passes_describe_themselves() -> None:
         parse_pass("lower-sparse:target=H200")
     assert rows[WeightPass.common_to]["blocksize"] == "a whole number (default 1)"
     assert rows["sparsegpt:PATTERN"]["blocksize"] == "a whole number (default 128)", "its own default stands with it"
+
+
+def test_every_pass_of_ours_is_a_name_of_the_package() -> None:
+    """What the command line calls by its name, Python imports from one place."""
+    own = [method.__name__ for _, entry, method in loaded("sparsify.passes") if is_own(entry)]
+    assert sorted(own) == sorted(passes.__all__)
+    assert all(getattr(passes, name).__name__ == name for name in own)
