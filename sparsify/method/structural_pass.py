@@ -42,12 +42,16 @@ class Part:
         gradient: the same shape, the mean over calibration samples of the loss's gradient; None where it was not asked
             for.
         fisher: the mean of its square. channel: [positions], the channel of the group that each position belongs to.
+        place: [positions], where inside of its channel it stands: 0 … ``places`` − 1, the same for every parameter of
+            the group (a column of a head; of several query heads on one key-value head, that column of each).
     """
 
     weight: Tensor
     gradient: Tensor | None
     fisher: Tensor | None
     channel: Tensor
+    place: Tensor
+    places: int
 
 
 @dataclass(frozen=True)
