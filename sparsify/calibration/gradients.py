@@ -25,7 +25,7 @@ from sparsify.calibration.activations import ActivationStore
 from sparsify.calibration.interpreter import Interpreter, Region, Work
 from sparsify.calibration.loss import check_loss, loss, loss_scale
 from sparsify.context import Context, Progress
-from sparsify.errors import CalibrationError, TraceError
+from sparsify.errors import CalibrationError
 from sparsify.host import within_memory
 from sparsify.ir.program import Program
 from sparsify.precision import exact_products

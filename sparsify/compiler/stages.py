@@ -359,7 +359,7 @@ def _runs(model: Captured, request: Request) -> list[PassRun]:
             run.targets, run.skipped = choose(model.program, own.pattern, model.wanted)
             if isinstance(own.pattern, NM) and any(hasattr(smaller, "round") for smaller in request.structural):
                 m = own.pattern.m
-                hint = f"; where {m} divides the dense width, round={m} of the pass that makes it smaller keeps that so"
+                hint = f"; channels (not heads) fit it with round={m} of the pass that makes it smaller"
                 run.skipped = [replace(s, reason=s.reason + hint) if s.code == UNFIT else s for s in run.skipped]
         runs.append(run)
     return runs

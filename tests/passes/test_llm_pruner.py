@@ -157,7 +157,9 @@ def test_specs_and_options() -> None:
         (0.25, 64, "channels", 48),
         (0.25, 11008, "channels", 8256),
         (0.2, 11008, "channels", 8800),
-        (0.5, 10, "channels", 5),
+        (0.5, 10, "channels", 8),
+        (0.25, 172, "channels", 128),
+        (0.25, 60, "experts", 45),
         (0.25, 4, "heads", 3),
         (0.2, 4, "heads", 3),
         (0.5, 32, "heads", 16),
@@ -168,9 +170,27 @@ def test_how_many_stay(ratio: float, free: int, kind: str, left: int) -> None:
     assert LLMPruner(Unstructured(ratio)).left(free, kind) == left
 
 
-def test_nothing_would_be_left() -> None:
+@pytest.mark.parametrize("free", [10, 16, 17, 20, 43, 64, 100, 172, 2730, 11008])
+@pytest.mark.parametrize("unit", [1, 3, 4, 8, 16])
+@pytest.mark.parametrize("ratio", ["0.1", "0.2", "0.25", "0.5", "0.9"])
+def test_round_is_met_or_refused(ratio: str, unit: int, free: int) -> None:
+    """Whatever the width was; and at most one multiple beside what was asked for."""
+    owner = LLMPruner(Unstructured(ratio), round=unit)
+    for kind in ("channels", "width", "experts"):
+        exact = free * (1 - float(ratio))
+        try:
+            left = owner.left(free, kind)
+        except SpecError as error:
+            assert exact < unit, error
+        else:
+            assert left % unit == 0 and 0 < left < free and abs(left - exact) < unit
+
+
+def test_nothing_would_be_left_or_all() -> None:
     with pytest.raises(SpecError, match="none would be left"):
         LLMPruner(Unstructured(0.95)).left(64, "channels")
+    with pytest.raises(SpecError, match=r"of 4 heads in multiples of 1 all would be left\. Ask for more"):
+        LLMPruner(Unstructured(0.1)).left(4, "heads")
 
 
 def gradients(folder: Path, ids: Tensor) -> dict[str, Tensor]:
@@ -287,13 +307,25 @@ def test_the_least_important_go_by_other_importances(
     assert list(cuts["down_proj"].removed) == sorted(total.argsort()[:32].tolist())
 
 
-def test_widths_that_no_pattern_fits_are_told_with_what_fits(tmp_path: Path) -> None:
-    """20 channels are no multiple of 8, the round that is kept by itself."""
+def narrow(place: Path) -> Path:
+    """A Llama of 20 channels, which are no multiple of 8."""
     sizes = {"hidden_size": 16, "intermediate_size": 20, "num_attention_heads": 2, "num_hidden_layers": 3}
-    transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=64, **sizes)).save_pretrained(tmp_path / "model")
-    smaller = "llm-pruner:25%,importance=l1"
-    made = sparsify.compile(tmp_path / "model", [smaller, "magnitude:2:4"])
-    hints = [s.reason for s in made.runs[0].skipped if "in_features 15 is not a multiple of 4" in s.reason]
-    assert hints and all("round=4 of the pass that makes it smaller" in reason for reason in hints)
-    made = sparsify.compile(tmp_path / "model", [f"{smaller},round=4", "magnitude:2:4"])
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=64, **sizes)).save_pretrained(place)
+    return place
+
+
+def test_a_smaller_model_can_be_pruned_to_a_pattern(tmp_path: Path) -> None:
+    """Whatever the widths were: what is left of them fits 2:4, unless another round is asked for."""
+    model = narrow(tmp_path / "model")
+    made = sparsify.compile(model, ["llm-pruner:25%,importance=l1", "magnitude:2:4"])
     assert not [s for s in made.runs[0].skipped if "not a multiple" in s.reason]
+    assert made.source.config.intermediate_size == 8 and len(made.runs[0].sites) == 21
+    other = sparsify.compile(model, ["llm-pruner:25%,importance=l1,round=1", "magnitude:2:4"])
+    hints = [s.reason for s in other.runs[0].skipped if "in_features 15 is not a multiple of 4" in s.reason]
+    assert hints and all("round=4 of the pass that makes it smaller" in reason for reason in hints)
+
+
+def test_layers_of_different_widths_are_rounded_too(tmp_path: Path) -> None:
+    made = sparsify.compile(narrow(tmp_path / "model"), ["llm-pruner:30%,importance=l1,scope=global,round=4"])
+    left = {c.after for c in made.structure[0].cuts if c.kind == "channels"}
+    assert left and all(after % 4 == 0 for after in left)
