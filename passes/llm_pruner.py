@@ -31,13 +31,24 @@ Reduction = Literal["sum", "mean", "max", "product", "first", "last"]
 
 @dataclass(frozen=True)
 class LLMPruner(StructuralPass):
-    """Attributes: ``importance``: of a weight; ``group``: how the parameters of a group are combined."""
+    """Remove the channels and heads whose weights matter least to the loss.
+
+    Attributes:
+        importance: of a weight: of first or second order in the loss's gradient, both (``taylor-mix``), the sums of
+            rows (``taylor-vector``), or without gradients ``l1``, ``l2``, ``random``.
+        group: how the parameters of a group of channels are combined: ``sum``, ``mean``, ``max``, ``product``, or that
+            of the ``first`` or ``last`` parameter alone.
+    """
 
     importance: Importance = "taylor-first"
     group: Reduction = "sum"
 
     name: ClassVar[str] = "llm-pruner"
     summary: ClassVar[str] = "whole heads and channels of the least importance; the model gets smaller"
+    when: ClassVar[str] = (
+        "for speed and memory everywhere, without sparse kernels; give it first, and run sparsify tune after"
+    )
+    example: ClassVar[str] = "llm-pruner:25%,importance=taylor-mix"
 
     @property
     def statistics(self) -> tuple[str, ...]:

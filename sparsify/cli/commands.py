@@ -31,9 +31,9 @@ from sparsify.cli.options import (
     command_errors,
 )
 from sparsify.cli.terminal import Terminal, say
-from sparsify.errors import BackendError, SpecError
+from sparsify.errors import SpecError
 from sparsify.files.reading import kind_at
-from sparsify.method.spec import check_pass, describe_passes, parse_backend, parse_pass, split_pipeline, split_specs
+from sparsify.method.spec import check_pass, parse_backend, parse_pass, split_pipeline, split_specs
 from sparsify.words import (
     check_adapter,
     check_amount,
@@ -355,21 +355,6 @@ def compare_command(
         console.print(comparison_report(result))
         if result.output is not None:
             console.print(f"wrote {plain(str(result.output))}")
-
-
-def passes_command() -> None:
-    """List the pruning methods and their options."""
-    for name, summary, options in describe_passes():
-        say(f"{name}  {summary}" if summary else f"{name} has")
-        for option, meaning in options.items():
-            say(f"    {option}={meaning}")
-
-
-def _write_text(path: Path, text: str) -> None:
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise BackendError(f"output {path}", found=f"cannot be written ({error})", do="Choose another place") from error
 
 
 def _check_words(

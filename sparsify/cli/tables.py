@@ -84,7 +84,10 @@ def plan_report(compiled: Compiled) -> RenderableType:
         for kind, targets in _by_kind(run.targets).items():
             shapes = sorted({_shape(t.site) for t in targets})
             table.add_row(kind, str(len(targets)), ", ".join(shapes), _zeros(run.pattern))
-        total, pruned = count_parameters(compiled.source), sum(t.site.experts * math.prod(t.site.shape) for t in run.targets)
+        total, pruned = (
+            count_parameters(compiled.source),
+            sum(t.site.experts * math.prod(t.site.shape) for t in run.targets),
+        )
         table.add_section()
         table.add_row("all", str(len(run.targets)), f"{pruned:,} weights", "")
         zeros = f"{float(run.pattern.sparsity) * pruned / max(1, total):.1%} zeros"

@@ -23,7 +23,8 @@ class RegionPass(Pass):
     """Base of passes that train what is left of the weights, region by region; zeros stay zeros.
 
     Attributes:
-        epochs: how often every sequence is seen. batch: sequences of one step.
+        epochs: how often every sequence is seen.
+        batch: sequences of one step.
         rate: the step of each tensor, relative to the root mean square of its kept entries; ``auto``: that of
             :attr:`ladder` which is best on the sequences that are held back after one epoch, and then all epochs.
         guard: share of the calibration sequences that are held back; a region that gains nothing on them stays as it

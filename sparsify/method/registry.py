@@ -42,7 +42,7 @@ _OWN = {
         "inspect": "sparsify.cli.commands:inspect_command",
         "eval": "sparsify.cli.commands:eval_command",
         "compare": "sparsify.cli.commands:compare_command",
-        "passes": "sparsify.cli.commands:passes_command",
+        "passes": "sparsify.cli.passes:passes_command",
         "tune": "sparsify.cli.tune:tune_command",
         "run": "sparsify.backends.onnx.commands:run",
         "verify": "sparsify.backends.verify.commands:verify",

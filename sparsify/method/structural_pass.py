@@ -70,11 +70,12 @@ class StructuralPass(Pass):
             any width for any layer (implied by scope=global, keep_first and keep_last), for :func:`sparsify.load`.
         scope: ``local``: the same share of every group; ``global``: of all groups of a kind together (heads with heads,
             channels with channels), each group's scores divided by their mean, so that layers come to differ in width.
-        keep_first, keep_last: blocks at the beginning and at the end that stay whole (LLM-Pruner's own choice for a
-            deep model is 4 and 2; layers differ in width then).
+        keep_first: blocks at the beginning that stay whole (LLM-Pruner's own choice for a deep model is 4); layers
+            differ in width then.
+        keep_last: blocks at the end that stay whole (LLM-Pruner: 2); layers differ in width then.
         steps: cut in so many rounds, the share rising evenly, with gradients taken anew for each.
         round: what is left of a group's channels is a multiple of this, whatever there were, so that N:M patterns fit
-            it (None: of 8; experts are not rounded then); heads stay whole and are never rounded.
+            it; where it is not given, of 8, and experts are not rounded; heads stay whole and are never rounded.
     """
 
     pattern: Pattern
