@@ -39,7 +39,7 @@ def test_help(command: str) -> None:
 @pytest.mark.parametrize("words", ["passes", "passes twin", "passes --json", "passes llm-pruner --json"])
 def test_what_passes_are_for(words: str) -> None:
     code, said, loaded = run(*words.split())
-    assert code == 0 and loaded == [] and "twin" in said or "llm-pruner" in said
+    assert code == 0 and loaded == [] and ("twin" in said or "llm-pruner" in said)
 
 
 WRONG = {
