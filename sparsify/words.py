@@ -124,8 +124,10 @@ def check_amount(samples: int | None, sequence_length: int | None) -> None:
 
 
 def split_names(given: Iterable[str]) -> list[str]:
-    """Names and patterns of ``--only`` and ``--ignore``, repeated or with commas between; ``re:`` goes to the end of its
-    word, for a regular expression may hold commas, and so may the brackets of a glob."""
+    """Names and patterns of ``--only`` and ``--ignore``, repeated or with commas between.
+
+    ``re:`` goes to the end of its word, for a regular expression may hold commas; so may the brackets of a glob.
+    """
     found: list[str] = []
     for text in given:
         plainly, regular, rest = (text, "", "") if "re:" not in text else _before_expression(text)

@@ -38,7 +38,7 @@ _OWN = {
     },
     # Functions with typer's annotations; each is imported when a command line is parsed, so they import nothing heavy.
     "sparsify.commands": {
-        "compile": "sparsify.cli.commands:compile_command",
+        "compile": "sparsify.cli.compile:compile_command",
         "inspect": "sparsify.cli.commands:inspect_command",
         "eval": "sparsify.cli.commands:eval_command",
         "compare": "sparsify.cli.commands:compare_command",
