@@ -79,7 +79,7 @@ def compile_command(
             "--to",
             help="What to write: hf, an ordinary checkpoint; packed[:layout=auto|packed24|bitmask,"
             "choice=measured|smallest], smaller and faster on CPUs; cuda[:policy=decode|prefill|both,"
-            "tune=true|false], for NVIDIA GPUs; onnx[:weights=link|copy|packed,opset=18…24,linear=gemm|matmul,"
+            "tune=true|false], for NVIDIA GPUs; onnx[:weights=link|external|packed,opset=18…24,linear=gemm|matmul,"
             "cache=keep|none,dtype=…,compute=…].",
             metavar="BACKEND",
         ),
@@ -171,15 +171,10 @@ def _compile(words: dict[str, Any]) -> None:
     check_compute_dtype(words["compute_dtype"])
     check_adapter(words["adapter"])
     check_weight_dtype(words["dtype"])
-    check_words(
-        specs,
-        words["schedule"],
-        words["memory"],
-        words["to"],
-        words["samples"],
-        words["sequence_length"],
-        words["seed"],
-    )
+    length, seed = words["sequence_length"], words["seed"]
+    check_words(specs, words["schedule"], words["memory"], words["to"], words["samples"], length, seed)
+    if as_json and words["print_after"]:
+        raise SpecError("--print-after with --json", found="two things to print", do="Leave one of the two out")
     if words["dry_run"] and words["print_after"]:
         raise SpecError(
             f"--print-after {words['print_after'][0]} with --dry-run",

@@ -89,9 +89,9 @@ def plan_report(compiled: Compiled) -> RenderableType:
             sum(t.site.experts * math.prod(t.site.shape) for t in run.targets),
         )
         table.add_section()
-        table.add_row("all", str(len(run.targets)), f"{pruned:,} weights", "")
+        table.add_row("all", str(len(run.targets)), f"{pruned:,}", "")
         zeros = f"{float(run.pattern.sparsity) * pruned / max(1, total):.1%} zeros"
-        table.add_row("whole model", "", f"{total:,} parameters", zeros)
+        table.add_row("whole model", "", f"{total:,}", zeros)
         parts += [table, *_skipped_lines(run.skipped)]
     return Group(*parts, *_opaque_lines(compiled.opaque), Text("dry run: nothing was read, pruned or written"))
 
@@ -170,7 +170,7 @@ def _result_table(run: PassRun, whole: _Whole) -> Table:
         table.add_row(kind.removeprefix(prefix), str(len(sites)), ", ".join(shapes), *_figures(sites))
     table.add_section()
     table.add_row("all", str(len(run.sites)), "", f"{run.kept:.2%}", *_figures(run.sites)[1:])
-    table.add_row("whole model", "", f"{whole.parameters:,} parameters", whole.kept, "", "", "")
+    table.add_row("whole model", "", f"{whole.parameters:,}", whole.kept, "", "", "")
     twin = "cross_gram" in run.applied.statistics
     what = "‖X₀Wᵀ−XŴᵀ‖/‖X₀Wᵀ‖, X₀ the dense model's input," if twin else "‖XWᵀ−XŴᵀ‖/‖XWᵀ‖"
     table.caption = f"error: {what} on the calibration tokens, mean over sites and worst site"

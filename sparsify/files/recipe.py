@@ -87,10 +87,8 @@ def _of_yaml(path: Path, text: str) -> dict[str, Any]:
         where = "" if mark is None else f" in line {mark.line + 1}"
         found = f"no YAML{where} ({getattr(error, 'problem', None) or first_line(error)})"
         raise SpecError(asked, found=found, do="Mend it; docs/recipes.md has an example") from error
-    if not isinstance(words, dict):
-        raise SpecError(
-            asked, found="no keys with values", do="Begin with passes:, say; docs/recipes.md has an example"
-        )
+    if not isinstance(words, dict) or not isinstance(node, yaml.MappingNode):
+        raise SpecError(asked, found="no keys with values", do="Begin with passes: [wanda:2:4], say")
     _check_mapping(asked, node, words, KEYS)
     passes = next(value for key, value in node.value if key.value == "passes") if "passes" in words else None
     if isinstance(words.get("passes"), list):
@@ -98,9 +96,7 @@ def _of_yaml(path: Path, text: str) -> dict[str, Any]:
             if isinstance(own, dict):
                 _check_mapping(asked, inner, own, _OF_A_PASS)
                 if "pass" not in own:
-                    raise _refused(
-                        asked, inner, "a pass with names of its own and no 'pass'", "Add pass: wanda:2:4, say"
-                    )
+                    raise _refused(asked, inner, "no 'pass' beside the names", "Add pass: wanda:2:4, say")
             elif not isinstance(own, str):
                 raise _refused(asked, inner, f"{own!r} is no pass", "Write a spec: wanda:2:4")
     return words

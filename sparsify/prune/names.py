@@ -45,8 +45,8 @@ class Wanted:
 
     @classmethod
     def of_each(cls, weights: Weights, every: Named, each: Sequence[Named]) -> Wanted:
-        """What ``every`` pass may prune, and what ``each`` one by its place, where it has names of its own: its ``only``
-        stands for that of all, its ``ignore`` comes to that of all.
+        """What ``every`` pass may prune; and ``each`` by its place, where it has names of its own: its ``only`` stands
+        for that of all, its ``ignore`` comes to that of all.
 
         Raises:
             SpecError: as :meth:`of`.
