@@ -21,14 +21,16 @@ class Activation(WeightPass):
     """Prune the floor(out_features · s) output neurons y_i that score least over the calibration tokens.
 
     Args:
-        metric: ``mean`` E|y_i|; ``std`` the standard deviation of y_i; ``square`` E y_i²; ``correlation``
-            1 − max over k ≠ i of |corr(y_i, y_k)|, by which redundant neurons go.
+        metric: what a neuron scores: ``mean`` E|y_i|; ``std`` the standard deviation of y_i; ``square`` E y_i²;
+            ``correlation`` 1 − max over k ≠ i of |corr(y_i, y_k)|, by which redundant neurons go.
     """
 
     metric: Literal["mean", "std", "square", "correlation"] = "mean"
 
     name: ClassVar[str] = "activation"
     summary: ClassVar[str] = "whole output neurons with the least output; one forward"
+    when: ClassVar[str] = "to study which neurons matter; to make the model itself smaller take llm-pruner"
+    example: ClassVar[str] = "activation:20%,metric=std"
     default_group: ClassVar[Axis] = "input"  # the same rows in every column
 
     def __post_init__(self) -> None:

@@ -36,6 +36,8 @@ class ALPS(FittingPass):
 
     name: ClassVar[str] = "alps"
     summary: ClassVar[str] = "mask by ADMM and the optimal update; one forward and a Gram matrix"
+    when: ClassVar[str] = "for high sparsity (60% and more) where twin's second forward is too much"
+    example: ClassVar[str] = "alps:70%"
 
     @property
     def statistics(self) -> tuple[str, ...]:

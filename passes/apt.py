@@ -33,10 +33,10 @@ class MaskedPass(FittingPass):
     """Base of passes that take their mask from a method named by an option, and then fit the kept weights.
 
     Args:
-        mask: ``S`` ranks by w_j² / [H⁻¹]_jj, the loss of removing one weight; ``M`` takes, in each group of N:M, the
-            candidates whose joint removal loses least, ½ w_P ([H⁻¹]_PP)⁻¹ w_Pᵀ; ``zeros`` keeps the zeros that an
-            earlier pass made, and takes W from the model as it was given; any other name is a pass whose mask is used
-            (``wanda``, ``sparsegpt``, …).
+        mask: whose mask: ``S`` ranks by w_j² / [H⁻¹]_jj, the loss of removing one weight; ``M`` takes, in each group of
+            N:M, the candidates whose joint removal loses least, ½ w_P ([H⁻¹]_PP)⁻¹ w_Pᵀ; ``zeros`` keeps the zeros that
+            an earlier pass made, and takes W from the model as it was given; any other name is a pass whose mask is
+            used (``wanda``, ``sparsegpt``, …).
     """
 
     mask: str | None = None
@@ -121,14 +121,18 @@ class APT(MaskedPass):
     """Prune by the loss of removal, then move the kept weights to their optimum.
 
     Args:
-        compensation: ``exact`` is the optimum for the mask; ``block`` that of 128 columns at a time, those to the left
-            frozen; ``sweep`` one column at a time, as SparseGPT; ``none``.
+        compensation: how the kept weights move: ``exact`` is the optimum for the mask; ``block`` that of 128 columns at
+            a time, those to the left frozen; ``sweep`` one column at a time, as SparseGPT; ``none``.
+        mask: whose mask: ``S`` by the loss of removing one weight, ``M`` by that of removing several of an N:M group
+            together, ``zeros`` of the pass before, or another pass's by its name; S for a percentage, M for N:M.
     """
 
     compensation: Literal["none", "sweep", "block", "exact"] = "exact"
 
     name: ClassVar[str] = "apt"
     summary: ClassVar[str] = "joint removal of several weights and the optimal update; one forward and a Gram matrix"
+    when: ClassVar[str] = "to give a mask of your choice its optimal weights: apt:2:4,mask=wanda"
+    example: ClassVar[str] = "apt:2:4,mask=M"
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -37,6 +37,8 @@ class GBLM(ScoredPass):
 
     name: ClassVar[str] = "gblm"
     summary: ClassVar[str] = "smallest |W|·(‖X‖ + α|gradient|); one forward, and forward and backward per sample"
+    when: ClassVar[str] = "to compare with its paper; wanda costs less and twin gives more"
+    example: ClassVar[str] = "gblm:50%,norm=l1"
 
     def __post_init__(self) -> None:
         super().__post_init__()

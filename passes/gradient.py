@@ -30,15 +30,17 @@ class Gradient(WeightPass):
     """Prune by a score of w and the gradients g_s of the samples; unstructured patterns compare a layer's weights.
 
     Args:
-        metric: ``snip`` |w·Σg|; ``movement`` −w·Σg, by which a weight that the loss pushes to zero goes; ``platon``
-            smoothed |w·g| times its smoothed deviation over samples; ``l1`` |w|·Σ|g| and ``l2`` |w|·√Σg², GBLM without
-            activations.
+        metric: which score: ``snip`` |w·Σg|; ``movement`` −w·Σg, by which a weight that the loss pushes to zero goes;
+            ``platon`` smoothed |w·g| times its smoothed deviation over samples; ``l1`` |w|·Σ|g| and ``l2`` |w|·√Σg²,
+            GBLM without activations.
     """
 
     metric: Literal["snip", "movement", "platon", "l1", "l2"] = "snip"
 
     name: ClassVar[str] = "gradient"
     summary: ClassVar[str] = "scores of BERT pruning from weight and gradient; forward and backward per sample"
+    when: ClassVar[str] = "for encoders and classifiers with labels, whose methods these are"
+    example: ClassVar[str] = "gradient:50%,metric=movement"
     default_group: ClassVar[Axis] = "layer"
 
     @property

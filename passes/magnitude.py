@@ -27,6 +27,8 @@ class Magnitude(ScoredPass):
 
     name: ClassVar[str] = "magnitude"
     summary: ClassVar[str] = "smallest |W|; no data"
+    when: ClassVar[str] = "as a baseline, or where there is no data and no time; wanda is far better for one forward"
+    example: ClassVar[str] = "magnitude:50%"
     default_group: ClassVar[Axis] = "layer"
 
     def multiplier(self, statistics: InputStatistics) -> None:

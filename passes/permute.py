@@ -32,6 +32,8 @@ class Permute(ChannelPass):
 
     name: ClassVar[str] = "permute"
     summary: ClassVar[str] = "channels of MLPs and heads reordered for N:M, the function unchanged; before other passes"
+    when: ClassVar[str] = "before any N:M pass: the same pattern then keeps more, and the model computes the same"
+    example: ClassVar[str] = "permute:2:4"
 
     def worth(self, weight: Tensor, squared_norm: Tensor) -> Tensor:
         return weight.square() * squared_norm

@@ -37,6 +37,8 @@ class Refine(RegionPass):
 
     name: ClassVar[str] = "refine"
     summary: ClassVar[str] = "kept weights of each block trained to the dense model's outputs; after any other pass"
+    when: ClassVar[str] = "after the last pass that prunes, where quality is worth minutes per block"
+    example: ClassVar[str] = "refine:epochs=5"
 
     @property
     def ladder(self) -> tuple[float, ...]:

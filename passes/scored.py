@@ -26,10 +26,10 @@ class ScoredPass(FittingPass):
     """Base of magnitude, Wanda and their like.
 
     Args:
-        update: what becomes of the weights that stay. ``none``: nothing. ``sequential``: SparseGPT's sweep under the
-            method's own mask. ``iterative``: the same sweep, the mask chosen on the way by the method's score of the
-            weights as they are then (within 128 columns, or each group of N:M). ``block``, ``exact``: APT's joint
-            updates (algorithms.md, section 8.2).
+        update: what becomes of the weights that stay: ``none``, nothing; ``sequential``, SparseGPT's sweep under the
+            method's own mask; ``iterative``, the same sweep, the mask chosen on the way by the method's score of the
+            weights as they are then (within 128 columns, or each group of N:M); ``block`` and ``exact``, APT's joint
+            updates.
     """
 
     update: Update = "none"

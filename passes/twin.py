@@ -21,8 +21,12 @@ from sparsify.passes.solvers.fitting import FitTarget
 class Twin(MaskedPass):
     """Fit the kept weights to the dense model's outputs; the mask is chosen on the goal W*, not on W.
 
-    ``mask`` is ALPS's unless another is named; ``blend`` and ``percdamp`` are the a and λ of
-    :mod:`sparsify.passes.solvers.fitting`.
+    ``blend`` and ``percdamp`` are the a and λ of :mod:`sparsify.passes.solvers.fitting`.
+
+    Args:
+        mask: whose mask, by the name of a pass, or ``S``, ``M`` (see apt) or ``zeros``, those of the pass before; alps
+            where none is named.
+        target: the dense model's outputs, always.
 
     >>> from sparsify.method.spec import parse_pass, spec_text
     >>> spec_text(parse_pass("twin:2:4,mask=sparsegpt,blend=1"))
@@ -33,6 +37,8 @@ class Twin(MaskedPass):
 
     name: ClassVar[str] = "twin"
     summary: ClassVar[str] = "fitted to the dense model's outputs: two forwards, two Gram matrices, best quality"
+    when: ClassVar[str] = "when quality matters: the best single pass; add refine after it for more"
+    example: ClassVar[str] = "twin:2:4"
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -24,9 +24,9 @@ class Wanda(ScoredPass):
     """Prune by S_ij = |W_ij| · ‖X_j‖₂ (equation 1), comparing the weights of one output neuron.
 
     Args:
-        norm: of the inputs: ``l2``, or ``l1`` or ``max`` for the ablation.
+        norm: which norm of the inputs: ``l2``, or ``l1`` or ``max`` for the ablation.
         variant: choose each row's own sparsity by the share of its score that it loses (the official code's
-            ``--use_variant``; algorithms.md, section 3.1). Unstructured patterns only.
+            ``--use_variant``); for percentages only.
 
     >>> import torch
     >>> from sparsify.method.statistics import InputStatistics
@@ -42,6 +42,8 @@ class Wanda(ScoredPass):
 
     name: ClassVar[str] = "wanda"
     summary: ClassVar[str] = "smallest |W|·‖X‖ per output neuron; one forward"
+    when: ClassVar[str] = "first: it costs about one forward, and much of what can be had without moving weights"
+    example: ClassVar[str] = "wanda:2:4"
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from typing import Literal, TypeVar, get_args
 
 from sparsify.errors import SpecError
@@ -119,6 +121,25 @@ def check_amount(samples: int | None, sequence_length: int | None) -> None:
         raise SpecError(f"{samples} samples", found=f"more than {MAX_SAMPLES}", do="Give fewer: 128 serve most models")
     if sequence_length is not None and sequence_length < 2:
         raise SpecError(f"sequence length {sequence_length}", found="fewer than two tokens", do="Give 2 or more")
+
+
+def split_names(given: Iterable[str]) -> list[str]:
+    """Names and patterns of ``--only`` and ``--ignore``, repeated or with commas between.
+
+    ``re:`` goes to the end of its word, for a regular expression may hold commas; so may the brackets of a glob.
+    """
+    found: list[str] = []
+    for text in given:
+        plainly, regular, rest = (text, "", "") if "re:" not in text else _before_expression(text)
+        found += [name.strip() for name in re.split(r",(?![^\[]*\])", plainly) if name.strip()]
+        found += [f"{regular}{rest}"] if regular else []
+    return found
+
+
+def _before_expression(text: str) -> tuple[str, str, str]:
+    """What stands before the first pattern that begins with ``re:``, and that."""
+    match = re.search(r"(?:^|,)\s*(re:)", text)
+    return (text, "", "") if match is None else (text[: match.start()], "re:", text[match.end() :])
 
 
 _MOST_THREADS = 4096

@@ -37,20 +37,27 @@ def verify(
 
         console = Terminal()
         with stage_line() as show:
-            if kind_at(folder / "config.json") and not any(folder.glob("*.onnx")):
-                result = verify_checkpoint(folder, pattern=pattern)
-            elif kind_at(folder / "adapter_config.json") and not kind_at(folder / "config.json"):
-                result = verify_adapter(folder)
-            elif kind_at(folder) is None:
+            if kind_at(folder) is None:
                 raise CheckpointError(f"verifying {folder}", found="nothing there", do="Check the path")
-            elif folder.suffix.lower() == ".gguf":
+            onnx = folder.suffix.lower() == ".onnx" or any(folder.glob("*.onnx"))
+            if folder.suffix.lower() == ".gguf":
                 raise CheckpointError(
                     f"verifying {folder}",
                     found="a GGUF file, which sparsify reads and does not write",
                     do="Name the folder that was made of it",
                 )
-            else:
+            if onnx:
                 result = verify_onnx(folder, against=against, pattern=pattern, run=not weights_only, observe=show)
+            elif kind_at(folder / "config.json"):
+                result = verify_checkpoint(folder, pattern=pattern)
+            elif kind_at(folder / "adapter_config.json"):
+                result = verify_adapter(folder)
+            else:
+                raise CheckpointError(
+                    f"verifying {folder}",
+                    found="no config.json, no adapter_config.json and no .onnx file",
+                    do="Name a folder that sparsify wrote, or any checkpoint",
+                )
         if as_json:
             say(json.dumps(result.as_dict()))
         else:

@@ -57,6 +57,8 @@ class LowerSparse(LoweringPass):
 
     name: ClassVar[str] = "lower-sparse"
     summary: ClassVar[str] = "pruned weights packed, products with them by our operators"
+    when: ClassVar[str] = "from Python, last: to run a pruned module in torch; for files take --to packed or cuda"
+    example: ClassVar[str] = "lower-sparse:policy=decode"
 
     def lower(self, graph_module: fx.GraphModule) -> fx.GraphModule:
         return self(graph_module).graph_module

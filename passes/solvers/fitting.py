@@ -39,9 +39,10 @@ class FittingPass(WeightPass):
     """Base of passes that may move the weights they keep.
 
     Args:
-        percdamp: λ as a share of the mean of the Gram matrix's diagonal.
-        target: fit the outputs of the model as pruned so far, or of the ``dense`` model, which needs a second forward.
-        blend: a above, for ``target=dense``.
+        percdamp: damping of the Gram matrix, as a share of the mean of its diagonal.
+        target: fit the outputs of the model as ``pruned`` so far, or of the ``dense`` model, which needs a second
+            forward.
+        blend: for ``target=dense``: how far from the pruned model's outputs (0) to the dense one's (1).
         solver: for exact solutions: ``cholesky`` (a factorisation per output neuron), ``cg`` (conjugate gradients on
             all of them at once), or ``auto``, whichever is cheaper for the width.
         dead: what becomes of the weights of inputs that are zero on every token: ``zero`` prunes them all, as

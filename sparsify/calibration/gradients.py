@@ -25,7 +25,7 @@ from sparsify.calibration.activations import ActivationStore
 from sparsify.calibration.interpreter import Interpreter, Region, Work
 from sparsify.calibration.loss import check_loss, loss, loss_scale
 from sparsify.context import Context, Progress
-from sparsify.errors import CalibrationError, TraceError
+from sparsify.errors import CalibrationError
 from sparsify.host import within_memory
 from sparsify.ir.program import Program
 from sparsify.precision import exact_products
@@ -83,7 +83,7 @@ def measure_gradients(
         wanted: which of them.
 
     Raises:
-        TraceError: a model without a loss, or a weight that several regions read.
+        TraceError: a model without a loss.
         CalibrationError: a loss or a gradient that is not finite (the batch or weight is named), or zero everywhere.
     """
     logits = check_loss(program, data.labels is not None)
@@ -103,31 +103,57 @@ def measure_gradients(
             for number, region in enumerate(regions):
                 runner.run_region(region, after_batch=partial(tell, number, "forward"))
                 runner.resident.clear()
-        seen: set[str] = set()
+        read = [runner.parameters(region) & set(parameters) for region in regions]
+        sums: dict[str, _Sums] = {}
+        shared = _Shared(backward, device, set(wanted))
         for number, region in enumerate(reversed(regions)):
-            own = runner.parameters(region) & set(parameters)
-            if twice := own & seen:
-                raise TraceError(
-                    f"gradients of {sorted(twice)[0]}",
-                    found="a weight that several blocks share",
-                    do="Leave it out with --ignore, or use a pass without gradients",
-                )
-            seen |= own
-            sums = {p: _Sums(wanted) for p in own}
+            own = read.pop()
+            # A weight that several regions read (embeddings tied to the head) waits for the first of them.
+            later = own & set[str]().union(*read)
+            sums |= {p: _Sums(wanted) for p in own - sums.keys()}
             with within_memory(f"gradients of {', '.join(sorted(own)[:2]) or 'a region'}", device):
                 for index in range(len(data.batches)):
-                    for parameter, gradient in runner.backward(region, index, own):
-                        sums[parameter].add(gradient)
+                    found = dict(runner.backward(region, index, own))
+                    for parameter in own:
+                        gradient = shared.whole(parameter, index, found.get(parameter), last=parameter not in later)
+                        if gradient is not None:
+                            sums[parameter].add(gradient)
                     tell(len(regions) + number, "backward")
                 runner.check_losses()
-                for parameter, total in sums.items():
-                    into.keep(parameter, total.finished(parameter))
+                for parameter in own - later:
+                    into.keep(parameter, sums.pop(parameter).finished(parameter))
             runner.resident.clear()
 
 
 def _repeatable(device: torch.device) -> AbstractContextManager[object]:
     """Attention by plain products on a GPU: its faster kernels add derivatives up in another order at every run."""
     return sdpa_kernel(SDPBackend.MATH) if device.type == "cuda" else nullcontext()
+
+
+class _Shared:
+    """What regions give to the gradient of a weight that several of them read, until all have given theirs.
+
+    A sum over samples may be taken piece by piece; the size of a sample's gradient is known once it is whole.
+    """
+
+    def __init__(self, store: ActivationStore, device: torch.device, wanted: Collection[str]) -> None:
+        self.store, self.device, self.piecewise = store, device, set(wanted) == {"gradient"}
+        self._waiting: set[tuple[int, str]] = set()
+
+    def whole(self, parameter: str, index: int, gradient: Tensor | None, *, last: bool) -> Tensor | None:
+        """What can be added to the statistics of ``parameter`` of sample ``index`` now that a region gave ``gradient``
+        (None: nothing), the ``last`` or not."""
+        key = (index, f"gradient of {parameter}")
+        if key in self._waiting:
+            self._waiting.discard(key)
+            before = self.store.take(*key, self.device)
+            assert isinstance(before, Tensor)
+            gradient = before if gradient is None else before + gradient
+        if last or self.piecewise or gradient is None:
+            return gradient
+        self._waiting.add(key)
+        self.store.put(*key, gradient)
+        return None
 
 
 class _Sums:

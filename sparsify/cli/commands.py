@@ -1,15 +1,14 @@
-"""``sparsify compile | inspect | eval | compare | passes``. Imports nothing heavy before a command runs."""
+"""``sparsify inspect | eval | compare``. Imports nothing heavy before a command runs."""
 
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from sparsify.cli.graphs import GraphPrinter
+from sparsify.cli.compile import check_words
 from sparsify.cli.options import (
     AdapterWord,
     AllowBin,
@@ -19,7 +18,6 @@ from sparsify.cli.options import (
     Compute,
     Debug,
     Device,
-    Dtype,
     Length,
     LogLevel,
     Memory,
@@ -31,157 +29,15 @@ from sparsify.cli.options import (
     command_errors,
 )
 from sparsify.cli.terminal import Terminal, say
-from sparsify.errors import BackendError, SpecError
-from sparsify.files.reading import kind_at
-from sparsify.method.spec import check_pass, describe_passes, parse_backend, parse_pass, split_pipeline, split_specs
+from sparsify.errors import SpecError
+from sparsify.method.spec import split_specs
 from sparsify.words import (
     check_adapter,
-    check_amount,
     check_compute_dtype,
     check_schedule,
-    check_seed,
-    check_weight_dtype,
     parse_bytes,
     plain,
 )
-
-
-def compile_command(
-    model: Model,
-    passes: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--pass",
-            help="NAME:PATTERN[,OPTION=VALUE]…, e.g. wanda:2:4; several run in order.",
-            metavar="SPEC",
-        ),
-    ] = None,
-    output: Annotated[
-        Path | None,
-        typer.Option("--output", "-o", help="Folder to write. [default: NAME-PASS here]", metavar="OUT"),
-    ] = None,
-    to: Annotated[
-        str,
-        typer.Option(
-            "--to",
-            help="What to write: hf, an ordinary checkpoint; packed, cuda or onnx[:OPTION=VALUE,…].",
-            metavar="BACKEND",
-        ),
-    ] = "hf",
-    calibration: Annotated[
-        str | None,
-        typer.Option(
-            help="Text file, FILE.jsonl[:field], FILE.parquet[:field], FILE.safetensors of ids, a folder of them, "
-            "python-stdlib, c4, a data set id, self, random; for vision models a folder of images. "
-            "[default: c4, else self]",
-            metavar="DATA",
-        ),
-    ] = None,
-    schedule: Annotated[str, typer.Option(help="layer, block (as the papers do) or dense.")] = "layer",
-    samples: Annotated[int | None, typer.Option(help="Calibration sequences. [default: 128; 32 for self]")] = None,
-    sequence_length: Length = None,
-    seed: Annotated[int, typer.Option(help="Seed for drawing sequences.")] = 0,
-    ignore: Annotated[
-        list[str] | None, typer.Option(help="Leave these dense: names, globs, re:…", metavar="NAME")
-    ] = None,
-    only: Annotated[list[str] | None, typer.Option(help="Prune only these: names, globs, re:…", metavar="NAME")] = None,
-    device: Device = "auto",
-    memory: Memory = "8GiB",
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace OUT: an older output or a model, no other folder.")
-    ] = False,
-    print_after: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--print-after", help="Print the graph once this pass has run; `all`: every pass.", metavar="PASS"
-        ),
-    ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be pruned, and stop.")] = False,
-    allow_bin: AllowBin = False,
-    no_check: NoCheck = False,
-    allow_nan: AllowNan = False,
-    compute_dtype: Compute = None,
-    chat_template: ChatTemplate = None,
-    strict: Strict = False,
-    adapter: AdapterWord = None,
-    dtype: Dtype = None,
-    teacher: Annotated[
-        str | None,
-        typer.Option("--teacher", help="Dense model that refine fits to. [default: MODEL before it]", metavar="MODEL"),
-    ] = None,
-    trust_remote_code: Trust = False,
-    quiet: Quiet = False,
-    log_level: LogLevel = "warning",
-    debug: Debug = False,
-) -> None:
-    """Prune MODEL with the given passes and write the result to OUT."""
-    with command_errors(debug, log_level):
-        console = Terminal(quiet=quiet)
-        specs = passes or []
-        check_compute_dtype(compute_dtype)
-        check_adapter(adapter)
-        check_weight_dtype(dtype)
-        _check_words(specs, schedule, memory, to, samples, sequence_length, seed)
-        if dry_run and print_after:
-            raise SpecError(
-                f"--print-after {print_after[0]} with --dry-run",
-                found="a dry run runs no pass, so there is no graph after one",
-                do="Leave one of the two out; `sparsify inspect MODEL --graph` prints the graph as it is",
-            )
-        from sparsify.cli.progress import ProgressLine
-        from sparsify.cli.tables import plan_report, result_report
-        from sparsify.compiler.pipeline import compile
-        from sparsify.compiler.request import default_output
-
-        name = (
-            Path(model).expanduser().resolve().name.removesuffix(".gguf")
-            if kind_at(model)
-            else model.rpartition("/")[2]
-        )
-        out = output or default_output(name, specs, to)
-        shown = GraphPrinter(print_after or (), [parse_pass(spec).name for spec in specs])
-        started = time.perf_counter()
-        with ProgressLine(console, not quiet) as line:
-            compiled = compile(
-                model,
-                specs,
-                calibration=calibration,
-                schedule=check_schedule(schedule),
-                output=out,
-                to=to,
-                samples=samples,
-                sequence_length=sequence_length,
-                seed=seed,
-                ignore=ignore or (),
-                only=only or (),
-                device=device,
-                memory=memory,
-                overwrite=overwrite,
-                dry_run=dry_run,
-                allow_bin=allow_bin,
-                trust_remote_code=trust_remote_code,
-                check=not no_check,
-                allow_nan=allow_nan,
-                compute_dtype=compute_dtype,
-                chat_template=chat_template,
-                strict=strict,
-                adapter=adapter,
-                dtype=dtype,
-                teacher=teacher,
-                tell=lambda text: console.print(text),
-                observe=line.show,
-                after=shown.after,
-            )
-        if dry_run:
-            console.print(plan_report(compiled))
-            return
-        if compiled.calibration is not None:
-            data = compiled.calibration
-            console.print(f"calibrated on {data.size}: {data.said}", style="bold red" if data.plumbing else None)
-        console.print(result_report(compiled, time.perf_counter() - started))
-        for note in compiled.notes:
-            console.print(plain(note))
-        console.print(f"wrote {plain(str(compiled.output))}")
 
 
 def inspect_command(
@@ -318,7 +174,7 @@ def compare_command(
         specs = split_specs(passes)
         check_compute_dtype(compute_dtype)
         check_adapter(adapter)
-        _check_words(specs, schedule, memory, "hf", samples, sequence_length, seed, pipelines=True)
+        check_words(specs, schedule, memory, "hf", samples, sequence_length, seed, pipelines=True)
         from sparsify.cli.progress import ProgressLine
         from sparsify.cli.tables import comparison_report
         from sparsify.evaluation.compare import compare
@@ -355,41 +211,3 @@ def compare_command(
         console.print(comparison_report(result))
         if result.output is not None:
             console.print(f"wrote {plain(str(result.output))}")
-
-
-def passes_command() -> None:
-    """List the pruning methods and their options."""
-    for name, summary, options in describe_passes():
-        say(f"{name}  {summary}" if summary else f"{name} has")
-        for option, meaning in options.items():
-            say(f"    {option}={meaning}")
-
-
-def _write_text(path: Path, text: str) -> None:
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise BackendError(f"output {path}", found=f"cannot be written ({error})", do="Choose another place") from error
-
-
-def _check_words(
-    specs: list[str],
-    schedule: str,
-    memory: str,
-    to: str,
-    samples: int | None,
-    length: int | None,
-    seed: int,
-    *,
-    pipelines: bool = False,
-) -> None:
-    """Check the words of the command before anything large is imported or read."""
-    check_amount(samples, length)
-    check_seed(seed)
-    for spec in specs:
-        for part in split_pipeline(spec) if pipelines else [spec]:
-            check_pass(part)
-    check_schedule(schedule)
-    parse_bytes(memory)
-    if parse_backend(to).needs_pass and not specs:
-        raise SpecError("compile", found="no --pass", do="Give one, e.g. --pass wanda:2:4; see sparsify passes")

@@ -5,51 +5,26 @@ Nothing heavy is imported before a command runs, so that ``--help`` answers at o
 
 from __future__ import annotations
 
-import contextlib
 import inspect
+import sys
 import warnings
-from collections.abc import Iterator
 from typing import Annotated, Any
 
 import typer
-from rich.markup import escape
-from typer.core import TyperGroup
 
-from sparsify.cli.terminal import complain, replace_what_cannot_be_written
+from sparsify.cli.group import Commands, at_home
+from sparsify.cli.terminal import complain, patient_streams
 from sparsify.errors import first_line
-from sparsify.method.registry import is_own, loaded, package_of, warn_of
+from sparsify.method.registry import is_own, loaded, package_of, registered, warn_of
 from sparsify.words import plain
-
-
-class Commands(TyperGroup):
-    """typer's group, whose complaints about the words of a command line show control characters escaped."""
-
-    def make_context(self, *args: Any, **kwargs: Any) -> Any:
-        with _plainly():
-            return super().make_context(*args, **kwargs)
-
-    def invoke(self, ctx: Any) -> Any:
-        with _plainly():
-            return super().invoke(ctx)
-
-
-@contextlib.contextmanager
-def _plainly() -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:
-        # typer's own kinds of error are not importable by name.
-        if hasattr(error, "format_message"):
-            error.message = plain(str(getattr(error, "message", "")))  # type: ignore[attr-defined]
-        raise
-
 
 app = typer.Typer(
     cls=Commands,
     help="Prune large language models after training, and write them sparse.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
+    # Boxes and markup cost as much as all else that help does.
+    rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
@@ -74,10 +49,12 @@ def root(
 
 def main() -> None:
     """The command line of this process."""
-    replace_what_cannot_be_written()
+    patient_streams()
     warnings.formatwarning = _warning
+    asked = sys.argv[1] if len(sys.argv) > 1 else ""
     try:
-        application()()
+        # One command is not kept waiting by the others; where it is none of them, all are there to be named.
+        application(asked if asked in registered("sparsify.commands") else None)()
     except KeyboardInterrupt:
         complain("interrupted; nothing was written")
         raise SystemExit(130) from None
@@ -90,23 +67,29 @@ def _warning(
     return f"warning: {plain(str(message), keep=chr(10))}\n"
 
 
-def application() -> typer.Typer:
-    """Every command that is registered: the core's own, and those that backends and other packages bring."""
+def _in_short(function: Any) -> str:
+    """What the list of commands says: the first clause of what the command's own help says."""
+    first = (inspect.getdoc(function) or "").partition("\n")[0]
+    return first.rstrip(".").partition(": ")[0].partition("; ")[0]
+
+
+def application(only: str | None = None) -> typer.Typer:
+    """Every command that is registered, or ``only`` one: the core's own, and those that backends and other packages
+    bring."""
     known = {command.name for command in app.registered_commands}
-    for name, entry, function in loaded("sparsify.commands"):
+    for name, entry, function in loaded("sparsify.commands", only):
         if name in known:
             continue
         if is_own(entry):
-            app.command(name)(function)
+            app.command(name, short_help=_in_short(function))(at_home(function))
             continue
         try:
             trial = typer.Typer(add_completion=False)
             trial.command(name)(function)
             typer.main.get_command(trial)
-            # Nor is its text read as markup, which may be wrong.
-            text = escape(plain(inspect.getdoc(function) or "", keep="\n"))
+            text = plain(inspect.getdoc(function) or "", keep="\n")
         except Exception as error:  # what is no function, or has arguments that are none of typer's
             warn_of(entry, f"{package_of(entry)} brings no command ({type(error).__name__}: {first_line(error)})")
             continue
-        app.command(name, help=text)(function)
+        app.command(name, help=text)(at_home(function))
     return app

@@ -55,6 +55,14 @@ Dtype = Annotated[
         metavar="DTYPE",
     ),
 ]
+Ignore = Annotated[
+    list[str] | None,
+    typer.Option("--ignore", help="Leave these dense: names, globs, re:…; repeated or with commas.", metavar="NAMES"),
+]
+Only = Annotated[
+    list[str] | None,
+    typer.Option("--only", help="Prune only these: names, globs, re:…; repeated or with commas.", metavar="NAMES"),
+]
 Debug = Annotated[bool, typer.Option("--debug", help="Show a traceback with an error.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Length = Annotated[int | None, typer.Option(help="Tokens per sequence. [default: min(2048, the model's context)]")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,7 @@ from rich.text import Text
 from sparsify.host import peak_memory
 from sparsify.method.pattern import Pattern
 from sparsify.method.spec import spec_text
+from sparsify.structure.plan import count_parameters
 from sparsify.words import format_bytes
 
 if TYPE_CHECKING:
@@ -30,7 +32,9 @@ def result_report(compiled: Compiled, seconds: float) -> RenderableType:
     parts: list[RenderableType] = []
     for done in compiled.structure:
         parts += [Text(spec_text(done.structural_pass), "bold"), *map(Text, done.lines())]
+    whole = _Whole(count_parameters(compiled.source))
     for run in compiled.runs:
+        whole.add(run.sites)
         if run.regions:
             parts += _region_report(run)
             continue
@@ -41,7 +45,7 @@ def result_report(compiled: Compiled, seconds: float) -> RenderableType:
             weights = f"{len(run.written)} weights written" if run.written else "no weight written"
             parts.append(Text(f"{spec_text(run.applied)}: {weights}, {run.seconds:.1f} s"))
             continue
-        parts += [_result_table(run), *_skipped_lines(run.skipped)]
+        parts += [_result_table(run, whole), *_skipped_lines(run.skipped)]
         unseen = [(s.name, s.without_data) for s in run.sites if s.without_data]
         for name, experts in unseen:
             numbers = ", ".join(map(str, experts))
@@ -80,6 +84,14 @@ def plan_report(compiled: Compiled) -> RenderableType:
         for kind, targets in _by_kind(run.targets).items():
             shapes = sorted({_shape(t.site) for t in targets})
             table.add_row(kind, str(len(targets)), ", ".join(shapes), _zeros(run.pattern))
+        total, pruned = (
+            count_parameters(compiled.source),
+            sum(t.site.experts * math.prod(t.site.shape) for t in run.targets),
+        )
+        table.add_section()
+        table.add_row("all", str(len(run.targets)), f"{pruned:,}", "")
+        zeros = f"{float(run.pattern.sparsity) * pruned / max(1, total):.1%} zeros"
+        table.add_row("whole model", "", f"{total:,}", zeros)
         parts += [table, *_skipped_lines(run.skipped)]
     return Group(*parts, *_opaque_lines(compiled.opaque), Text("dry run: nothing was read, pruned or written"))
 
@@ -124,7 +136,23 @@ def comparison_report(comparison: Compared) -> RenderableType:
     return Group(*lines, *(Text(note, "yellow") for note in notes))
 
 
-def _result_table(run: PassRun) -> Table:
+class _Whole:
+    """Of all numbers in a model's parameters, how many passes have left: what no pass pruned counts as kept."""
+
+    def __init__(self, parameters: int) -> None:
+        self.parameters = parameters
+        self._zeros: dict[str, float] = {}
+
+    def add(self, sites: Iterable[SiteResult]) -> None:
+        """The later pass over a weight counts."""
+        self._zeros |= {site.parameter: (1 - site.kept) * math.prod(site.shape) for site in sites}
+
+    @property
+    def kept(self) -> str:
+        return f"{1 - sum(self._zeros.values()) / max(1, self.parameters):.2%}"
+
+
+def _result_table(run: PassRun, whole: _Whole) -> Table:
     table = Table(
         title=f"{spec_text(run.applied)}, schedule {run.schedule}",
         title_justify="left",
@@ -142,6 +170,7 @@ def _result_table(run: PassRun) -> Table:
         table.add_row(kind.removeprefix(prefix), str(len(sites)), ", ".join(shapes), *_figures(sites))
     table.add_section()
     table.add_row("all", str(len(run.sites)), "", f"{run.kept:.2%}", *_figures(run.sites)[1:])
+    table.add_row("whole model", "", f"{whole.parameters:,}", whole.kept, "", "", "")
     twin = "cross_gram" in run.applied.statistics
     what = "‖X₀Wᵀ−XŴᵀ‖/‖X₀Wᵀ‖, X₀ the dense model's input," if twin else "‖XWᵀ−XŴᵀ‖/‖XWᵀ‖"
     table.caption = f"error: {what} on the calibration tokens, mean over sites and worst site"

@@ -7,6 +7,9 @@ rich's markup, and none of its control characters reach the terminal: they are s
 from __future__ import annotations
 
 import contextlib
+import io
+import os
+import stat
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -48,9 +51,33 @@ def complain(message: str) -> None:
     Terminal(stderr=True, soft_wrap=True).print(said, highlight=False)
 
 
-def replace_what_cannot_be_written() -> None:
-    """Let the standard streams of this process escape what their encoding has not, instead of failing on it."""
-    for stream in (sys.stdout, sys.stderr):
+class _Patient(io.FileIO):
+    """A stream of this process whose reader may leave: what is written then is nobody's, and no failure of a command
+    whose work is files."""
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data) or 0
+        except BrokenPipeError:
+            return len(data)
+
+
+def patient_streams() -> None:
+    """Let the standard streams of this process escape what their encoding has not, and outlive their readers
+    (``sparsify compile … | head -3``)."""
+    for name in ("stdout", "stderr"):
+        stream: Any = getattr(sys, name)
         reconfigure: Any = getattr(stream, "reconfigure", None)
-        if reconfigure is not None:
-            reconfigure(errors="backslashreplace")
+        if reconfigure is None:
+            continue
+        reconfigure(errors="backslashreplace")
+        try:
+            number = stream.fileno()
+            pipe = stat.S_ISFIFO(os.fstat(number).st_mode) or stat.S_ISSOCK(os.fstat(number).st_mode)
+        except (OSError, ValueError):
+            continue
+        if pipe:
+            stream.flush()
+            raw = io.BufferedWriter(_Patient(number, "w", closefd=False))
+            lines = name == "stderr"
+            setattr(sys, name, io.TextIOWrapper(raw, stream.encoding, "backslashreplace", line_buffering=lines))

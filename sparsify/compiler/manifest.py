@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import platform
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -36,10 +37,19 @@ def make_manifest(compiled: Compiled, request: Request, seed: int) -> dict[str, 
         | {"python": platform.python_version()},
         # What was taken out, now or before: a folder of ragged widths is read by it.
         **({"structure": structure} if structure else {}),
-        "passes": [_pass(run, request) for run in compiled.runs],
+        "passes": [_pass(run, request, place) for place, run in enumerate(compiled.runs, len(request.structural))],
         "calibration": None if calibration is None else _calibration(calibration, seed),
+        # What `sparsify compile --recipe` makes the same of again.
+        **({"recipe": _recipe(request.recipe, calibration)} if request.recipe is not None else {}),
         "not_understood": [{"tensors": list(opaque.parameters), "reason": opaque.reason} for opaque in compiled.opaque],
     }
+
+
+def _recipe(words: Mapping[str, Any], calibration: Calibration | None) -> dict[str, Any]:
+    """The recipe, with the source that was the default where none was named."""
+    if calibration is None or "calibration" in words:
+        return dict(words)
+    return {**words, "calibration": "self" if calibration.label.startswith("self") else "c4"}
 
 
 def _as_found(source: Source) -> dict[str, Any]:
@@ -56,15 +66,15 @@ def _as_found(source: Source) -> dict[str, Any]:
     return {key: value for key, value in found.items() if value}
 
 
-def _pass(run: PassRun, request: Request) -> dict[str, Any]:
-    own = run.applied
+def _pass(run: PassRun, request: Request, place: int) -> dict[str, Any]:
+    own, named = run.applied, request.named_by_passes[place]
     return {
         "spec": spec_text(own),
         "name": own.name,
         "options": {f.name: _plain(getattr(own, f.name)) for f in dataclasses.fields(own)},
         "schedule": run.schedule,
-        "ignore": list(request.ignore),
-        "only": list(request.only),
+        "ignore": [*request.ignore, *named.ignore],
+        "only": list(named.only or request.only),
         "sites": [_site(site) for site in run.sites],
         **({"regions": [_region(region) for region in run.regions]} if run.regions else {}),
         **({"channels": [_channels(group) for group in run.channels]} if run.channels else {}),

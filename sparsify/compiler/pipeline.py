@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from sparsify.compiler import stages
 from sparsify.compiler.backend import Backend
+from sparsify.compiler.recipe import recipe_of
 from sparsify.compiler.request import Data, parse
 from sparsify.compiler.result import Compiled
 from sparsify.compiler.seam import After, Seam, nobody
@@ -27,7 +30,7 @@ def untold(text: str) -> None:
 @cpu_by_default()
 def compile(
     model: str | Path | nn.Module,
-    passes: Sequence[str | Pass] = (),
+    passes: Sequence[str | Pass | Mapping[str, Any]] = (),
     *,
     calibration: Data = None,
     schedule: Schedule = "layer",
@@ -60,7 +63,9 @@ def compile(
 
     Args:
         model: a Hugging Face folder, a hub id, a GGUF file, or a module, which is left as it is.
-        passes: specs (``"wanda:2:4"``) or pass objects, run in this order, each on the result of the one before.
+        passes: specs (``"wanda:2:4"``) or pass objects, run in this order, each on the result of the one before; with
+            names of its own one is ``{"pass": "wanda:2:4", "only": ["*mlp*"], "ignore": []}``: its ``only`` stands for
+            that of all, its ``ignore`` comes to it.
         calibration: a source's name (see README), or an iterable of LongTensors [batch, sequence] or of keyword
             dictionaries of the model's inputs, or what :func:`load_calibration` returned. None: C4 where the hub
             answers, else sampled from the model.
@@ -107,6 +112,13 @@ def compile(
         template=chat_template,
         teacher=teacher,
     )
+    request = replace(
+        request,
+        recipe=recipe_of(
+            model, request, seed=seed, allow_bin=allow_bin, no_check=not check, allow_nan=allow_nan, strict=strict,
+            compute_dtype=compute_dtype, adapter=adapter, dtype=dtype,
+        ),
+    )  # fmt: skip
     context = Context(resolve_device(device), parse_bytes(memory), seed, observe)
     seam = Seam(context, after)
     with within_memory("compiling", context.device), ExitStack() as stack:

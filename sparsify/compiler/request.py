@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,10 @@ from sparsify.method.base import Pass, check_order
 from sparsify.method.region_pass import RegionPass
 from sparsify.method.spec import parse_pass, spec_text
 from sparsify.method.structural_pass import StructuralPass
-from sparsify.words import Schedule, check_amount, check_schedule
+from sparsify.prune.names import Named
+from sparsify.words import Schedule, check_amount, check_schedule, split_names
+
+_OF_A_PASS = ("pass", "only", "ignore")
 
 Data = str | Iterable[Any] | Calibration | None
 
@@ -31,6 +34,8 @@ class Request:
         data: a source's name, what was given in Python, or None for the default; samples, length: how much is drawn.
         out: the folder to write; None keeps the result in memory. template: the file of a chat template.
         teacher: the dense model that a pass fits to, where it is not the one that is pruned here.
+        named_by_passes: what each pass names for itself, in the order of all passes.
+        recipe: these words and those of opening the model, for another run; None where some are in memory alone.
     """
 
     structural: tuple[StructuralPass, ...]
@@ -47,6 +52,8 @@ class Request:
     dry_run: bool = False
     template: str | Path | None = None
     teacher: str | Path | nn.Module | None = None
+    named_by_passes: tuple[Named, ...] = ()
+    recipe: Mapping[str, Any] | None = None
 
     @property
     def passes(self) -> tuple[Pass, ...]:
@@ -82,7 +89,7 @@ def most_rows(passes: Iterable[Pass]) -> int | None:
 
 
 def parse(
-    passes: Sequence[str | Pass],
+    passes: Sequence[str | Pass | Mapping[str, Any]],
     to: str | Backend,
     schedule: str,
     data: Data,
@@ -105,7 +112,8 @@ def parse(
     """
     if isinstance(passes, str):
         raise SpecError(f"passes '{passes}'", found="one text", do=f'Give a list: ["{passes}"]')
-    parsed = [parse_pass(own) if isinstance(own, str) else own for own in passes]
+    told = [as_pass(own) for own in passes]
+    parsed = [own for own, _ in told]
     for own in parsed:
         if not isinstance(own, Pass) or not hasattr(own, "name"):
             raise SpecError(f"pass {own!r}", found="no pass", do='Give a spec ("wanda:2:4") or a pass: Wanda(NM(2, 4))')
@@ -137,12 +145,35 @@ def parse(
         dry_run=dry_run,
         template=template,
         teacher=teacher,
+        named_by_passes=tuple(named for _, named in told),
     )
     _check_teacher(request)
     if template is not None and not (request.needs_data and request.is_named):
         found = "batches given in Python" if request.needs_data else "no pass that calibrates"
         raise SpecError(f"--chat-template {template}", found=found, do="Leave it out, or name data of chat messages")
     return request
+
+
+def as_pass(given: str | Pass | Mapping[str, Any]) -> tuple[Any, Named]:
+    """A pass of a request, and what it names for itself: a spec, a pass, or ``{"pass": …, "only": …, "ignore": …}``.
+
+    Raises:
+        SpecError: as :func:`parse`.
+    """
+    named = Named()
+    if isinstance(given, Mapping):
+        wrong = [str(key) for key in given if key not in _OF_A_PASS]
+        if wrong or "pass" not in given:
+            found = f"'{wrong[0]}', which is no word of it" if wrong else "no 'pass'"
+            raise SpecError("a pass with names of its own", found=found, do=f"Its words are {', '.join(_OF_A_PASS)}")
+        named = Named(*(tuple(split_names(as_words(given.get(key)))) for key in ("only", "ignore")))
+        given = given["pass"]
+    return (parse_pass(given) if isinstance(given, str) else given), named
+
+
+def as_words(given: Any) -> list[str]:
+    """One text, several, or none, as a list."""
+    return [given] if isinstance(given, str) else list(given or ())
 
 
 def _check_teacher(request: Request) -> None:

@@ -39,7 +39,7 @@ from sparsify.method.pattern import NM
 from sparsify.method.region_pass import RegionPass
 from sparsify.method.weight_pass import WeightPass
 from sparsify.prune.engine import prune as prune_weights
-from sparsify.prune.names import Wanted
+from sparsify.prune.names import Named, Wanted
 from sparsify.prune.targets import UNFIT, choose
 from sparsify.refine.engine import refine
 from sparsify.structure.orders import reordered
@@ -166,10 +166,12 @@ def plan(source: Source, request: Request, context: Context) -> tuple[Planned, C
     check_length(request.length, source)
     if request.needs_data and (not request.is_named or names_image_text(request.data, source)):
         given = _load(source, request, context)
-    wanted = Wanted.of(source.weights, request.only, request.ignore)
+    wanted = Wanted.of_each(source.weights, Named(request.only, request.ignore), request.named_by_passes)
     program = capture(source, _first_batch(source, request, given))
     model = Captured(source, program, wanted)
-    structure = [plan_structure(source, program, own, wanted) for own in request.structural]
+    structure = [
+        plan_structure(source, program, own, wanted.of_pass(place)) for place, own in enumerate(request.structural)
+    ]
     # What other passes are for is known once the model is smaller.
     later = [PassRun(own, "later") for own in request.others]
     return Planned(model, structure, later if structure else _runs(model, request)), given
@@ -205,9 +207,9 @@ def restructure(planned: Planned, data: Calibration | None, request: Request, se
         return planned
     dense, model, done = planned.model.program, planned.model, list[Restructured]()
     samples = None if data is None else Samples(data.batches, data.labels)
-    for own in request.structural:
+    for number, own in enumerate(request.structural):
         with seam.running(own, model.program) as ran:
-            model, records = make_smaller(model, own, samples, place.path, seam.context)
+            model, records = make_smaller(model, own, samples, place.path, seam.context, number)
             ran.program = model.program
         done += records
     fits = any(isinstance(own, RegionPass) for own in request.others)
@@ -255,7 +257,7 @@ def prune(
     compiled.calibration, compiled.opaque = data, find_sites(program)[1]
     samples = None if data is None else Samples(data.batches, data.labels)
     compiled.dense = planned.model.source.weights
-    for run in planned.runs:
+    for number, run in enumerate(planned.runs, len(request.structural)):
         own = run.applied
         with seam.running(own, program) as ran:
             if isinstance(own, ChannelPass):
@@ -282,7 +284,7 @@ def prune(
                     seam.context,
                     _teacher(planned, program),
                     every=planned.dense is not None,
-                    left=frozenset(planned.model.wanted.ignored),
+                    left=frozenset(planned.model.wanted.of_pass(number).ignored),
                 )
             elif isinstance(own, GraphPass):
                 own.apply(program, None if data is None else data.batches, seam.context)
@@ -345,7 +347,8 @@ def _runs(model: Captured, request: Request) -> list[PassRun]:
     """Every pass that is not structural, with the weights that it is for."""
     schedule = request.schedule if request.needs_data else "none"
     runs = []
-    for own in request.others:
+    for place, own in enumerate(request.others, len(request.structural)):
+        wanted = model.wanted.of_pass(place)
         if not isinstance(own, (ChannelPass, WeightPass, RegionPass, GraphPass, LoweringPass)):
             raise SpecError(
                 f"pass {own.name}",
@@ -354,12 +357,12 @@ def _runs(model: Captured, request: Request) -> list[PassRun]:
             )
         run = PassRun(own, schedule)
         if isinstance(own, ChannelPass):
-            run.lanes, run.skipped = choose_lanes(model.program, own, model.wanted)
+            run.lanes, run.skipped = choose_lanes(model.program, own, wanted)
         if isinstance(own, WeightPass):
-            run.targets, run.skipped = choose(model.program, own.pattern, model.wanted)
+            run.targets, run.skipped = choose(model.program, own.pattern, wanted)
             if isinstance(own.pattern, NM) and any(hasattr(smaller, "round") for smaller in request.structural):
                 m = own.pattern.m
-                hint = f"; where {m} divides the dense width, round={m} of the pass that makes it smaller keeps that so"
+                hint = f"; channels (not heads) fit it with round={m} of the pass that makes it smaller"
                 run.skipped = [replace(s, reason=s.reason + hint) if s.code == UNFIT else s for s in run.skipped]
         runs.append(run)
     return runs

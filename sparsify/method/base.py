@@ -20,7 +20,9 @@ class Pass:
     """Base of all passes.
 
     Class attributes:
-        name: how the pass is called in a spec. ``summary``: what it does, in a line.
+        name: how the pass is called in a spec. ``summary``: what it does, in a line. ``when``: when to take it, and
+            ``example``, a spec: for ``sparsify passes NAME``, which reads them and what the docstring says of each
+            option (``Args:`` or ``Attributes:``) without importing the pass (:mod:`sparsify.method.declared`).
         kind: who runs it: ``structure`` makes the model smaller, ``graph`` sees a captured program as a whole,
             ``channels`` puts channels into another order, ``weights`` prunes one matrix after the other, ``regions``
             trains one block after the other, ``lowering`` rewrites the graph for packed operators.
@@ -32,6 +34,8 @@ class Pass:
 
     name: ClassVar[str]
     summary: ClassVar[str] = ""
+    when: ClassVar[str] = ""
+    example: ClassVar[str] = ""
     kind: ClassVar[Kind]
     follows: ClassVar[frozenset[Kind]]
     misplaced: ClassVar[str]

@@ -38,11 +38,12 @@ _OWN = {
     },
     # Functions with typer's annotations; each is imported when a command line is parsed, so they import nothing heavy.
     "sparsify.commands": {
-        "compile": "sparsify.cli.commands:compile_command",
+        "compile": "sparsify.cli.compile:compile_command",
         "inspect": "sparsify.cli.commands:inspect_command",
         "eval": "sparsify.cli.commands:eval_command",
         "compare": "sparsify.cli.commands:compare_command",
-        "passes": "sparsify.cli.commands:passes_command",
+        "passes": "sparsify.cli.passes:passes_command",
+        "version": "sparsify.cli.version:version_command",
         "tune": "sparsify.cli.tune:tune_command",
         "run": "sparsify.backends.onnx.commands:run",
         "verify": "sparsify.backends.verify.commands:verify",
@@ -102,13 +103,16 @@ def registered(group: str) -> dict[str, EntryPoint]:
     return found
 
 
-def loaded(group: str) -> Iterator[tuple[str, EntryPoint, Any]]:
-    """Name, entry point and what it stands for, of everything in ``group`` that loads; a warning names what does not.
+def loaded(group: str, only: str | None = None) -> Iterator[tuple[str, EntryPoint, Any]]:
+    """Name, entry point and what it stands for, of everything in ``group`` that loads (or of ``only`` one); a warning
+    names what does not.
 
     Raises:
         SpecError: something of our own does not load.
     """
     for name, entry in registered(group).items():
+        if only not in (None, name):
+            continue
         try:
             value = load(entry)
         except SpecError as error:

@@ -14,10 +14,10 @@ import types
 import typing
 from typing import Any
 
-from sparsify.errors import SpecError, first_line, near
+from sparsify.errors import SpecError, near
 from sparsify.method.base import Pass
 from sparsify.method.pattern import parse_pattern
-from sparsify.method.registry import find, known, registered
+from sparsify.method.registry import find, known
 
 
 def parse_pass(text: str) -> Pass:
@@ -110,34 +110,6 @@ def split_pipeline(text: str) -> list[str]:
     return [spec for piece in re.split(r"\+(?=\s*[a-z])", text) if (spec := piece.strip())]
 
 
-def describe_passes() -> list[tuple[str, str, dict[str, str]]]:
-    """Name, one-line summary and options with their defaults of every registered pass.
-
-    Options that all passes of a base have stand once, at the end, under what the base calls them.
-    """
-    rows: list[tuple[str, str, dict[str, str]]] = []
-    bases: dict[str, type[Pass]] = {}
-    for name in sorted(registered("sparsify.passes")):
-        try:
-            kind = find_pass(name)
-            base = kind.shared_base()
-            form = f"{name}:PATTERN" if kind.takes_pattern() else name
-            rows.append((form, kind.summary, _described(kind, kind.options_of_its_own())))
-        except Exception as error:
-            # One broken package costs its own line and nothing else.
-            found = error.found if isinstance(error, SpecError) else f"{type(error).__name__}: {first_line(error)}"
-            rows.append((name, f"cannot be used: {found}", {}))
-            continue
-        if base is not None:
-            bases[base.common_to] = base
-    return [*rows, *((called, "", _described(base, base.options())) for called, base in bases.items())]
-
-
-def _described(kind: type[Pass], options: dict[str, dataclasses.Field[Any]]) -> dict[str, str]:
-    hints = typing.get_type_hints(kind)
-    return {name: f"{_choices(hints[name])} (default {f.default})" for name, f in options.items()}
-
-
 def _parts(text: str) -> tuple[str, str, list[str]]:
     """Name, pattern (empty where there is none) and options."""
     head, *options = text.strip().split(",")
@@ -170,7 +142,7 @@ def _value(what: str, text: str, hint: Any) -> Any:
         for each in typing.get_args(hint):
             with contextlib.suppress(SpecError):
                 return _value(what, text, each)
-        raise SpecError(what, found=f"'{text}' is not {_choices(hint)}", do=f"Give {_choices(hint)}")
+        raise SpecError(what, found=f"'{text}' is not {choices(hint)}", do=f"Give {choices(hint)}")
     if typing.get_origin(hint) is typing.Literal:
         if text in typing.get_args(hint):
             return text
@@ -184,12 +156,13 @@ def _value(what: str, text: str, hint: Any) -> Any:
             pass
     elif hint is str:
         return text
-    raise SpecError(what, found=f"'{text}' is not {_choices(hint)}", do=f"Give {_choices(hint)}")
+    raise SpecError(what, found=f"'{text}' is not {choices(hint)}", do=f"Give {choices(hint)}")
 
 
-def _choices(hint: Any) -> str:
+def choices(hint: Any) -> str:
+    """The values that a type allows, for people."""
     if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
-        return " or ".join(_choices(h) for h in typing.get_args(hint) if h is not type(None))
+        return " or ".join(choices(h) for h in typing.get_args(hint) if h is not type(None))
     if typing.get_origin(hint) is typing.Literal:
         return " or ".join(str(a) for a in typing.get_args(hint))
     return {bool: "true or false", int: "a whole number", float: "a number", str: "text"}.get(hint, str(hint))

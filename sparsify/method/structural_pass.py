@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from itertools import pairwise
 from typing import ClassVar, Literal
 
@@ -23,6 +24,8 @@ WidthKind = Literal["uniform", "ragged"]
 
 # Rounds that a pass may be cut into: each writes the model once.
 MOST_STEPS = 1000
+# What fits 2:4, 4:8 and the tiles of every kernel.
+_ROUND = 8
 
 # Which kinds of groups each granularity is for.
 KINDS: dict[Granularity, frozenset[str]] = {
@@ -42,12 +45,16 @@ class Part:
         gradient: the same shape, the mean over calibration samples of the loss's gradient; None where it was not asked
             for.
         fisher: the mean of its square. channel: [positions], the channel of the group that each position belongs to.
+        place: [positions], where inside of its channel it stands: 0 … ``places`` − 1, the same for every parameter of
+            the group (a column of a head; of several query heads on one key-value head, that column of each).
     """
 
     weight: Tensor
     gradient: Tensor | None
     fisher: Tensor | None
     channel: Tensor
+    place: Tensor
+    places: int
 
 
 @dataclass(frozen=True)
@@ -63,15 +70,17 @@ class StructuralPass(Pass):
             any width for any layer (implied by scope=global, keep_first and keep_last), for :func:`sparsify.load`.
         scope: ``local``: the same share of every group; ``global``: of all groups of a kind together (heads with heads,
             channels with channels), each group's scores divided by their mean, so that layers come to differ in width.
-        keep_first, keep_last: blocks at the beginning and at the end that stay whole (LLM-Pruner's own choice for a
-            deep model is 4 and 2; layers differ in width then).
+        keep_first: blocks at the beginning that stay whole (LLM-Pruner's own choice for a deep model is 4); layers
+            differ in width then.
+        keep_last: blocks at the end that stay whole (LLM-Pruner: 2); layers differ in width then.
         steps: cut in so many rounds, the share rising evenly, with gradients taken anew for each.
-        round: what is left of a group's channels is a multiple of this; heads stay whole and are not rounded.
+        round: what is left of a group's channels is a multiple of this, whatever there were, so that N:M patterns fit
+            it; where it is not given, of 8, and experts are not rounded; heads stay whole and are never rounded.
     """
 
     pattern: Pattern
     granularity: Granularity = "block"
-    round: int = 8
+    round: int | None = None
     widths: WidthKind = "uniform"
     scope: Scope = "local"
     keep_first: int = 0
@@ -92,9 +101,10 @@ class StructuralPass(Pass):
             )
         least = {"round": 1, "steps": 1, "keep_first": 0, "keep_last": 0}
         for option, low in least.items():
-            if getattr(self, option) < low:
+            given = getattr(self, option)
+            if given is not None and given < low:
                 raise SpecError(
-                    f"{self.name}:{option}={getattr(self, option)}",
+                    f"{self.name}:{option}={given}",
                     found=f"it must be at least {low}",
                     do=f"Choose {max(low, 8 if option == 'round' else 1)}, say",
                 )
@@ -134,22 +144,29 @@ class StructuralPass(Pass):
         return [replace(self, steps=1, pattern=Unstructured(1 - after / before)) for before, after in pairwise(kept)]
 
     def left(self, free: int, kind: str) -> int:
-        """How many of ``free`` channels stay.
+        """How many of ``free`` channels stay: the most in multiples of :meth:`unit` that are no more than asked for;
+        where those are none, the nearest.
 
         Raises:
-            SpecError: none would.
+            SpecError: none would, or all.
         """
         assert isinstance(self.pattern, Unstructured)
-        exact, unit = free * (1 - self.pattern.sparsity), self.unit(free, kind)
-        kept = min(free, int(exact / unit + (1 if kind == "heads" else 0) / 2) * unit)
-        if kept < 1:
+        unit = self.unit(kind)
+        units = free * (1 - self.pattern.sparsity) / unit
+        nearest = int(units + Fraction(1, 2)) * unit
+        kept = nearest if kind == "heads" else int(units) * unit
+        if not kept and nearest < free:
+            kept = nearest
+        if not 0 < kept < free:
             raise SpecError(
                 f"{self.name}:{self.pattern}",
-                found=f"of {free} {kind} in multiples of {unit} none would be left",
-                do="Ask for less, or for a smaller round",
+                found=f"of {free} {kind} in multiples of {unit} {'all' if kept else 'none'} would be left",
+                do=f"Ask for {'more' if kept else 'less'}, or for a smaller round",
             )
         return kept
 
-    def unit(self, free: int, kind: str) -> int:
+    def unit(self, kind: str) -> int:
         """What the number of channels that stay is a multiple of."""
-        return 1 if kind == "heads" or free % self.round else self.round
+        if kind == "heads":
+            return 1
+        return self.round or (1 if kind == "experts" else _ROUND)

@@ -40,12 +40,16 @@ class WeightPass(Pass):
     """Base of all weight passes.
 
     Args:
-        pattern: which weights go. ``group``, ``blocksize``, ``count``: see
-            :class:`~sparsify.method.selection.Comparison`.
-        allocation: how an unstructured pattern's zeros are spread over sites, see :mod:`sparsify.prune.allocation`:
-            ``uniform``, ``owl`` (by outliers) or ``error`` (by measured output error).
-        spread: how far a site's sparsity may be from the pattern's under an allocation.
-        outliers: OWL's M: a score above M times the mean of its layer is an outlier.
+        pattern: which weights go.
+        group: which weights compete for a percentage: those of one ``output`` neuron, of one ``input``, or of the whole
+            ``layer``; where it is not given, what the method's paper takes.
+        blocksize: how many neighbouring output neurons (or inputs) compete together.
+        count: how a share of n weights becomes a number: ``floor`` as the official code on floating point, ``exact``,
+            ``threshold`` with one more and all ties, ``total`` to the weight over the whole matrix.
+        allocation: how the zeros of a percentage are spread over layers: ``uniform``, ``owl`` by outliers, ``error`` by
+            measured output error.
+        spread: how far a layer's share may be from the one asked for, with an allocation; 0.08 for owl, 0.1 for error.
+        outliers: for ``owl``: what lies above so many times the mean of its layer is an outlier.
 
     Class attributes:
         default_group: the comparison group where none is asked for.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 
 from sparsify.errors import SpecError, near
@@ -12,11 +12,24 @@ from sparsify.ir.weights import Weights
 
 
 @dataclass(frozen=True)
+class Named:
+    """What a user names: patterns of parameters and modules."""
+
+    only: tuple[str, ...] = ()
+    ignore: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Wanted:
-    """Which checkpoint tensors may be pruned: all but ``ignored``, or of ``only`` where that is not None."""
+    """Which checkpoint tensors may be pruned: all but ``ignored``, or of ``only`` where that is not None.
+
+    Attributes:
+        passes: of passes with names of their own, by their place among all passes.
+    """
 
     only: frozenset[str] | None = None
     ignored: frozenset[str] = frozenset()
+    passes: Mapping[int, Wanted] = field(default_factory=dict)
 
     @classmethod
     def of(cls, weights: Weights, only: Sequence[str] = (), ignore: Sequence[str] = ()) -> Wanted:
@@ -30,6 +43,26 @@ class Wanted:
         names = _Names(weights)
         return cls(names.matching(only, "--only") if only else None, names.matching(ignore, "--ignore"))
 
+    @classmethod
+    def of_each(cls, weights: Weights, every: Named, each: Sequence[Named]) -> Wanted:
+        """What ``every`` pass may prune; and ``each`` by its place, where it has names of its own: its ``only`` stands
+        for that of all, its ``ignore`` comes to that of all.
+
+        Raises:
+            SpecError: as :meth:`of`.
+        """
+        whole = cls.of(weights, every.only, every.ignore)
+        own = {
+            place: cls.of(weights, named.only or every.only, (*every.ignore, *named.ignore))
+            for place, named in enumerate(each)
+            if named.only or named.ignore
+        }
+        return replace(whole, passes=own)
+
+    def of_pass(self, place: int) -> Wanted:
+        """What the pass at that place may prune."""
+        return self.passes.get(place, self)
+
     def renamed(self, names: Mapping[str, str | None]) -> Wanted:
         """The same tensors in a model in which they have new names.
 
@@ -41,7 +74,8 @@ class Wanted:
             moved = (names.get(name, name) for name in tensors)
             return frozenset(name for name in moved if name is not None)
 
-        return Wanted(None if self.only is None else follow(self.only), follow(self.ignored))
+        passes = {place: own.renamed(names) for place, own in self.passes.items()}
+        return Wanted(None if self.only is None else follow(self.only), follow(self.ignored), passes)
 
 
 class _Names:

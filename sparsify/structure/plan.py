@@ -233,16 +233,15 @@ def share_out(
         own = [(c, s / s.mean().clamp(min=1e-300)) for c, s in zip(chosen, scores, strict=True) if c.kind == kind]
         wanted = sum(len(s) - c.left for c, s in own)
         owner = torch.cat([torch.full((len(s),), i) for i, (_, s) in enumerate(own)])
-        lost = [0] * len(own)
+        lost, unit = [0] * len(own), structural_pass.unit(kind)
         for i in owner[torch.cat([s for _, s in own]).argsort(stable=True)].tolist():
-            unit = structural_pass.unit(len(own[i][1]), kind)
             if sum(lost) == wanted:
                 break
             if lost[i] < len(own[i][1]) - unit:
                 lost[i] += 1
         for (c, s), gone in zip(own, lost, strict=True):
-            unit = structural_pass.unit(len(s), kind)
-            left[c.number] = max(unit, round((len(s) - gone) / unit) * unit)
+            nearest = round((len(s) - gone) / unit)
+            left[c.number] = min(max(1, nearest), len(s) // unit) * unit
     kept = [
         (replace(c, left=left[c.number]), s) for c, s in zip(chosen, scores, strict=True) if left[c.number] < len(s)
     ]

@@ -50,24 +50,24 @@ class Captured:
 
 
 def restructure(
-    model: Captured, structural_pass: StructuralPass, data: Samples | None, into: Path, context: Context
+    model: Captured, structural_pass: StructuralPass, data: Samples | None, into: Path, context: Context, place: int = 0
 ) -> tuple[Captured, Restructured]:
     """Write the smaller model of ``model`` into the folder ``into``: the model that it holds, and what was done.
 
     Args:
-        data: one calibration sample a batch, for a pass that needs gradients.
+        data: one calibration sample a batch, for a pass that needs gradients. place: of the pass among all.
 
     Raises:
         SpecError: a ratio that leaves nothing, names that match nothing, or groups that all are pinned.
         BackendError: widths that the model's config cannot say, or a smaller model that computes something else.
     """
-    program = model.program
+    program, wanted = model.program, model.wanted.of_pass(place)
     if structural_pass.granularity == "layer":
-        targets, _ = choose(program, structural_pass.pattern, model.wanted)
+        targets, _ = choose(program, structural_pass.pattern, wanted)
         parameters = [target.parameter for target in targets]
         choices = None
     else:
-        choices = choose_groups(model.source, program, structural_pass, model.wanted)
+        choices = choose_groups(model.source, program, structural_pass, wanted)
         parameters = parameters_of(program, choices.chosen)
     with Gradients(context.memory // 4) as gradients:
         if structural_pass.statistics:

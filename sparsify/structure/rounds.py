@@ -41,9 +41,17 @@ def in_a_folder(source: Source, place: Path) -> Source:
 
 
 def make_smaller(
-    model: Captured, structural_pass: StructuralPass, data: Samples | None, place: Path, context: Context
+    model: Captured,
+    structural_pass: StructuralPass,
+    data: Samples | None,
+    place: Path,
+    context: Context,
+    number: int = 0,
 ) -> tuple[Captured, list[Restructured]]:
     """Run the rounds of a pass, each into a folder of its own below ``place``: the last model, and what was done.
+
+    Args:
+        number: of the pass among all.
 
     Raises:
         SpecError, BackendError: as :func:`restructure`.
@@ -52,6 +60,6 @@ def make_smaller(
     for one in structural_pass.rounds():
         into = place / str(sum(1 for _ in place.iterdir()))
         into.mkdir()
-        model, record = restructure(model, one, data, into, context)
+        model, record = restructure(model, one, data, into, context, number)
         done.append(record)
     return model, done

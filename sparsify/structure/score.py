@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -32,15 +33,18 @@ class Scores:
     def of_channels(self, choice: Choice) -> Tensor:
         """One score for each channel of a group."""
         members = [member for member in choice.group.members if member.parameter in self.sites]
-        parts = [self._part(m.parameter, m.axis, torch.from_numpy(m.channel)) for m in members]
+        channels = [torch.from_numpy(m.channel) for m in members]
+        places = common_places(channels, choice.group.channels)
+        parts = [self._part(m.parameter, m.axis, own, places) for m, own in zip(members, channels, strict=True)]
         return self.structural_pass.scores(parts, choice.group.channels, self.seed * 100_003 + choice.number)
 
     def of_all(self, names: Sequence[str], number: int) -> float:
         """One score for all of the parameters ``names`` together, the ``number``-th that is asked for."""
-        parts = [self._part(n, 0, torch.zeros(self.program.weights.shape(n)[0], dtype=torch.long)) for n in names]
+        # Rows of one matrix are not those of another: the parameters are compared as wholes.
+        parts = [self._part(n, 0, torch.zeros(self.program.weights.shape(n)[0], dtype=torch.long), 1) for n in names]
         return float(self.structural_pass.scores(parts, 1, self.seed + number)[0]) if parts else 0.0
 
-    def _part(self, name: str, axis: int, channel: Tensor) -> Part:
+    def _part(self, name: str, axis: int, channel: Tensor, places: int) -> Part:
         weight = self.program.weights.read(name)
 
         def rows(value: Tensor) -> Tensor:
@@ -53,4 +57,25 @@ class Scores:
             # Sums over samples, as they were measured; means here.
             gradient = rows(found["gradient"]) / self.samples if "gradient" in found else None
             fisher = rows(found["gradient_l2"]).square() / self.samples if "gradient_l2" in found else None
-        return Part(rows(weight), gradient, fisher, channel)
+        return Part(rows(weight), gradient, fisher, channel, rank_in_channel(channel) % places, places)
+
+
+def common_places(channels: Sequence[Tensor], count: int) -> int:
+    """Into how many places a channel is cut that all parameters have: of heads one for each column.
+
+    A parameter with several times as many positions (query heads that share a key-value head) has several in a place.
+
+    Args:
+        channels: of each parameter, the channel of each position. count: channels.
+    """
+    counts = [torch.bincount(own, minlength=count) for own in channels]
+    return math.gcd(*(int(n) for own in counts for n in own)) or 1
+
+
+def rank_in_channel(channel: Tensor) -> Tensor:
+    """For each position, how many before it belong to its channel: [positions]."""
+    order = channel.argsort(stable=True)
+    first = torch.searchsorted(channel[order], channel)
+    rank = torch.empty_like(channel)
+    rank[order] = torch.arange(len(channel), dtype=channel.dtype)
+    return rank - first

@@ -11,6 +11,7 @@ from support.families import FAMILIES, build, inputs
 from torch import Tensor, nn
 
 import sparsify
+from sparsify.analysis.linear import find_sites
 from sparsify.calibration.gradients import Gradients, Samples, measure_gradients
 from sparsify.context import Context
 from sparsify.data.batches import load_calibration
@@ -131,14 +132,38 @@ def test_a_model_without_a_loss_is_refused() -> None:
         sparsify.compile(net, ["gradient:50%"], calibration=[torch.randn(4, 8)])
 
 
-def test_a_weight_that_two_blocks_share_is_refused() -> None:
-    """Each block is differentiated for itself: the sum over both would be half of it, twice."""
+@pytest.mark.parametrize("memory", [1 << 30, 1000])
+def test_a_weight_that_two_blocks_share_has_the_gradients_of_both(memory: int) -> None:
+    """Each block is differentiated for itself: a sample's gradient is the sum of theirs, whatever is made of it."""
     model = build("llama")
     first, second = model.model.layers
     second.mlp.up_proj.weight = first.mlp.up_proj.weight
-    with pytest.raises(TraceError, match=r"layers\.0\.mlp\.up_proj\.weight.*several blocks share"):
-        ours(model, [inputs("llama", rows=2)])
-    sparsify.compile(model, ["gblm:50%"], calibration=[inputs("llama")], ignore=["*.up_proj"])
+    batch = inputs("llama", rows=3)
+    found = ours(model, [batch], memory)
+    name = "model.layers.0.mlp.up_proj.weight"
+    single = [{n: t[i : i + 1] for n, t in batch.items()} for i in range(3)]
+    for statistic, value in eager(model, single, [name])[name].items():
+        torch.testing.assert_close(found[name][statistic], value, rtol=2e-3, atol=2e-4 * float(value.abs().max()))
+
+
+@pytest.mark.parametrize("wanted", [ALL, {"gradient"}])
+def test_embeddings_tied_to_the_head(wanted: set[str]) -> None:
+    """The first region and the last read one weight."""
+    model = build("opt")
+    assert model.lm_head.weight is model.model.decoder.embed_tokens.weight
+    batch, name = inputs("opt", rows=3), "model.decoder.embed_tokens.weight"
+    source = open_source(model)
+    data = load_calibration([batch], source, rows=1)
+    program = capture(source, data.batches[0])
+    site = next(site for site in find_sites(program)[0] if site.parameter == name)
+    with Gradients(1 << 30) as store:
+        measure_gradients(program, [name], Samples(data.batches), wanted, store, Context())
+        found = {n: site.layout(v, model.get_parameter(name)) for n, v in store.read(site).items()}
+    assert found.keys() == wanted
+    expected = eager(model, [{n: t[i : i + 1] for n, t in batch.items()} for i in range(3)], [name])[name]
+    for statistic, value in found.items():
+        exact = expected[statistic]
+        torch.testing.assert_close(value, exact, rtol=2e-3, atol=2e-4 * float(exact.abs().max()))
 
 
 def test_gradients_of_a_float16_model_are_those_of_its_loss() -> None:

@@ -36,11 +36,18 @@ def test_help(command: str) -> None:
     assert code == 0 and "Usage" in said and loaded == []
 
 
+@pytest.mark.parametrize("words", ["passes", "passes twin", "passes --json", "passes llm-pruner --json"])
+def test_what_passes_are_for(words: str) -> None:
+    code, said, loaded = run(*words.split())
+    assert code == 0 and loaded == [] and ("twin" in said or "llm-pruner" in said)
+
+
 WRONG = {
     "no such command": ["prune", "model"],
     "no such option": ["compile", "model", "--pas", "wanda:2:4"],
     "no model": ["compile", "--pass", "wanda:2:4"],
     "no pass": ["compile", "model"],
+    "no such pass to describe": ["passes", "wnda"],
     "no such pass": ["compile", "model", "--pass", "wnda:2:4"],
     "no such pattern": ["compile", "model", "--pass", "wanda:4:2"],
     "a number that is none": ["compile", "model", "--pass", "wanda:2:4", "--samples", "many"],

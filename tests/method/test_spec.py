@@ -1,14 +1,17 @@
 from __future__ import annotations
 
+import typing
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from sparsify import passes
 from sparsify.errors import SpecError
+from sparsify.method.description import describe, describe_passes
 from sparsify.method.pattern import NM, Unstructured
 from sparsify.method.registry import find, is_own, loaded, registered
-from sparsify.method.spec import describe_passes, parse_pass, spec_text
+from sparsify.method.spec import choices, find_pass, parse_pass, spec_text
 from sparsify.method.weight_pass import WeightPass
 from sparsify.passes import LowerSparse, Magnitude, Wanda
 
@@ -73,14 +76,33 @@ def test_what_cannot_be_meant_is_refused(text: str, says: str) -> None:
 
 
 def test_passes_describe_themselves() -> None:
-    rows = {name: options for name, _, options in describe_passes()}
-    assert "variant" in rows["wanda:PATTERN"] and "variant" not in rows["magnitude:PATTERN"]
-    assert rows["lower-sparse"]["choice"] == "measured or smallest (default measured)"
-    assert "target" not in rows["lower-sparse"], "which no text can spell"
+    rows = {row.name: row for row in describe_passes()}
+    options = {name: {o.name: o for o in row.options} for name, row in rows.items()}
+    assert "variant" in options["wanda"] and "variant" not in options["magnitude"]
+    assert (options["lower-sparse"]["choice"].values, options["lower-sparse"]["choice"].default) == (
+        "measured or smallest",
+        "measured",
+    )
+    assert "target" not in options["lower-sparse"], "which no text can spell"
     with pytest.raises(SpecError, match="option 'target' of lower-sparse: no such option"):
         parse_pass("lower-sparse:target=H200")
-    assert rows[WeightPass.common_to]["blocksize"] == "a whole number (default 1)"
-    assert rows["sparsegpt:PATTERN"]["blocksize"] == "a whole number (default 128)", "its own default stands with it"
+    shared = {o.name: o for o in rows["wanda"].shared}
+    assert shared["blocksize"].default == 1 and rows["wanda"].common == WeightPass.common_to
+    assert options["sparsegpt"]["blocksize"].default == 128, "its own default stands with it"
+
+
+@pytest.mark.parametrize("name", sorted(registered("sparsify.passes")))
+def test_a_pass_is_described_as_it_is(name: str) -> None:
+    """Its source, read without importing it, says the fields, values and defaults that the class has."""
+    kind, row = find_pass(name), describe(name)
+    hints = typing.get_type_hints(kind)
+    real = {n: (choices(hints[n]), f.default) for n, f in kind.options().items()}
+    assert {o.name: (o.values, o.default) for o in (*row.options, *row.shared)} == real
+    assert {o.name for o in row.options} == set(kind.options_of_its_own())
+    assert (row.summary, row.when, row.example) == (kind.summary, kind.when, kind.example)
+    assert row.when and row.does and all(o.meaning for o in (*row.options, *row.shared))
+    assert row.form == (f"{name}:PATTERN" if kind.takes_pattern() else name)
+    assert parse_pass(row.example).name == name
 
 
 def test_every_pass_of_ours_is_a_name_of_the_package() -> None:

@@ -25,10 +25,10 @@ GROUPS = ("sum", "mean", "max", "product", "first", "last")
 
 
 def slow_scores(parts: list[Part], channels: int, importance: str, group: str) -> list[float]:
-    """algorithms.md, section 9.2, weight by weight."""
-    every: list[list[float]] = []
+    """algorithms.md, section 9.2, weight by weight: over the parameters at each place, then over a channel's places."""
+    every: list[list[list[float]]] = []
     for part in parts:
-        of_part = [0.0] * channels
+        of_part = [[0.0] * part.places for _ in range(channels)]
         for row in range(part.weight.shape[0]):
             signed = whole = 0.0
             for column in range(part.weight.shape[1]):
@@ -41,39 +41,91 @@ def slow_scores(parts: list[Part], channels: int, importance: str, group: str) -
                     "taylor-mix": w * g - w * f * w / 2,
                 }.get(importance, w * g)
                 signed, whole = signed + value, whole + abs(value)
-            of_part[int(part.channel[row])] += abs(signed) if importance == "taylor-vector" else whole
+            of_part[int(part.channel[row])][int(part.place[row])] += (
+                abs(signed) if importance == "taylor-vector" else whole
+            )
         every.append(of_part)
     combined = []
-    for scores in zip(*every, strict=True):
-        product = 1.0
-        for score in scores:
-            product *= score
-        found = {
-            "sum": sum(scores),
-            "mean": sum(scores) / len(scores),
-            "max": max(scores),
-            "product": product,
-            "first": scores[0],
-            "last": scores[-1],
-        }
-        combined.append(found[group])
+    for channel in range(channels):
+        total = 0.0
+        for place in range(parts[0].places):
+            scores = [of_part[channel][place] for of_part in every]
+            product = 1.0
+            for score in scores:
+                product *= score
+            total += {
+                "sum": sum(scores),
+                "mean": sum(scores) / len(scores),
+                "max": max(scores),
+                "product": product,
+                "first": scores[0],
+                "last": scores[-1],
+            }[group]
+        combined.append(total ** (1 / len(parts)) if group == "product" else total)
     return combined
 
 
 @pytest.mark.parametrize("group", GROUPS)
 @pytest.mark.parametrize("importance", IMPORTANCES)
-def test_scores_against_the_slow_reference(importance: Any, group: Any) -> None:
+@pytest.mark.parametrize("places", [1, 2])
+def test_scores_against_the_slow_reference(places: int, importance: Any, group: Any) -> None:
     torch.manual_seed(0)
     owner = LLMPruner(Unstructured(0.5), importance=importance, group=group)
     parts = [
-        Part(torch.randn(rows, 5), torch.randn(rows, 5), torch.rand(rows, 5), torch.arange(rows) * 4 // rows)
-        for rows in (8, 4, 4, 12)
+        Part(
+            torch.randn(rows, 5),
+            torch.randn(rows, 5),
+            torch.rand(rows, 5),
+            torch.arange(rows) * 4 // rows,
+            torch.arange(rows) % places,
+            places,
+        )
+        for rows in (16, 8, 8, 24)
     ]
     got = owner.scores(parts, 4, 0)
     wanted = torch.tensor(slow_scores(parts, 4, importance, group), dtype=torch.float64)
-    if group == "product":
-        got = got.exp()
     torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-9)
+
+
+def test_products_of_many_small_numbers_keep_their_order() -> None:
+    """A width has hundreds of parameters: their product is 0 in floating point, and the order of the least is told."""
+    owner = LLMPruner(Unstructured(0.5), importance="l1", group="product")
+    zeros, channel = torch.zeros(4, dtype=torch.long), torch.arange(4)
+    parts = [Part(torch.tensor([[4e-9], [1e-9], [3e-9], [2.0]]), None, None, channel, zeros, 1) for _ in range(300)]
+    assert owner.scores(parts, 4, 0).argsort().tolist() == [1, 2, 0, 3]
+
+
+def official_heads(worth: list[Tensor], heads: int, group: str) -> Tensor:
+    """TaylorImportance and the ranking of whole heads of the official code, of vectors over all columns; query heads
+    are added to the key-value head that serves them."""
+    columns = min(len(vector) for vector in worth)
+    own = torch.stack([v.view(heads, -1, columns // heads).sum(1).flatten() for v in worth])
+    combined = {
+        "sum": own.sum(0),
+        "mean": own.mean(0),
+        "max": own.max(dim=0)[0],
+        "product": torch.prod(own, dim=0),
+        "first": own[0],
+        "last": own[-1],
+    }[group]
+    return combined.view(heads, -1).sum(1)
+
+
+@pytest.mark.parametrize("key_value", [6, 3])
+@pytest.mark.parametrize("group", GROUPS)
+def test_the_heads_that_go_are_those_of_the_official_code(group: str, key_value: int) -> None:
+    """Six heads; with three key-value heads too. The parameters come in the graph's order."""
+    torch.manual_seed(1)
+    sizes = {"hidden_size": 48, "intermediate_size": 64, "num_attention_heads": 6, "num_hidden_layers": 2}
+    config = transformers.LlamaConfig(vocab_size=64, num_key_value_heads=key_value, **sizes)
+    model = transformers.LlamaForCausalLM(config)
+    made = sparsify.compile(model, [f"llm-pruner:34%,importance=l1,group={group}"])
+    for number, layer in enumerate(model.model.layers):
+        own = layer.self_attn
+        rows = [p.weight.detach().double().abs().sum(1) for p in (own.q_proj, own.k_proj, own.v_proj)]
+        scores = official_heads([*rows, own.o_proj.weight.detach().double().abs().sum(0)], key_value, group)
+        (cut,) = (c for c in made.structure[0].cuts if c.kind == "heads" and f"layers.{number}." in c.name)
+        assert list(cut.removed) == sorted(scores.argsort()[: key_value // 3].tolist())
 
 
 def test_random_is_seeded() -> None:
@@ -105,7 +157,9 @@ def test_specs_and_options() -> None:
         (0.25, 64, "channels", 48),
         (0.25, 11008, "channels", 8256),
         (0.2, 11008, "channels", 8800),
-        (0.5, 10, "channels", 5),
+        (0.5, 10, "channels", 8),
+        (0.25, 172, "channels", 128),
+        (0.25, 60, "experts", 45),
         (0.25, 4, "heads", 3),
         (0.2, 4, "heads", 3),
         (0.5, 32, "heads", 16),
@@ -116,9 +170,27 @@ def test_how_many_stay(ratio: float, free: int, kind: str, left: int) -> None:
     assert LLMPruner(Unstructured(ratio)).left(free, kind) == left
 
 
-def test_nothing_would_be_left() -> None:
+@pytest.mark.parametrize("free", [10, 16, 17, 20, 43, 64, 100, 172, 2730, 11008])
+@pytest.mark.parametrize("unit", [1, 3, 4, 8, 16])
+@pytest.mark.parametrize("ratio", ["0.1", "0.2", "0.25", "0.5", "0.9"])
+def test_round_is_met_or_refused(ratio: str, unit: int, free: int) -> None:
+    """Whatever the width was; and at most one multiple beside what was asked for."""
+    owner = LLMPruner(Unstructured(ratio), round=unit)
+    for kind in ("channels", "width", "experts"):
+        exact = free * (1 - float(ratio))
+        try:
+            left = owner.left(free, kind)
+        except SpecError as error:
+            assert exact < unit, error
+        else:
+            assert left % unit == 0 and 0 < left < free and abs(left - exact) < unit
+
+
+def test_nothing_would_be_left_or_all() -> None:
     with pytest.raises(SpecError, match="none would be left"):
         LLMPruner(Unstructured(0.95)).left(64, "channels")
+    with pytest.raises(SpecError, match=r"of 4 heads in multiples of 1 all would be left\. Ask for more"):
+        LLMPruner(Unstructured(0.1)).left(4, "heads")
 
 
 def gradients(folder: Path, ids: Tensor) -> dict[str, Tensor]:
@@ -235,13 +307,25 @@ def test_the_least_important_go_by_other_importances(
     assert list(cuts["down_proj"].removed) == sorted(total.argsort()[:32].tolist())
 
 
-def test_widths_that_no_pattern_fits_are_told_with_what_fits(tmp_path: Path) -> None:
-    """20 channels are no multiple of 8, the round that is kept by itself."""
+def narrow(place: Path) -> Path:
+    """A Llama of 20 channels, which are no multiple of 8."""
     sizes = {"hidden_size": 16, "intermediate_size": 20, "num_attention_heads": 2, "num_hidden_layers": 3}
-    transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=64, **sizes)).save_pretrained(tmp_path / "model")
-    smaller = "llm-pruner:25%,importance=l1"
-    made = sparsify.compile(tmp_path / "model", [smaller, "magnitude:2:4"])
-    hints = [s.reason for s in made.runs[0].skipped if "in_features 15 is not a multiple of 4" in s.reason]
-    assert hints and all("round=4 of the pass that makes it smaller" in reason for reason in hints)
-    made = sparsify.compile(tmp_path / "model", [f"{smaller},round=4", "magnitude:2:4"])
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=64, **sizes)).save_pretrained(place)
+    return place
+
+
+def test_a_smaller_model_can_be_pruned_to_a_pattern(tmp_path: Path) -> None:
+    """Whatever the widths were: what is left of them fits 2:4, unless another round is asked for."""
+    model = narrow(tmp_path / "model")
+    made = sparsify.compile(model, ["llm-pruner:25%,importance=l1", "magnitude:2:4"])
     assert not [s for s in made.runs[0].skipped if "not a multiple" in s.reason]
+    assert made.source.config.intermediate_size == 8 and len(made.runs[0].sites) == 21
+    other = sparsify.compile(model, ["llm-pruner:25%,importance=l1,round=1", "magnitude:2:4"])
+    hints = [s.reason for s in other.runs[0].skipped if "in_features 15 is not a multiple of 4" in s.reason]
+    assert hints and all("round=4 of the pass that makes it smaller" in reason for reason in hints)
+
+
+def test_layers_of_different_widths_are_rounded_too(tmp_path: Path) -> None:
+    made = sparsify.compile(narrow(tmp_path / "model"), ["llm-pruner:30%,importance=l1,scope=global,round=4"])
+    left = {c.after for c in made.structure[0].cuts if c.kind == "channels"}
+    assert left and all(after % 4 == 0 for after in left)

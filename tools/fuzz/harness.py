@@ -76,10 +76,10 @@ def _controls(line: str) -> bool:
 
 def _command(words: Sequence[str]) -> Outcome:
     from sparsify.cli.main import application
-    from sparsify.cli.terminal import complain, replace_what_cannot_be_written
+    from sparsify.cli.terminal import complain, patient_streams
     from sparsify.errors import SparsifyError
 
-    replace_what_cannot_be_written()
+    patient_streams()
     debug = [] if not words or words[0] == "passes" else ["--debug"]
     try:
         application()([*words, *debug], standalone_mode=False)

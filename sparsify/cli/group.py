@@ -1,0 +1,93 @@
+"""The group of commands: complaints about the words of a command line, and near names across commands."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from typer.core import TyperGroup
+
+from sparsify.errors import near
+from sparsify.words import plain
+
+# What other tools call what ours do, and what we do not.
+_MEANT = {
+    **dict.fromkeys(("prune", "sparsify", "oneshot", "compress"), "compile"),
+    **dict.fromkeys(("export", "convert"), "compile MODEL --to onnx"),
+    **dict.fromkeys(("evaluate", "perplexity", "ppl", "lm-eval"), "eval"),
+    **dict.fromkeys(("finetune", "fine-tune", "train", "recover", "distill", "lora"), "tune"),
+    **dict.fromkeys(("generate", "chat", "infer"), "run"),
+    **dict.fromkeys(("check", "validate"), "verify"),
+    **dict.fromkeys(("benchmark", "measure", "speed"), "bench"),
+    **dict.fromkeys(("methods", "list", "options"), "passes"),
+    **dict.fromkeys(("show", "info", "graph"), "inspect"),
+    "dequantize": "unpack",
+}
+_NOT_OURS = {
+    "quantize": "sparsify prunes, and reads models that are quantized already; quantise its output with another tool",
+    "quantise": "sparsify prunes, and reads models that are quantized already; quantise its output with another tool",
+    "help": "Write sparsify --help, or sparsify COMMAND --help",
+}
+# Words of commands that may name a file or folder of the user's.
+_PLACES = frozenset({"model", "models", "data", "calibration", "validation", "teacher", "against"})
+
+
+class Commands(TyperGroup):
+    """typer's group, whose complaints about the words of a command line show control characters escaped."""
+
+    def make_context(self, *args: Any, **kwargs: Any) -> Any:
+        with _plainly():
+            return super().make_context(*args, **kwargs)
+
+    def invoke(self, ctx: Any) -> Any:
+        with _plainly():
+            return super().invoke(ctx)
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        name = args[0]
+        if name not in self.commands and not name.startswith("-"):
+            ctx.fail(f"No such command '{name}'. {did_you_mean(name, self.commands)}.")
+        return super().resolve_command(ctx, args)
+
+
+def did_you_mean(name: str, commands: Any) -> str:
+    """What to write in the place of a command that there is not."""
+    if (said := _NOT_OURS.get(name.lower())) is not None:
+        return said
+    meant = _MEANT.get(name.lower())
+    return near(name, commands) if meant is None else f"Did you mean 'sparsify {meant}'?".removesuffix("?")
+
+
+@contextlib.contextmanager
+def _plainly() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        # typer's own kinds of error are not importable by name.
+        if hasattr(error, "format_message"):
+            error.message = plain(str(getattr(error, "message", "")))  # type: ignore[attr-defined]
+        raise
+
+
+def at_home(command: Callable[..., None]) -> Callable[..., None]:
+    """``command`` with every ~ at the beginning of a path expanded, which shells do not in ``--output=~/OUT``; paths
+    are whole, so that messages name them in full."""
+
+    @functools.wraps(command)
+    def run(*args: Any, **given: Any) -> None:
+        command(*args, **{name: _expanded(name, value) for name, value in given.items()})
+
+    return run
+
+
+def _expanded(name: str, value: Any) -> Any:
+    if isinstance(value, Path):
+        return value.expanduser().absolute()
+    if isinstance(value, list) and name in _PLACES:
+        return [_expanded(name, each) for each in value]
+    if isinstance(value, str) and name in _PLACES and value.startswith("~"):
+        return str(Path(value).expanduser())
+    return value

@@ -1,0 +1,49 @@
+"""What ``sparsify compile --json`` prints."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+from sparsify.host import peak_memory
+from sparsify.method.spec import spec_text
+from sparsify.structure.plan import count_parameters
+
+if TYPE_CHECKING:
+    from sparsify.compiler.result import Compiled
+
+
+def result_as_dict(compiled: Compiled, seconds: float, *, planned: bool) -> dict[str, Any]:
+    """A compile for JSON: the plan where nothing ran, else what became of every site, and the manifest's own words.
+
+    Args:
+        planned: whether it was a dry run.
+    """
+    data = compiled.calibration
+    found: dict[str, Any] = {
+        "model": compiled.source.name,
+        "dry_run": planned,
+        "output": None if compiled.output is None else str(compiled.output),
+        "seconds": round(seconds, 3),
+        "peak_memory": peak_memory(),
+        "parameters": count_parameters(compiled.source),
+        "calibration": None if data is None else {"data": data.said, "size": data.size, "text": not data.plumbing},
+        "structure": [done.as_dict() for done in compiled.structure],
+        "notes": list(compiled.notes),
+    }
+    if not planned:
+        zeros = {site.parameter: (1 - site.kept) * math.prod(site.shape) for run in compiled.runs for site in run.sites}
+        found["kept"] = 1 - sum(zeros.values()) / max(1, found["parameters"])
+        found["seconds_by_pass"] = [run.seconds for run in compiled.runs]
+        return found | {key: compiled.manifest[key] for key in ("passes", "not_understood", "versions")}
+    found["passes"] = [
+        {
+            "spec": spec_text(run.applied),
+            "targets": [
+                {"name": t.site.name, "shape": list(t.site.shape), "experts": t.site.experts} for t in run.targets
+            ],
+            "skipped": [{"name": s.node, "reason": s.reason} for s in run.skipped],
+        }
+        for run in compiled.runs
+    ]
+    return found
