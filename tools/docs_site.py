@@ -81,21 +81,25 @@ def commands() -> str:
 
 
 def passes() -> str:
-    """Every pass and its options."""
-    parts = ["# Passes\n\nAs `sparsify passes NAME` says."]
+    """Every pass and its options; those that many share once, at the end."""
+    parts, shared = ["# Passes\n\nAs `sparsify passes NAME` says."], dict[str, list[str]]()
     for own in json.loads(said("passes", "--json")):
-        lines = [f"## {own['name']}", own["does"], f"Take it {own['when']}." if own["when"] else ""]
-        lines.append(f"    sparsify compile MODEL --pass {own['example']}" if own["example"] else "")
-        for title, options in (("", own["options"]), ("Options of every such pass:", own["common_options"])):
-            if not options:
-                continue
-            rows = [
-                f"| `{o['name']}` | {cell(o['values'])} | {cell(o['default'])} | {cell(o['meaning'])} |"
-                for o in options
-            ]
-            lines += [title, "\n".join(["| option | values | default | meaning |", "| --- | --- | --- | --- |", *rows])]
+        taken = f"Take it {own['when']}." if own["when"] else ""
+        example = f"    sparsify compile MODEL --pass {own['example']}" if own["example"] else ""
+        lines = [f"## {own['name']}", own["does"], taken, example, options(own["options"])]
         parts.append("\n\n".join(line for line in lines if line))
+        if own["common_options"]:
+            shared.setdefault(options(own["common_options"]), []).append(own["name"])
+    for table, names in shared.items():
+        parts.append(f"## Options of {', '.join(names)}\n\n{table}")
     return "\n\n".join(parts) + "\n"
+
+
+def options(rows: list[dict[str, Any]]) -> str:
+    if not rows:
+        return ""
+    lines = [f"| `{o['name']}` | {cell(o['values'])} | {cell(o['default'])} | {cell(o['meaning'])} |" for o in rows]
+    return "\n".join(["| option | values | default | meaning |", "| --- | --- | --- | --- |", *lines])
 
 
 def cell(value: Any) -> str:

@@ -121,6 +121,7 @@ def compare(
             return None if text is None else perplexity(pruned, text[0], context)
 
         rows = [ComparedPass("dense", quality(source), None, 1.0, 0.0, None)]
+        where = dict[str, tuple[str, str]]()
         for spec, pipeline in zip(passes, pipelines, strict=True):
             reset = reset_peak(context.device)
             started = time.perf_counter()
@@ -146,6 +147,7 @@ def compare(
                 pruning = [run for run in made.runs if run.targets]
                 sites: list[SiteResult] = [site for run in pruning for site in run.sites]
                 pruned = list({s.name: s for run in pruning for target in run.targets for s in target.sites}.values())
+                where |= {site.name: (site.block or "", site.kind) for site in pruned}
                 errors = drift(made.program, pruned, shared.batches, made.dense or source.weights, context)
                 rows.append(
                     ComparedPass(
@@ -173,6 +175,7 @@ def compare(
             None if text is None else f"{len(text[0])} windows of {text[0].shape[1]} tokens of {text[1]}",
             schedule,
             rows,
+            sites=where,
         )
         if staging is not None:
             write(result, staging.folder)

@@ -32,7 +32,11 @@ class ComparedPass:
 
 @dataclass
 class Compared:
-    """The result of :func:`compare`: the dense model first, then one row per pass."""
+    """The result of :func:`compare`: the dense model first, then one row per pass.
+
+    Attributes:
+        sites: of each site that was measured, by its name, the block that it is in and its kind.
+    """
 
     model: str
     calibration: str
@@ -40,6 +44,7 @@ class Compared:
     schedule: str
     rows: list[ComparedPass]
     output: Path | None = None
+    sites: dict[str, tuple[str, str]] = field(default_factory=dict)
 
     def markdown(self) -> str:
         """The table, as text for a report."""

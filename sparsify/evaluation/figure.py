@@ -20,19 +20,40 @@ def draw(comparison: Compared, path: Path) -> None:
     from matplotlib.figure import Figure
 
     rows = comparison.rows[1:]
-    height = 3.4 + 0.42 * len(rows)
-    figure = Figure(figsize=(12, 2 * max(3.2, height / 1.6)), layout="constrained")
+    panels = _panels(comparison)
+    across = 3
+    down = -(-len(panels) // across)
+    bars = max(1.6, 0.9 + 0.3 * len(rows))
+    figure = Figure(figsize=(13, 1.2 + bars + 2.5 * down), layout="constrained")
     (FigureCanvasSVG if path.suffix == ".svg" else FigureCanvasAgg)(figure)
-    grid = figure.subplots(2, 2)
+    grid = figure.subplots(1 + down, across, squeeze=False, height_ratios=[bars, *[2.5] * down])
     title = f"{comparison.model}, schedule {comparison.schedule}\ncalibration: {comparison.calibration}"
     figure.suptitle(title + (f"\nperplexity: {comparison.data}" if comparison.data else ""), fontsize=10)
     dense = comparison.rows[0].perplexity
-    _bars(grid[0][0], rows, [row.perplexity for row in rows], "perplexity, lower is better", "{:.2f}", dense)
-    _errors(grid[0][1], rows)
-    _bars(grid[1][0], rows, [row.seconds for row in rows], "seconds: trace, calibrate, prune, write", "{:.1f}")
+    _bars(grid[0][0], rows, [row.perplexity for row in rows], "perplexity (lower is better)", "{:.2f}", dense)
+    _bars(grid[0][1], rows, [row.seconds for row in rows], "seconds to trace, calibrate, prune, write", "{:.1f}")
     memory = [None if row.memory is None else row.memory / (1 << 20) for row in rows]
-    _bars(grid[1][1], rows, memory, "peak memory, MiB", "{:.0f}")
+    _bars(grid[0][2], rows, memory, "peak memory, MiB", "{:.0f}")
+    top = max((error for row in rows for error in row.errors.values()), default=0.0)
+    for number, axes in enumerate(grid[1:].flat):
+        if number < len(panels):
+            kind, sites = panels[number]
+            _errors(axes, rows, kind, sites, top)
+        else:
+            axes.set_axis_off()
+    if panels:
+        grid[1][0].legend(fontsize=7, frameon=False)
     figure.savefig(path, dpi=120)
+
+
+def _panels(comparison: Compared) -> list[tuple[str, list[tuple[str, str]]]]:
+    """The sites of each kind that were measured, as (block, name), in the order of the model."""
+    measured = {name for row in comparison.rows for name in row.errors}
+    found: dict[str, list[tuple[str, str]]] = {}
+    for name, (block, kind) in comparison.sites.items():
+        if name in measured:
+            found.setdefault(kind, []).append((block, name))
+    return list(found.items())
 
 
 def _bars(
@@ -59,24 +80,26 @@ def _bars(
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _errors(axes: Any, rows: list[ComparedPass]) -> None:
-    axes.set_title("output of each site against the dense model's, relative error", fontsize=10)
-    drawn = False
+def _errors(axes: Any, rows: list[ComparedPass], kind: str, sites: list[tuple[str, str]], top: float) -> None:
+    """One kind of layer: the blocks from left to right, a line for each pass."""
+    axes.set_title(kind, fontsize=9)
+    blocks = list(dict.fromkeys(block for block, _ in sites))
     for i, row in enumerate(rows):
-        if row.errors:
-            line = _LINES[i // len(_COLOURS) % len(_LINES)]
-            axes.plot(
-                list(row.errors.values()),
-                label=row.name,
-                color=_COLOURS[i % len(_COLOURS)],
-                linestyle=line,
-                marker=".",
-                linewidth=1.2,
-                markersize=4,
-            )
-            drawn = True
-    axes.set_ylim(bottom=0)
-    axes.set_xlabel("site, in the order of the model", fontsize=8)
+        points = [(blocks.index(block), row.errors[name]) for block, name in sites if name in row.errors]
+        axes.plot(
+            [x for x, _ in points],
+            [y for _, y in points],
+            label=row.name,
+            color=_COLOURS[i % len(_COLOURS)],
+            linestyle=_LINES[i // len(_COLOURS) % len(_LINES)],
+            marker=".",
+            linewidth=1.2,
+            markersize=5,
+        )
+    step = -(-len(blocks) // 16)
+    axes.set_xticks(range(0, len(blocks), step), [block.rpartition(".")[2] for block in blocks[::step]], fontsize=7)
+    axes.tick_params(axis="y", labelsize=7)
+    axes.set_ylim(0, 1.08 * top or 1)
+    axes.set_xlabel("block" if blocks != [""] else "", fontsize=8)
+    axes.set_ylabel("relative error of its output\n(lower is better)", fontsize=7)
     axes.spines[["top", "right"]].set_visible(False)
-    if drawn:
-        axes.legend(fontsize=7, frameon=False)
