@@ -14,8 +14,8 @@ from support.command_line import sparsify
 
 import sparsify as package
 from sparsify.compiler.recipe import backend_text
+from sparsify.compiler.recipe_file import KEYS, read_recipe
 from sparsify.errors import SpecError
-from sparsify.files.recipe import KEYS, read_recipe
 from sparsify.method.spec import parse_backend
 
 SHORT = {"calibration": "random", "samples": 2, "sequence_length": 16}
