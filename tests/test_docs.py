@@ -19,6 +19,7 @@ from support.command_line import sparsify as command_line
 
 import sparsify
 from sparsify.method import registry
+from sparsify.method.description import describe
 
 ROOT = Path(__file__).parent.parent
 
@@ -37,6 +38,9 @@ def test_the_worked_example_of_contributing_is_a_pass(monkeypatch: Any) -> None:
 
     made = sparsify.parse_pass("rms:2:4,power=0.5")
     assert made.power == 0.5  # type: ignore[attr-defined]
+    told = describe("rms")
+    assert told.form == "rms:PATTERN" and told.broken is None and "power" in {option.name for option in told.options}
+    assert [o.default for o in told.shared if o.name == "blocksize"] == [1]
     torch.manual_seed(0)
     net, x = torch.nn.Sequential(torch.nn.Linear(8, 8)), torch.randn(16, 8)
     rms = sparsify.compile(net, ["rms:2:4"], calibration=[x]).weight("0.weight")
