@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 import importlib
+import json
 import re
 import shlex
 import sys
@@ -14,9 +15,11 @@ from typing import Any
 
 import pytest
 import torch
+from support.command_line import sparsify as command_line
 
 import sparsify
 from sparsify.method import registry
+from sparsify.method.description import describe
 
 ROOT = Path(__file__).parent.parent
 
@@ -35,6 +38,9 @@ def test_the_worked_example_of_contributing_is_a_pass(monkeypatch: Any) -> None:
 
     made = sparsify.parse_pass("rms:2:4,power=0.5")
     assert made.power == 0.5  # type: ignore[attr-defined]
+    told = describe("rms")
+    assert told.form == "rms:PATTERN" and told.broken is None and "power" in {option.name for option in told.options}
+    assert [o.default for o in told.shared if o.name == "blocksize"] == [1]
     torch.manual_seed(0)
     net, x = torch.nn.Sequential(torch.nn.Linear(8, 8)), torch.randn(16, 8)
     rms = sparsify.compile(net, ["rms:2:4"], calibration=[x]).weight("0.weight")
@@ -57,14 +63,27 @@ def test_the_python_of_the_readme_runs(number: int, tmp_path: Path, monkeypatch:
     assert 'output="pruned"' not in code or (tmp_path / "pruned" / "sparsify.json").exists()
 
 
-def test_the_commands_of_the_readme_parse() -> None:
+def test_the_recipe_of_the_docs_runs(tmp_path: Path) -> None:
+    (tmp_path / "models").symlink_to(ROOT / "models")
+    (recipe,) = blocks("docs/recipes.md", "yaml")
+    (tmp_path / "recipe.yaml").write_text(recipe)
+    first = next(line for line in blocks("docs/recipes.md", "sh")[0].splitlines() if line.startswith("sparsify"))
+    done = command_line(*shlex.split(first, comments=True)[1:], cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    made = json.loads((tmp_path / "OUT" / "sparsify.json").read_text())
+    assert [own["spec"] for own in made["passes"]] == ["magnitude:2:4", "wanda:50%"] and made["recipe"]["samples"] == 4
+    assert [len(own["sites"]) for own in made["passes"]] == [18, 20]
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/recipes.md"])
+def test_the_commands_of_the_pages_parse(page: str) -> None:
     import typer
 
     from sparsify.cli.main import application
 
     command: Any = typer.main.get_command(application())
-    lines = [line for block in blocks("README.md", "sh") for line in block.splitlines() if line.startswith("sparsify ")]
-    assert len(lines) > 5
+    lines = [line for block in blocks(page, "sh") for line in block.splitlines() if line.startswith("sparsify ")]
+    assert len(lines) > 3
     for line in lines:
         words = shlex.split(line, comments=True)[1:]
         sub = command.commands[words[0]]

@@ -43,7 +43,7 @@ class CudaJob(PackedJob):
 
     def advice(self, pruned: bool) -> str:
         if pruned:
-            return "GPUs multiply 2:4 alone (--pass wanda:2:4); of what is 2:4 and not faster so write --to hf"
+            return "GPUs multiply 2:4 alone (--pass wanda:2:4)"
         return "Prune it to 2:4 first (--pass wanda:2:4), the only sparsity that GPUs multiply"
 
     def decide(self, program: Program) -> list[Decision]:
@@ -101,6 +101,8 @@ class CudaJob(PackedJob):
         return str(default_plan(rows, d.linear.shape[1], self.policy, _ANY.library_for(self.policy)))
 
     def notes(self) -> list[str]:
+        if self.unpacked is not None:
+            return super().notes()
         first, *rest = summary(self.decisions)
         lines = [*self.hf.notes(), first, *kernels_by_tokens(self.decisions, self.groups, self._plan, self.timings)]
         packed = [d.name for d in self.decisions if d.site is not None]

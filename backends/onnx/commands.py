@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from sparsify.cli.options import AllowNan, Debug, NoCheck, command_errors
+from sparsify.cli.options import AllowNan, AsJson, Debug, NoCheck, command_errors
 from sparsify.cli.terminal import Terminal, say
 
 Folder = Annotated[Path, typer.Argument(help="Folder with model.onnx, or an ONNX file.", metavar="OUT")]
@@ -56,6 +57,7 @@ def expand(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace DENSE: an older output or a model, no other folder.")
     ] = False,
+    as_json: AsJson = False,
     no_check: NoCheck = False,
     allow_nan: AllowNan = False,
     debug: Debug = False,
@@ -65,4 +67,4 @@ def expand(
         from sparsify.backends.onnx.expand import expand as unpack_folder
 
         wrote = unpack_folder(folder, output, overwrite=overwrite, check=not no_check, allow_nan=allow_nan)
-        say(f"wrote {wrote}")
+        say(json.dumps({"output": str(wrote)}) if as_json else f"wrote {wrote}")

@@ -20,6 +20,7 @@ def unpack(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace DENSE: an older output or a model, no other folder.")
     ] = False,
+    as_json: AsJson = False,
     no_check: NoCheck = False,
     allow_nan: AllowNan = False,
     trust_remote_code: Trust = False,
@@ -37,7 +38,7 @@ def unpack(
             check=not no_check,
             allow_nan=allow_nan,
         )
-        say(f"wrote {wrote}")
+        say(json.dumps({"output": str(wrote)}) if as_json else f"wrote {wrote}")
 
 
 def bench(

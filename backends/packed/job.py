@@ -16,7 +16,7 @@ from sparsify.backends.packed.plan import PRUNED, Decision, decide, siblings, su
 from sparsify.backends.packed.store import PackedStore
 from sparsify.backends.packed.writing import differences, write_packed
 from sparsify.errors import BackendError, TraceError
-from sparsify.files.checkpoint import INDEX
+from sparsify.files.checkpoint import INDEX, Checkpoint
 from sparsify.files.companions import rewrite_config
 from sparsify.files.writer import layout_of, layout_to_json
 from sparsify.frontend.building.widths import sizes_of
@@ -45,6 +45,8 @@ class PackedJob:
         self.hf = HuggingFaceJob(source, out, overwrite=overwrite)
         self.weights: Weights = self.hf.weights
         self.decisions: list[Decision] = []
+        # Why nothing is packed, where the folder is an ordinary one.
+        self.unpacked: str | None = None
 
     @property
     def sites(self) -> dict[str, PackedSite]:
@@ -72,16 +74,24 @@ class PackedJob:
         pack_modules(model, self.sites, siblings(self.decisions))
 
     def finish(self, program: Program, manifest: dict[str, Any]) -> tuple[Path, Weights]:
-        """Pack, read back, and put the folder in place."""
+        """Pack, read back, and put the folder in place.
+
+        Where no weight is worth packing, what passes have pruned is written as an ordinary checkpoint: no timing
+        discards their work.
+        """
         folder, weights = self.hf.staging.folder, self.weights
-        self.hf.verify()
+        sums = self.hf.verify()
         self.decisions = self.decide(program)
         if not self.sites:
             reasons = "; ".join(f"{d.name}: {d.reason}" for d in self.decisions[:3])
             advice = self.advice(any(d.zeros >= PRUNED for d in self.decisions))
-            raise BackendError(
-                f"packing {self.source.name}", found=f"no weight is worth packing ({reasons})", do=advice
-            )
+            found = f"no weight is worth packing ({reasons})"
+            if not manifest["passes"]:
+                raise BackendError(f"packing {self.source.name}", found=found, do=advice)
+            self.unpacked = f"{found}: OUT is an ordinary checkpoint, as --to hf writes. {advice}"
+            manifest["not_packed"] = {**self.options(), "sites": self.records()}
+            path = self.hf.seal(manifest, sums)
+            return path, weights.on(Checkpoint(path))
         dense = layout_of(self.hf.store)
         sums = self._write(folder, program)
         rewrite_config(folder, lambda config: {**config, "quantization_config": self._quantization()})
@@ -102,7 +112,7 @@ class PackedJob:
         """What to do where nothing is packed: "prune it first" to nobody who did."""
         smaller = "take --to packed:choice=smallest to pack for size alone"
         known = ["prune it first (--pass wanda:2:4)"] * (not pruned) + [smaller] * (self.choice == "measured")
-        text = ", or ".join([*known, "write --to hf"])
+        text = ", or ".join(known or ["write --to hf"])
         return text[0].upper() + text[1:]
 
     def _write(self, folder: Path, program: Program) -> dict[str, str]:
@@ -145,7 +155,7 @@ class PackedJob:
             ) from error
 
     def notes(self) -> list[str]:
-        return [*self.hf.notes(), *summary(self.decisions)]
+        return [*self.hf.notes(), *(summary(self.decisions) if self.unpacked is None else [self.unpacked])]
 
     def __enter__(self) -> PackedJob:
         return self

@@ -1,8 +1,10 @@
-"""``sparsify inspect | eval | compare``. Imports nothing heavy before a command runs."""
+"""``sparsify inspect | eval | compare | version``. Imports nothing heavy before a command runs."""
 
 from __future__ import annotations
 
 import json
+import platform
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated
 
@@ -38,6 +40,9 @@ from sparsify.words import (
     parse_bytes,
     plain,
 )
+
+# What it runs on.
+_PACKAGES = ("torch", "transformers", "safetensors", "onnx", "onnxruntime", "peft", "datasets")
 
 
 def inspect_command(
@@ -211,3 +216,14 @@ def compare_command(
         console.print(comparison_report(result))
         if result.output is not None:
             console.print(f"wrote {plain(str(result.output))}")
+
+
+def version_command(as_json: AsJson = False) -> None:
+    """Print the version of sparsify, Python and the libraries that it runs on."""
+    found = {"sparsify-fx": version("sparsify-fx"), "python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    say(json.dumps(found) if as_json else "\n".join(f"{name} {number}" for name, number in found.items()), lines=True)

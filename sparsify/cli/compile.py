@@ -32,9 +32,9 @@ from sparsify.cli.options import (
     command_errors,
 )
 from sparsify.cli.terminal import Terminal, say
+from sparsify.compiler.recipe_file import KEYS, read_recipe, write_recipe
 from sparsify.errors import SpecError
 from sparsify.files.reading import kind_at
-from sparsify.files.recipe import KEYS, read_recipe, write_recipe
 from sparsify.method.spec import check_pass, parse_backend, parse_pass, split_pipeline
 from sparsify.words import (
     check_adapter,

@@ -26,10 +26,11 @@ _MEANT = {
     **dict.fromkeys(("show", "info", "graph"), "inspect"),
     "dequantize": "unpack",
 }
+_QUANTISE = "sparsify prunes, and reads models that are quantized already; quantise its output with another tool."
 _NOT_OURS = {
-    "quantize": "sparsify prunes, and reads models that are quantized already; quantise its output with another tool",
-    "quantise": "sparsify prunes, and reads models that are quantized already; quantise its output with another tool",
-    "help": "Write sparsify --help, or sparsify COMMAND --help",
+    "quantize": _QUANTISE,
+    "quantise": _QUANTISE,
+    "help": "Write sparsify --help, or sparsify COMMAND --help.",
 }
 # Words of commands that may name a file or folder of the user's.
 _PLACES = frozenset({"model", "models", "data", "calibration", "validation", "teacher", "against"})
@@ -49,7 +50,7 @@ class Commands(TyperGroup):
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         name = args[0]
         if name not in self.commands and not name.startswith("-"):
-            ctx.fail(f"No such command '{name}'. {did_you_mean(name, self.commands)}.")
+            ctx.fail(f"No such command '{name}'. {did_you_mean(name, self.commands)}")
         return super().resolve_command(ctx, args)
 
 
@@ -58,7 +59,7 @@ def did_you_mean(name: str, commands: Any) -> str:
     if (said := _NOT_OURS.get(name.lower())) is not None:
         return said
     meant = _MEANT.get(name.lower())
-    return near(name, commands) if meant is None else f"Did you mean 'sparsify {meant}'?".removesuffix("?")
+    return f"{near(name, commands)}." if meant is None else f"Did you mean 'sparsify {meant}'?"
 
 
 @contextlib.contextmanager

@@ -43,7 +43,7 @@ _OWN = {
         "eval": "sparsify.cli.commands:eval_command",
         "compare": "sparsify.cli.commands:compare_command",
         "passes": "sparsify.cli.passes:passes_command",
-        "version": "sparsify.cli.version:version_command",
+        "version": "sparsify.cli.commands:version_command",
         "tune": "sparsify.cli.tune:tune_command",
         "run": "sparsify.backends.onnx.commands:run",
         "verify": "sparsify.backends.verify.commands:verify",

@@ -231,6 +231,26 @@ def test_the_least_important_go(folder: Callable[[str], Path], tmp_path: Path, i
     assert torch.equal(small.model.layers[1].mlp.up_proj.weight, model.model.layers[1].mlp.up_proj.weight[kept])
 
 
+def test_channels_of_a_model_with_tied_embeddings(tmp_path: Path, ids: Tensor) -> None:
+    """The embedding is the head too: its gradient is that of both uses, and it is counted once."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2}
+    config = transformers.LlamaConfig(vocab_size=64, tie_word_embeddings=True, **sizes)
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "dense")
+    spec = "llm-pruner:25%,granularity=channel"
+    result = sparsify.compile(tmp_path / "dense", [spec], calibration=[ids], output=tmp_path / "out")
+    model, g = load(tmp_path / "dense"), gradients(tmp_path / "dense", ids)
+    total = torch.zeros(32)
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 2:
+            axis = 1 if name.endswith(("o_proj.weight", "down_proj.weight")) else 0
+            total += (parameter.detach() * g[name]).abs().sum(axis)
+    (cut,) = result.structure[0].cuts
+    assert list(cut.removed) == sorted(total.argsort()[:8].tolist())
+    small = load(tmp_path / "out")
+    assert small.config.hidden_size == 24 and small.lm_head.weight is small.model.embed_tokens.weight
+
+
 def test_at_the_command_line(folder: Callable[[str], Path], tmp_path: Path) -> None:
     dense = folder("llama")
     words = ("compile", dense, "--pass", "llm-pruner:50%,importance=l2")

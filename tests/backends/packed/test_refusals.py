@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -88,3 +89,21 @@ def test_a_packed_model_that_is_not_right_is_not_left(tmp_path: Path, monkeypatc
     with monkeypatch.context() as patched:
         patched.setattr(job, "export", refuse)
         attempt(r"does not run with packed layers \(a product by hand\)")
+
+
+@pytest.mark.parametrize("to", ["packed", "packed:choice=smallest", "cuda"])
+def test_a_prune_is_written_where_nothing_is_worth_packing(to: str, tmp_path: Path) -> None:
+    """A few zeros make nothing smaller, nor faster: the folder is an ordinary one, and says why."""
+    dense = save("llama", tmp_path / "dense")
+    made = sparsify.compile(dense, ["magnitude:3%"], output=tmp_path / "out", to=to)
+    assert "no weight is worth packing" in made.notes[0] and "OUT is an ordinary checkpoint" in made.notes[0]
+    plain = sparsify.compile(dense, ["magnitude:3%"], output=tmp_path / "plain")
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == (
+        tmp_path / "plain" / "model.safetensors"
+    ).read_bytes()
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    left = json.loads((tmp_path / "out" / "sparsify.json").read_text())
+    assert "quantization_config" not in config and "packed" not in left and len(left["not_packed"]["sites"]) == 15
+    assert torch.equal(made.weight("lm_head.weight"), plain.weight("lm_head.weight"))
+    with pytest.raises(BackendError, match=r"no weight is worth packing .*rune it"):
+        sparsify.compile(dense, output=tmp_path / "other", to=to)

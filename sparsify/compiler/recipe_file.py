@@ -90,9 +90,9 @@ def _of_yaml(path: Path, text: str) -> dict[str, Any]:
     if not isinstance(words, dict) or not isinstance(node, yaml.MappingNode):
         raise SpecError(asked, found="no keys with values", do="Begin with passes: [wanda:2:4], say")
     _check_mapping(asked, node, words, KEYS)
-    passes = next(value for key, value in node.value if key.value == "passes") if "passes" in words else None
     if isinstance(words.get("passes"), list):
-        for inner, own in zip(passes.value, words["passes"], strict=True):
+        nodes = next(value.value for key, value in node.value if key.value == "passes")
+        for inner, own in zip(nodes, words["passes"], strict=True):
             if isinstance(own, dict):
                 _check_mapping(asked, inner, own, _OF_A_PASS)
                 if "pass" not in own:
