@@ -219,7 +219,7 @@ class Refining:
             raise CalibrationError(
                 f"{spec_text(self.own)} on {sequences} sequences in {count} batches",
                 found="none to hold back" if held < count else "none to train on beside those that are held back",
-                do="Give more --samples, or another guard",
+                do="Give more --samples, a smaller batch=, or another guard",
             )
         # Spread over the text, which may be of several kinds in a row.
         chosen = {int((i + 0.5) * count / held) for i in range(held)}
@@ -246,7 +246,8 @@ def check_alike(blocks: Sequence[Block], taught: Sequence[Block]) -> None:
         raise SpecError(
             "refining to the teacher's outputs",
             found=f"{len(blocks)} blocks, and {len(taught)} in the teacher",
-            do="Give the dense model that was pruned",
+            do="Give the dense model that was pruned; where blocks were taken out (granularity=layer), train with "
+            "sparsify tune --teacher",
         )
     for ours, theirs in zip(blocks, taught, strict=True):
         if ours.output.meta["val"].shape != theirs.output.meta["val"].shape:
