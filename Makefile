@@ -12,7 +12,7 @@ SEED ?= 0
 SECONDS ?= 300
 CALLS ?= 20000
 
-.PHONY: demo test slow optimum compat fuzz check raises mutants clean
+.PHONY: demo test slow optimum compat fuzz check docs raises mutants clean
 
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -62,6 +62,16 @@ check: .venv/installed-test
 	cd build/plain && ../../$(BIN)/mypy -p sparsify --config-file ../../pyproject.toml
 	cd build/plain && MYPYPATH=../../tests:../../tools/gpu:../../tools/fuzz ../../$(BIN)/mypy ../../tools --exclude kills/__main__ --config-file ../../pyproject.toml
 	cd build/plain && MYPYPATH=../../tests:../../tools/kills ../../$(BIN)/mypy ../../tools/kills --config-file ../../pyproject.toml
+
+.venv/installed-docs: .venv/installed
+	$(BIN)/pip install --quiet --editable ".[docs]"
+	touch $@
+
+# The documentation site, in build/site: every page of docs/, and those that are made of the commands, the passes and
+# the docstrings. A link that leads nowhere fails.
+docs: .venv/installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -W ignore -m mkdocs build --quiet --strict
+	@echo "the documentation is in build/site/index.html"
 
 .venv/installed-mutants: .venv/installed-test
 	$(BIN)/pip install --quiet --editable ".[mutants]"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import posixpath
 import re
 import subprocess
@@ -66,10 +67,10 @@ def relinked(text: str, source: str) -> str:
 
 
 def said(*words: str) -> str:
-    return subprocess.run(
-        [sys.executable, "-m", "sparsify", *words], capture_output=True, text=True, check=True, cwd=ROOT,
-        env={"PATH": "/usr/bin:/bin", "COLUMNS": "100", "NO_COLOR": "1", "HOME": "/"},
-    ).stdout  # fmt: skip
+    """What sparsify prints."""
+    surroundings = {**os.environ, "COLUMNS": "100", "NO_COLOR": "1"}
+    command = [sys.executable, "-m", "sparsify", *words]
+    return subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT, env=surroundings).stdout
 
 
 def commands() -> str:
