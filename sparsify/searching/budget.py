@@ -8,7 +8,9 @@ from dataclasses import dataclass
 
 from sparsify.errors import SpecError, near
 
-_FORMS = "Write perplexity<=1.05 or perplexity<=+5% (against the dense model), or perplexity<=12.3abs (the number itself)"
+_FORMS = (
+    "Write perplexity<=1.05 or perplexity<=+5% (against the dense model), or perplexity<=12.3abs (the number itself)"
+)
 # A bare number past it is sooner a perplexity than how many times the dense model's.
 _MOST_BARE = 2.0
 

@@ -23,7 +23,7 @@ class Part:
     """Some of the weights that a pass prunes.
 
     Attributes:
-        kind: what the kind is called, ``q_proj/k_proj/v_proj``. blocks: the blocks that they are in.
+        kind: what the kind is called, ``q/k/v_proj``. blocks: the blocks that they are in.
         size: how many weights.
     """
 
@@ -65,7 +65,17 @@ def kinds_of(targets: Sequence[Target]) -> dict[str, list[Target]]:
     for target in targets:
         members.setdefault(first(target.site.kind), []).append(target)
     short = short_names({target.site.kind for target in targets})
-    return {"/".join(dict.fromkeys(short[t.site.kind] for t in found)): found for found in members.values()}
+    return {_joined([short[t.site.kind] for t in found]): found for found in members.values()}
+
+
+def _joined(names: Iterable[str]) -> str:
+    """``q/k/v_proj`` of q_proj, k_proj and v_proj."""
+    own = list(dict.fromkeys(names))
+    ends = {name.rpartition("_")[1:] for name in own}
+    if len(own) == 1 or len(ends) > 1 or any("." in name for name in own):
+        return "/".join(own)
+    end = "".join(ends.pop())
+    return "/".join(name.removesuffix(end) for name in own) + end
 
 
 def short_names(kinds: Iterable[str]) -> dict[str, str]:

@@ -7,7 +7,7 @@ import math
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparsify.searching.bracket import highest
+from sparsify.searching.strategy.bracket import highest
 
 
 @given(

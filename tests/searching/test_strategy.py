@@ -10,12 +10,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparsify.searching.separable import Curve, allocations, cheapest_first
-from sparsify.searching.strategy import GRID, by_parts, by_percentages
+from sparsify.searching.strategy.rounds import GRID, by_parts, by_percentages
+from sparsify.searching.strategy.separable import Curve, allocations, cheapest_first
 
 
 class Asked:
-    """A loss that counts what is asked of it, and refuses to be asked the same twice in a row."""
+    """A loss that keeps what is asked of it."""
 
     def __init__(self, loss: object, budget: float) -> None:
         self.loss, self.budget, self.settings = loss, budget, list[dict[str, int]]()

@@ -1,4 +1,4 @@
-"""In which order settings are tried. A setting says of each part what share of its weights goes; a trial gives its loss.
+"""In which order settings are tried. A setting says which share of each part goes; a trial gives its loss.
 
 Percentages: all kinds alike first, by bisection; then, around the best found so far, each kind alone a step down and a
 step up, and along the way that these measurements say costs least for each weight, all kinds together; twice, the
@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from sparsify.searching.bracket import highest
-from sparsify.searching.separable import Curve, allocations, cheapest_first
+from sparsify.searching.strategy.bracket import highest
+from sparsify.searching.strategy.separable import Curve, allocations, cheapest_first
 
 # Trials of one question: a bisection, or one kind.
 MOST = 8
@@ -62,13 +62,14 @@ def by_percentages(excess: Excess, sizes: Mapping[str, int], dense: float) -> di
         base = seen.best or dict.fromkeys(sizes, 0)
         curves = _curves(trial, seen, base, step)
         bounds = {kind: (max(0, level - reach), min(GRID - 1, level + reach)) for kind, level in base.items()}
-        better = [
-            levels for levels in allocations(curves, sizes, bounds) if seen.weights(levels) > seen.weights(base)
-        ]
+        better = [levels for levels in allocations(curves, sizes, bounds) if seen.weights(levels) > seen.weights(base)]
         most = min(MOST, 2 * len(sizes))
         # So many that halving finds the last: 2**most - 1.
         chosen = better[:: -(-len(better) // ((1 << most) - 1))] if better else []
-        highest(lambda at, way=chosen: trial(way[at], "all kinds, each its own"), -1, len(chosen), most)
+        # Near where it begins, which is within the budget: the measured slopes are those of there.
+        highest(
+            lambda at, way=chosen: trial(way[at], "all kinds, each its own"), -1, len(chosen), most, len(chosen) // 8
+        )
     return seen.best
 
 
