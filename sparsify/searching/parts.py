@@ -105,27 +105,34 @@ def cells(targets: Sequence[Target], most: int | None = None) -> list[Part]:
 
 
 def ignoring(dense: Sequence[Target], pruned: Sequence[Target]) -> list[str]:
-    """Few patterns of --ignore that name every one of ``dense`` and none of ``pruned``."""
-    kept, found, covered = [target.site.name for target in pruned], list[str](), set[str]()
+    """Few patterns of --ignore that name every one of ``dense`` and none of ``pruned``: whole kinds, blocks and modules
+    before single sites."""
+    kept, names = [target.parameter for target in pruned], [target.parameter for target in dense]
     short = short_names({target.site.kind for target in (*dense, *pruned)})
-    ways: list[Callable[[Target], str]] = [
-        lambda target: f"*.{short[target.site.kind]}",
+    ways: tuple[Callable[[Target], str], ...] = (
         lambda target: target.site.block or "",
+        lambda target: f"*.{short[target.site.kind]}",
         lambda target: target.site.name.rpartition(".")[0],
         lambda target: target.site.name,
-    ]
-    for way in ways:
-        for pattern in dict.fromkeys(map(way, dense)):
-            named = {target.site.name for target in dense if _names(pattern, target.site.name)}
-            # What names a single site is left to its own name.
-            worth = len(named - covered) > (way is not ways[-1])
-            if worth and not any(_names(pattern, name) for name in kept):
-                found.append(pattern)
-                covered |= named
+        lambda target: target.parameter,
+    )
+    named = {
+        pattern: {name for name in names if _names(pattern, name)}
+        for pattern in dict.fromkeys(way(target) for way in ways for target in dense)
+        if pattern and not any(_names(pattern, name) for name in kept)
+    }
+    found, left, sites = list[str](), set(names), {target.site.name for target in dense}
+    while left:
+        # What names a single site is left to its own name, which stands for no other.
+        best = max(named, key=lambda pattern: (len(named[pattern] & left), pattern in sites))
+        found.append(best)
+        left -= named[best]
     return found
 
 
 def _names(pattern: str, name: str) -> bool:
-    """Whether --ignore ``pattern`` names the site ``name``, itself or a module that it is in."""
+    """Whether --ignore ``pattern`` names the parameter ``name``, itself or a module that it is in."""
+    if "*" not in pattern:
+        return name == pattern or name.startswith(f"{pattern}.")
     words = name.split(".")
     return any(matches(pattern, ".".join(words[: at + 1]), "--ignore") for at in range(len(words)))
