@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from sparsify.searching.parts import Part
 from sparsify.searching.strategy.separable import cheapest_first
 
 Measure = Literal["perplexity", "kl"]
@@ -140,11 +139,12 @@ class Sensitivity:
         return "\n".join(lines) + "\n"
 
 
-def worst(parts: Sequence[Part], losses: Sequence[float], share: float) -> list[int]:
-    """Indices of few weights that cost at least ``share`` of the whole loss: those that cost most for each of them."""
+def worst(sizes: Sequence[int], losses: Sequence[float], share: float) -> list[int]:
+    """Indices of parts, of these sizes, that cost at least ``share`` of the whole loss: those that cost most for each
+    weight, so that few weights do."""
     costs = [max(0.0, loss) for loss in losses]
     wanted, found, spent = share * sum(costs), list[int](), 0.0
-    for at in reversed(cheapest_first(costs, [part.size for part in parts])):
+    for at in reversed(cheapest_first(costs, sizes)):
         if spent >= wanted or not costs[at]:
             break
         found.append(at)

@@ -93,7 +93,7 @@ def search(
     wanted, own = parse_budget(budget), parse_method(method)
     check_amount(samples, sequence_length)
     check_seed(seed)
-    opening = {
+    opening: dict[str, Any] = {
         "allow_bin": allow_bin, "trust_remote_code": trust_remote_code, "check": check, "allow_nan": allow_nan,
         "compute_dtype": compute_dtype, "strict": strict, "adapter": adapter,
     }  # fmt: skip

@@ -84,7 +84,7 @@ def sensitivity(
         raise SpecError(f"leaving {leave:g} of the loss", found="not between 0 and 1", do="Give 0.3, say")
     check_amount(samples, sequence_length)
     check_seed(seed)
-    opening = {
+    opening: dict[str, Any] = {
         "allow_bin": allow_bin, "trust_remote_code": trust_remote_code, "check": check, "allow_nan": allow_nan,
         "compute_dtype": compute_dtype, "strict": strict, "adapter": adapter,
     }  # fmt: skip
@@ -175,7 +175,7 @@ def _saving(
     bench: Workbench, parts: Sequence[Part], losses: Sequence[float], leave: float, tell: Callable[[str], None]
 ) -> Saving:
     """What leaving the worst parts dense is worth, measured: all of them pruned together, then all but those."""
-    chosen = set(worst(parts, losses, leave))
+    chosen = set(worst([part.size for part in parts], losses, leave))
     if len(chosen) == len(parts):
         chosen.discard(min(chosen, key=lambda at: losses[at]))
     dense = [target for at, part in enumerate(parts) if at in chosen for target in part.targets]

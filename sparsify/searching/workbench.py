@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from sparsify.calibration.gradients import Samples
 from sparsify.calibration.measuring import measure_inputs
@@ -109,8 +109,9 @@ class Workbench:
                 chat=chat,
                 both=both,
             )
-            self.program = capture(self.source, self.calibration.batches[0])
-            self.targets, self.left = choose(self.program, own.pattern, wanted)
+            if not _takes(self.program, self.calibration.batches[0]):
+                self.program = capture(self.source, self.calibration.batches[0])
+                self.targets, self.left = choose(self.program, own.pattern, wanted)
         chat.check_used("--calibration or --data")
         self._held: dict[str, GroupRecorder] | None = None
         self._stack = ExitStack()
@@ -196,6 +197,13 @@ class Workbench:
             "compute_dtype": None if self.source.compute is None else str(self.source.compute),
             "device": self.context.device.type,
         }
+
+
+def _takes(program: Program, batch: Mapping[str, Tensor]) -> bool:
+    """Whether ``program`` was traced with inputs as those of ``batch`` are."""
+    traced = {n.meta["input"]: (tuple(n.meta["val"].shape), n.meta["val"].dtype) for n in program.inputs}
+    given = {name: (tuple(value.shape), value.dtype) for name, value in batch.items() if name not in program.literals}
+    return traced == given and program.unlike(batch) is None
 
 
 def is_light(own: WeightPass) -> bool:

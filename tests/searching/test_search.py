@@ -50,7 +50,9 @@ def same(one: Path, other: Path) -> bool:
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
-@pytest.mark.parametrize("spec", ["wanda", "sparsegpt,compensation=exact", "magnitude", "wanda:2:4", "wanda:60%,group=layer"])
+@pytest.mark.parametrize(
+    "spec", ["wanda", "sparsegpt,compensation=exact", "magnitude", "wanda:2:4", "wanda:60%,group=layer"]
+)
 @pytest.mark.parametrize("schedule", ["layer", "dense"])
 def test_what_is_found_is_within_and_the_words_that_it_prints_prune_so(
     spec: str, schedule: Any, model: Path, text: Path, tmp_path: Path
