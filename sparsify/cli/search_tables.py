@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Mapping, Sequence
 
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -19,9 +20,9 @@ def search_report(found: Found) -> RenderableType:
     """What each kind of layer got, and how to prune so again."""
     table = Table(title=f"{found.model} within {found.budget}, schedule {found.schedule}", title_justify="left")
     table.add_column("kind of layer", overflow="fold")
-    table.add_column("zeros", justify="right")
-    for kind, share in found.shares.items():
-        table.add_row(kind, f"{share:.1%}" if share else "dense")
+    table.add_column("zeros", overflow="fold")
+    for kind, zeros in _by_kind(found.shares).items():
+        table.add_row(kind, zeros)
     table.add_section()
     table.add_row(f"all {found.weights:,} weights that can be pruned", f"{found.sparsity:.2%}")
     lines = [
@@ -34,6 +35,27 @@ def search_report(found: Found) -> RenderableType:
         *([] if found.calibration is None else [f"calibrated on {found.calibration}"]),
     ]
     return Group(table, *map(Text, lines))
+
+
+def _by_kind(shares: Mapping[str, float]) -> dict[str, str]:
+    """What each kind of layer got, and in which blocks it stayed dense where that is told by block."""
+    blocks: dict[str, dict[str, float]] = {}
+    for name, share in shares.items():
+        kind, _, block = name.partition(" of ")
+        blocks.setdefault(kind, {})[block] = share
+    found = {}
+    for kind, own in blocks.items():
+        dense = [block for block, share in own.items() if not share]
+        zeros = f"{max(own.values()):.1%}"
+        found[kind] = zeros if not dense else "dense" if len(dense) == len(own) else f"{zeros}; dense: {_listed(dense)}"
+    return found
+
+
+def _listed(blocks: Sequence[str]) -> str:
+    """``model.layers.0, 3…5`` of model.layers.0 and model.layers.3…5."""
+    first, *others = blocks
+    start = first.rpartition("…")[0].rpartition(".")[0] if "…" in first else first.rpartition(".")[0]
+    return ", ".join([first, *(block.removeprefix(f"{start}.") for block in others)])
 
 
 def again(found: Found) -> str:

@@ -40,10 +40,7 @@ class Recorded:
 class _Job:
     def __init__(self, inner: Job, look: Callable[[Weights], dict[str, Any]]) -> None:
         self.inner, self.look = inner, look
-
-    @property
-    def weights(self) -> Weights:
-        return self.inner.weights
+        self.weights: Weights = inner.weights
 
     def finish(self, program: Program, manifest: dict[str, Any]) -> tuple[Path, Weights]:
         manifest["search"] = self.look(program.weights)

@@ -8,12 +8,12 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
-from sparsify.compiler.backend import as_backend
+from sparsify.compiler.backend import Backend, as_backend
 from sparsify.compiler.pipeline import compile, untold
 from sparsify.compiler.result import Compiled
 from sparsify.context import Context, Observer, unobserved
@@ -128,7 +128,8 @@ def search(
             calibration=bench.calibration,
             schedule=schedule,
             output=out,
-            to=Recorded(backend, look),
+            # It has of each instance what the protocol has of a class.
+            to=cast(Backend, Recorded(backend, look)),
             seed=seed,
             ignore=(*ignore, *best.ignore),
             only=only,

@@ -51,9 +51,16 @@ def same(one: Path, other: Path) -> bool:
 
 
 @pytest.mark.parametrize(
-    "spec", ["wanda", "sparsegpt,compensation=exact", "magnitude", "wanda:2:4", "wanda:60%,group=layer"]
+    ("spec", "schedule"),
+    [
+        ("wanda", "layer"),
+        ("wanda", "dense"),
+        ("sparsegpt,compensation=exact", "layer"),
+        ("magnitude", "block"),
+        ("wanda:2:4", "dense"),
+        ("wanda:60%,group=layer", "block"),
+    ],
 )
-@pytest.mark.parametrize("schedule", ["layer", "dense"])
 def test_what_is_found_is_within_and_the_words_that_it_prints_prune_so(
     spec: str, schedule: Any, model: Path, text: Path, tmp_path: Path
 ) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 import math
+import random
 from collections.abc import Mapping
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sparsify.searching.strategy.knapsack import cheapest_of_each_size, learn
 from sparsify.searching.strategy.rounds import GRID, by_parts, by_percentages
 from sparsify.searching.strategy.separable import Curve, allocations, cheapest_first
 
@@ -95,7 +97,9 @@ def test_a_model_that_breaks_at_once_keeps_one_kind_to_prune() -> None:
 
 
 @given(st.lists(st.tuples(st.floats(0, 1), st.integers(1, 9)), min_size=1, max_size=24), st.floats(0, 6))
-def test_parts_are_within_the_budget(parts: list[tuple[float, int]], budget: float) -> None:
+def test_parts_are_within_the_budget_and_the_best_where_costs_add_up(
+    parts: list[tuple[float, int]], budget: float
+) -> None:
     costs = {f"p{number}": cost for number, (cost, _) in enumerate(parts)}
     sizes = {f"p{number}": size for number, (_, size) in enumerate(parts)}
     asked = Asked(lambda levels: sum(costs[name] for name, level in levels.items() if level), budget)
@@ -112,10 +116,61 @@ def test_parts_are_within_the_budget(parts: list[tuple[float, int]], budget: flo
     order, spent, taken = cheapest_first(list(costs.values()), list(sizes.values())), 0.0, 0
     for at in order:
         spent += costs[f"p{at}"]
-        if spent > budget * (1 - 1e-9) - 1e-9:
+        if spent > budget * (1 - 1e-6) - 1e-6:
             break
         taken += sizes[f"p{at}"]
     assert sum(sizes[name] for name in found) >= taken
+
+
+@given(
+    st.lists(st.tuples(st.floats(0.01, 1), st.integers(1, 9)), min_size=2, max_size=8),
+    st.floats(0.05, 2),
+    st.floats(-0.4, 0.8),
+    st.integers(0, 1000),
+)
+@settings(max_examples=80, deadline=None)
+def test_parts_that_help_or_hurt_each_other_are_learned(
+    parts: list[tuple[float, int]], budget: float, coupling: float, seed: int
+) -> None:
+    """Of some hundred choices one is found that is near the best, whatever pairs add or take away."""
+    names, draw = [f"p{number}" for number in range(len(parts))], random.Random(seed)
+    pairs = {(a, b): coupling * draw.random() for a, b in itertools.combinations(names, 2)}
+    sizes = {name: size for name, (_, size) in zip(names, parts, strict=True)}
+    own = {name: cost for name, (cost, _) in zip(names, parts, strict=True)}
+
+    def loss(levels: Mapping[str, int]) -> float:
+        chosen = [name for name in names if levels[name]]
+        both = (pairs[a, b] * min(own[a], own[b]) for a, b in itertools.combinations(chosen, 2))
+        return sum(own[name] for name in chosen) + sum(both)
+
+    asked = Asked(loss, budget)
+    found = by_parts(asked, sizes, -budget)
+    every = (dict(zip(names, bits, strict=True)) for bits in itertools.product((0, 1), repeat=len(names)))
+    best = max((sum(sizes[n] for n in names if s[n]) for s in every if asked.within(s) and any(s.values())), default=0)
+    weights = sum(sizes[name] for name in found or ())
+    assert weights <= best and (found is not None) == (best > 0)
+    assert weights >= best - max(sizes.values())
+
+
+@given(st.lists(st.tuples(st.floats(-1, 1), st.integers(1, 9)), min_size=1, max_size=8))
+def test_the_cheapest_of_each_size_is(parts: list[tuple[float, int]]) -> None:
+    costs, sizes = [cost for cost, _ in parts], [size for _, size in parts]
+    expected: dict[int, float] = {}
+    for bits in itertools.product((0, 1), repeat=len(parts)):
+        size, cost = (sum(v for v, bit in zip(of, bits, strict=True) if bit) for of in (sizes, costs))
+        expected[int(size)] = min(expected.get(int(size), math.inf), cost)
+    found = {sum(sizes[at] for at in chosen): cost for cost, chosen in cheapest_of_each_size(costs, sizes)}
+    assert found == pytest.approx(expected)
+    for cost, chosen in cheapest_of_each_size(costs, sizes):
+        assert sum(costs[at] for at in chosen) == pytest.approx(cost)
+
+
+def test_costs_learn_from_what_was_measured_together() -> None:
+    costs = [1.0, 3.0, 5.0]
+    learn(costs, [0, 1], 8.0, 1.0)
+    assert costs == pytest.approx([2.0, 6.0, 5.0])
+    learn(costs, [2], math.inf, 1.5)
+    assert costs[2] == pytest.approx(6.5)
 
 
 def test_steps_are_taken_where_they_cost_least() -> None:

@@ -2,17 +2,19 @@
 
 Percentages: all kinds alike first, by bisection; then, around the best found so far, each kind alone a step down and a
 step up, and along the way that these measurements say costs least for each weight, all kinds together; twice, the
-second time by smaller steps. Patterns: all parts, then each alone, then those that cost least for each weight together.
+second time by smaller steps. Patterns: all parts, then each alone, then those together that are predicted to fit, with
+most weights; the prediction learns from each.
 In all at most 8 trials with all kinds alike, and 8 more for each kind.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from sparsify.searching.strategy.bracket import highest
-from sparsify.searching.strategy.separable import Curve, allocations, cheapest_first
+from sparsify.searching.strategy.knapsack import learn, next_choice
+from sparsify.searching.strategy.separable import Curve, allocations
 
 # Trials of one question: a bisection, or one kind.
 MOST = 8
@@ -66,10 +68,12 @@ def by_percentages(excess: Excess, sizes: Mapping[str, int], dense: float) -> di
         most = min(MOST, 2 * len(sizes))
         # So many that halving finds the last: 2**most - 1.
         chosen = better[:: -(-len(better) // ((1 << most) - 1))] if better else []
+
+        def along(at: int, way: Sequence[dict[str, int]] = chosen) -> float:
+            return trial(way[at], "all kinds, each its own")
+
         # Near where it begins, which is within the budget: the measured slopes are those of there.
-        highest(
-            lambda at, way=chosen: trial(way[at], "all kinds, each its own"), -1, len(chosen), most, len(chosen) // 8
-        )
+        highest(along, -1, len(chosen), most, len(chosen) // 8)
     return seen.best
 
 
@@ -100,19 +104,24 @@ def by_parts(excess: Excess, sizes: Mapping[str, int], dense: float) -> set[str]
     """
     seen, names = _Seen(sizes), list(sizes)
 
-    def trial(chosen: Sequence[str], words: str) -> float:
+    tried: set[frozenset[str]] = set()
+
+    def trial(chosen: Iterable[str], words: str) -> float:
+        tried.add(frozenset(chosen))
         levels = {name: int(name in chosen) for name in names}
         found = excess(levels, words)
         seen.take(levels, found)
         return found
 
-    if trial(names, "all of them") > 0 and len(names) > 1:
-        costs = [trial([name], f"{name} alone") - dense for name in names]
-        order = [names[at] for at in cheapest_first(costs, [sizes[name] for name in names])]
-        highest(lambda count: trial(order[:count], f"the cheapest {count} together"), 0, len(order), MOST)
-        chosen = [name for name in order if seen.best and seen.best[name]]
-        # What is dearer may still fit where the next did not.
-        for name in [name for name in order if name not in chosen][1 : 1 + MOST]:
-            if trial([*chosen, name], f"and {name}") <= 0:
-                chosen.append(name)
+    whole = trial(names, "all of them")
+    if whole > 0 and len(names) > 1:
+        costs = _finite(dict(enumerate(trial([name], f"{name} alone") - dense for name in names)))
+        learned = [costs[at] for at in range(len(names))]
+        learn(learned, range(len(names)), whole - dense, -dense)
+        for _ in range(2 * MOST):
+            chosen = next_choice(learned, sizes, -dense, seen.weights(seen.best or {}), tried)
+            if chosen is None:
+                break
+            found = trial(chosen, f"{len(chosen)} together")
+            learn(learned, (names.index(name) for name in chosen), found - dense, -dense)
     return None if seen.best is None else {name for name, level in seen.best.items() if level}
