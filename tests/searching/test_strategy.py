@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparsify.searching.strategy.knapsack import cheapest_of_each_size, learn
+from sparsify.searching.strategy.moves import Moves
 from sparsify.searching.strategy.rounds import GRID, by_parts, by_percentages
 from sparsify.searching.strategy.separable import Curve, allocations, cheapest_first
 
@@ -152,25 +152,18 @@ def test_parts_that_help_or_hurt_each_other_are_learned(
     assert weights >= best - max(sizes.values())
 
 
-@given(st.lists(st.tuples(st.floats(-1, 1), st.integers(1, 9)), min_size=1, max_size=8))
-def test_the_cheapest_of_each_size_is(parts: list[tuple[float, int]]) -> None:
-    costs, sizes = [cost for cost, _ in parts], [size for _, size in parts]
-    expected: dict[int, float] = {}
-    for bits in itertools.product((0, 1), repeat=len(parts)):
-        size, cost = (sum(v for v, bit in zip(of, bits, strict=True) if bit) for of in (sizes, costs))
-        expected[int(size)] = min(expected.get(int(size), math.inf), cost)
-    found = {sum(sizes[at] for at in chosen): cost for cost, chosen in cheapest_of_each_size(costs, sizes)}
-    assert found == pytest.approx(expected)
-    for cost, chosen in cheapest_of_each_size(costs, sizes):
-        assert sum(costs[at] for at in chosen) == pytest.approx(cost)
-
-
-def test_costs_learn_from_what_was_measured_together() -> None:
-    costs = [1.0, 3.0, 5.0]
-    learn(costs, [0, 1], 8.0, 1.0)
-    assert costs == pytest.approx([2.0, 6.0, 5.0])
-    learn(costs, [2], math.inf, 1.5)
-    assert costs[2] == pytest.approx(6.5)
+def test_moves_take_in_most_that_is_predicted_to_fit() -> None:
+    moves = Moves({"a": 1, "b": 2, "c": 4}, {"a": 0.1, "b": 0.3, "c": 0.9}, 1.0, {frozenset("a"): 0.1})
+    assert moves.following(frozenset("a")) == {"a", "c"}
+    moves.learn(frozenset("a"), frozenset("ac"), 1.4)
+    assert moves.costs["c"] == pytest.approx(1.1), "half of what it was more than predicted"
+    assert moves.following(frozenset("a")) == {"a", "b"}
+    moves.learn(frozenset("a"), frozenset("ab"), math.inf)
+    assert moves.costs["b"] == 0.3 and moves.following(frozenset("a")) == {"b"}
+    moves.learn(frozenset("a"), frozenset("b"), 0.3)
+    assert moves.following(frozenset("b")) == {"c"}, "nothing is predicted to fit, and this has least to spare"
+    moves.learn(frozenset("b"), frozenset("c"), 1.1)
+    assert moves.following(frozenset("b")) is None
 
 
 def test_steps_are_taken_where_they_cost_least() -> None:

@@ -2,8 +2,8 @@
 
 Percentages: all kinds alike first, by bisection; then, around the best found so far, each kind alone a step down and a
 step up, and along the way that these measurements say costs least for each weight, all kinds together; twice, the
-second time by smaller steps. Patterns: all parts, then each alone, then those together that are predicted to fit, with
-most weights; the prediction learns from each.
+second time by smaller steps. Patterns: all parts, then each alone, then the cheapest together, and from there
+moves by a few parts that are predicted to fit; the prediction learns from each.
 In all at most 8 trials with all kinds alike, and 8 more for each kind.
 """
 
@@ -11,10 +11,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from sparsify.searching.strategy.bracket import highest
-from sparsify.searching.strategy.knapsack import learn, next_choice
-from sparsify.searching.strategy.separable import Curve, allocations
+from sparsify.searching.strategy.moves import Moves
+from sparsify.searching.strategy.separable import Curve, allocations, cheapest_first
 
 # Trials of one question: a bisection, or one kind.
 MOST = 8
@@ -23,6 +24,7 @@ GRID = 200
 # How far a kind is moved alone, and how far all are from where they were then, in 1/GRID.
 _STEPS = ((30, 60), (10, 20))
 # The loss of a setting, less what the budget allows. The words say what is tried.
+Point = TypeVar("Point", int, str)
 Excess = Callable[[Mapping[str, int], str], float]
 
 
@@ -89,11 +91,11 @@ def _curves(trial: Excess, seen: _Seen, base: Mapping[str, int], step: int) -> d
     return curves
 
 
-def _finite(points: Mapping[int, float]) -> dict[int, float]:
+def _finite(points: Mapping[Point, float]) -> dict[Point, float]:
     """The same with a loss that is large in the place of one that is no number."""
     known = [value for value in points.values() if value < float("inf")]
     most = 10 + max(known, default=0)
-    return {level: min(value, most) for level, value in points.items()}
+    return {point: min(value, most) for point, value in points.items()}
 
 
 def by_parts(excess: Excess, sizes: Mapping[str, int], dense: float) -> set[str] | None:
@@ -104,24 +106,29 @@ def by_parts(excess: Excess, sizes: Mapping[str, int], dense: float) -> set[str]
     """
     seen, names = _Seen(sizes), list(sizes)
 
-    tried: set[frozenset[str]] = set()
-
     def trial(chosen: Iterable[str], words: str) -> float:
-        tried.add(frozenset(chosen))
+        chosen = frozenset(chosen)
         levels = {name: int(name in chosen) for name in names}
         found = excess(levels, words)
         seen.take(levels, found)
         return found
 
-    whole = trial(names, "all of them")
-    if whole > 0 and len(names) > 1:
-        costs = _finite(dict(enumerate(trial([name], f"{name} alone") - dense for name in names)))
-        learned = [costs[at] for at in range(len(names))]
-        learn(learned, range(len(names)), whole - dense, -dense)
-        for _ in range(2 * MOST):
-            chosen = next_choice(learned, sizes, -dense, seen.weights(seen.best or {}), tried)
+    if trial(names, "all of them") > 0 and len(names) > 1:
+        alone = {name: trial([name], f"{name} alone") - dense for name in names}
+        costs = _finite(alone)
+        order = [names[at] for at in cheapest_first([costs[name] for name in names], list(sizes.values()))]
+        moves = Moves(sizes, costs, -dense, {frozenset([name]): loss for name, loss in alone.items()})
+
+        def together(count: int) -> float:
+            found = trial(order[:count], f"the cheapest {count} together")
+            moves.losses[frozenset(order[:count])] = found - dense
+            return found
+
+        highest(together, 1, len(order), MOST)
+        for _ in range(MOST):
+            best = frozenset(name for name in names if seen.best and seen.best[name])
+            chosen = moves.following(best)
             if chosen is None:
                 break
-            found = trial(chosen, f"{len(chosen)} together")
-            learn(learned, (names.index(name) for name in chosen), found - dense, -dense)
+            moves.learn(best, chosen, trial(chosen, f"{len(chosen)} together") - dense)
     return None if seen.best is None else {name for name, level in seen.best.items() if level}
