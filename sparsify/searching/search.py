@@ -20,7 +20,7 @@ from sparsify.context import Context, Observer, unobserved
 from sparsify.errors import CalibrationError, SpecError, VerifyError
 from sparsify.files.reading import kind_at
 from sparsify.files.staging import check_output
-from sparsify.host import cpu_by_default, resolve_device
+from sparsify.host import cpu_by_default, is_out_of_memory, resolve_device
 from sparsify.ir.weights import Weights
 from sparsify.method.spec import has_pattern, parse_pass, spec_text, with_pattern
 from sparsify.method.weight_pass import WeightPass
@@ -215,6 +215,13 @@ class _Hunt:
         if within:
             return max(within, key=lambda trial: (trial.sparsity, -trial.perplexity))
         near = min(self.made, key=lambda trial: trial.perplexity)
+        if math.isinf(near.perplexity):
+            raise CalibrationError(
+                f"{self.budget} by {self.bench.own.name}",
+                found=f"none of {len(self.made)} trials gave a model that predicts anything"
+                + (f": {near.refused}" if near.refused else ""),
+                do="Look at the data and at the model's weights",
+            )
         dense = f" --ignore {' --ignore '.join(near.ignore)}" if near.ignore else ""
         raise CalibrationError(
             f"{self.budget} by {self.bench.own.name}",
@@ -230,28 +237,41 @@ class _Hunt:
         trial = self.trials.find(shares)
         known = trial is not None
         if trial is None:
-            started = time.perf_counter()
-            setting = self.way.setting(levels)
-            weights, results = self.bench.prune(setting.own, setting.targets)
-            trial = Trial(
-                number=len(self.trials) + 1,
-                words=words,
-                shares=shares,
-                spec=setting.spec,
-                ignore=setting.ignore,
-                perplexity=self.bench.judge.perplexity(weights),
-                sparsity=zeros_of(results) / self.total,
-                seconds=round(time.perf_counter() - started, 3),
-            )
+            trial = self._try(levels, words, shares)
             self.trials.keep(trial)
         if trial not in self.made:
             self.made.append(trial)
-            within = "within" if trial.perplexity <= self.limit else "over"
+            within = "within the budget" if trial.perplexity <= self.limit else "over the budget"
             self.tell(
-                f"{len(self.made)}: {words}: {trial.sparsity:.2%} zeros, perplexity {trial.perplexity:.4g}, {within} "
-                f"the budget{' (kept from before)' if known else ''}"
+                f"{len(self.made)}: {words}: {trial.sparsity:.2%} zeros, perplexity {trial.perplexity:.4g}, "
+                f"{trial.refused or within}{' (kept from before)' if known else ''}"
             )
         return math.log(trial.perplexity) - math.log(self.limit)
+
+    def _try(self, levels: Mapping[str, int], words: str, shares: Mapping[str, float]) -> Trial:
+        started, setting = time.perf_counter(), self.way.setting(levels)
+        perplexity, refused = math.inf, ""
+        try:
+            weights, results = self.bench.prune(setting.own, setting.targets)
+        except CalibrationError as error:
+            if error.__cause__ is not None and is_out_of_memory(error.__cause__):
+                raise
+            # So sparse that nothing reaches a layer any more, say: as bad as can be, and no reason to stop.
+            refused = str(error)
+            sparsity = sum(shares[name] * size for name, size in self.sizes.items()) / self.total
+        else:
+            perplexity, sparsity = self.bench.judge.perplexity(weights), zeros_of(results) / self.total
+        return Trial(
+            number=len(self.trials) + 1,
+            words=words,
+            shares=shares,
+            spec=setting.spec,
+            ignore=setting.ignore,
+            perplexity=perplexity,
+            sparsity=sparsity,
+            seconds=round(time.perf_counter() - started, 3),
+            refused=refused,
+        )
 
     def check(self, best: Trial, weights: Weights) -> float:
         """The perplexity of the model as it is about to be written.

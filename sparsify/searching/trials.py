@@ -31,6 +31,7 @@ class Trial:
         words: what it was for. shares: of each kind or part, which share of its weights goes; 0: it stays dense.
         spec, ignore: the pass, and the patterns of --ignore, that prune so.
         perplexity: infinity where it is no number. sparsity: of all weights that may be pruned.
+        refused: what the pass said that could not prune so, a model whose activations have died say; else empty.
     """
 
     number: int
@@ -41,6 +42,7 @@ class Trial:
     perplexity: float
     sparsity: float
     seconds: float
+    refused: str = ""
 
     def as_dict(self) -> dict[str, Any]:
         finite = math.isfinite(self.perplexity)
@@ -64,6 +66,7 @@ class Trial:
             perplexity=math.inf if loss is None else float(loss),
             sparsity=float(found["sparsity"]),
             seconds=float(found["seconds"]),
+            refused=str(found["refused"]),
         )
 
 

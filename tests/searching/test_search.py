@@ -234,6 +234,28 @@ def test_an_infinite_perplexity_is_a_trial_like_any(model: Path, text: Path, mon
     assert any(math.isinf(trial.perplexity) for trial in found.trials) and found.perplexity <= found.limit
 
 
+def test_trials_that_a_pass_refuses_are_over_the_budget(
+    model: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sparsify.searching.workbench import Workbench
+
+    def refused(self: Workbench, own: Any, targets: Any, schedule: Any = None) -> Any:
+        raise CalibrationError("the input of o_proj", found="nothing but zeros", do="Prune less")
+
+    told: list[str] = []
+    monkeypatch.setattr(Workbench, "prune", refused)
+    with pytest.raises(CalibrationError, match=r"none of .* predicts anything: the input of o_proj: nothing but zeros"):
+        seek(model, text, tell=told.append)
+    assert "the input of o_proj: nothing but zeros. Prune less" in told[1]
+
+    def no_memory(self: Workbench, own: Any, targets: Any, schedule: Any = None) -> Any:
+        raise CalibrationError("pass wanda", found="too little memory", do="Buy some") from MemoryError()
+
+    monkeypatch.setattr(Workbench, "prune", no_memory)
+    with pytest.raises(CalibrationError, match="too little memory"):
+        seek(model, text)
+
+
 def test_a_pass_may_go_without_a_pattern() -> None:
     assert searching.parse_method("wanda") == parse_pass("wanda:50%")
     assert searching.parse_method("wanda,group=layer") == parse_pass("wanda:50%,group=layer")

@@ -16,7 +16,7 @@ QUESTION = {"model": "a", "pass": "wanda:50%"}
 
 def trial(number: int, perplexity: float = 3.5) -> Trial:
     shares = {"o_proj": number / 200, "q/k/v_proj": 0.0}
-    return Trial(number, "all kinds alike", shares, "wanda:50%", ("*.q_proj",), perplexity, number / 400, 1.25)
+    return Trial(number, "all kinds alike", shares, "wanda:50%", ("*.q_proj",), perplexity, number / 400, 1.25, "")
 
 
 def filled(out: Path) -> Path:
