@@ -61,6 +61,14 @@ class Found:
             f"{self.perplexity:.4g}, dense {self.dense:.4g}; {self.best.spec}; {len(self.trials)} trials>"
         )
 
+    def record(self) -> dict[str, Any]:
+        """What ``sparsify.json`` says: the same for the same search, without times and places."""
+        content = self.as_dict()
+        for name in ("seconds", "resumed", "output", "kept"):
+            del content[name]
+        content["trials"] = [{k: v for k, v in trial.items() if k != "seconds"} for trial in content["trials"]]
+        return content
+
     def as_dict(self) -> dict[str, Any]:
         """All of it but the model, as JSON."""
         return {

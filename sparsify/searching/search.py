@@ -120,7 +120,7 @@ def search(
 
         def look(weights: Weights) -> dict[str, Any]:
             hunt.check(best, weights)
-            return found.as_dict()
+            return found.record()
 
         compiled: Compiled = compile(
             model,

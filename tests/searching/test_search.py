@@ -96,6 +96,7 @@ def test_the_folder_says_by_which_search_it_was_found(model: Path, text: Path, t
     assert len(record["trials"]) == len(found.trials) and record["sparsity"] == found.sparsity
     assert "(its last 10%, held out)" in record["data"] and "(its first 90%)" in record["calibration"]
     assert command("verify", tmp_path / "out").returncode == 0
+    assert not {"seconds", "kept", "output", "resumed"} & {*record, *record["trials"][0]}, "no time and no place"
     assert str(found).startswith("<") and len(str(found)) < 400 and f"{found.sparsity:.2%} zeros" in str(found)
 
 
