@@ -26,11 +26,15 @@ if TYPE_CHECKING:
     from sparsify.method.spec import parse_pass
     from sparsify.method.weight_pass import Pruned, WeightPass
     from sparsify.prune.fx_pass import GraphPrune
+    from sparsify.searching.costs import Sensitivity
+    from sparsify.searching.found import Found
+    from sparsify.searching.search import search
+    from sparsify.searching.sensitivity import sensitivity
     from sparsify.tuning.hold import HoldZeros, hold_zeros
 
 __all__ = [
-    "Compiled", "GraphPrune", "HoldZeros", "Pruned", "SparsifyError", "WeightPass", "compile", "hold_zeros", "load",
-    "parse_pass", "perplexity",
+    "Compiled", "Found", "GraphPrune", "HoldZeros", "Pruned", "Sensitivity", "SparsifyError", "WeightPass", "compile",
+    "hold_zeros", "load", "parse_pass", "perplexity", "search", "sensitivity",
 ]  # fmt: skip
 
 
@@ -54,9 +58,11 @@ __getattr__ = lazily(
     __name__,
     {
         "Compiled": "compiler.result",
+        "Found": "searching.found",
         "GraphPrune": "prune.fx_pass",
         "HoldZeros": "tuning.hold",
         "Pruned": "method.weight_pass",
+        "Sensitivity": "searching.costs",
         "SparsifyError": "errors",
         "WeightPass": "method.weight_pass",
         "backends": "backends",
@@ -66,6 +72,8 @@ __getattr__ = lazily(
         "parse_pass": "method.spec",
         "passes": "passes",
         "perplexity": "evaluation.perplexity",
+        "search": "searching.search",
+        "sensitivity": "searching.sensitivity",
     },
 )
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -112,19 +112,26 @@ def perplexity(source: Source, windows: Tensor, context: Context | None = None) 
         CalibrationError: ids of another vocabulary, too little memory, or a loss that is no number.
         TraceError: no causal language model.
     """
-    context = context or Context()
+    context, batches = context or Context(), as_batches(windows, source)
+    with within_memory(f"evaluating {source.name}", context.device):
+        program = capture(source, batches[0])
+        losses = window_losses(program, batches, context)
+    return of_losses(losses, source.name, _logits(program).meta["val"].dtype)
+
+
+def as_batches(windows: Tensor, source: Source) -> Windows:
+    """``windows`` [count, length] a few at a time, all batches of one size.
+
+    Raises:
+        SpecError: windows longer than the model's table of positions. CalibrationError: ids of another vocabulary.
+    """
     count, length = windows.shape
     vocabulary = source.vocab_size
     if vocabulary and int(windows.max()) >= vocabulary:
         raise outside(int(windows.max()), "the data", source)
     check_table(length, source)
     most = 1 if one_row_alone(source) else max(1, _TOKENS_AT_ONCE // length)
-    size = max(d for d in range(1, min(most, count) + 1) if count % d == 0)
-    batches = Windows(windows, size, source)
-    with within_memory(f"evaluating {source.name}", context.device):
-        program = capture(source, batches[0])
-        losses = _losses(program, batches, context)
-    return of_losses(losses, source.name, _logits(program).meta["val"].dtype)
+    return Windows(windows, max(d for d in range(1, min(most, count) + 1) if count % d == 0), source)
 
 
 def of_losses(losses: Tensor, name: str, dtype: torch.dtype) -> float:
@@ -167,28 +174,40 @@ class Windows(Sequence[Mapping[str, Tensor]]):
         return as_inputs(self.windows[at : at + self.size].long(), self.source)
 
 
-def _losses(program: Program, batches: Sequence[Mapping[str, Tensor]], context: Context) -> Tensor:
+def window_losses(program: Program, batches: Sequence[Mapping[str, Tensor]], context: Context) -> Tensor:
     """The mean loss of each window, float64."""
+    losses: list[Tensor] = []
+
+    def record(index: int, logits: Tensor) -> None:
+        ids = batches[index]["input_ids"].to(logits.device, non_blocking=True)
+        flat = nn.functional.cross_entropy(logits[:, :-1].float().flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+        losses.append(flat.view(len(ids), -1).mean(dim=1).double())
+
+    predict(program, batches, context, record)
+    return torch.cat(losses).cpu()
+
+
+def predict(
+    program: Program,
+    batches: Sequence[Mapping[str, Tensor]],
+    context: Context,
+    record: Callable[[int, Tensor], None],
+) -> None:
+    """Run ``program`` region by region; ``record`` is given the number of each batch and its logits."""
     logits = _logits(program)
     flow = Flow.of(program)
     stop = flow.position[logits] + 1
     cuts = itertools.pairwise([0, *block_starts(program, flow), stop])
     regions = [Region(start, end, stop) for start, end in cuts]
-    losses: list[Tensor] = []
 
-    def record(index: int, node: fx.Node, values: Mapping[fx.Node, Any]) -> None:
-        ids = batches[index]["input_ids"].to(values[node].device, non_blocking=True)
-        flat = nn.functional.cross_entropy(
-            values[node][:, :-1].float().flatten(0, 1), ids[:, 1:].flatten(), reduction="none"
-        )
-        losses.append(flat.view(len(ids), -1).mean(dim=1).double())
+    def on_value(index: int, node: fx.Node, values: Mapping[fx.Node, Any]) -> None:
+        record(index, values[node])
 
     with ActivationStore(context.memory, context.device) as store, torch.no_grad():
         runner = Interpreter(program, flow, batches, store, context.device)
         for number, region in enumerate(regions):
-            runner.run_region(region, watch={logits} if region.stop == stop else (), on_value=record)
+            runner.run_region(region, watch={logits} if region.stop == stop else (), on_value=on_value)
             context.observe(Progress(number + 1, len(regions), "evaluating", 0))
-    return torch.cat(losses).cpu()
 
 
 def _logits(program: Program) -> fx.Node:

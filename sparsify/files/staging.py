@@ -22,7 +22,7 @@ from sparsify.words import format_bytes
 
 # What says of a folder that it is an output of ours or a model, beside ONNX files and a model's config.json: manifests,
 # tables of compare, adapters, the state of a tuning run.
-_MARKS = ("sparsify.json", "compare.json", "adapter_config.json", "state.safetensors")
+_MARKS = ("sparsify.json", "compare.json", "sensitivity.json", "adapter_config.json", "state.safetensors")
 
 
 class Staging:

@@ -42,6 +42,8 @@ _OWN = {
         "inspect": "sparsify.cli.commands:inspect_command",
         "eval": "sparsify.cli.commands:eval_command",
         "compare": "sparsify.cli.commands:compare_command",
+        "search": "sparsify.cli.search:search_command",
+        "sensitivity": "sparsify.cli.search:sensitivity_command",
         "passes": "sparsify.cli.passes:passes_command",
         "version": "sparsify.cli.commands:version_command",
         "tune": "sparsify.cli.tune:tune_command",

@@ -41,6 +41,17 @@ def parse_pass(text: str) -> Pass:
     return made
 
 
+def has_pattern(text: str) -> bool:
+    """Whether the spec ``text`` has a pattern."""
+    return bool(_parts(text)[1])
+
+
+def with_pattern(text: str, pattern: str) -> str:
+    """The spec ``text``, with ``pattern`` where it has none."""
+    name, own, options = _parts(text)
+    return ",".join([f"{name}:{own or pattern}", *options])
+
+
 def find_pass(name: str) -> type[Pass]:
     """The class that ``name`` stands for.
 

@@ -16,6 +16,7 @@ from sparsify.errors import SpecError
 from sparsify.method.base import Change, Kind, Pass
 from sparsify.method.pattern import NM, Pattern, Unstructured
 from sparsify.method.selection import Axis, Comparison, Count, select
+from sparsify.method.shares import parse_shares
 from sparsify.method.statistics import InputStatistics
 
 Allocation = Literal["uniform", "owl", "error"]
@@ -50,6 +51,7 @@ class WeightPass(Pass):
             measured output error.
         spread: how far a layer's share may be from the one asked for, with an allocation; 0.08 for owl, 0.1 for error.
         outliers: for ``owl``: what lies above so many times the mean of its layer is an outlier.
+        kinds: percentages of their own for kinds of layers, ``down_proj@45%/q_proj@60%``; the pattern is the others'.
 
     Class attributes:
         default_group: the comparison group where none is asked for.
@@ -62,6 +64,7 @@ class WeightPass(Pass):
     allocation: Allocation = "uniform"
     spread: float | None = None
     outliers: float = 5.0
+    kinds: str = ""
 
     kind: ClassVar[Kind] = "weights"
     follows: ClassVar[frozenset[Kind]] = frozenset({"structure", "graph", "channels", "weights", "regions"})
@@ -103,6 +106,17 @@ class WeightPass(Pass):
                 "Leave blocksize out",
             )
         self._check_allocation()
+        self._check_kinds()
+
+    def _check_kinds(self) -> None:
+        if not self.kinds:
+            return
+        parse_shares(self.kinds)
+        asked = f"kinds={self.kinds}"
+        if isinstance(self.pattern, NM):
+            raise self._refuse(asked, f"{self.pattern} fixes the zeros of every site", "Ask for a percentage")
+        if self.allocation != "uniform":
+            raise self._refuse(f"allocation={self.allocation},{asked}", "each shares the zeros out", "Give one of them")
 
     def _check_allocation(self) -> None:
         if self.allocation == "uniform":

@@ -32,6 +32,7 @@ from sparsify.ir.weights import Weights
 from sparsify.method.weight_pass import WeightPass
 from sparsify.precision import exact_products
 from sparsify.prune.allocation import Measured, allocate
+from sparsify.prune.shares import shared_out
 from sparsify.prune.targets import Target
 from sparsify.prune.turn import Turn, prune_without_data
 from sparsify.words import Schedule
@@ -58,13 +59,13 @@ def prune(
     Raises:
         SparsifyError: as :class:`Engine`.
     """
+    passes = shared_out(weight_pass, targets)
     if data is None:
-        return prune_without_data(program, weight_pass, targets, context)
+        return prune_without_data(program, passes, targets, context)
     wanted = GRADIENTS & set(weight_pass.statistics)
     with within_memory(f"pass {weight_pass.name}", context.device), Gradients(context.memory // 4) as gradients:
         if wanted:
             measure_gradients(program, [t.parameter for t in targets], data, wanted, gradients, context)
-        passes = {target.parameter: weight_pass for target in targets}
         if weight_pass.allocation != "uniform":
             sites = [site for target in targets for site in target.sites]
             recorders = measure_inputs(program, sites, data.batches, ("squared_norm",), context)

@@ -21,13 +21,13 @@ from sparsify.tensors import all_finite
 
 
 def prune_without_data(
-    program: Program, weight_pass: WeightPass, targets: Sequence[Target], context: Context
+    program: Program, passes: Mapping[str, WeightPass], targets: Sequence[Target], context: Context
 ) -> list[SiteResult]:
-    """Prune every target by its weights alone; nothing is run."""
+    """Prune every target by the pass of its parameter and its weights alone; nothing is run."""
     results = []
     for number, target in enumerate(targets):
         # Where nothing runs, nothing is gained on another device.
-        result = Turn(program, weight_pass, target, torch.device("cpu")).take()
+        result = Turn(program, passes[target.parameter], target, torch.device("cpu")).take()
         results.append(result)
         context.observe(Progress(number + 1, len(targets), target.site.name, 0, result))
     return results

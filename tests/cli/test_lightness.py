@@ -63,6 +63,20 @@ WRONG = {
     "amounts that do not divide": ["tune", "out", "--data", "text", "-o", "tuned", "--batch", "6", "--micro", "4"],
     "nothing to unpack": ["unpack"],
     "a graph after no pass": ["compile", "model", "--pass", "wanda:2:4", "--dry-run", "--print-after", "all"],
+    "a budget that is none": [
+        "search",
+        "model",
+        "--pass",
+        "twin",
+        "--budget",
+        "perplexity<1",
+        "--data",
+        "x",
+        "-o",
+        "y",
+    ],
+    "a search by no pass": ["search", "m", "--pass", "twn", "--budget", "perplexity<=1.1", "--data", "x", "-o", "y"],
+    "no such measure": ["sensitivity", "model", "--pass", "wanda:2:4", "--data", "x", "--measure", "accuracy"],
     "two forms at once": ["inspect", "model", "--graph", "--json"],
 }
 

@@ -35,7 +35,7 @@ def test_what_is_told_of_a_stack_is_what_is_there_after_some_of_it_was_pruned(
     before = program.weights.read(STACK)
     targets, _ = choose(program, NM(2, 4), Wanted.of(program.weights, only=[EXPERT]))
     method = sparsify.parse_pass("magnitude:2:4")
-    (site,) = prune_without_data(program, method, targets, Context())  # type: ignore[arg-type]
+    (site,) = prune_without_data(program, {STACK: method}, targets, Context())  # type: ignore[dict-item]
     after = program.weights.read(STACK)
     assert site.sources == [f"{EXPERT}.weight"] and site.kept == 15 / 16
     assert float((after != 0).float().mean()) == 15 / 16

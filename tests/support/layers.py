@@ -23,7 +23,7 @@ STOREYS: tuple[tuple[str, ...], ...] = (
     ("structure",),
     ("compiler",),
     ("evaluation", "inspection"),
-    ("tuning",),
+    ("tuning", "searching"),
     ("cli",),
     ("passes", "backends"),
 )

@@ -1,0 +1,80 @@
+"""From a setting (a share for each part) to a pass, its targets, and the words that prune so."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from fractions import Fraction
+
+from sparsify.method.pattern import Unstructured
+from sparsify.method.shares import shares_text
+from sparsify.method.spec import spec_text
+from sparsify.method.weight_pass import WeightPass
+from sparsify.prune.targets import Target
+from sparsify.searching.parts import Part, ignoring, kinds_of, short_names
+from sparsify.searching.strategy.rounds import GRID
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What one trial prunes.
+
+    Attributes:
+        own: the pass. targets: what it prunes. ignore: patterns of --ignore that leave exactly the others dense.
+    """
+
+    own: WeightPass
+    targets: tuple[Target, ...]
+    ignore: tuple[str, ...]
+
+    @property
+    def spec(self) -> str:
+        return spec_text(self.own)
+
+
+@dataclass(frozen=True)
+class ByKind:
+    """Percentages: each kind of layer has a level of its own, in 1/:data:`GRID`."""
+
+    own: WeightPass
+    targets: Sequence[Target]
+
+    @property
+    def kinds(self) -> dict[str, list[Target]]:
+        return kinds_of(self.targets)
+
+    def shares(self, levels: Mapping[str, int]) -> dict[str, float]:
+        return {kind: level / GRID for kind, level in levels.items()}
+
+    def setting(self, levels: Mapping[str, int]) -> Setting:
+        """The pattern is the percentage of most kinds of site; the option ``kinds`` has the others'."""
+        short = short_names({target.site.kind for target in self.targets})
+        level_of = {target.parameter: levels[kind] for kind, members in self.kinds.items() for target in members}
+        pruned = [target for target in self.targets if level_of[target.parameter]]
+        of_site = {short[target.site.kind]: level_of[target.parameter] for target in pruned}
+        if not pruned:
+            return Setting(self.own, (), ())
+        usual = Counter(of_site.values()).most_common(1)[0][0]
+        patterns = {level: Unstructured(Fraction(level, GRID)) for level in of_site.values()}
+        others = shares_text({name: patterns[level] for name, level in of_site.items() if level != usual})
+        dense = [target for target in self.targets if not level_of[target.parameter]]
+        own = replace(self.own, pattern=patterns[usual], kinds=others)
+        return Setting(own, tuple(pruned), tuple(ignoring(dense, pruned)))
+
+
+@dataclass(frozen=True)
+class ByPart:
+    """A pattern that is given: each part is pruned to it or stays dense."""
+
+    own: WeightPass
+    parts: Sequence[Part]
+
+    def shares(self, levels: Mapping[str, int]) -> dict[str, float]:
+        share = float(self.own.pattern.sparsity)
+        return {part.name: share * levels[part.name] for part in self.parts}
+
+    def setting(self, levels: Mapping[str, int]) -> Setting:
+        pruned = [target for part in self.parts if levels[part.name] for target in part.targets]
+        dense = [target for part in self.parts if not levels[part.name] for target in part.targets]
+        return Setting(self.own, tuple(pruned), tuple(ignoring(dense, pruned)))
