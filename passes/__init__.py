@@ -21,13 +21,14 @@ if TYPE_CHECKING:
     from sparsify.passes.lowering.lower_sparse import LowerSparse
     from sparsify.passes.magnitude import Magnitude
     from sparsify.passes.permute import Permute
+    from sparsify.passes.refine import Refine
     from sparsify.passes.sparsegpt import SparseGPT
     from sparsify.passes.twin import Twin
     from sparsify.passes.wanda import Wanda
 
 __all__ = [
-    "ALPS", "APT", "GBLM", "Activation", "Gradient", "LLMPruner", "LowerSparse", "Magnitude", "Permute", "SparseGPT",
-    "Twin", "Wanda",
+    "ALPS", "APT", "GBLM", "Activation", "Gradient", "LLMPruner", "LowerSparse", "Magnitude", "Permute", "Refine",
+    "SparseGPT", "Twin", "Wanda",
 ]  # fmt: skip
 
 __getattr__ = lazily(
@@ -42,6 +43,7 @@ __getattr__ = lazily(
         "LowerSparse": "lowering.lower_sparse",
         "Magnitude": "magnitude",
         "Permute": "permute",
+        "Refine": "refine",
         "SparseGPT": "sparsegpt",
         "Twin": "twin",
         "Wanda": "wanda",

@@ -42,7 +42,7 @@ class Refine(RegionPass):
 
     @property
     def ladder(self) -> tuple[float, ...]:
-        return (0.03, 0.01, 0.003) if isinstance(self.rate, str) else (self.rate,)
+        return (0.06, 0.02, 0.006, 0.002) if isinstance(self.rate, str) else (self.rate,)
 
     def error(self, output: Tensor, target: Tensor, counted: Tensor | None) -> Tensor:
         off, size = (output.float() - target.float()).square().sum(-1), target.float().square().sum(-1)

@@ -25,8 +25,9 @@ class RegionPass(Pass):
     Attributes:
         epochs: how often every sequence is seen.
         batch: sequences of one step.
-        rate: the step of each tensor, relative to the root mean square of its kept entries; ``auto``: that of
-            :attr:`ladder` which is best on the sequences that are held back after one epoch, and then all epochs.
+        rate: the step of each tensor, relative to the root mean square of its kept entries; ``auto``: one epoch with
+            each of :attr:`ladder`, then all epochs with the largest that gained almost as much as the best of them on
+            the sequences that are held back.
         guard: share of the calibration sequences that are held back; a region that gains nothing on them stays as it
             was, to the bit.
         last: what the last region is fitted to: the dense model's predictions (``kl``), or its hidden values as every

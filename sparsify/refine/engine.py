@@ -31,6 +31,9 @@ from sparsify.refine.masters import Masters
 from sparsify.refine.regions import Block, find_blocks
 from sparsify.refine.trainable import Trainable, expert_tokens
 
+# Of the best rate's gain in one epoch, what a larger rate must have gained to be taken for all epochs.
+PROMISE = 0.75
+
 
 @exact_products()
 def refine(
@@ -145,6 +148,7 @@ class Refining:
         ladder = self.own.ladder
         # One epoch with each of several rates, then all epochs with the best of them.
         attempts = [(attempt, 1 if len(ladder) > 1 else self.own.epochs) for attempt in ladder]
+        gains: dict[float, float] = {}
         while attempts:
             attempt, epochs = attempts.pop(0)
             masters = Masters.of(weights, kept, self.context.device)
@@ -160,10 +164,11 @@ class Refining:
                 stored = masters.stored(weights)
                 student.take(stored)
                 after = fit.loss(lessons.held)
+                gains[attempt] = before - after
                 if after < best:
                     best, chosen, rate = after, {n: v.cpu() for n, v in stored.items()}, attempt
             if not attempts and epochs < self.own.epochs and rate is not None:
-                attempts = [(rate, self.own.epochs)]
+                attempts = [(promising(gains), self.own.epochs)]
         if len(problems) >= len(ladder):
             raise problems[-1]
         for name, value in chosen.items():
@@ -214,7 +219,7 @@ class Refining:
             raise CalibrationError(
                 f"{spec_text(self.own)} on {sequences} sequences in {count} batches",
                 found="none to hold back" if held < count else "none to train on beside those that are held back",
-                do="Give more --samples, or another guard",
+                do="Give more --samples, a smaller batch=, or another guard",
             )
         # Spread over the text, which may be of several kinds in a row.
         chosen = {int((i + 0.5) * count / held) for i in range(held)}
@@ -222,6 +227,15 @@ class Refining:
 
     def _tell(self, number: int, what: str) -> None:
         self.context.observe(Progress(number, len(self.blocks), f"refining {what}", 0))
+
+
+def promising(gains: Mapping[float, float]) -> float:
+    """The rate to go on with, of what each gained in one epoch: the largest that gained almost as much as the best.
+
+    A rate that is too large for one epoch is right for several, whose last ones take smaller steps.
+    """
+    least = PROMISE * max(gains.values())
+    return max(rate for rate, gain in gains.items() if gain >= least)
 
 
 def check_alike(blocks: Sequence[Block], taught: Sequence[Block]) -> None:
@@ -232,7 +246,8 @@ def check_alike(blocks: Sequence[Block], taught: Sequence[Block]) -> None:
         raise SpecError(
             "refining to the teacher's outputs",
             found=f"{len(blocks)} blocks, and {len(taught)} in the teacher",
-            do="Give the dense model that was pruned",
+            do="Give the dense model that was pruned; where blocks were taken out (granularity=layer), train with "
+            "sparsify tune --teacher",
         )
     for ours, theirs in zip(blocks, taught, strict=True):
         if ours.output.meta["val"].shape != theirs.output.meta["val"].shape:

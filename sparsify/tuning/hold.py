@@ -23,6 +23,7 @@ from transformers import TrainerCallback
 
 from sparsify.errors import SpecError, VerifyError
 from sparsify.refine.trainable import LEAST_ZEROS
+from sparsify.tuning.masks import broken_zeros
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,7 @@ class Held:
 
     def broken(self) -> dict[str, int]:
         """How many pruned entries of each weight are not zero."""
-        counts = {name: int(((p != 0) & ~self.kept[name].to(p.device)).sum()) for name, p in self.parameters.items()}
-        return {name: count for name, count in counts.items() if count}
+        return broken_zeros(self.parameters, self.kept)
 
 
 @contextmanager
@@ -54,7 +54,8 @@ def hold_zeros(model: nn.Module) -> Iterator[Held]:
 
     Raises:
         SpecError: no weight of the model is pruned, or its parameters are sharded (FSDP, DeepSpeed ZeRO 3), where no
-            process sees a weight whole. VerifyError: a zero was changed behind its back.
+            process sees a weight whole. VerifyError: a zero was changed behind its back, or
+            a weight was replaced by another one.
 
     >>> import torch, sparsify
     >>> net = torch.nn.Linear(8, 4)
@@ -81,6 +82,7 @@ def hold_zeros(model: nn.Module) -> Iterator[Held]:
                     # It may have been sharded since: what is held would be parameters that nobody trains.
                     _check_whole(still)
                     checked.append(True)
+                _check_there(still, held)
                 held.apply()
 
         stack.callback(register_optimizer_step_post_hook(after_step).remove)
@@ -91,6 +93,7 @@ def hold_zeros(model: nn.Module) -> Iterator[Held]:
             register_module_module_registration_hook(lambda _, __, part: _mask_merging(part, held, stack)).remove
         )
         yield held
+        _check_there(model, held)
         if broken := held.broken():
             held.apply()
             name, count = next(iter(broken.items()))
@@ -144,6 +147,18 @@ def _find(model: nn.Module) -> Held:
             do="Prune it first, and load what was written",
         )
     return Held({name: found[name] for name in kept}, kept)
+
+
+def _check_there(model: nn.Module, held: Held) -> None:
+    """What took the place of a held parameter would be trained with nothing that holds its zeros."""
+    there = {id(parameter) for parameter in model.parameters()}
+    for name, parameter in held.parameters.items():
+        if id(parameter) not in there:
+            raise VerifyError(
+                f"holding the zeros of {name}",
+                found="another parameter in its place, whose zeros nobody holds",
+                do="Assign weights before hold_zeros begins; within it load_state_dict without assign=True",
+            )
 
 
 def _check_whole(model: nn.Module) -> None:

@@ -26,11 +26,15 @@ def check_masks(weights: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> N
     """Raises:
     VerifyError: a weight that is not zero where it was pruned.
     """
-    for name, kept in masks.items():
-        broken = int(((weights[name] != 0) & ~kept.to(weights[name].device)).sum())
-        if broken:
-            raise VerifyError(
-                f"tuning {name}",
-                found=f"{broken} pruned weights are not zero any more",
-                do="Report this as a bug; nothing was written",
-            )
+    for name, count in broken_zeros(weights, masks).items():
+        raise VerifyError(
+            f"tuning {name}",
+            found=f"{count} pruned weights are not zero any more",
+            do="Report this as a bug; nothing was written",
+        )
+
+
+def broken_zeros(weights: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> dict[str, int]:
+    """How many pruned entries of each weight are not zero; without those that have none."""
+    counts = {name: int(((weights[name] != 0) & ~kept.to(weights[name].device)).sum()) for name, kept in masks.items()}
+    return {name: count for name, count in counts.items() if count}

@@ -6,10 +6,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sparsify import passes
 from sparsify.errors import SpecError
 from sparsify.method.description import describe, describe_passes
 from sparsify.method.pattern import NM, Unstructured
-from sparsify.method.registry import find, registered
+from sparsify.method.registry import find, is_own, loaded, registered
 from sparsify.method.spec import choices, find_pass, parse_pass, spec_text
 from sparsify.method.weight_pass import WeightPass
 from sparsify.passes import LowerSparse, Magnitude, Wanda
@@ -102,3 +103,10 @@ def test_a_pass_is_described_as_it_is(name: str) -> None:
     assert row.when and row.does and all(o.meaning for o in (*row.options, *row.shared))
     assert row.form == (f"{name}:PATTERN" if kind.takes_pattern() else name)
     assert parse_pass(row.example).name == name
+
+
+def test_every_pass_of_ours_is_a_name_of_the_package() -> None:
+    """What the command line calls by its name, Python imports from one place."""
+    own = [method.__name__ for _, entry, method in loaded("sparsify.passes") if is_own(entry)]
+    assert sorted(own) == sorted(passes.__all__)
+    assert all(getattr(passes, name).__name__ == name for name in own)

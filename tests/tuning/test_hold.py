@@ -76,3 +76,22 @@ def test_a_trainer_keeps_every_zero(tmp_path: Path) -> None:
             sum(int((before[n] & after[n]).sum()) for n in before) / sum(int(m.sum()) for m in before.values())
         )
     assert shares[0] < 0.5 and shares[1] == 1
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_a_weight_in_the_place_of_a_held_one_is_said(trained: bool) -> None:
+    model = pruned()
+    with pytest.raises(VerifyError, match="another parameter in its place"), sparsify.hold_zeros(model):
+        model.load_state_dict({n: t.clone() for n, t in model.state_dict().items()}, assign=True)
+        if trained:
+            learn(model, torch.optim.AdamW(model.parameters()))
+
+
+def test_weights_may_be_loaded_and_converted_meanwhile() -> None:
+    model = pruned()
+    before = zeros(model)
+    with sparsify.hold_zeros(model):
+        model.load_state_dict({n: t.clone() for n, t in model.state_dict().items()})
+        model.double().float()
+        learn(model, torch.optim.AdamW(model.parameters()))
+    assert unchanged(before, model)
