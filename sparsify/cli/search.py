@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -30,6 +32,7 @@ from sparsify.cli.options import (
 from sparsify.cli.terminal import Terminal, stage_line
 from sparsify.method.spec import check_pass, parse_backend
 from sparsify.searching.budget import parse_budget
+from sparsify.searching.trials import work_folder
 from sparsify.words import (
     check_adapter,
     check_amount,
@@ -118,7 +121,7 @@ def search_command(
         from sparsify.searching.search import search
 
         console, log = Terminal(quiet=quiet or as_json), Terminal(stderr=True, quiet=quiet, soft_wrap=True)
-        with stage_line() as show:
+        with stage_line() as show, _kept(output, log):
             found = search(
                 model,
                 method,
@@ -157,6 +160,16 @@ def search_command(
         for note in found.compiled.notes if found.compiled is not None else ():
             console.print(plain(note))
         console.print(f"wrote {plain(str(found.output))}; every trial is kept in {plain(str(found.kept))}")
+
+
+@contextlib.contextmanager
+def _kept(output: Path, log: Terminal) -> Iterator[None]:
+    """Who stops a search is told that it goes on."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        log.print(plain(f"stopped; the same command goes on from the trials in {work_folder(output)}"))
+        raise
 
 
 def sensitivity_command(

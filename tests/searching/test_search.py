@@ -21,6 +21,7 @@ from sparsify.files.ownership import Claim
 from sparsify.method.spec import parse_pass
 from sparsify.searching import search as searching
 from sparsify.searching.found import Found
+from sparsify.searching.trials import Trial, Trials
 
 
 @pytest.fixture(scope="module")
@@ -221,6 +222,25 @@ def test_at_the_command_line(model: Path, text: Path, tmp_path: Path) -> None:
     found = json.loads(command(*words, "--overwrite", "--json").stdout)
     assert found["resumed"] == len(found["trials"]) and found["perplexity"] <= found["limit"]
     assert "it exists already" in command(*words).stderr
+
+
+def test_who_stops_it_at_the_command_line_is_told_that_it_goes_on(
+    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keep = Trials.keep
+
+    def stop(self: Trials, trial: Trial) -> None:
+        keep(self, trial)
+        if len(self) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Trials, "keep", stop)
+    done = command(
+        "search", model, "--pass", "magnitude", "--budget", "perplexity<=+0.2%", "--data", text, "--windows", 2,
+        "--sequence-length", 32, "-o", tmp_path / "out",
+    )  # fmt: skip
+    assert done.returncode == 130 and "the same command goes on from the trials in" in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["out.search"]
 
 
 def test_an_infinite_perplexity_is_a_trial_like_any(model: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
