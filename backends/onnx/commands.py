@@ -63,6 +63,8 @@ def expand(
     """Unpack OUT, written with onnx:weights=packed: dense safetensors, and model.onnx pointing into them."""
     with command_errors(debug, "error"):
         from sparsify.backends.onnx.expand import expand as unpack_folder
+        from sparsify.progress import ProgressLine
 
-        wrote = unpack_folder(folder, output, overwrite=overwrite, check=not no_check, allow_nan=allow_nan)
+        with ProgressLine():
+            wrote = unpack_folder(folder, output, overwrite=overwrite, check=not no_check, allow_nan=allow_nan)
         say(f"wrote {wrote}")

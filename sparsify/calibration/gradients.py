@@ -97,7 +97,7 @@ def measure_gradients(
         runner = _Backward(program, flow, data, store, device, backward, logits)
 
         def tell(done: int, what: str) -> None:
-            context.observe(Progress(done, 2 * len(regions), f"gradients, {what}", 0))
+            context.observe(Progress("gradients", done, 2 * len(regions), what, "region"))
 
         with torch.no_grad():
             for number, region in enumerate(regions):

@@ -128,10 +128,10 @@ def compile_command(
                 found="a dry run runs no pass, so there is no graph after one",
                 do="Leave one of the two out; `sparsify inspect MODEL --graph` prints the graph as it is",
             )
-        from sparsify.cli.progress import ProgressLine
         from sparsify.cli.tables import plan_report, result_report
         from sparsify.compiler.pipeline import compile
         from sparsify.compiler.request import default_output
+        from sparsify.progress import ProgressLine
 
         name = (
             Path(model).expanduser().resolve().name.removesuffix(".gguf")
@@ -141,7 +141,7 @@ def compile_command(
         out = output or default_output(name, specs, to)
         shown = GraphPrinter(print_after or (), [parse_pass(spec).name for spec in specs])
         started = time.perf_counter()
-        with ProgressLine(console, not quiet) as line:
+        with ProgressLine(quiet=quiet):
             compiled = compile(
                 model,
                 specs,
@@ -169,7 +169,6 @@ def compile_command(
                 dtype=dtype,
                 teacher=teacher,
                 tell=lambda text: console.print(text),
-                observe=line.show,
                 after=shown.after,
             )
         if dry_run:
@@ -246,21 +245,21 @@ def eval_command(
     with command_errors(debug, log_level):
         check_compute_dtype(compute_dtype)
         check_adapter(adapter)
-        from sparsify.cli.progress import ProgressLine
         from sparsify.cli.tables import evaluation_report
-        from sparsify.context import Context
-        from sparsify.evaluation.perplexity import evaluate
-        from sparsify.host import resolve_device
+        from sparsify.evaluation.evaluate import evaluate
+        from sparsify.progress import ProgressLine
 
-        budget, results = parse_bytes(memory), []
+        parse_bytes(memory)
+        results = []
         for model in models:
-            with ProgressLine(Terminal(stderr=True), not (quiet or as_json)) as line:
+            with ProgressLine(quiet=quiet or as_json):
                 result = evaluate(
                     model,
                     data,
-                    Context(resolve_device(device), budget, observe=line.show),
                     windows=windows,
                     sequence_length=sequence_length,
+                    device=device,
+                    memory=memory,
                     allow_bin=allow_bin,
                     trust_remote_code=trust_remote_code,
                     check=not no_check,
@@ -319,11 +318,11 @@ def compare_command(
         check_compute_dtype(compute_dtype)
         check_adapter(adapter)
         _check_words(specs, schedule, memory, "hf", samples, sequence_length, seed, pipelines=True)
-        from sparsify.cli.progress import ProgressLine
         from sparsify.cli.tables import comparison_report
         from sparsify.evaluation.compare import compare
+        from sparsify.progress import ProgressLine
 
-        with ProgressLine(Terminal(stderr=True), not (quiet or as_json)) as line:
+        with ProgressLine(quiet=quiet or as_json):
             result = compare(
                 model,
                 specs,
@@ -346,7 +345,6 @@ def compare_command(
                 chat_template=chat_template,
                 strict=strict,
                 adapter=adapter,
-                observe=line.show,
             )
         if as_json:
             print(json.dumps(result.as_dict()))

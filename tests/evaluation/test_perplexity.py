@@ -10,7 +10,8 @@ from support.families import build
 
 from sparsify.context import Context, Progress
 from sparsify.errors import CalibrationError, TraceError
-from sparsify.evaluation.perplexity import evaluate, perplexity
+from sparsify.evaluation.evaluate import evaluate
+from sparsify.evaluation.perplexity import perplexity
 from sparsify.frontend.source import open_source
 
 

@@ -23,7 +23,7 @@ from sparsify.backends.onnx.running.runner import Runner, Sampling
 from sparsify.backends.verify.onnx_folder import verify_onnx
 from sparsify.data.batches import evaluation_windows
 from sparsify.errors import SparsifyError
-from sparsify.evaluation.perplexity import evaluate
+from sparsify.evaluation.evaluate import evaluate
 from sparsify.files.companions import copy_companions, rewrite_config
 from sparsify.frontend.source import open_source
 

@@ -7,8 +7,8 @@ import io
 import pytest
 from rich.console import Console
 
-from sparsify.cli.progress import ProgressLine
 from sparsify.context import Progress
+from sparsify.progress import ProgressLine
 
 
 def drawn(*steps: Progress, terminal: bool = True, enabled: bool = True) -> str:
