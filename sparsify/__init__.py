@@ -1,8 +1,8 @@
 """sparsify: a model-graph compiler over torch.fx that prunes large language models post-training.
 
-``compile`` prunes, ``evaluate`` measures; :mod:`sparsify.passes` holds the methods. Names are loaded when first used, so
-that importing the package (and ``sparsify --help``) does not import torch. Importing it also teaches transformers to load
-packed folders.
+``compile`` prunes, ``evaluate`` measures; :mod:`sparsify.passes` holds the methods. Names are loaded when first used,
+so that importing the package (and ``sparsify --help``) does not import torch. Importing it also teaches transformers to
+load packed folders.
 """
 
 from sparsify.import_path import by_module, leave_working_directory

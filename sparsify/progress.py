@@ -36,8 +36,8 @@ Shown = bool | Observer | Bar | Callable[..., Bar] | None
 _EVERY = 10.0
 # A phase must have run so long before anything is foretold of it or its speed is said.
 _SETTLED = 2.0
-# Names are shortened to no fewer characters than these; where there is no room for so many they are left out.
-_NAME = 12
+# Names are shortened to no fewer characters than these; where there is no room for so many other things go first.
+_NAME = 20
 
 _log = logging.getLogger("sparsify")
 
@@ -87,15 +87,15 @@ def duration(seconds: float) -> str:
 
 
 def fitted(parts: list[str], name: str, width: int) -> str:
-    """The parts that fit into ``width`` columns, and of ``name`` as much of its end as does."""
-    line = parts[0][:width]
-    for part in parts[1:]:
-        if len(line) + 2 + len(part) <= width:
-            line += f"  {part}"
-    room = width - len(line) - 2
-    if name and room >= min(len(name), _NAME):
-        line += "  " + (name if len(name) <= room else ".." + name[2 - room :])
-    return line
+    """One line of at most ``width`` columns: as many of the parts as leave room for the end of ``name``."""
+    for count in range(len(parts), 0, -1):
+        line = "  ".join(parts[:count])
+        room = width - len(line) - 2
+        if name and room >= min(len(name), _NAME):
+            return f"{line}  {name if len(name) <= room else '..' + name[2 - room :]}"
+        if len(line) <= width and (count <= 2 or not name):
+            return line
+    return parts[0][:width]
 
 
 class ProgressLine:

@@ -96,8 +96,8 @@ def measure_gradients(
     with ActivationStore(context.memory, device) as store, ActivationStore(context.memory // 4, device) as backward:
         runner = _Backward(program, flow, data, store, device, backward, logits)
 
-        def tell(done: int, what: str) -> None:
-            context.observe(Progress("gradients", done, 2 * len(regions), what, "region"))
+        def tell(done: float, what: str) -> None:
+            context.observe(Progress("gradients", done, 2 * len(regions), what))
 
         with torch.no_grad():
             for number, region in enumerate(regions):
@@ -118,7 +118,7 @@ def measure_gradients(
                 for index in range(len(data.batches)):
                     for parameter, gradient in runner.backward(region, index, own):
                         sums[parameter].add(gradient)
-                    tell(len(regions) + number, "backward")
+                    tell(len(regions) + number + (index + 1) / len(data.batches), "backward")
                 runner.check_losses()
                 for parameter, total in sums.items():
                     into.keep(parameter, total.finished(parameter))

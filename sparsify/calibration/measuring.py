@@ -163,7 +163,9 @@ class Measuring:
         layer, share = self._layers[step.number]
         what = step.label if site is None else site.name
         total = int(self._layers[-1][0]) + 1
-        self.context.observe(Progress(self.phase, layer + share * done, total, what, "layer", self.tokens, site))
+        # Whoever is told of the last site of a layer is not yet in the next.
+        at = layer + share * min(done, 0.999)
+        self.context.observe(Progress(self.phase, at, total, what, "layer", self.tokens, site))
 
     def _watch(
         self, pairs: Sequence[tuple[InputGroup, GroupRecorder]]

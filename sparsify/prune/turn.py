@@ -29,7 +29,7 @@ def prune_without_data(
         # Where nothing runs, nothing is gained on another device.
         result = Turn(program, weight_pass, target, torch.device("cpu")).take()
         results.append(result)
-        context.observe(Progress("pruning", number + 1, len(targets), result.name, "weight", site=result))
+        context.observe(Progress("pruning", number + 1, len(targets), result.name, site=result))
     return results
 
 

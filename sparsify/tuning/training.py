@@ -82,7 +82,7 @@ class Training:
                 for name, mask in kept.items():
                     held[name].mul_(mask)
             state.step, state.losses = number + 1, [*state.losses, total]
-            report(Progress("training", number + 1, steps, f"loss {total:.3f}", "step"))
+            report(Progress("training", number + 1, steps, f"loss {total:.3f}"))
             observe(number + 1, steps, total)
             if state.step % save_every == 0:
                 state.save(optimizer)
