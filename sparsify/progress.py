@@ -51,8 +51,8 @@ class Clock:
         self.last = Progress("starting")
 
     def take(self, step: Progress) -> bool:
-        """Whether ``step`` is of another phase than the one before."""
-        fresh = step.phase != self.last.phase
+        """Whether ``step`` is of another phase than the one before, or of the same once more."""
+        fresh = step.phase != self.last.phase or step.done < self.last.done
         if fresh:
             self.phase_started = self._now()
         self.last = step
@@ -92,10 +92,17 @@ def fitted(parts: list[str], name: str, width: int) -> str:
         line = "  ".join(parts[:count])
         room = width - len(line) - 2
         if name and room >= min(len(name), _NAME):
-            return f"{line}  {name if len(name) <= room else '..' + name[2 - room :]}"
+            return f"{line}  {name if len(name) <= room else _end(name, room)}"
         if len(line) <= width and (count <= 2 or not name):
             return line
     return parts[0][:width]
+
+
+def _end(name: str, room: int) -> str:
+    """The end of ``name`` in so many columns, from a dot, slash or space on where one is near."""
+    end = name[3 - room :]
+    at = min((end.find(mark) for mark in "./ " if mark in end[: len(end) // 2]), default=-1)
+    return f"...{end[at + 1 :]}"
 
 
 class ProgressLine:
@@ -182,7 +189,7 @@ class Bars:
 
     def show(self, step: Progress) -> None:
         """Take what an observer is told."""
-        if step.phase != self._phase:
+        if step.phase != self._phase or int(step.done) < self._done:
             self._begin(step)
         self._bar.total = None if step.total is None else int(step.total)
         self._bar.set_description(f"{step.phase} {step.what}".rstrip())

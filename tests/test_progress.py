@@ -48,6 +48,11 @@ def test_a_phase_is_told_of_once_and_then_every_ten_seconds() -> None:
     assert said[-1].startswith("sampling 30/128: 0:30 elapsed, 1:38 left, ") and said[-1].endswith(" peak, self")
 
 
+def test_a_phase_that_comes_again_is_told_of_again() -> None:
+    passes = [(1.0, Progress("pruning", done, 2, unit="layer")) for done in (0, 1, 2, 0, 1)]
+    assert [line.partition(":")[0] for line in lines(*passes)] == ["pruning layer 1/2"] * 2
+
+
 def test_nothing_is_said_where_it_is_quiet_or_in_control_characters() -> None:
     assert lines((0, Progress("loading", what="x")), quiet=True) == []
     assert lines((0, Progress("loading", what="a\x1b[31mb\rc"))) == ["loading: 0:00 elapsed, a\\x1b[31mb\\rc"]
@@ -73,6 +78,7 @@ def test_a_line_fits_its_terminal_and_says_the_clocks_first(width: int) -> None:
     assert len(line) <= width
     assert ("elapsed, 5:00 left" in line) == (width > 40)
     assert width < 79 or "q_proj" in line
+    assert width != 79 or line.endswith("  ...self_attn.q_proj")
 
 
 def test_the_line_on_a_terminal_is_drawn_within_it_and_taken_away() -> None:

@@ -81,7 +81,8 @@ class Calibration:
     @property
     def size(self) -> str:
         """How much there is, in words."""
-        text = next(iter(self.batches[0].values())).dim() == 2
+        first = next(iter(self.batches[0].values()))
+        text = first.dim() == 2 and not first.is_floating_point()
         return f"{self.sequences} × {self.sequence_length} tokens" if text else f"{self.sequences} samples"
 
     @property

@@ -87,9 +87,9 @@ def _counting(model: Any, begin: int, samples: int, rows: int, length: int) -> I
 
     def tell(*_: Any) -> None:
         done = begin + rows * min(1.0, next(forwards) / max(1, length - 1))
-        report(Progress("sampling", done, samples, "sequences from the model itself"))
+        report(Progress("sampling", done, samples, "from the model itself"))
 
-    report(Progress("sampling", begin, samples, "sequences from the model itself"))
+    report(Progress("sampling", begin, samples, "from the model itself"))
     hook = model.register_forward_hook(tell)
     try:
         yield
