@@ -105,6 +105,13 @@ def _end(name: str, room: int) -> str:
     return f"...{end[at + 1 :]}"
 
 
+class _Console(Console):
+    """The standard error for progress alone: whoever no longer reads it does not end the work."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+
+
 class ProgressLine:
     """An observer that shows people how far things are. A context manager; outside of it nothing is drawn.
 
@@ -116,7 +123,7 @@ class ProgressLine:
     def __init__(
         self, *, quiet: bool = False, console: Console | None = None, now: Callable[[], float] = time.monotonic
     ) -> None:
-        self._console = console or Console(stderr=True, markup=False, emoji=False, highlight=False, soft_wrap=True)
+        self._console = console or _Console(stderr=True, markup=False, emoji=False, highlight=False, soft_wrap=True)
         self._quiet, self._clock, self._told = quiet, Clock(now), -_EVERY
         self._live: Live | None = None
         self._stack = ExitStack()

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import io
 import logging
+import os
+import subprocess
+import sys
 from functools import partial
 from typing import Any, ClassVar
 
@@ -91,6 +94,22 @@ def test_the_line_on_a_terminal_is_drawn_within_it_and_taken_away() -> None:
     said = console.file.getvalue()
     assert "pruning layer 3/32" in said and "elapsed" in said
     assert said.endswith("\x1b[2K") or "\x1b[2K" in said
+
+
+def test_a_reader_that_is_gone_does_not_end_the_work() -> None:
+    code = "\n".join(
+        [
+            "import sparsify.progress as p, sparsify.context as c",
+            "with p.shown(True):",
+            "    for phase in ('loading', 'tracing', 'pruning'): c.report(c.Progress(phase))",
+            "print('done')",
+        ]
+    )
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=write, text=True)
+    os.close(write)
+    assert done.returncode == 0 and done.stdout == "done\n"
 
 
 def test_durations() -> None:
