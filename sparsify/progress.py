@@ -148,7 +148,10 @@ class ProgressLine:
             self._told = now
             first, *rest = self._clock.parts()
             said = ", ".join([*rest, *([f"{format_bytes(peak_memory())} peak"] if not fresh else []), *self._name()])
-            self._console.print(Text(f"{first}: {said}"), soft_wrap=True)
+            try:
+                self._console.print(Text(f"{first}: {said}"), soft_wrap=True)
+            except OSError:  # nobody reads it any more, or the disk is full: the work goes on
+                self._quiet = True
 
     def _name(self) -> list[str]:
         return [plain(self._clock.last.what)] if self._clock.last.what else []
