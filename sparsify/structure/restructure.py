@@ -180,6 +180,7 @@ def _smaller(folder: Path, source: Source) -> Source:
     )
     return replace(
         made,
+        name=source.name,
         allow_nan=source.allow_nan,
         compute=source.compute,
         left_out=source.left_out,
