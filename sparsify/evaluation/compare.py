@@ -17,8 +17,9 @@ from sparsify.calibration.measuring import drift
 from sparsify.compiler.pipeline import compile
 from sparsify.compiler.request import most_rows
 from sparsify.context import Context, Observer, SiteResult
-from sparsify.data.batches import evaluation_windows, load_calibration
+from sparsify.data.batches import Calibration, evaluation_windows, load_calibration
 from sparsify.data.chat import Chat
+from sparsify.data.given import named_or_given
 from sparsify.data.sources import same_source
 from sparsify.errors import SpecError
 from sparsify.evaluation.comparison import Compared, ComparedPass
@@ -39,7 +40,7 @@ def compare(
     model: str | Path,
     passes: Sequence[str],
     *,
-    data: str | None = None,
+    data: str | Path | None = None,
     calibration: Any = None,
     windows: int | None = None,
     samples: int | None = None,
@@ -68,6 +69,7 @@ def compare(
         data: held-out text for perplexity, as for :func:`sparsify.evaluate`; None for none.
             Of a file that is ``calibration`` as well the last tenth is held out.
         windows: evaluate on the first so many windows only.
+        progress, observe: as for :func:`sparsify.compile`.
         output: folder for ``compare.json``, ``compare.md``, ``compare.png`` and ``compare.svg``; None writes nothing.
         others: as for :func:`sparsify.compile`.
 
@@ -85,6 +87,9 @@ def compare(
             found="a pass that neither prunes nor trains weight by weight, so that no site's error can be told",
             do="Compile with it, and compare the results by sparsify eval",
         )
+    if not isinstance(calibration, Calibration):
+        calibration = named_or_given(calibration)
+    data = None if data is None else str(data)
     with ExitStack() as stack:
         stack.enter_context(shown(progress, observe))
         staging = None
