@@ -1,8 +1,8 @@
 """sparsify: a model-graph compiler over torch.fx that prunes large language models post-training.
 
-``compile`` is the whole of it; :mod:`sparsify.passes` holds the methods. Names are loaded when first used, so that
-importing the package (and ``sparsify --help``) does not import torch. Importing it also teaches transformers to load
-packed folders.
+``compile`` prunes, ``evaluate`` measures; :mod:`sparsify.passes` holds the methods. Names are loaded when first used,
+so that importing the package (and ``sparsify --help``) does not import torch. Importing it also teaches transformers to
+load packed folders.
 """
 
 from sparsify.import_path import by_module, leave_working_directory
@@ -20,8 +20,9 @@ from sparsify.transformers_hook import register_with_transformers
 if TYPE_CHECKING:
     from sparsify.compiler.pipeline import compile
     from sparsify.compiler.result import Compiled
+    from sparsify.context import Progress
     from sparsify.errors import SparsifyError
-    from sparsify.evaluation.perplexity import perplexity
+    from sparsify.evaluation.evaluate import Evaluation, evaluate
     from sparsify.frontend.materialize import load
     from sparsify.method.spec import parse_pass
     from sparsify.method.weight_pass import Pruned, WeightPass
@@ -33,8 +34,8 @@ if TYPE_CHECKING:
     from sparsify.tuning.hold import HoldZeros, hold_zeros
 
 __all__ = [
-    "Compiled", "Found", "GraphPrune", "HoldZeros", "Pruned", "Sensitivity", "SparsifyError", "WeightPass", "compile",
-    "hold_zeros", "load", "parse_pass", "perplexity", "search", "sensitivity",
+    "Compiled", "Evaluation", "Found", "GraphPrune", "HoldZeros", "Progress", "Pruned", "Sensitivity", "SparsifyError",
+    "WeightPass", "compile", "evaluate", "hold_zeros", "load", "parse_pass", "search", "sensitivity",
 ]  # fmt: skip
 
 
@@ -58,20 +59,22 @@ __getattr__ = lazily(
     __name__,
     {
         "Compiled": "compiler.result",
+        "Evaluation": "evaluation.evaluate",
         "Found": "searching.found",
         "GraphPrune": "prune.fx_pass",
         "HoldZeros": "tuning.hold",
+        "Progress": "context",
         "Pruned": "method.weight_pass",
         "Sensitivity": "searching.costs",
         "SparsifyError": "errors",
         "WeightPass": "method.weight_pass",
         "backends": "backends",
         "compile": "compiler.pipeline",
+        "evaluate": "evaluation.evaluate",
         "hold_zeros": "tuning.hold",
         "load": "frontend.materialize",
         "parse_pass": "method.spec",
         "passes": "passes",
-        "perplexity": "evaluation.perplexity",
         "search": "searching.search",
         "sensitivity": "searching.sensitivity",
     },

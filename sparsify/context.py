@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 
@@ -77,18 +80,39 @@ class ChannelResult:
     seconds: float
 
 
-@dataclass
+@dataclass(frozen=True)
 class Progress:
-    """What an observer is told: after a batch of a region (``site`` None), and after each site is pruned.
+    """What an observer is told: how far a phase is. Phases follow each other, and some come again.
 
-    ``tokens`` are those of the batch that just left a region; every token leaves every region once.
+    Attributes:
+        phase: what is being done, in a word or two: ``loading``, ``sampling``, ``tracing``, ``pruning``, ….
+        done, total: so many of how many; a fraction of one that is under way. ``total`` None: nobody knows how many.
+        unit: what things are called that are done one after the other (``layer``); "" for what is only counted.
+        what: what it is being done to: a name.
+        tokens: those that run through the whole model in this phase; 0 where none do.
+        site: what happened at a site that has just been pruned.
     """
 
-    regions_done: int
-    regions: int
-    label: str
-    tokens: int
+    phase: str
+    done: float = 0
+    total: float | None = None
+    what: str = ""
+    unit: str = ""
+    tokens: int = 0
     site: SiteResult | None = None
+
+    @property
+    def share(self) -> float | None:
+        """How much of the phase is done, from 0 to 1; None where nobody knows."""
+        return None if self.total is None else min(1.0, self.done / max(self.total, 1e-9))
+
+    @property
+    def count(self) -> str:
+        """``7/128``, or ``layer 3/32`` for the one that is under way; "" where nobody knows."""
+        if self.total is None:
+            return ""
+        at = min(int(self.done) + 1, int(self.total)) if self.unit else int(self.done)
+        return f"{self.unit} {at}/{int(self.total)}".lstrip()
 
 
 Observer = Callable[[Progress], None]
@@ -98,6 +122,39 @@ def unobserved(progress: Progress) -> None:
     """The observer that is told and says nothing."""
 
 
+_observer: ContextVar[Observer] = ContextVar("observer", default=unobserved)
+
+
+@contextmanager
+def observed(observe: Observer | None) -> Iterator[None]:
+    """Whoever is told of what happens inside; None: whoever is told already."""
+    token = _observer.set(observe or _observer.get())
+    try:
+        yield
+    finally:
+        _observer.reset(token)
+
+
+def report(progress: Progress) -> None:
+    """Tell the observer. It is at hand everywhere: backends, stores and files have no :class:`Context`."""
+    _observer.get()(progress)
+
+
+Item = TypeVar("Item")
+
+
+def counted(phase: str, items: Collection[Item], *, unit: str = "", what: str | None = None) -> Iterator[Item]:
+    """``items`` one after the other, each told of.
+
+    Args:
+        what: what the phase is about; None: the item's own name.
+    """
+    for number, item in enumerate(items):
+        report(Progress(phase, number, len(items), str(item) if what is None else what, unit))
+        yield item
+    report(Progress(phase, len(items), len(items), what or "", unit))
+
+
 @dataclass(frozen=True)
 class Context:
     """Made once and handed down; nothing else says where and within what a compile runs.
@@ -105,10 +162,10 @@ class Context:
     Attributes:
         device: where regions run and weights are pruned. memory: bytes of activations that are kept there, while a
             quarter of a GPU's free memory holds them, or in memory; more are spilled to a file. seed: of everything
-            that is drawn. observe: who is told.
+            that is drawn. observe: who is told: whoever :func:`observed` says.
     """
 
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     memory: int = 8 << 30
     seed: int = 0
-    observe: Observer = unobserved
+    observe: Observer = report

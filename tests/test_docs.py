@@ -63,6 +63,24 @@ def test_the_python_of_the_readme_runs(number: int, tmp_path: Path, monkeypatch:
     assert 'output="pruned"' not in code or (tmp_path / "pruned" / "sparsify.json").exists()
 
 
+@pytest.mark.parametrize("number", range(len(blocks("docs/python.md", "python"))))
+def test_the_python_of_its_page_runs(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models").symlink_to(ROOT / "models")
+    code = blocks("docs/python.md", "python")[number]
+    exec(compile(code, f"docs/python.md, block {number}", "exec"), {})
+    printed = capsys.readouterr().out.splitlines()
+    for shown in re.findall(r"^print\(result\)  # (.*)$", code, flags=re.M):
+        assert printed[0] == shown
+
+
+def test_every_stable_name_has_its_line_and_no_other() -> None:
+    text = (ROOT / "docs" / "python.md").read_text().partition("## Stable names")[2]
+    assert sorted(re.findall(r"^\| `sparsify\.(\w+)` \|", text, flags=re.M)) == sorted(sparsify.__all__)
+
+
 def test_the_recipe_of_the_docs_runs(tmp_path: Path) -> None:
     (tmp_path / "models").symlink_to(ROOT / "models")
     (recipe,) = blocks("docs/recipes.md", "yaml")

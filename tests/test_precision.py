@@ -106,8 +106,10 @@ def test_a_compile_and_an_evaluation_are_exact() -> None:
     before, looks = settings(), []
 
     def look(progress: Progress) -> None:
-        check_exact()
-        looks.append(progress)
+        # Before and after the numbers there are files to be read.
+        if progress.phase in ("gradients", "measuring", "pruning", "evaluating"):
+            check_exact()
+            looks.append(progress)
 
     ids = torch.randint(3, 60, (2, 12), generator=torch.Generator().manual_seed(0))
     for spec in ("wanda:2:4", "gblm:2:4", "wanda:50%,allocation=owl"):

@@ -20,6 +20,7 @@ from bench_prune import processor
 from bench_quality import tokens
 
 import sparsify
+from sparsify.context import Progress
 from sparsify.data.batches import evaluation_windows, load_calibration
 from sparsify.data.sources import Documents
 from sparsify.data.windows import random_windows
@@ -45,9 +46,10 @@ class Bench:
         assert self.source.folder is not None
         began = 0.0
 
-        def started(progress: object) -> None:
+        def started(progress: Progress) -> None:
             nonlocal began
-            began = began or time.perf_counter()
+            if progress.phase not in ("loading", "tracing"):
+                began = began or time.perf_counter()
 
         result = sparsify.compile(self.source.folder, [spec], calibration=data, observe=started)
         seconds = time.perf_counter() - began

@@ -27,7 +27,7 @@ LINK = re.compile(r"```.*?```|`[^`\n]*`|\[([^\]]*)\]\(([^)\s#]*)(#[^)\s]*)?\)", 
 
 def on_files(files: Any, config: Any) -> Any:
     """mkdocs' event: the pages that lie elsewhere or are made."""
-    from mkdocs.structure.files import File
+    from mkdocs.structure.files import File  # type: ignore[import-not-found, unused-ignore]
 
     for name, source in COPIED.items():
         files.append(File.generated(config, name, content=(ROOT / source).read_text()))

@@ -12,6 +12,7 @@ from sparsify.backends.cuda.report import kernels_by_tokens
 from sparsify.backends.packed.job import PackedJob
 from sparsify.backends.packed.loaded.on_gpu import prepare
 from sparsify.backends.packed.plan import Decision, siblings, summary
+from sparsify.context import Progress, report
 from sparsify.frontend.source import Source
 from sparsify.ir.program import Program
 from sparsify.runtime.cuda.autotune.times import timings_of
@@ -60,7 +61,8 @@ class CudaJob(PackedJob):
         """What this machine's GPU says of each group's shape: those that it multiplies faster dense stay dense."""
         gpu, policy = GPU.of(device), self.policy
         by_name = {d.name: d for d in found}
-        for group in self.groups:
+        for number, group in enumerate(self.groups):
+            report(Progress("timing kernels", number, len(self.groups), group[0]))
             members = [by_name[name] for name in group]
             dtype = self.weights.dtype(group[0])
             if gpu.unfit(dtype) is not None or (not gpu.compiler and policy != "prefill"):

@@ -65,6 +65,8 @@ def expand(
     """Unpack OUT, written with onnx:weights=packed: dense safetensors, and model.onnx pointing into them."""
     with command_errors(debug, "error"):
         from sparsify.backends.onnx.expand import expand as unpack_folder
+        from sparsify.progress import ProgressLine
 
-        wrote = unpack_folder(folder, output, overwrite=overwrite, check=not no_check, allow_nan=allow_nan)
+        with ProgressLine(quiet=as_json):
+            wrote = unpack_folder(folder, output, overwrite=overwrite, check=not no_check, allow_nan=allow_nan)
         say(json.dumps({"output": str(wrote)}) if as_json else f"wrote {wrote}")

@@ -11,6 +11,7 @@ from sparsify.backends.onnx.running.session import find_onnx
 from sparsify.backends.onnx.storage.datafile import external
 from sparsify.backends.onnx.storage.store import GraphStore
 from sparsify.backends.onnx.writing import save_graph
+from sparsify.context import counted
 from sparsify.errors import BackendError, CheckpointError, SparsifyError, first_line
 from sparsify.files.checkpoint import WEIGHTS, Checkpoint
 from sparsify.files.companions import check_companions, copy_companions
@@ -51,7 +52,7 @@ def expand(
         # One file, whatever its size: the graph points into it.
         layout = {WEIGHTS: {name: (store.dtype(name), list(store.shape(name))) for name in names}}
         dense = lay_out_files(staging.folder, layout)
-        for name in names:
+        for name in counted("unpacking", names):
             dense.write(name, store.read(name))
         try:
             _relink(store, staging.folder, file.name)

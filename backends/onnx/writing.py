@@ -16,6 +16,7 @@ from sparsify.backends.onnx.storage.attachment import Attachment
 from sparsify.backends.onnx.storage.stored import StoredWeight
 from sparsify.backends.onnx.tracing.contract import Contract
 from sparsify.backends.onnx.tracing.trace import trace_model
+from sparsify.context import Progress, report
 from sparsify.errors import BackendError
 from sparsify.ir.weights import Weights
 from sparsify.words import format_bytes
@@ -36,6 +37,7 @@ def build_graph(
         batch, names: example inputs, and further ones that the model's tokenizer gives.
         fixed: inputs whose numbers decide the model's sizes; the graph holds for them alone.
     """
+    report(Progress("exporting", what="the model's graph"))
     exported, contract = trace_model(module, batch, getattr(torch, options.compute), names, options.cache, fixed)
     model, parameters = to_graph(
         exported, contract.input_names, contract.output_names, opset=options.opset, linear=options.linear
@@ -70,6 +72,7 @@ def write_graph(
             f"{format_bytes(here)}",
             do="Take weights=link; to ship a smaller file, compress it, which gains nearly as much",
         )
+    report(Progress("exporting", what=FILE))
     save_graph(model, folder / FILE)
     return stored, attachment.data.digests()
 

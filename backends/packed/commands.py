@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from sparsify.cli.options import AllowNan, AsJson, Debug, NoCheck, Trust, command_errors
-from sparsify.cli.terminal import Terminal, say, stage_line
+from sparsify.cli.terminal import Terminal, say
 
 Folder = Annotated[Path, typer.Argument(help="Folder that compile --to packed wrote.", metavar="OUT")]
 
@@ -29,15 +29,17 @@ def unpack(
     """Write the packed OUT as the dense checkpoint that it was made from, bit for bit."""
     with command_errors(debug, "error"):
         from sparsify.backends.packed.unpack import unpack_folder
+        from sparsify.progress import ProgressLine
 
-        wrote = unpack_folder(
-            folder,
-            output,
-            overwrite=overwrite,
-            trust_remote_code=trust_remote_code,
-            check=not no_check,
-            allow_nan=allow_nan,
-        )
+        with ProgressLine(quiet=as_json):
+            wrote = unpack_folder(
+                folder,
+                output,
+                overwrite=overwrite,
+                trust_remote_code=trust_remote_code,
+                check=not no_check,
+                allow_nan=allow_nan,
+            )
         say(json.dumps({"output": str(wrote)}) if as_json else f"wrote {wrote}")
 
 
@@ -66,12 +68,13 @@ def bench(
 
         from sparsify.backends.packed.bench.measure import bench as measure
         from sparsify.backends.packed.bench.report import benchmark_report, write_report
+        from sparsify.progress import ProgressLine
         from sparsify.words import check_threads
 
         check_threads(threads)
         if threads:
             torch.set_num_threads(threads)
-        with stage_line() as show:
+        with ProgressLine(quiet=as_json):
             result = measure(
                 folder,
                 against,
@@ -82,7 +85,6 @@ def bench(
                 tune=not no_tune,
                 trust_remote_code=trust_remote_code,
                 check=not no_check,
-                observe=show,
             )
         if output is not None:
             write_report(result, output)

@@ -15,6 +15,7 @@ from sparsify.backends.packed.loaded.modules import pack_modules
 from sparsify.backends.packed.plan import PRUNED, Decision, decide, siblings, summary
 from sparsify.backends.packed.store import PackedStore
 from sparsify.backends.packed.writing import differences, write_packed
+from sparsify.context import Progress, report
 from sparsify.errors import BackendError, TraceError
 from sparsify.files.checkpoint import INDEX, Checkpoint
 from sparsify.files.companions import rewrite_config
@@ -144,6 +145,7 @@ class PackedJob:
         source = self.source
         if source.folder is None:
             return
+        report(Progress("tracing", what="the model with its packed layers"))
         module = source.skeleton(self.edit)
         try:
             export(module, {**_inputs_of(program, source), **program.literals})

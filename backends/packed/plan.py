@@ -12,6 +12,7 @@ from torch import fx, nn
 from sparsify.analysis.linear import LinearSite, find_sites
 from sparsify.backends.packed.format import PackedSite, pack_parameter
 from sparsify.backends.packed.loaded.modules import unfit
+from sparsify.context import counted
 from sparsify.errors import Refused
 from sparsify.ir.program import Program
 from sparsify.ir.weights import Weights
@@ -77,7 +78,8 @@ def decide(
     for site in sites:
         readers.setdefault(site.parameter, []).append(site)
     found = []
-    for name, own in readers.items():
+    for name in counted("choosing layouts", readers):
+        own = readers[name]
         if name in shared:
             reason: str | None = f"shared with {shared[name]}"
         elif name in weights.untied and getattr(model, "all_tied_weights_keys", None):

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsify.backends.packed.store import PackedStore, open_packed
+from sparsify.context import counted
 from sparsify.errors import CheckpointError
 from sparsify.files.checkpoint import Checkpoint
 from sparsify.files.companions import check_companions, copy_companions, rewrite_config
@@ -61,7 +62,7 @@ def unpack_folder(
             _write_converted(store, dense, staging.folder, trust_remote_code)
         else:
             dense = lay_out(staging.folder, plain)
-            for name in names:
+            for name in counted("unpacking", names):
                 dense.write(name, store.read(name))
         if manifest:
             manifest.pop("packed", None)
@@ -79,7 +80,7 @@ def _write_converted(store: PackedStore, dense: Checkpoint, folder: Path, trust_
         raise CheckpointError(
             f"unpacking {store.checkpoint.folder}", found=f"it does not hold {missing[0]}", do="Fetch the folder again"
         )
-    for name in weights.parameters():
+    for name in counted("unpacking", weights.parameters()):
         weights.write(name, store.read(name))
     for name in dense.names():
         if name not in dense.written:

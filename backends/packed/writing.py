@@ -10,6 +10,7 @@ import torch
 from sparsify.backends.packed.format import codes_name, pack_parameter
 from sparsify.backends.packed.plan import Decision
 from sparsify.backends.packed.store import PackedStore
+from sparsify.context import counted
 from sparsify.files.writer import lay_out
 from sparsify.ir.weights import Weights
 from sparsify.tensors import same_bits
@@ -31,7 +32,7 @@ def write_packed(folder: Path, weights: Weights, decisions: Iterable[Decision]) 
     others = [n for n in weights.store.names() if n not in known and n not in tensors]
     tensors |= {n: (weights.store.dtype(n), list(weights.store.shape(n))) for n in others}
     out = lay_out(folder, tensors)
-    for name in weights.parameters():
+    for name in counted("packing", weights.parameters()):
         decision = packed.get(name)
         if decision is None or decision.site is None:
             out.write(name, weights.read(name).to(weights.dtype(name)))
@@ -43,7 +44,7 @@ def write_packed(folder: Path, weights: Weights, decisions: Iterable[Decision]) 
         )
         out.write(name, values)
         out.write(codes_name(name, site.layout), codes)
-    for name in others:
+    for name in counted("writing", others):
         out.write(name, weights.store.read(name))
     return dict(out.written)
 
@@ -53,7 +54,7 @@ def differences(store: PackedStore, weights: Weights, sums: Mapping[str, str]) -
     for name, found in store.checkpoint.digests(sums).items():
         if found != sums[name]:
             yield name, "reads back otherwise than it was written", "Check the disk and run again"
-    for name in store.sites:
+    for name in counted("checking", store.sites):
         # Equal as numbers: a pruned weight may be -0.0, which is packed as zero.
         if not same_bits(store.read(name), weights.read(name)):
             yield name, "unpacks to other values", "Report this as a bug"

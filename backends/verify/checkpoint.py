@@ -12,6 +12,7 @@ from sparsify.backends.verify.content import check_content
 from sparsify.backends.verify.judge import judge
 from sparsify.backends.verify.promises import promises
 from sparsify.backends.verify.result import Verification
+from sparsify.context import counted
 from sparsify.data.batches import example_batch
 from sparsify.errors import CheckpointError, SparsifyError
 from sparsify.files.checkpoint import Checkpoint
@@ -52,7 +53,9 @@ def _check_patterns(
     sites, opaque = find_sites(program)
     promised = promises(ledger.manifest)
     result.unchecked += [f"{', '.join(o.parameters)}: {o.reason}" for o in opaque]
-    for site in {site.parameter: site for site in sites}.values():
+    once = {site.parameter: site for site in sites}
+    for parameter in counted("reading weights", once):
+        site = once[parameter]
         if site.window is not None:
             result.unchecked.append(f"{site.name}: a convolution with a kernel has no one axis of inputs")
             continue

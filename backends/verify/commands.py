@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from sparsify.cli.options import AsJson, Debug, command_errors
-from sparsify.cli.terminal import Terminal, say, stage_line
+from sparsify.cli.terminal import Terminal, say
 from sparsify.errors import CheckpointError
 from sparsify.files.reading import kind_at
 
@@ -34,9 +34,10 @@ def verify(
         from sparsify.backends.verify.checkpoint import verify_checkpoint
         from sparsify.backends.verify.onnx_folder import verify_onnx
         from sparsify.backends.verify.report import verification_report
+        from sparsify.progress import ProgressLine
 
         console = Terminal()
-        with stage_line() as show:
+        with ProgressLine(quiet=as_json):
             if kind_at(folder) is None:
                 raise CheckpointError(f"verifying {folder}", found="nothing there", do="Check the path")
             onnx = folder.suffix.lower() == ".onnx" or any(folder.glob("*.onnx"))
@@ -47,7 +48,7 @@ def verify(
                     do="Name the folder that was made of it",
                 )
             if onnx:
-                result = verify_onnx(folder, against=against, pattern=pattern, run=not weights_only, observe=show)
+                result = verify_onnx(folder, against=against, pattern=pattern, run=not weights_only)
             elif kind_at(folder / "config.json"):
                 result = verify_checkpoint(folder, pattern=pattern)
             elif kind_at(folder / "adapter_config.json"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import onnx
@@ -17,6 +17,7 @@ from sparsify.backends.verify.judge import judge
 from sparsify.backends.verify.outputs.behaviour import check_behaviour
 from sparsify.backends.verify.promises import promises
 from sparsify.backends.verify.result import Verification
+from sparsify.context import Progress, counted, report
 from sparsify.errors import CheckpointError, first_line
 from sparsify.files.checkpoint import INDEX, WEIGHTS
 from sparsify.files.ledger import Ledger
@@ -36,7 +37,6 @@ def verify_onnx(
     against: Path | None = None,
     pattern: str | None = None,
     run: bool = True,
-    observe: Callable[[str], None] = lambda stage: None,
 ) -> Verification:
     """Check an ONNX file or folder, ours or not.
 
@@ -53,10 +53,9 @@ def verify_onnx(
     manifest = ledger.manifest
     store = GraphStore(file)
     result = Verification(file, opset=store.model.opset_imports.get("", 0), packed=bool(store.packed))
-    observe("checking the file")
+    report(Progress("checking", what=file.name))
     _check_file(result, store)
     equal = check_content(result, file.parent, ledger) if manifest else {}
-    observe("reading the weights")
     readable = _check_patterns(result, store, ledger, equal, parse_pattern(pattern) if pattern else None)
     # The folder's own tensors were compared already; those of another one are held against its list as they are read.
     listed = Ledger() if against is None else Ledger.of(against)
@@ -64,10 +63,10 @@ def verify_onnx(
     if not readable:
         result.unchecked.append("runtime: some weights cannot be read, so nothing was run")
         return result
-    observe("comparing weights with onnxruntime's")
+    report(Progress("comparing with onnxruntime", what="weights"))
     check_equal(result, store, ledger, checkpoint)
     if run and not result.problems:
-        observe("running onnxruntime and torch")
+        report(Progress("running onnxruntime and torch", what=file.name))
         check_behaviour(result, store, checkpoint, against or file.parent, manifest)
     elif run:
         result.unchecked.append("outputs: not compared, for the weights are already known to be wrong")
@@ -105,7 +104,7 @@ def _check_patterns(
     result.unchecked += [f"{name}: {kind} data, which is not looked at" for name, kind in store.foreign().items()]
     readable = True
     # What contractions read first, in their order: that of the report.
-    for name in dict.fromkeys([*(n for n in readers if n in names), *sorted(names)]):
+    for name in counted("reading weights", dict.fromkeys([*(n for n in readers if n in names), *sorted(names)])):
         try:
             weight = store.read(name)
         except CheckpointError as error:

@@ -96,8 +96,8 @@ def measure_gradients(
     with ActivationStore(context.memory, device) as store, ActivationStore(context.memory // 4, device) as backward:
         runner = _Backward(program, flow, data, store, device, backward, logits)
 
-        def tell(done: int, what: str) -> None:
-            context.observe(Progress(done, 2 * len(regions), f"gradients, {what}", 0))
+        def tell(done: float, what: str) -> None:
+            context.observe(Progress("gradients", done, 2 * len(regions), what))
 
         with torch.no_grad():
             for number, region in enumerate(regions):
@@ -118,7 +118,7 @@ def measure_gradients(
                         gradient = shared.whole(parameter, index, found.get(parameter), last=parameter not in later)
                         if gradient is not None:
                             sums[parameter].add(gradient)
-                    tell(len(regions) + number, "backward")
+                    tell(len(regions) + number + (index + 1) / len(data.batches), "backward")
                 runner.check_losses()
                 for parameter in own - later:
                     into.keep(parameter, sums.pop(parameter).finished(parameter))

@@ -20,7 +20,7 @@ from sparsify.calibration.interpreter import Region
 from sparsify.calibration.recorder import GroupRecorder, OutputMoments
 from sparsify.calibration.rows import RowReader
 from sparsify.calibration.streams import Streams
-from sparsify.context import Context, Progress
+from sparsify.context import Context, Progress, SiteResult
 from sparsify.data.batches import count_sequences
 from sparsify.host import within_memory
 from sparsify.ir.program import Program
@@ -51,7 +51,7 @@ class Measuring:
 
     Args:
         wanted: names of the statistics.
-        by_block: one step for all groups of a block, not one for each.
+        by_block: one step for all groups of a block, not one for each. phase: what observers are told that this is.
     """
 
     def __init__(
@@ -63,6 +63,7 @@ class Measuring:
         context: Context,
         *,
         by_block: bool = False,
+        phase: str = "measuring",
     ) -> None:
         flow = Flow.of(program)
         self.program, self.batches, self.wanted, self.context = program, batches, wanted, context
@@ -70,8 +71,11 @@ class Measuring:
         self.rows = RowReader(program, flow, self.groups)
         self.flow = flow.holding(self.rows.held)
         self.sequences = count_sequences(batches)
-        self.batch_tokens = [self.rows.tokens(batch) for batch in batches]
+        self.tokens = sum(self.rows.tokens(batch) for batch in batches)
+        self.phase = phase
         self.steps = self._steps(by_block)
+        self._layers = _layers(self.steps)
+        self._reached = 0, 0.0
 
     def streams(self, dense: Weights | None) -> Streams:
         return Streams(self.program, self.flow, self.rows, self.batches, self.context, dense)
@@ -87,15 +91,21 @@ class Measuring:
                 recorder.outputs[own.parameter] = OutputMoments(self.wanted, weight, bias)
         return recorder
 
-    def run(self, streams: Streams, step: Step, region: Region, *, twin: bool = False) -> list[GroupRecorder]:
-        """Run ``region`` on all batches, recording the inputs of the groups of ``step`` that it makes."""
+    def run(
+        self, streams: Streams, step: Step, region: Region, *, twin: bool = False, until: float = 1.0
+    ) -> list[GroupRecorder]:
+        """Run ``region`` on all batches, recording the inputs of the groups of ``step`` that it makes.
+
+        Args:
+            until: how much of the step is done then.
+        """
         recorders = [self.recorder(group, twin) for group in step.groups]
-        self._run(streams, step, region, list(zip(step.groups, recorders, strict=True)))
+        self._run(streams, step, region, list(zip(step.groups, recorders, strict=True)), until)
         return recorders
 
-    def run_unrecorded(self, streams: Streams, step: Step, region: Region) -> None:
+    def run_unrecorded(self, streams: Streams, step: Step, region: Region, *, until: float) -> None:
         """Run ``region`` on all batches for the live values that it makes."""
-        self._run(streams, step, region, [])
+        self._run(streams, step, region, [], until)
 
     def once(self, dense: Weights | None = None) -> Iterator[tuple[InputGroup, GroupRecorder]]:
         """Every group with what one forward records of its input; the model stays as it is."""
@@ -131,16 +141,31 @@ class Measuring:
         return merged
 
     def _run(
-        self, streams: Streams, step: Step, region: Region, pairs: Sequence[tuple[InputGroup, GroupRecorder]]
+        self,
+        streams: Streams,
+        step: Step,
+        region: Region,
+        pairs: Sequence[tuple[InputGroup, GroupRecorder]],
+        until: float,
     ) -> None:
-        finished = iter(self.batch_tokens)
+        begin = self._reached[1] if self._reached[0] == step.number else 0.0
+        finished = itertools.count(1)
 
         def tell() -> None:
-            # A block's first sweep is half of its work: its tokens are counted when they leave it.
-            tokens = 0 if region.again else next(finished)
-            self.context.observe(Progress(step.number, len(self.steps), step.label, tokens))
+            self.tell(step, begin + (until - begin) * next(finished) / len(self.batches))
 
+        self.tell(step, begin)
         streams.run_region(region, self._watch(pairs), tell)
+
+    def tell(self, step: Step, done: float, site: SiteResult | None = None) -> None:
+        """Say how much of a step is done, and what became of a site of it."""
+        self._reached = step.number, done
+        layer, share = self._layers[step.number]
+        what = step.label if site is None else site.name
+        total = int(self._layers[-1][0]) + 1
+        # Whoever is told of the last site of a layer is not yet in the next.
+        at = layer + share * min(done, 0.999)
+        self.context.observe(Progress(self.phase, at, total, what, "layer", self.tokens, site))
 
     def _watch(
         self, pairs: Sequence[tuple[InputGroup, GroupRecorder]]
@@ -167,6 +192,16 @@ class Measuring:
             )
             for number, groups in enumerate(gathered)
         ]
+
+
+def _layers(steps: Sequence[Step]) -> list[tuple[float, float]]:
+    """Where each step begins, counted in layers, and what share of a layer it is: groups of a block are one layer."""
+    found: list[tuple[float, float]] = []
+    runs = itertools.groupby(steps, lambda step: step.groups[0].block or step.number)
+    for layer, (_, run) in enumerate(runs):
+        inside = list(run)
+        found += [(layer + at / len(inside), 1 / len(inside)) for at in range(len(inside))]
+    return found
 
 
 def _position(flow: Flow, group: InputGroup) -> int:

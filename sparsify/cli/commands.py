@@ -107,21 +107,21 @@ def eval_command(
     with command_errors(debug, log_level):
         check_compute_dtype(compute_dtype)
         check_adapter(adapter)
-        from sparsify.cli.progress import ProgressLine
         from sparsify.cli.tables import evaluation_report
-        from sparsify.context import Context
-        from sparsify.evaluation.perplexity import evaluate
-        from sparsify.host import resolve_device
+        from sparsify.evaluation.evaluate import evaluate
+        from sparsify.progress import ProgressLine
 
-        budget, results = parse_bytes(memory), []
+        parse_bytes(memory)
+        results = []
         for model in models:
-            with ProgressLine(Terminal(stderr=True), not (quiet or as_json)) as line:
+            with ProgressLine(quiet=quiet or as_json):
                 result = evaluate(
                     model,
                     data,
-                    Context(resolve_device(device), budget, observe=line.show),
                     windows=windows,
                     sequence_length=sequence_length,
+                    device=device,
+                    memory=memory,
                     allow_bin=allow_bin,
                     trust_remote_code=trust_remote_code,
                     check=not no_check,
@@ -180,11 +180,11 @@ def compare_command(
         check_compute_dtype(compute_dtype)
         check_adapter(adapter)
         check_words(specs, schedule, memory, "hf", samples, sequence_length, seed, pipelines=True)
-        from sparsify.cli.progress import ProgressLine
         from sparsify.cli.tables import comparison_report
         from sparsify.evaluation.compare import compare
+        from sparsify.progress import ProgressLine
 
-        with ProgressLine(Terminal(stderr=True), not (quiet or as_json)) as line:
+        with ProgressLine(quiet=quiet or as_json):
             result = compare(
                 model,
                 specs,
@@ -207,7 +207,6 @@ def compare_command(
                 chat_template=chat_template,
                 strict=strict,
                 adapter=adapter,
-                observe=line.show,
             )
         if as_json:
             print(json.dumps(result.as_dict()))

@@ -185,17 +185,17 @@ def _compile(words: dict[str, Any]) -> None:
         from sparsify.files.single import put_file
 
         put_file(words["save_recipe"], write_recipe(_to_keep(words)))
-    from sparsify.cli.progress import ProgressLine
     from sparsify.cli.tables import plan_report, result_report
     from sparsify.compiler.pipeline import compile
     from sparsify.compiler.request import default_output
+    from sparsify.progress import ProgressLine
 
     model = words["model"]
     name = Path(model).expanduser().resolve().name.removesuffix(".gguf") if kind_at(model) else model.rpartition("/")[2]
     out = words["output"] or default_output(name, specs, words["to"])
     shown = GraphPrinter(words["print_after"], [parse_pass(spec).name for spec in specs])
     started, console = time.perf_counter(), Terminal(quiet=quiet)
-    with ProgressLine(console, not quiet) as line:
+    with ProgressLine(quiet=quiet):
         compiled = compile(
             model,
             words["passes"],
@@ -203,7 +203,6 @@ def _compile(words: dict[str, Any]) -> None:
             output=out,
             check=not words["no_check"],
             tell=lambda text: console.print(text),
-            observe=line.show,
             after=shown.after,
             **{name: words[name] for name in _HANDED_ON},
         )

@@ -9,7 +9,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TextIO
 
 import typer
 
@@ -110,21 +110,35 @@ class _Plain(logging.Formatter):
         return plain(super().format(record), keep="\n\t")
 
 
+class _Stderr(logging.StreamHandler[TextIO]):
+    """Writes to whatever the standard error is at the time: a progress line puts itself in its place."""
+
+    @property
+    def stream(self) -> TextIO:
+        return sys.stderr
+
+    @stream.setter
+    def stream(self, stream: TextIO) -> None:
+        pass
+
+
 def _set_logging(level: str) -> None:
-    number = logging.getLevelNamesMapping().get(level.upper()) if hasattr(logging, "getLevelNamesMapping") else None
-    number = number or {"DEBUG": 10, "INFO": 20, "WARNING": 30, "ERROR": 40}.get(level.upper())
+    """``info`` is our own story; what other libraries tell of theirs comes with ``debug``."""
+    number = {"DEBUG": 10, "INFO": 20, "WARNING": 30, "ERROR": 40}.get(level.upper())
     if number is None:
         complain(f"log level '{level}': no such level. Choose debug, info, warning or error")
         raise SystemExit(2)
+    debugging = number < logging.INFO
     # Read by transformers and the hub when they are first imported; a user's own setting wins.
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error" if number >= logging.WARNING else level.lower())
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "debug" if debugging else "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("HF_HUB_VERBOSITY", "error" if number >= logging.WARNING else level.lower())
+    os.environ.setdefault("HF_HUB_VERBOSITY", "debug" if debugging else "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    handler = logging.StreamHandler()
-    handler.setFormatter(_Plain(logging.BASIC_FORMAT))
-    logging.basicConfig(level=number, handlers=[handler])
-    if number >= logging.WARNING:
+    handler = _Stderr()
+    handler.setFormatter(_Plain("%(message)s" if number == logging.INFO else logging.BASIC_FORMAT))
+    logging.basicConfig(level=number if debugging else max(number, logging.WARNING), handlers=[handler])
+    logging.getLogger("sparsify").setLevel(number)
+    if not debugging:
         # What the hub's client and its transport say of their retries is not about the user's command.
         for name in ("huggingface_hub", "datasets", "httpx", "transformers", "torch", "bitsandbytes"):
             logging.getLogger(name).setLevel(logging.ERROR)

@@ -29,7 +29,7 @@ from sparsify.cli.options import (
     Trust,
     command_errors,
 )
-from sparsify.cli.terminal import Terminal, stage_line
+from sparsify.cli.terminal import Terminal
 from sparsify.method.spec import check_pass, parse_backend
 from sparsify.searching.budget import parse_budget
 from sparsify.searching.trials import work_folder
@@ -118,10 +118,11 @@ def search_command(
         _check(samples, sequence_length, seed, memory, compute_dtype, adapter)
         chosen = check_schedule(schedule)
         from sparsify.cli.search_tables import again, search_report
+        from sparsify.progress import ProgressLine
         from sparsify.searching.search import search
 
         console, log = Terminal(quiet=quiet or as_json), Terminal(stderr=True, quiet=quiet, soft_wrap=True)
-        with stage_line() as show, _kept(output, log):
+        with ProgressLine(quiet=quiet or as_json), _kept(output, log):
             found = search(
                 model,
                 method,
@@ -148,7 +149,6 @@ def search_command(
                 chat_template=chat_template,
                 strict=strict,
                 adapter=adapter,
-                observe=lambda step: show(f"{step.label}, {step.regions_done} of {step.regions}"),
                 tell=lambda text: log.print(text, highlight=False),
             )
         if as_json:
@@ -216,10 +216,11 @@ def sensitivity_command(
             one_of(measure, ("perplexity", "kl"), "measure")
         _check(samples, sequence_length, seed, memory, compute_dtype, adapter)
         from sparsify.cli.search_tables import sensitivity_report
+        from sparsify.progress import ProgressLine
         from sparsify.searching.sensitivity import sensitivity
 
-        console = Terminal(quiet=quiet or as_json)
-        with stage_line() as show:
+        console, log = Terminal(quiet=quiet or as_json), Terminal(stderr=True, quiet=quiet or as_json, soft_wrap=True)
+        with ProgressLine(quiet=quiet or as_json):
             result = sensitivity(
                 model,
                 method,
@@ -245,7 +246,7 @@ def sensitivity_command(
                 chat_template=chat_template,
                 strict=strict,
                 adapter=adapter,
-                tell=show,
+                tell=lambda text: log.print(text, highlight=False),
             )
         if as_json:
             print(json.dumps(result.as_dict()))

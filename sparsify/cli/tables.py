@@ -19,11 +19,12 @@ from sparsify.words import format_bytes
 
 if TYPE_CHECKING:
     from sparsify.analysis.linear import LinearSite, Opaque
-    from sparsify.compiler.result import Compiled, PassRun
+    from sparsify.compiler.result import Compiled
+    from sparsify.compiler.runs import PassRun
     from sparsify.context import SiteResult
     from sparsify.errors import Refused
     from sparsify.evaluation.comparison import Compared
-    from sparsify.evaluation.perplexity import Evaluation
+    from sparsify.evaluation.evaluate import Evaluation
     from sparsify.prune.targets import Target
 
 
@@ -127,7 +128,7 @@ def comparison_report(comparison: Compared) -> RenderableType:
             f"{row.seconds:.1f} s" if row.errors or row.seconds else "–",
             "–" if row.memory is None else format_bytes(row.memory),
         )
-    table.caption = "error: outputs against the dense model's, ‖X₀Wᵀ−XŴᵀ‖/‖X₀Wᵀ‖, mean over sites"
+    table.caption = "Errors are of outputs against the dense model's, ‖X₀Wᵀ−XŴᵀ‖/‖X₀Wᵀ‖, mean over sites."
     table.caption_justify = "left"
     lines: list[RenderableType] = [table, Text(f"calibration: {comparison.calibration}")]
     if comparison.data is not None:
@@ -173,7 +174,7 @@ def _result_table(run: PassRun, whole: _Whole) -> Table:
     table.add_row("whole model", "", f"{whole.parameters:,}", whole.kept, "", "", "")
     twin = "cross_gram" in run.applied.statistics
     what = "‖X₀Wᵀ−XŴᵀ‖/‖X₀Wᵀ‖, X₀ the dense model's input," if twin else "‖XWᵀ−XŴᵀ‖/‖XWᵀ‖"
-    table.caption = f"error: {what} on the calibration tokens, mean over sites and worst site"
+    table.caption = f"Errors are {what} on the calibration tokens, mean over sites and worst site."
     if prefix:
         table.title = f"{table.title}: {prefix}…"
     return table
@@ -190,7 +191,9 @@ def _region_report(run: PassRun) -> list[RenderableType]:
         rate = "kept as it was" if region.rate is None else f"{region.rate:g}"
         figures = (f"{region.before:.4g}", f"{region.after:.4g}", gain, rate, f"{region.seconds:.1f} s")
         table.add_row(region.name, region.loss, *figures)
-    table.caption = "loss on held-back sequences; error: mean ‖f−T‖²/‖T‖² against the dense model's, kl: of predictions"
+    table.caption = (
+        "Losses are of held-back sequences: ‘error’ is mean ‖f−T‖²/‖T‖² against the dense model's, ‘kl’ of predictions."
+    )
     return [table]
 
 
@@ -209,7 +212,7 @@ def _channel_report(run: PassRun) -> Table:
             f"{group.after:.2%}",
             f"{group.seconds:.1f} s",
         )
-    table.caption = "kept: what the pattern would keep of Σ|W|²‖X‖² of the weights that read them"
+    table.caption = "‘Kept’ is what the pattern would keep of Σ|W|²‖X‖² of the weights that read them."
     return table
 
 

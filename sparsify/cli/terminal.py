@@ -6,12 +6,11 @@ rich's markup, and none of its control characters reach the terminal: they are s
 
 from __future__ import annotations
 
-import contextlib
 import io
 import os
 import stat
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderableType
@@ -31,13 +30,6 @@ class Terminal(Console):
         for text, style, control in super().render(renderable, options):
             # Control segments are rich's own: where a progress line goes.
             yield Segment(text if control else plain(text, keep="\n"), style, control)
-
-
-@contextlib.contextmanager
-def stage_line() -> Iterator[Callable[[str], None]]:
-    """A line of the standard error, on a terminal only, that says what is being done: call it with that."""
-    with Terminal(stderr=True).status("") as status:
-        yield lambda stage: status.update(Text(stage))
 
 
 def say(text: str, *, lines: bool = False, end: str = "\n", flush: bool = False) -> None:

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from sparsify.cli.options import AllowNan, AsJson, ChatTemplate, Debug, Device, NoCheck, Trust, command_errors
-from sparsify.cli.terminal import say, stage_line
+from sparsify.cli.terminal import say
 from sparsify.method.spec import parse_backend
 from sparsify.tuning.recipe import Recipe, check_method
 
@@ -90,9 +90,10 @@ def tune_command(
         )
         parse_backend(to)
         from sparsify.host import resolve_device
+        from sparsify.progress import ProgressLine
         from sparsify.tuning.tune import tune
 
-        with stage_line() as show:
+        with ProgressLine(quiet=as_json):
             result = tune(
                 model,
                 data,
@@ -110,8 +111,6 @@ def tune_command(
                 chat_template=chat_template,
                 validation=validation,
                 teacher=teacher,
-                progress=lambda step: show(f"{step.label}, {step.regions_done} of {step.regions}"),
-                observe=lambda step, of, loss: show(f"step {step} of {of}, loss {loss:.3f}"),
             )
         if as_json:
             print(json.dumps(result.as_dict()))

@@ -9,7 +9,8 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from sparsify.compiler.request import Request
-from sparsify.compiler.result import Compiled, PassRun
+from sparsify.compiler.result import Compiled
+from sparsify.compiler.runs import PassRun
 from sparsify.context import ChannelResult, RegionResult, SiteResult
 from sparsify.data.batches import Calibration
 from sparsify.files.manifest import FORMAT

@@ -17,9 +17,10 @@ from sparsify.compiler.recipe import recipe_of
 from sparsify.compiler.request import Data, parse
 from sparsify.compiler.result import Compiled
 from sparsify.compiler.seam import After, Seam, nobody
-from sparsify.context import Context, Observer, unobserved
+from sparsify.context import Context, Observer
 from sparsify.host import cpu_by_default, resolve_device, within_memory
 from sparsify.method.base import Pass
+from sparsify.progress import Shown, shown
 from sparsify.words import Schedule, parse_bytes
 
 
@@ -30,17 +31,18 @@ def untold(text: str) -> None:
 @cpu_by_default()
 def compile(
     model: str | Path | nn.Module,
-    passes: Sequence[str | Pass | Mapping[str, Any]] = (),
+    passes: str | Pass | Sequence[str | Pass | Mapping[str, Any]] = (),
     *,
     calibration: Data = None,
+    tokenizer: Any = None,
     schedule: Schedule = "layer",
     output: str | Path | None = None,
     to: str | Backend = "hf",
     samples: int | None = None,
     sequence_length: int | None = None,
     seed: int = 0,
-    ignore: Sequence[str] = (),
-    only: Sequence[str] = (),
+    ignore: str | Sequence[str] = (),
+    only: str | Sequence[str] = (),
     device: str = "auto",
     memory: int | str = "8GiB",
     overwrite: bool = False,
@@ -55,7 +57,8 @@ def compile(
     dtype: str | torch.dtype | None = None,
     teacher: str | Path | nn.Module | None = None,
     dry_run: bool = False,
-    observe: Observer = unobserved,
+    progress: Shown = False,
+    observe: Observer | None = None,
     tell: Callable[[str], None] = untold,
     after: After = nobody,
 ) -> Compiled:
@@ -63,17 +66,19 @@ def compile(
 
     Args:
         model: a Hugging Face folder, a hub id, a GGUF file, or a module, which is left as it is.
-        passes: specs (``"wanda:2:4"``) or pass objects, run in this order, each on the result of the one before; with
-            names of its own one is ``{"pass": "wanda:2:4", "only": ["*mlp*"], "ignore": []}``: its ``only`` stands for
-            that of all, its ``ignore`` comes to it.
-        calibration: a source's name (see README), or an iterable of LongTensors [batch, sequence] or of keyword
-            dictionaries of the model's inputs, or what :func:`load_calibration` returned. None: C4 where the hub
-            answers, else sampled from the model.
+        passes: a spec (``"wanda:2:4"``), several with ``+`` between (``"twin:2:4+refine"``), or a list of specs or
+            pass objects, run in this order, each on the result of the one before; with names of its own one is
+            ``{"pass": "wanda:2:4", "only": ["*mlp*"], "ignore": []}``: its ``only`` stands for that of all, its
+            ``ignore`` comes to it.
+        calibration: a source's name or path (see docs/data.md), a list of texts, an iterable of LongTensors
+            [batch, sequence] or of keyword dictionaries of the model's inputs, or what :func:`load_calibration`
+            returned. None: C4 where the hub answers, else sampled from the model.
+        tokenizer: of a model in memory, where ``calibration`` is text; in place of a folder's own.
         schedule: ``layer``, ``block`` (the papers') or ``dense``; see :mod:`sparsify.prune.engine`.
         to: the backend, as a spec (``"onnx:weights=packed"``) or an object: what to write.
         output: the folder to write; None keeps the result in memory.
         samples, sequence_length, seed: how sequences are drawn from a named source.
-        ignore, only: names, globs or ``re:`` patterns of parameters or modules.
+        ignore, only: names, globs or ``re:`` patterns of parameters or modules, one or several.
         memory: bytes of activations kept on the GPU and in memory, as a number or as "8GiB".
         check: hold the bytes of a folder that sparsify wrote against its ``sparsify.json``; the output's says how.
         allow_nan: let NaN and infinity in tensors that are not pruned pass, which the output's manifest says then.
@@ -86,14 +91,16 @@ def compile(
         teacher: for ``refine``: the dense model, where it is not ``model`` itself before the other passes.
         dry_run: decide what would be pruned and stop there.
         tell: told in words, before the work, what a quantized model grows to.
-        observe: told of every batch and every site. after: told of every pass that has run, with the program.
+        progress: True: show it, as the command line does; or a function that is told (:class:`sparsify.Progress`); or
+            tqdm, or a bar of its kind. observe: told as well.
+        after: told of every pass that has run, with the program.
 
     Raises:
         SparsifyError: see :mod:`sparsify.errors`; nothing is written then.
 
     >>> import torch, sparsify
     >>> net = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
-    >>> pruned = sparsify.compile(net, ["wanda:2:4"], calibration=[torch.randn(16, 8)])
+    >>> pruned = sparsify.compile(net, "wanda:2:4", calibration=[torch.randn(16, 8)])
     >>> int((pruned.model[0].weight != 0).sum())
     32
     """
@@ -119,9 +126,9 @@ def compile(
             compute_dtype=compute_dtype, adapter=adapter, dtype=dtype,
         ),
     )  # fmt: skip
-    context = Context(resolve_device(device), parse_bytes(memory), seed, observe)
+    context = Context(resolve_device(device), parse_bytes(memory), seed)
     seam = Seam(context, after)
-    with within_memory("compiling", context.device), ExitStack() as stack:
+    with shown(progress, observe), within_memory("compiling", context.device), ExitStack() as stack:
         place = stages.Workplace(stack)
         source = stages.open_model(
             model,
@@ -135,6 +142,7 @@ def compile(
             strict=strict,
             adapter=adapter,
             dtype=dtype,
+            tokenizer=tokenizer,
             tell=tell,
         )
         planned, data = stages.plan(source, request, context)

@@ -12,17 +12,18 @@ from torch import nn
 from sparsify.calibration.accumulators import GRADIENTS
 from sparsify.compiler.backend import Backend, as_backend
 from sparsify.data.batches import Calibration
+from sparsify.data.given import named_or_given
 from sparsify.errors import SpecError
 from sparsify.method.base import Pass, check_order
 from sparsify.method.region_pass import RegionPass
-from sparsify.method.spec import parse_pass, spec_text
+from sparsify.method.spec import parse_pass, spec_text, split_pipeline
 from sparsify.method.structural_pass import StructuralPass
 from sparsify.prune.names import Named
 from sparsify.words import Schedule, check_amount, check_schedule, split_names
 
 _OF_A_PASS = ("pass", "only", "ignore")
 
-Data = str | Iterable[Any] | Calibration | None
+Data = str | Path | Iterable[Any] | Calibration | None
 
 
 @dataclass(frozen=True)
@@ -89,15 +90,15 @@ def most_rows(passes: Iterable[Pass]) -> int | None:
 
 
 def parse(
-    passes: Sequence[str | Pass | Mapping[str, Any]],
+    passes: str | Pass | Sequence[str | Pass | Mapping[str, Any]],
     to: str | Backend,
     schedule: str,
     data: Data,
     *,
     samples: int | None = None,
     length: int | None = None,
-    only: Sequence[str] = (),
-    ignore: Sequence[str] = (),
+    only: str | Sequence[str] = (),
+    ignore: str | Sequence[str] = (),
     output: str | Path | None = None,
     overwrite: bool = False,
     dry_run: bool = False,
@@ -111,8 +112,9 @@ def parse(
             data that are none.
     """
     if isinstance(passes, str):
-        raise SpecError(f"passes '{passes}'", found="one text", do=f'Give a list: ["{passes}"]')
-    told = [as_pass(own) for own in passes]
+        passes = split_pipeline(passes)
+    given = [passes] if isinstance(passes, Mapping) or not isinstance(passes, Iterable) else passes
+    told = [as_pass(own) for own in given]
     parsed = [own for own, _ in told]
     for own in parsed:
         if not isinstance(own, Pass) or not hasattr(own, "name"):
@@ -135,12 +137,12 @@ def parse(
         others=tuple(parsed[len(structural) :]),
         backend=backend,
         schedule=chosen,
-        data=data,
+        data=data if isinstance(data, Calibration) else named_or_given(data),
         samples=samples,
         length=length,
-        only=tuple(only),
-        ignore=tuple(ignore),
-        out=None if output is None else Path(output),
+        only=(only,) if isinstance(only, str) else tuple(only),
+        ignore=(ignore,) if isinstance(ignore, str) else tuple(ignore),
+        out=None if output is None else Path(output).expanduser(),
         overwrite=overwrite,
         dry_run=dry_run,
         template=template,

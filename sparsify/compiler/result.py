@@ -2,66 +2,33 @@
 
 from __future__ import annotations
 
-import math
+import copy
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, fx, nn
 
-from sparsify.analysis.dimensions.lanes import Lanes
 from sparsify.analysis.linear import Opaque
-from sparsify.context import ChannelResult, RegionResult, SiteResult
+from sparsify.compiler.backend import Backend, as_backend
+from sparsify.compiler.runs import PassRun
+from sparsify.compiler.summary import Summary
+from sparsify.context import Observer
 from sparsify.data.batches import Calibration
-from sparsify.errors import Refused, SpecError, near
+from sparsify.errors import SpecError, near
 from sparsify.frontend.materialize import materialize
 from sparsify.frontend.source import Source
+from sparsify.host import cpu_by_default
 from sparsify.ir.program import Program
+from sparsify.ir.store import MemoryStore
 from sparsify.ir.weights import Weights
-from sparsify.method.base import Pass
-from sparsify.method.pattern import Pattern
-from sparsify.prune.targets import Target
+from sparsify.method.spec import spec_text
+from sparsify.progress import Shown, shown
 from sparsify.structure.record import Restructured
 
 
-@dataclass
-class PassRun:
-    """One pass that is not structural: what it was to prune and, once it ran, what happened.
-
-    Attributes:
-        applied: the pass. targets, skipped: of a weight pass, the weights that it is for and those that stay dense,
-            each with the reason. sites: what happened, site by site. regions: of a pass that trains, what became of
-            each block. lanes, channels: of a pass that reorders channels, the groups that it is for and what became of
-            each; ``skipped`` are those that stay in their order then. written: the parameters that it changed.
-        seconds: of the whole pass.
-    """
-
-    applied: Pass
-    schedule: str
-    targets: list[Target] = field(default_factory=list)
-    skipped: list[Refused] = field(default_factory=list)
-    sites: list[SiteResult] = field(default_factory=list)
-    regions: list[RegionResult] = field(default_factory=list)
-    lanes: list[Lanes] = field(default_factory=list)
-    channels: list[ChannelResult] = field(default_factory=list)
-    written: set[str] = field(default_factory=set)
-    seconds: float = 0.0
-
-    @property
-    def pattern(self) -> Pattern | None:
-        """What it prunes to; None for a pass that takes no pattern."""
-        found: Pattern | None = getattr(self.applied, "pattern", None)
-        return found
-
-    @property
-    def kept(self) -> float:
-        """Fraction of the weights of the pruned sites that are not zero."""
-        sizes = [math.prod(site.shape) for site in self.sites]
-        return sum(s.kept * n for s, n in zip(self.sites, sizes, strict=True)) / max(1, sum(sizes))
-
-
-@dataclass
+@dataclass(repr=False)
 class Compiled:
     """The result of :func:`compile`.
 
@@ -84,9 +51,83 @@ class Compiled:
     output: Path | None = None
     notes: list[str] = field(default_factory=list)
     lowered: fx.GraphModule | None = None
-    manifest: dict[str, Any] = field(default_factory=dict, repr=False)
+    manifest: dict[str, Any] = field(default_factory=dict)
     # Whoever owns the folder of a smaller model that was not written to an output.
-    folder_owner: object = field(default=None, repr=False)
+    folder_owner: object = field(default=None)
+
+    def __repr__(self) -> str:
+        return self._said.line()
+
+    def _repr_html_(self) -> str:
+        return self._said.html()
+
+    def summary(self) -> str:
+        """What was done, as text: per pass a table by kind of site, what stayed dense, and where it lies."""
+        return self._said.text()
+
+    @property
+    def _said(self) -> Summary:
+        made = [spec_text(done.structural_pass) for done in self.structure]
+        where = f"written to {self.output}" if self.output is not None else "in memory"
+        data = None if self.calibration is None else f"{self.calibration.size}: {self.calibration.said}"
+        smaller = [line for done in self.structure for line in done.lines()]
+        where = where if self.manifest else "a dry run: nothing was pruned"
+        return Summary(self.source.name, self.program.weights, made, smaller, self.runs, data, where)
+
+    def check_holds(self, doing: str) -> None:
+        """Raises:
+        SpecError: nothing has run, or a graph that passes changed, which is not the model's parameters alone.
+        """
+        asked = f"{doing}: {self!r}"
+        if not self.manifest:
+            raise SpecError(asked, found="a dry run, which pruned nothing", do="Compile without dry_run")
+        if own := next((run.applied for run in self.runs if "graph" in run.applied.changes), None):
+            raise SpecError(
+                asked, found=f"a graph that {spec_text(own)} changed", do=f"Leave {own.name} out, or run result.model"
+            )
+
+    @cpu_by_default()
+    def save(
+        self,
+        folder: str | Path,
+        to: str | Backend = "hf",
+        *,
+        overwrite: bool = False,
+        progress: Shown = False,
+        observe: Observer | None = None,
+    ) -> Path:
+        """Write the result to ``folder``, which appears whole or not at all: what ``compile`` would have written there.
+
+        Args:
+            to, overwrite, progress, observe: as for :func:`sparsify.compile`.
+
+        Returns:
+            Where it lies.
+
+        Raises:
+            SpecError: no such backend, or nothing to write. BackendError: the folder cannot be written.
+        """
+        self.check_holds("saving it")
+        backend, out = as_backend(to), Path(folder).expanduser()
+        if backend.needs_pass and not self.runs and not self.structure:
+            raise SpecError(f"saving {self!r} to {backend.name}", found="no pass in it", do="Give compile a pass")
+        program, weights = replace(self.program), self.program.weights
+        with (
+            shown(progress, observe),
+            backend.open(self.source, out, overwrite=overwrite, program=program) as job,
+        ):
+            program.weights = job.weights
+            # Of a parameter that is several tensors of the checkpoint only some may have been written.
+            own = set(weights.store.tensors) if isinstance(weights.store, MemoryStore) else None
+            for name in sorted({name for run in self.runs for name in run.written}):
+                some = None if own is None or own.issuperset(weights.sources(name)) else own
+                job.weights.write(name, weights.read(name), some)
+            path, there = job.finish(program, copy.deepcopy(self.manifest))
+            self.notes = job.notes()
+        if self.output is not None and path == self.output.absolute():
+            weights = there  # what it was read from is gone
+        self.output, self.program.weights = path, weights
+        return path
 
     def weight(self, name: str) -> Tensor:
         """A parameter as it is after the passes, by its name in the model or in the checkpoint."""

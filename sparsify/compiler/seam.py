@@ -61,7 +61,7 @@ class Seam:
         ran, started = Ran(program), time.perf_counter()
         if own.kind in ("graph", "lowering"):
             # The others tell, region by region.
-            self.context.observe(Progress(0, 1, spec_text(own), 0))
+            self.context.observe(Progress(f"running {own.name}", what=spec_text(own)))
         before = _snapshot(program)
         program.weights.written.clear()
         with within_memory(f"pass {own.name}", self.context.device), _named(own):

@@ -17,7 +17,8 @@ from sparsify.calibration.gradients import Samples
 from sparsify.compiler.backend import Job
 from sparsify.compiler.manifest import make_manifest
 from sparsify.compiler.request import Request
-from sparsify.compiler.result import Compiled, PassRun
+from sparsify.compiler.result import Compiled
+from sparsify.compiler.runs import PassRun
 from sparsify.compiler.seam import Seam
 from sparsify.compiler.teacher import open_teacher
 from sparsify.context import Context
@@ -113,6 +114,7 @@ def open_model(
     strict: bool,
     adapter: str | None,
     dtype: str | torch.dtype | None,
+    tokenizer: Any,
     tell: Callable[[str], None],
 ) -> Source:
     """The model that a user names, and a look at where its output will lie.
@@ -139,6 +141,7 @@ def open_model(
         strict=strict,
         adapter=adapter,
         dtype=dtype,
+        tokenizer=tokenizer,
     )
     if isinstance(model, nn.Module):
         require_real(model)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from torch import Tensor
 from sparsify.data.chat import Chat
 from sparsify.data.examples import other_inputs
 from sparsify.data.generate import sample_from_model, writes_text
-from sparsify.data.given import given_batches
+from sparsify.data.given import are_texts, given_batches, given_texts, named_or_given
 from sparsify.data.inputs import (
     IMAGE_TOKENS,
     USUAL,
@@ -29,6 +29,7 @@ from sparsify.data.inputs import (
     rows_at_once,
     rows_to_batches,
     split_rows,
+    warn_of_length,
 )
 from sparsify.data.parts import Documents
 from sparsify.data.pictures.image_text import names_image_text, read_image_text
@@ -80,7 +81,8 @@ class Calibration:
     @property
     def size(self) -> str:
         """How much there is, in words."""
-        text = next(iter(self.batches[0].values())).dim() == 2
+        first = next(iter(self.batches[0].values()))
+        text = first.dim() == 2 and not first.is_floating_point()
         return f"{self.sequences} × {self.sequence_length} tokens" if text else f"{self.sequences} samples"
 
     @property
@@ -111,7 +113,7 @@ def count_sequences(batches: Iterable[Mapping[str, Tensor]]) -> int:
 
 
 def load_calibration(
-    data: str | Iterable[Any] | Calibration | None,
+    data: str | Path | Iterable[Any] | Calibration | None,
     source: Source,
     *,
     samples: int | None = None,
@@ -121,7 +123,8 @@ def load_calibration(
     chat: Chat | None = None,
     both: bool = False,
 ) -> Calibration:
-    """Batches from ``data``: a source's name, an iterable of batches, or None for C4 and, without it, ``self``.
+    """Batches from ``data``: a source's name or path, a list of texts, an iterable of batches, or None for C4 and,
+    without it, ``self``.
 
     Args:
         rows: the most rows of a batch: 1, as gradients per sample need them, or None, as many as run well.
@@ -134,21 +137,22 @@ def load_calibration(
     """
     if isinstance(data, Calibration):
         return data
+    given = named_or_given(data)
     check_amount(samples, sequence_length)
     chat, files = chat or Chat(source), dict[str, int]()
-    if data is None or isinstance(data, str):
+    if given is None or isinstance(given, str) or are_texts(given):
         check_length(sequence_length, source)
-    if data is not None and not isinstance(data, str):
-        batches, label = given_batches(data, source, samples), "batches given in Python"
-    elif data is not None and _names_images(data, source):
-        images = read_images(Path(data), source, samples or _SAMPLES, seed)
+    if given is not None and not isinstance(given, str) and not are_texts(given):
+        batches, label = given_batches(given, source, samples), "batches given in Python"
+    elif isinstance(given, str) and _names_images(given, source):
+        images = read_images(Path(given), source, samples or _SAMPLES, seed)
         pixels = {"pixel_values": images.pixels} | ({} if images.labels is None else {"labels": images.labels})
         batches, label = rows_to_batches(pixels, whole=False), images.note
-    elif isinstance(data, str) and names_image_text(data, source):
-        pictured = read_image_text(data, source, samples or _SAMPLES, sequence_length, seed, chat)
+    elif isinstance(given, str) and names_image_text(given, source):
+        pictured = read_image_text(given, source, samples or _SAMPLES, sequence_length, seed, chat)
         batches, label = pictured.batches, pictured.note
     else:
-        drawn = _from_name(data, source, samples, sequence_length, seed, chat, both)
+        drawn = _from_name(given, source, samples, sequence_length, seed, chat, both)
         batches, label, files = (
             rows_to_batches(as_inputs(drawn.ids, source), whole=True),
             drawn.label,
@@ -174,7 +178,7 @@ def load_calibration(
         label,
         digest.hexdigest(),
         labels,
-        plumbing=data == "random",
+        plumbing=given == "random",
         drawn=files,
         template=chat.digest if chat.used else None,
     )
@@ -212,16 +216,25 @@ def _names_images(data: str, source: Source) -> bool:
 
 
 def evaluation_windows(
-    data: str, source: Source, length: int | None, limit: int | None, chat: Chat | None = None, *, both: bool = False
+    data: str | Sequence[str],
+    source: Source,
+    length: int | None,
+    limit: int | None,
+    chat: Chat | None = None,
+    *,
+    both: bool = False,
 ) -> tuple[Tensor, str]:
     """Disjoint windows of held-out text, [windows, length] int32, and where they are from.
 
     Args:
-        chat, both: as for :func:`load_calibration`.
+        data: a source's name, or texts. chat, both: as for :func:`load_calibration`.
     """
     check_length(length, source)
-    documents = read_documents(data, "heldout", chat or Chat(source), both=both)
-    with Refusing(data):
+    if isinstance(data, str):
+        documents = read_documents(data, "heldout", chat or Chat(source), both=both)
+    else:
+        documents = given_texts(data)
+    with Refusing(documents.label if not isinstance(data, str) else data):
         windows = disjoint_windows(documents, _encoder(source), length or default_length(source), limit)
     return windows, documents.label
 
@@ -246,13 +259,20 @@ def example_batch(source: Source, rows: int = 1, length: int = 16) -> dict[str, 
 
 
 def _from_name(
-    data: str | None, source: Source, samples: int | None, length: int | None, seed: int, chat: Chat, both: bool
+    data: str | Sequence[str] | None,
+    source: Source,
+    samples: int | None,
+    length: int | None,
+    seed: int,
+    chat: Chat,
+    both: bool,
 ) -> _Drawn:
     name = getattr(source.module, "main_input_name", None)
     others = other_inputs(source)
     asked = f"calibration for {type(source.module).__name__}, none being named"
     if data is not None:
-        asked = f"calibration '{data}' for {type(source.module).__name__}"
+        asked = f"calibration '{data}'" if isinstance(data, str) else f"calibration on {len(data)} texts"
+        asked += f" for {type(source.module).__name__}"
     if source.is_transformers and (name != "input_ids" or others):
         raise CalibrationError(
             asked,
@@ -291,7 +311,7 @@ def _from_name(
     if data == "self":
         ids = sample_from_model(source, samples or _SELF_SAMPLES, length or default_length(source, _SELF_LENGTH), seed)
         return _Drawn(ids, f"self (sampled from the model, seed {seed}{why})")
-    documents = read_documents(data, "calibration", chat, both=both)
+    documents = read_documents(data, "calibration", chat, both=both) if isinstance(data, str) else given_texts(data)
     return _windows(documents, source, samples or _SAMPLES, length or default_length(source), seed)
 
 
@@ -332,6 +352,8 @@ def _check_inputs(batches: list[dict[str, Tensor]], source: Source) -> None:
                 )
             if tensor.dim() == 2 and "position_ids" not in batch:
                 check_table(tensor.shape[1], source)
+                if index == 0:
+                    warn_of_length(tensor.shape[1], source)
             low, high = int(tensor.min()), int(tensor.max())
             if low < 0 or (vocabulary and high >= vocabulary):
                 raise outside(low if low < 0 else high, f"calibration batch {index}", source)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from sparsify.context import Progress, report
 from sparsify.errors import CalibrationError, first_line
 from sparsify.frontend.materialize import materialize
 from sparsify.frontend.source import Source
@@ -40,6 +44,7 @@ def sample_from_model(source: Source, samples: int, length: int, seed: int) -> T
             found=f"{type(source.module).__name__} does not generate text from nothing",
             do="Give --calibration a text file or another source",
         )
+    report(Progress("loading", what=f"{source.name}, whole, to sample from it"))
     model = _load(source)
     training, inherited = model.training, model.generation_config
     model.eval()
@@ -67,11 +72,29 @@ def sample_from_model(source: Source, samples: int, length: int, seed: int) -> T
             torch.manual_seed(seed)
             for begin in range(0, samples, _BATCH):
                 first = torch.full((min(_BATCH, samples - begin), 1), start, device=model.device)
-                parts.append(_sample(model, first, settings, length))
+                with _counting(model, begin, samples, len(first), length):
+                    parts.append(_sample(model, first, settings, length))
     finally:
         model.generation_config = inherited
         model.train(training)
     return torch.cat(parts)
+
+
+@contextmanager
+def _counting(model: Any, begin: int, samples: int, rows: int, length: int) -> Iterator[None]:
+    """Tell how many sequences there are: rows grow together, one forward gives each its next token."""
+    forwards = itertools.count(1)
+
+    def tell(*_: Any) -> None:
+        done = begin + rows * min(1.0, next(forwards) / max(1, length - 1))
+        report(Progress("sampling", done, samples, "from the model itself"))
+
+    report(Progress("sampling", begin, samples, "from the model itself"))
+    hook = model.register_forward_hook(tell)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def _sample(model: Any, first: Tensor, settings: Any, length: int) -> Tensor:

@@ -2,16 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
 
 from sparsify.data.examples import decoder_from_labels
 from sparsify.data.inputs import are_ids, as_inputs, rows_to_batches
+from sparsify.data.parts import Documents
+from sparsify.data.rows import document
 from sparsify.errors import CalibrationError
 from sparsify.frontend.source import Source
+
+
+def named_or_given(data: str | Path | Iterable[Any] | None) -> str | Iterable[Any] | None:
+    """What a user gives as data: a source's name as text, batches, or a list of texts; what can be read but once is
+    read now."""
+    if isinstance(data, Path):
+        return str(data)
+    if isinstance(data, Iterator):
+        return list(data)
+    return data
+
+
+def are_texts(data: Any) -> TypeGuard[Sequence[str]]:
+    """Whether data given in Python are texts, and no batches."""
+    return isinstance(data, (list, tuple)) and bool(data) and all(isinstance(item, str) for item in data)
+
+
+def given_texts(texts: Sequence[str]) -> Documents:
+    """Texts given in Python as documents.
+
+    Raises:
+        CalibrationError: nothing in any, or a NUL in one.
+    """
+    documents = [document(text, f"text {number}") for number, text in enumerate(texts) if text.strip()]
+    if not documents:
+        raise CalibrationError(f"{len(texts)} texts", found="nothing in them", do="Give some text")
+    return Documents(f"{len(texts)} texts given in Python" if len(texts) > 1 else "a text given in Python", documents)
 
 
 def given_batches(data: Iterable[Any], source: Source, samples: int | None) -> list[dict[str, Tensor]]:
@@ -89,5 +119,5 @@ def _named(item: Any, source: Source) -> dict[str, Tensor]:
     raise CalibrationError(
         f"a batch of type {type(item).__name__}",
         found="not a tensor, a tuple of tensors or a keyword dictionary",
-        do="Give LongTensors [batch, sequence], or dictionaries of the model's inputs",
+        do="Give LongTensors [batch, sequence], dictionaries of the model's inputs, or nothing but texts",
     )

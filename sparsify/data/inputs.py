@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping
 from inspect import signature
 
@@ -78,6 +79,17 @@ def check_table(length: int, source: Source) -> None:
     if table is not None and length > table.tokens:
         fits = min(table.tokens, source.context_length or table.tokens)
         raise SpecError(f"sequence length {length}", found=f"{table} ({source.name})", do=f"Give at most {fits}")
+
+
+def warn_of_length(length: int, source: Source) -> None:
+    """Say that sequences which nobody cuts are longer than what the model was made for; it runs all the same."""
+    most = source.context_length
+    if most is not None and length > most:
+        warnings.warn(
+            f"sequences of {length} tokens, and the context of {source.name} is {most} tokens (config.json): past it a "
+            "model predicts badly, and what is measured there says little",
+            stacklevel=2,
+        )
 
 
 def one_row_alone(source: Source) -> bool:

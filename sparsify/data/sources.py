@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from sparsify.context import Progress, report
 from sparsify.data.chat import Render
 from sparsify.data.opening import COMPRESSED
 from sparsify.data.parts import Documents, Several, Split, part_of
@@ -45,6 +46,7 @@ def read_documents(spec: str, split: Split, chat: Render | None = None, *, both:
     Raises:
         CalibrationError: no such file, field or data set, or it is empty.
     """
+    report(Progress("reading data", what=spec))
     found = _read(spec, split, chat)
     if both and found.documents:
         found = part_of(found, split)
@@ -220,6 +222,7 @@ def _require_hub(spec: str, name: str) -> None:
     """Ask the hub once, shortly: the loaders themselves retry for half a minute where there is no network."""
     from huggingface_hub import HfApi
 
+    report(Progress("asking the hub", what=name))
     try:
         HfApi().dataset_info(name, timeout=5)
     except Exception as error:  # the hub's client raises many kinds; all mean that it cannot be had
@@ -231,6 +234,7 @@ def _require_hub(spec: str, name: str) -> None:
 
 
 def _load_dataset(spec: str, *args: Any, **kwargs: Any) -> Any:
+    report(Progress("fetching data", what=spec))
     try:
         import datasets
     except ImportError as error:

@@ -14,6 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from sparsify.context import Progress, report
 from sparsify.data.parts import Documents
 from sparsify.data.rows import Document
 from sparsify.data.texts import PIECE, WHOLE, LongText, joined, pieces
@@ -69,6 +70,7 @@ def random_windows(
     candidates: Sequence[int] = range(len(documents.documents))
     misses = 0
     while len(windows) < samples:
+        report(Progress("tokenizing", len(windows), samples, documents.label))
         chosen = draw.random.choice(candidates)
         if (window := draw.window(chosen)) is not None:
             windows.append(window)
@@ -94,6 +96,7 @@ def _packed(documents: Documents, encode: Encode, samples: int, length: int, see
         held, count = torch.cat([held, ids.long()]), count + len(ids)
         while len(held) >= length:
             windows.append(held[:length])
+            report(Progress("tokenizing", len(windows), samples, documents.label))
             drawn.append(index)
             held = held[length:]
             if len(windows) == samples:
@@ -166,6 +169,7 @@ def disjoint_windows(documents: Documents, encode: Encode, length: int, limit: i
     """
     need = None if limit is None else length * limit
     tokens = array("i")
+    report(Progress("tokenizing", 0, limit, documents.label))
     for ids in _in_order(documents.documents, encode, need):
         ids = ids.long()
         if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= 1 << 31):
@@ -175,6 +179,7 @@ def disjoint_windows(documents: Documents, encode: Encode, length: int, limit: i
                 do="Ids are those of a tokenizer, from 0 on",
             )
         tokens.frombytes(ids.to(torch.int32).numpy().tobytes())
+        report(Progress("tokenizing", len(tokens) // length, limit, documents.label))
         if need is not None and len(tokens) >= need:
             break
     count = len(tokens) // length

@@ -16,9 +16,10 @@ from torch import Tensor
 from sparsify.calibration.measuring import drift
 from sparsify.compiler.pipeline import compile
 from sparsify.compiler.request import most_rows
-from sparsify.context import Context, Observer, SiteResult, unobserved
-from sparsify.data.batches import evaluation_windows, load_calibration
+from sparsify.context import Context, Observer, SiteResult
+from sparsify.data.batches import Calibration, evaluation_windows, load_calibration
 from sparsify.data.chat import Chat
+from sparsify.data.given import named_or_given
 from sparsify.data.sources import same_source
 from sparsify.errors import SpecError
 from sparsify.evaluation.comparison import Compared, ComparedPass
@@ -30,6 +31,7 @@ from sparsify.files.staging import Staging
 from sparsify.frontend.source import Source, open_source
 from sparsify.host import cpu_by_default, recent_peak, reset_peak, resolve_device
 from sparsify.method.spec import parse_pass, split_pipeline
+from sparsify.progress import Shown, shown
 from sparsify.words import Schedule, parse_bytes
 
 
@@ -38,7 +40,7 @@ def compare(
     model: str | Path,
     passes: Sequence[str],
     *,
-    data: str | None = None,
+    data: str | Path | None = None,
     calibration: Any = None,
     windows: int | None = None,
     samples: int | None = None,
@@ -57,21 +59,23 @@ def compare(
     chat_template: str | Path | None = None,
     strict: bool = False,
     adapter: str | None = None,
-    observe: Observer = unobserved,
+    progress: Shown = False,
+    observe: Observer | None = None,
 ) -> Compared:
     """Prune ``model`` by each of ``passes`` on the same calibration tokens, and evaluate each on ``data``.
 
     Args:
         passes: specs, or several with ``+`` between, which run one after the other (``twin:2:4+refine``).
-        data: held-out text for perplexity, as for :func:`sparsify.evaluation.perplexity.evaluate`; None for none.
+        data: held-out text for perplexity, as for :func:`sparsify.evaluate`; None for none.
             Of a file that is ``calibration`` as well the last tenth is held out.
         windows: evaluate on the first so many windows only.
+        progress, observe: as for :func:`sparsify.compile`.
         output: folder for ``compare.json``, ``compare.md``, ``compare.png`` and ``compare.svg``; None writes nothing.
         others: as for :func:`sparsify.compile`.
 
     Raises:
         SparsifyError: as :func:`sparsify.compile` and
-            :func:`sparsify.evaluation.perplexity.evaluate`; nothing is written then.
+            :func:`sparsify.evaluate`; nothing is written then.
     """
     pipelines = [split_pipeline(spec) for spec in passes]
     parsed = [parse_pass(spec) for pipeline in pipelines for spec in pipeline]
@@ -83,7 +87,11 @@ def compare(
             found="a pass that neither prunes nor trains weight by weight, so that no site's error can be told",
             do="Compile with it, and compare the results by sparsify eval",
         )
+    if not isinstance(calibration, Calibration):
+        calibration = named_or_given(calibration)
+    data = None if data is None else str(data)
     with ExitStack() as stack:
+        stack.enter_context(shown(progress, observe))
         staging = None
         if output is not None:
             # Claimed now: another job on it is told before hours of work, not after.
@@ -141,7 +149,6 @@ def compare(
                     compute_dtype=compute_dtype,
                     strict=strict,
                     adapter=adapter,
-                    observe=observe,
                 )
                 seconds, peak = time.perf_counter() - started, recent_peak(context.device) if reset else None
                 pruning = [run for run in made.runs if run.targets]

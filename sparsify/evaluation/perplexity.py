@@ -8,10 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,14 +20,11 @@ from sparsify.calibration.activations import ActivationStore
 from sparsify.calibration.interpreter import Interpreter, Region
 from sparsify.calibration.loss import is_causal, logits_node, model_kind
 from sparsify.context import Context, Progress
-from sparsify.data.batches import evaluation_windows
-from sparsify.data.chat import Chat
-from sparsify.data.inputs import as_inputs, check_table, one_row_alone, outside
+from sparsify.data.inputs import as_inputs, check_table, one_row_alone, outside, warn_of_length
 from sparsify.errors import CalibrationError, TraceError
-from sparsify.evaluation.heldout import with_use
 from sparsify.frontend.capture import capture
-from sparsify.frontend.source import Source, open_source
-from sparsify.host import cpu_by_default, within_memory
+from sparsify.frontend.source import Source
+from sparsify.host import within_memory
 from sparsify.ir.program import Program
 from sparsify.precision import exact_products
 
@@ -38,69 +32,6 @@ from sparsify.precision import exact_products
 _TOKENS_AT_ONCE = 1024
 # The largest mean loss whose exponential is a number.
 _MOST = 700.0
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Perplexity over ``windows`` windows of ``sequence_length`` tokens of ``data``."""
-
-    perplexity: float
-    windows: int
-    sequence_length: int
-    data: str
-    seconds: float
-
-
-@cpu_by_default()
-def evaluate(
-    model: str | Path | nn.Module,
-    data: str,
-    context: Context | None = None,
-    *,
-    sequence_length: int | None = None,
-    windows: int | None = None,
-    allow_bin: bool = False,
-    trust_remote_code: bool = False,
-    check: bool = True,
-    allow_nan: bool = False,
-    compute_dtype: str | torch.dtype | None = None,
-    chat_template: str | Path | None = None,
-    strict: bool = False,
-    adapter: str | None = None,
-) -> Evaluation:
-    """Perplexity of a causal language model on ``data``.
-
-    Args:
-        data: a source's name; of sources in parts the held-out part is read.
-        windows: evaluate on the first so many windows only.
-        check: hold the bytes of a folder of ours against its ``sparsify.json``. allow_nan: let NaN in tensors pass.
-        compute_dtype: ``"float32"``, ``"bfloat16"`` or ``"float16"``: what the model runs in; None: its own.
-        chat_template: the file of a Jinja template for chat messages, in place of the tokenizer's own.
-
-        strict: refuse tensors that the model's class has no place for; else they are passed over.
-        adapter: ``"merge"``: add a LoRA adapter of peft in the folder to the weights; None refuses one.
-
-    Raises:
-        CalibrationError: data that is missing or too short, or a perplexity that is no number.
-        TraceError: no causal language model.
-    """
-    source = open_source(
-        model,
-        allow_bin=allow_bin,
-        trust_remote_code=trust_remote_code,
-        check=check,
-        allow_nan=allow_nan,
-        compute_dtype=compute_dtype,
-        strict=strict,
-        adapter=adapter,
-    )
-    chat = Chat(source, chat_template)
-    ids, label = evaluation_windows(data, source, sequence_length, windows, chat)
-    chat.check_used(f"'{data}'")
-    started = time.perf_counter()
-    value = perplexity(source, ids, context)
-    label = with_use(label, data, source)
-    return Evaluation(value, len(ids), ids.shape[1], label, time.perf_counter() - started)
 
 
 @exact_products()
@@ -130,6 +61,7 @@ def as_batches(windows: Tensor, source: Source) -> Windows:
     if vocabulary and int(windows.max()) >= vocabulary:
         raise outside(int(windows.max()), "the data", source)
     check_table(length, source)
+    warn_of_length(length, source)
     most = 1 if one_row_alone(source) else max(1, _TOKENS_AT_ONCE // length)
     return Windows(windows, max(d for d in range(1, min(most, count) + 1) if count % d == 0), source)
 
@@ -199,6 +131,8 @@ def predict(
     stop = flow.position[logits] + 1
     cuts = itertools.pairwise([0, *block_starts(program, flow), stop])
     regions = [Region(start, end, stop) for start, end in cuts]
+    # All batches are of one shape.
+    windows, length = len(batches) * len(batches[0]["input_ids"]), batches[0]["input_ids"].shape[1]
 
     def on_value(index: int, node: fx.Node, values: Mapping[fx.Node, Any]) -> None:
         record(index, values[node])
@@ -206,8 +140,15 @@ def predict(
     with ActivationStore(context.memory, context.device) as store, torch.no_grad():
         runner = Interpreter(program, flow, batches, store, context.device)
         for number, region in enumerate(regions):
-            runner.run_region(region, watch={logits} if region.stop == stop else (), on_value=on_value)
-            context.observe(Progress(number + 1, len(regions), "evaluating", 0))
+            finished = itertools.count(1)
+
+            def tell(number: int = number, finished: Iterator[int] = finished) -> None:
+                done = number + next(finished) / len(batches)
+                told = Progress("evaluating", done, len(regions), f"{windows} windows", "layer", windows * length)
+                context.observe(told)
+
+            watch = {logits} if region.stop == stop else ()
+            runner.run_region(region, watch=watch, on_value=on_value, after_batch=tell)
 
 
 def _logits(program: Program) -> fx.Node:

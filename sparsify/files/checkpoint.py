@@ -20,6 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from sparsify.context import Progress, counted, report
 from sparsify.errors import CheckpointError
 from sparsify.files.ledger import Ledger
 from sparsify.files.reading import MAX_INDEX, admit, kind_at, read_json
@@ -184,13 +185,14 @@ class Checkpoint:
 
         wanted = [name for name, entry in self._entries.items() if Scan.reads(entry.dtype)]
         with ThreadPoolExecutor(min(_HASHING_AT_ONCE, os.cpu_count() or 1)) as pool:
-            return dict(zip(wanted, pool.map(look, wanted), strict=True))
+            return dict(zip(counted("checking", wanted), pool.map(look, wanted), strict=True))
 
     def digests(self, names: Iterable[str] | None = None, algorithm: str = BLAKE) -> dict[str, str]:
         """:meth:`digest` of ``names`` (None: all), several cores at once."""
         wanted = list(self.names() if names is None else names)
         with ThreadPoolExecutor(min(_HASHING_AT_ONCE, os.cpu_count() or 1)) as pool:
-            return dict(zip(wanted, pool.map(lambda name: self.digest(name, algorithm), wanted), strict=True))
+            found = pool.map(lambda name: self.digest(name, algorithm), wanted)
+            return dict(zip(counted("checking", wanted), found, strict=True))
 
     def check(self) -> None:
         """Hold every tensor against the ledger.
@@ -221,6 +223,7 @@ class Checkpoint:
                         f"copying {path}", found=f"it ended early ({error})", do="Fetch it again"
                     ) from error
                 for _, name in held:
+                    report(Progress("copying", len(copied), len(self._entries), name))
                     entry = self._entries[name]
                     hashes = {kind: new_hash(kind) for kind in {BLAKE, self.ledger.algorithm}}
                     scan = self.ledger.scan(name, entry.dtype)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparsify.context import counted
 from sparsify.files.checkpoint import DTYPES, INDEX, WEIGHTS, Checkpoint
 
 # What transformers cuts its files at.
@@ -64,7 +65,7 @@ def write_all(folder: Path, tensors: FileLayout, read: Callable[[str], Tensor], 
     if nbytes(tensors) <= shard:
         tensors = {name: tensors[name] for name in sorted(tensors, key=rank)}
     made = lay_out(folder, tensors, shard)
-    for name in tensors:
+    for name in counted("writing", tensors):
         made.write(name, read(name))
     return made
 

@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.export.graph_signature import InputKind
 from torch.utils import _pytree as pytree
 
+from sparsify.context import Progress, report
 from sparsify.errors import TraceError
 from sparsify.frontend.matching import weights_of_module
 from sparsify.frontend.source import Source
@@ -46,6 +47,7 @@ def capture(source: Source, batch: Batch) -> Program:
     Raises:
         TraceError: the model cannot be exported, needs values that only a run could give, or reads nothing of an input.
     """
+    report(Progress("tracing", what=source.name))
     module = source.running()
     with kept_whole(module) as recurrences:
         exported, literals = export(module, batch)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from sparsify.context import Progress, report
 from sparsify.errors import CheckpointError, SpecError, TraceError, first_line
 from sparsify.files.checkpoint import WEIGHTS, Checkpoint
 from sparsify.files.companions import (
@@ -50,6 +51,7 @@ class Source:
     named were checked (a model that was made smaller lies in a folder of its own). ``compute``: the dtype in which it
     runs; None: its own. ``allow_nan``: whether NaN and infinity in its tensors pass. ``left_out``: what of the
     folder no output carries. ``adapter``: what was merged into the weights; a tokenizer beside it is the model's.
+    ``given_tokenizer``: one that a user gave, in place of the folder's; a module in memory has no other.
     ``quantization``: of a quantized model its format, the dtype that it is read in, and bytes stored and dense.
     """
 
@@ -66,6 +68,7 @@ class Source:
     left_out: tuple[str, ...] = ()
     adapter: Adapter | None = None
     quantization: Mapping[str, Any] | None = None
+    given_tokenizer: Any = field(default=None, repr=False)
     _tokenizer: Any = field(default=None, repr=False)
 
     @property
@@ -141,11 +144,13 @@ class Source:
         return (self.quantization or {}).get("method") == "gguf"
 
     def tokenizer(self) -> Any:
-        """The folder's tokenizer.
+        """The tokenizer that was given, else the folder's.
 
         Raises:
             CheckpointError: there is none.
         """
+        if self.given_tokenizer is not None:
+            return self.given_tokenizer
         if self._tokenizer is None:
             from transformers import AutoTokenizer
 
@@ -153,7 +158,7 @@ class Source:
                 raise CheckpointError(
                     f"a tokenizer for {self.name}",
                     found="a module in memory, which has none",
-                    do="Give calibration as token ids (LongTensors [batch, sequence])",
+                    do="Give it with tokenizer=, or token ids (LongTensors [batch, sequence]) in place of text",
                 )
             place = self.folder
             if self.adapter is not None and tokenizer_files(self.adapter.folder):
@@ -195,6 +200,7 @@ def open_source(
     strict: bool = False,
     adapter: str | None = None,
     dtype: str | torch.dtype | None = None,
+    tokenizer: Any = None,
 ) -> Source:
     """Open ``model`` without reading its weights.
 
@@ -211,6 +217,7 @@ def open_source(
         adapter: ``"merge"``: what is to become of a LoRA adapter of peft in the folder, or that the folder is; None
             refuses it.
         dtype: of the same three, what the weights of a quantized model are read in; None: bfloat16.
+        tokenizer: in place of the folder's own; that of a module in memory.
 
     Raises:
         CheckpointError: no such model, a broken one, one whose bytes are not those that were written, or NaN in it.
@@ -221,6 +228,7 @@ def open_source(
     check_adapter(adapter)
     word = None if dtype is None else check_weight_dtype(str(dtype).removeprefix("torch."))
     to: torch.dtype = getattr(torch, word or WEIGHT_DTYPE)
+    report(Progress("loading", what=type(model).__name__ if isinstance(model, nn.Module) else str(model)))
     if isinstance(model, nn.Module):
         if adapter is not None:
             raise SpecError("--adapter merge", found="a module in memory", do="Give what merge_and_unload() returns")
@@ -229,10 +237,17 @@ def open_source(
             _check_module(model)
         weights = weights_of_module(model)
         _check_dtype(type(model).__name__, word, {p.dtype for p in model.parameters()})
-        return Source(type(model).__name__.lower(), model, weights, compute=compute, allow_nan=allow_nan)
+        return Source(
+            type(model).__name__.lower(),
+            model,
+            weights,
+            compute=compute,
+            allow_nan=allow_nan,
+            given_tokenizer=tokenizer,
+        )
     folder = find_folder(model)
     if folder.suffix.lower() == ".gguf" and kind_at(folder) == "file":
-        return _open_gguf(folder, to, compute, allow_nan=allow_nan)
+        return replace(_open_gguf(folder, to, compute, allow_nan=allow_nan), given_tokenizer=tokenizer)
     if not folder.is_dir():
         raise CheckpointError(f"model folder {folder}", found="a file", do="Name the folder that holds config.json")
     # The hub's cache names a folder by its commit; the model's own name serves outputs better.
@@ -273,6 +288,7 @@ def open_source(
         tuple(left_out(folder, read_for(store))),
         addition,
         quantization,
+        tokenizer,
     )
 
 

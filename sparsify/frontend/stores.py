@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from sparsify.context import Progress, report
 from sparsify.errors import CheckpointError, first_line
 from sparsify.files.checkpoint import INDEX, PICKLED, PICKLED_INDEX, WEIGHTS
 from sparsify.files.ledger import Ledger
@@ -58,6 +59,7 @@ def find_folder(model: str | Path) -> Path:
         raise CheckpointError(f"model {text}", found=f"no such {what}", do="Check the path")
     from huggingface_hub import snapshot_download
 
+    report(Progress("asking the hub", what=text))
     try:
         found = snapshot_download(
             text, allow_patterns=["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.py", "[0-9]_*/*.bin"]

@@ -23,7 +23,7 @@ from sparsify.calibration.interpreter import Region
 from sparsify.calibration.measuring import Measuring, Step, measure_inputs
 from sparsify.calibration.recorder import GroupRecorder
 from sparsify.calibration.streams import Streams
-from sparsify.context import Context, Progress, SiteResult
+from sparsify.context import Context, SiteResult
 from sparsify.data.batches import count_sequences
 from sparsify.errors import SpecError
 from sparsify.host import within_memory
@@ -36,6 +36,9 @@ from sparsify.prune.shares import shared_out
 from sparsify.prune.targets import Target
 from sparsify.prune.turn import Turn, prune_without_data
 from sparsify.words import Schedule
+
+# As progress counts it, so much of a step is done when its statistics are; the rest is pruning.
+_MEASURED = 0.5
 
 
 @exact_products()
@@ -99,7 +102,9 @@ class Engine:
         self.wanted = next(iter(passes.values())).statistics
         self.targets = {target.parameter: target for target in targets}
         sites = [site for target in targets for site in target.sites]
-        self.measuring = Measuring(program, sites, batches, self.wanted, context, by_block=schedule == "block")
+        self.measuring = Measuring(
+            program, sites, batches, self.wanted, context, by_block=schedule == "block", phase="pruning"
+        )
         self.results: list[SiteResult] = []
 
     def run(self) -> list[SiteResult]:
@@ -126,18 +131,22 @@ class Engine:
             for step in measuring.steps:
                 region = Region(start, step.start, end)
                 if twice:
-                    measuring.run_unrecorded(streams, step, region)
+                    measuring.run_unrecorded(streams, step, region, until=_MEASURED / 2)
                     recorders = self._sweep_dense(streams, step, end)
                 else:
-                    recorders = measuring.run(streams, step, region)
+                    recorders = measuring.run(streams, step, region, until=_MEASURED)
+                left = {site.parameter for group in step.groups for site in group.sites} - done
+                of = len(left)
                 # Popped, so that each is freed as soon as its sites have had their turn.
                 for group in step.groups:
                     recorder = recorders.pop(0)
                     for site in group.sites:
                         if site.parameter not in done:
                             with within_memory(f"pruning {site.name}", self.context.device):
-                                self._prune_site(streams, step, site, merged.get(site.parameter, recorder))
+                                result = self._prune_site(streams, site, merged.get(site.parameter, recorder))
                             done.add(site.parameter)
+                            left.remove(site.parameter)
+                            measuring.tell(step, 1 - (1 - _MEASURED) * len(left) / of, result)
                     del recorder
                 start = step.start
         return self.results
@@ -147,9 +156,9 @@ class Engine:
         rows = self.measuring.rows
         wanted = {*rows.held, *(rows.anchor(group) for group in step.groups)}
         region = Region(step.start, step.measured, end, again=True, wanted=wanted)
-        return self.measuring.run(streams, step, region)
+        return self.measuring.run(streams, step, region, until=_MEASURED)
 
-    def _prune_site(self, streams: Streams, step: Step, site: LinearSite, recorder: GroupRecorder) -> None:
+    def _prune_site(self, streams: Streams, site: LinearSite, recorder: GroupRecorder) -> SiteResult:
         target, device = self.targets[site.parameter], self.context.device
         own = self.gradients.read(site, device) if self.gradients is not None else {}
         if "dense_weight" in self.wanted and self.dense is not None:
@@ -164,4 +173,4 @@ class Engine:
             # The store now holds the pruned weight; later readers must still find the dense one.
             runner.pinned |= {n for n in runner.resident if self.program.parameter(n) == site.parameter}
         self.results.append(result)
-        self.context.observe(Progress(step.number, len(self.measuring.steps), site.name, 0, result))
+        return result

@@ -29,7 +29,7 @@ def prune_without_data(
         # Where nothing runs, nothing is gained on another device.
         result = Turn(program, passes[target.parameter], target, torch.device("cpu")).take()
         results.append(result)
-        context.observe(Progress(number + 1, len(targets), target.site.name, 0, result))
+        context.observe(Progress("pruning", number + 1, len(targets), result.name, site=result))
     return results
 
 

@@ -226,7 +226,7 @@ class Refining:
         return Lessons([i for i in range(count) if i not in chosen], sorted(chosen))
 
     def _tell(self, number: int, what: str) -> None:
-        self.context.observe(Progress(number, len(self.blocks), f"refining {what}", 0))
+        self.context.observe(Progress("refining", number, len(self.blocks), what, "block"))
 
 
 def promising(gains: Mapping[float, float]) -> float:

@@ -16,7 +16,7 @@ from torch import nn
 from sparsify.compiler.backend import Backend, as_backend
 from sparsify.compiler.pipeline import compile, untold
 from sparsify.compiler.result import Compiled
-from sparsify.context import Context, Observer, unobserved
+from sparsify.context import Context, Observer
 from sparsify.errors import CalibrationError, SpecError, VerifyError
 from sparsify.files.reading import kind_at
 from sparsify.files.staging import check_output
@@ -24,6 +24,7 @@ from sparsify.host import cpu_by_default, is_out_of_memory, resolve_device
 from sparsify.ir.weights import Weights
 from sparsify.method.spec import has_pattern, parse_pass, spec_text, with_pattern
 from sparsify.method.weight_pass import WeightPass
+from sparsify.progress import Shown, shown
 from sparsify.searching.budget import Budget, parse_budget
 from sparsify.searching.found import Found
 from sparsify.searching.parts import cells, size_of
@@ -66,7 +67,8 @@ def search(
     chat_template: str | Path | None = None,
     strict: bool = False,
     adapter: str | None = None,
-    observe: Observer = unobserved,
+    progress: Shown = False,
+    observe: Observer | None = None,
     tell: Callable[[str], None] = untold,
 ) -> Found:
     """The sparsest pruning of ``model`` by ``method`` whose perplexity on ``data`` is within ``budget``.
@@ -102,8 +104,8 @@ def search(
         tuple(ignore), chat_template, opening,
     )  # fmt: skip
     backend, out = as_backend(to), None if output is None else Path(output)
-    context = Context(resolve_device(device), parse_bytes(memory), seed, observe)
-    with ExitStack() as stack:
+    context = Context(resolve_device(device), parse_bytes(memory), seed)
+    with shown(progress, observe), ExitStack() as stack:
         claim = None
         if out is not None:
             local = Path(model) if not isinstance(model, nn.Module) and kind_at(model) else None
@@ -136,7 +138,6 @@ def search(
             device=device,
             memory=memory,
             overwrite=overwrite,
-            observe=observe,
             **opening,
         )
         if out is None:

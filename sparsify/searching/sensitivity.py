@@ -15,13 +15,14 @@ import torch
 from torch import nn
 
 from sparsify.compiler.pipeline import untold
-from sparsify.context import Context, Observer, unobserved
+from sparsify.context import Context, Observer
 from sparsify.errors import CalibrationError, SpecError
 from sparsify.files.reading import kind_at
 from sparsify.files.staging import Staging
 from sparsify.host import cpu_by_default, resolve_device
 from sparsify.method.spec import has_pattern, parse_pass, spec_text
 from sparsify.method.weight_pass import WeightPass
+from sparsify.progress import Shown, shown
 from sparsify.searching.costs import Cost, Measure, Saving, Sensitivity, worst
 from sparsify.searching.heatmap import draw
 from sparsify.searching.parts import Part, cells, ignoring, size_of
@@ -60,7 +61,8 @@ def sensitivity(
     chat_template: str | Path | None = None,
     strict: bool = False,
     adapter: str | None = None,
-    observe: Observer = unobserved,
+    progress: Shown = False,
+    observe: Observer | None = None,
     tell: Callable[[str], None] = untold,
 ) -> Sensitivity:
     """What pruning by ``method`` costs, kind by kind and block by block; each is pruned alone, all else stays dense.
@@ -94,9 +96,9 @@ def sensitivity(
         "dense" if is_light(own) else "layer",
         tuple(only), tuple(ignore), chat_template, opening,
     )  # fmt: skip
-    context = Context(resolve_device(device), parse_bytes(memory), seed, observe)
+    context = Context(resolve_device(device), parse_bytes(memory), seed)
     started = time.perf_counter()
-    with ExitStack() as stack:
+    with shown(progress, observe), ExitStack() as stack:
         staging = None
         if output is not None:
             local = Path(model) if not isinstance(model, nn.Module) and kind_at(model) else None

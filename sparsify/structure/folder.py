@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from sparsify.analysis.dimensions.walk import Ids
+from sparsify.context import Progress, report
 from sparsify.files.companions import rewrite_config
 from sparsify.files.writer import lay_out, lay_out_files, layout_of
 from sparsify.frontend.source import Source
@@ -55,7 +56,8 @@ def write_tensors(
     else:
         files = {f: {n: shapes[n] for n in held if n in shapes} for f, held in layout_of(source.checkpoint).items()}
         out = lay_out_files(into, {f: held for f, held in files.items() if held})
-    for name, value in stored():
+    for number, (name, value) in enumerate(stored()):
+        report(Progress("writing the smaller model", number, len(shapes), name))
         out.write(name, value.contiguous())
 
 

@@ -125,7 +125,7 @@ def reorder(
             left.append(found)
             continue
         results.append(found)
-        context.observe(Progress(number + 1, len(chosen), f"reordering {lanes.name}", 0))
+        context.observe(Progress("reordering", number + 1, len(chosen), lanes.name))
     if not results:
         raise SpecError(spec_text(own), found=f"{left[0].node}: {left[0].reason}", do=f"Leave {own.name} out")
     return results, left, orders

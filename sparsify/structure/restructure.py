@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sparsify.analysis.dimensions.walk import Ids
 from sparsify.calibration.gradients import Gradients, Samples, measure_gradients
-from sparsify.context import Context
+from sparsify.context import Context, Progress
 from sparsify.errors import BackendError, CheckpointError, TraceError
 from sparsify.files.ledger import Ledger
 from sparsify.files.manifest import MANIFEST, read_manifest, write_json
@@ -74,6 +74,7 @@ def restructure(
             assert data is not None, "a pass that needs data was given some"
             measure_gradients(program, parameters, data, structural_pass.statistics, gradients, context)
         samples = 1 if data is None else len(data.batches)
+        context.observe(Progress("scoring", what=f"{len(parameters)} weights"))
         scores = Scores(program, structural_pass, gradients, samples, context.seed)
         if choices is None:
             return _without_layers(model, structural_pass, parameters, scores, into, context)
@@ -170,9 +171,16 @@ def _note(source: Source, done: Restructured, into: Path) -> None:
 
 def _smaller(folder: Path, source: Source) -> Source:
     """The model that ``folder`` holds, opened as ``source`` was, from which its tensors were read and looked at."""
-    made = open_source(folder, trust_remote_code=source.trust_remote_code, check=False, allow_nan=True)
+    made = open_source(
+        folder,
+        trust_remote_code=source.trust_remote_code,
+        check=False,
+        allow_nan=True,
+        tokenizer=source.given_tokenizer,
+    )
     return replace(
         made,
+        name=source.name,
         allow_nan=source.allow_nan,
         compute=source.compute,
         left_out=source.left_out,

@@ -6,10 +6,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from sparsify.calibration.gradients import Samples
-from sparsify.context import Context
+from sparsify.context import Context, Progress
 from sparsify.errors import BackendError
 from sparsify.frontend.modules import save_module
 from sparsify.frontend.source import Source, open_source
+from sparsify.method.spec import spec_text
 from sparsify.method.structural_pass import StructuralPass
 from sparsify.structure.record import Restructured
 from sparsify.structure.restructure import Captured, restructure
@@ -35,9 +36,8 @@ def in_a_folder(source: Source, place: Path) -> Source:
     saved.mkdir()
     save_module(source.module, saved)
     # What was saved was looked at when it was opened.
-    return replace(
-        open_source(saved, allow_nan=True), name=source.name, allow_nan=source.allow_nan, compute=source.compute
-    )
+    opened = open_source(saved, allow_nan=True, tokenizer=source.given_tokenizer)
+    return replace(opened, name=source.name, allow_nan=source.allow_nan, compute=source.compute)
 
 
 def make_smaller(
@@ -57,7 +57,9 @@ def make_smaller(
         SpecError, BackendError: as :func:`restructure`.
     """
     done: list[Restructured] = []
-    for one in structural_pass.rounds():
+    rounds = list(structural_pass.rounds())
+    for number, one in enumerate(rounds):
+        context.observe(Progress("making the model smaller", number, len(rounds), spec_text(structural_pass), "round"))
         into = place / str(sum(1 for _ in place.iterdir()))
         into.mkdir()
         model, record = restructure(model, one, data, into, context, number)

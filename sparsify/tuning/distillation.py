@@ -118,7 +118,7 @@ class Distillation:
             for number, (start, end) in enumerate(itertools.pairwise(cuts)):
                 watch = last if end == cut else ()
                 self._fitter.run_region(Region(start, end, stop), watch=watch, on_value=look)
-                self._context.observe(Progress(number + 1, len(cuts) - 1, f"the teacher {self.name}", 0))
+                self._context.observe(Progress("teaching", number + 1, len(cuts) - 1, self.name, "layer"))
         broken = [index for index, finite in found if not finite]
         if broken:
             places = {place: number for number, place in self._place.items()}

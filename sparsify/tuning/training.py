@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from sparsify.context import Progress, report
 from sparsify.errors import CalibrationError
 from sparsify.tuning.distillation import Distillation
 from sparsify.tuning.recipe import Recipe
@@ -81,6 +82,7 @@ class Training:
                 for name, mask in kept.items():
                     held[name].mul_(mask)
             state.step, state.losses = number + 1, [*state.losses, total]
+            report(Progress("training", number + 1, steps, f"loss {total:.3f}"))
             observe(number + 1, steps, total)
             if state.step % save_every == 0:
                 state.save(optimizer)

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from sparsify.compiler.backend import Backend, as_backend
-from sparsify.context import Context, Observer, unobserved
+from sparsify.context import Context
 from sparsify.data.batches import Calibration, evaluation_windows, example_batch, load_calibration
 from sparsify.data.chat import Chat
 from sparsify.data.inputs import default_length
@@ -64,7 +64,6 @@ def tune(
     chat_template: str | Path | None = None,
     validation: str | None = None,
     teacher: str | Path | nn.Module | None = None,
-    progress: Observer = unobserved,
     observe: Callable[[int, int, float], None] = lambda step, steps, loss: None,
 ) -> Tuned:
     """Train the causal language model of the folder ``model`` on ``data`` and write it to ``output``.
@@ -81,7 +80,7 @@ def tune(
         resume: go on from ``OUTPUT.tuning``, where the state is kept every ``save_every`` steps until it is done, with
             the same model, recipe, data (the sequences drawn from it) and teacher.
         check: hold the bytes of a folder of ours against its ``sparsify.json``. allow_nan: let NaN in tensors pass.
-        progress: told of the teacher's blocks, and of those of evaluations. observe: told (step, steps, loss).
+        observe: told (step, steps, loss); of all else :func:`sparsify.context.observed` tells.
 
     Raises:
         SpecError: a recipe that cannot be meant, targets that are not there, or a teacher that cannot teach this model.
@@ -117,7 +116,7 @@ def tune(
         ids = every if both else every[apart(every, held_out)]
         if len(ids) < recipe.batch:
             raise _too_few(drawn, told, len(every) - len(ids), recipe)
-        context = Context(place, observe=progress)
+        context = Context(place)
         program = capture(source, example_batch(source))
         own = weights_digest(source.weights)
         record = None if dense is None else known(dense, own, program, held_out, context)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -45,7 +46,11 @@ def test_the_main_job(bundled: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     out = tmp_path / "pycode-6m-wanda-2-4"
     assert f"wrote {out}" in done.stdout.replace("\n", "")
-    assert "50.00%" in done.stdout and "python-stdlib (calibration half)" in done.stdout and not done.stderr
+    assert "50.00%" in done.stdout and "python-stdlib (calibration half)" in done.stdout
+    # A file in place of a terminal: a line for each phase, and nothing else.
+    phases = [re.match(r"([a-z ]+?)( [a-z]* ?\d+/\d+)?: \d+:\d\d elapsed, ", line) for line in done.stderr.splitlines()]
+    assert [found[1] if found else None for found in phases][:3] == ["loading", "tracing", "reading data"]
+    assert all(phases) and "\r" not in done.stderr
     manifest = json.loads((out / "sparsify.json").read_text())
     assert manifest["passes"][0]["spec"] == "wanda:2:4"
     again = sparsify("compile", bundled, "--pass", "wanda:2:4", "--calibration", "random", cwd=tmp_path)

@@ -21,7 +21,7 @@ import sparsify
 from sparsify.analysis.graph_pass import GraphPass
 from sparsify.errors import CalibrationError
 from sparsify.evaluation.compare import compare
-from sparsify.evaluation.perplexity import evaluate
+from sparsify.evaluation.evaluate import evaluate
 from sparsify.method.pattern import NM
 from sparsify.passes import Wanda
 from sparsify.prune.fx_pass import GraphPrune
@@ -113,7 +113,7 @@ def test_evaluating_comparing_and_tuning(folder: Callable[[str], Path], text: Pa
     more: dict[str, Any] = {"calibration": data, "samples": 2, "sequence_length": 32}
     with FakeGPU(), patch(OPERATOR, side_effect=FULL):
         with pytest.raises(CalibrationError, match=rf"model\.embed_tokens\.weight to .* on cuda: {SAID}"):
-            evaluate(model, data, sparsify.context.Context(torch.device("cuda")), windows=2, sequence_length=32)
+            evaluate(model, data, device="cuda", windows=2, sequence_length=32)
         with pytest.raises(CalibrationError, match=f"on cuda: {SAID}"):
             compare(model, ["wanda:2:4"], device="cuda", **more)
     full = patch("sparsify.calibration.recorder.OutputSketch.relative_error", side_effect=FULL)

@@ -155,9 +155,9 @@ def test_what_a_graph_pass_gets_wrong_is_named(what: str, found: str) -> None:
     assert found in str(caught.value)
 
 
-@pytest.mark.parametrize("passes", [[3], [Wanda], "magnitude:2:4", [None]])
+@pytest.mark.parametrize("passes", [[3], [Wanda], 3, [None]])
 def test_what_is_no_pass_is_refused(passes: list[str]) -> None:
-    with pytest.raises(SpecError, match=r"no pass|Give a list"):
+    with pytest.raises(SpecError, match="no pass"):
         sparsify.compile(net(), passes, calibration=[X])
     with pytest.raises(SpecError, match="no pass that prunes weights"):
         sparsify.GraphPrune(Scale(), [X])  # type: ignore[arg-type]
@@ -195,7 +195,7 @@ def test_the_seam_times_verifies_and_tells() -> None:
     )
     assert told == [("magnitude", 0.5), ("scale", 0.5), ("wanda", told[2][1])] and told[2][1] >= 0.5
     assert all(run.seconds > 0 for run in made.runs) and [len(run.written) for run in made.runs] == [2, 2, 2]
-    assert any(step.label == "scale" for step in seen)
+    assert any(step.phase == "running scale" for step in seen)
     assert [entry["name"] for entry in made.manifest["passes"]] == ["magnitude", "scale", "wanda"]
 
 

@@ -19,7 +19,7 @@ from sparsify.data.batches import evaluation_windows, load_calibration
 from sparsify.data.chat import Chat
 from sparsify.data.sources import read_documents
 from sparsify.errors import CalibrationError, SpecError
-from sparsify.evaluation.perplexity import evaluate
+from sparsify.evaluation.evaluate import evaluate
 from sparsify.frontend.source import Source, open_source
 
 TURNS = [[("user", f"question {i}?"), ("assistant", f"answer {i}.")] for i in range(30)]

@@ -18,7 +18,7 @@ import sparsify
 from sparsify.data.batches import load_calibration
 from sparsify.data.pictures import image_text, images
 from sparsify.errors import CalibrationError
-from sparsify.evaluation.perplexity import evaluate
+from sparsify.evaluation.evaluate import evaluate
 from sparsify.frontend.source import Source, open_source
 
 pytest.importorskip("PIL")

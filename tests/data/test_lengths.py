@@ -17,7 +17,8 @@ from sparsify.data.batches import evaluation_windows, expected_batch, load_calib
 from sparsify.data.inputs import default_length
 from sparsify.errors import SpecError
 from sparsify.evaluation.compare import compare
-from sparsify.evaluation.perplexity import evaluate, perplexity
+from sparsify.evaluation.evaluate import evaluate
+from sparsify.evaluation.perplexity import perplexity
 from sparsify.frontend.source import Source, open_source
 from sparsify.frontend.tables import position_table
 

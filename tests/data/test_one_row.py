@@ -17,7 +17,7 @@ from sparsify.data.batches import load_calibration
 from sparsify.data.inputs import one_row_alone
 from sparsify.errors import TraceError
 from sparsify.evaluation.compare import compare
-from sparsify.evaluation.perplexity import evaluate
+from sparsify.evaluation.evaluate import evaluate
 from sparsify.frontend.source import open_source
 
 SMALL = GQA | {"num_hidden_layers": 1}

@@ -20,7 +20,7 @@ from sparsify.data.sources import read_documents, same_source
 from sparsify.data.texts import LongText, text_in_memory
 from sparsify.data.windows import disjoint_windows, random_windows
 from sparsify.evaluation.compare import compare
-from sparsify.evaluation.perplexity import evaluate
+from sparsify.evaluation.evaluate import evaluate
 from sparsify.tuning.recipe import Recipe
 
 

@@ -22,7 +22,7 @@ from sparsify.data.pictures import images
 from sparsify.data.sources import Documents, read_documents
 from sparsify.data.windows import random_windows
 from sparsify.errors import CalibrationError
-from sparsify.evaluation.perplexity import evaluate
+from sparsify.evaluation.evaluate import evaluate
 from sparsify.frontend.source import Source, open_source
 
 

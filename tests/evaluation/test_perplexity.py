@@ -10,7 +10,8 @@ from support.families import build
 
 from sparsify.context import Context, Progress
 from sparsify.errors import CalibrationError, TraceError
-from sparsify.evaluation.perplexity import evaluate, perplexity
+from sparsify.evaluation.evaluate import evaluate
+from sparsify.evaluation.perplexity import perplexity
 from sparsify.frontend.source import open_source
 
 
@@ -52,6 +53,8 @@ def test_the_observer_is_told_of_every_region(folder: Callable[[str], Path]) -> 
     told: list[Progress] = []
     context = Context(observe=told.append)
     perplexity(open_source(folder("llama")), torch.randint(3, 60, (4, 16)), context)
-    # Two blocks, and what comes before them.
-    assert [(step.regions_done, step.regions) for step in told] == [(1, 3), (2, 3), (3, 3)]
-    assert {step.label for step in told} == {"evaluating"}
+    # Two blocks, and what comes before them; all windows are one batch.
+    assert [(step.done, step.total, step.count) for step in told] == [
+        (1, 3, "layer 2/3"), (2, 3, "layer 3/3"), (3, 3, "layer 3/3"),
+    ]  # fmt: skip
+    assert {(step.phase, step.what, step.tokens) for step in told} == {("evaluating", "4 windows", 64)}

@@ -24,7 +24,7 @@ from sparsify.backends.verify.checkpoint import verify_checkpoint
 from sparsify.backends.verify.onnx_folder import verify_onnx
 from sparsify.errors import BackendError, CalibrationError, CheckpointError, SparsifyError
 from sparsify.evaluation.compare import compare
-from sparsify.evaluation.perplexity import evaluate
+from sparsify.evaluation.evaluate import evaluate
 from sparsify.files.checkpoint import Checkpoint
 from sparsify.files.ledger import Ledger
 from sparsify.files.manifest import read_manifest

@@ -13,7 +13,7 @@ PACKAGES = {"sparsify": "sparsify", "passes": "sparsify.passes", "backends": "sp
 STOREYS: tuple[tuple[str, ...], ...] = (
     ("context", "durable", "errors", "import_path", "tensors"),
     ("finite", "host", "words"),
-    ("precision",),
+    ("precision", "progress"),
     ("ir", "files", "method", "runtime"),
     ("quantized",),
     ("analysis", "frontend"),

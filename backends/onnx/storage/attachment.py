@@ -17,6 +17,7 @@ from sparsify.backends.onnx.storage.pack import Format, best_format, pack_tensor
 from sparsify.backends.onnx.storage.spread import spread_24, spread_bitmask
 from sparsify.backends.onnx.storage.stored import StoredWeight
 from sparsify.backends.onnx.storage.uses import cast_after_gather, gathered_only, mark_shared, transposes
+from sparsify.context import counted
 from sparsify.errors import BackendError
 from sparsify.files.checkpoint import Checkpoint
 from sparsify.finite import said, scan
@@ -44,7 +45,8 @@ class Attachment:
 
     def attach(self, parameters: dict[str, ir.Value], prefix: str) -> None:
         """Replace every value of ``parameters`` (names in the traced program) by the checkpoint's tensor."""
-        for name, value in parameters.items():
+        for name in counted("exporting", parameters):
+            value = parameters[name]
             parameter = self.weights.canonical(name.removeprefix(prefix))
             if parameter not in self.weights:
                 raise BackendError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from sparsify.backends.packed.config import sites_of
 from sparsify.backends.packed.format import PackedSite
 from sparsify.backends.packed.loaded.loading import Loading, first_inputs, load_model, load_on, measure_loading
 from sparsify.backends.packed.loaded.on_gpu import prepared_products
+from sparsify.context import Progress, report
 from sparsify.errors import CheckpointError, SpecError
 from sparsify.files.checkpoint import Checkpoint
 from sparsify.files.reading import kind_at, read_json
@@ -35,7 +35,6 @@ def bench(
     tune: bool = True,
     trust_remote_code: bool = False,
     check: bool = True,
-    observe: Callable[[str], None] = lambda stage: None,
 ) -> Benchmark:
     """Measure a packed folder.
 
@@ -52,8 +51,8 @@ def bench(
             device that is not there.
     """
     sites, place = _sites(folder), _device(device)
-    loads = _loads(folder, against, trust_remote_code, check, observe) if loading and place.type == "cpu" else None
-    observe("loading both")
+    loads = _loads(folder, against, trust_remote_code, check) if loading and place.type == "cpu" else None
+    report(Progress("loading", what="both models"))
     dense = load_model(against or folder, trust_remote_code=trust_remote_code, check=check)
     if against is None:
         dense = dense.dequantize()
@@ -61,13 +60,11 @@ def bench(
     packed = load_on(folder, place, tune=tune, trust_remote_code=trust_remote_code, check=check and against is not None)
     inputs = {name: tensor.to(place) for name, tensor in _inputs(packed, prompt, tokens).items()}
     with torch.inference_mode():
-        observe("prefill")
         prefill, length = prefill_speed(dense, packed, inputs, rounds)
         decode, same = None, None
         if packed.can_generate() and "input_ids" in inputs:
-            observe("decode")
             decode, same = decode_speed(dense, packed, inputs["input_ids"], tokens, rounds)
-        observe("every layer")
+        report(Progress("timing", what="every layer"))
         layers = site_speeds(packed, sites) if place.type == "cpu" else []
         products = prepared_products(packed) if place.type == "cuda" else []
     return Benchmark(
@@ -91,15 +88,13 @@ def bench(
     )
 
 
-def _loads(
-    folder: Path, against: str | None, trust: bool, check: bool, observe: Callable[[str], None]
-) -> tuple[Loading, Loading] | None:
+def _loads(folder: Path, against: str | None, trust: bool, check: bool) -> tuple[Loading, Loading] | None:
     """What loading takes, dense and packed, in a process each; None where there is no dense folder."""
     if against is None:
         return None
-    observe("loading the dense model in a process of its own")
+    report(Progress("loading", 0, 2, "the dense model, in a process of its own"))
     dense = measure_loading(against, trust_remote_code=trust, check=check)
-    observe("loading the packed model in a process of its own")
+    report(Progress("loading", 1, 2, "the packed model, in a process of its own"))
     return dense, measure_loading(folder, trust_remote_code=trust, check=check)
 
 

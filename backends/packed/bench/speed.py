@@ -9,11 +9,12 @@ from typing import Any
 import torch
 
 from sparsify.backends.packed.bench.benchmark import Speed
+from sparsify.context import counted
 
 
 def prefill_speed(dense: Any, packed: Any, inputs: dict[str, torch.Tensor], rounds: int) -> tuple[Speed, int]:
     length = inputs["input_ids"].shape[1] if "input_ids" in inputs else 1
-    times = _in_turns(lambda m: m(**inputs), dense, packed, rounds)
+    times = _in_turns(lambda m: m(**inputs), dense, packed, rounds, "the prompt")
     return Speed.of(length, times), length
 
 
@@ -36,15 +37,17 @@ def decode_speed(dense: Any, packed: Any, ids: torch.Tensor, tokens: int, rounds
         return out
 
     same = bool(torch.equal(generate(dense, tokens), generate(packed, tokens)))
-    whole = _in_turns(lambda m: generate(m, tokens + 1), dense, packed, rounds)
-    first = _in_turns(lambda m: generate(m, 1), dense, packed, rounds)
+    whole = _in_turns(lambda m: generate(m, tokens + 1), dense, packed, rounds, "generation")
+    first = _in_turns(lambda m: generate(m, 1), dense, packed, rounds, "the first token")
     return Speed.of(tokens, [(a[0] - b[0], a[1] - b[1]) for a, b in zip(whole, first, strict=True)]), same
 
 
-def _in_turns(call: Callable[[Any], object], dense: Any, packed: Any, rounds: int) -> list[tuple[float, float]]:
+def _in_turns(
+    call: Callable[[Any], object], dense: Any, packed: Any, rounds: int, what: str
+) -> list[tuple[float, float]]:
     """Seconds of (dense, packed) in each round, after one that does not count."""
     times = []
-    for number in range(rounds + 1):
+    for number in counted("timing", range(rounds + 1), unit="round", what=what):
         pair = []
         for model in (dense, packed):
             _wait(model)

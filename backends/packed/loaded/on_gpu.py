@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 
@@ -15,6 +15,7 @@ from sparsify.backends.packed.loaded.experts import stacks
 from sparsify.backends.packed.loaded.linear import PackedLinear
 from sparsify.backends.packed.loaded.modules import owner_of
 from sparsify.backends.packed.loaded.product import Product, lies_on_gpu
+from sparsify.context import Progress, report
 from sparsify.errors import BackendError
 from sparsify.runtime.cpu.unpacking import unpacked
 from sparsify.runtime.cuda.gpu import GPU, NO_EXPERTS
@@ -51,7 +52,6 @@ def prepare(
     *,
     tune: bool = True,
     target: GPU | None = None,
-    observe: Callable[[str], None] = lambda stage: None,
 ) -> list[Prepared]:
     """Prepare every packed weight of ``model`` that lies on a GPU, in place; ``from_pretrained`` does it by itself.
 
@@ -76,7 +76,7 @@ def prepare(
             continue
         # One that was prepared in the same way already, as by `.to("cuda")`, is left as it is.
         if product.plan is None or (product.policy, product.tune, product.target) != (policy, tune, target):
-            observe(f"preparing {names[0]}")
+            report(Progress("preparing for the GPU", what=names[0]))
             product.policy, product.tune, product.target = policy, tune, target
             product.prepare()
         records.append(_record(product, names))

@@ -1,0 +1,49 @@
+"""What became of one pass."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+from sparsify.analysis.dimensions.lanes import Lanes
+from sparsify.context import ChannelResult, RegionResult, SiteResult
+from sparsify.errors import Refused
+from sparsify.method.base import Pass
+from sparsify.method.pattern import Pattern
+from sparsify.prune.targets import Target
+
+
+@dataclass
+class PassRun:
+    """One pass that is not structural: what it was to prune and, once it ran, what happened.
+
+    Attributes:
+        applied: the pass. targets, skipped: of a weight pass, the weights that it is for and those that stay dense,
+            each with the reason. sites: what happened, site by site. regions: of a pass that trains, what became of
+            each block. lanes, channels: of a pass that reorders channels, the groups that it is for and what became of
+            each; ``skipped`` are those that stay in their order then. written: the parameters that it changed.
+        seconds: of the whole pass.
+    """
+
+    applied: Pass
+    schedule: str
+    targets: list[Target] = field(default_factory=list)
+    skipped: list[Refused] = field(default_factory=list)
+    sites: list[SiteResult] = field(default_factory=list)
+    regions: list[RegionResult] = field(default_factory=list)
+    lanes: list[Lanes] = field(default_factory=list)
+    channels: list[ChannelResult] = field(default_factory=list)
+    written: set[str] = field(default_factory=set)
+    seconds: float = 0.0
+
+    @property
+    def pattern(self) -> Pattern | None:
+        """What it prunes to; None for a pass that takes no pattern."""
+        found: Pattern | None = getattr(self.applied, "pattern", None)
+        return found
+
+    @property
+    def kept(self) -> float:
+        """Fraction of the weights of the pruned sites that are not zero."""
+        sizes = [math.prod(site.shape) for site in self.sites]
+        return sum(s.kept * n for s, n in zip(self.sites, sizes, strict=True)) / max(1, sum(sizes))
