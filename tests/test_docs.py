@@ -13,6 +13,7 @@ from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
+import docs_site
 import pytest
 import torch
 from support.command_line import sparsify as command_line
@@ -53,27 +54,40 @@ def test_doctests(module: str) -> None:
     assert result.attempted and not result.failed
 
 
-@pytest.mark.parametrize("number", range(len(blocks("README.md", "python"))))
-def test_the_python_of_the_readme_runs(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "models").symlink_to(ROOT / "models")
-    torch._dynamo.reset()
-    code = blocks("README.md", "python")[number]
-    exec(compile(code, f"README.md, block {number}", "exec"), {})
-    assert 'output="pruned"' not in code or (tmp_path / "pruned" / "sparsify.json").exists()
+PAGES = ["README.md", *sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").rglob("*.md"))]
+PYTHON = [(page, number) for page in PAGES for number in range(len(blocks(page, "python")))]
 
 
-@pytest.mark.parametrize("number", range(len(blocks("docs/python.md", "python"))))
-def test_the_python_of_its_page_runs(
-    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(("page", "number"), PYTHON)
+def test_the_python_of_the_pages_runs(
+    page: str, number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "models").symlink_to(ROOT / "models")
-    code = blocks("docs/python.md", "python")[number]
-    exec(compile(code, f"docs/python.md, block {number}", "exec"), {})
+    torch._dynamo.reset()
+    code = blocks(page, "python")[number]
+    name = f"{page.replace('/', '_').removesuffix('.md')}_{number}"
+    # A dataclass asks for the module that it is in.
+    module = types.ModuleType(name)
+    monkeypatch.setitem(sys.modules, name, module)
+    exec(compile(code, f"{page}, block {number}", "exec"), module.__dict__)
+    assert 'output="pruned"' not in code or (tmp_path / "pruned" / "sparsify.json").exists()
     printed = capsys.readouterr().out.splitlines()
     for shown in re.findall(r"^print\(result\)  # (.*)$", code, flags=re.M):
         assert printed[0] == shown
+
+
+def test_every_page_is_on_the_site() -> None:
+    import yaml
+
+    shown = str(yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"])
+    for page in PAGES[1:]:
+        assert f"'{page.removeprefix('docs/')}'" in shown, page
+
+
+@pytest.mark.parametrize("page", [*PAGES, "CONTRIBUTING.md"])
+def test_links_lead_somewhere(page: str) -> None:
+    docs_site.relinked((ROOT / page).read_text(), page)
 
 
 def test_every_stable_name_has_its_line_and_no_other() -> None:
@@ -93,23 +107,27 @@ def test_the_recipe_of_the_docs_runs(tmp_path: Path) -> None:
     assert [len(own["sites"]) for own in made["passes"]] == [18, 20]
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/recipes.md"])
+@pytest.mark.parametrize("page", [page for page in PAGES if "\nsparsify " in "".join(blocks(page, "sh"))])
 def test_the_commands_of_the_pages_parse(page: str) -> None:
     import typer
 
     from sparsify.cli.main import application
 
     command: Any = typer.main.get_command(application())
-    lines = [line for block in blocks(page, "sh") for line in block.splitlines() if line.startswith("sparsify ")]
-    assert len(lines) > 3
+    lines = [
+        line
+        for block in blocks(page, "sh")
+        for line in block.replace("\\\n", " ").splitlines()
+        if line.startswith("sparsify ")
+    ]
+    assert lines
     for line in lines:
         words = shlex.split(line, comments=True)[1:]
         sub = command.commands[words[0]]
         sub.make_context(words[0], words[1:], resilient_parsing=False).close()
 
 
-def test_every_registered_pass_and_backend_is_in_the_readme() -> None:
-    text = (ROOT / "README.md").read_text()
-    for group in ("sparsify.passes", "sparsify.backends"):
+def test_every_registered_pass_and_backend_is_described() -> None:
+    for group, page in (("sparsify.passes", "docs/methods.md"), ("sparsify.backends", "README.md")):
         for name in registry.registered(group):
-            assert f"`{name}`" in text, name
+            assert f"`{name}`" in (ROOT / page).read_text(), name

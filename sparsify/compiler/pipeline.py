@@ -77,8 +77,15 @@ def compile(
         schedule: ``layer``, ``block`` (the papers') or ``dense``; see :mod:`sparsify.prune.engine`.
         to: the backend, as a spec (``"onnx:weights=packed"``) or an object: what to write.
         output: the folder to write; None keeps the result in memory.
-        samples, sequence_length, seed: how sequences are drawn from a named source.
-        ignore, only: names, globs or ``re:`` patterns of parameters or modules, one or several.
+        samples: how many sequences are drawn from a named source; None: 128, of ``self`` 32.
+        sequence_length: tokens of each; None: 2048, or as many as the model has positions for.
+        seed: of the drawing, and of whatever a pass draws.
+        ignore: names, globs or ``re:`` patterns of parameters or modules that stay dense, one or several.
+        only: the same, of those that are pruned and no others.
+        device: where blocks run: ``"cpu"``, ``"cuda"``, …, or ``"auto"``.
+        overwrite: replace ``output``: an older one or a model, and no other folder.
+        allow_bin: read ``pytorch_model.bin`` (weights only, no code).
+        trust_remote_code: run Python code that the model brings along.
         memory: bytes of activations kept on the GPU and in memory, as a number or as "8GiB".
         check: hold the bytes of a folder that sparsify wrote against its ``sparsify.json``; the output's says how.
         allow_nan: let NaN and infinity in tensors that are not pruned pass, which the output's manifest says then.
@@ -92,7 +99,8 @@ def compile(
         dry_run: decide what would be pruned and stop there.
         tell: told in words, before the work, what a quantized model grows to.
         progress: True: show it, as the command line does; or a function that is told (:class:`sparsify.Progress`); or
-            tqdm, or a bar of its kind. observe: told as well.
+            tqdm, or a bar of its kind.
+        observe: told as well.
         after: told of every pass that has run, with the program.
 
     Raises:

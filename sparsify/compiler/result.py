@@ -99,7 +99,7 @@ class Compiled:
         """Write the result to ``folder``, which appears whole or not at all: what ``compile`` would have written there.
 
         Args:
-            to, overwrite, progress, observe: as for :func:`sparsify.compile`.
+            folder: where, as ``output`` of :func:`sparsify.compile`; so are all others.
 
         Returns:
             Where it lies.

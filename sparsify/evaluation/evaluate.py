@@ -66,11 +66,13 @@ def evaluate(
         data: a source's name or path (of sources in parts the held-out part is read), texts, or token ids
             [windows, length], which are taken as they are.
         tokenizer: of a module in memory, where ``data`` is text; in place of a folder's own.
-        windows: evaluate on the first so many windows only. sequence_length: tokens of each; None: 2048, or as many
-            as the model has positions for.
+        windows: evaluate on the first so many windows only.
+        sequence_length: tokens of each; None: 2048, or as many as the model has positions for.
         memory: bytes of activations that are kept, as a number or as "8GiB"; more go to a file.
-        progress, observe: as for :func:`sparsify.compile`.
-        check: hold the bytes of a folder of ours against its ``sparsify.json``. allow_nan: let NaN in tensors pass.
+        progress: as for :func:`sparsify.compile`.
+        observe: as for :func:`sparsify.compile`.
+        check: hold the bytes of a folder of ours against its ``sparsify.json``.
+        allow_nan: let NaN in tensors pass.
         compute_dtype: ``"float32"``, ``"bfloat16"`` or ``"float16"``: what the model runs in; None: its own.
         chat_template: the file of a Jinja template for chat messages, in place of the tokenizer's own.
         strict: refuse tensors that the model's class has no place for; else they are passed over.

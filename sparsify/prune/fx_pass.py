@@ -41,7 +41,9 @@ class GraphPrune(PassBase):
             dictionaries. A pass that needs no data needs them only to know the shapes.
         example_inputs: what a ``torch.compile`` backend is given beside the graph: values of all its placeholders,
             among which those that are ``nn.Parameter`` are the weights.
-        ignore, only, schedule: as for :func:`sparsify.compile`.
+        ignore: as for :func:`sparsify.compile`.
+        only: as for :func:`sparsify.compile`.
+        schedule: as for :func:`sparsify.compile`.
     """
 
     def __init__(

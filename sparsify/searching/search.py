@@ -85,7 +85,7 @@ def search(
             the same search goes on from those that are there. None keeps model and trials in memory.
         calibration: as for :func:`sparsify.compile`; None: the other part of ``data``.
         windows: judge by the first so many windows only.
-        tell: told of every trial in words. others: as for :func:`sparsify.compile`.
+        tell: told of every trial in words. All others are as for :func:`sparsify.compile`.
 
     Raises:
         SpecError: a budget, a pass or a name that cannot be meant.

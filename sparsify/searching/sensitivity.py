@@ -69,12 +69,11 @@ def sensitivity(
 
     Args:
         method: a spec with a pattern: ``"wanda:2:4"``, ``"twin:50%"``.
-        data, calibration, windows: as for :func:`sparsify.search`.
+        data: the text that judges, as for :func:`sparsify.search`; so are all that are not named here.
         measure: ``"perplexity"`` or ``"kl"``, the divergence of the predictions from the dense model's; None: the
             first where there are fewer than 96 parts, else the second, on 16 windows.
         leave: which share of the whole loss ``saving`` takes away.
         output: the folder for ``sensitivity.json``, ``.md``, ``.png`` and ``.svg``, a heat map; None writes nothing.
-        others: as for :func:`sparsify.search`.
 
     Raises:
         SpecError: a pass without a pattern, or one that does not prune weight by weight.

@@ -75,7 +75,9 @@ def test_a_path_is_a_name(bundled: Path, tmp_path: Path) -> None:
     file.write_text("".join(TEXTS))
     by_path = sparsify.compile(bundled, "wanda:2:4", calibration=file, **SMALL)
     by_name = sparsify.compile(str(bundled), "wanda:2:4", calibration=str(file), **SMALL)
-    assert by_path.manifest == by_name.manifest and by_path.manifest["calibration"]["data"] == str(file)
+    # The recipe names paths as they were given.
+    without = [{k: v for k, v in made.manifest.items() if k != "recipe"} for made in (by_path, by_name)]
+    assert without[0] == without[1] and without[0]["calibration"]["data"] == str(file)
 
 
 def test_texts_are_data(bundled: Path, tokenizer: Any) -> None:

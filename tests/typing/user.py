@@ -33,6 +33,10 @@ def everything(net: nn.Module, texts: list[str], ids: Tensor, tokenizer: object)
     loaded: nn.Module = sparsify.load(where, dtype=torch.bfloat16)
     with sparsify.hold_zeros(loaded):
         pass
+    within: sparsify.Found = sparsify.search("MODEL", "wanda", budget="perplexity<=1.05", data="text.txt", windows=8)
+    print(within.sparsity, within.shares["o_proj"], within.words)
+    costs: sparsify.Sensitivity = sparsify.sensitivity(net, "wanda:2:4", data="text.txt", progress=told)
+    print(costs.ignore_line, costs.total)
     callback: sparsify.HoldZeros = sparsify.HoldZeros()
     print(callback)
     own = sparsify.parse_pass("wanda:2:4")
