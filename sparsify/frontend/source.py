@@ -221,13 +221,17 @@ def open_source(
 
     Raises:
         CheckpointError: no such model, a broken one, one whose bytes are not those that were written, or NaN in it.
-        SpecError: a dtype that is none, or one for a model whose weights are stored in another and not quantized.
+        SpecError: an empty name; a dtype that is none, or one for a model whose weights are stored in another and not
+            quantized.
     """
     asked = None if compute_dtype is None else check_compute_dtype(str(compute_dtype).removeprefix("torch."))
     compute: torch.dtype | None = None if asked is None else getattr(torch, asked)
     check_adapter(adapter)
     word = None if dtype is None else check_weight_dtype(str(dtype).removeprefix("torch."))
     to: torch.dtype = getattr(torch, word or WEIGHT_DTYPE)
+    if isinstance(model, str) and not model.strip():
+        # As a path it would be the folder that we are in.
+        raise SpecError("a model", found="an empty name", do="Name a folder, a hub id or a GGUF file")
     report(Progress("loading", what=type(model).__name__ if isinstance(model, nn.Module) else str(model)))
     if isinstance(model, nn.Module):
         if adapter is not None:

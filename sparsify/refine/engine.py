@@ -54,8 +54,9 @@ def refine(
         left: checkpoint tensors that stay as they are.
 
     Raises:
-        SpecError: nothing is pruned. CalibrationError: too few sequences to hold some back, or a loss that is no
-            number. TraceError: blocks that do not run one after the other, or that are not the teacher's.
+        SpecError: nothing is pruned, or nothing otherwise than in the teacher.
+        CalibrationError: too few sequences to hold some back, or a loss that is no number.
+        TraceError: blocks that do not run one after the other, or that are not the teacher's.
     """
     return Refining(program, own, batches, context, teacher, every, left).run()
 
@@ -87,6 +88,12 @@ class Refining:
         self.every = every and self._smaller() and not self.trainable.any_pruned()
         if not self.every:
             self.trainable.check_pruned()
+        if self.trainable.equal(teacher.weights):
+            raise SpecError(
+                "refining to the teacher's outputs",
+                found="a teacher with the very weights that are refined: nothing to learn",
+                do="Give the dense model that was pruned",
+            )
         self.tokens = expert_tokens(program, batches, context)
 
     def run(self) -> list[RegionResult]:

@@ -14,6 +14,7 @@ from sparsify.calibration.measuring import measure_inputs
 from sparsify.context import Context
 from sparsify.errors import SpecError
 from sparsify.ir.program import Program
+from sparsify.ir.weights import Weights
 from sparsify.refine.regions import Block
 
 # A linear weight with fewer zeros than this was not pruned: its zeros are chance.
@@ -70,6 +71,16 @@ class Trainable:
                 found="no linear weight in its blocks has zeros: nothing is pruned",
                 do="Give a pass that prunes before it (--pass twin:2:4 --pass refine), or a folder that is pruned",
             )
+
+    def equal(self, other: Weights) -> bool:
+        """Whether ``other`` has the same values in every matrix of the blocks; reads until one differs."""
+        names = [name for own in self.matrices for name in own]
+        return all(
+            name in other
+            and other.shape(name) == self.weights.shape(name)
+            and torch.equal(other.read(name), self.weights.read(name))
+            for name in names
+        )
 
     def kept(self, number: int, tokens: Mapping[str, Sequence[int]], *, every: bool) -> dict[str, Tensor | None]:
         """Of block ``number`` what is trained, by name: True where an entry may move, None where all may.

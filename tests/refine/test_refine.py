@@ -172,6 +172,15 @@ def test_a_folder_that_was_pruned_earlier_learns_from_the_dense_one(tmp_path: Pa
     assert same_files(tmp_path / "one", tmp_path / "two")
 
 
+def test_a_teacher_with_the_same_weights_is_refused(tmp_path: Path) -> None:
+    compiled(save("llama", tmp_path / "dense"), tmp_path / "pruned", "wanda:2:4")
+    with pytest.raises(SpecError, match="the very weights that are refined: nothing to learn"):
+        compiled(tmp_path / "pruned", tmp_path / "out", RECIPE, teacher=tmp_path / "pruned")
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(SpecError, match="an empty name"):
+        compiled(tmp_path / "pruned", tmp_path / "out", RECIPE, teacher="")
+
+
 def test_padding_teaches_nothing(tmp_path: Path) -> None:
     """What stands on padding is another text; the weights come out the same."""
     dense = save("llama", tmp_path / "dense")
