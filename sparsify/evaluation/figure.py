@@ -82,7 +82,7 @@ def _bars(
 
 def _errors(axes: Any, rows: list[ComparedPass], kind: str, sites: list[tuple[str, str]], top: float) -> None:
     """One kind of layer: the blocks from left to right, a line for each pass."""
-    axes.set_title(kind, fontsize=9)
+    axes.set_title(kind.rpartition("*.")[2], fontsize=9)
     blocks = list(dict.fromkeys(block for block, _ in sites))
     for i, row in enumerate(rows):
         points = [(blocks.index(block), row.errors[name]) for block, name in sites if name in row.errors]
