@@ -9,6 +9,8 @@ from matplotlib.figure import Figure
 
 from sparsify.backends.packed.bench.benchmark import Benchmark, SiteSpeed
 
+_SPEED, _COST = "#0072B2", "#E69F00"
+
 
 def draw_benchmark(result: Benchmark) -> bytes:
     """A PNG: ratios of the whole model on the left; on the right times of its layers, or on a GPU gains by number of
@@ -17,22 +19,25 @@ def draw_benchmark(result: Benchmark) -> bytes:
     sites = [s for s in result.sites if s.timing is not None]
     figure = Figure(figsize=(11, 2.2 + 0.42 * max(4, len(sites))), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(1, 2))
-    bars = {"prefill": result.prefill.ratio}
+    speeds = {"prefill, tokens/s": result.prefill.ratio}
     if result.decode is not None:
-        bars["decode"] = result.decode.ratio
-    bars["size"] = result.file_bytes[1] / result.file_bytes[0]
+        speeds["decode, tokens/s"] = result.decode.ratio
+    costs = {"size of the files": result.file_bytes[1] / result.file_bytes[0]}
     if result.device != "cpu" and result.memory is not None:
-        bars["memory"] = result.memory[1] / result.memory[0]
+        costs["memory of weights"] = result.memory[1] / result.memory[0]
     if result.loading is not None:
-        bars["first token"] = result.loading[1].first / result.loading[0].first
-        bars["memory"] = result.loading[1].added / result.loading[0].added
-    left.barh(list(bars), list(bars.values()), color="#3b6ea5")
+        costs["time to first token"] = result.loading[1].first / result.loading[0].first
+        costs["memory of the process"] = result.loading[1].added / result.loading[0].added
+    # More is better of one kind and worse of the other: never in one colour.
+    for bars, colour, better in ((speeds, _SPEED, "higher is better"), (costs, _COST, "lower is better")):
+        left.barh(list(bars), list(bars.values()), color=colour, label=better)
+        for name, value in bars.items():
+            left.text(value, name, f" {value:.2f}×", va="center")
     left.axvline(1, color="#444444", linewidth=1)
     left.invert_yaxis()
-    left.set_title("packed to dense", loc="left")
-    for i, value in enumerate(bars.values()):
-        left.text(value, i, f" {value:.2f}×", va="center")
-    left.set_xlim(0, max(1.2, *bars.values()) * 1.25)
+    left.set_title("packed, times dense", loc="left")
+    left.set_xlim(0, max(1.2, *speeds.values(), *costs.values()) * 1.25)
+    left.legend(fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.06), ncols=2)
     if result.device == "cpu":
         _draw_layers(right, sites)
     else:
