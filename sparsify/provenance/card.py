@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from sparsify.files.reading import kind_at, read_json
 from sparsify.provenance.commands import command_of
@@ -50,19 +51,18 @@ def _body(manifest: Mapping[str, Any], dense: str | None, kind: Kind) -> str:
     what = kind.what(any(run.get("passes") for run in history))
     parts = [f"# {'A model' if base is None else code(base)}, {what}"]
     if base is not None:
-        known = (
-            f" Its own card is [{dense}]({dense}): what it measures holds of that model, not of this one."
-            if dense
-            else ""
-        )
-        parts.append(f"Made of {code(base)} by sparsify (`pip install sparsify-fx`).{known}")
+        parts.append(f"Made of {code(base)} by sparsify (`pip install sparsify-fx`).")
+    if dense is not None:
+        parts[-1] += f" [Its own card]({quote(dense)}): what is measured there holds of that model, not of this one."
     if rows := [row for number, run in enumerate(history, 1) for row in _rows(number, run)]:
         parts += ["## What was done", table(_HEAD, rows)]
         if (left := _whole(history)) is not None:
             parts.append(left)
         parts.append("`sparsify.json` beside this file has every option, site and digest.")
     if left_dense := _dense(manifest):
-        parts += ["## What stayed dense", table(("why", "how many", "which"), left_dense)]
+        several = sum(bool(run.get("passes")) for run in history) > 1
+        parts.append("## What the last step that pruned left as it was" if several else "## What stayed dense")
+        parts.append(table(("why", "how many", "which"), left_dense))
     parts += ["## Measured", *_measured(manifest, history)]
     parts += ["## How to load it", *kind.loading]
     if history:
@@ -92,7 +92,7 @@ def _rows(number: int, run: Mapping[str, Any]) -> list[tuple[str, ...]]:
     told = run.get("data") or (data.get("data") if isinstance(data, Mapping) else None)
     source = "" if told is None else code(told, cell=True)
     passes = run.get("passes") or [{"spec": run["command"]}]
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for own in passes:
         before, after = own.get("parameters", (None, None))
         sites = str(own["sites"]) if "sites" in own else "" if before is None else f"{before:,} → {after:,} numbers"
@@ -116,7 +116,7 @@ def _dense(manifest: Mapping[str, Any]) -> list[tuple[str, ...]]:
     for own in manifest.get("passes", ()):
         for skipped in own.get("skipped", ()):
             reasons.setdefault(str(skipped.get("reason")), []).append(str(skipped.get("name")))
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for reason, names in list(reasons.items())[:_REASONS]:
         more = f" and {len(names) - _NAMES} more" if len(names) > _NAMES else ""
         rows.append((code(reason, cell=True), str(len(names)), ", ".join(code(n, True) for n in names[:_NAMES]) + more))
@@ -154,8 +154,9 @@ def _again(history: Sequence[Mapping[str, Any]]) -> list[str]:
     said = [block(lines, "sh")]
     if missing:
         said.append(
-            f"Of step {', '.join(missing)} there is no command line: names of its own for a pass, or data or a model in "
-            "memory of Python. Where `sparsify.json` has a `recipe` for it, `sparsify compile --recipe` takes that."
+            f"Of step {', '.join(missing)} there is no command line: a pass has names of its own, or data or a model "
+            "were in the memory of Python. Where `sparsify.json` has a `recipe` of it, `sparsify compile --recipe` "
+            "takes that."
         )
     used = history[-1].get("versions", {})
     return [*said, f"Versions: {', '.join(f'{code(name)} {code(number)}' for name, number in used.items())}."]

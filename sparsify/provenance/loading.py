@@ -80,6 +80,6 @@ def _loader(config: Mapping[str, Any]) -> str:
     """The class of transformers that loads the model: Auto classes know those that are not its own, too."""
     named = config.get("architectures")
     name = named[0] if isinstance(named, list) and named and isinstance(named[0], str) else ""
-    if name.endswith("ForCausalLM") or name.endswith("LMHeadModel"):
+    if name.endswith(("ForCausalLM", "LMHeadModel")):
         return "AutoModelForCausalLM"
     return name if name.isidentifier() and name.isascii() else "AutoModel"

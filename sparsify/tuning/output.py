@@ -122,7 +122,7 @@ def write_adapter(
         done = replace(result, perplexity=(result.perplexity[0], after))
         record = done.as_dict()
         record.pop("output")
-        manifest = {"model": source.name, "source_check": source.checked, "tuned": record}
+        manifest: dict[str, Any] = {"model": source.name, "source_check": source.checked, "tuned": record}
         # peft's own card, which has blanks to fill in, goes.
         manifest |= {"history": _history(source, record, asked), "card": {"dense": None}}
         write_card(staging.folder, manifest)
