@@ -50,8 +50,7 @@ def _body(manifest: Mapping[str, Any], dense: str | None, kind: Kind) -> str:
     base, history = _base(manifest, kind), _history(manifest)
     what = kind.what(any(run.get("passes") for run in history))
     parts = [f"# {'A model' if base is None else code(base)}, {what}"]
-    if base is not None:
-        parts.append(f"Made of {code(base)} by sparsify (`pip install sparsify-fx`).")
+    parts.append(f"Made {'' if base is None else f'of {code(base)} '}by sparsify (`pip install sparsify-fx`).")
     if dense is not None:
         parts[-1] += f" [Its own card]({quote(dense)}): what is measured there holds of that model, not of this one."
     if rows := [row for number, run in enumerate(history, 1) for row in _rows(number, run)]:

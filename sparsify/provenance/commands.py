@@ -28,7 +28,7 @@ def command_of(run: Mapping[str, Any]) -> str | None:
     for key, value in recipe.items():
         if key in ("model", "passes"):
             continue
-        option = f"--{_OPTIONS.get(key, key).replace('_', '-')}"
+        option = "--" + _OPTIONS.get(str(key), str(key)).replace("_", "-")
         if value is True:
             words.append(option)
         else:
