@@ -172,7 +172,8 @@ def test_graphs_and_wide_graphs(dense: Path, tmp_path: Path) -> None:
 
 # Names are whatever a file system and a manifest hold.
 NAMES = [
-    "a|b", "](http://evil)", "<script>alert(1)</script>", "`", "``x", "x`", " ", "", "a\n# b", "---", "\x1b[31m", "\u202egnp",
+    "a|b", "](http://evil)", "<script>alert(1)</script>", "`", "``x", "x`", " ", "", "a\n# b", "---", "\x1b[31m",
+    "\u202egnp",
     "!!python/object/apply:os.system [id]", "key: [", "'\"", "#", "*", "- x", "{{7*7}}", "null", "no", "é" * 500,
 ]  # fmt: skip
 

@@ -184,5 +184,5 @@ def test_a_history_of_another_form_is_refused(planted: dict[str, Any], tmp_path:
     dense = save("llama", tmp_path / "dense")
     sparsify.compile(dense, "magnitude:2:4", output=tmp_path / "out")
     edit_manifest(tmp_path / "out", lambda manifest: manifest.update(planted))
-    with pytest.raises(CheckpointError, match="history|card"):
+    with pytest.raises(CheckpointError, match=r"history|card"):
         sparsify.compile(tmp_path / "out", "magnitude:75%")
