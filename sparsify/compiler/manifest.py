@@ -77,7 +77,7 @@ def _ran(run: PassRun) -> dict[str, Any]:
     errors = [site.error for site in run.sites if site.error is not None]
     return {
         "spec": spec_text(run.applied),
-        **({"sites": len(run.sites), "kept": run.kept} if run.sites else {}),
+        **({"pruned": len(run.sites), "kept": run.kept} if run.sites else {}),
         **({"error": sum(errors) / len(errors)} if errors else {}),
     }
 

@@ -51,7 +51,7 @@ def _two(form: Callable[[object], bool]) -> Callable[[object], bool]:
 
 # Fields that code reads. Those in NEEDED must be there; others may be missing, and what is not named is nobody's.
 _SITE = {"name": _text, "tensors": [_text], "shape": [_count], "pattern": _text, "kept": _share}
-_RAN = {"spec": _text, "sites": _count, "kept": _share, "error": _figure, "parameters": _two(_count)}
+_RAN = {"spec": _text, "pruned": _count, "kept": _share, "error": _figure, "parameters": _two(_count)}
 _RUN = {
     "command": _text,
     "source": {"name": _text, "weights": _maybe(_text)},

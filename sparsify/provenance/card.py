@@ -94,7 +94,7 @@ def _rows(number: int, run: Mapping[str, Any]) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = []
     for own in passes:
         before, after = own.get("parameters", (None, None))
-        sites = str(own["sites"]) if "sites" in own else "" if before is None else f"{before:,} → {after:,} numbers"
+        sites = str(own["pruned"]) if "pruned" in own else "" if before is None else f"{before:,} → {after:,} numbers"
         kept, error = own.get("kept"), own.get("error")
         figures = ("" if kept is None else f"{kept:.2%}", "" if error is None else f"{error:.4f}")
         rows.append((str(number), code(own["spec"], cell=True), sites, *figures, source))

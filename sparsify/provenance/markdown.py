@@ -22,7 +22,7 @@ def code(text: Any, cell: bool = False) -> str:
     """``text`` as a code span, within which nothing is markup; ``cell``: in a table, where a bar would end it."""
     said = short(text)
     if not said.strip():
-        return "(no name)"
+        return "`(no name)`"
     fence = "`" * (_longest(said) + 1)
     # A backtick at an end needs a space; with spaces at both ends one of each is dropped.
     room = " " if said[0] in "` " or said[-1] in "` " else ""

@@ -65,9 +65,9 @@ def test_what_a_card_says(dense: Path, tmp_path: Path) -> None:
         "license": "other", "license_name": "llama9", "license_link": "LICENSE", "language": ["en", "no"],
         "pipeline_tag": "text-generation",
     }  # fmt: skip
-    said, (run,) = text(out), made.runs
+    said, (run,), data = text(out), made.runs, made.manifest["calibration"]["data"]
     errors = [site.error for site in run.sites if site.error is not None]
-    assert f"| 1 | `wanda:2:4` | 14 | 50.00% | {sum(errors) / len(errors):.4f} | `random` |" in said
+    assert f"| 1 | `wanda:2:4` | {len(run.sites)} | 50.00% | {sum(errors) / len(errors):.4f} | `{data}` |" in said
     whole = made.manifest["history"][0]["whole"]
     assert f"In all {whole['kept']:.2%} of the model's {whole['parameters']:,} numbers are not zero." in said
     for skipped in run.skipped:
@@ -181,7 +181,7 @@ NAMES = [
 @pytest.mark.parametrize("name", NAMES)
 def test_names_make_no_markup(name: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"architectures": ["import os; x"]}')
-    passes = [{"spec": name, "sites": 1, "kept": 0.5, "error": 0.1}]
+    passes = [{"spec": name, "pruned": 1, "kept": 0.5, "error": 0.1}]
     run = {
         "command": "compile", "source": {"name": name}, "passes": passes, "data": name, "validation": name,
         "perplexity": [1.0, float("nan")], "recipe": {"model": name, "passes": [name], name or "x": name},
@@ -218,7 +218,7 @@ CARDS = {
     "not closed": (b"---\nlicense: mit\n", {}),
     "no YAML": (b"---\nlicense: [\n---\n", {}),
     "a list": (b"---\n- mit\n---\n", {}),
-    "an object": (b"---\nlicense: !!python/object/apply:os.system [id]\n---\n", {}),
+    "an object": (b"---\nlicense: !!python/object/apply:os.system [id]\n---\n", {"license": ["id"]}),
     "deep": (b"---\nlicense: " + b"[" * 5000 + b"\n---\n", {}),
     "a table": (b"---\nlicense: {a: b}\nlanguage: [[en]]\n---\n", {}),
     "controls": (b'---\nlicense: "a\\nb"\nlanguage: ["\\e[0m"]\n---\n', {}),

@@ -48,9 +48,9 @@ def test_two_prunings_are_both_told(folder: Callable[[str], Path], tmp_path: Pat
     assert [own["spec"] for own in first["passes"]] == ["llm-pruner:50%,importance=l1", "wanda:2:4"]
     smaller, wanda = first["passes"]
     assert smaller["parameters"][0] > smaller["parameters"][1] == first["whole"]["parameters"]
-    assert wanda["kept"] == 0.5 and wanda["error"] > 0 and wanda["sites"] == 14
+    assert wanda["kept"] == 0.5 and wanda["error"] > 0 and wanda["pruned"] > 0
     assert first["source"] == {"name": "llama", "weights": tensors(dense)}, "of the dense model, not of the smaller one"
-    assert first["calibration"]["data"] == "random" and len(first["calibration"]["sha256"]) == 64
+    assert first["calibration"]["data"].startswith("random") and len(first["calibration"]["sha256"]) == 64
     assert first["recipe"]["passes"] == ["llm-pruner:50%,importance=l1", "wanda:2:4"]
     assert first["command"] == second["command"] == "compile" and first["versions"]["torch"] == torch.__version__
     assert second["source"] == {"name": "one", "weights": tensors(tmp_path / "one")}, "and each hangs on the one before"
@@ -73,7 +73,7 @@ def test_a_module_and_data_in_memory(folder: Callable[[str], Path]) -> None:
     made = sparsify.compile(net, "wanda:2:4", calibration=[torch.randn(4, 8)])
     (run,) = made.manifest["history"]
     assert "recipe" not in run and len(run["source"]["weights"]) == 64 and run["source"]["name"] == "sequential"
-    again = sparsify.compile(made.model, "magnitude:2:4")
+    again = sparsify.compile(made.model, "magnitude:2:4", calibration=[torch.randn(4, 8)])
     assert again.manifest["history"][0]["source"]["weights"] != run["source"]["weights"]
 
 
@@ -94,16 +94,17 @@ def test_a_folder_from_before_there_was_a_history(folder: Callable[[str], Path],
     sparsify.compile(tmp_path / "old", "magnitude:75%", output=tmp_path / "new")
     first, second = history(tmp_path / "new")
     assert [own["spec"] for own in first["passes"]] == ["wanda:2:4"] and first["source"] == {"name": "llama"}
-    assert "date" not in first and first["calibration"]["data"] == "random", "what is not known is not said"
+    assert "date" not in first and first["calibration"]["data"].startswith("random"), "what is not known is not said"
     assert second["source"]["name"] == "old"
     tuned = {"tuned": {"data": "x", "perplexity": [2.0, 1.0], "losses": [1.0], "seconds": 3.0}}
     assert earlier(tuned)[0]["data"] == "x" and not {"losses", "seconds"} & earlier(tuned)[0].keys()
 
 
 def test_text_of_an_earlier_step_is_not_held_out(folder: Callable[[str], Path], tmp_path: Path) -> None:
-    sparsify.compile(folder("llama"), "wanda:2:4", output=tmp_path / "one", **DATA)
+    made = sparsify.compile(folder("llama"), "wanda:2:4", output=tmp_path / "one", **DATA)
     sparsify.compile(tmp_path / "one", "magnitude:75%", output=tmp_path / "two")
-    assert "not held out" in with_use("random", "random", open_source(tmp_path / "two"))
+    used = made.manifest["calibration"]["data"]
+    assert "not held out" in with_use(used, used, open_source(tmp_path / "two"))
     assert with_use("other", "other", open_source(tmp_path / "two")) == "other"
 
 
