@@ -77,7 +77,7 @@ def _ran(run: PassRun) -> dict[str, Any]:
     errors = [site.error for site in run.sites if site.error is not None]
     return {
         "spec": spec_text(run.applied),
-        **({"pruned": len(run.sites), "kept": run.kept} if run.sites else {}),
+        **({"pruned": len(run.sites), "left": run.kept} if run.sites else {}),
         **({"error": sum(errors) / len(errors)} if errors else {}),
     }
 
@@ -95,7 +95,7 @@ def _whole(compiled: Compiled) -> dict[str, Any]:
         size = weights.shape(name).numel()
         every += size
         left += known[name] if name in known else int(weights.read(name).count_nonzero())
-    return {"parameters": every, "kept": left / max(1, every)}
+    return {"numbers": every, "kept": left / max(1, every)}
 
 
 def _is_whole(site: SiteResult, weights: Weights) -> bool:

@@ -51,12 +51,12 @@ def _two(form: Callable[[object], bool]) -> Callable[[object], bool]:
 
 # Fields that code reads. Those in NEEDED must be there; others may be missing, and what is not named is nobody's.
 _SITE = {"name": _text, "tensors": [_text], "shape": [_count], "pattern": _text, "kept": _share}
-_RAN = {"spec": _text, "pruned": _count, "kept": _share, "error": _figure, "parameters": _two(_count)}
+_RAN = {"spec": _text, "pruned": _count, "left": _share, "error": _figure, "parameters": _two(_count)}
 _RUN = {
     "command": _text,
     "source": {"name": _text, "weights": _maybe(_text)},
     "passes": [_RAN],
-    "whole": {"parameters": _count, "kept": _share},
+    "whole": {"numbers": _count, "kept": _share},
     "perplexity": _two(_figure),
     "versions": _mapping,
 }  # fmt: skip
@@ -77,7 +77,7 @@ FORM: dict[str, Any] = {
         "dtype": _maybe(_text),
     },
 }  # fmt: skip
-NEEDED = frozenset({"sites", "tensors", "pattern", "kept", "ragged", "cuts", "members", "command"})
+NEEDED = frozenset({"sites", "tensors", "pattern", "kept", "ragged", "cuts", "members", "command", "numbers"})
 
 
 def misfit(content: object, form: Any = None, where: str = "") -> str | None:

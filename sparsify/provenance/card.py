@@ -95,9 +95,9 @@ def _rows(number: int, run: Mapping[str, Any]) -> list[tuple[str, ...]]:
     for own in passes:
         before, after = own.get("parameters", (None, None))
         sites = str(own["pruned"]) if "pruned" in own else "" if before is None else f"{before:,} → {after:,} numbers"
-        kept, error = own.get("kept"), own.get("error")
+        kept, error = own.get("left"), own.get("error")
         figures = ("" if kept is None else f"{kept:.2%}", "" if error is None else f"{error:.4f}")
-        rows.append((str(number), code(own["spec"], cell=True), sites, *figures, source))
+        rows.append((str(number), code(own.get("spec", ""), cell=True), sites, *figures, source))
     return rows
 
 
@@ -106,7 +106,7 @@ def _whole(history: Sequence[Mapping[str, Any]]) -> str | None:
     whole = next((run["whole"] for run in reversed(history) if "whole" in run), None)
     if whole is None:
         return None
-    return f"In all {whole['kept']:.2%} of the model's {whole['parameters']:,} numbers are not zero."
+    return f"In all {whole['kept']:.2%} of the model's {whole['numbers']:,} numbers are not zero."
 
 
 def _dense(manifest: Mapping[str, Any]) -> list[tuple[str, ...]]:
@@ -147,7 +147,7 @@ def _again(history: Sequence[Mapping[str, Any]]) -> list[str]:
     for number, run in enumerate(history, 1):
         if (command := command_of(run)) is None:
             missing.append(str(number))
-            lines.append(f"# step {number}: {'; '.join(own['spec'] for own in run.get('passes', ()))}")
+            lines.append(f"# step {number}: {'; '.join(str(own.get('spec')) for own in run.get('passes', ()))}")
         else:
             lines += [f"# step {number}", command] if len(history) > 1 else [command]
     said = [block(lines, "sh")]

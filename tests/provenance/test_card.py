@@ -69,7 +69,7 @@ def test_what_a_card_says(dense: Path, tmp_path: Path) -> None:
     errors = [site.error for site in run.sites if site.error is not None]
     assert f"| 1 | `wanda:2:4` | {len(run.sites)} | 50.00% | {sum(errors) / len(errors):.4f} | `{data}` |" in said
     whole = made.manifest["history"][0]["whole"]
-    assert f"In all {whole['kept']:.2%} of the model's {whole['parameters']:,} numbers are not zero." in said
+    assert f"In all {whole['kept']:.2%} of the model's {whole['numbers']:,} numbers are not zero." in said
     for skipped in run.skipped:
         assert f"| `{skipped.reason}` | " in said
     assert "Its perplexity was not measured" in said and "5.68" not in said
@@ -181,7 +181,7 @@ NAMES = [
 @pytest.mark.parametrize("name", NAMES)
 def test_names_make_no_markup(name: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"architectures": ["import os; x"]}')
-    passes = [{"spec": name, "pruned": 1, "kept": 0.5, "error": 0.1}]
+    passes = [{"spec": name, "pruned": 1, "left": 0.5, "error": 0.1}]
     run = {
         "command": "compile", "source": {"name": name}, "passes": passes, "data": name, "validation": name,
         "perplexity": [1.0, float("nan")], "recipe": {"model": name, "passes": [name], name or "x": name},

@@ -47,8 +47,8 @@ def test_two_prunings_are_both_told(folder: Callable[[str], Path], tmp_path: Pat
     assert [first] == history(tmp_path / "one"), "what was told once is not told otherwise"
     assert [own["spec"] for own in first["passes"]] == ["llm-pruner:50%,importance=l1", "wanda:2:4"]
     smaller, wanda = first["passes"]
-    assert smaller["parameters"][0] > smaller["parameters"][1] == first["whole"]["parameters"]
-    assert wanda["kept"] == 0.5 and wanda["error"] > 0 and wanda["pruned"] > 0
+    assert smaller["parameters"][0] > smaller["parameters"][1] == first["whole"]["numbers"]
+    assert wanda["left"] == 0.5 and wanda["error"] > 0 and wanda["pruned"] > 0
     assert first["source"] == {"name": "llama", "weights": tensors(dense)}, "of the dense model, not of the smaller one"
     assert first["calibration"]["data"].startswith("random") and len(first["calibration"]["sha256"]) == 64
     assert first["recipe"]["passes"] == ["llm-pruner:50%,importance=l1", "wanda:2:4"]
@@ -65,7 +65,7 @@ def test_what_is_left_of_the_whole_model_is_counted(folder: Callable[[str], Path
         files = Checkpoint(tmp_path / str(number))
         read = [files.read(name) for name in made.program.weights.parameters()]
         every, left = sum(t.numel() for t in read), sum(int((t != 0).sum()) for t in read)
-        assert history(tmp_path / str(number))[-1]["whole"] == {"parameters": every, "kept": left / every}
+        assert history(tmp_path / str(number))[-1]["whole"] == {"numbers": every, "kept": left / every}
 
 
 def test_a_module_and_data_in_memory(folder: Callable[[str], Path]) -> None:
@@ -175,7 +175,7 @@ def test_the_command_of_the_card_makes_the_same(folder: Callable[[str], Path], t
     [
         {"history": 3},
         {"history": [{"passes": []}]},
-        {"history": [{"command": "compile", "passes": [{"spec": "x", "kept": "a lot"}]}]},
+        {"history": [{"command": "compile", "passes": [{"spec": "x", "left": "a lot"}]}]},
         {"history": [{"command": "tune", "perplexity": [1.0]}]},
         {"history": [{"command": "compile", "source": "me"}]},
         {"card": {"dense": 3}},
