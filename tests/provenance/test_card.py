@@ -157,7 +157,8 @@ def test_ragged_models_and_modules(folder: Callable[[str], Path], tmp_path: Path
     scope: dict[str, Any] = {}
     exec(snippet(tmp_path / "out"), scope)
     assert isinstance(scope["model"], torch.nn.Module)
-    sparsify.compile(torch.nn.Sequential(torch.nn.Linear(8, 8)), "magnitude:2:4", output=tmp_path / "net")
+    net = torch.nn.Sequential(torch.nn.Linear(8, 8))
+    sparsify.compile(net, "magnitude:2:4", calibration=[torch.randn(4, 8)], output=tmp_path / "net")
     exec(snippet(tmp_path / "net"), scope)
     assert scope["state"].keys() == {"0.weight", "0.bias"} and "no command line" in text(tmp_path / "net")
 
