@@ -4,6 +4,8 @@ import os
 
 # Before anything imports the hub's client: no test may reach for the network, nor a process that it starts.
 os.environ["HF_HUB_OFFLINE"] = "1"
+# The one thing that two runs of one command differ in; tests/provenance says how it is without.
+os.environ.setdefault("SOURCE_DATE_EPOCH", "1000000000")
 # Workers of two threads each share few cores: threads that wait must not keep one busy.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # As many tests run at once as there are cores: more threads than cores wait ten times as long as they work.

@@ -23,6 +23,7 @@ from sparsify.frontend.source import Source
 from sparsify.frontend.ties import config_of
 from sparsify.ir.program import Program
 from sparsify.ir.weights import Weights
+from sparsify.provenance.card import write_card
 
 # Tokenizer, index and manifest take a little more than the weights.
 _BESIDE = 32 << 20
@@ -85,11 +86,12 @@ class HuggingFaceJob:
     def seal(
         self, manifest: dict[str, Any], tensors: Mapping[str, str], files: Mapping[str, str] | None = None
     ) -> Path:
-        """Write the manifest beside what is there, and put the folder in place.
+        """Write the card and the manifest beside what is there, and put the folder in place.
 
         Args:
             tensors: the digest of each tensor. files: those of other files that are known already.
         """
+        write_card(self.staging.folder, manifest)
         write_manifest(self.staging.folder, manifest, tensors, files)
         return self.staging.commit()
 

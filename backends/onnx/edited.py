@@ -28,6 +28,7 @@ from sparsify.files.ledger import write_manifest
 from sparsify.files.staging import Staging, check_output
 from sparsify.finite import check_all_finite
 from sparsify.ir.weights import Weights
+from sparsify.provenance.card import write_card
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,9 @@ def export_graph(
         # Read back what was written, so that a full disk is found here and not by the user.
         GraphStore(staging.folder / FILE)
         facts = {**said_of(contract), "transposed": transposed(stored)}
-        write_manifest(staging.folder, {"onnx": {**dataclasses.asdict(options), **facts}}, sums, files)
+        manifest: dict[str, Any] = {"onnx": {**dataclasses.asdict(options), **facts}}
+        write_card(staging.folder, manifest)
+        write_manifest(staging.folder, manifest, sums, files)
         staging.commit()
     return storage_notes(options, stored, contract)
 

@@ -19,6 +19,8 @@ from sparsify.files.ledger import Ledger, write_manifest
 from sparsify.files.manifest import section
 from sparsify.files.staging import Staging
 from sparsify.files.writer import lay_out_files
+from sparsify.provenance.card import write_card
+from sparsify.provenance.history import restated
 
 
 def expand(
@@ -65,7 +67,9 @@ def expand(
         if ledger.manifest:
             onnx = {**section(ledger.manifest, "onnx"), "weights": "link", "dtype": None}
             changed = {**ledger.manifest, "onnx": onnx, "source_check": ledger.checked}
-            write_manifest(staging.folder, changed | ({"allow_nan": True} if allow_nan else {}), dense.written)
+            changed |= {"history": restated(ledger.manifest, "expand")} | ({"allow_nan": True} if allow_nan else {})
+            write_card(staging.folder, changed)
+            write_manifest(staging.folder, changed, dense.written)
         return staging.commit()
 
 

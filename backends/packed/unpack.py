@@ -18,6 +18,8 @@ from sparsify.files.writer import FileLayout, lay_out, lay_out_files, layout_fro
 from sparsify.frontend.matching import weights_of_checkpoint
 from sparsify.frontend.skeleton import build_skeleton
 from sparsify.frontend.ties import untie
+from sparsify.provenance.card import write_card
+from sparsify.provenance.history import restated
 
 
 def unpack_folder(
@@ -67,7 +69,9 @@ def unpack_folder(
         if manifest:
             manifest.pop("packed", None)
             manifest |= {"allow_nan": True} if allow_nan else {}
-            write_manifest(staging.folder, manifest | {"source_check": ledger.checked}, dense.written)
+            manifest |= {"source_check": ledger.checked, "history": restated(manifest, "unpack")}
+            write_card(staging.folder, manifest)
+            write_manifest(staging.folder, manifest, dense.written)
         return staging.commit()
 
 

@@ -1,11 +1,10 @@
-"""``sparsify.json``: what was done to a model, beside its weights, in full and without a time or a path."""
+"""``sparsify.json``: what was done to a model, beside its weights, in full; of times the date alone."""
 
 from __future__ import annotations
 
 import dataclasses
-import platform
+import math
 from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from sparsify.compiler.request import Request
@@ -15,13 +14,22 @@ from sparsify.context import ChannelResult, RegionResult, SiteResult
 from sparsify.data.batches import Calibration
 from sparsify.files.manifest import FORMAT
 from sparsify.frontend.source import Source
+from sparsify.ir.weights import Weights
 from sparsify.method.spec import spec_text
+from sparsify.provenance.history import earlier, entry, origin_of, versions
+from sparsify.structure.record import Restructured
 
 
-def make_manifest(compiled: Compiled, request: Request, seed: int) -> dict[str, Any]:
-    """The manifest of a compile: passes with all options, data, versions, and every site."""
+def make_manifest(compiled: Compiled, request: Request, seed: int, opened: Source) -> dict[str, Any]:
+    """The manifest of a compile: passes with all options, data, versions, every site, and what came before.
+
+    Args:
+        opened: the model as the user named it, which structural passes leave for a smaller one.
+    """
     calibration, source = compiled.calibration, compiled.source
-    structure = source.ledger.manifest.get("structure")
+    structure, before = source.ledger.manifest.get("structure"), opened.ledger.manifest
+    data = None if calibration is None else _calibration(calibration, seed)
+    recipe = None if request.recipe is None else _recipe(request.recipe, calibration)
     return {
         "format": FORMAT,
         "model": compiled.source.name,
@@ -34,16 +42,64 @@ def make_manifest(compiled: Compiled, request: Request, seed: int) -> dict[str, 
         # Of a source that was quantized: its format, the dtype it was read in, and bytes stored and dense.
         **({"quantized_source": dict(source.quantization)} if source.quantization is not None else {}),
         "architecture": type(compiled.source.module).__name__,
-        "versions": {name: _version(name) for name in ("sparsify-fx", "torch", "transformers", "safetensors")}
-        | {"python": platform.python_version()},
+        "versions": versions(),
+        "history": [
+            *earlier(before),
+            entry(
+                "compile",
+                request.date,
+                origin_of(opened),
+                [*map(_cut, compiled.structure), *map(_ran, compiled.runs)],
+                calibration=data,
+                recipe=recipe,
+                whole=_whole(compiled),
+            ),
+        ],
+        # That the card beside the source is ours; see sparsify/provenance/dense_card.py.
+        **({"card": before["card"]} if "card" in before else {}),
         # What was taken out, now or before: a folder of ragged widths is read by it.
         **({"structure": structure} if structure else {}),
         "passes": [_pass(run, request, place) for place, run in enumerate(compiled.runs, len(request.structural))],
-        "calibration": None if calibration is None else _calibration(calibration, seed),
+        "calibration": data,
         # What `sparsify compile --recipe` makes the same of again.
-        **({"recipe": _recipe(request.recipe, calibration)} if request.recipe is not None else {}),
+        **({"recipe": recipe} if recipe is not None else {}),
         "not_understood": [{"tensors": list(opaque.parameters), "reason": opaque.reason} for opaque in compiled.opaque],
     }
+
+
+def _cut(done: Restructured) -> dict[str, Any]:
+    """What the history says of a round of a structural pass."""
+    return {"spec": spec_text(done.structural_pass), "parameters": list(done.parameters)}
+
+
+def _ran(run: PassRun) -> dict[str, Any]:
+    """What it says of any other pass: how many weights it pruned, what is left of them, their mean error."""
+    errors = [site.error for site in run.sites if site.error is not None]
+    return {
+        "spec": spec_text(run.applied),
+        **({"pruned": len(run.sites), "left": run.kept} if run.sites else {}),
+        **({"error": sum(errors) / len(errors)} if errors else {}),
+    }
+
+
+def _whole(compiled: Compiled) -> dict[str, Any]:
+    """How many numbers the model has, and which share of them is not zero: of weights that a pass pruned last by what
+    it says of them, of all others counted.
+    """
+    weights, known, every, left = compiled.program.weights, dict[str, int](), 0, 0
+    for run in compiled.runs:
+        for name in run.written:
+            known.pop(name, None)
+        known |= {s.parameter: round(s.kept * math.prod(s.shape)) for s in run.sites if _is_whole(s, weights)}
+    for name in weights.parameters():
+        size = weights.shape(name).numel()
+        every += size
+        left += known[name] if name in known else int(weights.read(name).count_nonzero())
+    return {"numbers": every, "kept": left / max(1, every)}
+
+
+def _is_whole(site: SiteResult, weights: Weights) -> bool:
+    return math.prod(site.shape) == weights.shape(site.parameter).numel()
 
 
 def _recipe(words: Mapping[str, Any], calibration: Calibration | None) -> dict[str, Any]:
@@ -136,10 +192,3 @@ def _calibration(data: Calibration, seed: int) -> dict[str, Any]:
 
 def _plain(value: Any) -> Any:
     return value if value is None or isinstance(value, (bool, int, float)) else str(value)
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"

@@ -21,6 +21,7 @@ from sparsify.context import Context, Observer
 from sparsify.host import cpu_by_default, resolve_device, within_memory
 from sparsify.method.base import Pass
 from sparsify.progress import Shown, shown
+from sparsify.provenance.history import run_date
 from sparsify.words import Schedule, parse_bytes
 
 
@@ -129,6 +130,7 @@ def compile(
     )
     request = replace(
         request,
+        date=run_date(),
         recipe=recipe_of(
             model, request, seed=seed, allow_bin=allow_bin, no_check=not check, allow_nan=allow_nan, strict=strict,
             compute_dtype=compute_dtype, adapter=adapter, dtype=dtype,
@@ -164,4 +166,4 @@ def compile(
             dtype=None,
         )  # fmt: skip
         job, compiled = stages.prune(planned, data, request, seam, place)
-        return stages.finish(compiled, job, request, place, context)
+        return stages.finish(compiled, job, request, source, place, context)

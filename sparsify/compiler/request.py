@@ -37,6 +37,7 @@ class Request:
         teacher: the dense model that a pass fits to, where it is not the one that is pruned here.
         named_by_passes: what each pass names for itself, in the order of all passes.
         recipe: these words and those of opening the model, for another run; None where some are in memory alone.
+        date: when they were given, in UTC.
     """
 
     structural: tuple[StructuralPass, ...]
@@ -55,6 +56,7 @@ class Request:
     teacher: str | Path | nn.Module | None = None
     named_by_passes: tuple[Named, ...] = ()
     recipe: Mapping[str, Any] | None = None
+    date: str = ""
 
     @property
     def passes(self) -> tuple[Pass, ...]:

@@ -304,9 +304,15 @@ def _teacher(planned: Planned, program: Program) -> Program:
     return replace(program, weights=planned.model.source.weights)
 
 
-def finish(compiled: Compiled, job: Job | None, request: Request, place: Workplace, context: Context) -> Compiled:
-    """The output in its place, with its manifest; or the result in memory, with what it still needs."""
-    compiled.manifest = make_manifest(compiled, request, context.seed)
+def finish(
+    compiled: Compiled, job: Job | None, request: Request, opened: Source, place: Workplace, context: Context
+) -> Compiled:
+    """The output in its place, with its manifest; or the result in memory, with what it still needs.
+
+    Args:
+        opened: the model as it was before any pass.
+    """
+    compiled.manifest = make_manifest(compiled, request, context.seed, opened)
     if job is None:
         compiled.folder_owner = place.keep()
         return compiled

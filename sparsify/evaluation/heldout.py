@@ -7,6 +7,7 @@ from pathlib import Path
 
 from sparsify.files.reading import kind_at
 from sparsify.frontend.source import Source
+from sparsify.provenance.history import earlier
 
 # What is said of a source behind its name: how many files a folder had, and which part of it was taken.
 _BEHIND = re.compile(r"( \((\d+ files?|its first 90%)\))+$")
@@ -18,8 +19,12 @@ def with_use(label: str, data: str, source: Source) -> str:
     Its ``sparsify.json`` names them as they were named then: the same name, or a name of the same file, is the same
     source. The other part of a source in parts has another name.
     """
-    for how, key in (("calibrated", "calibration"), ("tuned", "tuned")):
-        record = source.ledger.manifest.get(key)
+    manifest = source.ledger.manifest
+    records = [(how, manifest.get(key)) for how, key in (("calibrated", "calibration"), ("tuned", "tuned"))]
+    # What was done before, of which the rest of the manifest says nothing.
+    for run in earlier(manifest):
+        records += [("calibrated", run.get("calibration")), ("tuned", run)]
+    for how, record in records:
         named = record.get("data") if isinstance(record, dict) else None
         if isinstance(named, str) and _same(_BEHIND.sub("", named), _BEHIND.sub("", label), data):
             return f"{label} (on which the model was {how}: not held out)"

@@ -81,6 +81,8 @@ class Checkpoint:
         # Digests of what was written or copied here, for whoever reads it back.
         self.written: dict[str, str] = {}
         self.copied: dict[str, str] = {}
+        # Those of every tensor of a folder that is only read, where it was copied.
+        self._own: dict[str, str] = {}
         self._sound: set[str] = set()
         for path, listed in self.files.items():
             entries, header = _read_header(path)
@@ -194,6 +196,10 @@ class Checkpoint:
             found = pool.map(lambda name: self.digest(name, algorithm), wanted)
             return dict(zip(counted("checking", wanted), found, strict=True))
 
+    def own_digests(self) -> dict[str, str]:
+        """The digest of every tensor of a folder that is only read; not read again where it was copied."""
+        return self._own or self.digests()
+
     def check(self) -> None:
         """Hold every tensor against the ledger.
 
@@ -242,6 +248,7 @@ class Checkpoint:
             shutil.copyfile(admit(self.folder / INDEX), folder / INDEX)
         result = Checkpoint(folder, writable=True)
         result.copied = copied
+        self._own = dict(copied)
         return result
 
     def span(self, name: str) -> tuple[Path, int, int]:

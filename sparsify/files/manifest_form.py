@@ -41,14 +41,34 @@ def _cut(value: object) -> bool:
     return _text(value[0]) and _count(value[1]) and all(map(_count, value[2]))
 
 
+def _figure(value: object) -> bool:
+    return type(value) in (int, float)
+
+
+def _two(form: Callable[[object], bool]) -> Callable[[object], bool]:
+    return lambda value: isinstance(value, list) and len(value) == 2 and all(map(form, value))
+
+
 # Fields that code reads. Those in NEEDED must be there; others may be missing, and what is not named is nobody's.
 _SITE = {"name": _text, "tensors": [_text], "shape": [_count], "pattern": _text, "kept": _share}
+_RAN = {"spec": _text, "pruned": _count, "left": _share, "error": _figure, "parameters": _two(_count)}
+_RUN = {
+    "command": _text,
+    "source": {"name": _text, "weights": _maybe(_text)},
+    "passes": [_RAN],
+    "whole": {"numbers": _count, "kept": _share},
+    "perplexity": _two(_figure),
+    "versions": _mapping,
+}  # fmt: skip
 FORM: dict[str, Any] = {
-    "passes": [{"spec": _text, "name": _text, "sites": [_SITE]}],
+    "passes": [{"spec": _text, "name": _text, "sites": [_SITE], "skipped": [_mapping]}],
+    "search": {"dense_perplexity": _figure, "perplexity": _figure, "data": _text},
     "allow_nan": _flag,
     "compute_dtype": _one_of("float32", "bfloat16", "float16"),
     "structure": [{"ragged": _flag, "config": _mapping, "cuts": [{"members": [_cut]}]}],
     "packed": {"dense_files": _maybe(_mapping)},
+    "history": [_RUN],
+    "card": {"dense": _maybe(_text)},
     "onnx": {
         "compute": _one_of("float32", "float16", "bfloat16"),
         "transposed": [_text],
@@ -57,7 +77,7 @@ FORM: dict[str, Any] = {
         "dtype": _maybe(_text),
     },
 }  # fmt: skip
-NEEDED = frozenset({"sites", "tensors", "pattern", "kept", "ragged", "cuts", "members"})
+NEEDED = frozenset({"sites", "tensors", "pattern", "kept", "ragged", "cuts", "members", "command", "numbers"})
 
 
 def misfit(content: object, form: Any = None, where: str = "") -> str | None:

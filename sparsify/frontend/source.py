@@ -53,6 +53,7 @@ class Source:
     folder no output carries. ``adapter``: what was merged into the weights; a tokenizer beside it is the model's.
     ``given_tokenizer``: one that a user gave, in place of the folder's; a module in memory has no other.
     ``quantization``: of a quantized model its format, the dtype that it is read in, and bytes stored and dense.
+    ``hub``: the id that a model of the hub was named by.
     """
 
     name: str
@@ -69,6 +70,7 @@ class Source:
     adapter: Adapter | None = None
     quantization: Mapping[str, Any] | None = None
     given_tokenizer: Any = field(default=None, repr=False)
+    hub: str | None = None
     _tokenizer: Any = field(default=None, repr=False)
 
     @property
@@ -293,6 +295,7 @@ def open_source(
         addition,
         quantization,
         tokenizer,
+        None if kind_at(model) else str(model),
     )
 
 

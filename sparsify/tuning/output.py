@@ -19,6 +19,8 @@ from sparsify.files.staging import Staging
 from sparsify.finite import infinities_allowed, said, scan
 from sparsify.frontend.source import Source
 from sparsify.ir.program import Program
+from sparsify.provenance.card import write_card
+from sparsify.provenance.history import earlier, entry, of_tuning, origin_of
 from sparsify.tensors import digest
 from sparsify.tuning.recipe import Recipe, Tuned
 
@@ -59,12 +61,17 @@ def merged(wrapped: Any, source: Source, masks: Mapping[str, Tensor], recipe: Re
 
 @dataclass(frozen=True)
 class Output:
-    """Who writes the tuned model, from what it was and its graph."""
+    """Who writes the tuned model, from what it was and its graph.
+
+    Attributes:
+        asked: when, and by which words; None where some are in memory alone.
+    """
 
     source: Source
     program: Program
     backend: Backend
     overwrite: bool
+    asked: tuple[str, Mapping[str, Any] | None]
 
     def write(self, new: Mapping[str, Tensor], result: Tuned, held_out: Tensor, context: Context) -> float:
         """The tuned model into a folder, names and shards as they were; its perplexity on the held-out text."""
@@ -78,11 +85,27 @@ class Output:
             record.pop("output")
             program.weights = job.weights
             kept = {**source.ledger.manifest, **({"allow_nan": True} if source.allow_nan else {})}
-            job.finish(program, {**kept, "source_check": source.checked, "tuned": record})
+            made = {"source_check": source.checked, "tuned": record, "history": _history(source, record, self.asked)}
+            job.finish(program, {"model": source.name, **kept, **made})
         return after
 
 
-def write_adapter(source: Source, wrapped: Any, result: Tuned, held_out: Tensor, overwrite: bool) -> Tuned:
+def _history(
+    source: Source, record: Mapping[str, Any], asked: tuple[str, Mapping[str, Any] | None]
+) -> list[dict[str, Any]]:
+    date, words = asked
+    run = entry("tune", date, origin_of(source), **of_tuning(record), recipe=words)
+    return [*earlier(source.ledger.manifest), run]
+
+
+def write_adapter(
+    source: Source,
+    wrapped: Any,
+    result: Tuned,
+    held_out: Tensor,
+    overwrite: bool,
+    asked: tuple[str, Mapping[str, Any] | None],
+) -> Tuned:
     """LoRA's additions alone: the base stays as it is, zeros included; perplexity with the adapter on."""
     wrapped.eval()
     losses = []
@@ -99,6 +122,10 @@ def write_adapter(source: Source, wrapped: Any, result: Tuned, held_out: Tensor,
         done = replace(result, perplexity=(result.perplexity[0], after))
         record = done.as_dict()
         record.pop("output")
-        write_manifest(staging.folder, {"model": source.name, "source_check": source.checked, "tuned": record}, digests)
+        manifest: dict[str, Any] = {"model": source.name, "source_check": source.checked, "tuned": record}
+        # peft's own card, which has blanks to fill in, goes.
+        manifest |= {"history": _history(source, record, asked), "card": {"dense": None}}
+        write_card(staging.folder, manifest)
+        write_manifest(staging.folder, manifest, digests)
         staging.commit()
     return done

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -95,6 +95,10 @@ class Recipe:
     def as_dict(self) -> dict[str, Any]:
         """For JSON; what only some runs have is in theirs alone."""
         return {k: v for k, v in asdict(self).items() if v is not None or k not in ("targets", "distill")}
+
+    def words(self) -> dict[str, Any]:
+        """What is not as it is by default."""
+        return {f.name: value for f in fields(self) if (value := getattr(self, f.name)) != f.default}
 
     @property
     def highest_rate(self) -> float:

@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from sparsify.compiler.backend import Backend, as_backend
+from sparsify.compiler.recipe import as_typed, backend_text
 from sparsify.context import Context
 from sparsify.data.batches import Calibration, evaluation_windows, example_batch, load_calibration
 from sparsify.data.chat import Chat
@@ -32,6 +33,7 @@ from sparsify.files.staging import check_output
 from sparsify.frontend.capture import capture
 from sparsify.frontend.source import open_source
 from sparsify.host import cpu_by_default, within_memory
+from sparsify.provenance.history import run_date
 from sparsify.tensors import BLAKE, digest
 from sparsify.tuning.distillation import Distillation
 from sparsify.tuning.masks import check_masks, masks_of
@@ -96,6 +98,9 @@ def tune(
         raise SpecError(f"an adapter --to {backend.name}", found="a folder of peft's own form", do="Leave --to out")
     if recipe.distill is not None and teacher is None:
         raise SpecError(f"distill {recipe.distill:g}", found="no teacher", do="Give --teacher, or leave --distill out")
+    words = words_of(model, data, recipe, validation, teacher, backend, chat_template)
+    told_so = {"adapter": adapter, "no_check": not check, "allow_nan": allow_nan}
+    asked = run_date(), words if words is None else words | {key: True for key, value in told_so.items() if value}
     with ExitStack() as stack:
         if (claim := check_output(out, overwrite=overwrite, source=Path(model))) is not None:
             stack.enter_context(claim)
@@ -158,14 +163,31 @@ def tune(
             if claim is not None:
                 claim.release()
             if adapter:
-                tuned = write_adapter(source, wrapped, result, held_out, overwrite)
+                tuned = write_adapter(source, wrapped, result, held_out, overwrite, asked)
                 state.forget()
                 return tuned
             new = merged(wrapped, source, masks, recipe)
         check_masks(new, masks)
-        after = Output(source, program, backend, overwrite).write(new, result, held_out, context)
+        after = Output(source, program, backend, overwrite, asked).write(new, result, held_out, context)
         state.forget()
         return replace(result, perplexity=(before, after))
+
+
+def words_of(
+    model: str | Path,
+    data: str,
+    recipe: Recipe,
+    validation: str | None,
+    teacher: str | Path | nn.Module | None,
+    backend: Backend,
+    template: str | Path | None,
+) -> dict[str, Any] | None:
+    """The words of a run, as its history keeps them; None where the teacher is in memory alone."""
+    if isinstance(teacher, nn.Module):
+        return None
+    told = {"model": as_typed(model), "data": data, "validation": validation, "teacher": as_typed(teacher)}
+    told |= {"to": backend_text(backend), "chat_template": as_typed(template), **recipe.words()}
+    return {key: value for key, value in told.items() if value is not None and (key, value) != ("to", "hf")}
 
 
 def _too_few(drawn: Calibration, validation: str, left_out: int, recipe: Recipe) -> CalibrationError:

@@ -17,7 +17,7 @@ STOREYS: tuple[tuple[str, ...], ...] = (
     ("ir", "files", "method", "runtime"),
     ("quantized",),
     ("analysis", "frontend"),
-    ("data",),
+    ("data", "provenance"),
     ("calibration",),
     ("prune", "refine"),
     ("structure",),

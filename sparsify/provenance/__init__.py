@@ -1,0 +1,1 @@
+"""Where a model comes from: its history in ``sparsify.json``, and the card that tells people of it."""
