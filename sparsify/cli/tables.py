@@ -14,6 +14,7 @@ from rich.text import Text
 from sparsify.host import peak_memory
 from sparsify.method.pattern import Pattern
 from sparsify.method.spec import spec_text
+from sparsify.quality.evaluation import figure
 from sparsify.structure.plan import count_parameters
 from sparsify.words import format_bytes, plain
 
@@ -132,8 +133,9 @@ def _perplexities(results: Sequence[tuple[str, Evaluation]], against: Sequence[P
         table.add_column(column, justify="right")
     for (name, result), paired in zip(results, [None, *against], strict=True):
         error = "–" if paired is None or paired.standard_error is None else f"{paired.standard_error:.2%}"
-        ratio = f"{result.perplexity / first.perplexity:.3f}×"
-        table.add_row(name, f"{result.perplexity:.3f}", ratio, error, f"{result.seconds:.1f} s")
+        ratio = result.perplexity / first.perplexity
+        against_first = f"{ratio:.3f}×" if math.isfinite(ratio) else "–"
+        table.add_row(name, figure(result.perplexity), against_first, error, f"{result.seconds:.1f} s")
     return table
 
 

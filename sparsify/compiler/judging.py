@@ -14,7 +14,7 @@ from sparsify.frontend.source import Source
 from sparsify.ir.program import Program
 from sparsify.quality.evaluation import Evaluation, Judged, measure
 from sparsify.quality.heldout import windows_of
-from sparsify.quality.perplexity import check_causal
+from sparsify.quality.perplexity import as_batches, check_causal
 
 
 @dataclass(frozen=True)
@@ -57,15 +57,16 @@ def open_judge(source: Source, program: Program, request: Request, context: Cont
 
     Raises:
         TraceError: no causal language model. CalibrationError: text that is missing or too short.
-        SpecError: a length that the model has no positions for.
+        SpecError: a length that the model has no positions for; a chat template that nothing needs.
     """
     if request.evaluate is None:
         return None
     check_causal(program)
     chat = Chat(source, request.template)
-    windows, label = windows_of(
-        request.evaluate, source, request.eval_windows, request.length, chat, both=request.shares_data
-    )
+    # Token ids have their own length; the request's is that of calibration as well.
+    length = None if isinstance(request.evaluate, Tensor) else request.length
+    windows, label = windows_of(request.evaluate, source, request.eval_windows, length, chat, both=request.shares_data)
+    as_batches(windows, source)  # refuses ids and lengths that the model has not
     if not (request.needs_data and request.is_named):
         chat.check_used(f"'{request.evaluate}'" if isinstance(request.evaluate, str) else label)
     pruned = bool(source.ledger.manifest.get("passes") or source.ledger.manifest.get("structure"))

@@ -107,13 +107,18 @@ class Judged:
 
     def lines(self) -> list[str]:
         """For people: the figures, and the verdict."""
-        figures = f"perplexity on {self.dense.size}: {self.dense.perplexity:.4g} before, {self.pruned.perplexity:.4g} "
-        return [f"{figures}after", f"{self.verdict}"]
+        before, after = figure(self.dense.perplexity), figure(self.pruned.perplexity)
+        return [f"perplexity on {self.dense.size}: {before} before, {after} after", self.verdict]
 
 
 def paired_as_dict(paired: Paired) -> dict[str, Any]:
     """Two models for JSON."""
     return {"ratio": number(paired.ratio), "standard_error": paired.standard_error, "verdict": paired.verdict}
+
+
+def figure(value: float) -> str:
+    """A perplexity in words."""
+    return f"{value:.3f}" if math.isfinite(value) else "no number"
 
 
 def number(value: float) -> float | None:
