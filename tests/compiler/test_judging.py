@@ -104,15 +104,15 @@ def test_text_that_made_the_model_is_said_so(bundled: Path, tmp_path: Path) -> N
 
 
 def test_what_to_do_next_is_what_was_not_done(folder: Callable[[str], Path]) -> None:
-    said = {}
-    for passes in ("magnitude:2:4", "twin:2:4", "twin:2:4+refine:epochs=1,batch=1,guard=0.25", "llm-pruner:25%,importance=l1"):
+    said, refined = {}, "twin:2:4+refine:epochs=1,batch=1,guard=0.25"
+    for passes in ("magnitude:2:4", "twin:2:4", refined, "llm-pruner:25%,importance=l1"):
         made = sparsify.compile(folder("llama"), passes, evaluate=IDS, **SMALL)
         assert made.evaluation is not None
         said[passes] = [word for word in ("twin", "refine", "tune", "sensitivity") if word in made.evaluation.do]
     assert said == {
         "magnitude:2:4": ["twin", "refine", "sensitivity"],
         "twin:2:4": ["refine", "sensitivity"],
-        "twin:2:4+refine:epochs=1,batch=1,guard=0.25": ["tune", "sensitivity"],
+        refined: ["tune", "sensitivity"],
         "llm-pruner:25%,importance=l1": ["refine", "tune"],
     }
 
