@@ -22,11 +22,12 @@ if TYPE_CHECKING:
     from sparsify.compiler.result import Compiled
     from sparsify.context import Progress
     from sparsify.errors import SparsifyError
-    from sparsify.evaluation.evaluate import Evaluation, evaluate
+    from sparsify.evaluation.evaluate import evaluate
     from sparsify.frontend.materialize import load
     from sparsify.method.spec import parse_pass
     from sparsify.method.weight_pass import Pruned, WeightPass
     from sparsify.prune.fx_pass import GraphPrune
+    from sparsify.quality.evaluation import Evaluation
     from sparsify.searching.costs import Sensitivity
     from sparsify.searching.found import Found
     from sparsify.searching.search import search
@@ -59,7 +60,7 @@ __getattr__ = lazily(
     __name__,
     {
         "Compiled": "compiler.result",
-        "Evaluation": "evaluation.evaluate",
+        "Evaluation": "quality.evaluation",
         "Found": "searching.found",
         "GraphPrune": "prune.fx_pass",
         "HoldZeros": "tuning.hold",

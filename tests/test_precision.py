@@ -13,9 +13,9 @@ from support.families import build
 
 import sparsify
 from sparsify.context import Progress
-from sparsify.evaluation.perplexity import perplexity
 from sparsify.frontend.source import open_source
 from sparsify.precision import exact_products
+from sparsify.quality.perplexity import perplexity
 
 BACKENDS: Any = torch.backends
 

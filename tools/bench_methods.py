@@ -24,8 +24,8 @@ from sparsify.context import Progress
 from sparsify.data.batches import evaluation_windows, load_calibration
 from sparsify.data.sources import Documents
 from sparsify.data.windows import random_windows
-from sparsify.evaluation.perplexity import perplexity
 from sparsify.frontend.source import Source, open_source
+from sparsify.quality.perplexity import perplexity
 from sparsify.words import Schedule
 
 METHODS = ("magnitude", "wanda", "gblm", "sparsegpt", "apt", "alps", "twin")

@@ -30,10 +30,10 @@ import transformers
 import sparsify
 from sparsify.analysis.dimensions.groups import coupled_dimensions
 from sparsify.data.batches import evaluation_windows
-from sparsify.evaluation.perplexity import perplexity
 from sparsify.frontend.capture import capture
 from sparsify.frontend.source import open_source
 from sparsify.host import processor
+from sparsify.quality.perplexity import perplexity
 from sparsify.tuning.recipe import Recipe
 from sparsify.tuning.tune import tune
 

@@ -107,6 +107,7 @@ def eval_command(
     with command_errors(debug, log_level):
         check_compute_dtype(compute_dtype)
         check_adapter(adapter)
+        from sparsify.cli.results import evaluations_as_dicts
         from sparsify.cli.tables import evaluation_report
         from sparsify.evaluation.evaluate import evaluate
         from sparsify.progress import ProgressLine
@@ -133,7 +134,7 @@ def eval_command(
                 )
             results.append((model, result))
         if as_json:
-            rows = [{"model": model, **vars(result)} for model, result in results]
+            rows = evaluations_as_dicts(results)
             print(json.dumps(rows[0] if len(rows) == 1 else rows))
         else:
             Terminal(quiet=quiet).print(evaluation_report(results))

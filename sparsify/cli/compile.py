@@ -52,7 +52,7 @@ from sparsify.words import (
 _HANDED_ON = (
     "calibration", "to", "samples", "sequence_length", "seed", "ignore", "only", "device", "memory", "overwrite",
     "dry_run", "allow_bin", "trust_remote_code", "allow_nan", "compute_dtype", "chat_template", "strict", "adapter",
-    "dtype", "teacher",
+    "dtype", "teacher", "eval_windows",
 )  # fmt: skip
 
 
@@ -92,6 +92,17 @@ def compile_command(
             "[default: c4, else self]",
             metavar="DATA",
         ),
+    ] = None,
+    eval: Annotated[
+        str | None,
+        typer.Option(
+            "--eval",
+            help="Text to judge by, as `sparsify eval --data` takes it: perplexity before and after, and a verdict.",
+            metavar="TEXT",
+        ),
+    ] = None,
+    eval_windows: Annotated[
+        int | None, typer.Option("--eval-windows", help="Judge by its first so many windows only.", min=1)
     ] = None,
     schedule: Annotated[str, typer.Option(help="layer, block (as the papers do) or dense.")] = "layer",
     samples: Annotated[int | None, typer.Option(help="Calibration sequences. [default: 128; 32 for self]")] = None,
@@ -204,6 +215,7 @@ def _compile(words: dict[str, Any]) -> None:
             check=not words["no_check"],
             tell=lambda text: console.print(text),
             after=shown.after,
+            evaluate=words["eval"],
             **{name: words[name] for name in _HANDED_ON},
         )
     seconds = time.perf_counter() - started
@@ -213,6 +225,8 @@ def _compile(words: dict[str, Any]) -> None:
         say(json.dumps(result_as_dict(compiled, seconds, planned=words["dry_run"])))
         return
     if words["dry_run"]:
+        for note in compiled.notes:
+            console.print(plain(note))
         console.print(plan_report(compiled))
         return
     if compiled.calibration is not None:

@@ -1,16 +1,20 @@
-"""What ``sparsify compile --json`` prints."""
+"""What ``sparsify compile --json`` and ``sparsify eval --json`` print."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from sparsify.cli.tables import OTHER_WINDOWS, pairs
 from sparsify.host import peak_memory
 from sparsify.method.spec import spec_text
+from sparsify.quality.evaluation import paired_as_dict
 from sparsify.structure.plan import count_parameters
 
 if TYPE_CHECKING:
     from sparsify.compiler.result import Compiled
+    from sparsify.quality.evaluation import Evaluation
 
 
 def result_as_dict(compiled: Compiled, seconds: float, *, planned: bool) -> dict[str, Any]:
@@ -34,6 +38,7 @@ def result_as_dict(compiled: Compiled, seconds: float, *, planned: bool) -> dict
     if not planned:
         zeros = {site.parameter: (1 - site.kept) * math.prod(site.shape) for run in compiled.runs for site in run.sites}
         found["kept"] = 1 - sum(zeros.values()) / max(1, found["parameters"])
+        found["evaluation"] = None if compiled.evaluation is None else compiled.evaluation.as_dict()
         found["seconds_by_pass"] = [run.seconds for run in compiled.runs]
         return found | {key: compiled.manifest[key] for key in ("passes", "not_understood", "versions")}
     found["passes"] = [
@@ -47,3 +52,12 @@ def result_as_dict(compiled: Compiled, seconds: float, *, planned: bool) -> dict
         for run in compiled.runs
     ]
     return found
+
+
+def evaluations_as_dicts(results: Sequence[tuple[str, Evaluation]]) -> list[dict[str, Any]]:
+    """Evaluations for JSON; of the second and every later one how it stands against the first."""
+    rows = [{"model": name, **result.as_dict()} for name, result in results]
+    for row, paired in zip(rows[1:], pairs(results), strict=True):
+        none = {"ratio": None, "standard_error": None, "verdict": OTHER_WINDOWS}
+        row["against_the_first"] = none if paired is None else paired_as_dict(paired)
+    return rows

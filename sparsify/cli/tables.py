@@ -14,8 +14,9 @@ from rich.text import Text
 from sparsify.host import peak_memory
 from sparsify.method.pattern import Pattern
 from sparsify.method.spec import spec_text
+from sparsify.quality.evaluation import figure
 from sparsify.structure.plan import count_parameters
-from sparsify.words import format_bytes
+from sparsify.words import format_bytes, plain
 
 if TYPE_CHECKING:
     from sparsify.analysis.linear import LinearSite, Opaque
@@ -24,8 +25,13 @@ if TYPE_CHECKING:
     from sparsify.context import SiteResult
     from sparsify.errors import Refused
     from sparsify.evaluation.comparison import Compared
-    from sparsify.evaluation.evaluate import Evaluation
     from sparsify.prune.targets import Target
+    from sparsify.quality.evaluation import Evaluation
+    from sparsify.quality.verdict import Paired
+
+# Verdicts that ask for something are seen at once.
+_STYLES = {"clearly": "yellow", "much": "bold red", "far": "bold red", "no number": "bold red"}
+OTHER_WINDOWS = "its windows hold other tokens (another tokenizer or length), so that no pairs can be compared"
 
 
 def result_report(compiled: Compiled, seconds: float) -> RenderableType:
@@ -57,6 +63,10 @@ def result_report(compiled: Compiled, seconds: float) -> RenderableType:
                 notes.setdefault(note, []).append(site.name)
         parts += [Text(f"{_some(names)}: {note}", "yellow") for note, names in notes.items()]
     parts += _opaque_lines(compiled.opaque)
+    if (judged := compiled.evaluation) is not None:
+        names = ("before", "after")
+        parts.append(_perplexities(list(zip(names, (judged.dense, judged.pruned), strict=True)), [judged.paired]))
+        parts.append(Text(judged.verdict, _STYLES.get(judged.paired.level, "")))
     parts.append(Text(f"{seconds:.1f} s in all, peak memory {format_bytes(peak_memory())}"))
     return Group(*parts)
 
@@ -98,18 +108,34 @@ def plan_report(compiled: Compiled) -> RenderableType:
 
 
 def evaluation_report(results: Sequence[tuple[str, Evaluation]]) -> RenderableType:
-    """Perplexities side by side, each against the first."""
+    """Perplexities side by side, each against the first, and what is to be thought of the others."""
+    against = pairs(results)
+    parts: list[RenderableType] = [_perplexities(results, against)]
+    for (name, _), paired in zip(results[1:], against, strict=True):
+        said = OTHER_WINDOWS if paired is None else paired.verdict
+        parts.append(Text(plain(f"{name}: {said}"), "" if paired is None else _STYLES.get(paired.level, "")))
+    return Group(*parts)
+
+
+def pairs(results: Sequence[tuple[str, Evaluation]]) -> list[Paired | None]:
+    """The second and every later one against the first; None where their windows are others."""
+    (name, first), *others = results
+    base = f"the perplexity of {name}"
+    return [other.against(first, base) if other.sha256 == first.sha256 else None for _, other in others]
+
+
+def _perplexities(results: Sequence[tuple[str, Evaluation]], against: Sequence[Paired | None]) -> Table:
+    """Perplexities on the same windows; ``against``: of all but the first."""
     first = results[0][1]
-    table = Table(
-        title=f"perplexity on {first.windows} windows of {first.sequence_length} tokens of {first.data}",
-        title_justify="left",
-    )
+    table = Table(title=f"perplexity on {first.size}", title_justify="left")
     table.add_column("model", overflow="fold")
-    for column in ("perplexity", "against the first", "time"):
+    for column in ("perplexity", "against the first", "standard error", "time"):
         table.add_column(column, justify="right")
-    for name, result in results:
-        ratio = f"{result.perplexity / first.perplexity:.3f}×"
-        table.add_row(name, f"{result.perplexity:.3f}", ratio, f"{result.seconds:.1f} s")
+    for (name, result), paired in zip(results, [None, *against], strict=True):
+        error = "–" if paired is None or paired.standard_error is None else f"{paired.standard_error:.2%}"
+        ratio = result.perplexity / first.perplexity
+        against_first = f"{ratio:.3f}×" if math.isfinite(ratio) else "–"
+        table.add_row(name, figure(result.perplexity), against_first, error, f"{result.seconds:.1f} s")
     return table
 
 

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sparsify.compiler import stages
 from sparsify.compiler.backend import Backend
+from sparsify.compiler.judging import open_judge
 from sparsify.compiler.recipe import recipe_of
 from sparsify.compiler.request import Data, parse
 from sparsify.compiler.result import Compiled
@@ -57,6 +58,8 @@ def compile(
     adapter: str | None = None,
     dtype: str | torch.dtype | None = None,
     teacher: str | Path | nn.Module | None = None,
+    evaluate: str | Path | Iterable[str] | Tensor | None = None,
+    eval_windows: int | None = None,
     dry_run: bool = False,
     progress: Shown = False,
     observe: Observer | None = None,
@@ -97,6 +100,10 @@ def compile(
         adapter: ``"merge"``: add a LoRA adapter of peft in the folder to the weights; None refuses one.
         dtype: of the same three, what the weights of a quantized model are read and written in; None: bfloat16.
         teacher: for ``refine``: the dense model, where it is not ``model`` itself before the other passes.
+        evaluate: text that judges the result, as ``data`` of :func:`sparsify.evaluate`: the model before and what the
+            passes made of it, on the same windows; ``result.evaluation`` and ``sparsify.json`` have both. Of a file
+            that is ``calibration`` as well the last tenth is held out. None measures nothing.
+        eval_windows: the first so many windows of it only; each of ``sequence_length`` tokens.
         dry_run: decide what would be pruned and stop there.
         tell: told in words, before the work, what a quantized model grows to.
         progress: True: show it, as the command line does; or a function that is told (:class:`sparsify.Progress`); or
@@ -127,6 +134,8 @@ def compile(
         dry_run=dry_run,
         template=chat_template,
         teacher=teacher,
+        evaluate=evaluate,
+        eval_windows=eval_windows,
     )
     request = replace(
         request,
@@ -156,9 +165,11 @@ def compile(
             tell=tell,
         )
         planned, data = stages.plan(source, request, context)
+        judge = open_judge(source, planned.model.program, request, context)
         if dry_run:
-            return planned.compiled
-        planned, data = stages.draw(planned, data, request, context)
+            return stages.as_plan(planned, judge)
+        dense = None if judge is None else judge.before(source)
+        planned, data = stages.draw(planned, data, request, context, judge)
         planned = stages.restructure(planned, data, request, seam, place)
         planned = stages.teach(
             planned, data, request, context,
@@ -166,4 +177,6 @@ def compile(
             dtype=None,
         )  # fmt: skip
         job, compiled = stages.prune(planned, data, request, seam, place)
+        if judge is not None and dense is not None:
+            compiled.evaluation = judge.after(compiled, dense)
         return stages.finish(compiled, job, request, source, place, context)

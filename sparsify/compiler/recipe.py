@@ -22,7 +22,8 @@ def recipe_of(model: str | Path | nn.Module, request: Request, **others: Any) ->
     Args:
         others: words that the request does not hold, by their keys of a recipe.
     """
-    if isinstance(model, nn.Module) or isinstance(request.teacher, nn.Module) or not request.is_named:
+    in_memory = isinstance(model, nn.Module) or isinstance(request.teacher, nn.Module) or not request.is_named
+    if in_memory or not isinstance(request.evaluate, str | None):
         return None
     passes: list[Any] = []
     for own, named in zip(request.passes, request.named_by_passes, strict=True):
@@ -40,6 +41,8 @@ def recipe_of(model: str | Path | nn.Module, request: Request, **others: Any) ->
         "to": backend_text(request.backend),
         "chat_template": as_typed(request.template),
         "teacher": as_typed(request.teacher),
+        "eval": request.evaluate,
+        "eval_windows": request.eval_windows,
         **{key: None if value is None else _plain(value) for key, value in others.items()},
     }
     return {k: v for k, v in told.items() if v not in (None, False, []) and v != _DEFAULTS.get(k)}

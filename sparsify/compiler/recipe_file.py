@@ -19,8 +19,8 @@ _TEXT, _NUMBER, _SWITCH = ((str,), "text"), ((int,), "a whole number"), ((bool,)
 _NAMES = ((str, list), "a name or a list of names")
 KEYS: dict[str, tuple[tuple[type, ...], str]] = {
     **dict.fromkeys(("model", "output", "to", "calibration", "schedule", "device", "memory", "compute_dtype"), _TEXT),
-    **dict.fromkeys(("chat_template", "adapter", "dtype", "teacher"), _TEXT),
-    **dict.fromkeys(("samples", "sequence_length", "seed"), _NUMBER),
+    **dict.fromkeys(("chat_template", "adapter", "dtype", "teacher", "eval"), _TEXT),
+    **dict.fromkeys(("samples", "sequence_length", "seed", "eval_windows"), _NUMBER),
     **dict.fromkeys(("ignore", "only", "print_after"), _NAMES),
     **dict.fromkeys(("overwrite", "dry_run", "allow_bin", "no_check", "allow_nan", "strict"), _SWITCH),
     "passes": ((str, list), "a list of passes"),

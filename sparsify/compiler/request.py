@@ -12,7 +12,8 @@ from torch import nn
 from sparsify.calibration.accumulators import GRADIENTS
 from sparsify.compiler.backend import Backend, as_backend
 from sparsify.data.batches import Calibration
-from sparsify.data.given import named_or_given
+from sparsify.data.given import are_texts, named_or_given
+from sparsify.data.sources import same_source
 from sparsify.errors import SpecError
 from sparsify.method.base import Pass, check_order
 from sparsify.method.region_pass import RegionPass
@@ -36,6 +37,8 @@ class Request:
         out: the folder to write; None keeps the result in memory. template: the file of a chat template.
         teacher: the dense model that a pass fits to, where it is not the one that is pruned here.
         named_by_passes: what each pass names for itself, in the order of all passes.
+        evaluate: the text that judges, a source's name or what was given in Python; None for none. eval_windows: its
+            first so many windows only.
         recipe: these words and those of opening the model, for another run; None where some are in memory alone.
         date: when they were given, in UTC.
     """
@@ -55,6 +58,8 @@ class Request:
     template: str | Path | None = None
     teacher: str | Path | nn.Module | None = None
     named_by_passes: tuple[Named, ...] = ()
+    evaluate: Any = None
+    eval_windows: int | None = None
     recipe: Mapping[str, Any] | None = None
     date: str = ""
 
@@ -71,6 +76,11 @@ class Request:
     def most_rows(self) -> int | None:
         """How many rows a batch may have: one where gradients are taken, which are those of single samples."""
         return most_rows(self.passes)
+
+    @property
+    def shares_data(self) -> bool:
+        """Whether the text that judges is what calibrates, of which the last tenth is held out then."""
+        return isinstance(self.data, str) and isinstance(self.evaluate, str) and same_source(self.data, self.evaluate)
 
     @property
     def named(self) -> str | None:
@@ -106,6 +116,8 @@ def parse(
     dry_run: bool = False,
     template: str | Path | None = None,
     teacher: str | Path | nn.Module | None = None,
+    evaluate: Any = None,
+    eval_windows: int | None = None,
 ) -> Request:
     """Understand the words, and refuse what can be refused before a model is opened.
 
@@ -150,9 +162,13 @@ def parse(
         template=template,
         teacher=teacher,
         named_by_passes=tuple(named for _, named in told),
+        evaluate=named_or_given(evaluate),
+        eval_windows=eval_windows,
     )
     _check_teacher(request)
-    if template is not None and not (request.needs_data and request.is_named):
+    _check_judging(request)
+    judged = isinstance(request.evaluate, str)
+    if template is not None and not (request.needs_data and request.is_named) and not judged:
         found = "batches given in Python" if request.needs_data else "no pass that calibrates"
         raise SpecError(f"--chat-template {template}", found=found, do="Leave it out, or name data of chat messages")
     return request
@@ -196,6 +212,27 @@ def _check_teacher(request: Request) -> None:
             found="a model that is its own teacher",
             do="Give the dense model with --teacher, or prune first: --pass twin:2:4 --pass refine",
         )
+
+
+def _check_judging(request: Request) -> None:
+    if request.eval_windows is not None:
+        asked = f"--eval-windows {request.eval_windows}"
+        if request.evaluate is None:
+            raise SpecError(asked, found="no text to evaluate on", do="Name one with --eval TEXT")
+        if request.eval_windows < 1:
+            raise SpecError(asked, found="fewer than one", do="Give 1 or more")
+    if request.evaluate is None:
+        return
+    asked = f"--eval {request.evaluate}" if isinstance(request.evaluate, str) else "evaluate="
+    if not request.passes:
+        found = "no pass, so that there is nothing to compare"
+        raise SpecError(asked, found=found, do="Give --pass, or run sparsify eval MODEL --data TEXT")
+    if own := next((own for own in request.passes if "graph" in own.changes), None):
+        found = f"a graph that {spec_text(own)} changes, which is not the model's parameters alone"
+        raise SpecError(asked, found=found, do=f"Leave it out, or evaluate without {own.name}")
+    if are_texts(request.evaluate) and are_texts(request.data) and set(request.evaluate) & set(request.data):
+        found = "texts that calibrate as well"
+        raise SpecError(asked, found=found, do="Keep some texts back for it: calibration=texts[4:], evaluate=texts[:4]")
 
 
 def default_output(source_name: str, passes: Sequence[str], to: str = "hf") -> Path:

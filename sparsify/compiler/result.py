@@ -25,6 +25,7 @@ from sparsify.ir.store import MemoryStore
 from sparsify.ir.weights import Weights
 from sparsify.method.spec import spec_text
 from sparsify.progress import Shown, shown
+from sparsify.quality.evaluation import Judged
 from sparsify.structure.record import Restructured
 
 
@@ -37,8 +38,8 @@ class Compiled:
             a parameter that no pass can prune. ``output``: the folder that was written, or None; ``notes``: what the
             backend says of it. ``structure``: what structural passes took out, before ``runs``; ``source`` is the
             smaller model then. ``dense``: the weights before ``runs``, in the order that passes gave to channels.
-            ``lowered``: the module that a lowering pass gave. ``manifest``: what ``sparsify.json``
-            says of all this.
+            ``lowered``: the module that a lowering pass gave. ``evaluation``: perplexity before and after, where
+            ``evaluate`` was given. ``manifest``: what ``sparsify.json`` says of all this.
     """
 
     source: Source
@@ -51,6 +52,7 @@ class Compiled:
     output: Path | None = None
     notes: list[str] = field(default_factory=list)
     lowered: fx.GraphModule | None = None
+    evaluation: Judged | None = None
     manifest: dict[str, Any] = field(default_factory=dict)
     # Whoever owns the folder of a smaller model that was not written to an output.
     folder_owner: object = field(default=None)
@@ -72,7 +74,8 @@ class Compiled:
         data = None if self.calibration is None else f"{self.calibration.size}: {self.calibration.said}"
         smaller = [line for done in self.structure for line in done.lines()]
         where = where if self.manifest else "a dry run: nothing was pruned"
-        return Summary(self.source.name, self.program.weights, made, smaller, self.runs, data, where)
+        judged = [] if self.evaluation is None else self.evaluation.lines()
+        return Summary(self.source.name, self.program.weights, made, smaller, self.runs, data, where, judged)
 
     def check_holds(self, doing: str) -> None:
         """Raises:

@@ -15,6 +15,7 @@ from sparsify.analysis.graph_pass import GraphPass, LoweringPass
 from sparsify.analysis.linear import find_sites
 from sparsify.calibration.gradients import Samples
 from sparsify.compiler.backend import Job
+from sparsify.compiler.judging import Judge
 from sparsify.compiler.manifest import make_manifest
 from sparsify.compiler.request import Request
 from sparsify.compiler.result import Compiled
@@ -180,8 +181,16 @@ def plan(source: Source, request: Request, context: Context) -> tuple[Planned, C
     return Planned(model, structure, later if structure else _runs(model, request)), given
 
 
+def as_plan(planned: Planned, judge: Judge | None) -> Compiled:
+    """What a dry run gives back."""
+    compiled = planned.compiled
+    if judge is not None:
+        compiled.notes.append(f"perplexity would be measured before and after, on {judge.size}")
+    return compiled
+
+
 def draw(
-    planned: Planned, given: Calibration | None, request: Request, context: Context
+    planned: Planned, given: Calibration | None, request: Request, context: Context, judge: Judge | None
 ) -> tuple[Planned, Calibration | None]:
     """The calibration batches: only now, when all that can be refused has been, for drawing them may take minutes.
 
@@ -190,7 +199,7 @@ def draw(
     if given is not None or not request.needs_data:
         return planned, given
     model, structure = planned.model, planned.structure
-    data = _load(model.source, request, context)
+    data = _load(model.source, request, context, templated=judge is not None and judge.used)
     if _same_shapes(model.program, data.batches[0]):
         return planned, data
     source, wanted = model.source, model.wanted
@@ -313,6 +322,8 @@ def finish(
         opened: the model as it was before any pass.
     """
     compiled.manifest = make_manifest(compiled, request, context.seed, opened)
+    if compiled.evaluation is not None:
+        compiled.manifest["evaluation"] = compiled.evaluation.as_dict()
     if job is None:
         compiled.folder_owner = place.keep()
         return compiled
@@ -322,7 +333,10 @@ def finish(
     return compiled
 
 
-def _load(source: Source, request: Request, context: Context) -> Calibration:
+def _load(source: Source, request: Request, context: Context, *, templated: bool = False) -> Calibration:
+    """Args:
+    templated: a chat template that was given has served already.
+    """
     chat = Chat(source, request.template)
     data = load_calibration(
         request.data,
@@ -332,8 +346,11 @@ def _load(source: Source, request: Request, context: Context) -> Calibration:
         seed=context.seed,
         rows=request.most_rows,
         chat=chat,
+        both=request.shares_data,
     )
-    chat.check_used(f"'{request.data}'" if request.data is not None else data.label)
+    # Batches given in Python need none; the text that judges may, and has been asked.
+    if request.is_named and not templated:
+        chat.check_used(f"'{request.data}'" if request.data is not None else data.label)
     return data
 
 

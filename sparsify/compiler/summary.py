@@ -23,6 +23,7 @@ class Summary:
     """Attributes:
     model: its name. weights: all of its parameters. structural: specs of the passes that made it smaller.
     smaller: what those took out, in lines. runs: the other passes. data: what was calibrated on. where: it lies.
+    judged: perplexity before and after, in lines.
     """
 
     model: str
@@ -32,6 +33,7 @@ class Summary:
     runs: Sequence[PassRun]
     data: str | None
     where: str
+    judged: Sequence[str] = ()
 
     def line(self) -> str:
         """One line: model, passes, how much is zero, and where it lies."""
@@ -59,7 +61,7 @@ class Summary:
                 cells = [name.ljust(widths[0]), *(f.rjust(w) for f, w in zip(figures, widths[1:], strict=True))]
                 lines.append("  " + "  ".join(cells).rstrip())
             lines += [f"  left as it was: {line}" for line in _left(run)]
-        return plain("\n".join(lines), keep="\n")
+        return plain("\n".join([*lines, *self.judged]), keep="\n")
 
     def html(self) -> str:
         """The line, and the tables as one."""
@@ -72,7 +74,8 @@ class Summary:
                 rows.append(f'<tr><td style="text-align:left">{html.escape(plain(name))}</td>{cells}</tr>')
         head = "".join(f"<th>{name}</th>" for name in _HEAD)
         table = f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>" if rows else ""
-        return f"<div><p>{html.escape(self.line())}</p>{table}</div>"
+        judged = "".join(f"<p>{html.escape(plain(line))}</p>" for line in self.judged)
+        return f"<div><p>{html.escape(self.line())}</p>{table}{judged}</div>"
 
 
 def _rows(sites: Sequence[SiteResult]) -> list[tuple[str, ...]]:

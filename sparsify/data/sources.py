@@ -81,7 +81,8 @@ def _read(spec: str, split: Split, chat: Render | None) -> Documents:
     if spec == "c4":
         return Documents("c4", c4(split))
     path, _, field = spec.partition(":")
-    kind = kind_at(path)
+    # No name is no folder, and not the one that the command runs in.
+    kind = kind_at(path) if path else None
     if kind == "other":
         raise CalibrationError(f"data '{spec}'", found="no regular file", do=f"Name {FORMS}")
     if kind == "folder":

@@ -1,1 +1,1 @@
-"""How good a pruned model is: perplexity, and passes side by side."""
+"""Models measured and compared, as users call it: ``evaluate``, and passes side by side."""

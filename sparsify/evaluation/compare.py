@@ -24,7 +24,6 @@ from sparsify.data.sources import same_source
 from sparsify.errors import SpecError
 from sparsify.evaluation.comparison import Compared, ComparedPass
 from sparsify.evaluation.figure import draw
-from sparsify.evaluation.perplexity import perplexity
 from sparsify.files.ownership import Scratch
 from sparsify.files.reading import kind_at
 from sparsify.files.staging import Staging
@@ -32,6 +31,7 @@ from sparsify.frontend.source import Source, open_source
 from sparsify.host import cpu_by_default, recent_peak, reset_peak, resolve_device
 from sparsify.method.spec import parse_pass, split_pipeline
 from sparsify.progress import Shown, shown
+from sparsify.quality.perplexity import perplexity
 from sparsify.words import Schedule, parse_bytes
 
 

@@ -1,10 +1,9 @@
-"""``evaluate``: how good a model is on text. What is measured is :mod:`sparsify.evaluation.perplexity`'s."""
+"""``evaluate``: how good a model is on text. What is measured is :mod:`sparsify.quality`'s."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,28 +12,14 @@ from torch import Tensor, nn
 
 from sparsify.compiler.result import Compiled
 from sparsify.context import Context, Observer
-from sparsify.data.batches import evaluation_windows
 from sparsify.data.chat import Chat
-from sparsify.data.given import are_texts, named_or_given
-from sparsify.data.inputs import are_ids
-from sparsify.errors import CalibrationError, SpecError
-from sparsify.evaluation.heldout import with_use
-from sparsify.evaluation.perplexity import perplexity
+from sparsify.data.given import named_or_given
 from sparsify.frontend.source import Source, open_source, require_real
 from sparsify.host import cpu_by_default, resolve_device
 from sparsify.progress import Shown, shown
+from sparsify.quality.evaluation import Evaluation, measure
+from sparsify.quality.heldout import windows_of
 from sparsify.words import check_amount, parse_bytes
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Perplexity over ``windows`` windows of ``sequence_length`` tokens of ``data``."""
-
-    perplexity: float
-    windows: int
-    sequence_length: int
-    data: str
-    seconds: float
 
 
 @cpu_by_default()
@@ -103,11 +88,9 @@ def evaluate(
                 tokenizer=tokenizer,
             )
         chat = Chat(source, chat_template)
-        ids, label = _windows(named_or_given(data), source, windows, sequence_length, chat)
+        ids, label = windows_of(named_or_given(data), source, windows, sequence_length, chat)
         chat.check_used(f"'{data}'" if isinstance(data, (str, Path)) else label)
-        started = time.perf_counter()
-        value = perplexity(source, ids, context)
-    return Evaluation(value, len(ids), ids.shape[1], label, time.perf_counter() - started)
+        return measure(source, ids, label, context)
 
 
 def _compiled(model: Compiled, tokenizer: Any) -> Source:
@@ -115,23 +98,3 @@ def _compiled(model: Compiled, tokenizer: Any) -> Source:
     model.check_holds("evaluating it")
     source = replace(model.source, weights=model.program.weights)
     return source if tokenizer is None else replace(source, given_tokenizer=tokenizer)
-
-
-def _windows(data: Any, source: Source, limit: int | None, length: int | None, chat: Chat) -> tuple[Tensor, str]:
-    """Windows [count, length] of token ids, and where they are from."""
-    if isinstance(data, str):
-        ids, label = evaluation_windows(data, source, length, limit, chat)
-        return ids, with_use(label, data, source)
-    if are_texts(data):
-        return evaluation_windows(data, source, length, limit, chat)
-    if not isinstance(data, Tensor) or data.dim() != 2 or 0 in data.shape or not are_ids(data):
-        found = f"{data.dtype} {list(data.shape)}" if isinstance(data, Tensor) else f"a {type(data).__name__}"
-        raise CalibrationError(
-            "data to evaluate on",
-            found=found,
-            do="Give a source's name or path, a list of texts, or token ids [windows, length]",
-        )
-    if length is not None and length != data.shape[1]:
-        found = f"windows of {data.shape[1]} token ids, which are taken as they are"
-        raise SpecError(f"sequence length {length}", found=found, do="Leave sequence_length out")
-    return data[:limit].cpu(), "token ids given in Python"

@@ -10,12 +10,12 @@ from torch import Tensor
 
 from sparsify.calibration.activations import ActivationStore
 from sparsify.context import Context
-from sparsify.evaluation.perplexity import as_batches, predict, window_losses
 from sparsify.frontend.capture import capture
 from sparsify.frontend.source import Source
 from sparsify.ir.program import Program
 from sparsify.ir.weights import Weights
 from sparsify.precision import exact_products
+from sparsify.quality.perplexity import as_batches, predict, window_losses
 
 # Numbers of a chunk [tokens, vocabulary] in float32; some four of them are alive at once.
 _CHUNK = 1 << 22
@@ -25,7 +25,7 @@ class Judge:
     """``windows`` [count, length] of token ids, and the model traced on them. A context manager.
 
     Raises:
-        SpecError, CalibrationError, TraceError: as :func:`sparsify.evaluation.perplexity.perplexity`.
+        SpecError, CalibrationError, TraceError: as :func:`sparsify.quality.perplexity.perplexity`.
     """
 
     def __init__(self, source: Source, windows: Tensor, context: Context) -> None:

@@ -79,7 +79,7 @@ def search(
 
     Args:
         budget: ``"perplexity<=1.05"`` or ``"perplexity<=+5%"``, against the dense model's; ``"perplexity<=12.3abs"``.
-        data: the text that judges, as for :func:`sparsify.evaluation.perplexity.evaluate`; its held-out part where it
+        data: the text that judges, as for :func:`sparsify.evaluation.evaluate.evaluate`; its held-out part where it
             has parts, and the last tenth of a file that calibrates as well.
         output: the folder to write, whose ``sparsify.json`` has the search; trials are kept in ``OUTPUT.search``, and
             the same search goes on from those that are there. None keeps model and trials in memory.

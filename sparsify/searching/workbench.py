@@ -25,7 +25,6 @@ from sparsify.context import Context, SiteResult
 from sparsify.data.batches import Calibration, evaluation_windows, load_calibration
 from sparsify.data.chat import Chat
 from sparsify.data.sources import same_source
-from sparsify.evaluation.heldout import with_use
 from sparsify.frontend.capture import capture
 from sparsify.frontend.source import Source, open_source
 from sparsify.host import within_memory
@@ -39,6 +38,7 @@ from sparsify.prune.names import Wanted
 from sparsify.prune.shares import shared_out
 from sparsify.prune.targets import Target, choose
 from sparsify.prune.turn import Turn
+from sparsify.quality.heldout import with_use
 from sparsify.searching.judge import Judge
 from sparsify.tensors import digest
 from sparsify.words import Schedule
@@ -76,7 +76,7 @@ class Workbench:
         calibration: None for a pass that needs none. label: the text that judges.
 
     Raises:
-        SparsifyError: as :func:`sparsify.compile` and :func:`sparsify.evaluation.perplexity.evaluate`.
+        SparsifyError: as :func:`sparsify.compile` and :func:`sparsify.evaluation.evaluate.evaluate`.
     """
 
     def __init__(self, model: str | Path | nn.Module, own: WeightPass, words: Words, context: Context) -> None:

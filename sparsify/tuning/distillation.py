@@ -24,12 +24,12 @@ from sparsify.calibration.interpreter import Region
 from sparsify.calibration.loss import logits_node
 from sparsify.context import Context, Progress
 from sparsify.errors import CalibrationError
-from sparsify.evaluation.perplexity import Windows
 from sparsify.frontend.capture import capture
 from sparsify.frontend.source import Source
 from sparsify.host import within_memory
 from sparsify.ir.program import Program
 from sparsify.precision import exact_products
+from sparsify.quality.perplexity import Windows
 from sparsify.refine.fitter import Fitter
 from sparsify.refine.regions import alive, smallest
 from sparsify.tensors import all_finite

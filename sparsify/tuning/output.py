@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from sparsify.compiler.backend import Backend
 from sparsify.context import Context
 from sparsify.errors import CalibrationError
-from sparsify.evaluation.perplexity import of_losses, perplexity
 from sparsify.files.ledger import write_manifest
 from sparsify.files.staging import Staging
 from sparsify.finite import infinities_allowed, said, scan
@@ -21,6 +20,7 @@ from sparsify.frontend.source import Source
 from sparsify.ir.program import Program
 from sparsify.provenance.card import write_card
 from sparsify.provenance.history import earlier, entry, of_tuning, origin_of
+from sparsify.quality.perplexity import of_losses, perplexity
 from sparsify.tensors import digest
 from sparsify.tuning.recipe import Recipe, Tuned
 
@@ -84,7 +84,9 @@ class Output:
             record = replace(result, perplexity=(result.perplexity[0], after)).as_dict()
             record.pop("output")
             program.weights = job.weights
-            kept = {**source.ledger.manifest, **({"allow_nan": True} if source.allow_nan else {})}
+            # What was judged before were other weights.
+            before = {key: value for key, value in source.ledger.manifest.items() if key != "evaluation"}
+            kept = {**before, **({"allow_nan": True} if source.allow_nan else {})}
             made = {"source_check": source.checked, "tuned": record, "history": _history(source, record, self.asked)}
             job.finish(program, {"model": source.name, **kept, **made})
         return after

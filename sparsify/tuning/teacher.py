@@ -13,11 +13,11 @@ from sparsify.compiler.teacher import check_same_tokens, words_of
 from sparsify.context import Context
 from sparsify.data.batches import example_batch
 from sparsify.errors import SpecError
-from sparsify.evaluation.perplexity import perplexity
 from sparsify.frontend.capture import capture
 from sparsify.frontend.source import Source, open_source
 from sparsify.ir.program import Program
 from sparsify.ir.weights import Weights
+from sparsify.quality.perplexity import perplexity
 from sparsify.tensors import BLAKE, as_bytes, new_hash
 from sparsify.tuning.masks import masks_of
 

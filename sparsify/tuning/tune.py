@@ -28,12 +28,12 @@ from sparsify.data.chat import Chat
 from sparsify.data.inputs import default_length
 from sparsify.data.sources import same_source
 from sparsify.errors import CalibrationError, SpecError
-from sparsify.evaluation.perplexity import perplexity
 from sparsify.files.staging import check_output
 from sparsify.frontend.capture import capture
 from sparsify.frontend.source import open_source
 from sparsify.host import cpu_by_default, within_memory
 from sparsify.provenance.history import run_date
+from sparsify.quality.perplexity import perplexity
 from sparsify.tensors import BLAKE, digest
 from sparsify.tuning.distillation import Distillation
 from sparsify.tuning.masks import check_masks, masks_of

@@ -16,13 +16,13 @@ from torch import fx, nn
 import sparsify
 from sparsify.context import Context
 from sparsify.evaluation.compare import compare
-from sparsify.evaluation.perplexity import perplexity
 from sparsify.frontend.capture import capture
 from sparsify.frontend.source import open_source
 from sparsify.ir.graph import runnable
 from sparsify.method.pattern import NM
 from sparsify.passes import Wanda
 from sparsify.prune.fx_pass import GraphPrune
+from sparsify.quality.perplexity import perplexity
 
 Folder = Callable[[str], Path]
 

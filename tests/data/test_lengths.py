@@ -18,9 +18,9 @@ from sparsify.data.inputs import default_length
 from sparsify.errors import SpecError
 from sparsify.evaluation.compare import compare
 from sparsify.evaluation.evaluate import evaluate
-from sparsify.evaluation.perplexity import perplexity
 from sparsify.frontend.source import Source, open_source
 from sparsify.frontend.tables import position_table
+from sparsify.quality.perplexity import perplexity
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 64, "vocab_size": 64}
 BART = {

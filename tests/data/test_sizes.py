@@ -11,9 +11,9 @@ from support.families import build
 
 from sparsify.data import generate, inputs
 from sparsify.data.batches import load_calibration
-from sparsify.evaluation import perplexity as evaluation
-from sparsify.evaluation.perplexity import perplexity
 from sparsify.frontend.source import Source, open_source
+from sparsify.quality import perplexity as evaluation
+from sparsify.quality.perplexity import perplexity
 
 
 @pytest.fixture(scope="module")

@@ -15,10 +15,10 @@ from support.command_line import sparsify
 
 from sparsify.errors import BackendError, SparsifyError
 from sparsify.evaluation.compare import compare
-from sparsify.evaluation.perplexity import perplexity
 from sparsify.files.ownership import Claim
 from sparsify.frontend.source import open_source
 from sparsify.method.spec import split_specs
+from sparsify.quality.perplexity import perplexity
 
 
 @pytest.fixture(scope="module")

@@ -17,9 +17,9 @@ from torch import Tensor
 
 import sparsify
 from sparsify.errors import BackendError, CheckpointError, SpecError
-from sparsify.evaluation.perplexity import perplexity
 from sparsify.frontend.source import open_source
 from sparsify.method.spec import parse_pass
+from sparsify.quality.perplexity import perplexity
 
 # Attention of these has its sizes built in.
 HEADS_REFUSED = ("falcon", "gpt2", "mamba", "mamba2", "opt", "phi3", "t5")

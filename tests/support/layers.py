@@ -19,7 +19,7 @@ STOREYS: tuple[tuple[str, ...], ...] = (
     ("analysis", "frontend"),
     ("data", "provenance"),
     ("calibration",),
-    ("prune", "refine"),
+    ("prune", "refine", "quality"),
     ("structure",),
     ("compiler",),
     ("evaluation", "inspection"),

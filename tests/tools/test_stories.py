@@ -12,8 +12,8 @@ from torch import Tensor
 import sparsify
 from sparsify.data.sources import Documents
 from sparsify.data.windows import random_windows
-from sparsify.evaluation.perplexity import perplexity
 from sparsify.frontend.source import Source, open_source
+from sparsify.quality.perplexity import perplexity
 
 
 @pytest.fixture(scope="module")

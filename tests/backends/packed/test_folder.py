@@ -20,9 +20,9 @@ from sparsify.backends.packed.loaded.linear import PackedLinear
 from sparsify.backends.packed.loaded.modules import FastLinear
 from sparsify.backends.packed.unpack import unpack_folder
 from sparsify.errors import BackendError
-from sparsify.evaluation.perplexity import perplexity
 from sparsify.files.checkpoint import Checkpoint
 from sparsify.frontend.source import open_source
+from sparsify.quality.perplexity import perplexity
 from sparsify.runtime.stopwatch import Stopwatch, Timing
 
 

@@ -11,8 +11,8 @@ from support.families import build
 from sparsify.context import Context, Progress
 from sparsify.errors import CalibrationError, TraceError
 from sparsify.evaluation.evaluate import evaluate
-from sparsify.evaluation.perplexity import perplexity
 from sparsify.frontend.source import open_source
+from sparsify.quality.perplexity import perplexity
 
 
 @pytest.mark.parametrize("family", ["llama", "opt", "gpt2", "mamba", "mixtral", "gemma3"])

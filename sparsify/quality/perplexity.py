@@ -34,7 +34,6 @@ _TOKENS_AT_ONCE = 1024
 _MOST = 700.0
 
 
-@exact_products()
 def perplexity(source: Source, windows: Tensor, context: Context | None = None) -> float:
     """Perplexity on ``windows`` [count, length] of token ids, of any whole type.
 
@@ -43,11 +42,22 @@ def perplexity(source: Source, windows: Tensor, context: Context | None = None) 
         CalibrationError: ids of another vocabulary, too little memory, or a loss that is no number.
         TraceError: no causal language model.
     """
-    context, batches = context or Context(), as_batches(windows, source)
+    losses, dtype = losses_on(source, windows, context or Context())
+    return of_losses(losses, source.name, dtype)
+
+
+@exact_products()
+def losses_on(source: Source, windows: Tensor, context: Context) -> tuple[Tensor, torch.dtype]:
+    """The mean loss of each window, float64, and the dtype that the model computed its logits in.
+
+    Raises:
+        SpecError, CalibrationError, TraceError: as :func:`perplexity`, but for losses that are no numbers.
+    """
+    batches = as_batches(windows, source)
     with within_memory(f"evaluating {source.name}", context.device):
         program = capture(source, batches[0])
         losses = window_losses(program, batches, context)
-    return of_losses(losses, source.name, _logits(program).meta["val"].dtype)
+    return losses, check_causal(program).meta["val"].dtype
 
 
 def as_batches(windows: Tensor, source: Source) -> Windows:
@@ -66,8 +76,11 @@ def as_batches(windows: Tensor, source: Source) -> Windows:
     return Windows(windows, max(d for d in range(1, min(most, count) + 1) if count % d == 0), source)
 
 
-def of_losses(losses: Tensor, name: str, dtype: torch.dtype) -> float:
+def of_losses(losses: Tensor, name: str, dtype: torch.dtype, *, refuse: bool = True) -> float:
     """Perplexity of the model ``name``, computed in ``dtype``, from the mean loss of each window, [windows].
+
+    Args:
+        refuse: what is no perplexity; else infinity stands for it.
 
     Raises:
         CalibrationError: a window whose loss is no number, or losses past any perplexity.
@@ -75,6 +88,8 @@ def of_losses(losses: Tensor, name: str, dtype: torch.dtype) -> float:
     mean = float(losses.double().mean())
     if mean < _MOST:
         return math.exp(mean)
+    if not refuse:
+        return math.inf
     broken = (~losses.isfinite()).nonzero().flatten().tolist()
     if not broken:
         raise CalibrationError(
@@ -126,7 +141,7 @@ def predict(
     record: Callable[[int, Tensor], None],
 ) -> None:
     """Run ``program`` region by region; ``record`` is given the number of each batch and its logits."""
-    logits = _logits(program)
+    logits = check_causal(program)
     flow = Flow.of(program)
     stop = flow.position[logits] + 1
     cuts = itertools.pairwise([0, *block_starts(program, flow), stop])
@@ -151,7 +166,12 @@ def predict(
             runner.run_region(region, watch=watch, on_value=on_value, after_batch=tell)
 
 
-def _logits(program: Program) -> fx.Node:
+def check_causal(program: Program) -> fx.Node:
+    """The logits of a causal language model.
+
+    Raises:
+        TraceError: it is none.
+    """
     node = logits_node(program)
     if node is not None and is_causal(program):
         return node

@@ -1,0 +1,144 @@
+"""What an evaluation says: perplexity with the loss of every window, and a model before and after passes."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from sparsify.context import Context
+from sparsify.errors import SpecError
+from sparsify.frontend.source import Source
+from sparsify.quality.perplexity import losses_on, of_losses
+from sparsify.quality.verdict import Paired
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Perplexity over ``windows`` windows of ``sequence_length`` tokens of ``data``.
+
+    Attributes:
+        losses: the mean loss of each window, in order. sha256: of the windows' token ids.
+    """
+
+    perplexity: float
+    windows: int
+    sequence_length: int
+    data: str
+    seconds: float
+    losses: tuple[float, ...] = field(default=(), repr=False)
+    sha256: str = field(default="", repr=False)
+
+    def against(self, other: Evaluation, base: str = Paired.base, do: str = "") -> Paired:
+        """This model against that of ``other``, window by window.
+
+        Args:
+            base: what the perplexity of ``other`` is called in the verdict. do: what to do where this one is worse.
+
+        Raises:
+            SpecError: they were measured on different windows.
+        """
+        if self.sha256 != other.sha256 or len(self.losses) != len(other.losses):
+            raise SpecError(
+                "comparing two evaluations",
+                found=f"other windows: {self.size} and {other.size}, and not the same token ids",
+                do="Evaluate both on the same data, windows and sequence length; models of other tokenizers have none",
+            )
+        return Paired.of(self.losses, other.losses, base, do)
+
+    @property
+    def size(self) -> str:
+        """On what, in words."""
+        return f"{self.windows} windows of {self.sequence_length} tokens of {self.data}"
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON: all but the single losses."""
+        return {key: value for key, value in vars(self).items() if key != "losses"}
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A model before its passes and after them, on the same windows.
+
+    Attributes:
+        dense, pruned: before and after. base: what the perplexity before is called. do: what to do where it is worse.
+    """
+
+    dense: Evaluation
+    pruned: Evaluation
+    base: str = "the dense perplexity"
+    do: str = ""
+
+    @property
+    def paired(self) -> Paired:
+        """After against before."""
+        return self.pruned.against(self.dense, self.base, self.do)
+
+    @property
+    def ratio(self) -> float:
+        """The perplexity after over that before."""
+        return self.paired.ratio
+
+    @property
+    def standard_error(self) -> float | None:
+        """Of the logarithm of the ratio; None where there is but one window."""
+        return self.paired.standard_error
+
+    @property
+    def verdict(self) -> str:
+        """One sentence."""
+        return self.paired.verdict
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON and ``sparsify.json``; what is no number is null there."""
+        return {
+            "data": self.dense.data,
+            "windows": self.dense.windows,
+            "sequence_length": self.dense.sequence_length,
+            "sha256": self.dense.sha256,
+            "dense": self.dense.perplexity,
+            "pruned": number(self.pruned.perplexity),
+            **paired_as_dict(self.paired),
+        }
+
+    def lines(self) -> list[str]:
+        """For people: the figures, and the verdict."""
+        before, after = figure(self.dense.perplexity), figure(self.pruned.perplexity)
+        return [f"perplexity on {self.dense.size}: {before} before, {after} after", self.verdict]
+
+
+def paired_as_dict(paired: Paired) -> dict[str, Any]:
+    """Two models for JSON."""
+    return {"ratio": number(paired.ratio), "standard_error": paired.standard_error, "verdict": paired.verdict}
+
+
+def figure(value: float) -> str:
+    """A perplexity in words."""
+    return f"{value:.3f}" if math.isfinite(value) else "no number"
+
+
+def number(value: float) -> float | None:
+    """``value``, and nothing where JSON has no number for it."""
+    return value if math.isfinite(value) else None
+
+
+def measure(source: Source, windows: Tensor, label: str, context: Context, *, refuse: bool = True) -> Evaluation:
+    """The model on ``windows`` [count, length] of token ids, which are from ``label``.
+
+    Args:
+        refuse: a perplexity that is no number; else it is infinity: a model that was pruned is judged, not refused.
+
+    Raises:
+        SpecError, CalibrationError, TraceError: as :func:`sparsify.quality.perplexity.perplexity`.
+    """
+    started = time.perf_counter()
+    losses, dtype = losses_on(source, windows, context)
+    value = of_losses(losses, source.name, dtype, refuse=refuse)
+    ids = hashlib.sha256(windows.long().contiguous().numpy().tobytes()).hexdigest()
+    seconds = time.perf_counter() - started
+    count, length = windows.shape
+    return Evaluation(value, count, length, label, seconds, tuple(losses.tolist()), ids)
