@@ -259,7 +259,7 @@ def test_at_the_command_line(folder: Callable[[str], Path], tmp_path: Path) -> N
     done = sparsify_command(*words, "-o", tmp_path / "out").stdout
     assert "heads 2 → 1 (×2), channels 64 → 32 (×2); parameters 22,688 → 13,472 (0.594×)" in done
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == sorted(
-        {p.name for p in dense.iterdir()} | {"sparsify.json"}
+        {p.name for p in dense.iterdir()} | {"sparsify.json", "README.md"}
     )
 
 
