@@ -54,7 +54,7 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def sparse(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same, 2:4."""
     out = tmp_path_factory.mktemp("sparse") / "model"
-    sparsify.compile(dense, ["magnitude:2:4"], output=out)
+    sparsify.compile(dense, ["magnitude:2:4"], output=out, evaluate=torch.arange(3, 35).view(2, 16))
     return out
 
 
@@ -94,6 +94,8 @@ def check_recovery(sparse: Path, text: str, out: Path, recipe: Recipe, blocks: i
 def test_zeros_hold_and_the_loss_falls(sparse: Path, text: str, tmp_path: Path, method: Any) -> None:
     recipe = replace(QUICK, method=method, steps=12, rate=2e-2 if method == "lora" else 5e-3)
     check_recovery(sparse, text, tmp_path / "out", recipe, blocks=1)
+    judged, tuned = (json.loads((made / "sparsify.json").read_text()) for made in (sparse, tmp_path / "out"))
+    assert "evaluation" in judged and "evaluation" not in tuned, "what was judged are other weights"
 
 
 @pytest.mark.slow
