@@ -16,7 +16,7 @@ from support.command_line import sparsify as command
 import sparsify
 from sparsify.context import Progress
 from sparsify.errors import BackendError, CalibrationError, SparsifyError, SpecError, VerifyError
-from sparsify.evaluation.perplexity import evaluate
+from sparsify.evaluation.evaluate import evaluate
 from sparsify.files.ownership import Claim
 from sparsify.method.spec import parse_pass
 from sparsify.searching import search as searching
