@@ -101,7 +101,6 @@ def test_padding_and_whatever_the_memory(family: str, limits: dict[str, int]) ->
         check(traced(family, True), spec, batches(family, masked=True), schedule, **limits)
 
 
-@pytest.mark.xfail(reason="a value of fake_gpu goes to the CPU once a run since progress was told anew; to be found")
 @pytest.mark.parametrize("spec", ["wanda:2:4", "twin:2:4,mask=wanda", "gblm:2:4"])
 @pytest.mark.parametrize("masked", [False, True])
 def test_no_batch_waits_for_the_gpu(spec: str, masked: bool) -> None:
