@@ -38,8 +38,8 @@ import sparsify
 from sparsify.data.batches import evaluation_windows, load_calibration
 from sparsify.data.sources import Documents
 from sparsify.data.windows import random_windows
-from sparsify.evaluation.perplexity import perplexity
 from sparsify.frontend.source import Source, open_source
+from sparsify.quality.perplexity import perplexity
 
 ROOT = Path(__file__).parents[1]
 KEPT = ROOT / "tools" / "quality.jsonl"
@@ -106,7 +106,7 @@ def one(asked: Mapping[str, Any]) -> dict[str, Any]:
     setup = bench(asked)
     source, wanted = setup.source, specs(asked["passes"], asked["pattern"])
     wall, cpu = time.perf_counter(), time.process_time()
-    judged, regions = source, None
+    judged, regions, rates = source, None, None
     if wanted:
         assert source.folder is not None
         data = None if asked["passes"] == "magnitude" else setup.calibration
@@ -114,10 +114,11 @@ def one(asked: Mapping[str, Any]) -> dict[str, Any]:
         judged = Source(source.name, source.module, result.program.weights)
         kept = [region for run in result.runs for region in getattr(run, "regions", ())]
         regions = [sum(region.rate is not None for region in kept), len(kept)]
+        rates = [region.rate for region in kept]
     took = {"wall_s": round(time.perf_counter() - wall, 1), "cpu_s": round(time.process_time() - cpu, 1)}
     took["peak_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
     found = {kind: round(perplexity(judged, windows), 4) for kind, windows in setup.windows.items()}
-    return {"perplexity": found, **took, "refined": regions}
+    return {"perplexity": found, **took, "refined": regions, "rates": rates}
 
 
 def key(asked: Mapping[str, Any]) -> tuple[Any, ...]:
