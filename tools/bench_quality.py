@@ -38,8 +38,8 @@ import sparsify
 from sparsify.data.batches import evaluation_windows, load_calibration
 from sparsify.data.sources import Documents
 from sparsify.data.windows import random_windows
+from sparsify.evaluation.perplexity import perplexity
 from sparsify.frontend.source import Source, open_source
-from sparsify.quality.perplexity import perplexity
 
 ROOT = Path(__file__).parents[1]
 KEPT = ROOT / "tools" / "quality.jsonl"
