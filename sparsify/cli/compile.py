@@ -26,7 +26,10 @@ from sparsify.cli.options import (
     Memory,
     NoCheck,
     Only,
+    Overwrite,
     Quiet,
+    Samples,
+    Seed,
     Strict,
     Trust,
     command_errors,
@@ -105,16 +108,14 @@ def compile_command(
         int | None, typer.Option("--eval-windows", help="Judge by its first so many windows only.", min=1)
     ] = None,
     schedule: Annotated[str, typer.Option(help="layer, block (as the papers do) or dense.")] = "layer",
-    samples: Annotated[int | None, typer.Option(help="Calibration sequences. [default: 128; 32 for self]")] = None,
+    samples: Samples = None,
     sequence_length: Length = None,
-    seed: Annotated[int, typer.Option(help="Seed for drawing sequences.")] = 0,
+    seed: Seed = 0,
     ignore: Ignore = None,
     only: Only = None,
     device: Device = "auto",
     memory: Memory = "8GiB",
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace OUT: an older output or a model, no other folder.")
-    ] = False,
+    overwrite: Overwrite = False,
     print_after: Annotated[
         list[str] | None,
         typer.Option(
@@ -245,11 +246,10 @@ def _specs(passes: list[Any]) -> list[str]:
 
 def _to_keep(words: dict[str, Any]) -> dict[str, Any]:
     """What a recipe says: every option that is not its default, paths as they were typed."""
-    from sparsify.compiler.recipe import as_typed
+    from sparsify.compiler.recipe import DEFAULTS, as_typed, without_defaults
 
-    defaults = {"to": "hf", "schedule": "layer", "seed": 0, "device": "auto", "memory": "8GiB"}
     told = {key: as_typed(words[key]) for key in ("model", "passes", *KEYS) if key in words}
-    return {k: v for k, v in told.items() if v not in (None, False, []) and v != defaults.get(k)}
+    return without_defaults(told, {**DEFAULTS, "device": "auto", "memory": "8GiB"})
 
 
 def check_words(

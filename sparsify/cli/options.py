@@ -63,6 +63,11 @@ Only = Annotated[
     list[str] | None,
     typer.Option("--only", help="Prune only these: names, globs, re:…; repeated or with commas.", metavar="NAMES"),
 ]
+Samples = Annotated[int | None, typer.Option(help="Calibration sequences. [default: 128; 32 for self]")]
+Seed = Annotated[int, typer.Option(help="Seed for drawing sequences.")]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace OUT: an older output or a model, no other folder.")
+]
 Debug = Annotated[bool, typer.Option("--debug", help="Show a traceback with an error.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Length = Annotated[int | None, typer.Option(help="Tokens per sequence. [default: min(2048, the model's context)]")]

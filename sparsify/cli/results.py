@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from sparsify.cli.tables import OTHER_WINDOWS, pairs
+from sparsify.compiler.runs import zeros_of
 from sparsify.host import peak_memory
 from sparsify.method.spec import spec_text
 from sparsify.quality.evaluation import paired_as_dict
@@ -36,8 +36,7 @@ def result_as_dict(compiled: Compiled, seconds: float, *, planned: bool) -> dict
         "notes": list(compiled.notes),
     }
     if not planned:
-        zeros = {site.parameter: (1 - site.kept) * math.prod(site.shape) for run in compiled.runs for site in run.sites}
-        found["kept"] = 1 - sum(zeros.values()) / max(1, found["parameters"])
+        found["kept"] = 1 - zeros_of(compiled.runs) / max(1, found["parameters"])
         found["evaluation"] = None if compiled.evaluation is None else compiled.evaluation.as_dict()
         found["seconds_by_pass"] = [run.seconds for run in compiled.runs]
         return found | {key: compiled.manifest[key] for key in ("passes", "not_understood", "versions")}

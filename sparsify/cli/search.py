@@ -19,12 +19,17 @@ from sparsify.cli.options import (
     Compute,
     Debug,
     Device,
+    Ignore,
     Length,
     LogLevel,
     Memory,
     Model,
     NoCheck,
+    Only,
+    Overwrite,
     Quiet,
+    Samples,
+    Seed,
     Strict,
     Trust,
     command_errors,
@@ -42,6 +47,7 @@ from sparsify.words import (
     one_of,
     parse_bytes,
     plain,
+    split_names,
 )
 
 Data = Annotated[
@@ -55,13 +61,6 @@ Calibration = Annotated[
     ),
 ]
 Windows = Annotated[int | None, typer.Option(help="Judge by the first so many windows.", min=1)]
-Samples = Annotated[int | None, typer.Option(help="Calibration sequences. [default: 128; 32 for self]")]
-Seed = Annotated[int, typer.Option(help="Seed for drawing sequences.")]
-Ignore = Annotated[list[str] | None, typer.Option(help="Leave these dense: names, globs, re:…", metavar="NAME")]
-Only = Annotated[list[str] | None, typer.Option(help="Prune only these: names, globs, re:…", metavar="NAME")]
-Overwrite = Annotated[
-    bool, typer.Option("--overwrite", help="Replace OUT: an older output or a model, no other folder.")
-]
 
 
 def search_command(
@@ -136,8 +135,8 @@ def search_command(
                 sequence_length=sequence_length,
                 seed=seed,
                 schedule=chosen,
-                ignore=ignore or (),
-                only=only or (),
+                ignore=split_names(ignore or ()),
+                only=split_names(only or ()),
                 device=device,
                 memory=memory,
                 overwrite=overwrite,
@@ -233,8 +232,8 @@ def sensitivity_command(
                 samples=samples,
                 sequence_length=sequence_length,
                 seed=seed,
-                ignore=ignore or (),
-                only=only or (),
+                ignore=split_names(ignore or ()),
+                only=split_names(only or ()),
                 device=device,
                 memory=memory,
                 overwrite=overwrite,

@@ -11,6 +11,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from sparsify.compiler.runs import zeros_of
 from sparsify.host import peak_memory
 from sparsify.method.pattern import Pattern
 from sparsify.method.spec import spec_text
@@ -39,9 +40,8 @@ def result_report(compiled: Compiled, seconds: float) -> RenderableType:
     parts: list[RenderableType] = []
     for done in compiled.structure:
         parts += [Text(spec_text(done.structural_pass), "bold"), *map(Text, done.lines())]
-    whole = _Whole(count_parameters(compiled.source))
-    for run in compiled.runs:
-        whole.add(run.sites)
+    parameters = count_parameters(compiled.source)
+    for number, run in enumerate(compiled.runs, 1):
         if run.regions:
             parts += _region_report(run)
             continue
@@ -52,7 +52,8 @@ def result_report(compiled: Compiled, seconds: float) -> RenderableType:
             weights = f"{len(run.written)} weights written" if run.written else "no weight written"
             parts.append(Text(f"{spec_text(run.applied)}: {weights}, {run.seconds:.1f} s"))
             continue
-        parts += [_result_table(run, whole), *_skipped_lines(run.skipped)]
+        kept = 1 - zeros_of(compiled.runs[:number]) / max(1, parameters)
+        parts += [_result_table(run, parameters, kept), *_skipped_lines(run.skipped)]
         unseen = [(s.name, s.without_data) for s in run.sites if s.without_data]
         for name, experts in unseen:
             numbers = ", ".join(map(str, experts))
@@ -163,23 +164,8 @@ def comparison_report(comparison: Compared) -> RenderableType:
     return Group(*lines, *(Text(note, "yellow") for note in notes))
 
 
-class _Whole:
-    """Of all numbers in a model's parameters, how many passes have left: what no pass pruned counts as kept."""
-
-    def __init__(self, parameters: int) -> None:
-        self.parameters = parameters
-        self._zeros: dict[str, float] = {}
-
-    def add(self, sites: Iterable[SiteResult]) -> None:
-        """The later pass over a weight counts."""
-        self._zeros |= {site.parameter: (1 - site.kept) * math.prod(site.shape) for site in sites}
-
-    @property
-    def kept(self) -> str:
-        return f"{1 - sum(self._zeros.values()) / max(1, self.parameters):.2%}"
-
-
-def _result_table(run: PassRun, whole: _Whole) -> Table:
+def _result_table(run: PassRun, parameters: int, kept: float) -> Table:
+    """The sites of a pass by their kinds; ``kept`` of all ``parameters`` of the model, as it was left."""
     table = Table(
         title=f"{spec_text(run.applied)}, schedule {run.schedule}",
         title_justify="left",
@@ -197,7 +183,7 @@ def _result_table(run: PassRun, whole: _Whole) -> Table:
         table.add_row(kind.removeprefix(prefix), str(len(sites)), ", ".join(shapes), *_figures(sites))
     table.add_section()
     table.add_row("all", str(len(run.sites)), "", f"{run.kept:.2%}", *_figures(run.sites)[1:])
-    table.add_row("whole model", "", f"{whole.parameters:,}", whole.kept, "", "", "")
+    table.add_row("whole model", "", f"{parameters:,}", f"{kept:.2%}", "", "", "")
     twin = "cross_gram" in run.applied.statistics
     what = "‖X₀Wᵀ−XŴᵀ‖/‖X₀Wᵀ‖, X₀ the dense model's input," if twin else "‖XWᵀ−XŴᵀ‖/‖XWᵀ‖"
     table.caption = f"Errors are {what} on the calibration tokens, mean over sites and worst site."

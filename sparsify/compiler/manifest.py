@@ -92,14 +92,14 @@ def _whole(compiled: Compiled) -> dict[str, Any]:
             known.pop(name, None)
         known |= {s.parameter: round(s.kept * math.prod(s.shape)) for s in run.sites if _is_whole(s, weights)}
     for name in weights.parameters():
-        size = weights.shape(name).numel()
+        size = math.prod(weights.shape(name))
         every += size
         left += known[name] if name in known else int(weights.read(name).count_nonzero())
     return {"numbers": every, "kept": left / max(1, every)}
 
 
 def _is_whole(site: SiteResult, weights: Weights) -> bool:
-    return math.prod(site.shape) == weights.shape(site.parameter).numel()
+    return math.prod(site.shape) == math.prod(weights.shape(site.parameter))
 
 
 def _recipe(words: Mapping[str, Any], calibration: Calibration | None) -> dict[str, Any]:

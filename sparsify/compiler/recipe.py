@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from sparsify.compiler.request import Request
 from sparsify.method.spec import spec_text
 
 # What is no different from one output to another is not said.
-_DEFAULTS = {"to": "hf", "schedule": "layer", "seed": 0}
+DEFAULTS = {"to": "hf", "schedule": "layer", "seed": 0}
 
 
 def recipe_of(model: str | Path | nn.Module, request: Request, **others: Any) -> dict[str, Any] | None:
@@ -45,7 +46,12 @@ def recipe_of(model: str | Path | nn.Module, request: Request, **others: Any) ->
         "eval_windows": request.eval_windows,
         **{key: None if value is None else _plain(value) for key, value in others.items()},
     }
-    return {k: v for k, v in told.items() if v not in (None, False, []) and v != _DEFAULTS.get(k)}
+    return without_defaults(told, DEFAULTS)
+
+
+def without_defaults(told: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """What a recipe says of ``told``: neither what is not given nor what is so by itself."""
+    return {k: v for k, v in told.items() if v not in (None, False, []) and v != defaults.get(k)}
 
 
 def backend_text(backend: Backend) -> str:

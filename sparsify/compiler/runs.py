@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from sparsify.analysis.dimensions.lanes import Lanes
@@ -47,3 +48,9 @@ class PassRun:
         """Fraction of the weights of the pruned sites that are not zero."""
         sizes = [math.prod(site.shape) for site in self.sites]
         return sum(s.kept * n for s, n in zip(self.sites, sizes, strict=True)) / max(1, sum(sizes))
+
+
+def zeros_of(runs: Iterable[PassRun]) -> float:
+    """How many zeros the sites of ``runs`` hold: of a weight that several pruned, as the last left it."""
+    last = {site.parameter: site for run in runs for site in run.sites}
+    return sum((1 - site.kept) * math.prod(site.shape) for site in last.values())

@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sparsify.compiler.runs import PassRun
+from sparsify.compiler.runs import PassRun, zeros_of
 from sparsify.context import SiteResult
 from sparsify.ir.weights import Weights
 from sparsify.method.spec import spec_text
@@ -44,9 +44,8 @@ class Summary:
     @property
     def zeros(self) -> float:
         """The share of zeros that the pruned sites hold, of all numbers of the model."""
-        last = {site.parameter: site for run in self.runs for site in run.sites}
         every = sum(self.weights.shape(name).numel() for name in self.weights.parameters())
-        return sum((1 - site.kept) * math.prod(site.shape) for site in last.values()) / max(1, every)
+        return zeros_of(self.runs) / max(1, every)
 
     def text(self) -> str:
         """All of it, a table to each pass that pruned."""

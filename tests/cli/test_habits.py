@@ -155,3 +155,19 @@ def test_help_takes_little_time(command: str) -> None:
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         took.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
     assert min(took) < 0.35
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["compile", "MODEL", "--pass", "magnitude:2:4", "-o", "OUT"],
+        ["sensitivity", "MODEL", "--pass", "magnitude:2:4", "--data", "DATA"],
+        ["search", "MODEL", "--pass", "magnitude", "--budget", "perplexity<=1.05", "--data", "DATA", "-o", "OUT"],
+    ],
+)
+def test_names_may_stand_with_commas_between(words: list[str], bundled: Path, tmp_path: Path) -> None:
+    """Each is a name by itself: the one that matches nothing is the one that is told of."""
+    known = {"MODEL": str(bundled), "OUT": str(tmp_path / "out"), "DATA": "python-stdlib"}
+    done = sparsify(*(known.get(word, word) for word in words), "--only", "*.q_proj,*.nonsense", cwd=tmp_path)
+    assert done.returncode == 2 and "*.nonsense" in done.stderr and "q_proj,*" not in done.stderr
+    assert not (tmp_path / "out").exists()

@@ -169,7 +169,7 @@ def test_batches_of_uneven_size_become_even(llama: Source, ids: Tensor) -> None:
         ([torch.full((1, 4), 64)], "vocabulary has 64 tokens"),
         ([torch.full((1, 4), -1)], "token id -1"),
         ([torch.rand(2, 4)], "whole numbers"),
-        (["text"], "not a tensor"),
+        (["text"], "the longest of 0 tokens"),
         (3, "not an iterable"),
         ([torch.zeros(1, 4, dtype=torch.long), torch.zeros(1, 5, dtype=torch.long)], "pad to one length"),
         ([{"input_ids": torch.zeros(1, 4, dtype=torch.long)}, {"ids": torch.zeros(1, 4)}], "in another"),

@@ -19,7 +19,7 @@ import sparsify
 from sparsify.backends.onnx.expand import expand
 from sparsify.backends.packed.unpack import unpack_folder
 from sparsify.errors import CheckpointError, SpecError
-from sparsify.evaluation.heldout import with_use
+from sparsify.quality.heldout import with_use
 from sparsify.files.checkpoint import Checkpoint
 from sparsify.files.ledger import Ledger
 from sparsify.files.manifest import read_manifest
