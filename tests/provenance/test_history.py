@@ -19,12 +19,12 @@ import sparsify
 from sparsify.backends.onnx.expand import expand
 from sparsify.backends.packed.unpack import unpack_folder
 from sparsify.errors import CheckpointError, SpecError
-from sparsify.quality.heldout import with_use
 from sparsify.files.checkpoint import Checkpoint
 from sparsify.files.ledger import Ledger
 from sparsify.files.manifest import read_manifest
 from sparsify.frontend.source import open_source
 from sparsify.provenance.history import digest_of_sums, earlier
+from sparsify.quality.heldout import with_use
 
 DATA: dict[str, Any] = {"calibration": "random", "samples": 2, "sequence_length": 16}
 
