@@ -20,8 +20,8 @@ import torch
 import transformers
 
 import sparsify
-from sparsify.backends.packed.bench.benchmark import Benchmark
-from sparsify.backends.packed.bench.measure import bench
+from sparsify.backends.bench.benchmark import Benchmark
+from sparsify.backends.bench.measure import bench
 from sparsify.host import processor
 
 ROOT = Path(__file__).parent.parent
@@ -45,10 +45,10 @@ def llama(folder: Path, dtype: str) -> Path:
 
 
 def row(label: str, result: Benchmark) -> str:
-    assert result.decode is not None and result.loading is not None
+    assert result.decode is not None and result.prefill is not None and result.loading is not None
     decode, prefill, (dense, packed) = result.decode, result.prefill, result.loading
     return (
-        f"| {label} | {decode.dense:.1f} | {decode.packed:.1f} | "
+        f"| {label} | {decode.against:.1f} | {decode.out:.1f} | "
         f"{decode.ratio:.2f}× ({decode.low:.2f} … {decode.high:.2f}) | "
         f"{prefill.ratio:.2f}× | {result.file_bytes[1] / result.file_bytes[0]:.3f}× | "
         f"{packed.seconds / dense.seconds:.2f}× | {packed.first / dense.first:.2f}× | "

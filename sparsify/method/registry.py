@@ -51,7 +51,7 @@ _OWN = {
         "verify": "sparsify.backends.verify.commands:verify",
         "expand": "sparsify.backends.onnx.commands:expand",
         "unpack": "sparsify.backends.packed.commands:unpack",
-        "bench": "sparsify.backends.packed.commands:bench",
+        "bench": "sparsify.backends.bench.commands:bench",
     },
     # Functions from a model folder and its ledger to a store that reads it as if it were dense; None where it is not of
     # their kind.

@@ -42,7 +42,8 @@ for words in {list(WRONG)}:
     except SpecError:
         continue
     raise AssertionError(words)
-import sparsify.backends.onnx.commands, sparsify.backends.packed.commands, sparsify.backends.verify.commands
+import sparsify.backends.bench.commands, sparsify.backends.onnx.commands
+import sparsify.backends.packed.commands, sparsify.backends.verify.commands
 print({{"torch", "transformers", "onnx", "numpy"}} & sys.modules.keys())
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -17,9 +17,9 @@ from support.families import save
 from support.manifests import as_format_1, edit_manifest
 
 import sparsify
+from sparsify.backends.bench.measure import bench
 from sparsify.backends.onnx.expand import expand
 from sparsify.backends.onnx.running.runner import Runner
-from sparsify.backends.packed.bench.measure import bench
 from sparsify.backends.packed.loaded.loading import load_model
 from sparsify.backends.packed.unpack import unpack_folder
 from sparsify.backends.verify.checkpoint import verify_checkpoint

@@ -8,7 +8,7 @@ import pytest
 from support.families import save
 
 import sparsify
-from sparsify.backends.packed.bench.measure import bench
+from sparsify.backends.bench.measure import bench
 from sparsify.errors import CheckpointError
 from sparsify.files.checkpoint import WEIGHTS, Checkpoint
 from sparsify.files.ledger import digest_of_header

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from sparsify.backends.packed.loaded.loading import measure_loading
+from sparsify.backends.bench.loading import measure_loading
 from sparsify.errors import SparsifyError
 from sparsify.import_path import environment, python
 from sparsify.runtime.cpu import build

@@ -1,13 +1,8 @@
-"""Load a folder as its users do, and say what that took, in a process of its own."""
+"""Load a folder as its users do: with transformers, packed or not."""
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,30 +12,9 @@ from sparsify.files.checkpoint import Checkpoint
 from sparsify.files.whole import check_folder
 from sparsify.frontend.building.heads import name_class
 from sparsify.frontend.text_config import text_config
-from sparsify.host import peak_memory, recent_peak, reset_peak
-from sparsify.import_path import environment, python
 
 if TYPE_CHECKING:
     import torch
-
-
-@dataclass(frozen=True)
-class Loading:
-    """What it takes until a model answers: transformers maps files and reads them only when they are used.
-
-    Attributes:
-        seconds: of ``from_pretrained``. ``first``: until the output of a first token, loading included.
-        before, peak: resident bytes before, and at most until then.
-    """
-
-    seconds: float
-    first: float
-    before: int
-    peak: int
-
-    @property
-    def added(self) -> int:
-        return self.peak - self.before
 
 
 def load_model(folder: str | Path, *, trust_remote_code: bool = False, check: bool = True) -> Any:
@@ -113,21 +87,6 @@ def load_on(
     return model
 
 
-def measure_loading(folder: str | Path, *, trust_remote_code: bool = False, check: bool = True) -> Loading:
-    """Load ``folder`` in a process of its own.
-
-    Raises:
-        CheckpointError: it does not load.
-    """
-    options = {"--trust-remote-code": trust_remote_code, "--no-check": not check}
-    words = [*python(__name__), str(folder), *(word for word, given in options.items() if given)]
-    done = subprocess.run(words, capture_output=True, text=True, check=False, env=environment())
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["it died"])[-1]
-        raise CheckpointError(f"loading {folder}", found=last, do="Load it with transformers to see why")
-    return Loading(**json.loads(done.stdout.strip().splitlines()[-1]))
-
-
 def first_inputs(model: Any, length: int = 1) -> dict[str, torch.Tensor]:
     """Seeded inputs for one forward: ``length`` tokens, or an image."""
     import torch
@@ -141,23 +100,3 @@ def first_inputs(model: Any, length: int = 1) -> dict[str, torch.Tensor]:
         return {"pixel_values": torch.randn(1, channels, *side, generator=generator).to(model.dtype)}
     ids = torch.randint(config.vocab_size, (1, length), generator=generator)
     return {"input_ids": ids} | ({"decoder_input_ids": ids} if model.config.is_encoder_decoder else {})
-
-
-def main() -> None:
-    import torch
-    import transformers.modeling_utils
-
-    folder, trust = sys.argv[1], "--trust-remote-code" in sys.argv
-    transformers.utils.logging.disable_progress_bar()
-    # What both processes import, they import before the measurement.
-    transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust)
-    cpu = torch.device("cpu")
-    fresh = reset_peak(cpu)
-    before = (recent_peak(cpu) if fresh else None) or peak_memory()
-    start = time.perf_counter()
-    model = load_model(folder, trust_remote_code=trust, check="--no-check" not in sys.argv)
-    seconds = time.perf_counter() - start
-    with torch.inference_mode():
-        model(**first_inputs(model))
-    first = time.perf_counter() - start
-    print(json.dumps(asdict(Loading(seconds, first, before, (recent_peak(cpu) if fresh else None) or peak_memory()))))

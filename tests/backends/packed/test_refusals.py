@@ -13,9 +13,10 @@ from support.folders import SMALLEST
 from torch import Tensor, nn
 
 import sparsify
+from sparsify.backends.bench import measure
+from sparsify.backends.bench.loading import measure_loading
 from sparsify.backends.packed import job
-from sparsify.backends.packed.bench import measure
-from sparsify.backends.packed.loaded.loading import load_model, measure_loading
+from sparsify.backends.packed.loaded.loading import load_model
 from sparsify.backends.packed.plan import decide
 from sparsify.backends.packed.store import open_packed
 from sparsify.errors import BackendError, CheckpointError, SpecError, TraceError

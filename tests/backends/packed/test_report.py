@@ -11,8 +11,8 @@ import pytest
 from rich.console import Console
 
 from sparsify.analysis.linear import LinearSite
-from sparsify.backends.packed.bench.benchmark import Benchmark, Speed
-from sparsify.backends.packed.bench.report import benchmark_report, write_report
+from sparsify.backends.bench.benchmark import Benchmark, Speed
+from sparsify.backends.bench.report import benchmark_report, write_report
 from sparsify.backends.packed.format import PackedSite
 from sparsify.backends.packed.labels import siblings_label
 from sparsify.backends.packed.loaded import Prepared
@@ -35,9 +35,10 @@ def made_up(gains: dict[int, float]) -> Benchmark:
     return Benchmark(
         "OUT",
         "MODEL",
+        ("checkpoint", "packed"),
         "NVIDIA H200",
         2,
-        "bfloat16",
+        ("bfloat16", "bfloat16"),
         128,
         64,
         5,

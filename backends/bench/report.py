@@ -10,25 +10,26 @@ from rich.padding import PaddingDimensions
 from rich.table import Table
 from rich.text import Text
 
-from sparsify.backends.packed.bench.benchmark import Benchmark, SiteSpeed
+from sparsify.backends.bench.benchmark import Benchmark, SiteSpeed
 from sparsify.files.manifest import to_json
 from sparsify.files.single import put_file
 from sparsify.words import format_bytes
 
 
 def benchmark_report(result: Benchmark) -> RenderableType:
-    """Two tables: the model as a whole, and its layers by kind."""
+    """Two tables: the model as a whole, and the layers of a packed one by kind."""
     whole = Table(title=f"{result.folder} against {result.against}", title_justify="left", caption_justify="left")
-    for column in ("", "dense", "packed", "packed to dense"):
+    against, out = ("dense" if kind == "unpacked" else kind for kind in result.kinds)
+    for column in ("", against, out, f"{out} to {against}" if against != out else "ratio"):
         whole.add_column(column, justify="left" if not column else "right")
     speeds = [(f"prefill of {result.prompt}, tokens/s", result.prefill)]
-    if result.decode is not None:
-        speeds.append((f"decode of {result.tokens}, tokens/s", result.decode))
+    speeds.append((f"decode of {result.tokens}, tokens/s", result.decode))
     for label, speed in speeds:
-        ratio = f"{speed.ratio:.2f}× ({speed.low:.2f} … {speed.high:.2f})"
-        whole.add_row(label, f"{speed.dense:.1f}", f"{speed.packed:.1f}", ratio)
-    dense, packed = result.file_bytes
-    whole.add_row("weight files", format_bytes(dense), format_bytes(packed), f"{packed / dense:.3f}×")
+        if speed is not None:
+            ratio = f"{speed.ratio:.2f}× ({speed.low:.2f} … {speed.high:.2f})"
+            whole.add_row(label, f"{speed.against:.1f}", f"{speed.out:.1f}", ratio)
+    before, after = result.file_bytes
+    whole.add_row("weight files", format_bytes(before), format_bytes(after), f"{after / before:.3f}×")
     if result.loading is not None:
         a, b = result.loading
         whole.add_row("loading, s", f"{a.seconds:.2f}", f"{b.seconds:.2f}", f"{b.seconds / a.seconds:.2f}×")
@@ -40,7 +41,11 @@ def benchmark_report(result: Benchmark) -> RenderableType:
         a_bytes, b_bytes = result.memory
         whole.add_row("weights on the GPU", format_bytes(a_bytes), format_bytes(b_bytes), f"{b_bytes / a_bytes:.3f}×")
     whole.caption = f"{result.machine}, {result.dtype}, medians of {result.rounds} rounds"
-    parts: list[RenderableType] = [whole, _sites(result) if result.device == "cpu" else _products(result)]
+    parts: list[RenderableType] = [whole]
+    if result.sites:
+        parts.append(_sites(result))
+    if result.device != "cpu" and result.kinds[1] == "packed":
+        parts.append(_products(result))
     if result.same_tokens is not None:
         parts.append(
             Text("both generate the same tokens")
@@ -108,7 +113,7 @@ def _times(site: SiteSpeed) -> tuple[str, ...]:
 
 def write_report(result: Benchmark, folder: Path) -> None:
     """``bench.json`` and ``bench.png`` into ``folder``."""
-    from sparsify.backends.packed.bench.picture import draw_benchmark
+    from sparsify.backends.bench.picture import draw_benchmark
 
     for name, content in (("bench.json", to_json(result.as_dict())), ("bench.png", draw_benchmark(result))):
         put_file(folder / name, content)

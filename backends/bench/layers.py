@@ -7,7 +7,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from sparsify.backends.packed.bench.benchmark import SiteSpeed
+from sparsify.backends.bench.benchmark import SiteSpeed
 from sparsify.backends.packed.format import PackedSite
 from sparsify.backends.packed.labels import kind_of
 from sparsify.backends.packed.loaded.modules import FastLinear, packed_of

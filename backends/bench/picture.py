@@ -7,7 +7,7 @@ import io
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from sparsify.backends.packed.bench.benchmark import Benchmark, SiteSpeed
+from sparsify.backends.bench.benchmark import Benchmark, SiteSpeed
 
 _SPEED, _COST = "#0072B2", "#E69F00"
 
@@ -17,9 +17,13 @@ def draw_benchmark(result: Benchmark) -> bytes:
     tokens.
     """
     sites = [s for s in result.sites if s.timing is not None]
-    figure = Figure(figsize=(11, 2.2 + 0.42 * max(4, len(sites))), layout="constrained")
-    left, right = figure.subplots(1, 2, width_ratios=(1, 2))
-    speeds = {"prefill, tokens/s": result.prefill.ratio}
+    # Beside the model as a whole stands what only packed folders have.
+    both = bool(sites) or result.device != "cpu"
+    figure = Figure(figsize=(11 if both else 6, 2.2 + 0.42 * max(4, len(sites))), layout="constrained")
+    left, *right = figure.subplots(1, 2, width_ratios=(1, 2)) if both else (figure.subplots(),)
+    speeds: dict[str, float] = {}
+    if result.prefill is not None:
+        speeds["prefill, tokens/s"] = result.prefill.ratio
     if result.decode is not None:
         speeds["decode, tokens/s"] = result.decode.ratio
     costs = {"size of the files": result.file_bytes[1] / result.file_bytes[0]}
@@ -31,18 +35,19 @@ def draw_benchmark(result: Benchmark) -> bytes:
     # More is better of one kind and worse of the other: never in one colour.
     for bars, colour, better in ((speeds, _SPEED, "higher is better"), (costs, _COST, "lower is better")):
         left.barh(list(bars), list(bars.values()), color=colour, label=better)
-        for name, value in bars.items():
-            left.text(value, name, f" {value:.2f}×", va="center")
+        for place, value in enumerate(bars.values(), 0 if bars is speeds else len(speeds)):
+            left.text(value, place, f" {value:.2f}×", va="center")
     left.axvline(1, color="#444444", linewidth=1)
     left.invert_yaxis()
-    left.set_title("packed, times dense", loc="left")
+    left.set_title(f"{result.kinds[1]}, times {result.kinds[0]}", loc="left")
     left.set_xlim(0, max(1.2, *speeds.values(), *costs.values()) * 1.25)
     left.legend(fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.06), ncols=2)
-    if result.device == "cpu":
-        _draw_layers(right, sites)
-    else:
-        _draw_products(right, result)
-    for axes in (left, right):
+    for axes in right:
+        if result.device == "cpu":
+            _draw_layers(axes, sites)
+        else:
+            _draw_products(axes, result)
+    for axes in (left, *right):
         axes.spines[["top", "right"]].set_visible(False)
     figure.suptitle(f"{result.machine}, {result.dtype}", fontsize=9, x=0.01, ha="left")
     picture = io.BytesIO()

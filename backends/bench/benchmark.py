@@ -1,4 +1,4 @@
-"""What a benchmark of a packed folder measured."""
+"""What a benchmark of one folder against another measured."""
 
 from __future__ import annotations
 
@@ -6,28 +6,30 @@ import statistics
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from sparsify.backends.bench.loading import Loading
 from sparsify.backends.packed.labels import siblings_label
-from sparsify.backends.packed.loaded.loading import Loading
 from sparsify.backends.packed.loaded.on_gpu import Prepared
 from sparsify.runtime.stopwatch import Timing
 
 
 @dataclass(frozen=True)
 class Speed:
-    """Tokens a second of the dense and the packed model, medians of rounds, and the median of the rounds' ratios."""
+    """Tokens a second of both models, medians of rounds; and of the rounds' ratios, ``out`` to ``against``, the median
+    (``ratio``), the least and the greatest.
+    """
 
-    dense: float
-    packed: float
+    against: float
+    out: float
     ratio: float
     low: float
     high: float
 
     @classmethod
     def of(cls, tokens: int, seconds: list[tuple[float, float]]) -> Speed:
-        """From (dense, packed) seconds of each round."""
-        ratios = [d / p for d, p in seconds]
-        dense, packed = (statistics.median(tokens / pair[i] for pair in seconds) for i in (0, 1))
-        return cls(dense, packed, statistics.median(ratios), min(ratios), max(ratios))
+        """From seconds of (against, out) in each round."""
+        ratios = [one / other for one, other in seconds]
+        against, out = (statistics.median(tokens / pair[i] for pair in seconds) for i in (0, 1))
+        return cls(against, out, statistics.median(ratios), min(ratios), max(ratios))
 
 
 @dataclass(frozen=True)
@@ -57,24 +59,28 @@ class SiteSpeed:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """What was measured.
+    """What was measured. Of pairs the first is of the model that the folder is measured against.
 
     Attributes:
-        against: the dense model's name, or says that the folder itself was unpacked.
+        against: that model's name, or says that the folder itself was unpacked.
+        kinds, dtypes: what both are (``packed``, ``checkpoint``, ``ragged``, ``ONNX``), and of which dtype.
         device: ``cpu``, or a GPU; ``processor`` is its name. ``threads``: of a CPU.
-        memory: bytes of all weights on the device, dense and packed.
-        sites: layers on a CPU. products: on a GPU, what its kernels were measured to gain (empty with ``tune=False``).
+        prefill: None where a graph takes one token at a time.
+        memory: bytes of all weights on the device; None where one lies in onnxruntime.
+        sites: layers of a packed folder on a CPU. products: on a GPU, what its kernels were measured to gain (empty
+            with ``tune=False``).
     """
 
     folder: str
     against: str
+    kinds: tuple[str, str]
     processor: str
     threads: int
-    dtype: str
+    dtypes: tuple[str, str]
     prompt: int
     tokens: int
     rounds: int
-    prefill: Speed
+    prefill: Speed | None
     decode: Speed | None
     same_tokens: bool | None
     file_bytes: tuple[int, int]
@@ -87,6 +93,11 @@ class Benchmark:
     @property
     def machine(self) -> str:
         return f"{self.processor}, {self.threads} threads" if self.device == "cpu" else self.processor
+
+    @property
+    def dtype(self) -> str:
+        """Of both, or ``bfloat16 and float32``: of the other model's, then of the folder's own."""
+        return " and ".join(dict.fromkeys(self.dtypes))
 
     def products_by_kind(self) -> dict[tuple[str, str], tuple[int, Prepared]]:
         """(layers, shape) -> how many there are, and one of them."""

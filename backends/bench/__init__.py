@@ -1,0 +1,1 @@
+"""``sparsify bench``: one folder against another, of any kind."""

@@ -1,0 +1,177 @@
+"""What is timed: a model that takes a prompt and goes on from it, in torch or in onnxruntime."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sparsify.backends.onnx.running.runner import Runner
+from sparsify.backends.onnx.running.session import find_onnx, open_session
+from sparsify.backends.onnx.storage.store import check_written
+from sparsify.backends.packed.loaded.loading import first_inputs
+from sparsify.errors import BackendError, CheckpointError, first_line
+from sparsify.files.reading import kind_at
+
+
+@dataclass(frozen=True)
+class Generated:
+    """``tokens`` [count], and the seconds from the first of them to the last."""
+
+    tokens: Tensor
+    seconds: float
+
+
+class Contender(Protocol):
+    """One of the two models.
+
+    Attributes:
+        config: the model's, as transformers has it. generates: whether it makes one token after the other.
+        prefills: whether it takes all of a prompt at once. weight_bytes: of all weights; None where nobody says.
+    """
+
+    config: Any
+    dtype: str
+    generates: bool
+    prefills: bool
+    weight_bytes: int | None
+
+    def inputs(self, length: int) -> dict[str, Tensor]:
+        """Seeded inputs: ``length`` tokens, or an image."""
+
+    def forward(self, inputs: Mapping[str, Tensor]) -> None:
+        """One pass; done when this returns."""
+
+    def generate(self, ids: Tensor, count: int) -> Generated:
+        """``count`` tokens after ``ids`` [1, length], the likeliest each time."""
+
+
+class InTorch:
+    """A module of transformers, wherever its weights lie."""
+
+    def __init__(self, model: Any) -> None:
+        self.model, self.config = model, model.config
+        self.dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+        self.generates = bool(getattr(model, "can_generate", lambda: False)())
+        self.prefills = True
+        self.weight_bytes: int | None = model.get_memory_footprint() if hasattr(model, "get_memory_footprint") else None
+
+    def inputs(self, length: int) -> dict[str, Tensor]:
+        return first_inputs(self.model, length)
+
+    def forward(self, inputs: Mapping[str, Tensor]) -> None:
+        self.model(**{name: value.to(self._place()) for name, value in inputs.items()})
+        self._wait()
+
+    def generate(self, ids: Tensor, count: int) -> Generated:
+        ids, clock = ids.to(self._place()), _Clock()
+        # transformers compiles a static cache's steps and replays them as CUDA graphs, so that no launch is waited for.
+        cache = {"cache_implementation": "static"} if ids.is_cuda else {}
+        out: Tensor = self.model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            min_new_tokens=count,
+            max_new_tokens=count,
+            pad_token_id=0,
+            streamer=clock,
+            **cache,
+        )
+        return Generated(out[0, -count:].cpu(), clock.times[-1] - clock.times[-count])
+
+    def _place(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def _wait(self) -> None:
+        """Until a GPU has done what it was given."""
+        if self._place().type == "cuda":
+            torch.cuda.synchronize(self._place())
+
+
+class InOnnx:
+    """An exported graph in a session with as many threads as torch takes; on a CPU."""
+
+    def __init__(self, place: Path, *, check: bool = True) -> None:
+        self.file, threads = find_onnx(place), torch.get_num_threads()
+        self.config = _config_beside(self.file)
+        self._runner: Runner | None = None
+        try:
+            self._runner = Runner(place, threads=threads, check=check)
+            self.session = self._runner.session
+        except BackendError:
+            # A graph that generates nothing; one that does not load says so again.
+            check_written(self.file, check)
+            self.session = open_session(self.file, threads=threads)
+        self.generates = self._runner is not None
+        self.prefills = self._runner is None or not self._runner.step_only
+        self.weight_bytes: int | None = None
+        kind = self.session.get_outputs()[0].type.removeprefix("tensor(").removesuffix(")")
+        self.dtype = {"float": "float32", "double": "float64"}.get(kind, kind)
+
+    def inputs(self, length: int) -> dict[str, Tensor]:
+        return first_inputs(SimpleNamespace(config=self.config, dtype=torch.float32), length)
+
+    def forward(self, inputs: Mapping[str, Tensor]) -> None:
+        if self._runner is not None:
+            ids = inputs["input_ids"].numpy()
+            self._runner.forward(ids, np.ones_like(ids), self._runner.empty(len(ids)))
+            return
+        wanted = {i.name: i.type for i in self.session.get_inputs()}
+        given = {
+            name: value.float().numpy() if value.is_floating_point() else value.numpy()
+            for name, value in inputs.items()
+        }
+        if "attention_mask" in wanted and "input_ids" in given:
+            given["attention_mask"] = np.ones_like(given["input_ids"])
+        if "float16" in wanted.get("pixel_values", ""):
+            given["pixel_values"] = given["pixel_values"].astype(np.float16)
+        try:
+            self.session.run(None, {name: given[name] for name in wanted if name in given})
+        except Exception as error:  # onnxruntime's own kinds are not importable by name
+            raise BackendError(
+                f"running {self.file} on {', '.join(f'{n} {list(v.shape)}' for n, v in inputs.items())}",
+                found=first_line(error),
+                do="A graph that was exported for one length takes --prompt of that length",
+            ) from error
+
+    def generate(self, ids: Tensor, count: int) -> Generated:
+        assert self._runner is not None, "asked of graphs that generate alone"
+        made, times = [], []
+        for token in self._runner.generate(ids.numpy(), tokens=count):
+            made.append(int(token[0]))
+            times.append(time.perf_counter())
+        return Generated(torch.tensor(made), times[-1] - times[0])
+
+
+class _Clock:
+    """A streamer of transformers: when each token was there."""
+
+    def __init__(self) -> None:
+        self.times = list[float]()
+
+    def put(self, tokens: Tensor) -> None:
+        """Called with tokens on the CPU: what a GPU was given is done."""
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        pass
+
+
+def _config_beside(file: Path) -> Any:
+    import transformers
+
+    if kind_at(file.parent / "config.json") != "file":
+        found = "no config.json beside it, and so no vocabulary to draw a prompt from"
+        raise CheckpointError(f"bench {file}", found=found, do="Copy the model's config.json there")
+    try:
+        return transformers.AutoConfig.from_pretrained(file.parent, trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # configs raise whatever they like
+        raise CheckpointError(f"bench {file}", found=f"a config.json that transformers refuses: {first_line(error)}",
+                              do="Copy the model's own there") from error  # fmt: skip

@@ -1,1 +1,0 @@
-"""``sparsify bench``: a packed model against the dense one."""
