@@ -128,6 +128,18 @@ def test_what_cannot_be_measured(made: Callable[[str], Path], tmp_path: Path) ->
         bench(made("checkpoint"), str(tmp_path / "vit"), **FEW)  # type: ignore[arg-type]
 
 
+def test_devices_that_are_not_there(made: Callable[[str], Path]) -> None:
+    dense = str(made("packed").parent / "dense")
+    for name in ("abacus", "meta"):
+        with pytest.raises(SpecError, match="no such device"):
+            bench(made("packed"), dense, device=name)
+    if not torch.cuda.is_available():
+        with pytest.raises(SpecError, match="no CUDA device 0"):
+            bench(made("packed"), dense, device="cuda")
+    with pytest.raises(SpecError, match="an ONNX graph, which is timed on CPUs"):
+        open_contender(made("ONNX"), torch.device("cuda"))
+
+
 def test_from_the_command_line(made: Callable[[str], Path], tmp_path: Path) -> None:
     folder = made("ragged")
     words = ("--prompt", 4, "--tokens", 2, "--rounds", 1, "-o", tmp_path)

@@ -13,30 +13,15 @@ from support.folders import SMALLEST
 from torch import Tensor, nn
 
 import sparsify
-from sparsify.backends.bench import measure
 from sparsify.backends.bench.loading import measure_loading
 from sparsify.backends.packed import job
 from sparsify.backends.packed.loaded.loading import load_model
 from sparsify.backends.packed.plan import decide
 from sparsify.backends.packed.store import open_packed
-from sparsify.errors import BackendError, CheckpointError, SpecError, TraceError
+from sparsify.errors import BackendError, CheckpointError, TraceError
 from sparsify.files.ledger import Ledger
 from sparsify.frontend.capture import capture
 from sparsify.frontend.source import open_source
-
-
-def test_what_cannot_be_measured(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"no config\.json there"):
-        measure._sites(tmp_path)
-    with pytest.raises(CheckpointError, match="not a packed folder"):
-        measure._sites(save("llama", tmp_path / "dense"))
-    for name in ("abacus", "meta"):
-        with pytest.raises(SpecError, match="no such device"):
-            measure._device(name)
-    assert measure._device("cpu") == torch.device("cpu")
-    if not torch.cuda.is_available():
-        with pytest.raises(SpecError, match="no CUDA device 0"):
-            measure._device("cuda")
 
 
 def test_a_weight_that_two_layers_hold_stays_dense() -> None:
