@@ -47,6 +47,7 @@ DEVICE void store_float(float* p, float v) { *p = v; }
 DEVICE void store_pair(uint2* p, uint2 v) { *p = v; }
 
 DEVICE uint4 load_shared(const unsigned char* p) { return *reinterpret_cast<const uint4*>(p); }
+DEVICE u32 load_shared_4(const unsigned char* p) { return *reinterpret_cast<const u32*>(p); }
 DEVICE uint2 load_shared_8(const unsigned char* p) { return *reinterpret_cast<const uint2*>(p); }
 
 // Four matrices of eight rows of 16 bytes; lane 8 i + r names row r of matrix i, and lane 4 g + t gets bytes 4 t .. 4 t + 3

@@ -1,8 +1,10 @@
 // Every kernel of one dtype (SPARSIFY_TYPE: BFloat16 or Float16), under the names that sparsify/runtime/cuda/variants.py calls.
 #ifdef SPARSIFY_EMULATOR
 #include "emulator.h"
+#include "emulator_warpgroup.h"
 #else
 #include "device.h"
+#include "warpgroup.h"
 #endif
 #include "bulk.h"
 #include "decode.h"

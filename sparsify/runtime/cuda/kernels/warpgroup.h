@@ -7,12 +7,6 @@
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 #define WARPGROUPS 1
 
-// Registers of each thread of four warps, from the pool of the block: what those that copy leave goes to those that sum.
-template <int count>
-DEVICE void give_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(count)); }
-template <int count>
-DEVICE void take_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(count)); }
-
 // Barrier 1, for `threads` of the block; 0 is everybody's.
 template <int threads>
 DEVICE void part_barrier() { asm volatile("bar.sync 1, %0;" ::"n"(threads) : "memory"); }

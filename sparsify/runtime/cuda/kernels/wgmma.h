@@ -3,7 +3,6 @@
 // as it is stored; x is read by the tensor core where four warps have put it.
 #pragma once
 #include "few_tokens.h"
-#include "warpgroup.h"
 
 #ifdef WARPGROUPS
 // Warps that copy x.
@@ -63,8 +62,8 @@ template <class T, int GROUPS, int RT, int MT, int DEPTH, int PLACES>
 DEVICE void wgmma(const Arguments& a) {
   SHARED(shared);
   const int WARPS = 4 * GROUPS, TOKENS = 8 * MT, ROWS = 16 * RT * WARPS, PLACE = TOKENS * 128;
-  // Chunks of 32 columns that are multiplied at once; with 256 tokens registers allow one.
-  const int AT_ONCE = MT > 16 ? 1 : 2, STEPS = CHUNKS / AT_ONCE, STEPS_OF_BLOCK = 2 / AT_ONCE;
+  // A step is so many chunks of one row tile; all the row tiles' steps of 64 columns follow each other.
+  const int AT_ONCE = RT * MT > 16 ? 1 : 2, STEPS = RT * CHUNKS / AT_ONCE, STEPS_OF_BLOCK = RT * 2 / AT_ONCE;
   // The compiler has to see that a warp's threads agree on what the warp does.
   const int lane = thread() & 31, warp = from_lane(thread() >> 5, 0), row_tile = block_y() * WARPS * RT;
   const int first = (int)((u64)a.tiles * block_z() / a.splits), last = (int)((u64)a.tiles * (block_z() + 1) / a.splits);
@@ -86,12 +85,10 @@ DEVICE void wgmma(const Arguments& a) {
   await_previous();
 
   if (warp >= WARPS) {
-    give_registers<GROUPS == 2 ? 40 : 32>();
     copy_inputs<TOKENS, PLACES>(a, inputs, full, empty, first, (last - first) * (CHUNKS / 2));
     if (a.splits > 1) cluster_barrier(), cluster_barrier();
     return;
   }
-  take_registers<GROUPS == 2 ? 232 : 160>();
   unsigned char* ring = weights + warp * DEPTH * RT * TILE_BYTES;
   arrived += warp * DEPTH;
   auto ask = [&](int k, int place) {
@@ -104,22 +101,18 @@ DEVICE void wgmma(const Arguments& a) {
 
   float c[RT][TOKENS / 2] = {};
   // Of this step and of the one before, which the tensor core may still be reading.
-  uint4 values[2][RT][AT_ONCE];
-  u32 codes[2][RT];
-  uint4 all_codes[RT];
+  uint4 values[2][AT_ONCE];
+  u32 codes[2];
   int place = 0, phase = 0, x_place = 0, x_phase = 0;
   const u64 described = describe_inputs(inputs);
   // W of a step, of the tile that lies at `place`.
   auto read = [&](int step) {
-    const unsigned char* tile = ring + place * RT * TILE_BYTES;
+    const unsigned char* tile = ring + (place * RT + step % RT) * TILE_BYTES;
+    const int chunk = step / RT * AT_ONCE;
+    codes[step & 1] = other_codes(load_shared_4(tile + 512 * CHUNKS + lane * 16 + chunk / 2 * 4));
 #pragma unroll
-    for (int r = 0; r < RT; r++) {
-      if (step == 0) all_codes[r] = load_shared(tile + r * TILE_BYTES + 512 * CHUNKS + lane * 16);
-      codes[step & 1][r] = other_codes(word_of(all_codes[r], step * AT_ONCE / 2));
-#pragma unroll
-      for (int j = 0; j < AT_ONCE; j++)
-        values[step & 1][r][j] = load_shared(tile + r * TILE_BYTES + 512 * (step * AT_ONCE + j) + other_lane(lane) * 16);
-    }
+    for (int j = 0; j < AT_ONCE; j++)
+      values[step & 1][j] = load_shared(tile + 512 * (chunk + j) + other_lane(lane) * 16);
   };
   if (first < last) {
     await_signal(arrived, 0);
@@ -132,13 +125,10 @@ DEVICE void wgmma(const Arguments& a) {
       begin_products();
 #pragma unroll
       for (int j = 0; j < AT_ONCE; j++) {
-        const int chunk = step * AT_ONCE + j;
+        const int chunk = step / RT * AT_ONCE + j;
         const u64 x = described + (x_place * PLACE + (chunk & 1) * 64 >> 4);
-#pragma unroll
-        for (int r = 0; r < RT; r++) {
-          if (chunk & 1) WarpgroupSparse<T, 1>::multiply(c[r], values[step & 1][r][j], x, codes[step & 1][r]);
-          else WarpgroupSparse<T, 0>::multiply(c[r], values[step & 1][r][j], x, codes[step & 1][r]);
-        }
+        if (chunk & 1) WarpgroupSparse<T, 1>::multiply(c[step % RT], values[step & 1][j], x, codes[step & 1]);
+        else WarpgroupSparse<T, 0>::multiply(c[step % RT], values[step & 1][j], x, codes[step & 1]);
       }
       commit_products();
       if (step == STEPS - 1) {
