@@ -17,41 +17,31 @@ DEVICE u32 other_codes(u32 codes) {
 }
 
 // x, 64 columns of the block's tokens at a time, through PLACES in shared memory: each is `full` when the copies are
-// there and `empty` when every product that reads it is done. LAG copies are on their way while the next is asked for.
+// there and `empty` when every product that reads it is done. The warps take turns, and each waits for its own copies,
+// so that as many blocks of columns as there are warps are on their way.
 template <int TOKENS, int PLACES>
-DEVICE void copy_inputs(const Arguments& a, unsigned char* ring, Signal* full, Signal* empty, int first, int blocks) {
-  const int i = thread() & (32 * COPIERS - 1), lane = thread() & 31, LAG = PLACES / 2, ROWS = 4 * COPIERS;
-  // Eight threads bring 128 bytes of a token; sixteen bytes v of a chunk become its 0th, 2nd, 1st, 3rd.
-  const int unit = i & 7, row = i >> 3, at = (unit & 4) | (unit & 1) << 1 | (unit >> 1 & 1);
-  const int token = block_x() * TOKENS + row;
-  unsigned char* to = ring + row * 128 + ((at ^ row & 7) << 4);
-  const u16* from = a.x + (u64)token * a.columns + first * 256 + unit * 8;
-  int column = first * 256 + unit * 8, place = 0, phase = 1, sent = 0, sent_place = 0;
-  auto send = [&]() {
-    publish_writes();
-    warp_barrier();
-    if (lane == 0) arrive(full + sent_place);
-    sent++;
-    if (++sent_place == PLACES) sent_place = 0;
-  };
-  for (int b = 0; b < blocks; b++) {
+DEVICE void copy_inputs(const Arguments& a, unsigned char* ring, Signal* full, Signal* empty, int first, int blocks, int warp) {
+  // Eight lanes bring 128 bytes of a token; sixteen bytes v of a chunk become its 0th, 2nd, 1st, 3rd.
+  const int lane = thread() & 31, unit = lane & 7, row = lane >> 3, token = block_x() * TOKENS + row;
+  const int at = (unit & 4) | (unit & 1) << 1 | (unit >> 1 & 1), left = a.tokens - token;
+  const u64 four_tokens = (u64)4 * a.columns;
+  unsigned char *even = ring + row * 128 + ((at ^ row) << 4), *odd = ring + row * 128 + ((at ^ row ^ 4) << 4);
+  int place = warp, phase = 1;
+  for (int b = warp; b < blocks; b += COPIERS, place += COPIERS) {
+    while (place >= PLACES) place -= PLACES, phase ^= 1;
     // The first time around there is nothing to wait for: phase 1 counts as the one before the first.
     if (b >= PLACES) await_signal(empty + place, phase);
-#pragma unroll
-    for (int r = 0; r < TOKENS / ROWS; r++) {
-      const bool there = token + r * ROWS < a.tokens && column < a.columns;
-      copy_async(to + place * TOKENS * 128 + r * ROWS * 128, there ? from + (u64)(r * ROWS) * a.columns : a.x, there);
-    }
+    const int column = (first * (CHUNKS / 2) + b) * 64 + unit * 8, tokens = column < a.columns ? left : 0;
+    const u16* from = a.x + (u64)token * a.columns + column;
+#pragma unroll 16
+    for (int r = 0; r < TOKENS / 4; r++, from += four_tokens)
+      copy_async((r & 1 ? odd : even) + place * TOKENS * 128 + r * 512, from, 4 * r < tokens);
     commit_copies();
-    if (b >= LAG) {
-      await_copies<LAG>();
-      send();
-    }
-    from += 64, column += 64;
-    if (++place == PLACES) place = 0, phase ^= 1;
+    await_copies<0>();
+    publish_writes();
+    warp_barrier();
+    if (lane == 0) arrive(full + place);
   }
-  await_copies<0>();
-  while (sent < blocks) send();
 }
 
 // A block has GROUPS warpgroups that sum, each warp RT row tiles, and COPIERS warps; 64 RT GROUPS rows and 8 MT tokens.
@@ -73,7 +63,7 @@ DEVICE void wgmma(const Arguments& a) {
   Signal *full = arrived + WARPS * DEPTH, *empty = full + PLACES;
   if (thread() == 0) {
     for (int i = 0; i < WARPS * DEPTH; i++) make_signal(arrived + i);
-    for (int i = 0; i < PLACES; i++) make_signal(full + i, COPIERS), make_signal(empty + i, WARPS);
+    for (int i = 0; i < PLACES; i++) make_signal(full + i), make_signal(empty + i, WARPS);
     publish_signals();
   }
   barrier();
@@ -85,7 +75,7 @@ DEVICE void wgmma(const Arguments& a) {
   await_previous();
 
   if (warp >= WARPS) {
-    copy_inputs<TOKENS, PLACES>(a, inputs, full, empty, first, (last - first) * (CHUNKS / 2));
+    copy_inputs<TOKENS, PLACES>(a, inputs, full, empty, first, (last - first) * (CHUNKS / 2), warp - WARPS);
     if (a.splits > 1) cluster_barrier(), cluster_barrier();
     return;
   }
