@@ -160,8 +160,8 @@ _SIGNAL = 8
 # kernels/kernels.cu compiles them: 150 to 170 KB on their way on each multiprocessor, some four times what the latency
 # of the memory (about a microsecond at 4 TB/s) asks for, and as many blocks as 227 KB of shared memory hold.
 _RINGS = {(8, 1): (2, 2), (4, 1): (3, 3), (8, 2): (2, 1)}
-# Of each wgmma kernel (warps, row tiles, token tiles): tiles that each warp has on their way or in use, and places for 64
-# columns of inputs, as kernels/kernels.cu compiles them: 74 to 166 KB and 49 to 131 KB, of 227 that a block may have.
+# Of each wgmma kernel (warps, row tiles, token tiles): tiles that each warp has on their way or in use, and places for
+# 64 columns of inputs, as kernels/kernels.cu compiles them: 74 to 166 KB and 49 to 131 KB, of 227 that a block may have.
 _STAGES = {
     (12, 1, 8): (4, 8),
     (16, 1, 8): (3, 6),
@@ -177,8 +177,8 @@ HOPPER = (9, 0)
 # Of the columns, at most, by a second kernel; and by clusters, of which 8 is the most that every GPU with them runs.
 MOST_SPLITS = 64
 CLUSTERS = (1, 2, 4, 8)
-# Those that kernels/kernels.cu compiles; the bulk and wide ones for compute capability 9.0 and later, the wgmma ones for
-# 9.0 alone.
+# Those that kernels/kernels.cu compiles; the bulk and wide ones for compute capability 9.0 and later, the wgmma ones
+# for 9.0 alone.
 DECODE = tuple(Variant("decode", w, r, m) for w, r in ((8, 1), (4, 1), (16, 1), (8, 2)) for m in (1, 2))
 BULK = tuple(Variant("bulk", w, r, m) for w, r in _RINGS for m in (1, 2))
 TILED = tuple(Variant("tiled", w, r, m) for w, r in ((4, 1), (8, 1), (8, 2)) for m in (4, 8))
