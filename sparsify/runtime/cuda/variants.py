@@ -161,7 +161,8 @@ _SIGNAL = 8
 # of the memory (about a microsecond at 4 TB/s) asks for, and as many blocks as 227 KB of shared memory hold.
 _RINGS = {(8, 1): (2, 2), (4, 1): (3, 3), (8, 2): (2, 1)}
 # Of each wgmma kernel (warps, row tiles, token tiles): tiles that each warp has on their way or in use, and places for
-# 64 columns of inputs, as kernels/kernels.cu compiles them: 74 to 166 KB and 49 to 131 KB, of 227 that a block may have.
+# 64 columns of inputs, as kernels/kernels.cu compiles them: 74 to 166 KB and 49 to 131 KB, of the 227 that a block may
+# have.
 _STAGES = {
     (12, 1, 8): (4, 8),
     (16, 1, 8): (3, 6),
