@@ -22,8 +22,8 @@ from sparsify.runtime.cuda.gpu import GPU
 from sparsify.runtime.cuda.variants import BULK, CLUSTERS, DECODE, TILED, WGMMA, WIDE, Variant
 
 _SPLITS = (1, 2, 4, 8)
-# Share of the multiprocessors that have work, on average over the rounds of blocks that fill one each, at least.
-_BUSY = 0.6
+# Shares of the multiprocessors that have work, on average over the rounds of blocks: most of them, and nearly all.
+_BUSY = (0.6, 0.85)
 # How often the fastest is timed again.
 _AGAIN = 3
 
@@ -155,17 +155,21 @@ def own_candidates(tokens: int, rows: int, columns: int, gpu: GPU) -> list[Varia
 
 
 def _wgmma(tokens: int, rows: int, columns: int, gpu: GPU) -> list[Variant]:
-    """Of blocks that hold about as many tokens as there are, each of which fills a multiprocessor: with columns split
-    so that few idle in the last round of blocks, or as far as they go.
+    """Of blocks that hold about as many tokens as there are. Each fills a multiprocessor, and the last round of them is
+    rarely full: columns are split as little as keeps most of the GPU busy, and in the first two ways that keep nearly
+    all of it so.
     """
     enough = next((m for m in (8, 16) if tokens <= 8 * m), 32)
-    some = [v for v in WGMMA if v.token_tiles == enough or (v.token_tiles == 16 and tokens > 128)]
-    found = []
-    for variant in some:
+    found: list[Variant] = []
+    for variant in WGMMA:
+        if variant.token_tiles != enough and not (variant.token_tiles == 16 and tokens > 128):
+            continue
         across, high, _ = variant.launch(tokens, rows).grid
         split = [v for s in variant.possible_splits if (v := replace(variant, splits=s)).fits(tokens, columns)]
-        busy = {v: across * high * v.splits / gpu.multiprocessors for v in split}
-        found += [v for v in split if busy[v] >= _BUSY * math.ceil(busy[v]) or v is split[-1]]
+        rounds = {v: across * high * v.splits / gpu.multiprocessors for v in split}
+        busy = {v: rounds[v] / math.ceil(rounds[v]) for v in split}
+        some = [v for v in split if busy[v] >= _BUSY[0]][:1] + [v for v in split if busy[v] >= _BUSY[1]][:2]
+        found += dict.fromkeys(some or split[-1:])
     return found
 
 
