@@ -38,13 +38,12 @@ FAMILIES: dict[str, Sequence[tuple[str, int]]] = {
     "wgmma": [
         ("wgmma_w12_r1_m8", 64),
         ("wgmma_w16_r1_m8", 33),
-        ("wgmma_w12_r2_m8", 100),
+        ("wgmma_w12_r2_m8", 70),
         ("wgmma_w12_r1_m16", 128),
-        ("wgmma_w16_r1_m16", 70),
-        ("wgmma_w12_r2_m16", 200),
-        ("wgmma_w12_r1_m32", 256),
+        ("wgmma_w16_r1_m16_s2_e", 65),
+        ("wgmma_w12_r2_m16", 100),
+        ("wgmma_w12_r1_m32", 200),
         ("wgmma_w12_r1_m8_s4", 20),
-        ("wgmma_w16_r1_m16_s3_e", 129),
     ],
 }
 
