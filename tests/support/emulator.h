@@ -46,6 +46,12 @@ struct Thread {
   bool done = false, waited = false;
   // Products that were asked for and not awaited.
   u64 products = 0;
+  // What it waits for, if anything: it is not run before that is there.
+  const Wait* meeting = nullptr;
+  u64 round = 0;
+  const struct Phases* signal = nullptr;
+  int phase = 0;
+  bool ready() const;
 };
 struct Buffer { const unsigned char* begin; u64 bytes; bool writable; };
 struct Warp {
@@ -64,6 +70,10 @@ struct Phases {
   std::vector<Copy> copies;
   bool complete() const { return arrivals == expected && on_their_way == announced; }
 };
+inline bool Thread::ready() const {
+  if (meeting) return meeting->round != round;
+  return !signal || signal->phase != phase || signal->complete();
+}
 struct Block {
   std::vector<unsigned char> memory;
   unsigned char* shared;
@@ -106,7 +116,10 @@ void meet(Wait& wait, int of, Last last) {
     wait.round++;
     return;
   }
-  while (wait.round == round) yield();
+  Thread& self = threads[current];
+  self.meeting = &wait, self.round = round;
+  yield();
+  self.meeting = nullptr;
   progress++;
 }
 
@@ -280,8 +293,14 @@ inline void copy_bulk(unsigned char* to, const void* from, u32 bytes, Signal* s)
 inline void await_signal(Signal* s, int phase) {
   emulator::Phases& phases = signal_of(s);
   while (phases.phase == phase) {
-    if (phases.complete()) end_phase(phases);
-    else emulator::yield();
+    if (phases.complete()) {
+      end_phase(phases);
+    } else {
+      emulator::Thread& self = emulator::threads[emulator::current];
+      self.signal = &phases, self.phase = phase;
+      emulator::yield();
+      self.signal = nullptr;
+    }
   }
 }
 
@@ -417,7 +436,7 @@ inline bool run_cluster(int count, int cluster, u64 shared_bytes, bool backwards
     const u64 before = progress;
     for (int i = 0; i < all && !failure[0]; i++) {
       current = backwards ? all - 1 - i : i;
-      if (!threads[current].done) swapcontext(&scheduler, &threads[current].context);
+      if (!threads[current].done && threads[current].ready()) swapcontext(&scheduler, &threads[current].context);
     }
     if (failure[0]) return false;
     if (progress == before) {
