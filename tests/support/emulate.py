@@ -29,7 +29,7 @@ def library(dtype: torch.dtype, more: str = "") -> ctypes.CDLL:
     if compiler is None:
         pytest.skip("no C++ compiler")
     # Named for what it is made of: the next process that wants it finds it.
-    sources = [*sorted(KERNELS.iterdir()), *sorted(HERE.glob("emulator.*"))]
+    sources = [*sorted(KERNELS.iterdir()), *sorted(HERE.glob("emulator*"))]
     made_of = hashlib.sha256(b"".join([*(p.read_bytes() for p in sources), more.encode()])).hexdigest()[:16]
     target = Path(tempfile.gettempdir()) / f"sparsify-emulator-{os.getuid()}" / f"{TYPES[dtype]}-{made_of}.so"
     if target.exists():

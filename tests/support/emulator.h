@@ -18,6 +18,7 @@
 #include <cstring>
 #include <map>
 #include <set>
+#include <unordered_map>
 #include <vector>
 
 typedef unsigned int u32;
@@ -40,7 +41,17 @@ struct Thread {
   ucontext_t context;
   std::vector<std::vector<Copy>> groups;
   std::vector<Copy> open;
+  // Of shared memory: what it has read, and what its copies have written, since it said that such has ended.
+  std::vector<const unsigned char*> reads, writes;
   bool done = false, waited = false;
+  // Products that were asked for and not awaited.
+  u64 products = 0;
+  // What it waits for, if anything: it is not run before that is there.
+  const Wait* meeting = nullptr;
+  u64 round = 0;
+  const struct Phases* signal = nullptr;
+  int phase = 0;
+  bool ready() const;
 };
 struct Buffer { const unsigned char* begin; u64 bytes; bool writable; };
 struct Warp {
@@ -51,16 +62,29 @@ struct Warp {
   float c[32][4];
 };
 
-// A phase of it ends when it was announced, and what is on its way is as much as that.
-struct Phases { u64 announced = 0, on_their_way = 0; bool arrived = false, published = false; int phase = 0; std::vector<Copy> copies; };
+// A phase of it ends when all have arrived, and what is on its way is as much as was announced.
+struct Phases {
+  u64 announced = 0, on_their_way = 0;
+  int expected = 1, arrivals = 0, phase = 0;
+  bool published = false;
+  std::vector<Copy> copies;
+  bool complete() const { return arrivals == expected && on_their_way == announced; }
+};
+inline bool Thread::ready() const {
+  if (meeting) return meeting->round != round;
+  return !signal || signal->phase != phase || signal->complete();
+}
 struct Block {
   std::vector<unsigned char> memory;
   unsigned char* shared;
-  Wait everyone;
+  u64 bytes;
+  Wait everyone, part;
   int alive;
   std::map<const void*, Phases> signals;
   // Sixteen bytes of shared memory that were read, and the threads that may still be at it.
   std::map<const unsigned char*, std::set<int>> reading;
+  // Sixteen bytes of it that copies of threads have been asked for, and that the tensor core may not read yet.
+  std::unordered_map<const unsigned char*, int> unpublished;
 };
 
 static std::vector<Thread> threads;
@@ -70,7 +94,7 @@ static std::vector<std::vector<unsigned char>> stacks;
 static std::vector<Buffer> buffers;
 static Wait whole_cluster;
 static int current, block_threads, alive, at_x, at_y, at_z, grid_x;
-static u64 progress;
+static u64 progress, clusters_run;
 static ucontext_t scheduler;
 static char failure[256];
 
@@ -92,7 +116,10 @@ void meet(Wait& wait, int of, Last last) {
     wait.round++;
     return;
   }
-  while (wait.round == round) yield();
+  Thread& self = threads[current];
+  self.meeting = &wait, self.round = round;
+  yield();
+  self.meeting = nullptr;
   progress++;
 }
 
@@ -109,6 +136,8 @@ inline void deliver(std::vector<Copy>& copies) {
   for (const Copy& copy : copies)
     if (copy.there) memcpy(copy.to, copy.from, copy.bytes);
     else memset(copy.to, 0, copy.bytes);
+  for (const Copy& copy : copies)
+    if (copy.bytes <= 16) threads[current].writes.push_back(copy.to - (copy.to - own().shared) % 16);
   copies.clear();
 }
 
@@ -141,6 +170,11 @@ inline float load_of_block(const float* p, int rank) {
   return v;
 }
 
+inline void load_four_of_block(float (&v)[4], const float* p, int rank) {
+  if (((const unsigned char*)p - emulator::own().shared) % 16) emulator::fail("shared access off its boundary");
+  for (int i = 0; i < 4; i++) v[i] = load_of_block(p + i, rank);
+}
+
 template <class V>
 V read_checked(const void* p) {
   emulator::check(p, sizeof(V), false);
@@ -163,15 +197,20 @@ inline void store_pair(uint2* p, uint2 v) { write_checked(p, v); }
 template <class V>
 V read_shared(const unsigned char* p) {
   if ((p - emulator::own().shared) % sizeof(V)) emulator::fail("shared access off its boundary");
-  emulator::own().reading[p - (p - emulator::own().shared) % 16].insert(emulator::current);
+  const unsigned char* sixteen = p - (p - emulator::own().shared) % 16;
+  emulator::own().reading[sixteen].insert(emulator::current);
+  emulator::threads[emulator::current].reads.push_back(sixteen);
   V v;
   memcpy(&v, p, sizeof v);
   return v;
 }
 inline uint4 load_shared(const unsigned char* p) { return read_shared<uint4>(p); }
+inline u32 load_shared_4(const unsigned char* p) { return read_shared<u32>(p); }
 inline uint2 load_shared_8(const unsigned char* p) { return read_shared<uint2>(p); }
 inline void end_reads() {
-  for (auto& one : emulator::own().reading) one.second.erase(emulator::current);
+  for (const unsigned char* p : emulator::threads[emulator::current].reads)
+    emulator::own().reading[p].erase(emulator::current);
+  emulator::threads[emulator::current].reads.clear();
 }
 inline uint4 load_matrices(const unsigned char* p) {
   const int own = emulator::current & 31;
@@ -188,6 +227,7 @@ inline void copy_async(unsigned char* to, const void* from, bool there, int byte
   if (there) emulator::check(from, bytes, false);
   // What is on its way must not be taken for what is there.
   memset(to, 0xff, bytes);
+  emulator::own().unpublished[to - (to - emulator::own().shared) % 16]++;
   emulator::threads[emulator::current].open.push_back({to, from, there, (u64)bytes});
 }
 inline void copy_async_8(unsigned char* to, const void* from, bool there) { copy_async(to, from, there, 8); }
@@ -206,10 +246,11 @@ void await_copies() {
 }
 
 typedef u64 Signal;
-inline void make_signal(Signal* s) {
+inline void make_signal(Signal* s, int arrivals = 1) {
   if ((const unsigned char*)s - emulator::own().shared & 7) emulator::fail("a signal off its boundary");
   *s = 1;
   emulator::own().signals[s] = emulator::Phases();
+  emulator::own().signals[s].expected = arrivals;
 }
 inline void publish_signals() {
   for (auto& one : emulator::own().signals) one.second.published = true;
@@ -219,11 +260,23 @@ inline emulator::Phases& signal_of(Signal* s) {
   if (found == emulator::own().signals.end() || !found->second.published) emulator::fail("a signal that nobody made");
   return found->second;
 }
+inline void end_phase(emulator::Phases& phases) {
+  emulator::deliver(phases.copies);
+  phases.arrivals = 0, phases.on_their_way = phases.announced = 0, phases.phase ^= 1;
+  emulator::progress++;
+}
 inline void announce(Signal* s, u32 bytes) {
   emulator::Phases& phases = signal_of(s);
-  if (phases.arrived) emulator::fail("a phase announced twice");
-  phases.announced = bytes, phases.arrived = true;
+  if (phases.arrivals == phases.expected) emulator::fail("a phase announced twice");
+  phases.announced += bytes, phases.arrivals++;
   emulator::progress++;
+}
+inline void arrive(Signal* s) {
+  emulator::Phases& phases = signal_of(s);
+  if (phases.arrivals == phases.expected) emulator::fail("an arrival at a phase that was full");
+  phases.arrivals++;
+  emulator::progress++;
+  if (phases.complete() && phases.copies.empty()) end_phase(phases);
 }
 inline void copy_bulk(unsigned char* to, const void* from, u32 bytes, Signal* s) {
   if (bytes % 16 || (to - emulator::own().shared) % 16) emulator::fail("a bulk copy of other than sixteens of bytes");
@@ -240,12 +293,13 @@ inline void copy_bulk(unsigned char* to, const void* from, u32 bytes, Signal* s)
 inline void await_signal(Signal* s, int phase) {
   emulator::Phases& phases = signal_of(s);
   while (phases.phase == phase) {
-    if (phases.arrived && phases.on_their_way == phases.announced) {
-      emulator::deliver(phases.copies);
-      phases.arrived = false, phases.on_their_way = 0, phases.phase ^= 1;
-      emulator::progress++;
+    if (phases.complete()) {
+      end_phase(phases);
     } else {
+      emulator::Thread& self = emulator::threads[emulator::current];
+      self.signal = &phases, self.phase = phase;
       emulator::yield();
+      self.signal = nullptr;
     }
   }
 }
@@ -352,17 +406,18 @@ inline void fiber() {
   own().alive--;
   progress++;
   if (!threads[current].open.empty()) fail("copies that were never committed");
+  if (threads[current].products) fail("products that were never awaited");
   yield();
 }
 
 // `cluster` blocks of `count` threads.
 inline bool run_cluster(int count, int cluster, u64 shared_bytes, bool backwards) {
-  block_threads = count, alive = count * cluster;
+  block_threads = count, alive = count * cluster, clusters_run++;
   blocks.assign(cluster, Block());
   for (Block& block : blocks) {
     block.memory.assign(shared_bytes + 4096 + 128, 0xff);
     block.shared = block.memory.data() + (128 - (u64)block.memory.data() % 128) % 128;
-    block.alive = count;
+    block.alive = count, block.bytes = shared_bytes;
   }
   whole_cluster = Wait();
   threads.assign(alive, Thread());
@@ -381,7 +436,7 @@ inline bool run_cluster(int count, int cluster, u64 shared_bytes, bool backwards
     const u64 before = progress;
     for (int i = 0; i < all && !failure[0]; i++) {
       current = backwards ? all - 1 - i : i;
-      if (!threads[current].done) swapcontext(&scheduler, &threads[current].context);
+      if (!threads[current].done && threads[current].ready()) swapcontext(&scheduler, &threads[current].context);
     }
     if (failure[0]) return false;
     if (progress == before) {

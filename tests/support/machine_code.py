@@ -34,6 +34,6 @@ def machine_code(binary: Path) -> dict[str, list[str]]:
     for line in done.stdout.splitlines():
         if (start := re.search(r"Function : (\w+)", line)) is not None:
             name = start[1]
-        elif (word := re.search(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][A-Z0-9_.]+)", line)) is not None:
+        elif (word := re.search(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][A-Z0-9_.x]+)", line)) is not None:
             kernels.setdefault(name, []).append(word[1])
     return kernels

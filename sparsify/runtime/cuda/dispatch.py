@@ -3,7 +3,7 @@
 A plan is text, so that a graph can carry it: ``8:decode_w8_r1_m1,16:decode_w8_r1_m2,*:unpack`` runs the first kernel
 for up to 8 tokens, the second up to 16, and multiplies with an unpacked copy above. Kernels are
 
-- ``decode_…``, ``bulk_…``, ``tiled_…``, ``wide_…``: our own, on fragments
+- ``decode_…``, ``bulk_…``, ``tiled_…``, ``wide_…``, ``wgmma_…``: our own, on fragments
   (:class:`sparsify.runtime.cuda.variants.Variant`);
 - ``unpack``: fragments to a dense copy that the next layer reuses, and cuBLAS;
 - ``cusparselt:NUMBER``, ``cusparselt:NUMBER:SPLITS:MODE`` (:class:`sparsify.runtime.cuda.compressed.Algorithm`) and
@@ -84,7 +84,7 @@ class Plan:
 
 def is_own(kernel: str) -> bool:
     """Whether ``kernel`` is one of ours that multiplies with fragments."""
-    return kernel.startswith(("decode", "bulk", "tiled", "wide"))
+    return kernel.startswith(("decode", "bulk", "tiled", "wide", "wgmma"))
 
 
 def check_kernel(name: str) -> str:

@@ -9,11 +9,11 @@ import torch
 from sparsify.runtime.cuda.compressed import SparseLibrary, library_of
 from sparsify.runtime.cuda.fragments import DTYPES
 from sparsify.runtime.cuda.nvrtc import nvrtc
+from sparsify.runtime.cuda.variants import HOPPER
 from sparsify.runtime.words import Layout, Policy
 
 # The sparse tensor cores begin with Ampere.
 OLDEST = (8, 0)
-HOPPER = (9, 0)
 # Why such weights stay dense on a GPU.
 NOT_24 = "not 2:4, the only sparsity that GPUs multiply"
 NO_EXPERTS = "a stack of experts, for which there is no GPU kernel"

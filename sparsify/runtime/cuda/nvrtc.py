@@ -18,12 +18,15 @@ import torch
 
 from sparsify.errors import BackendError
 from sparsify.runtime.cache import cache_folder, put_whole, read_whole
+from sparsify.runtime.cuda.variants import HOPPER
 from sparsify.runtime.seal import sealed, unsealed
 
 SOURCES = Path(__file__).parent / "kernels"
 MAIN = "kernels.cu"
 TYPES = {torch.bfloat16: "BFloat16", torch.float16: "Float16"}
 OPTIONS = ("-std=c++17",)
+# The first that knows sm_90a.
+_WITH_HOPPERS_OWN = (12, 0)
 
 
 def source_hash() -> str:
@@ -54,6 +57,11 @@ class NVRTC:
         self._call("nvrtcGetSupportedArchs", archs)
         self.architectures = sorted(archs)
 
+    def target(self, capability: tuple[int, int]) -> str:
+        """What machine code for ``capability`` is called: with all that Hopper has and nothing after it, ``sm_90a``."""
+        major, minor = capability
+        return f"sm_{major}{minor}" + ("a" if capability == HOPPER and self.version >= _WITH_HOPPERS_OWN else "")
+
     def compile(self, dtype: torch.dtype, capability: tuple[int, int]) -> bytes:
         """The kernels of ``dtype`` as machine code; as PTX where the GPU is newer than this NVRTC.
 
@@ -65,7 +73,7 @@ class NVRTC:
         older = [a for a in self.architectures if a < wanted]
         if not known and not older:
             raise self._failure(f"for compute capability {capability}", "it is too old for every kernel")
-        target = f"sm_{wanted}" if known else f"compute_{older[-1]}"
+        target = self.target(capability) if known else f"compute_{older[-1]}"
         headers = sorted(p for p in SOURCES.iterdir() if p.suffix == ".h")
         texts = (ctypes.c_char_p * len(headers))(*(p.read_bytes() for p in headers))
         names = (ctypes.c_char_p * len(headers))(*(p.name.encode() for p in headers))
@@ -133,8 +141,8 @@ def machine_code(dtype: torch.dtype, capability: tuple[int, int]) -> bytes | Non
     compiler = nvrtc()
     if compiler is None:
         return None
-    version, (major, minor) = "{}.{}".format(*compiler.version), capability
-    path = cache_folder() / f"cuda-{source_hash()}-{TYPES[dtype]}-sm_{major}{minor}-nvrtc{version}.bin"
+    version = "{}.{}".format(*compiler.version)
+    path = cache_folder() / f"cuda-{source_hash()}-{TYPES[dtype]}-{compiler.target(capability)}-nvrtc{version}.bin"
     kept = read_whole(path)
     code = unsealed(kept) if kept is not None else None
     if code is None:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sparsify.runtime.cuda import nvrtc
 from sparsify.runtime.cuda.fragments import to_fragments
-from sparsify.runtime.cuda.variants import BULK, DECODE, TILED, VARIANTS, WIDE, Variant
+from sparsify.runtime.cuda.variants import BULK, DECODE, HOPPER, MANY, TILED, VARIANTS, WGMMA, WIDE, Variant
 from sparsify.runtime.layout import pack
 
 DTYPES = (torch.bfloat16, torch.float16)
@@ -30,8 +30,11 @@ SPLIT = (
     Variant("bulk", 4, 1, 1, 4),
     Variant("wide", 8, 4, 8, 3, early=True),
     Variant("wide", 8, 2, 4, 2),
+    Variant("wgmma", 12, 1, 8, 3, early=True),
+    Variant("wgmma", 12, 2, 16, 2),
+    Variant("wgmma", 16, 1, 16, 4),
 )
-EARLY = tuple(replace(v, early=True) for v in (DECODE[0], BULK[0], TILED[0], WIDE[0]))
+EARLY = tuple(replace(v, early=True) for v in (DECODE[0], BULK[0], TILED[0], WIDE[0], WGMMA[0]))
 
 
 def weight(rows: int, columns: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -65,11 +68,16 @@ QUICK = (
     SPLIT[6],
     WIDE[0],
     EARLY[1],
+    WGMMA[0],
+    WGMMA[-1],
+    SPLIT[8],
+    SPLIT[9],
 )
 CASES = [
     *((variant, torch.bfloat16) for variant in QUICK),
     (SPLIT[1], torch.float16),
     (SPLIT[4], torch.float16),
+    (SPLIT[8], torch.float16),
     *(pytest.param(v, torch.bfloat16, marks=pytest.mark.slow) for v in (*VARIANTS, *SPLIT, *EARLY) if v not in QUICK),
 ]
 # Seven row tiles: blocks that stay (two or three of them, see emulate.MULTIPROCESSORS) go on to others, with more tiles
@@ -82,7 +90,7 @@ def test_against_float64_on_ragged_shapes(variant: Variant, dtype: torch.dtype) 
     torch.manual_seed(0)
     for shape, counts in SHAPES:
         # A tiled kernel does as much for one token as for its whole tile of them.
-        for tokens in counts[-1:] if variant.kind in ("tiled", "wide") else counts:
+        for tokens in counts[-1:] if variant.kind in MANY else counts:
             if variant.fits(tokens, shape[1]):
                 check(variant, dtype, shape, tokens)
 
@@ -108,9 +116,9 @@ def test_values_that_floats_have_beside_numbers() -> None:
 # Machine code.
 
 
-def check_machine_code(binary: Path, hopper: bool) -> None:
-    kernels = machine_code(binary)
-    assert set(kernels) == {v.kernel for v in VARIANTS if hopper or not v.needs_hopper} | {"add_splits", "unpack"}
+def check_machine_code(binary: Path, capability: tuple[int, int]) -> None:
+    kernels, hopper = machine_code(binary), capability >= HOPPER
+    assert set(kernels) == {v.kernel for v in VARIANTS if v.runs_on(capability)} | {"add_splits", "unpack"}
     for name, words in kernels.items():
         assert not [w for w in words if w.startswith(("LDL", "STL"))], f"{name} spills registers to local memory"
         # Each waits for the kernel before it, and does so before its first load of anything.
@@ -120,6 +128,9 @@ def check_machine_code(binary: Path, hopper: bool) -> None:
             continue
         loads = [w for w in words if w.split(".")[0] == "LDG"]
         wide = [w for w in loads if w.endswith(".128") or ".128." in w]
+        if name.startswith("wgmma"):
+            check_warpgroup_code(Variant.named(name), words)
+            continue
         # Nine 16-byte loads are one tile of weights. The bias is two bytes, and no more than that is narrow.
         if name.startswith(("bulk", "wide")):
             assert sum(w.startswith("UBLKCP.S.G") for w in words) >= 2, f"{name} has no bulk copies"
@@ -144,6 +155,19 @@ def check_machine_code(binary: Path, hopper: bool) -> None:
             assert any(w.startswith("LDGSTS") and "128" in w for w in words), f"{name} has no asynchronous copies"
 
 
+def check_warpgroup_code(variant: Variant, words: list[str]) -> None:
+    """Products that run beside the warps: where a compiler cannot prove that it need not, it waits for each of them."""
+    products = [w for w in words if w.startswith("HGMMA.SP")]
+    # One per chunk and row tile, and a wait for those of each step before, which are two chunks where registers allow.
+    steps = 8 * variant.row_tiles // (1 if variant.row_tiles * variant.token_tiles > 16 else 2)
+    assert len(products) == 8 * variant.row_tiles
+    assert {w.split(".")[2] for w in products} == {f"64x{8 * variant.token_tiles}x32"}, products
+    assert sum(w.startswith("WARPGROUP.DEPBAR") for w in words) == steps + 1, variant.name
+    assert sum(w.startswith("WARPGROUP.ARRIVE") for w in words) == steps, variant.name
+    assert sum(w.startswith("UBLKCP.S.G") for w in words) >= 2, "weights by bulk copies"
+    assert any(w.startswith("LDGSTS") and "128" in w for w in words), "inputs by asynchronous copies"
+
+
 ARCHITECTURES = ((8, 0), (9, 0), (10, 0))
 
 
@@ -164,9 +188,10 @@ def test_what_nvcc_makes_of_it(tmp_path: Path, capability: tuple[int, int], dtyp
     known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout
     if name not in known.split():
         pytest.skip(f"this nvcc does not know {name}")
+    name += "a" * (capability == HOPPER)
     words = [nvcc, "-std=c++17", "-O3", f"-arch={name}", f"-DSPARSIFY_TYPE={nvrtc.TYPES[dtype]}", "-cubin"]
     subprocess.run([*words, "-o", tmp_path / "k.cubin", nvrtc.SOURCES / nvrtc.MAIN], check=True)
-    check_machine_code(tmp_path / "k.cubin", capability >= (9, 0))
+    check_machine_code(tmp_path / "k.cubin", capability)
 
 
 @pytest.mark.parametrize(("capability", "dtype"), each(((8, 0), torch.float16)))
@@ -176,7 +201,7 @@ def test_what_nvrtc_makes_of_it(
     if 10 * capability[0] + capability[1] not in compiler.architectures:
         pytest.skip(f"this NVRTC does not know sm_{capability[0]}{capability[1]}")
     (tmp_path / "k.cubin").write_bytes(compiler.compile(dtype, capability))
-    check_machine_code(tmp_path / "k.cubin", capability >= (9, 0))
+    check_machine_code(tmp_path / "k.cubin", capability)
 
 
 def test_a_gpu_that_nvrtc_does_not_know_gets_ptx(compiler: nvrtc.NVRTC) -> None:

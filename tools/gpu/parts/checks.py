@@ -18,7 +18,7 @@ from sparsify.runtime.cuda.autotune.times import random_24
 from sparsify.runtime.cuda.fragments import to_fragments
 from sparsify.runtime.cuda.prepared import PreparedWeight, prepare_weight
 from sparsify.runtime.cuda.products import run_kernel
-from sparsify.runtime.cuda.variants import BULK, CLUSTERS, DECODE, VARIANTS, WIDE, Variant
+from sparsify.runtime.cuda.variants import BULK, CLUSTERS, DECODE, VARIANTS, WGMMA, WIDE, Variant
 from sparsify.runtime.layout import unpack
 from sparsify.runtime.words import POLICIES, Policy
 
@@ -46,11 +46,12 @@ def broken_families(results: Results) -> set[str]:
 
 
 def every_variant(machine: Machine, broken: set[str]) -> list[Variant]:
-    plain = [replace(v, early=early) for v in VARIANTS for early in (False, True)]
+    plain = [replace(v, early=early) for v in VARIANTS for early in (False, True) if v.kind != "wgmma" or not early]
     split = [replace(v, splits=s) for v in VARIANTS for s in (2, 4) if v.kind == "tiled"]
     split += [replace(v, splits=s, early=s == 2) for v in DECODE + BULK for s in CLUSTERS[1:]]
     split += [replace(v, splits=s, early=s == 3) for v in WIDE for s in (2, 3, 5, 8)]
-    return [v for v in plain + split if (machine.gpu.hopper or not v.needs_hopper) and not broken & families_of(v.name)]
+    split += [replace(v, splits=s, early=s == 3) for v in WGMMA for s in (3, 8)]
+    return [v for v in plain + split if v.runs_on(machine.gpu.capability) and not broken & families_of(v.name)]
 
 
 def within(found: float, *what: object) -> float:

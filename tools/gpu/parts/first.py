@@ -35,12 +35,22 @@ FAMILIES: dict[str, Sequence[tuple[str, int]]] = {
     "clusters": [("decode_w8_r1_m1_s2", 1), ("decode_w8_r1_m2_s8", 16), ("decode_w8_r1_m1_s4_e", 3)],
     "bulk": [("bulk_w8_r1_m1", 1), ("bulk_w4_r1_m2", 16), ("bulk_w8_r2_m2", 12), ("bulk_w8_r1_m1_s2_e", 5)],
     "wide": [("wide_w8_r4_m8", 64), ("wide_w8_r2_m4", 20), ("wide_w8_r4_m4_s3", 33), ("wide_w8_r2_m8_s8_e", 200)],
+    "wgmma": [
+        ("wgmma_w12_r1_m8", 64),
+        ("wgmma_w16_r1_m8", 33),
+        ("wgmma_w12_r2_m8", 70),
+        ("wgmma_w12_r1_m16", 128),
+        ("wgmma_w16_r1_m16_s2_e", 65),
+        ("wgmma_w12_r2_m16", 100),
+        ("wgmma_w12_r1_m32", 200),
+        ("wgmma_w12_r1_m8_s4", 20),
+    ],
 }
 
 
 CAPTURED = (
     "decode_w8_r1_m1", "unpack", "library", "decode_w8_r1_m1_e", "tiled_w4_r1_m4_s2_e", "decode_w8_r1_m1_s2",
-    "bulk_w8_r1_m1_e", "decode_w8_r1_m1_s2_e", "wide_w8_r4_m8_s3_e",
+    "bulk_w8_r1_m1_e", "decode_w8_r1_m1_s2_e", "wide_w8_r4_m8_s3_e", "wgmma_w12_r1_m8_s4_e",
 )  # fmt: skip
 
 

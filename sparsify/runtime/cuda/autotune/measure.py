@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import warnings
 from collections.abc import Callable, Sequence
@@ -18,9 +19,11 @@ from sparsify.runtime.cuda.autotune.clock import Clock
 from sparsify.runtime.cuda.dispatch import BUCKETS, DENSE, Timings
 from sparsify.runtime.cuda.fragments import tiles
 from sparsify.runtime.cuda.gpu import GPU
-from sparsify.runtime.cuda.variants import BULK, CLUSTERS, DECODE, TILED, WIDE, Variant
+from sparsify.runtime.cuda.variants import BULK, CLUSTERS, DECODE, TILED, WGMMA, WIDE, Variant
 
 _SPLITS = (1, 2, 4, 8)
+# Shares of the multiprocessors that have work, on average over the rounds of blocks: most of them, and nearly all.
+_BUSY = (0.6, 0.85)
 # How often the fastest is timed again.
 _AGAIN = 3
 
@@ -138,6 +141,7 @@ def own_candidates(tokens: int, rows: int, columns: int, gpu: GPU) -> list[Varia
         found = [v for v in found if v.splits <= max(1, tiles(1, columns)[1] // 2)]
         wide = [replace(v, splits=s) for v in WIDE if v.token_tiles == groups for s in v.possible_splits]
         found += [v for v in wide if v.fits(tokens, columns)]
+        found += _wgmma(tokens, rows, columns, gpu)
     else:
         some = [v for v in DECODE + BULK if 8 * (v.token_tiles - 1) < tokens]
         # Columns are split over more blocks where there are too few rows to occupy the GPU.
@@ -147,7 +151,26 @@ def own_candidates(tokens: int, rows: int, columns: int, gpu: GPU) -> list[Varia
         ]
         found = [v for v in found if v.fits(tokens, columns)]
     found += [replace(v, early=True) for v in found]
-    return [v for v in found if gpu.hopper or not v.needs_hopper]
+    return [v for v in found if v.runs_on(gpu.capability)]
+
+
+def _wgmma(tokens: int, rows: int, columns: int, gpu: GPU) -> list[Variant]:
+    """Of blocks that hold about as many tokens as there are. Each fills a multiprocessor, and the last round of them is
+    rarely full: columns are split as little as keeps most of the GPU busy, and in the first two ways that keep nearly
+    all of it so.
+    """
+    enough = next((m for m in (8, 16) if tokens <= 8 * m), 32)
+    found: list[Variant] = []
+    for variant in WGMMA:
+        if variant.token_tiles != enough and not (variant.token_tiles == 16 and tokens > 128):
+            continue
+        across, high, _ = variant.launch(tokens, rows).grid
+        split = [v for s in variant.possible_splits if (v := replace(variant, splits=s)).fits(tokens, columns)]
+        rounds = {v: across * high * v.splits / gpu.multiprocessors for v in split}
+        busy = {v: rounds[v] / math.ceil(rounds[v]) for v in split}
+        some = [v for v in split if busy[v] >= _BUSY[0]][:1] + [v for v in split if busy[v] >= _BUSY[1]][:2]
+        found += dict.fromkeys(some or split[-1:])
+    return found
 
 
 def _algorithm(weight: Tensor, x: Tensor) -> compressed.Algorithm:

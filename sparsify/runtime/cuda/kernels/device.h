@@ -47,6 +47,7 @@ DEVICE void store_float(float* p, float v) { *p = v; }
 DEVICE void store_pair(uint2* p, uint2 v) { *p = v; }
 
 DEVICE uint4 load_shared(const unsigned char* p) { return *reinterpret_cast<const uint4*>(p); }
+DEVICE u32 load_shared_4(const unsigned char* p) { return *reinterpret_cast<const u32*>(p); }
 DEVICE uint2 load_shared_8(const unsigned char* p) { return *reinterpret_cast<const uint2*>(p); }
 
 // Four matrices of eight rows of 16 bytes; lane 8 i + r names row r of matrix i, and lane 4 g + t gets bytes 4 t .. 4 t + 3
@@ -101,12 +102,27 @@ DEVICE float load_of_block(const float* p, int rank) {
   return r;
 }
 
+// Four neighbours of it, on a boundary of 16 bytes.
+DEVICE void load_four_of_block(float (&v)[4], const float* p, int rank) {
+  u32 at;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(at) : "r"((u32)__cvta_generic_to_shared(p)), "r"(rank));
+  asm volatile("ld.shared::cluster.v4.f32 {%0,%1,%2,%3}, [%4];"
+               : "=f"(v[0]), "=f"(v[1]), "=f"(v[2]), "=f"(v[3])
+               : "r"(at)
+               : "memory");
+}
+
 // Bulk copies: one thread asks, the copy engine writes, and a Signal in shared memory tells how far it is. Its phases
 // take turns, 0 first; each ends when the bytes that were announced for it are there.
 typedef u64 Signal;
 DEVICE u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
-DEVICE void make_signal(Signal* s) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(s)) : "memory");
+// A phase takes so many arrivals.
+DEVICE void make_signal(Signal* s, int arrivals = 1) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(s)), "r"(arrivals) : "memory");
+}
+// Without bytes to wait for.
+DEVICE void arrive(Signal* s) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(s)) : "memory");
 }
 // By who made them, before others use them.
 DEVICE void publish_signals() {

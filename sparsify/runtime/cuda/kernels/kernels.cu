@@ -1,13 +1,16 @@
 // Every kernel of one dtype (SPARSIFY_TYPE: BFloat16 or Float16), under the names that sparsify/runtime/cuda/variants.py calls.
 #ifdef SPARSIFY_EMULATOR
 #include "emulator.h"
+#include "emulator_warpgroup.h"
 #else
 #include "device.h"
+#include "warpgroup.h"
 #endif
 #include "bulk.h"
 #include "decode.h"
 #include "tiled.h"
 #include "unpack.h"
+#include "wgmma.h"
 #include "wide.h"
 
 #define DECODE(w, r, m) \
@@ -29,6 +32,15 @@ BULK(8, 2, 1, 2, 1) BULK(8, 2, 2, 2, 1)
   RESIDENT_KERNEL(wide_w8_r##r##_m##m, WIDE_THREADS, 1) { wide<SPARSIFY_TYPE, r, m>(a); }
 WIDE(2, 4) WIDE(2, 8)
 WIDE(4, 4) WIDE(4, 8)
+#endif
+
+#ifdef WARPGROUPS
+// Warps, with those that copy x; depth and places: see variants.py.
+#define WGMMA(w, r, m, depth, places) \
+  RESIDENT_KERNEL(wgmma_w##w##_r##r##_m##m, w * 32, 1) { wgmma<SPARSIFY_TYPE, w / 4 - 1, r, m, depth, places>(a); }
+WGMMA(12, 1, 8, 4, 8) WGMMA(16, 1, 8, 3, 6) WGMMA(12, 2, 8, 2, 8)
+WGMMA(12, 1, 16, 3, 6) WGMMA(16, 1, 16, 2, 6) WGMMA(12, 2, 16, 2, 4)
+WGMMA(12, 1, 32, 2, 4)
 #endif
 
 #define TILED(w, r, m) \
