@@ -16,32 +16,55 @@ DEVICE u32 other_codes(u32 codes) {
   return (codes & 0xf00ff00f) | (codes & 0x00f000f0) << 4 | (codes & 0x0f000f00) >> 4;
 }
 
+// The tiles of columns of a block, each block's from another one on: all read the same x, and were all to read the same
+// columns of it at once, few parts of the L2 cache would have to serve them.
+struct Turn {
+  int first, count, start;
+  DEVICE int tile(int i) const { return first + (i + start < count ? i + start : i + start - count); }
+};
+
 // x, 64 columns of the block's tokens at a time, through PLACES in shared memory: each is `full` when the copies are
-// there and `empty` when every product that reads it is done. The warps take turns, and each waits for its own copies,
-// so that as many blocks of columns as there are warps are on their way.
+// there and `empty` when every product that reads it is done. The warps take turns, and each asks for its next before it
+// waits for its last, so that twice as many blocks of columns as there are warps are on their way, if they have places.
 template <int TOKENS, int PLACES>
-DEVICE void copy_inputs(const Arguments& a, unsigned char* ring, Signal* full, Signal* empty, int first, int blocks, int warp) {
+DEVICE void copy_inputs(const Arguments& a, unsigned char* ring, Signal* full, Signal* empty, const Turn& turn, int warp) {
   // Eight lanes bring 128 bytes of a token; sixteen bytes v of a chunk become its 0th, 2nd, 1st, 3rd.
   const int lane = thread() & 31, unit = lane & 7, row = lane >> 3, token = block_x() * TOKENS + row;
   const int at = (unit & 4) | (unit & 1) << 1 | (unit >> 1 & 1), left = a.tokens - token;
   const u64 four_tokens = (u64)4 * a.columns;
   unsigned char *even = ring + row * 128 + ((at ^ row) << 4), *odd = ring + row * 128 + ((at ^ row ^ 4) << 4);
-  int place = warp, phase = 1;
+  const int blocks = turn.count * (CHUNKS / 2);
+  // With no more places than warps its next place would be the one that it has not said anything of yet.
+  const bool AHEAD = PLACES > COPIERS;
+  auto there = [&](int place) {
+    publish_writes();
+    warp_barrier();
+    if (lane == 0) arrive(full + place);
+  };
+  int place = warp, phase = 1, before = -1;
   for (int b = warp; b < blocks; b += COPIERS, place += COPIERS) {
     while (place >= PLACES) place -= PLACES, phase ^= 1;
     // The first time around there is nothing to wait for: phase 1 counts as the one before the first.
     if (b >= PLACES) await_signal(empty + place, phase);
-    const int column = (first * (CHUNKS / 2) + b) * 64 + unit * 8, tokens = column < a.columns ? left : 0;
+    const int column = (turn.tile(b / (CHUNKS / 2)) * (CHUNKS / 2) + b % (CHUNKS / 2)) * 64 + unit * 8;
+    const int tokens = column < a.columns ? left : 0;
     const u16* from = a.x + (u64)token * a.columns + column;
 #pragma unroll 16
     for (int r = 0; r < TOKENS / 4; r++, from += four_tokens)
       copy_async((r & 1 ? odd : even) + place * TOKENS * 128 + r * 512, from, 4 * r < tokens);
     commit_copies();
-    await_copies<0>();
-    publish_writes();
-    warp_barrier();
-    if (lane == 0) arrive(full + place);
+    if (!AHEAD) {
+      await_copies<0>();
+      there(place);
+    } else if (before >= 0) {
+      await_copies<1>();
+      there(before);
+    }
+    before = place;
   }
+  if (!AHEAD || before < 0) return;
+  await_copies<0>();
+  there(before);
 }
 
 // A block has GROUPS warpgroups that sum, each warp RT row tiles, and COPIERS warps; 64 RT GROUPS rows and 8 MT tokens.
@@ -57,6 +80,8 @@ DEVICE void wgmma(const Arguments& a) {
   // The compiler has to see that a warp's threads agree on what the warp does.
   const int lane = thread() & 31, warp = from_lane(thread() >> 5, 0), row_tile = block_y() * WARPS * RT;
   const int first = (int)((u64)a.tiles * block_z() / a.splits), last = (int)((u64)a.tiles * (block_z() + 1) / a.splits);
+  const int count = last - first;
+  const Turn turn{first, count, count ? block_y() * 5 % count : 0};
   unsigned char* inputs = shared + (1024 - (shared_address(shared) & 1023) & 1023);
   unsigned char* weights = inputs + PLACES * PLACE;
   Signal* arrived = reinterpret_cast<Signal*>(weights + WARPS * DEPTH * RT * TILE_BYTES);
@@ -71,23 +96,23 @@ DEVICE void wgmma(const Arguments& a) {
   const bool carrier = warp < WARPS && lane < RT;
   const uint4* base = row_tile_of(a, row_tile + warp % WARPS * RT + (carrier ? lane : 0));
   if (a.early && carrier)
-    for (int k = first; k < last && k < first + DEPTH; k++) prefetch(base + (u64)k * TILE, TILE_BYTES);
+    for (int i = 0; i < count && i < DEPTH; i++) prefetch(base + (u64)turn.tile(i) * TILE, TILE_BYTES);
   await_previous();
 
   if (warp >= WARPS) {
-    copy_inputs<TOKENS, PLACES>(a, inputs, full, empty, first, (last - first) * (CHUNKS / 2), warp - WARPS);
+    copy_inputs<TOKENS, PLACES>(a, inputs, full, empty, turn, warp - WARPS);
     if (a.splits > 1) cluster_barrier(), cluster_barrier();
     return;
   }
   unsigned char* ring = weights + warp * DEPTH * RT * TILE_BYTES;
   arrived += warp * DEPTH;
-  auto ask = [&](int k, int place) {
-    if (k >= last) return;
+  auto ask = [&](int i, int place) {
+    if (i >= count) return;
     if (lane == 0) announce(arrived + place, RT * TILE_BYTES);
     warp_barrier();
-    if (carrier) copy_bulk(ring + (place * RT + lane) * TILE_BYTES, base + (u64)k * TILE, TILE_BYTES, arrived + place);
+    if (carrier) copy_bulk(ring + (place * RT + lane) * TILE_BYTES, base + (u64)turn.tile(i) * TILE, TILE_BYTES, arrived + place);
   };
-  for (int i = 0; i < DEPTH; i++) ask(first + i, i);
+  for (int i = 0; i < DEPTH; i++) ask(i, i);
 
   float c[RT][TOKENS / 2] = {};
   // Of this step and of the one before, which the tensor core may still be reading.
@@ -104,11 +129,11 @@ DEVICE void wgmma(const Arguments& a) {
     for (int j = 0; j < AT_ONCE; j++)
       values[step & 1][j] = load_shared(tile + 512 * (chunk + j) + other_lane(lane) * 16);
   };
-  if (first < last) {
+  if (count) {
     await_signal(arrived, 0);
     read(0);
   }
-  for (int k = first; k < last; k++) {
+  for (int k = 0; k < count; k++) {
 #pragma unroll
     for (int step = 0; step < STEPS; step++) {
       if (step % STEPS_OF_BLOCK == 0) await_signal(full + x_place, x_phase);
@@ -130,12 +155,12 @@ DEVICE void wgmma(const Arguments& a) {
       }
       // The products of the step before: theirs is the other half of the registers, and the place of x before this.
       await_products<1>();
-      if (step % STEPS_OF_BLOCK == 0 && (k > first || step > 0) && lane == 0)
+      if (step % STEPS_OF_BLOCK == 0 && (k > 0 || step > 0) && lane == 0)
         arrive(empty + (x_place ? x_place : PLACES) - 1);
       if (step % STEPS_OF_BLOCK == STEPS_OF_BLOCK - 1 && ++x_place == PLACES) x_place = 0, x_phase ^= 1;
       if (step < STEPS - 1) {
         read(step + 1);
-      } else if (k + 1 < last) {
+      } else if (k + 1 < count) {
         await_signal(arrived + place, phase);
         read(0);
       }
