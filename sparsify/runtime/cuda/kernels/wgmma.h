@@ -1,6 +1,6 @@
 // y = x W^T + b for some dozens to a few hundred tokens on Hopper's own tensor cores: the products run beside the warps
-// that ask for them (warpgroup.h). W goes from shared memory to registers,
-// as it is stored; x is read by the tensor core where four warps have put it.
+// that ask for them (warpgroup.h). W goes from shared memory to registers, as it is stored; x is read by the tensor core
+// where four warps have put it.
 #pragma once
 #include "few_tokens.h"
 
