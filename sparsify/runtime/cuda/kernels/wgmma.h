@@ -24,8 +24,8 @@ struct Turn {
 };
 
 // x, 64 columns of the block's tokens at a time, through PLACES in shared memory: each is `full` when the copies are
-// there and `empty` when every product that reads it is done. The warps take turns, and each asks for its next before it
-// waits for its last, so that twice as many blocks of columns as there are warps are on their way, if they have places.
+// there and `empty` when every product that reads it is done. The warps take turns, and each waits for its own copies,
+// so that as many blocks of columns as there are warps are on their way.
 template <int TOKENS, int PLACES>
 DEVICE void copy_inputs(const Arguments& a, unsigned char* ring, Signal* full, Signal* empty, const Turn& turn, int warp) {
   // Eight lanes bring 128 bytes of a token; sixteen bytes v of a chunk become its 0th, 2nd, 1st, 3rd.
@@ -34,14 +34,7 @@ DEVICE void copy_inputs(const Arguments& a, unsigned char* ring, Signal* full, S
   const u64 four_tokens = (u64)4 * a.columns;
   unsigned char *even = ring + row * 128 + ((at ^ row) << 4), *odd = ring + row * 128 + ((at ^ row ^ 4) << 4);
   const int blocks = turn.count * (CHUNKS / 2);
-  // With no more places than warps its next place would be the one that it has not said anything of yet.
-  const bool AHEAD = PLACES > COPIERS;
-  auto there = [&](int place) {
-    publish_writes();
-    warp_barrier();
-    if (lane == 0) arrive(full + place);
-  };
-  int place = warp, phase = 1, before = -1;
+  int place = warp, phase = 1;
   for (int b = warp; b < blocks; b += COPIERS, place += COPIERS) {
     while (place >= PLACES) place -= PLACES, phase ^= 1;
     // The first time around there is nothing to wait for: phase 1 counts as the one before the first.
@@ -53,18 +46,12 @@ DEVICE void copy_inputs(const Arguments& a, unsigned char* ring, Signal* full, S
     for (int r = 0; r < TOKENS / 4; r++, from += four_tokens)
       copy_async((r & 1 ? odd : even) + place * TOKENS * 128 + r * 512, from, 4 * r < tokens);
     commit_copies();
-    if (!AHEAD) {
-      await_copies<0>();
-      there(place);
-    } else if (before >= 0) {
-      await_copies<1>();
-      there(before);
-    }
-    before = place;
+    // Not after the next has been asked for, which was slower: products would wait for a place as well.
+    await_copies<0>();
+    publish_writes();
+    warp_barrier();
+    if (lane == 0) arrive(full + place);
   }
-  if (!AHEAD || before < 0) return;
-  await_copies<0>();
-  there(before);
 }
 
 // A block has GROUPS warpgroups that sum, each warp RT row tiles, and COPIERS warps; 64 RT GROUPS rows and 8 MT tokens.
