@@ -35,7 +35,7 @@ class Sizes:
     """What is measured: all of a model's size, but for a CPU that emulates a GPU."""
 
     shapes: Shapes = field(default_factory=lambda: SHAPES)
-    tokens: Sequence[int] = (1, 8, 16, 64, 256, 2048)
+    tokens: Sequence[int] = (1, 8, 16, 64, 128, 256, 2048)
     # (rows, columns) of the checks: ragged ones among them.
     checked: Sequence[tuple[int, int]] = ((16, 256), (100, 1096), (4096, 4096), (1024, 11008))
     checked_tokens: Sequence[int] = (1, 2, 7, 8, 9, 16, 17, 33, 64, 200)
