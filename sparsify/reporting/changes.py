@@ -1,0 +1,81 @@
+"""The sections of what else passes did, and of what none of them touched."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from sparsify.provenance.markdown import short
+from sparsify.reporting.facts import Facts
+from sparsify.reporting.layers import left_by
+from sparsify.reporting.markup import Markup, code, section, table, tag
+from sparsify.reporting.words import named
+
+
+def trained(facts: Facts) -> Markup:
+    """What blocks gained that were trained, and groups of channels that were put in another order."""
+    parts: list[object] = []
+    for own in facts.passes:
+        if regions := own.get("regions"):
+            said = (
+                "Losses on sequences that no block was trained on; less is better. A dash: the block stayed as it was."
+            )
+            parts += [tag("h3", own["spec"]), tag("p", said)]
+            rows = [(code(r["name"]), r["loss"], f"{r['before']:.4g}", f"{r['after']:.4g}", _gain(r)) for r in regions]
+            parts.append(table(("block", "loss", "before", "after", "gain"), rows, (2, 3, 4)))
+        if groups := own.get("channels"):
+            said = "What the pattern would keep of Σ|W|²‖X‖² before and after channels changed places; more is better."
+            parts += [tag("h3", own["spec"]), tag("p", said)]
+            parts.append(table(("read by", "channels", "moved", "before", "after"), map(_moved, groups), (1, 2, 3, 4)))
+    return section("Blocks and channels", *parts)
+
+
+def _gain(region: Mapping[str, Any]) -> str:
+    if region.get("rate") is None or not region["before"]:
+        return "–"
+    return f"{1 - region['after'] / region['before']:.1%}"
+
+
+def _moved(group: Mapping[str, Any]) -> tuple[object, ...]:
+    kept = f"{group['kept_before']:.2%}", f"{group['kept_after']:.2%}"
+    return code(short(group["name"])), str(group["channels"]), str(group["moved"]), *kept
+
+
+def structure(facts: Facts) -> Markup:
+    """How many heads, channels or experts are left of each group."""
+    parts: list[object] = []
+    for record in facts.manifest.get("structure", ()):
+        kinds: dict[tuple[str, str, str], list[str]] = {}
+        for cut in record["cuts"]:
+            key = (str(cut.get("kind", "")), str(cut.get("before", "")), str(cut.get("after", "")))
+            kinds.setdefault(key, []).append(str(cut.get("name", "")))
+        rows = [
+            (kind, before, after, str(len(names)), code(short(names[0])))
+            for (kind, before, after), names in kinds.items()
+        ]
+        parts += [tag("h3", record.get("spec", "a structural pass"))]
+        parts.append(table(("what", "before", "after", "groups", "the first of them"), rows, (1, 2, 3)))
+    return section("What was taken out whole", *parts)
+
+
+def left_dense(facts: Facts) -> Markup:
+    """Why weights were left as they were, and which."""
+    reasons: dict[str, list[str]] = {}
+    pruned = {site["name"] for own in facts.passes for site in own["sites"]}
+    for name, reason in left_by(facts.passes):
+        if name not in pruned:
+            reasons.setdefault(reason, []).append(name)
+    for opaque in facts.manifest.get("not_understood", ()):
+        reasons.setdefault(str(opaque.get("reason")), []).append(", ".join(opaque.get("tensors", ())))
+    for site in facts.manifest.get("packed", {}).get("sites", ()):
+        if site.get("layout") == "dense":
+            kind = str(site.get("reason", "")).partition(" (")[0]
+            reasons.setdefault(f"not packed: {kind}", []).append(str(site.get("name")))
+    rows = [(reason, str(len(names)), _names(names)) for reason, names in reasons.items()]
+    return section("What stayed dense, and why", table(("why", "how many", "which"), rows, (1,)) if rows else None)
+
+
+def _names(names: Sequence[str]) -> Markup:
+    if len(names) <= 3:
+        return code(named(names))
+    return tag("details", tag("summary", code(named(names, 2))), code(", ".join(map(short, names))))
