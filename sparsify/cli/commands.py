@@ -1,4 +1,4 @@
-"""``sparsify inspect | eval | compare | version``. Imports nothing heavy before a command runs."""
+"""``sparsify inspect | eval | compare | report | diff | version``. Imports nothing heavy before a command runs."""
 
 from __future__ import annotations
 
@@ -216,6 +216,24 @@ def compare_command(
         console.print(comparison_report(result))
         if result.output is not None:
             console.print(f"wrote {plain(str(result.output))}")
+
+
+def report_command(
+    folder: Annotated[Path, typer.Argument(help="Folder that sparsify wrote.", metavar="OUT")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The page.", metavar="FILE")] = Path("report.html"),
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace FILE: an older report, no other file.")
+    ] = False,
+    as_json: AsJson = False,
+    no_check: NoCheck = False,
+    debug: Debug = False,
+) -> None:
+    """Write a page about OUT, one HTML file: what was done, what it cost, layer by layer, and how to do it again."""
+    with command_errors(debug, "error"):
+        from sparsify.reporting.report import report
+
+        wrote = report(folder, output, overwrite=overwrite, check=not no_check)
+        say(json.dumps({"output": str(wrote)}) if as_json else f"wrote {wrote}")
 
 
 def version_command(as_json: AsJson = False) -> None:

@@ -44,6 +44,7 @@ _OWN = {
         "compare": "sparsify.cli.commands:compare_command",
         "search": "sparsify.cli.search:search_command",
         "sensitivity": "sparsify.cli.search:sensitivity_command",
+        "report": "sparsify.cli.commands:report_command",
         "passes": "sparsify.cli.passes:passes_command",
         "version": "sparsify.cli.commands:version_command",
         "tune": "sparsify.cli.tune:tune_command",

@@ -17,6 +17,7 @@ class Figure:
     Attributes:
         what: made the difference. data: what it was measured on. before, after: None where it was no number.
         verdict: in words; empty where nobody judged. windows: the digest of the token ids; empty where nobody said.
+        step: of the history; None where it is of the whole folder.
     """
 
     what: str
@@ -26,6 +27,7 @@ class Figure:
     verdict: str = ""
     standard_error: float | None = None
     windows: str = ""
+    step: int | None = None
 
     @property
     def ratio(self) -> float | None:
@@ -45,14 +47,19 @@ def figures_of(manifest: Mapping[str, Any]) -> list[Figure]:
     for number, run in enumerate(earlier(manifest), 1):
         if "perplexity" in run:
             before, after = map(_number, run["perplexity"])
-            found.append(Figure(f"{run['command']}, step {number}", str(run.get("validation", "")), before, after))
+            what = f"{run['command']}, step {number}"
+            found.append(Figure(what, str(run.get("validation", "")), before, after, step=number))
     if {"dense_perplexity", "perplexity", "data"} <= (search := manifest.get("search", {})).keys():
         before, after = _number(search["dense_perplexity"]), _number(search["perplexity"])
-        found.append(Figure("search", search["data"], before, after))
+        found.append(Figure("measured by the search that made it", search["data"], before, after))
     if (judged := manifest.get("evaluation")) is not None:
         size = f"{judged.get('windows')} windows of {judged.get('sequence_length')} tokens of {judged.get('data')}"
         said = str(judged.get("verdict", "")), _number(judged.get("standard_error")), str(judged.get("sha256", ""))
-        found.append(Figure("--eval", size, _number(judged.get("dense")), _number(judged.get("pruned")), *said))
+        found.append(
+            Figure(
+                "measured when it was written", size, _number(judged.get("dense")), _number(judged.get("pruned")), *said
+            )
+        )
     return found
 
 

@@ -11,6 +11,11 @@ from sparsify.reporting.layers import left_by
 from sparsify.reporting.markup import Markup, code, section, table, tag
 from sparsify.reporting.words import named
 
+# Names that are told before the rest waits for a click.
+_FEW = 4
+# Rows of a table that is open at first.
+_ROWS = 24
+
 
 def trained(facts: Facts) -> Markup:
     """What blocks gained that were trained, and groups of channels that were put in another order."""
@@ -22,12 +27,19 @@ def trained(facts: Facts) -> Markup:
             )
             parts += [tag("h3", own["spec"]), tag("p", said)]
             rows = [(code(r["name"]), r["loss"], f"{r['before']:.4g}", f"{r['after']:.4g}", _gain(r)) for r in regions]
-            parts.append(table(("block", "loss", "before", "after", "gain"), rows, (2, 3, 4)))
+            parts.append(_long(("block", "loss", "before", "after", "gain"), rows, (2, 3, 4)))
         if groups := own.get("channels"):
             said = "What the pattern would keep of Σ|W|²‖X‖² before and after channels changed places; more is better."
             parts += [tag("h3", own["spec"]), tag("p", said)]
-            parts.append(table(("read by", "channels", "moved", "before", "after"), map(_moved, groups), (1, 2, 3, 4)))
+            rows = list(map(_moved, groups))
+            parts.append(_long(("read by", "channels", "moved", "before", "after"), rows, (1, 2, 3, 4)))
     return section("Blocks and channels", *parts)
+
+
+def _long(head: Sequence[str], rows: Sequence[Sequence[object]], numbers: Sequence[int]) -> Markup:
+    """A table, folded where it has very many rows."""
+    whole = table(head, rows, numbers)
+    return whole if len(rows) <= _ROWS else tag("details", tag("summary", f"All {len(rows)} of them"), whole)
 
 
 def _gain(region: Mapping[str, Any]) -> str:
@@ -71,11 +83,17 @@ def left_dense(facts: Facts) -> Markup:
         if site.get("layout") == "dense":
             kind = str(site.get("reason", "")).partition(" (")[0]
             reasons.setdefault(f"not packed: {kind}", []).append(str(site.get("name")))
-    rows = [(reason, str(len(names)), _names(names)) for reason, names in reasons.items()]
-    return section("What stayed dense, and why", table(("why", "how many", "which"), rows, (1,)) if rows else None)
+    parts = [
+        tag("div", tag("h3", f"{_sentence(reason)} ({len(names)})"), _names(names)) for reason, names in reasons.items()
+    ]
+    return section("What stayed dense, and why", *parts)
+
+
+def _sentence(reason: str) -> str:
+    return f"{reason[:1].upper()}{reason[1:]}"
 
 
 def _names(names: Sequence[str]) -> Markup:
-    if len(names) <= 3:
-        return code(named(names))
-    return tag("details", tag("summary", code(named(names, 2))), code(", ".join(map(short, names))))
+    if len(names) <= _FEW:
+        return tag("p", code(named(names)))
+    return tag("details", tag("summary", code(named(names, _FEW - 1))), tag("p", code(", ".join(map(short, names)))))

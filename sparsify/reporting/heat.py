@@ -100,12 +100,12 @@ def legend(scale: Scale, hatched: bool) -> Markup:
 
 def number_table(stacks: Sequence[Stack], forms: Mapping[str, Callable[[Cell], str]]) -> list[tuple[str, ...]]:
     """Every cell as a row: block, kind, and what ``forms`` say of it."""
-    rows = []
+    rows, alone = [], sum(bool(stack.name) for stack in stacks) == 1
     for stack in stacks:
         kinds = stack.kinds
         for block in stack.blocks:
             for kind in kinds:
                 if (cell := stack.cells.get((block, kind))) is not None:
-                    name = f"{stack.name}.{block}".strip(".") if block else "–"
-                    rows.append((name, kind, *(form(cell) for form in forms.values())))
+                    name = block if alone else f"{stack.name}.{block}".strip(".")
+                    rows.append((name or "–", kind, *(form(cell) for form in forms.values())))
     return rows

@@ -60,8 +60,10 @@ class Stack:
 
     @property
     def kinds(self) -> list[str]:
-        """In the order in which the model has them."""
-        return list(dict.fromkeys(kind for _, kind in self.cells))
+        """In the order in which passes came to them, those of one module together."""
+        found = list(dict.fromkeys(kind for _, kind in self.cells))
+        modules = list(dict.fromkeys(kind.rpartition(".")[0] for kind in found))
+        return sorted(found, key=lambda kind: modules.index(kind.rpartition(".")[0]))
 
     def cell(self, block: str, kind: str) -> Cell:
         return self.cells.setdefault((block, kind), Cell())

@@ -20,9 +20,12 @@ def layers(facts: Facts) -> Markup:
     maps: list[object] = []
     if errors:
         what = "Relative error of outputs"
-        way = "Stronger colour: a larger error, which is worse. 0 would be the output before the pass."
+        way = "Stronger colour: a larger error, which is worse. At 0 outputs are as they were."
         maps += _maps(stacks, Scale("error", what, way, max(errors), lambda cell: cell.error, "{:.3f}".format))
-    what, way = "Share of numbers kept", "Stronger colour: more was kept; fewer are nearer to what was asked for."
+    what, way = (
+        "Share of numbers kept",
+        "Stronger colour: more numbers kept, closer to the dense model and less sparse.",
+    )
     maps += _maps(stacks, Scale("kept", what, way, 1.0, lambda cell: cell.kept, "{:.0%}".format))
     forms: dict[str, Callable[[Cell], str]] = {
         "kept": lambda cell: "–" if cell.kept is None else f"{cell.kept:.2%}",
@@ -42,7 +45,9 @@ def layers(facts: Facts) -> Markup:
 
 def _note(facts: Facts) -> Markup:
     """What the numbers are, and what came after them."""
-    said = "An error is ‖XWᵀ − XŴᵀ‖ / ‖XWᵀ‖ over the calibration data: how far the outputs of a layer moved."
+    said = "An error is ‖XWᵀ − XŴᵀ‖ / ‖XWᵀ‖ over the calibration data: how far the outputs of a layer moved"
+    twin = any(own.get("name") == "twin" for own in facts.passes)
+    said += " (of twin, the first X is what the layer reads in the dense model)." if twin else "."
     steps, last = facts.pruning_steps, len(facts.history)
     if len(steps) > 1:
         said += f" All is of step {steps[-1]}, the last that pruned; sparsify.json keeps no layers of earlier steps."

@@ -29,7 +29,7 @@ def _run(at: int, run: Mapping[str, Any]) -> Markup:
         told += ["{:,} → {:,} numbers".format(*own["parameters"])] if "parameters" in own else []
         rows.append(("pass", joined([code(short(own.get("spec", ""))), f": {', '.join(told)}" if told else None])))
     rows += [
-        (key, ", ".join(f"{k} {short(v)}" for k, v in run[key].items()))
+        (key, ", ".join(f"{k} {short(v)}" for k, v in run[key].items() if v is not None))
         for key in ("training", "teacher")
         if isinstance(run.get(key), Mapping)
     ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from sparsify.provenance.figures import Figure
 from sparsify.provenance.markdown import short
 from sparsify.reporting.facts import Facts
 from sparsify.reporting.markup import Markup, code, joined, section, table, tag
@@ -36,13 +37,13 @@ def _tiles(facts: Facts) -> Markup:
         errors = [site["error"] for site in sites.values() if site.get("error") is not None]
         if errors:
             tiles.append((f"{sum(errors) / len(errors):.3f}", "mean relative error of their outputs; 0 is best"))
-    if facts.figures and facts.figures[-1].ratio is not None:
-        tiles.append((times(facts.figures[-1].ratio), f"perplexity ({facts.figures[-1].what}); less is better"))
+    if facts.figures and (last := facts.figures[-1]).ratio is not None:
+        step = f" step {last.step}" if last.step else ""
+        tiles.append((times(last.ratio), f"the perplexity before{step}; less is better"))
     if facts.nbytes:
         tiles.append((format_bytes(facts.nbytes), "of weights on disk"))
-    return tag(
-        "div", *(tag("div", tag("b", big), tag("span", small), class_="tile") for big, small in tiles), class_="tiles"
-    )
+    boxes = (tag("div", tag("b", big), tag("span", small), class_="tile") for big, small in tiles)
+    return tag("div", *boxes, class_="tiles")
 
 
 def _by_the_last(facts: Facts) -> str:
@@ -52,43 +53,27 @@ def _by_the_last(facts: Facts) -> str:
 
 def quality(facts: Facts) -> Markup:
     """Perplexities as bars, with their verdicts."""
-    parts: list[object] = []
-    for figure in facts.figures:
-        top = max(figure.before or 0, figure.after or 0) or 1
-        bars = [
-            joined(
-                [
-                    tag("span", name),
-                    tag("span", tag("i", style=f"--w:{(value or 0) / top:.1%}"), class_="track"),
-                    tag("b", number(value)),
-                ]
-            )
-            for name, value in (("before", figure.before), ("after", figure.after))
-        ]
-        error = "" if figure.standard_error is None else f" Standard error of the ratio: {figure.standard_error:.2%}."
-        verdict = figure.verdict or (f"{times(figure.ratio)} the perplexity before" if figure.ratio else "")
-        parts += [
-            tag("h3", f"Perplexity on {short(figure.data)}"),
-            tag("div", *bars, class_="bars"),
-            tag(
-                "p",
-                f"{verdict.capitalize()}." if verdict else None,
-                error,
-                f" ({figure.what}; a lower perplexity is better.)",
-            ),
-        ]
+    parts = [part for figure in facts.figures for part in _perplexity(figure)]
     if not parts:
-        parts.append(
-            tag(
-                "p",
-                "It was not measured when the folder was written. ",
-                code("sparsify eval MODEL OUT --data TEXT"),
-                " measures both, and ",
-                code("sparsify compile … --eval TEXT"),
-                " writes it here.",
-            )
-        )
+        told = ["It was not measured when the folder was written. ", code("sparsify eval MODEL OUT --data TEXT")]
+        told += [" measures both, and ", code("sparsify compile … --eval TEXT"), " writes it here."]
+        parts = [tag("p", *told)]
     return section("Quality", *parts)
+
+
+def _perplexity(figure: Figure) -> list[Markup]:
+    top = max(figure.before or 0, figure.after or 0) or 1
+    bars = []
+    for name, value in (("before", figure.before), ("after", figure.after)):
+        bar = tag("i", style=f"--w:{(value or 0) / top:.1%}", class_=name)
+        bars += [tag("span", name), tag("span", bar, class_="track"), tag("b", number(value))]
+    said = figure.verdict or (f"{times(figure.ratio)} the perplexity before" if figure.ratio else "")
+    said = f"{said[:1].upper()}{said[1:]}. " if said else ""
+    if figure.standard_error is not None:
+        said += f"Standard error of the ratio: {figure.standard_error:.2%}. "
+    said += f"A lower perplexity is better ({figure.what})."
+    title = f"Perplexity on {short(figure.data)}" if figure.data else "Perplexity"
+    return [tag("h3", title), tag("div", *bars, class_="bars"), tag("p", said)]
 
 
 def costs(facts: Facts) -> Markup:

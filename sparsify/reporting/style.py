@@ -39,6 +39,7 @@ td code { overflow-wrap: break-word; }
 td { min-width: 3.5rem; }
 details { margin: .6rem 0; }
 summary { cursor: pointer; color: var(--link); overflow-wrap: anywhere; }
+summary code { word-break: break-all; }
 td details { margin: 0; min-width: 12rem; }
 td details[open] summary { margin-bottom: .3rem; }
 .legend { color: var(--soft); font-size: .88rem; margin: .2rem 0 .6rem; }
@@ -49,7 +50,7 @@ td details[open] summary { margin-bottom: .3rem; }
 .error { --low: var(--error-low); --high: var(--error-high); }
 .kept { --low: var(--kept-low); --high: var(--kept-high); }
 .heat { display: grid; gap: 2px; align-items: stretch; font-size: .74rem; margin-bottom: .8rem;
-  grid-template-columns: max-content repeat(var(--blocks), minmax(0, 5rem)); }
+  grid-template-columns: max-content repeat(var(--blocks), minmax(0, 6rem)); }
 .cell { display: flex; align-items: center; justify-content: center; min-height: 1.75rem; border-radius: 2px;
   color: var(--ink); background: color-mix(in oklab, var(--high) var(--v), var(--low));
   font-variant-numeric: tabular-nums; }
@@ -67,14 +68,16 @@ td details[open] summary { margin-bottom: .3rem; }
 .bars { display: grid; grid-template-columns: max-content minmax(4rem, 30rem) max-content; gap: .35rem .7rem;
   align-items: center; margin: .6rem 0; }
 .track { display: block; height: 1.1rem; }
-.track i { display: block; height: 100%; width: var(--w); min-width: 2px; border-radius: 3px;
-  background: var(--before); }
+.track i { display: block; height: 100%; width: var(--w); min-width: 2px; border-radius: 3px; }
+.track .before { background: var(--before); }
+.track .after { background: var(--after); }
 .bars b { font-variant-numeric: tabular-nums; }
 article { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: .2rem 1rem .7rem;
   margin: .8rem 0; }
 article h3 { margin-top: .7rem; }
-time { color: var(--soft); font-weight: 400; margin-left: .7rem; font-size: .9rem; }
-dl { display: grid; grid-template-columns: minmax(6.5rem, max-content) minmax(0, 1fr); gap: .2rem .9rem; 
+time { display: inline-block; white-space: nowrap; color: var(--soft);
+  font-weight: 400; margin-left: .7rem; font-size: .9rem; }
+dl { display: grid; grid-template-columns: minmax(6.5rem, max-content) minmax(0, 1fr); gap: .2rem .9rem;
   margin: .4rem 0; font-size: .9rem; }
 dt { color: var(--soft); }
 dd { margin: 0; overflow-wrap: anywhere; }
@@ -87,6 +90,7 @@ footer { margin-top: 3rem; padding-top: 1rem; border-top: 1px solid var(--line);
   .tile b { font-size: 1.3rem; }
   dl { grid-template-columns: minmax(0, 1fr); gap: 0; }
   dd { margin-bottom: .4rem; }
+  article time { display: block; margin-left: 0; }
   /* Blocks go down, kinds to the right, their names upright. */
   .heat { grid-template-columns: max-content repeat(var(--kinds), minmax(0, 1fr)); }
   .heat .cell { grid-column: var(--k); grid-row: var(--b); }

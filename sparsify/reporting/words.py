@@ -51,18 +51,19 @@ def cost(figure: Figure) -> str:
 
 
 def _step(at: int, run: Mapping[str, Any], base: str) -> str:
+    step = f"Step {at}"
     command, passes = str(run["command"]), run.get("passes", ())
     model = short(base) if base else "the result"
     if command in _FORMS:
-        return f"Step {at}: {_FORMS[command]}."
+        return f"{step}: {_FORMS[command]}."
     if command == "tune":
         steps = f" in {run['steps']:,} steps" if isinstance(run.get("steps"), int) else ""
         data = f" on {short(run['data'])}" if run.get("data") else ""
-        return f"Step {at}: {model} was trained{steps}{data}, its zeros held."
+        return f"{step}: {model} was trained{steps}{data}, its zeros held."
     if not passes:
-        return f"Step {at}: {model} was written by sparsify {short(command)}."
+        return f"{step}: {model} was written by sparsify {short(command)}."
     done = "; ".join(_pass(own) for own in passes)
-    return f"Step {at}: of {model}, {done}{_data(run)}."
+    return f"{step}, on {model}: {done}{_data(run)}."
 
 
 def _pass(own: Mapping[str, Any]) -> str:
