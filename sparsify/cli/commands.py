@@ -236,6 +236,35 @@ def report_command(
         say(json.dumps({"output": str(wrote)}) if as_json else f"wrote {wrote}")
 
 
+def diff_command(
+    a: Annotated[str, typer.Argument(help="Folder, hub id, GGUF file or ONNX file.", metavar="A")],
+    b: Annotated[str, typer.Argument(help="Another one of the same architecture.", metavar="B")],
+    only: Annotated[
+        list[str] | None, typer.Option("--only", help="These tensors alone: names, globs, re:….", metavar="NAMES")
+    ] = None,
+    ignore: Annotated[
+        list[str] | None, typer.Option("--ignore", help="All but these: names, globs, re:….", metavar="NAMES")
+    ] = None,
+    as_json: AsJson = False,
+    no_check: NoCheck = False,
+    allow_bin: AllowBin = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Say what differs between A and B: zeros, masks, how far kept weights moved, configs, history, figures."""
+    with command_errors(debug, "error"):
+        from sparsify.comparing.diff import diff
+        from sparsify.comparing.tables import difference_report
+        from sparsify.progress import ProgressLine
+
+        with ProgressLine(quiet=quiet or as_json):
+            found = diff(a, b, only=only or (), ignore=ignore or (), check=not no_check, allow_bin=allow_bin)
+        if as_json:
+            say(json.dumps(found.as_dict()))
+        else:
+            Terminal(quiet=quiet).print(difference_report(found))
+
+
 def version_command(as_json: AsJson = False) -> None:
     """Print the version of sparsify, Python and the libraries that it runs on."""
     found = {"sparsify-fx": version("sparsify-fx"), "python": platform.python_version()}

@@ -33,7 +33,7 @@ _NOT_OURS = {
     "help": "Write sparsify --help, or sparsify COMMAND --help.",
 }
 # Words of commands that may name a file or folder of the user's.
-_PLACES = frozenset({"model", "models", "data", "calibration", "validation", "teacher", "against"})
+_PLACES = frozenset({"model", "models", "data", "calibration", "validation", "teacher", "against", "a", "b"})
 
 
 class Commands(TyperGroup):

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from sparsify.reporting.layers import Cell, Stack, short_names
+from sparsify.provenance.places import short_names
+from sparsify.reporting.layers import Cell, Stack
 from sparsify.reporting.markup import Markup, joined, tag
 
 # More blocks than this: cells are too small for numbers; and of so many, only some are labelled.

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-# ``model.layers.3.mlp.down_proj``: the stack, the block, the kind.
-_PLACE = re.compile(r"(?P<stack>.*?)\.?(?<![^.])(?P<block>\d+)\.(?P<kind>.+)")
+from sparsify.provenance.places import place_of
 
 
 @dataclass
@@ -69,15 +67,6 @@ class Stack:
         return self.cells.setdefault((block, kind), Cell())
 
 
-def place_of(name: str) -> tuple[str, str, str]:
-    """Stack, block and kind of a weight by its name: ``("model.layers", "3", "mlp.down_proj")``; ``("", "", name)`` of
-    one that is in no block. Numbers further on (of experts) are ``*``."""
-    found = _PLACE.fullmatch(name)
-    if found is None:
-        return "", "", name
-    return found["stack"], found["block"], re.sub(r"(?<![^.])\d+(?![^.])", "*", found["kind"])
-
-
 def stacks_of(passes: Sequence[Mapping[str, Any]]) -> list[Stack]:
     """Every weight that ``passes`` of a manifest name, those in blocks first."""
     stacks: dict[str, Stack] = {}
@@ -99,9 +88,3 @@ def left_by(passes: Sequence[Mapping[str, Any]]) -> Iterable[tuple[str, str]]:
     for own in passes:
         for skipped in own.get("skipped", ()):
             yield str(skipped.get("name", "")), str(skipped.get("reason", ""))
-
-
-def short_names(kinds: Sequence[str]) -> list[str]:
-    """What tells ``kinds`` from each other: ``q_proj`` of ``self_attn.q_proj`` where there is but one."""
-    last = [kind.rpartition(".")[2] for kind in kinds]
-    return [own if last.count(own) == 1 else kind for own, kind in zip(last, kinds, strict=True)]
