@@ -25,6 +25,8 @@ _MEANT = {
     **dict.fromkeys(("methods", "list", "options"), "passes"),
     **dict.fromkeys(("show", "info", "graph"), "inspect"),
     "dequantize": "unpack",
+    **dict.fromkeys(("page", "html", "summary"), "report"),
+    "difference": "diff",
 }
 _QUANTISE = "sparsify prunes, and reads models that are quantized already; quantise its output with another tool."
 _NOT_OURS = {

@@ -54,8 +54,10 @@ def diff(
             )
             for name in counted("comparing", names)
         ],
+        bool(_list(only) or _list(ignore)),
         changes(one.config, other.config),
-        changes(last_step(one.manifest), last_step(other.manifest)),
+        # Of two that were made by us; what one alone says is in its history.
+        changes(last_step(one.manifest), last_step(other.manifest)) if one.manifest and other.manifest else [],
         sorted(one.files - other.files),
         sorted(other.files - one.files),
         both,
@@ -97,15 +99,16 @@ def _tensor(name: str, one: Tensor | None, other: Tensor | None) -> TensorDiffer
     """What becomes of one name, which A has as ``one`` and B as ``other``."""
     shape_a, shape_b = (None if tensor is None else tuple(tensor.shape) for tensor in (one, other))
     dtype_a, dtype_b = ("" if tensor is None else str(tensor.dtype).removeprefix("torch.") for tensor in (one, other))
-    floating = [tensor is not None and tensor.is_floating_point() for tensor in (one, other)]
-    overlap = None
-    if one is not None and other is not None and shape_a == shape_b and all(floating):
-        overlap = overlap_of(one, other)
-        zeros: list[int | None] = [overlap.zeros_a, overlap.zeros_b]
+    if one is None or other is None or one.shape != other.shape or not (_counts(one) and _counts(other)):
+        zeros_a, zeros_b = (zeros_of(own) if own is not None and _counts(own) else None for own in (one, other))
+        overlap = None
     else:
-        zeros = [
-            zeros_of(tensor) if tensor is not None and counts else None
-            for tensor, counts in zip((one, other), floating, strict=True)
-        ]
+        overlap = overlap_of(one, other)
+        zeros_a, zeros_b = overlap.zeros_a, overlap.zeros_b
     same = one is not None and other is not None and same_bits(one, other)
-    return TensorDifference(name, shape_a, shape_b, dtype_a, dtype_b, *zeros, same, overlap)
+    return TensorDifference(name, shape_a, shape_b, dtype_a, dtype_b, zeros_a, zeros_b, same, overlap)
+
+
+def _counts(tensor: Tensor) -> bool:
+    """Whether its zeros say anything: those of counters and of codes do not."""
+    return tensor.is_floating_point()

@@ -10,6 +10,7 @@ from typing import Any
 from sparsify.comparing.tensors import Overlap, total
 from sparsify.provenance.figures import Figure
 from sparsify.provenance.places import place_of
+from sparsify.words import plain
 
 # A weight with a smaller share of zeros is called dense.
 DENSE = 0.01
@@ -59,15 +60,21 @@ class TensorDifference:
 @dataclass(frozen=True)
 class Group:
     """Tensors taken together. ``numbers`` and ``zeros`` are of each model's own, also of tensors whose shapes differ;
-    ``overlap`` is over those that could be compared."""
+    ``overlap`` is over those that could be compared; ``same`` of the ``tensors`` are so to the bit."""
 
     name: str
     tensors: int
+    same: int
     numbers_a: int
     numbers_b: int
     zeros_a: int
     zeros_b: int
     overlap: Overlap
+
+    @property
+    def plain(self) -> bool:
+        """Whether there is nothing to tell of them: all the same, and not one zero."""
+        return self.same == self.tensors and not self.zeros_a
 
     @property
     def share_a(self) -> float | None:
@@ -92,13 +99,14 @@ class Change:
     b: Any
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Difference:
     """Two models.
 
     Attributes:
         a, b: as the user wrote them. one_folder: whether both are one place. tensors: every name, in A's order.
         config, recipe: what config.json and the last step's passes and data say otherwise.
+        part: whether names were given, so that other tensors were not looked at.
         files_a, files_b: names of files that one folder alone has.
         shared_steps: how many steps of both histories are the same, from the first on; steps_a, steps_b: the rest.
         figures_a, figures_b: perplexities that each knows.
@@ -108,6 +116,7 @@ class Difference:
     b: str
     one_folder: bool
     tensors: Sequence[TensorDifference]
+    part: bool = False
     config: Sequence[Change] = ()
     recipe: Sequence[Change] = ()
     files_a: Sequence[str] = ()
@@ -124,9 +133,24 @@ class Difference:
         return not self.config and all(tensor.same for tensor in self.tensors)
 
     @property
+    def verdict(self) -> str:
+        """In a sentence."""
+        every, differ = len(self.tensors), sum(not tensor.same for tensor in self.tensors)
+        where = "one folder: " if self.one_folder else ""
+        if differ:
+            return f"{where}{differ:,} of {every:,} tensors differ"
+        rest = ", and so is config.json" if not self.config else "; config.json differs"
+        return f"{where}all {every:,} tensors are the same to the bit{rest}"
+
+    def __repr__(self) -> str:
+        return plain(f"<Difference {self.a}, {self.b}: {self.verdict}>")
+
+    @property
     def whole(self) -> Group:
         """Every tensor of floating-point numbers."""
-        return self.grouped(lambda tensor: "whole model")[0]
+        name = "all of these" if self.part else "whole model"
+        every = self.grouped(lambda tensor: name)
+        return every[0] if every else Group(name, 0, 0, 0, 0, 0, 0, Overlap())
 
     @property
     def kinds(self) -> list[Group]:
@@ -139,7 +163,7 @@ class Difference:
 
     def grouped(self, name_of: Callable[[TensorDifference], str]) -> list[Group]:
         """Tensors of floating-point numbers by what ``name_of`` calls them."""
-        groups: dict[str, list[TensorDifference]] = {name_of(self.tensors[0]): []} if self.tensors else {}
+        groups: dict[str, list[TensorDifference]] = {}
         for tensor in self.tensors:
             if tensor.zeros_a is not None or tensor.zeros_b is not None:
                 groups.setdefault(name_of(tensor), []).append(tensor)
@@ -147,6 +171,7 @@ class Difference:
             Group(
                 name,
                 len(own),
+                sum(t.same for t in own),
                 sum(math.prod(t.shape_a) for t in own if t.shape_a is not None),
                 sum(math.prod(t.shape_b) for t in own if t.shape_b is not None),
                 sum(t.zeros_a or 0 for t in own),
@@ -154,7 +179,6 @@ class Difference:
                 total(t.overlap for t in own if t.overlap is not None),
             )
             for name, own in groups.items()
-            if own
         ]
 
     @property
@@ -186,8 +210,9 @@ class Difference:
             "a": self.a,
             "b": self.b,
             "same": self.same,
+            "verdict": self.verdict,
             "one_folder": self.one_folder,
-            "whole": self.whole.as_dict() if any(t.zeros_a is not None for t in self.tensors) else None,
+            "whole": self.whole.as_dict(),
             **{name: [group.as_dict() for group in own] for name, own in groups.items()},
             "tensors": [_tensor_as_dict(tensor) for tensor in self.tensors],
             "only_in_a": self.only_a,

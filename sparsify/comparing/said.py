@@ -13,13 +13,14 @@ _OF_A_PASS = ("spec", "options", "schedule", "only", "ignore")
 
 
 def changes(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[Change]:
-    """Every key, dotted, that is not the same in two tables; what one alone has is said whole."""
+    """Every key, dotted, that is not the same in two tables; what one alone has is said whole, and what is not there is
+    null."""
     found = []
     for key in dict.fromkeys([*a, *b]):
         one, other = a.get(key), b.get(key)
         if isinstance(one, Mapping) and isinstance(other, Mapping):
             found += [Change(f"{key}.{inner.what}", inner.a, inner.b) for inner in changes(one, other)]
-        elif key not in a or key not in b or one != other:
+        elif one != other:
             found.append(Change(str(key), one, other))
     return found
 

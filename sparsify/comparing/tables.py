@@ -24,10 +24,13 @@ def difference_report(found: Difference) -> RenderableType:
     """All of it, for a terminal."""
     parts: list[RenderableType] = [
         *map(Text, (plain(f"A  {found.a}"), plain(f"B  {found.b}"))),
-        Text(verdict(found), "bold"),
+        Text(found.verdict, "bold"),
     ]
-    if not found.same:
-        parts += [_table("by kind", found.kinds, found.whole), _table("by block", found.blocks)]
+    whole = found.whole
+    if whole.same == whole.tensors:
+        parts.append(Text(f"{whole.zeros_a:,} of {whole.numbers_a:,} numbers are zero ({_percent(whole.share_a)})"))
+    else:
+        parts += [_table("by kind", found.kinds, whole), _table("by block", found.blocks)]
         lines = "shared: of A's zeros the share that is zero in B. overlap: weights that both keep, of"
         parts.append(Text(f"{lines} those that either keeps. moved: ‖B−A‖/‖A‖ over what both keep."))
     parts += map(Text, _lists(found))
@@ -36,24 +39,16 @@ def difference_report(found: Difference) -> RenderableType:
     return Lines(*parts, *_history(found), *_figures(found))
 
 
-def verdict(found: Difference) -> str:
-    """The first sentence."""
-    every, same = len(found.tensors), sum(tensor.same for tensor in found.tensors)
-    where = "A and B are one folder: " if found.one_folder else ""
-    if found.same:
-        rest = " and files" if not (found.files_a or found.files_b) else ""
-        return f"{where}the same: {every:,} tensors to the bit, config{rest}"
-    if same == every:
-        return f"{where}all {every:,} tensors are the same to the bit; other things differ"
-    return f"{where}{every - same:,} of {every:,} tensors differ"
-
-
 def _table(title: str, groups: Sequence[Group], whole: Group | None = None) -> Table:
-    table = Table(title=title, title_justify="left")
+    table = Table(title=title, title_justify="left", caption_justify="left")
     table.add_column("", overflow="fold")
+    if silent := sum(group.plain for group in groups):
+        table.caption = f"and {silent} more, the same in both and without zeros"
     for name in _HEAD:
         table.add_column(name, justify="right", no_wrap=True)
     for group in groups:
+        if group.plain:
+            continue
         table.add_row(f"{group.name} ×{group.tensors}" if whole is not None else group.name, *_row(group))
     if whole is not None:
         table.add_section()
@@ -125,7 +120,8 @@ def _value(value: Any) -> str:
 
 
 def _history(found: Difference) -> list[RenderableType]:
-    lines = [f"history: the first {found.shared_steps} steps are the same"] if found.shared_steps else []
+    many = "first step is" if found.shared_steps == 1 else f"first {found.shared_steps} steps are"
+    lines = [f"history: the {many} the same"] if found.shared_steps else []
     for name, steps in (("A", found.steps_a), ("B", found.steps_b)):
         lines += [f"history of {name} alone: {_step(step)}" for step in steps]
     return list(map(Text, lines))

@@ -74,7 +74,8 @@ class Ledger:
             digests = manifest["digests"]
             if digests.get("algorithm") != BLAKE:
                 raise damaged(folder, f"digests by {digests.get('algorithm')!r}")
-            return cls(folder, BLAKE, manifest, *(dict(digests[part]) for part in PARTS))
+            tensors, headers, files = (dict(digests[part]) for part in PARTS)
+            return cls(folder, BLAKE, manifest, tensors, headers, files)
         if not (sums := manifest.get("checksums", {})):
             raise damaged(folder, "no checksums in it")
         if not isinstance(sums, Mapping) or not all(type(value) is int for value in sums.values()):

@@ -31,8 +31,8 @@ def trained(facts: Facts) -> Markup:
         if groups := own.get("channels"):
             said = "What the pattern would keep of Σ|W|²‖X‖² before and after channels changed places; more is better."
             parts += [tag("h3", own["spec"]), tag("p", said)]
-            rows = list(map(_moved, groups))
-            parts.append(_long(("read by", "channels", "moved", "before", "after"), rows, (1, 2, 3, 4)))
+            moved = [_moved(group) for group in groups]
+            parts.append(_long(("read by", "channels", "moved", "before", "after"), moved, (1, 2, 3, 4)))
     return section("Blocks and channels", *parts)
 
 
