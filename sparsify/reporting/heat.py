@@ -15,8 +15,8 @@ from sparsify.reporting.markup import Markup, joined, tag
 
 # More blocks than this: cells are too small for numbers; and of so many, only some are labelled.
 _LEGIBLE, _LABELS = 16, 32
-# Shares of the scale past which ink is the other one, in a dark and in a light scheme.
-_MIDDLE, _HIGH = 0.5, 0.7
+# Shares of the scale past which ink is the other one, in a dark and in a light scheme: 3.7 to 1 at least either way.
+_MIDDLE, _HIGH = 0.58, 0.7
 
 
 @dataclass(frozen=True)
