@@ -1,7 +1,7 @@
 """Blocks × kinds as a map of colours: one hue and one scale each, with the number of every cell as text.
 
 It is a grid of HTML: its colours follow the reader's scheme, and where the page is narrow blocks go down instead of
-to the right. Cells that no pass pruned are hatched, not coloured.
+to the right. Cells that no pass pruned are hatched, those of which the value is not known are empty frames.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from sparsify.reporting.layers import Cell, Stack
 from sparsify.reporting.markup import Markup, joined, tag
 
 # More blocks than this: cells are too small for numbers; and of so many, only some are labelled.
-_LEGIBLE, _LABELS = 16, 32
+_LEGIBLE, _LABELS = 16, 20
 # Shares of the scale past which ink is the other one, in a dark and in a light scheme: 3.7 to 1 at least either way.
 _MIDDLE, _HIGH = 0.58, 0.7
 
@@ -70,7 +70,8 @@ def heat_map(stack: Stack, scale: Scale) -> Markup:
 def _cell(where: str, cell: Cell, scale: Scale, place: str, blocks: int) -> Markup:
     value = scale.value(cell)
     if value is None:
-        return tag("span", class_="cell none", style=place, title=f"{where}: {described(cell)}")
+        kind = "unknown" if cell.sites else "none"
+        return tag("span", class_=f"cell {kind}", style=place, title=f"{where}: {described(cell)}")
     share = min(1.0, max(0.0, value / scale.top)) if scale.top else 0.0
     ink = " high" if share > _HIGH else " middle" if share > _MIDDLE else ""
     shown = scale.form(value) if blocks <= _LEGIBLE else None
@@ -90,12 +91,13 @@ def described(cell: Cell) -> str:
     return ", ".join(said) or "nothing is said of it"
 
 
-def legend(scale: Scale, hatched: bool) -> Markup:
-    """The scale as a bar with its ends, and what is which in words."""
+def legend(scale: Scale, cells: Sequence[Cell]) -> Markup:
+    """The scale as a bar with its ends, and what is which in words; of what there is among ``cells``."""
     bar = tag("span", class_=f"bar {scale.name}")
     parts: list[object] = [tag("span", scale.form(0.0)), bar, tag("span", scale.form(scale.top))]
-    if hatched:
-        parts.append(joined([tag("span", class_="cell none swatch"), "not pruned"]))
+    for kind, name in (("none", "not pruned"), ("unknown", "not measured")):
+        if any(scale.value(cell) is None and bool(cell.sites) == (kind == "unknown") for cell in cells):
+            parts.append(joined([tag("span", class_=f"cell {kind} swatch"), name]))
     return tag("p", tag("span", *parts, class_="scale"), " ", scale.legend, class_="legend")
 
 

@@ -62,8 +62,8 @@ def _maps(stacks: Sequence[Stack], scale: Scale) -> list[Markup]:
     shown = [stack for stack in stacks if stack.blocks != [""]]
     if not shown:
         return []
-    hatched = any(not cell.sites for stack in shown for cell in stack.cells.values())
-    parts = [tag("h3", scale.title), legend(scale, hatched)]
+    cells = [cell for stack in shown for cell in stack.cells.values()]
+    parts = [tag("h3", scale.title), legend(scale, cells)]
     for stack in shown:
         parts += [tag("p", code(stack.name), class_="stack")] if len(shown) > 1 else []
         parts.append(heat_map(stack, scale))

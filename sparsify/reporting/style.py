@@ -36,6 +36,8 @@ th { color: var(--soft); font-weight: 600; white-space: nowrap; }
 th.n, td.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 th:last-child, td:last-child { padding-right: 0; }
 td code { overflow-wrap: break-word; }
+td:first-child:has(code) { min-width: 10rem; }
+td:first-child code { overflow-wrap: anywhere; }
 td { min-width: 3.5rem; }
 details { margin: .6rem 0; }
 summary { cursor: pointer; color: var(--link); overflow-wrap: anywhere; }
@@ -58,6 +60,7 @@ td details[open] summary { margin-bottom: .3rem; }
 .high { color: var(--on-high); }
 .none { background: repeating-linear-gradient(135deg, var(--hatch) 0 1px, transparent 1px 5px);
   box-shadow: inset 0 0 0 1px var(--line); }
+.unknown { background: none; border: 1px dashed var(--soft); }
 .swatch { display: inline-block; width: 1.3rem; min-height: .8rem; margin: 0 .3rem 0 .6rem; vertical-align: -.05em; }
 .heat .cell { grid-column: var(--b); grid-row: var(--k); }
 .heat .kind { grid-column: 1; grid-row: var(--k); text-align: right; padding-right: .5rem; align-self: center; }

@@ -240,3 +240,21 @@ def test_figures_and_what_came_after(out: Path, tmp_path: Path) -> None:
     edit_manifest(tuned, lambda manifest: manifest.update(evaluation={**no_number, "verdict": "predicts nothing"}))
     page = shown(tuned, tmp_path / "t.html")
     assert "from 5.00 to no number" in page.text and "predicts nothing" in page.text
+
+
+def test_what_was_pruned_and_not_measured_is_not_called_dense(out: Path, tmp_path: Path) -> None:
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(out, copy)
+    assert "not measured" not in shown(copy, tmp_path / "r.html").text.partition("Share of numbers")[0]
+    edit_manifest(copy, lambda manifest: manifest["passes"][0]["sites"][0].update(error=None))
+    page = shown(copy, tmp_path / "r.html")
+    classes = [own.get("class") for tag, own in page.elements if "cell" in (own.get("class") or "") and "title" in own]
+    assert classes.count("cell unknown") == 1 and classes.count("cell none") == 4
+    name = json.loads((copy / MANIFEST).read_text())["passes"][0]["sites"][0]["name"]
+    assert (
+        f"{name.replace('.self', ' self').replace('.mlp', ' mlp')}: kept 50.00% (2:4), error not measured"
+        in page.cells()
+    )
+    assert "not measured" in page.text.partition("Share of numbers")[0]
