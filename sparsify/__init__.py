@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 from sparsify.transformers_hook import register_with_transformers
 
 if TYPE_CHECKING:
+    from sparsify.comparing.diff import diff
+    from sparsify.comparing.difference import Difference
     from sparsify.compiler.pipeline import compile
     from sparsify.compiler.result import Compiled
     from sparsify.context import Progress
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from sparsify.method.weight_pass import Pruned, WeightPass
     from sparsify.prune.fx_pass import GraphPrune
     from sparsify.quality.evaluation import Evaluation
+    from sparsify.reporting.report import report
     from sparsify.searching.costs import Sensitivity
     from sparsify.searching.found import Found
     from sparsify.searching.search import search
@@ -35,8 +38,9 @@ if TYPE_CHECKING:
     from sparsify.tuning.hold import HoldZeros, hold_zeros
 
 __all__ = [
-    "Compiled", "Evaluation", "Found", "GraphPrune", "HoldZeros", "Progress", "Pruned", "Sensitivity", "SparsifyError",
-    "WeightPass", "compile", "evaluate", "hold_zeros", "load", "parse_pass", "search", "sensitivity",
+    "Compiled", "Difference", "Evaluation", "Found", "GraphPrune", "HoldZeros", "Progress", "Pruned", "Sensitivity",
+    "SparsifyError", "WeightPass", "compile", "diff", "evaluate", "hold_zeros", "load", "parse_pass", "report",
+    "search", "sensitivity",
 ]  # fmt: skip
 
 
@@ -60,6 +64,7 @@ __getattr__ = lazily(
     __name__,
     {
         "Compiled": "compiler.result",
+        "Difference": "comparing.difference",
         "Evaluation": "quality.evaluation",
         "Found": "searching.found",
         "GraphPrune": "prune.fx_pass",
@@ -71,11 +76,13 @@ __getattr__ = lazily(
         "WeightPass": "method.weight_pass",
         "backends": "backends",
         "compile": "compiler.pipeline",
+        "diff": "comparing.diff",
         "evaluate": "evaluation.evaluate",
         "hold_zeros": "tuning.hold",
         "load": "frontend.materialize",
         "parse_pass": "method.spec",
         "passes": "passes",
+        "report": "reporting.report",
         "search": "searching.search",
         "sensitivity": "searching.sensitivity",
     },

@@ -1,4 +1,4 @@
-"""``sparsify inspect | eval | compare | version``. Imports nothing heavy before a command runs."""
+"""``sparsify inspect | eval | compare | report | diff | version``. Imports nothing heavy before a command runs."""
 
 from __future__ import annotations
 
@@ -216,6 +216,53 @@ def compare_command(
         console.print(comparison_report(result))
         if result.output is not None:
             console.print(f"wrote {plain(str(result.output))}")
+
+
+def report_command(
+    folder: Annotated[Path, typer.Argument(help="Folder that sparsify wrote.", metavar="OUT")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The page.", metavar="FILE")] = Path("report.html"),
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace FILE: an older report, no other file.")
+    ] = False,
+    as_json: AsJson = False,
+    no_check: NoCheck = False,
+    debug: Debug = False,
+) -> None:
+    """Write a page about OUT, one HTML file: what was done, what it cost, layer by layer, and how to do it again."""
+    with command_errors(debug, "error"):
+        from sparsify.reporting.report import report
+
+        wrote = report(folder, output, overwrite=overwrite, check=not no_check)
+        say(json.dumps({"output": str(wrote)}) if as_json else f"wrote {wrote}")
+
+
+def diff_command(
+    a: Annotated[str, typer.Argument(help="Folder, hub id, GGUF file or ONNX file.", metavar="A")],
+    b: Annotated[str, typer.Argument(help="Another one of the same architecture.", metavar="B")],
+    only: Annotated[
+        list[str] | None, typer.Option("--only", help="These tensors alone: names, globs, re:….", metavar="NAMES")
+    ] = None,
+    ignore: Annotated[
+        list[str] | None, typer.Option("--ignore", help="All but these: names, globs, re:….", metavar="NAMES")
+    ] = None,
+    as_json: AsJson = False,
+    no_check: NoCheck = False,
+    allow_bin: AllowBin = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Say what differs between A and B: zeros, masks, how far kept weights moved, configs, history, figures."""
+    with command_errors(debug, "error"):
+        from sparsify.comparing.diff import diff
+        from sparsify.comparing.tables import difference_report
+        from sparsify.progress import ProgressLine
+
+        with ProgressLine(quiet=quiet or as_json):
+            found = diff(a, b, only=only or (), ignore=ignore or (), check=not no_check, allow_bin=allow_bin)
+        if as_json:
+            say(json.dumps(found.as_dict()))
+        else:
+            Terminal(quiet=quiet).print(difference_report(found))
 
 
 def version_command(as_json: AsJson = False) -> None:

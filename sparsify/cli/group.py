@@ -25,6 +25,8 @@ _MEANT = {
     **dict.fromkeys(("methods", "list", "options"), "passes"),
     **dict.fromkeys(("show", "info", "graph"), "inspect"),
     "dequantize": "unpack",
+    **dict.fromkeys(("page", "html", "summary"), "report"),
+    "difference": "diff",
 }
 _QUANTISE = "sparsify prunes, and reads models that are quantized already; quantise its output with another tool."
 _NOT_OURS = {
@@ -33,7 +35,7 @@ _NOT_OURS = {
     "help": "Write sparsify --help, or sparsify COMMAND --help.",
 }
 # Words of commands that may name a file or folder of the user's.
-_PLACES = frozenset({"model", "models", "data", "calibration", "validation", "teacher", "against"})
+_PLACES = frozenset({"model", "models", "data", "calibration", "validation", "teacher", "against", "a", "b"})
 
 
 class Commands(TyperGroup):

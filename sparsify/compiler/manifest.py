@@ -16,7 +16,8 @@ from sparsify.files.manifest import FORMAT
 from sparsify.frontend.source import Source
 from sparsify.ir.weights import Weights
 from sparsify.method.spec import spec_text
-from sparsify.provenance.history import earlier, entry, origin_of, versions
+from sparsify.provenance.history import entry, origin_of, versions
+from sparsify.provenance.runs import earlier
 from sparsify.structure.record import Restructured
 
 

@@ -12,7 +12,17 @@ import torch
 from torch import Tensor
 
 from sparsify.errors import CheckpointError
-from sparsify.files.manifest import FORMAT, MANIFEST, digest_of_manifest, read_manifest, write_json
+from sparsify.files.manifest import (
+    AS_WRITTEN,
+    FORMAT,
+    MANIFEST,
+    PARTS,
+    damaged,
+    digest_of_manifest,
+    read_manifest,
+    sealed_manifest,
+    write_json,
+)
 from sparsify.files.reading import admit
 from sparsify.finite import Scan, check_finite, infinities_allowed, refuse
 from sparsify.tensors import BLAKE, CRC, digest, digest_of_span
@@ -20,7 +30,6 @@ from sparsify.tensors import BLAKE, CRC, digest, digest_of_span
 # By what the bytes of a folder were checked: "none" where it holds nothing of the kind, "skipped" where a user said so.
 Checked = Literal["blake2b-256", "crc-32", "none", "skipped"]
 HEADER_SUFFIX = ".safetensors"
-_DO = "Fetch or make the folder again; if it was changed on purpose, --no-check (check=False) takes it as it is"
 
 
 @dataclass(frozen=True)
@@ -58,30 +67,19 @@ class Ledger:
     def _read(cls, folder: Path, check: bool) -> Ledger:
         if not check:
             return cls(folder, "skipped", read_manifest(folder))
-        manifest = read_manifest(folder)
-        if not manifest.keys() and not (folder / MANIFEST).exists():
+        manifest = sealed_manifest(folder)
+        if not manifest:
             return cls(folder, "none", manifest)
-        # Without a number it is another program's, or another file put in its place.
-        version = manifest.get("format", -1)
-        if type(version) is not int or version < 1:
-            raise _damaged(
-                folder, f"format {version!r}" if "format" in manifest else "nothing of what sparsify writes there"
-            )
-        if version > FORMAT:
-            raise CheckpointError(
-                f"{folder / MANIFEST}",
-                found=f"format {version}; this sparsify reads up to {FORMAT}",
-                do="Install a newer sparsify (pip install -U sparsify-fx)",
-            )
         if "digests" in manifest:
-            tensors, headers, files = _digests(folder, manifest)
+            digests = manifest["digests"]
+            if digests.get("algorithm") != BLAKE:
+                raise damaged(folder, f"digests by {digests.get('algorithm')!r}")
+            tensors, headers, files = (dict(digests[part]) for part in PARTS)
             return cls(folder, BLAKE, manifest, tensors, headers, files)
-        if version >= 2:
-            raise _damaged(folder, "no digests in it")
         if not (sums := manifest.get("checksums", {})):
-            raise _damaged(folder, "no checksums in it")
+            raise damaged(folder, "no checksums in it")
         if not isinstance(sums, Mapping) or not all(type(value) is int for value in sums.values()):
-            raise _damaged(folder, "checksums that are no numbers")
+            raise damaged(folder, "checksums that are no numbers")
         return cls(folder, CRC, manifest, {name: f"{value & 0xFFFFFFFF:08x}" for name, value in sums.items()})
 
     @property
@@ -142,7 +140,7 @@ class Ledger:
 
     def unlike(self, asked: str, found: str) -> CheckpointError:
         """What is raised where the folder is not as it was written."""
-        return CheckpointError(asked, found=found, do=_DO)
+        return CheckpointError(asked, found=found, do=AS_WRITTEN)
 
 
 def write_manifest(
@@ -182,20 +180,3 @@ def digest_of_header(path: Path) -> str:
         return digest_of_span(path, 0, 8 + length)
     except EOFError as error:
         raise CheckpointError(f"reading {path}", found=f"it ended early ({error})", do="Fetch it again") from error
-
-
-def _digests(folder: Path, manifest: Mapping[str, Any]) -> list[dict[str, str]]:
-    """Tensors, headers and files of a manifest that is what was written."""
-    digests = manifest["digests"]
-    parts = [digests.get(kind) for kind in ("tensors", "headers", "files")] if isinstance(digests, Mapping) else [None]
-    if not all(isinstance(part, Mapping) and all(isinstance(v, str) for v in part.values()) for part in parts):
-        raise _damaged(folder, "digests that are none")
-    if digests.get("manifest") != digest_of_manifest(manifest):
-        raise _damaged(folder, "its content is not what was written (its digest of itself differs)")
-    if digests.get("algorithm") != BLAKE:
-        raise _damaged(folder, f"digests by {digests.get('algorithm')!r}")
-    return [dict(part) for part in parts if part is not None]
-
-
-def _damaged(folder: Path, found: str) -> CheckpointError:
-    return CheckpointError(f"{folder / MANIFEST}", found=found, do=_DO)

@@ -15,6 +15,9 @@ from sparsify.files.reading import MAX_MANIFEST, read_json
 # 1: CRC-32 of tensors under "checksums". 2: "digests", see docs/format.md.
 FORMAT = 2
 MANIFEST = "sparsify.json"
+# What its digests are of.
+PARTS = ("tensors", "headers", "files")
+AS_WRITTEN = "Fetch or make the folder again; if it was changed on purpose, --no-check (check=False) takes it as it is"
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -33,6 +36,43 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             str(path), found=found, do="Fetch the folder or compile again; without it the folder is an ordinary one"
         )
     return content
+
+
+def sealed_manifest(folder: Path) -> dict[str, Any]:
+    """The same, held against the digest that it has of itself (from format 2 on).
+
+    Raises:
+        CheckpointError: as above; another program's file, one of a newer format, or not what was written.
+    """
+    manifest = read_manifest(folder)
+    if not manifest and not (folder / MANIFEST).exists():
+        return {}
+    # Without a number it is another program's, or another file put in its place.
+    version = manifest.get("format", -1)
+    if type(version) is not int or version < 1:
+        found = f"format {version!r}" if "format" in manifest else "nothing of what sparsify writes there"
+        raise damaged(folder, found)
+    if version > FORMAT:
+        raise CheckpointError(
+            f"{folder / MANIFEST}",
+            found=f"format {version}; this sparsify reads up to {FORMAT}",
+            do="Install a newer sparsify (pip install -U sparsify-fx)",
+        )
+    if "digests" in manifest:
+        digests = manifest["digests"]
+        parts = [digests.get(kind) for kind in PARTS] if isinstance(digests, Mapping) else [None]
+        if not all(isinstance(part, Mapping) and all(isinstance(v, str) for v in part.values()) for part in parts):
+            raise damaged(folder, "digests that are none")
+        if digests.get("manifest") != digest_of_manifest(manifest):
+            raise damaged(folder, "its content is not what was written (its digest of itself differs)")
+    elif version >= 2:
+        raise damaged(folder, "no digests in it")
+    return manifest
+
+
+def damaged(folder: Path, found: str) -> CheckpointError:
+    """What is raised where the manifest of ``folder`` is not one that was written."""
+    return CheckpointError(f"{folder / MANIFEST}", found=found, do=AS_WRITTEN)
 
 
 def section(manifest: Mapping[str, Any], name: str) -> Mapping[str, Any]:

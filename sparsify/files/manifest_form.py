@@ -50,10 +50,33 @@ def _two(form: Callable[[object], bool]) -> Callable[[object], bool]:
 
 
 # Fields that code reads. Those in NEEDED must be there; others may be missing, and what is not named is nobody's.
-_SITE = {"name": _text, "tensors": [_text], "shape": [_count], "pattern": _text, "kept": _share}
+_SITE = {
+    "name": _text,
+    "tensors": [_text],
+    "shape": [_count],
+    "pattern": _text,
+    "kept": _share,
+    "error": _maybe(_figure),
+}  # fmt: skip
+_LEFT = {"name": _maybe(_text), "reason": _text}
+_REGION = {"name": _text, "loss": _text, "before": _figure, "after": _figure, "rate": _maybe(_figure)}
+_GROUP = {"name": _text, "channels": _count, "moved": _count, "kept_before": _figure, "kept_after": _figure}
+_PASS = {
+    "spec": _text,
+    "name": _text,
+    "options": _mapping,
+    "sites": [_SITE],
+    "regions": [_REGION],
+    "channels": [_GROUP],
+    "skipped": [_LEFT],
+}  # fmt: skip
+_PART = {"kind": _text, "name": _text, "before": _count, "after": _count, "members": [_cut]}
+_PACKED = {"name": _text, "layout": _text, "dense_bytes": _count, "bytes": _count, "timing": _maybe(_mapping)}
 _RAN = {"spec": _text, "pruned": _count, "left": _share, "error": _figure, "parameters": _two(_count)}
 _RUN = {
     "command": _text,
+    "date": _text,
+    "calibration": _maybe(_mapping),
     "source": {"name": _text, "weights": _maybe(_text)},
     "passes": [_RAN],
     "whole": {"numbers": _count, "kept": _share},
@@ -61,12 +84,26 @@ _RUN = {
     "versions": _mapping,
 }  # fmt: skip
 FORM: dict[str, Any] = {
-    "passes": [{"spec": _text, "name": _text, "sites": [_SITE], "skipped": [_mapping]}],
+    "model": _text,
+    "passes": [_PASS],
+    "evaluation": {
+        "data": _text,
+        "windows": _count,
+        "sequence_length": _count,
+        "sha256": _text,
+        "dense": _maybe(_figure),
+        "pruned": _maybe(_figure),
+        "standard_error": _maybe(_figure),
+        "verdict": _text,
+    },
     "search": {"dense_perplexity": _figure, "perplexity": _figure, "data": _text},
     "allow_nan": _flag,
     "compute_dtype": _one_of("float32", "bfloat16", "float16"),
-    "structure": [{"ragged": _flag, "config": _mapping, "cuts": [{"members": [_cut]}]}],
-    "packed": {"dense_files": _maybe(_mapping)},
+    "structure": [{"ragged": _flag, "config": _mapping, "cuts": [_PART]}],
+    "packed": {"dense_files": _maybe(_mapping), "sites": [_PACKED]},
+    "tuned": {"seconds": _figure},
+    "calibration": _maybe(_mapping),
+    "not_understood": [{"tensors": [_text], "reason": _text}],
     "history": [_RUN],
     "card": {"dense": _maybe(_text)},
     "onnx": {

@@ -44,6 +44,8 @@ _OWN = {
         "compare": "sparsify.cli.commands:compare_command",
         "search": "sparsify.cli.search:search_command",
         "sensitivity": "sparsify.cli.search:sensitivity_command",
+        "report": "sparsify.cli.commands:report_command",
+        "diff": "sparsify.cli.commands:diff_command",
         "passes": "sparsify.cli.passes:passes_command",
         "version": "sparsify.cli.commands:version_command",
         "tune": "sparsify.cli.tune:tune_command",
@@ -56,6 +58,8 @@ _OWN = {
     # Functions from a model folder and its ledger to a store that reads it as if it were dense; None where it is not of
     # their kind.
     "sparsify.stores": {"packed": "sparsify.backends.packed.store:open_packed"},
+    # Functions from a file or folder and its ledger to a store of what it holds, where that is no checkpoint.
+    "sparsify.readers": {"onnx": "sparsify.backends.onnx.storage.reader:open_graph"},
     # Loading one registers it with transformers.
     "sparsify.quantizers": {"sparsify": "sparsify.backends.packed.loaded.quantizer:SparsifyQuantizer"},
 }
@@ -68,6 +72,7 @@ _KINDS = {
     "sparsify.commands": "command",
     "sparsify.quantizers": "quantizer",
     "sparsify.stores": "store",
+    "sparsify.readers": "reader",
 }
 
 

@@ -15,6 +15,7 @@ from sparsify.errors import SpecError
 from sparsify.files.checkpoint import Checkpoint
 from sparsify.frontend.source import Source
 from sparsify.ir.store import RenamedStore
+from sparsify.provenance.runs import earlier
 from sparsify.tensors import digest, new_hash
 
 # https://reproducible-builds.org/specs/source-date-epoch/: the time, for who wants the same bytes twice.
@@ -60,31 +61,6 @@ def entry(
 def origin_of(source: Source) -> dict[str, Any]:
     """What a run was given: the model's name (its id, of one of the hub), and the digest of its weights."""
     return {"name": source.hub or source.name, "weights": _digest_of(source)}
-
-
-def earlier(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The history of a folder by its manifest; of one that was written before there was any, what else it says."""
-    if "history" in manifest:
-        return [dict(run) for run in manifest["history"]]
-    known = {"source": {"name": str(manifest.get("model", ""))}, "versions": manifest.get("versions")}
-    ran = [own for part in ("structure", "passes") for own in manifest.get(part, ())]
-    made = []
-    if passes := [{"spec": own["spec"]} for own in ran if "spec" in own]:
-        others = {key: manifest.get(key) for key in ("calibration", "recipe")}
-        made.append({"command": "compile", "passes": passes, **known, **others})
-    if isinstance(tuned := manifest.get("tuned"), Mapping):
-        made.append({"command": "tune", "passes": [], **known, **of_tuning(tuned)})
-    return [{key: value for key, value in run.items() if value is not None} for run in made]
-
-
-def of_tuning(record: Mapping[str, Any]) -> dict[str, Any]:
-    """What a history keeps of the record of a tune: all but how long it took and the loss of each step."""
-    said = {key: record[key] for key in ("data", "validation", "perplexity", "steps", "tokens") if key in record}
-    if isinstance(recipe := record.get("recipe"), Mapping):
-        said["training"] = dict(recipe)
-    if isinstance(teacher := record.get("teacher"), Mapping):
-        said["teacher"] = dict(teacher)
-    return said
 
 
 def restated(manifest: Mapping[str, Any], command: str) -> list[dict[str, Any]]:

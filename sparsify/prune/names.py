@@ -89,36 +89,45 @@ class _Names:
         for parameter in weights.parameters():
             for source in weights.sources(parameter):
                 for name in (source, parameter, *ties.get(parameter, ())):
-                    for prefix in _prefixes(name):
+                    for prefix in prefixes(name):
                         self._of.setdefault(prefix, set()).add(source)
 
     def matching(self, patterns: Iterable[str], flag: str) -> frozenset[str]:
-        """Checkpoint tensors that any of ``patterns`` names.
-
-        Raises:
-            SpecError: one of them matches nothing, or is no regular expression.
-        """
-        found: set[str] = set()
-        for pattern in patterns:
-            hits = [name for name in self._of if matches(pattern, name, flag)]
-            if not hits:
-                tail = pattern.removeprefix("re:").strip("*")
-                inside = sorted(n for n in self._of if tail and tail in n)[:4]
-                parts = {f"*.{part}" for n in self._of for part in n.split(".") if not part.isdigit()}
-                hint = near(pattern, {*self._of, *parts})
-                if inside:
-                    hint = f"Names that contain it: {', '.join(inside)}"
-                raise SpecError(
-                    f"{flag} {pattern}",
-                    found="it matches no parameter or module of this model",
-                    do=f"Write a full name, a glob (*{tail}*) or re:…. {hint}",
-                )
-            for name in hits:
-                found |= self._of[name]
-        return frozenset(found)
+        """Checkpoint tensors that any of ``patterns`` names; see :func:`named`."""
+        return named(self._of, patterns, flag)
 
 
-def _prefixes(name: str) -> Iterable[str]:
+def named(of: Mapping[str, set[str]], patterns: Iterable[str], flag: str) -> frozenset[str]:
+    """What any of ``patterns`` names.
+
+    Args:
+        of: each name that may be given, and what it stands for. flag: where the patterns were given.
+
+    Raises:
+        SpecError: one of them matches nothing, or is no regular expression.
+    """
+    found: set[str] = set()
+    for pattern in patterns:
+        hits = [name for name in of if matches(pattern, name, flag)]
+        if not hits:
+            tail = pattern.removeprefix("re:").strip("*")
+            inside = sorted(n for n in of if tail and tail in n)[:4]
+            parts = {f"*.{part}" for n in of for part in n.split(".") if not part.isdigit()}
+            hint = near(pattern, {*of, *parts})
+            if inside:
+                hint = f"Names that contain it: {', '.join(inside)}"
+            raise SpecError(
+                f"{flag} {pattern}",
+                found="it matches no parameter or module of this model",
+                do=f"Write a full name, a glob (*{tail}*) or re:…. {hint}",
+            )
+        for name in hits:
+            found |= of[name]
+    return frozenset(found)
+
+
+def prefixes(name: str) -> Iterable[str]:
+    """``name`` and every module that it is in."""
     parts = name.split(".")
     return (".".join(parts[: i + 1]) for i in range(len(parts)))
 

@@ -15,7 +15,7 @@ from sparsify.data.inputs import are_ids
 from sparsify.errors import CalibrationError, SpecError
 from sparsify.files.reading import kind_at
 from sparsify.frontend.source import Source
-from sparsify.provenance.history import earlier
+from sparsify.provenance.runs import earlier
 
 # What is said of a source behind its name: how many files a folder had, and which part of it was taken.
 _BEHIND = re.compile(r"( \((\d+ files?|its first 90%)\))+$")

@@ -19,7 +19,8 @@ from sparsify.finite import infinities_allowed, said, scan
 from sparsify.frontend.source import Source
 from sparsify.ir.program import Program
 from sparsify.provenance.card import write_card
-from sparsify.provenance.history import earlier, entry, of_tuning, origin_of
+from sparsify.provenance.history import entry, origin_of
+from sparsify.provenance.runs import earlier, of_tuning
 from sparsify.quality.perplexity import of_losses, perplexity
 from sparsify.tensors import digest
 from sparsify.tuning.recipe import Recipe, Tuned

@@ -23,7 +23,8 @@ from sparsify.files.checkpoint import Checkpoint
 from sparsify.files.ledger import Ledger
 from sparsify.files.manifest import read_manifest
 from sparsify.frontend.source import open_source
-from sparsify.provenance.history import digest_of_sums, earlier
+from sparsify.provenance.history import digest_of_sums
+from sparsify.provenance.runs import earlier
 from sparsify.quality.heldout import with_use
 
 DATA: dict[str, Any] = {"calibration": "random", "samples": 2, "sequence_length": 16}

@@ -1,0 +1,24 @@
+"""The weights of an ONNX file or folder for whoever asks for named tensors and knows no graphs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from sparsify.backends.onnx.running.session import find_onnx
+from sparsify.backends.onnx.storage.store import GraphStore
+from sparsify.files.ledger import Ledger
+from sparsify.files.manifest import section
+from sparsify.files.reading import kind_at
+
+
+def open_graph(path: Path, ledger: Ledger) -> GraphStore | None:
+    """The weights of an ONNX file or folder, held against ``ledger``; None where ``path`` is neither.
+
+    Raises:
+        CheckpointError: several ONNX files of which none is ``model.onnx``, or a damaged one.
+    """
+    kind = kind_at(path)
+    if not ((kind == "file" and path.suffix.lower() == ".onnx") or (kind == "folder" and any(path.glob("*.onnx")))):
+        return None
+    transposed = section(ledger.manifest, "onnx").get("transposed", ())
+    return GraphStore(find_onnx(path), transposed, ledger)

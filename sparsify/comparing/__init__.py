@@ -1,0 +1,1 @@
+"""Two folders held against each other: which weights are zero in both, how far others moved, what else differs."""

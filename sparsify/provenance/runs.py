@@ -1,0 +1,31 @@
+"""The runs that a manifest tells of, whichever version wrote it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+
+def earlier(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The history of a folder by its manifest; of one that was written before there was any, what else it says."""
+    if "history" in manifest:
+        return [dict(run) for run in manifest["history"]]
+    known = {"source": {"name": str(manifest.get("model", ""))}, "versions": manifest.get("versions")}
+    ran = [own for part in ("structure", "passes") for own in manifest.get(part, ())]
+    made = []
+    if passes := [{"spec": own["spec"]} for own in ran if "spec" in own]:
+        others = {key: manifest.get(key) for key in ("calibration", "recipe")}
+        made.append({"command": "compile", "passes": passes, **known, **others})
+    if isinstance(tuned := manifest.get("tuned"), Mapping):
+        made.append({"command": "tune", "passes": [], **known, **of_tuning(tuned)})
+    return [{key: value for key, value in run.items() if value is not None} for run in made]
+
+
+def of_tuning(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What a history keeps of the record of a tune: all but how long it took and the loss of each step."""
+    said = {key: record[key] for key in ("data", "validation", "perplexity", "steps", "tokens") if key in record}
+    if isinstance(recipe := record.get("recipe"), Mapping):
+        said["training"] = dict(recipe)
+    if isinstance(teacher := record.get("teacher"), Mapping):
+        said["teacher"] = dict(teacher)
+    return said

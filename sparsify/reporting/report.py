@@ -1,0 +1,88 @@
+"""``sparsify report``: one page of HTML about a folder that sparsify wrote, which loads nothing and runs nothing."""
+
+from __future__ import annotations
+
+import os
+from importlib.metadata import version
+from pathlib import Path
+
+from sparsify.errors import BackendError
+from sparsify.files.reading import kind_at
+from sparsify.files.single import put_file
+from sparsify.reporting.changes import left_dense, structure, trained
+from sparsify.reporting.facts import Facts, facts_of
+from sparsify.reporting.maps import layers
+from sparsify.reporting.markup import Markup, joined, tag, text
+from sparsify.reporting.past import again, history
+from sparsify.reporting.sections import costs, head, quality
+from sparsify.reporting.style import STYLE
+
+# By which a page of ours is told from what else is called so.
+_OURS = '<meta name="generator" content="sparsify report">'
+# A browser that reads this fetches nothing and runs nothing, whatever a name in the manifest might be.
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
+
+
+def report(
+    folder: str | Path, output: str | Path = "report.html", *, overwrite: bool = False, check: bool = True
+) -> Path:
+    """Write a page about ``folder``, which sparsify wrote: what was done to its model, how many of its numbers are
+    zero, what that cost, layer by layer, and how to do it again. No weight is read.
+
+    Args:
+        output: the page. overwrite: replace an older page of this kind, and no other file.
+        check: hold ``sparsify.json`` against the digest that it has of itself.
+
+    Returns:
+        where the page lies.
+
+    Raises:
+        CheckpointError: no folder of ours, or a damaged ``sparsify.json``.
+        BackendError: ``output`` is there already, is no place for a file, or lies in ``folder``.
+    """
+    into, own = Path(output).expanduser().absolute(), Path(folder).expanduser().absolute()
+    facts = facts_of(own, check)
+    _check_place(into, own, overwrite)
+    put_file(into, page(facts).encode())
+    return into
+
+
+def page(facts: Facts) -> str:
+    """The whole page. The same facts give the same bytes."""
+    title = f"{facts.base}, by sparsify"
+    parts = (head, layers, trained, structure, quality, costs, left_dense, history, again)
+    made = f"Made by sparsify {version('sparsify-fx')} of sparsify.json (BLAKE2b {facts.digest}). "
+    footer = tag("footer", made, "This page is one file: it loads nothing and runs nothing.")
+    top = [
+        tag("meta", charset="utf-8"),
+        Markup(_OURS),
+        tag("meta", http_equiv="Content-Security-Policy", content=_POLICY),
+        tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
+        tag("title", text(title)),
+        Markup(f"<style>{STYLE}</style>"),
+    ]
+    main = tag("main", *(part(facts) for part in parts), footer)
+    whole = joined(
+        [Markup('<!DOCTYPE html>\n<html lang="en">'), tag("head", *top), tag("body", main), Markup("</html>\n")]
+    )
+    # Lines at which a person can look at it, and a program compare two.
+    return whole.replace("><section", ">\n<section").replace("><tr", ">\n<tr").replace("<article", "\n<article")
+
+
+def _check_place(into: Path, folder: Path, overwrite: bool) -> None:
+    asked, here = f"page {into}", into.resolve()
+    if folder.resolve() in here.parents:
+        found = f"it lies in {folder}, whose files sparsify.json lists"
+        raise BackendError(asked, found=found, do="Choose another place with -o")
+    if not os.path.lexists(into):
+        return
+    if kind_at(into) != "file" or into.is_symlink():
+        raise BackendError(asked, found="no regular file of that name", do="Choose another name with -o")
+    if not overwrite:
+        do = "Pass --overwrite to replace it, or choose another place with -o"
+        raise BackendError(asked, found="it exists already", do=do)
+    with into.open("rb") as file:
+        ours = _OURS.encode() in file.read(2048)
+    if not ours:
+        found = "a file that sparsify report did not write"
+        raise BackendError(f"replacing {into}", found=found, do="Delete it yourself, or choose another place with -o")
