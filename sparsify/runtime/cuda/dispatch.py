@@ -14,14 +14,14 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import pairwise
 
 from sparsify.errors import BackendError
 from sparsify.runtime.cuda.compressed import Algorithm
 from sparsify.runtime.cuda.fragments import tiles
-from sparsify.runtime.cuda.variants import Variant
+from sparsify.runtime.cuda.variants import CLUSTERS, HOPPER, Variant
 from sparsify.runtime.words import Policy
 
 # Token counts that are measured; a count between two is served as the one above it.
@@ -131,18 +131,40 @@ class Timings:
         return Plan.of((tokens, self.best(tokens)[0]) for tokens in sorted(self.micro))
 
 
-def default_plan(rows: int, columns: int, policy: Policy, library: str | None, multiprocessors: int = 132) -> Plan:
+def default_plan(
+    rows: int,
+    columns: int,
+    policy: Policy,
+    library: str | None,
+    multiprocessors: int = 132,
+    capability: tuple[int, int] = (8, 0),
+) -> Plan:
     """What is taken where nothing was measured.
 
     Args:
         library: of the compressed copy; None where there is none.
+        multiprocessors, capability: of the GPU.
     """
+    some = _wgmma if capability == HOPPER else _tiled
     many = f"{library}:0" if library == "cusparselt" else library
     if policy == "prefill" and many is not None:
         return Plan((), (many,))
     steps = [(8, "decode_w8_r1_m1"), (16, "decode_w8_r1_m2")]
-    steps += [(tokens, _tiled(rows, columns, tokens, multiprocessors)) for tokens in (32, 64, 128, 256)]
+    steps += [(tokens, some(rows, columns, tokens, multiprocessors)) for tokens in (32, 64, 128, 256)]
     return Plan.of([*steps, (1 << 30, many or "unpack")])
+
+
+def _wgmma(rows: int, columns: int, tokens: int, multiprocessors: int) -> str:
+    """Blocks of 192 rows, or of 256 where those would be more than the multiprocessors, and columns halved as often as
+    there are multiprocessors for: what won, or nearly, on an H200 (docs/benchmarks.md).
+    """
+    groups = 8 if tokens <= 64 else 16
+    across = -(-tokens // (8 * groups))
+    tall = across * -(-rows // 192) > multiprocessors
+    base = Variant("wgmma", 12, 2, groups) if tall else Variant("wgmma", 16, 1, groups)
+    blocks = across * base.launch(tokens, rows).grid[1]
+    some = [replace(base, splits=s) for s in CLUSTERS if s == 1 or s * blocks <= multiprocessors]
+    return [v for v in some if v.fits(tokens, columns)][-1].name
 
 
 def _tiled(rows: int, columns: int, tokens: int, multiprocessors: int) -> str:

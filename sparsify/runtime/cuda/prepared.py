@@ -105,7 +105,10 @@ def prepare_weight(
         timings = timings_of(rows, columns, dtype, policy, library, device)
         if not timings.pays(policy):
             return Refused(f"dense is faster here ({timings.verdict(policy)})")
-    plan = timings.plan() if timings.micro else default_plan(rows, columns, policy, library, where.multiprocessors)
+    if timings.micro:
+        plan = timings.plan()
+    else:
+        plan = default_plan(rows, columns, policy, library, where.multiprocessors, where.capability)
     fragments = to_fragments(packed) if policy != "prefill" else None
     held, codes = libraries.compress(packed, library) if library is not None else (None, None)
     return PreparedWeight(rows, columns, dtype, fragments, held, codes, plan, timings)

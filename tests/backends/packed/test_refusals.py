@@ -45,7 +45,7 @@ def test_a_weight_that_two_layers_hold_stays_dense() -> None:
 def test_folders_that_transformers_does_not_load(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="transformers refuses it"):
         load_model(tmp_path)
-    with pytest.raises(CheckpointError, match="no config.json there"):
+    with pytest.raises(CheckpointError, match=r"no config\.json there"):
         measure_loading(tmp_path)
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -97,14 +98,30 @@ def test_what_is_no_plan_is_refused(text: str) -> None:
 def test_defaults_serve_every_count(rows: int, columns: int) -> None:
     cases: list[tuple[Policy, SparseLibrary | None]]
     cases = [("decode", None), ("both", "cusparselt"), ("both", "cutlass"), ("prefill", "cutlass")]
-    for policy, library in cases:
-        plan = Plan.parse(str(default_plan(rows, columns, policy, library)))
+    for (policy, library), capability in product(cases, ((8, 0), (9, 0), (10, 0))):
+        plan = Plan.parse(str(default_plan(rows, columns, policy, library, 132, capability)))
         for tokens in (1, 2, 8, 9, 16, 17, 100, 257, 5000):
             kernel = plan.kernel(tokens)
-            if kernel.startswith(("decode", "tiled")):
-                assert policy != "prefill" and Variant.named(kernel).fits(tokens, columns)
+            if kernel.startswith(("decode", "tiled", "wgmma")):
+                variant = Variant.named(kernel)
+                assert policy != "prefill" and variant.fits(tokens, columns) and variant.runs_on(capability)
+                assert tokens <= 16 or variant.kind == ("wgmma" if capability == (9, 0) else "tiled")
             elif policy == "decode":
                 assert kernel == "unpack" and tokens > 256
+
+
+def test_what_hopper_takes_unmeasured_is_what_won_there() -> None:
+    """On an H200: docs/benchmarks.md."""
+    won = {
+        (22016, 4096): ("wgmma_w16_r1_m8", "wgmma_w16_r1_m16"),
+        (12288, 4096): ("wgmma_w16_r1_m8_s2", "wgmma_w16_r1_m16_s2"),
+        (4096, 11008): ("wgmma_w16_r1_m8_s4", "wgmma_w16_r1_m16_s4"),
+        (4096, 4096): ("wgmma_w16_r1_m8_s4", "wgmma_w16_r1_m16_s4"),
+        (28672, 4096): ("wgmma_w12_r2_m8", "wgmma_w12_r2_m16"),
+    }
+    for (rows, columns), kernels in won.items():
+        plan = default_plan(rows, columns, "decode", None, 132, (9, 0))
+        assert (plan.kernel(64), plan.kernel(128)) == kernels
 
 
 def test_a_count_is_served_as_the_next_that_was_measured() -> None:
