@@ -136,9 +136,9 @@ def test_a_device_without_memory_is_told_as_that(monkeypatch: pytest.MonkeyPatch
     """Not as a node that fails; and what would help is said."""
     program = capture(open_source(Steps()), {"0": torch.randn(3, 4)})
 
-    def full(self: Interpreter, node: fx.Node) -> None:
+    def full(self: Interpreter, *what: object) -> None:
         raise torch.OutOfMemoryError("no room")
 
-    monkeypatch.setattr(Interpreter, "run_node", full)
+    monkeypatch.setattr(Interpreter, "call_function", full)
     with pytest.raises(CalibrationError, match=r"out of memory \(no room\)"):
         execute(program, [{"0": torch.randn(3, 4)}])

@@ -30,7 +30,7 @@ from sparsify.tuning.tune import tune
 
 FULL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 16.00 GiB")
 SAID = r"out of memory \(2\.00 GiB asked for, 16\.00 GiB of 16\.00 GiB free\)\. Take less --memory .* or --device cpu"
-OPERATOR = "sparsify.calibration.interpreter.Interpreter.run_node"
+OPERATOR = "sparsify.calibration.interpreter.Interpreter.call_function"
 SQUARES = "sparsify.calibration.accumulators.SquaredNorm.of"
 X = torch.randn(4, 16)
 

@@ -178,9 +178,9 @@ def test_layers_that_come_to_lie_on_a_gpu(llama: tuple[Path, Path], monkeypatch:
     close(run(model, inputs("llama")), wanted)
     assert not prepare(model)[0].reason and len(measured) == 8, "what is prepared is not prepared again"
     prepare(model, "decode", tune=False)
-    assert len(measured) == 8 and "tiled" in str(layers(model)[0].product.plan)
+    assert len(measured) == 8 and "wgmma" in str(layers(model)[0].product.plan)
     model.to(torch.float16)
-    assert all(m.weight.dtype is torch.float16 and "tiled" in str(m.product.plan) for m in layers(model))
+    assert all(m.weight.dtype is torch.float16 and "wgmma" in str(m.product.plan) for m in layers(model))
     model.load_state_dict(load(llama[1], dtype=torch.float16).state_dict())
     assert all(m.product.plan is not None for m in layers(model))
     close(run(model, inputs("llama")).bfloat16(), wanted)
@@ -271,18 +271,21 @@ def test_without_nvrtc_layers_stay_portable_for_triton(llama: tuple[Path, Path])
     assert torch.equal(run(model, inputs("llama")), run(load(llama[1]), inputs("llama")))
 
 
-def test_a_model_runs_on_the_kernels_themselves(llama: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("gpu", "some"), [(A100, "tiled"), (H200, "wgmma")], ids=["A100", "H200"])
+def test_a_model_runs_on_the_kernels_themselves(
+    gpu: GPU, some: str, llama: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """From the folder to logits, through every product's own CUDA code, emulated."""
     emulated = Emulated(torch.bfloat16)
     monkeypatch.setattr(driver, "module", lambda dtype, device: emulated)
-    model, _ = prepared(llama[1])
+    model, _ = prepared(llama[1], target=gpu)
     monkeypatch.setattr(product, "linear_24_prepared", ops._cuda)
     for length in (1, 12, 24):
         ids = torch.randint(3, 60, (1, length), generator=torch.Generator().manual_seed(length))
         with torch.no_grad():
             close(model(ids).logits, load(llama[0])(ids).logits)
     used = {name.partition("_")[0] for name in emulated.launched}
-    assert used == {"decode", "tiled"} and len(emulated.launched) >= 24
+    assert used == {"decode", some} and len(emulated.launched) >= 24
 
 
 def test_the_report_names_kernels_by_count(tmp_path: Path) -> None:
