@@ -56,6 +56,8 @@ _OWN = {
     # Functions from a model folder and its ledger to a store that reads it as if it were dense; None where it is not of
     # their kind.
     "sparsify.stores": {"packed": "sparsify.backends.packed.store:open_packed"},
+    # Functions from a folder to what runs it where torch does not, for evaluation; None where it is not of their kind.
+    "sparsify.runtimes": {"onnx": "sparsify.backends.onnx.running.forward:open_forward"},
     # Loading one registers it with transformers.
     "sparsify.quantizers": {"sparsify": "sparsify.backends.packed.loaded.quantizer:SparsifyQuantizer"},
 }
@@ -67,6 +69,7 @@ _KINDS = {
     "sparsify.backends": "backend",
     "sparsify.commands": "command",
     "sparsify.quantizers": "quantizer",
+    "sparsify.runtimes": "runtime",
     "sparsify.stores": "store",
 }
 

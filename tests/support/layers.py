@@ -22,7 +22,7 @@ STOREYS: tuple[tuple[str, ...], ...] = (
     ("prune", "refine", "quality"),
     ("structure",),
     ("compiler",),
-    ("evaluation", "inspection"),
+    ("evaluation", "inspection", "lm_eval"),
     ("tuning", "searching"),
     ("cli",),
     ("passes", "backends"),
