@@ -9,9 +9,14 @@ is lm-eval's own command line, with every option of its own, in which ``sparsify
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
+import torch
+
+from sparsify.errors import SparsifyError, SpecError
 from sparsify.quality.tasks.names import require_lm_eval
+from sparsify.words import plain
 
 require_lm_eval()
 
@@ -45,6 +50,9 @@ class Sparsify(LM):  # type: ignore[misc, unused-ignore]
         given = {name: value for name, value in (additional_config or {}).items() if value is not None}
         # How far an automatic batch may go: ours are as large as is said.
         given.pop("max_batch_size", None)
+        if str(given.get("device", "")).startswith("cuda") and not torch.cuda.is_available():
+            # Its command line asks for a GPU where nobody did, and its own models take the CPU then.
+            del given["device"]
         return open_model(**(given | arg_dict))
 
 
@@ -70,7 +78,6 @@ def open_model(
         CheckpointError, TraceError, BackendError: no such model, none that predicts text, or one that does not run.
         SpecError: a batch that is no number.
     """
-    from sparsify.errors import SpecError
     from sparsify.frontend.source import open_source
     from sparsify.host import resolve_device
     from sparsify.quality.graphs import open_graph
@@ -93,10 +100,14 @@ def open_model(
 
 
 def main() -> None:
-    """lm-eval's own command line, which knows our models."""
+    """lm-eval's own command line, which knows our models; our errors are sentences here too."""
     from lm_eval.__main__ import cli_evaluate
 
-    cli_evaluate()
+    try:
+        cli_evaluate()
+    except SparsifyError as error:
+        print(f"error: {plain(str(error))}", file=sys.stderr)
+        raise SystemExit(error.exit_code) from None
 
 
 if NAME not in model_registry:

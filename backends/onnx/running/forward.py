@@ -22,7 +22,7 @@ def open_forward(path: Path, *, device: str = "auto", check: bool = True) -> For
     kind = kind_at(path)
     if not (any(path.glob("*.onnx")) if kind == "folder" else kind == "file" and path.suffix == ".onnx"):
         return None
-    return Forward(path, "cpu" if device == "auto" else device, check)
+    return Forward(path, "cpu" if device == "auto" else device.partition(":")[0], check)
 
 
 class Forward:
