@@ -123,23 +123,20 @@ def named(tasks: str | Path | Sequence[str | Path] | Named, include: Sequence[st
     report(Progress("looking up tasks"))
     with quiet(*LOGGERS):
         files = {word: _files(word) for word in words if _is_path(word)}
-        named = [word for word in words if word not in files]
-        # Fourteen thousand files: not for the sake of a task that lies in one of its own.
-        builtin = bool(named) or any(_is_group(file) for found in files.values() for file in found)
+        suites = {word: SUITES[word] for word in words if word in SUITES}
+        specs: list[str] = []
+        for word in words:
+            # lm-eval loads a group by its name alone.
+            own = [_content(file)["group"] if _is_group(file) else str(file) for file in files.get(word, ())]
+            specs += own or suites.get(word, (word,))
+        specs = list(dict.fromkeys(specs))
         places = [Path(folder).expanduser().absolute() for folder in include]
         places += [file.parent for found in files.values() for file in found if _is_group(file)]
-        manager = _manager(builtin, tuple(map(str, dict.fromkeys(places))))
-        specs: list[str] = []
-        suites: dict[str, tuple[str, ...]] = {}
-        for word in words:
-            if word in files:
-                specs += map(str, files[word])
-            elif word in SUITES and word not in manager.task_index:
-                suites[word] = SUITES[word]
-                specs += SUITES[word]
-            else:
-                specs.append(_known(word, manager))
-    return Named(tuple(words), tuple(dict.fromkeys(specs)), suites, manager)
+        manager = _manager(specs, list(dict.fromkeys(places)))
+        for spec in specs:
+            if not _is_path(spec):
+                _check_known(spec, manager)
+    return Named(tuple(words), tuple(specs), suites, manager)
 
 
 @contextmanager
@@ -158,11 +155,28 @@ def seeded() -> Iterator[None]:
             np.random.set_state(states[1])
 
 
-@cache
-def _manager(builtin: bool, include: tuple[str, ...]) -> Any:
+def _manager(specs: Sequence[str], include: Sequence[Path]) -> Any:
+    """lm-eval's manager of tasks; it reads its own fourteen thousand files only for what lies in no other."""
     from lm_eval.tasks import TaskManager
 
-    return TaskManager(include_defaults=builtin, include_path=list(include) or None)
+    here = TaskManager(include_defaults=False, include_path=list(include) or None)
+
+    def known(spec: Any) -> bool:
+        if not isinstance(spec, str) or spec not in here.task_index:
+            return isinstance(spec, str) and _is_path(spec)
+        members = (here.task_index[spec].cfg or {}).get("task")
+        return all(map(known, members)) if isinstance(members, list) else True
+
+    if all(map(known, specs)):
+        return here
+    return TaskManager(include_path=list(include)) if include else _builtin()
+
+
+@cache
+def _builtin() -> Any:
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager()
 
 
 def _is_path(word: str) -> bool:
@@ -189,29 +203,31 @@ def _is_group(file: Path) -> bool:
     return _kind(file) == "group"
 
 
-@cache
 def _kind(file: Path) -> str | None:
-    """What a YAML file describes: a ``task``, a ``group``, or nothing (what others include).
-
-    Raises:
-        SpecError: no YAML.
-    """
-    from lm_eval.tasks._yaml_loader import load_yaml
-
-    try:
-        content = load_yaml(file, resolve_func=False)
-    except Exception as error:  # of yaml, of files, of what is included
-        raise SpecError(f"task {file}", found=f"no task's YAML ({first_line(error)})", do="Mend it") from error
-    if "group" in content:
+    """What a YAML file describes: a ``task``, a ``group``, or nothing (what others include)."""
+    content = _content(file)
+    if isinstance(content.get("group"), str):
         return "group"
     return "task" if isinstance(content.get("task"), str) else None
 
 
-def _known(word: str, manager: Any) -> str:
-    if word in manager.task_index:
-        return word
-    known = [*manager.task_index, *SUITES]
-    raise SpecError(f"task '{word}'", found="nothing of that name in lm-eval or --include", do=near(word, known))
+def _content(file: Path) -> dict[str, Any]:
+    """Raises:
+    SpecError: no YAML.
+    """
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    try:
+        content: dict[str, Any] = load_yaml(file, resolve_func=False)
+    except Exception as error:  # of yaml, of files, of what is included
+        raise SpecError(f"task {file}", found=f"no task's YAML ({first_line(error)})", do="Mend it") from error
+    return content
+
+
+def _check_known(name: str, manager: Any) -> None:
+    if name not in manager.task_index:
+        known = [*manager.task_index, *SUITES]
+        raise SpecError(f"task '{name}'", found="nothing of that name in lm-eval or --include", do=near(name, known))
 
 
 def _check(name: str, task: Any) -> None:
