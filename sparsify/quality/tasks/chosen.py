@@ -255,10 +255,11 @@ def _no_data(spec: str, error: Exception) -> CalibrationError:
     """Which file or host did not give the data, as far as the libraries say."""
     said = first_line(error)
     lost = isinstance(error, (ConnectionError, TimeoutError)) or "Hub" in said or "Offline" in type(error).__name__
+    found = f"its data cannot be had ({said})"
     if lost:
         do = "It needs the network (huggingface.co), or the data set in the cache of an earlier run"
     elif isinstance(error, FileNotFoundError) or "Unable to find" in said:
         do = "Paths in a task's file count from where the command runs; mend data_files in it"
     else:
-        do = "Mend the task's file, or its data"
-    return CalibrationError(f"task '{spec}'", found=f"its data cannot be had ({said})", do=do)
+        found, do = f"it cannot be made of its data ({said})", "Mend the task's file, or its data"
+    return CalibrationError(f"task '{spec}'", found=found, do=do)
