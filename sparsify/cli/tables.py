@@ -11,7 +11,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from sparsify.cli.score_tables import score_report
+from sparsify.cli.evaluating.tables import score_report
 from sparsify.compiler.runs import zeros_of
 from sparsify.host import peak_memory
 from sparsify.method.pattern import Pattern

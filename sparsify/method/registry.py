@@ -40,7 +40,7 @@ _OWN = {
     "sparsify.commands": {
         "compile": "sparsify.cli.compile:compile_command",
         "inspect": "sparsify.cli.commands:inspect_command",
-        "eval": "sparsify.cli.evaluate:eval_command",
+        "eval": "sparsify.cli.evaluating.command:eval_command",
         "compare": "sparsify.cli.commands:compare_command",
         "search": "sparsify.cli.search:search_command",
         "sensitivity": "sparsify.cli.search:sensitivity_command",

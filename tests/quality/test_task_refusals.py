@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.command_line import process
 from support.command_line import sparsify as command
 from support.tasks import rows, speaker, task, written
 
@@ -206,6 +205,7 @@ def test_at_the_command_line(model: Path, quiz: Path, tmp_path: Path) -> None:
     assert both.returncode == 0 and "perplexity on 3 windows" in both.stdout and "acc_norm" in both.stdout
 
 
+@pytest.mark.slow
 def test_lm_evals_own_command_line(model: Path, quiz: Path, tmp_path: Path) -> None:
     """As it is documented, in a process of its own; it reads all of its own tasks."""
     import os
@@ -232,4 +232,4 @@ def test_errors_are_ours(model: Path, tmp_path: Path) -> None:
     path = task(tmp_path, "broken", ROWS, doc_to_text="{{question")
     with pytest.raises(SparsifyError):
         sparsify.evaluate(model, tasks=path)
-    assert process("eval", model, "--tasks", path).returncode == 1
+    assert command("eval", model, "--tasks", path).returncode == 1
