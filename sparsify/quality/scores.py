@@ -32,7 +32,7 @@ class Score:
         higher_is_better: which way is good. share: whether the value is a mean of numbers from 0 to 1.
         chance: what guessing gives; None where nobody can say. shots: examples before each question.
         samples: of each document its value, where ``value`` is their mean; else nothing. sha256: of the documents.
-        parts: the scores that this is the mean of.
+        tasks: of how many tasks it is. parts: the scores that this is the mean of, each counted once.
     """
 
     task: str
@@ -44,6 +44,7 @@ class Score:
     share: bool = False
     chance: float | None = None
     shots: int | None = None
+    tasks: int = 1
     samples: tuple[float, ...] = field(default=(), repr=False)
     sha256: str = field(default="", repr=False)
     parts: tuple[Score, ...] = field(default=(), repr=False)
@@ -90,6 +91,8 @@ class Score:
     def as_dict(self) -> dict[str, Any]:
         """For JSON: all but the single documents."""
         said = {key: value for key, value in vars(self).items() if key not in ("samples", "parts")}
+        # JSON has no number for what is none.
+        said["value"] = self.value if math.isfinite(self.value) else None
         return said | ({"mean_of": [part.task for part in self.parts]} if self.parts else {})
 
 
@@ -203,5 +206,6 @@ def mean_of(name: str, scores: Sequence[Score]) -> Score:
         n=sum(score.n for score in scores),
         higher_is_better=scores[0].higher_is_better,
         share=all(score.share for score in scores),
+        tasks=len(scores),
         parts=tuple(scores),
     )

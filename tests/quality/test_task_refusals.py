@@ -31,6 +31,11 @@ def quiz(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_an_unknown_task_and_one_whose_data_are_elsewhere(model: Path) -> None:
     """Both know all of lm-eval's tasks, which takes ten seconds once."""
+    from sparsify.quality.tasks.chosen import named
+
+    known = named([*names.SUITES, "mmlu"]).manager.task_index
+    for name in names.SUITES["wanda7"]:
+        assert "acc" in [metric["metric"] for metric in known[name].cfg["metric_list"]], name
     with pytest.raises(SpecError, match=r"task 'hellaswagg': nothing of that name .*hellaswag"):
         sparsify.evaluate(model, tasks="boolq,hellaswagg")
     with pytest.raises(SpecError, match=r"task 'wanda8': .*wanda7"):

@@ -14,7 +14,10 @@ import numpy as np
 import pytest
 import torch
 import transformers as hf
+from safetensors.torch import load_file, save_file
+from support.quantized import block_fp8
 from support.tasks import likelihood, rows, slow_samples, speaker, task, written
+from support.tokenizers import of_bytes
 
 import sparsify
 from sparsify.backends.packed.backend import PackedBackend
@@ -130,6 +133,41 @@ def test_the_result_of_a_compile_is_asked_as_its_passes_left_it(model: Path, qui
     assert samples(sparsify.evaluate(made, tasks=quiz)) == slow_samples(*loaded(made.save(tmp_path / "out")), ROWS)
 
 
+def test_a_quantized_folder_answers(quiz: Path, tmp_path: Path) -> None:
+    folder = block_fp8(speaker(tmp_path / "fp8"))
+    assert "quantization_config" in (folder / "config.json").read_text()
+    found = sparsify.evaluate(folder, tasks=quiz, batch_size=1)
+    assert samples(found) == slow_samples(*loaded(folder), ROWS)
+
+
+def test_a_head_that_is_no_longer_tied_stays_so(quiz: Path, tmp_path: Path) -> None:
+    """lm-eval ties what a model's config says is tied; the file holds two, which differ."""
+    folder = speaker(tmp_path / "untied", tie_word_embeddings=True)
+    tensors = load_file(folder / "model.safetensors")
+    tied = samples(sparsify.evaluate(folder, tasks=quiz))
+    head = tensors["model.embed_tokens.weight"].flip(0).contiguous()
+    save_file(tensors | {"lm_head.weight": head}, folder / "model.safetensors", metadata={"format": "pt"})
+    assert samples(sparsify.evaluate(folder, tasks=quiz)) == slow_samples(*loaded(folder), ROWS) != tied
+
+
+def test_an_encoder_decoder_answers(quiz: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4, "vocab_size": 264}
+    model = hf.T5ForConditionalGeneration(hf.T5Config(**sizes, decoder_start_token_id=0)).eval()
+    model.save_pretrained(tmp_path / "t5")
+    of_bytes().save_pretrained(tmp_path / "t5")
+    slow = []
+    for row in ROWS:
+        sums = []
+        for choice in row["choices"]:
+            before, after = (torch.tensor([of_bytes()(text)["input_ids"]]) for text in (row["question"], choice))
+            with torch.no_grad():
+                logits = model(input_ids=before, labels=after).logits[0].double().log_softmax(-1)
+            sums.append(float(logits.gather(1, after[0][:, None]).sum()))
+        slow.append(float(sums.index(max(sums)) == row["answer"]))
+    assert samples(sparsify.evaluate(tmp_path / "t5", tasks=quiz, batch_size=1))["acc"] == slow
+
+
 def test_compute_dtype_is_what_answers(model: Path, quiz: Path) -> None:
     module, tokenizer = loaded(model)
     found = sparsify.evaluate(model, tasks=quiz, compute_dtype="bfloat16")
@@ -183,7 +221,7 @@ def test_a_folder_of_tasks_a_group_and_names_of_both(model: Path, tmp_path: Path
         # Its file asks lm-eval for all that it knows; the folder that is included has it by name.
         found = sparsify.evaluate(model, tasks=asked, include=tmp_path / "tasks")
         whole = found.score("both")
-        assert whole.value == statistics.fmean([*slow["first"], *slow["second"]]) and whole.n == 24
+        assert whole.value == statistics.fmean([*slow["first"], *slow["second"]]) and (whole.n, whole.tasks) == (24, 2)
         assert list(whole.samples) == [*slow["first"], *slow["second"]]
 
 

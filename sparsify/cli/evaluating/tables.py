@@ -22,7 +22,7 @@ Rows: TypeAlias = "dict[tuple[str, str], list[Score | None]]"
 _STYLES = {"clearly": "yellow", "much": "bold red", "far": "bold red"}
 # The metrics that a task is judged by, the first that it has; the others stand in the table alone.
 _JUDGED = ("acc", "top-1", "exact_match", "acc_norm")
-# So many tasks have a verdict each; of more those that are means of others have, else all of them.
+# So many scores have a verdict each; of more those of several tasks have, where there are any.
 _FEW = 7
 
 
@@ -50,7 +50,7 @@ def _beside(rows: Rows, results: Sequence[tuple[str, Evaluation]]) -> Table:
     last = ""
     for (task, metric), scores in rows.items():
         known = next(score for score in scores if score is not None)
-        if known.parts:
+        if known.tasks > 1 and task != last:
             table.add_section()
         cells = [_said(score) for score in scores] + [_difference(score, scores[0]) for score in scores[1:]]
         table.add_row("" if task == last else plain(task), plain(metric), str(known.n), *cells)
@@ -87,7 +87,7 @@ def _difference(score: Score | None, first: Score | None) -> str:
 
 
 def _verdicts(name: str, first: Evaluation, result: Evaluation) -> list[RenderableType]:
-    """A line for each task by the metric that it is judged by; where there are many, for the means of several."""
+    """A line for each task by the metric that it is judged by; where there are many, for sets and groups alone."""
     judged = [pair for pair in result.differences(first) if pair.verdict is not None]
     chosen: dict[str, Difference] = {}
     for metric in _JUDGED:
@@ -97,7 +97,7 @@ def _verdicts(name: str, first: Evaluation, result: Evaluation) -> list[Renderab
     order = {score.task: number for number, score in enumerate(result.scores)}
     found = sorted(chosen.values(), key=lambda pair: order[pair.score.task])
     if len(found) > _FEW:
-        found = [pair for pair in found if pair.score.parts] or found
+        found = [pair for pair in found if pair.score.tasks > 1] or found
     lines: list[RenderableType] = []
     for pair in found:
         said = f"{name}: {pair.score.task}, {pair.score.metric}: {pair.verdict}"

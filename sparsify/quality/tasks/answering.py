@@ -209,6 +209,7 @@ def _of_group(name: str, found: Any, tasks: Sequence[str], by_key: dict[tuple[st
                 share=_is_share(samples) if whole else bool(parts) and all(part.share for part in parts),
                 chance=math.fsum(chances) / count if chances and len(chances) == len(parts) else None,
                 shots=found["n-shot"].get(name),
+                tasks=len(parts),
                 samples=samples if whole else (),
                 sha256=hashlib.sha256("".join(part.sha256 for part in parts).encode()).hexdigest(),
             )

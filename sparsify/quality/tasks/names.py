@@ -10,7 +10,7 @@ from sparsify.errors import SpecError
 
 # Sets of tasks that have a name of their own here, whose mean is printed as papers print it: plain accuracy (acc), each
 # task counted once. The seven are those that Wanda, and SparseGPT beside it, are judged by.
-SUITES = {
+SUITES: dict[str, tuple[str, ...]] = {
     "wanda7": ("boolq", "rte", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa"),
 }
 SUITE_METRIC = "acc"

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from lm_eval.models.huggingface import HFLM
-from torch import Tensor, nn
+from torch import Tensor
 
 from sparsify.context import Progress, report
 
@@ -16,10 +16,12 @@ class TorchModel(HFLM):  # type: ignore[misc, unused-ignore]
     """``module`` answers, and progress is told of in phases of ours.
 
     Args:
-        tokenizer: stays as it is. batch_size: questions at a time.
+        module: nobody else's. tokenizer: stays as it is. batch_size: questions at a time.
     """
 
-    def __init__(self, module: nn.Module, tokenizer: Any, *, batch_size: int) -> None:
+    def __init__(self, module: Any, tokenizer: Any, *, batch_size: int) -> None:
+        # lm-eval would tie once more what the config says is tied, and a file may hold two that differ.
+        module.tie_weights = lambda *_, **__: None
         # lm-eval gives a tokenizer without padding one. Likelihoods are summed in float32, whatever the model is in.
         super().__init__(module, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size, softmax_dtype=torch.float32)
         self._phase, self._done = "answering", 0
