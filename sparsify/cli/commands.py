@@ -43,7 +43,7 @@ from sparsify.words import (
 )
 
 # What it runs on.
-_PACKAGES = ("torch", "transformers", "safetensors", "onnx", "onnxruntime", "peft", "datasets")
+_PACKAGES = ("torch", "transformers", "safetensors", "onnx", "onnxruntime", "peft", "datasets", "lm_eval")
 
 
 def inspect_command(

@@ -22,7 +22,7 @@ from sparsify.progress import Shown, shown
 from sparsify.quality.evaluation import Evaluation, measure, of_scores
 from sparsify.quality.graphs import open_graph
 from sparsify.quality.heldout import windows_of
-from sparsify.quality.pictures.accuracy import on_pictures, takes_pictures
+from sparsify.quality.pictures.accuracy import is_folder, on_pictures, takes_pictures
 from sparsify.quality.tasks.answering import answer, language_model, ready
 from sparsify.quality.tasks.chosen import Named, named
 from sparsify.quality.tasks.names import check_asked
@@ -98,7 +98,8 @@ def evaluate(
     context = Context(resolve_device(device), parse_bytes(memory))
     with shown(progress, observe):
         wanted = None if tasks is None else named(tasks, places)
-        graph = open_graph(model, device=device, check=check)
+        # Text is read by the weights beside a graph, as far as there are any.
+        graph = open_graph(model, device=device, check=check) if tasks is not None or is_folder(data) else None
         text = data is not None and not (graph is not None and takes_pictures(graph))
         source: Source | None = None
         if isinstance(model, Compiled):

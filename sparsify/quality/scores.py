@@ -28,11 +28,11 @@ class Score:
     Attributes:
         task: its name, that of a group or of a mean, or what pictures lie in. metric: with the filter of the answers
             behind it where there is one. value: as the library gives it; a share is from 0 to 1.
-        standard_error: None where there is none. n: documents or pictures.
+        standard_error: None where there is none. n: documents or pictures (``unit`` is one of them).
         higher_is_better: which way is good. share: whether the value is a mean of numbers from 0 to 1.
         chance: what guessing gives; None where nobody can say. shots: examples before each question.
-        samples: of each document its value, where ``value`` is their mean; else nothing. sha256: of the documents.
-        tasks: of how many tasks it is. parts: the scores that this is the mean of, each counted once.
+        tasks: of how many it is. samples: of each document its value, where ``value`` is their mean; else nothing.
+        sha256: of the documents. parts: the scores that this is the mean of, each counted once.
     """
 
     task: str
@@ -45,6 +45,7 @@ class Score:
     chance: float | None = None
     shots: int | None = None
     tasks: int = 1
+    unit: str = "document"
     samples: tuple[float, ...] = field(default=(), repr=False)
     sha256: str = field(default="", repr=False)
     parts: tuple[Score, ...] = field(default=(), repr=False)
@@ -151,9 +152,9 @@ class Difference:
             )  # fmt: skip
         points = f"{abs(100 * self.value):.2f} points"
         if level == "none":
-            said = f"no difference that {n} documents can show"
+            said = f"no difference that {self._counted} can show"
             if not self.changed:
-                return f"the same on each of {n} documents"
+                return f"the same on each of {self._counted}"
             most = 100 * (abs(self.value) + SURE * (error or 0))
             if most > SLIGHTLY:
                 said += f"; {most:.1f} points would look the same, so take more"
@@ -161,10 +162,15 @@ class Difference:
         said = f"{points} better" if level == "better" else f"{points} lost: {level}"
         said += " worse" if level in ("slightly", "clearly", "much", "far") else ""
         if n < FEW:
-            said += f", as far as {n} documents can tell" if n > 1 else ", as far as one document can tell"
+            said += f", as far as {self._counted} can tell"
         if guesses(self.score) and not self.score.parts:
             said += f"; it cannot be told from guessing ({100 * (self.score.chance or 0):.1f}%)"
         return said
+
+    @property
+    def _counted(self) -> str:
+        n, unit = self.score.n, self.score.unit
+        return f"one {unit}" if n == 1 else f"{n} {unit}s"
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""

@@ -74,7 +74,7 @@ CLASSES = {"goldfish": 1, "Tinca tinca": 0, "electric ray": 4, "hen": 7}
 
 
 def ranks(found: sparsify.Evaluation, images: Path) -> tuple[list[float], list[float]]:
-    one, five = (found.score(str(images), metric) for metric in ("top-1", "top-5"))
+    one, five = (found.score("images", metric) for metric in ("top-1", "top-5"))
     return list(one.samples), list(five.samples)
 
 
@@ -82,7 +82,7 @@ def test_top_1_and_top_5_are_those_of_the_slow_way(vit: Path, images: Path) -> N
     found, slow = sparsify.evaluate(vit, images), slow_ranks(vit, images, CLASSES)
     assert 0 < sum(rank < 1 for rank in slow) < sum(rank < 5 for rank in slow) < len(slow) == 20
     assert ranks(found, images) == ([float(r < 1) for r in slow], [float(r < 5) for r in slow])
-    score = found.score(str(images), "top-5")
+    score = found.score("images", "top-5")
     assert score.value == statistics.fmean(score.samples) and score.n == 20 and score.chance == 5 / 8
     assert score.standard_error == pytest.approx(statistics.stdev(score.samples) / math.sqrt(20), rel=1e-12)
     assert found.notes == () and math.isnan(found.perplexity)
@@ -111,8 +111,8 @@ def test_two_classifiers_at_the_command_line(vit: Path, images: Path, tmp_path: 
     assert said[1]["scores_against_the_first"][0]["verdict"]
     # Two of each of the four classes.
     found = sparsify.evaluate(vit, images, limit=8)
-    every = sparsify.evaluate(vit, images).score(str(images), "top-5").samples
-    assert found.score(str(images), "top-5").samples == tuple(every[n] for n in (0, 2, 5, 7, 10, 12, 15, 17))
+    every = sparsify.evaluate(vit, images).score("images", "top-5").samples
+    assert found.score("images", "top-5").samples == tuple(every[n] for n in (0, 2, 5, 7, 10, 12, 15, 17))
 
 
 def test_a_classifier_in_memory(vit: Path, images: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -55,6 +56,12 @@ def test_few_documents_say_so() -> None:
     assert few.verdict == (
         f"no difference that 20 documents can show; {5 + 2 * error:.1f} points would look the same, so take more"
     )
+
+
+def test_pictures_are_called_so() -> None:
+    one = replace(right(8, 10), unit="picture")
+    pair = one.against(one)
+    assert pair is not None and pair.verdict == "the same on each of 10 pictures"
 
 
 def test_who_guesses() -> None:

@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import random
+import shutil
 import statistics
 from pathlib import Path
 from typing import Any
@@ -108,6 +109,14 @@ def test_an_onnx_folder_answers_as_torch_does(model: Path, quiz: Path, tmp_path:
     (tmp_path / "onnx" / "other.onnx").write_bytes(b"no graph")
     with pytest.raises(sparsify.SparsifyError, match=r"other\.onnx|model\.onnx"):
         sparsify.evaluate(tmp_path / "onnx", tasks=quiz)
+
+
+def test_a_checkpoint_with_a_graph_beside_it_is_the_checkpoint(model: Path, quiz: Path, tmp_path: Path) -> None:
+    shutil.copytree(model, tmp_path / "both")
+    (tmp_path / "both" / "model.onnx").write_bytes(b"no graph")
+    assert samples(sparsify.evaluate(tmp_path / "both", tasks=quiz)) == samples(sparsify.evaluate(model, tasks=quiz))
+    with pytest.raises(sparsify.SparsifyError, match=r"model\.onnx"):
+        sparsify.evaluate(tmp_path / "both" / "model.onnx", tasks=quiz)
 
 
 def test_a_ragged_folder_answers(quiz: Path, tmp_path: Path) -> None:

@@ -14,13 +14,22 @@ if TYPE_CHECKING:
 
 
 def open_forward(path: Path, *, device: str = "auto", check: bool = True) -> Forward | None:
-    """The graph of a folder with an ONNX file in it, or of such a file; None of anything else.
+    """The graph of a folder with an ONNX file in it, or of such a file; None of anything else, and of a folder of
+    somebody's that holds a checkpoint and a graph beside it.
 
     Raises:
         BackendError, CheckpointError: it does not load.
     """
-    kind = kind_at(path)
-    if not (any(path.glob("*.onnx")) if kind == "folder" else kind == "file" and path.suffix == ".onnx"):
+    if kind_at(path) == "folder":
+        from sparsify.files.checkpoint import INDEX, WEIGHTS
+        from sparsify.files.ledger import Ledger
+
+        if not any(path.glob("*.onnx")):
+            return None
+        checkpoint = (path / WEIGHTS).exists() or (path / INDEX).exists()
+        if checkpoint and "onnx" not in Ledger.of(path, False).manifest:
+            return None
+    elif kind_at(path) != "file" or path.suffix != ".onnx":
         return None
     return Forward(path, "cpu" if device == "auto" else device.partition(":")[0], check)
 

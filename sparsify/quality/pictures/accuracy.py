@@ -36,6 +36,11 @@ def takes_pictures(model: Source | Graph) -> bool:
     return "pixel_values" in model.inputs and "input_ids" not in model.inputs
 
 
+def is_folder(data: Any) -> bool:
+    """Whether pictures may be meant: a folder that is there."""
+    return isinstance(data, (str, Path)) and kind_at(data) == "folder"
+
+
 @exact_products()
 def on_pictures(model: Source | Graph, data: Any, context: Context, limit: int | None, batch_size: int) -> Evaluation:
     """``model`` on the pictures in the folder ``data``, DATA/<class>/<picture>.
@@ -48,7 +53,7 @@ def on_pictures(model: Source | Graph, data: Any, context: Context, limit: int |
         TraceError: a model that gives no logits of classes.
     """
     started = time.perf_counter()
-    if not isinstance(data, (str, Path)) or kind_at(data) != "folder":
+    if not is_folder(data):
         raise CalibrationError(
             f"data for {model.name}, which names pictures",
             found=f"'{data}', which is no folder" if isinstance(data, (str, Path)) else f"a {type(data).__name__}",
@@ -89,7 +94,7 @@ def on_pictures(model: Source | Graph, data: Any, context: Context, limit: int |
     if len(chosen) < len(pictures):
         notes.append(f"{len(chosen)} of {len(pictures)} pictures, spread over all classes")
     digest = hashlib.sha256("\n".join(str(path.relative_to(folder)) for path in chosen).encode()).hexdigest()
-    scores = [_score(str(folder), top, ranks, count, digest) for top in kinds]
+    scores = [_score(folder.name, top, ranks, count, digest) for top in kinds]
     return of_scores(scores, time.perf_counter() - started, notes)
 
 
@@ -180,6 +185,7 @@ def _score(folder: str, top: int, ranks: Iterable[int], count: int, digest: str)
         n=len(samples),
         share=True,
         chance=top / count,
+        unit="picture",
         samples=samples,
         sha256=digest,
     )
