@@ -23,7 +23,7 @@ from sparsify.quality.evaluation import Evaluation, measure, of_scores
 from sparsify.quality.graphs import open_graph
 from sparsify.quality.heldout import windows_of
 from sparsify.quality.pictures.accuracy import is_folder, on_pictures, takes_pictures
-from sparsify.quality.tasks.answering import answer, language_model, ready
+from sparsify.quality.tasks.answering import answer, language_model, notes, ready
 from sparsify.quality.tasks.chosen import Named, named
 from sparsify.quality.tasks.names import check_asked
 from sparsify.words import check_amount, parse_bytes
@@ -135,7 +135,8 @@ def evaluate(
         started = time.perf_counter()
         model_of_tasks = language_model(asked, context.device, batch_size)
         scores = answer(model_of_tasks, chosen, asked.name, context.device, limit)
-        return replace(found, scores=tuple(scores), seconds=found.seconds + time.perf_counter() - started)
+        seconds = found.seconds + time.perf_counter() - started
+        return replace(found, scores=tuple(scores), notes=notes(model_of_tasks), seconds=seconds)
 
 
 def _compiled(model: Compiled, tokenizer: Any) -> Source:

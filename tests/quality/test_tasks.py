@@ -324,6 +324,31 @@ def test_what_others_draw_is_left_alone_and_nothing_is_printed(
     assert [answers[0].count, answers[-1].count] == ["0/96", "96/96"]
 
 
+@pytest.mark.parametrize("to", ["hf", "onnx"])
+def test_questions_longer_than_the_context_are_told_of(quiz: Path, tmp_path: Path, to: str) -> None:
+    """The end of the question is what is read then, as lm-eval does."""
+    folder = speaker(tmp_path / "short", max_position_embeddings=16)
+    if to == "onnx":
+        sparsify.compile(folder, to="onnx", output=tmp_path / "onnx")
+    found = sparsify.evaluate(folder if to == "hf" else tmp_path / "onnx", tasks=quiz)
+    texts = [(row["question"], choice) for row in ROWS for choice in row["choices"]]
+    cut = sum(len(question) + len(choice) > 17 for question, choice in texts)
+    assert cut > 0 and len(found.notes) == 1 and found.notes[0].startswith(f"{cut} answers were judged by the end")
+    content = [row | {"question": row["question"][-9:]} for row in ROWS]
+    assert not sparsify.evaluate(folder, tasks=task(tmp_path, "ends", content)).notes
+
+
+def test_what_an_observer_raises_is_its_own(model: Path, quiz: Path) -> None:
+    for phase in ("loading tasks", "writing questions", "answering"):
+
+        def stop(step: Progress, phase: str = phase) -> None:
+            if step.phase == phase:
+                raise RuntimeError("enough")
+
+        with pytest.raises(RuntimeError, match="enough"):
+            sparsify.evaluate(model, tasks=quiz, observe=stop)
+
+
 def test_how_it_is_shown(model: Path, quiz: Path) -> None:
     found = sparsify.evaluate(model, tasks=quiz)
     score = found.score("quiz")

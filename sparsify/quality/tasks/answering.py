@@ -18,7 +18,7 @@ from sparsify.precision import exact_products
 from sparsify.quality.graphs import Graph
 from sparsify.quality.running import running_module
 from sparsify.quality.scores import Score, mean_and_error, mean_of
-from sparsify.quality.tasks.chosen import LOGGERS, Chosen, Named, seeded
+from sparsify.quality.tasks.chosen import LOGGERS, Chosen, Named, is_observers, seeded
 from sparsify.quality.tasks.hushed import hushed
 from sparsify.quality.tasks.names import SUITE_METRIC
 
@@ -126,7 +126,7 @@ def answer(lm: Any, chosen: Chosen, name: str, device: torch.device, limit: int 
         except SparsifyError:
             raise
         except Exception as error:  # a task's code meets its data
-            if is_out_of_memory(error):
+            if is_out_of_memory(error) or is_observers(error):
                 raise
             raise CalibrationError(
                 f"tasks {', '.join(chosen.words)} for {name}",
@@ -134,6 +134,16 @@ def answer(lm: Any, chosen: Chosen, name: str, device: torch.device, limit: int 
                 do="Mend the task's file or its data; --debug shows where",
             ) from error
     return _scores(found, chosen)
+
+
+def notes(lm: Any) -> tuple[str, ...]:
+    """What is to be known of the answers of ``lm``."""
+    if not lm.cut:
+        return ()
+    return (
+        f"{lm.cut} answers were judged by the end of their question alone: with it they are longer than the "
+        f"{lm.max_length} tokens of the model's context",
+    )
 
 
 def _scores(found: Any, chosen: Chosen) -> list[Score]:

@@ -100,6 +100,8 @@ class Named:
         except (KeyboardInterrupt, MemoryError):
             raise
         except Exception as error:  # whatever datasets, the hub and a task's own code raise
+            if is_observers(error):
+                raise
             raise _no_data(spec, error) from error
         return found
 
@@ -249,6 +251,16 @@ def _set_examples(task: Any, asked: int | None) -> None:
     elif own is None:
         task.set_config(key="num_fewshot", value=0)
     task.set_fewshot_seed(seed=_OTHER_SEED)
+
+
+def is_observers(error: BaseException) -> bool:
+    """Whether it was raised by whoever is told of progress: that ends the work, and is nobody else's fault."""
+    trace = error.__traceback__
+    while trace is not None:
+        if trace.tb_frame.f_code is report.__code__:
+            return True
+        trace = trace.tb_next
+    return False
 
 
 def _no_data(spec: str, error: Exception) -> CalibrationError:

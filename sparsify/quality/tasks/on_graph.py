@@ -35,6 +35,7 @@ class GraphModel(TemplateLM):  # type: ignore[misc, unused-ignore]
         # What HFLM's ways of encoding ask for: nothing was asked of us.
         self.add_bos_token, self.custom_prefix_token_id = None, None
         self.chat_template_args: dict[str, Any] = {}
+        self.cut = 0
         self._last: tuple[tuple[int, ...], Tensor] | None = None
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
@@ -46,6 +47,7 @@ class GraphModel(TemplateLM):  # type: ignore[misc, unused-ignore]
         answers = []
         for number, (_, context, continuation) in enumerate(requests):
             report(Progress("answering", number, len(requests)))
+            self.cut += len(context) + len(continuation) > self.max_length + 1
             given = torch.tensor((context + continuation)[-(self.max_length + 1) :][:-1])
             logits = self._logits(given)[-len(continuation) :].log_softmax(-1)
             # Of a continuation that is longer than the model's context only the end is seen.

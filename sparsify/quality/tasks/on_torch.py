@@ -25,6 +25,8 @@ class TorchModel(HFLM):  # type: ignore[misc, unused-ignore]
         # lm-eval gives a tokenizer without padding one. Likelihoods are summed in float32, whatever the model is in.
         super().__init__(module, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size, softmax_dtype=torch.float32)
         self._phase, self._done = "answering", 0
+        # Answers whose text was longer than the model's context: its beginning was cut off.
+        self.cut = 0
         self._asked: int | None = None
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
@@ -49,6 +51,8 @@ class TorchModel(HFLM):  # type: ignore[misc, unused-ignore]
         return answers
 
     def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = True, **more: Any) -> Any:
+        if self.backend == "causal":
+            self.cut += sum(len(context) + len(text) > self.max_length + 1 for _, context, text in requests)
         return super()._loglikelihood_tokens(requests, disable_tqdm=True, **more)
 
     def _model_call(self, inps: Tensor, *more: Any, **named: Any) -> Tensor:
