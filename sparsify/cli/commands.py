@@ -1,4 +1,4 @@
-"""``sparsify inspect | eval | compare | report | diff | version``. Imports nothing heavy before a command runs."""
+"""``sparsify inspect | compare | report | diff | version``. Imports nothing heavy before a command runs."""
 
 from __future__ import annotations
 
@@ -39,12 +39,11 @@ from sparsify.words import (
     check_adapter,
     check_compute_dtype,
     check_schedule,
-    parse_bytes,
     plain,
 )
 
 # What it runs on.
-_PACKAGES = ("torch", "transformers", "safetensors", "onnx", "onnxruntime", "peft", "datasets")
+_PACKAGES = ("torch", "transformers", "safetensors", "onnx", "onnxruntime", "peft", "datasets", "lm_eval")
 
 
 def inspect_command(
@@ -83,63 +82,6 @@ def inspect_command(
             put_file(dot, found.dot().encode())
         said = json.dumps(found.as_dict(), indent=2) if as_json else "\n".join(map(plain, found.lines()))
         say(said, lines=True)
-
-
-def eval_command(
-    models: Annotated[list[str], typer.Argument(help="Hugging Face folders or hub ids.", metavar="MODEL...")],
-    data: Annotated[str, typer.Option(help="As --calibration; of sources in parts the held-out one.", metavar="TEXT")],
-    sequence_length: Length = None,
-    windows: Annotated[int | None, typer.Option(help="Only the first so many windows.", min=1)] = None,
-    as_json: AsJson = False,
-    device: Device = "auto",
-    memory: Memory = "8GiB",
-    allow_bin: AllowBin = False,
-    no_check: NoCheck = False,
-    allow_nan: AllowNan = False,
-    compute_dtype: Compute = None,
-    chat_template: ChatTemplate = None,
-    strict: Strict = False,
-    adapter: AdapterWord = None,
-    trust_remote_code: Trust = False,
-    quiet: Quiet = False,
-    log_level: LogLevel = "warning",
-    debug: Debug = False,
-) -> None:
-    """Perplexity of each MODEL on TEXT by the papers' protocol: disjoint windows, mean loss per window."""
-    with command_errors(debug, log_level):
-        check_compute_dtype(compute_dtype)
-        check_adapter(adapter)
-        from sparsify.cli.results import evaluations_as_dicts
-        from sparsify.cli.tables import evaluation_report
-        from sparsify.evaluation.evaluate import evaluate
-        from sparsify.progress import ProgressLine
-
-        parse_bytes(memory)
-        results = []
-        for model in models:
-            with ProgressLine(quiet=quiet or as_json):
-                result = evaluate(
-                    model,
-                    data,
-                    windows=windows,
-                    sequence_length=sequence_length,
-                    device=device,
-                    memory=memory,
-                    allow_bin=allow_bin,
-                    trust_remote_code=trust_remote_code,
-                    check=not no_check,
-                    allow_nan=allow_nan,
-                    compute_dtype=compute_dtype,
-                    chat_template=chat_template,
-                    strict=strict,
-                    adapter=adapter,
-                )
-            results.append((model, result))
-        if as_json:
-            rows = evaluations_as_dicts(results)
-            print(json.dumps(rows[0] if len(rows) == 1 else rows))
-        else:
-            Terminal(quiet=quiet).print(evaluation_report(results))
 
 
 def compare_command(

@@ -145,5 +145,5 @@ def _set_logging(level: str) -> None:
     logging.getLogger("sparsify").setLevel(number)
     if not debugging:
         # What the hub's client and its transport say of their retries is not about the user's command.
-        for name in ("huggingface_hub", "datasets", "httpx", "transformers", "torch", "bitsandbytes"):
+        for name in ("huggingface_hub", "datasets", "httpx", "transformers", "torch", "bitsandbytes", "lm_eval"):
             logging.getLogger(name).setLevel(logging.ERROR)

@@ -56,7 +56,12 @@ def result_as_dict(compiled: Compiled, seconds: float, *, planned: bool) -> dict
 def evaluations_as_dicts(results: Sequence[tuple[str, Evaluation]]) -> list[dict[str, Any]]:
     """Evaluations for JSON; of the second and every later one how it stands against the first."""
     rows = [{"model": name, **result.as_dict()} for name, result in results]
-    for row, paired in zip(rows[1:], pairs(results), strict=True):
-        none = {"ratio": None, "standard_error": None, "verdict": OTHER_WINDOWS}
-        row["against_the_first"] = none if paired is None else paired_as_dict(paired)
+    first = results[0][1]
+    none = {"ratio": None, "standard_error": None, "verdict": OTHER_WINDOWS}
+    if first.windows and all(result.windows for _, result in results):
+        for row, paired in zip(rows[1:], pairs(results), strict=True):
+            row["against_the_first"] = none if paired is None else paired_as_dict(paired)
+    if first.scores:
+        for row, (_, result) in zip(rows[1:], results[1:], strict=True):
+            row["scores_against_the_first"] = [pair.as_dict() for pair in result.differences(first)]
     return rows

@@ -11,6 +11,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from sparsify.cli.evaluating.tables import score_report
 from sparsify.compiler.runs import zeros_of
 from sparsify.host import peak_memory
 from sparsify.method.pattern import Pattern
@@ -109,13 +110,15 @@ def plan_report(compiled: Compiled) -> RenderableType:
 
 
 def evaluation_report(results: Sequence[tuple[str, Evaluation]]) -> RenderableType:
-    """Perplexities side by side, each against the first, and what is to be thought of the others."""
-    against = pairs(results)
-    parts: list[RenderableType] = [_perplexities(results, against)]
-    for (name, _), paired in zip(results[1:], against, strict=True):
-        said = OTHER_WINDOWS if paired is None else paired.verdict
-        parts.append(Text(plain(f"{name}: {said}"), "" if paired is None else _STYLES.get(paired.level, "")))
-    return Group(*parts)
+    """Perplexities and scores side by side, each against the first, and what is to be thought of the others."""
+    parts: list[RenderableType] = []
+    if read := [(name, result) for name, result in results if result.windows]:
+        against = pairs(read)
+        parts.append(_perplexities(read, against))
+        for (name, _), paired in zip(read[1:], against, strict=True):
+            said = OTHER_WINDOWS if paired is None else paired.verdict
+            parts.append(Text(plain(f"{name}: {said}"), "" if paired is None else _STYLES.get(paired.level, "")))
+    return Group(*parts, *score_report(results))
 
 
 def pairs(results: Sequence[tuple[str, Evaluation]]) -> list[Paired | None]:

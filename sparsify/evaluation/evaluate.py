@@ -1,8 +1,9 @@
-"""``evaluate``: how good a model is on text. What is measured is :mod:`sparsify.quality`'s."""
+"""``evaluate``: how good a model is on text, by tasks, on pictures. What is measured is :mod:`sparsify.quality`'s."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import time
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,19 +15,30 @@ from sparsify.compiler.result import Compiled
 from sparsify.context import Context, Observer
 from sparsify.data.chat import Chat
 from sparsify.data.given import named_or_given
+from sparsify.errors import SpecError
 from sparsify.frontend.source import Source, open_source, require_real
 from sparsify.host import cpu_by_default, resolve_device
 from sparsify.progress import Shown, shown
-from sparsify.quality.evaluation import Evaluation, measure
+from sparsify.quality.evaluation import Evaluation, measure, of_scores
+from sparsify.quality.graphs import open_graph
 from sparsify.quality.heldout import windows_of
+from sparsify.quality.pictures.accuracy import is_folder, on_pictures, takes_pictures
+from sparsify.quality.tasks.answering import answer, language_model, notes, ready
+from sparsify.quality.tasks.chosen import Named, named
+from sparsify.quality.tasks.names import check_asked
 from sparsify.words import check_amount, parse_bytes
 
 
 @cpu_by_default()
 def evaluate(
     model: str | Path | nn.Module | Compiled,
-    data: str | Path | Iterable[str] | Tensor,
+    data: str | Path | Iterable[str] | Tensor | None = None,
     *,
+    tasks: str | Path | Sequence[str | Path] | Named | None = None,
+    num_fewshot: int | None = None,
+    limit: int | None = None,
+    include: str | Path | Sequence[str | Path] = (),
+    batch_size: int = 8,
     tokenizer: Any = None,
     windows: int | None = None,
     sequence_length: int | None = None,
@@ -43,17 +55,25 @@ def evaluate(
     strict: bool = False,
     adapter: str | None = None,
 ) -> Evaluation:
-    """Perplexity of a causal language model on ``data``, by the papers' protocol: disjoint windows, mean loss of each.
+    """How good a model is: perplexity on text by the papers' protocol (disjoint windows, mean loss of each), accuracy
+    by tasks of lm-eval, and for image classifiers top-1 and top-5 on a folder of pictures.
 
     Args:
         model: a folder (ordinary, packed or of ragged widths), a hub id, a GGUF file, a module in memory, or what
-            :func:`sparsify.compile` returned.
+            :func:`sparsify.compile` returned. For tasks and pictures an ONNX folder too, which onnxruntime runs.
         data: a source's name or path (of sources in parts the held-out part is read), texts, or token ids
-            [windows, length], which are taken as they are.
+            [windows, length], which are taken as they are; for image classifiers a folder with one folder of pictures
+            for each class. None: tasks alone.
+        tasks: names of lm-eval's tasks and groups, ``wanda7``, YAML files or folders of them; one, several, or a text
+            with commas between. Needs ``pip install 'sparsify-fx[eval]'``.
+        num_fewshot: examples before each question; None: as each task says.
+        limit: the first so many documents of each task; of pictures so many, spread over all classes.
+        include: folders of YAML files whose tasks ``tasks`` may name. batch_size: questions or pictures at a time.
         tokenizer: of a module in memory, where ``data`` is text; in place of a folder's own.
         windows: evaluate on the first so many windows only.
         sequence_length: tokens of each; None: 2048, or as many as the model has positions for.
-        memory: bytes of activations that are kept, as a number or as "8GiB"; more go to a file.
+        memory: bytes of activations that are kept, as a number or as "8GiB"; more go to a file. Tasks and pictures
+            take the whole model into memory.
         progress: as for :func:`sparsify.compile`.
         observe: as for :func:`sparsify.compile`.
         check: hold the bytes of a folder of ours against its ``sparsify.json``.
@@ -64,16 +84,27 @@ def evaluate(
         adapter: ``"merge"``: add a LoRA adapter of peft in the folder to the weights; None refuses one.
 
     Raises:
-        CalibrationError: data that is missing or too short, or a perplexity that is no number.
-        CheckpointError: no such model, or no tokenizer for text. SpecError: a result that is no model's.
-        TraceError: no causal language model.
+        CalibrationError: data that is missing or too short, a task's that cannot be had, a broken picture, or a
+            perplexity that is no number.
+        CheckpointError: no such model, or no tokenizer for text. SpecError: a result that is no model's; no such
+            task; nothing to evaluate on. TraceError: no causal language model. BackendError: an ONNX folder that does
+            not run, or that was asked to write text.
     """
+    places = [include] if isinstance(include, (str, Path)) else list(include)
     check_amount(windows, sequence_length)
+    check_asked(tasks, num_fewshot, bool(places), limit, batch_size)
+    if data is None and tasks is None:
+        raise SpecError("evaluating", found="neither data nor tasks", do="Give data (a text's name), tasks, or both")
     context = Context(resolve_device(device), parse_bytes(memory))
     with shown(progress, observe):
+        wanted = None if tasks is None else named(tasks, places)
+        # Text is read by the weights beside a graph, as far as there are any.
+        graph = open_graph(model, device=device, check=check) if tasks is not None or is_folder(data) else None
+        text = data is not None and not (graph is not None and takes_pictures(graph))
+        source: Source | None = None
         if isinstance(model, Compiled):
             source = _compiled(model, tokenizer)
-        else:
+        elif graph is None or text:
             if isinstance(model, nn.Module):
                 require_real(model)
             source = open_source(
@@ -87,10 +118,25 @@ def evaluate(
                 adapter=adapter,
                 tokenizer=tokenizer,
             )
-        chat = Chat(source, chat_template)
-        ids, label = windows_of(named_or_given(data), source, windows, sequence_length, chat)
-        chat.check_used(f"'{data}'" if isinstance(data, (str, Path)) else label)
-        return measure(source, ids, label, context)
+        asked = graph or source
+        assert asked is not None, "what is no graph was opened"
+        chosen = None if wanted is None else ready(wanted, asked, num_fewshot)
+        found = of_scores((), 0.0)
+        if data is not None and takes_pictures(asked):
+            found = on_pictures(asked, data, context, limit, batch_size)
+        elif data is not None:
+            assert source is not None, "text is read by what torch runs"
+            chat = Chat(source, chat_template)
+            ids, label = windows_of(named_or_given(data), source, windows, sequence_length, chat)
+            chat.check_used(f"'{data}'" if isinstance(data, (str, Path)) else label)
+            found = measure(source, ids, label, context)
+        if chosen is None:
+            return found
+        started = time.perf_counter()
+        model_of_tasks = language_model(asked, context.device, batch_size)
+        scores = answer(model_of_tasks, chosen, asked.name, context.device, limit)
+        seconds = found.seconds + time.perf_counter() - started
+        return replace(found, scores=tuple(scores), notes=notes(model_of_tasks), seconds=seconds)
 
 
 def _compiled(model: Compiled, tokenizer: Any) -> Source:

@@ -40,7 +40,7 @@ _OWN = {
     "sparsify.commands": {
         "compile": "sparsify.cli.compile:compile_command",
         "inspect": "sparsify.cli.commands:inspect_command",
-        "eval": "sparsify.cli.commands:eval_command",
+        "eval": "sparsify.cli.evaluating.command:eval_command",
         "compare": "sparsify.cli.commands:compare_command",
         "search": "sparsify.cli.search:search_command",
         "sensitivity": "sparsify.cli.search:sensitivity_command",
@@ -60,6 +60,8 @@ _OWN = {
     "sparsify.stores": {"packed": "sparsify.backends.packed.store:open_packed"},
     # Functions from a file or folder and its ledger to a store of what it holds, where that is no checkpoint.
     "sparsify.readers": {"onnx": "sparsify.backends.onnx.storage.reader:open_graph"},
+    # Functions from a folder to what runs it where torch does not, for evaluation; None where it is not of their kind.
+    "sparsify.runtimes": {"onnx": "sparsify.backends.onnx.running.forward:open_forward"},
     # Loading one registers it with transformers.
     "sparsify.quantizers": {"sparsify": "sparsify.backends.packed.loaded.quantizer:SparsifyQuantizer"},
 }
@@ -71,6 +73,7 @@ _KINDS = {
     "sparsify.backends": "backend",
     "sparsify.commands": "command",
     "sparsify.quantizers": "quantizer",
+    "sparsify.runtimes": "runtime",
     "sparsify.stores": "store",
     "sparsify.readers": "reader",
 }

@@ -1,28 +1,37 @@
-"""What an evaluation says: perplexity with the loss of every window, and a model before and after passes."""
+"""What an evaluation says: perplexity with the loss of every window, scores, and a model before and after passes."""
 
 from __future__ import annotations
 
 import hashlib
+import html
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
 from sparsify.context import Context
-from sparsify.errors import SpecError
+from sparsify.errors import SpecError, near
 from sparsify.frontend.source import Source
 from sparsify.quality.perplexity import losses_on, of_losses
+from sparsify.quality.scores import Difference, Score
 from sparsify.quality.verdict import Paired
+from sparsify.words import plain
+
+# Scores that a line shows.
+_SHOWN = 4
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Evaluation:
-    """Perplexity over ``windows`` windows of ``sequence_length`` tokens of ``data``.
+    """Perplexity over ``windows`` windows of ``sequence_length`` tokens of ``data``, and scores.
 
     Attributes:
+        perplexity: NaN, with no windows, where no text was asked for.
         losses: the mean loss of each window, in order. sha256: of the windows' token ids.
+        scores: by every metric of every task, or of pictures. notes: what is to be known of them.
     """
 
     perplexity: float
@@ -32,6 +41,40 @@ class Evaluation:
     seconds: float
     losses: tuple[float, ...] = field(default=(), repr=False)
     sha256: str = field(default="", repr=False)
+    scores: tuple[Score, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        said = [f"perplexity {figure(self.perplexity)} on {self.size}"] if self.windows else []
+        said += [f"{score.task} {score.metric} {score.said}" for score in self.scores[:_SHOWN]]
+        more = [f"and {len(self.scores) - _SHOWN} more scores"] if len(self.scores) > _SHOWN else []
+        return plain(f"<Evaluation: {', '.join([*said, *more])}>")
+
+    def _repr_html_(self) -> str:
+        """For notebooks: a table."""
+        rows = [("perplexity", self.size, figure(self.perplexity), f"{self.windows} windows")] if self.windows else []
+        rows += [(score.task, score.metric, score.said, f"{score.n}") for score in self.scores]
+        cells = ["".join(f"<td>{html.escape(plain(cell))}</td>" for cell in row) for row in rows]
+        head = "".join(f"<th>{name}</th>" for name in ("", "metric", "value", "n"))
+        return f"<table><tr>{head}</tr>{''.join(f'<tr>{row}</tr>' for row in cells)}</table>"
+
+    def score(self, task: str, metric: str = "acc") -> Score:
+        """The score of ``task`` by ``metric``.
+
+        Raises:
+            SpecError: there is none.
+        """
+        found = {score.key: score for score in self.scores}
+        if (task, metric) not in found:
+            known = [" ".join(key) for key in found]
+            raise SpecError(f"score '{task} {metric}'", found="none of that name", do=near(f"{task} {metric}", known))
+        return found[task, metric]
+
+    def differences(self, other: Evaluation) -> list[Difference]:
+        """Every score against that of ``other``, document by document, where both have the same documents."""
+        others = {score.key: score for score in other.scores}
+        pairs = [score.against(others[score.key]) for score in self.scores if score.key in others]
+        return [pair for pair in pairs if pair is not None]
 
     def against(self, other: Evaluation, base: str = Paired.base, do: str = "") -> Paired:
         """This model against that of ``other``, window by window.
@@ -42,6 +85,11 @@ class Evaluation:
         Raises:
             SpecError: they were measured on different windows.
         """
+        if not self.windows or not other.windows:
+            found = "no perplexity of one of them" if self.windows or other.windows else "no perplexity of either"
+            raise SpecError(
+                "comparing two evaluations", found=found, do="Give data to both; scores are compared by .differences()"
+            )
         if self.sha256 != other.sha256 or len(self.losses) != len(other.losses):
             raise SpecError(
                 "comparing two evaluations",
@@ -56,8 +104,13 @@ class Evaluation:
         return f"{self.windows} windows of {self.sequence_length} tokens of {self.data}"
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON: all but the single losses."""
-        return {key: value for key, value in vars(self).items() if key != "losses"}
+        """For JSON: all but the single losses and documents; what was not measured is null."""
+        said = {key: value for key, value in vars(self).items() if key not in ("losses", "scores", "notes")}
+        if not self.windows:
+            said |= dict.fromkeys(("perplexity", "windows", "sequence_length", "data", "sha256"))
+        if self.scores:
+            said |= {"scores": [score.as_dict() for score in self.scores], "notes": list(self.notes)}
+        return said
 
 
 @dataclass(frozen=True)
@@ -119,6 +172,11 @@ def paired_as_dict(paired: Paired) -> dict[str, Any]:
 def figure(value: float) -> str:
     """A perplexity in words."""
     return f"{value:.3f}" if math.isfinite(value) else "no number"
+
+
+def of_scores(scores: Sequence[Score], seconds: float, notes: Sequence[str] = ()) -> Evaluation:
+    """An evaluation without a perplexity."""
+    return Evaluation(math.nan, 0, 0, "", seconds, scores=tuple(scores), notes=tuple(notes))
 
 
 def number(value: float) -> float | None:

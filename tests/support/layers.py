@@ -22,7 +22,7 @@ STOREYS: tuple[tuple[str, ...], ...] = (
     ("prune", "refine", "quality"),
     ("structure",),
     ("compiler",),
-    ("evaluation", "inspection", "reporting", "comparing"),
+    ("evaluation", "inspection", "reporting", "comparing", "lm_eval"),
     ("tuning", "searching"),
     ("cli",),
     ("passes", "backends"),

@@ -29,7 +29,9 @@ def everything(net: nn.Module, texts: list[str], ids: Tensor, tokenizer: object)
     found: sparsify.Evaluation = sparsify.evaluate(result, texts, windows=8, sequence_length=128, device="cpu")
     sparsify.evaluate(net, ids, tokenizer=tokenizer, memory="1GiB", observe=told)
     perplexity: float = found.perplexity
-    print(perplexity)
+    tasks: sparsify.Evaluation = sparsify.evaluate("OUT", tasks=["boolq", Path("own.yaml")], num_fewshot=2, limit=9)
+    value: float = tasks.score("boolq").value
+    print(perplexity, value, [pair.verdict for pair in tasks.differences(tasks)], tasks.scores[0].standard_error)
     loaded: nn.Module = sparsify.load(where, dtype=torch.bfloat16)
     with sparsify.hold_zeros(loaded):
         pass

@@ -19,7 +19,7 @@ TokenIds = npt.NDArray[np.int64]
 # The states that a graph takes and gives, by the names of its inputs; onnxruntime's own values.
 Cache = dict[str, Any]
 
-_NUMPY = {
+NUMPY = {
     "tensor(float)": np.float32,
     "tensor(float16)": np.float16,
     "tensor(double)": np.float64,
@@ -47,18 +47,20 @@ def is_state(name: str) -> bool:
 
 class Runner:
     """A decoder or step graph in a session; ``file`` is ``model.onnx`` or the folder that holds it. With ``check`` a
-    folder of ours is held against its ``sparsify.json`` first.
+    folder of ours is held against its ``sparsify.json`` first; ``session``: where the file is open already.
 
     Raises:
         BackendError, CheckpointError: no such file, or a graph that does not generate.
     """
 
-    def __init__(self, file: Path, *, device: str = "cpu", threads: int = 0, check: bool = True) -> None:
+    def __init__(
+        self, file: Path, *, device: str = "cpu", threads: int = 0, check: bool = True, session: Any = None
+    ) -> None:
         self.file = find_onnx(file)
         ledger = check_written(self.file, check)
         self.folder = self.file.parent
         said = section(ledger.manifest, "onnx")
-        self.session = open_session(self.file, device=device, threads=threads)
+        self.session = session or open_session(self.file, device=device, threads=threads)
         self.inputs = {i.name: i for i in self.session.get_inputs()}
         self.outputs = [o.name for o in self.session.get_outputs()]
         self.past = [n for n in self.inputs if is_state(n)]
@@ -123,7 +125,7 @@ class Runner:
             "position_ids": position,
         }
         feed = {
-            name: ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(value.astype(_NUMPY[self.inputs[name].type])))
+            name: ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(value.astype(NUMPY[self.inputs[name].type])))
             for name, value in given.items()
             if name in self.inputs
         }
@@ -165,7 +167,7 @@ class Runner:
             from onnx import TensorProto
 
             return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(np.zeros(shape, np.uint16), TensorProto.BFLOAT16)
-        return ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, _NUMPY[info.type]))
+        return ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, NUMPY[info.type]))
 
 
 def _choose(logits: npt.NDArray[np.float32], sampling: Sampling, random: np.random.Generator) -> TokenIds:

@@ -50,7 +50,7 @@ def talk(
         raise SpecError(f"temperature {temperature}", found="no number from 0 on", do="Give --temperature 1, say")
     check_threads(threads)
     runner = Runner(folder, device=device, threads=threads, check=check)
-    tokenizer = _tokenizer(runner.folder)
+    tokenizer = folder_tokenizer(runner.folder)
     ids = np.asarray([tokenizer(prompt)["input_ids"]], np.int64)
     if not ids.size:
         raise SpecError(f"prompt '{prompt}'", found="the tokenizer makes no token of it", do="Give some text")
@@ -76,7 +76,12 @@ def talk(
             return
 
 
-def _tokenizer(folder: Path) -> Any:
+def folder_tokenizer(folder: Path) -> Any:
+    """The tokenizer in ``folder``.
+
+    Raises:
+        CheckpointError: none that loads.
+    """
     from transformers import AutoTokenizer
 
     try:

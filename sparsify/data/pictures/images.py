@@ -10,7 +10,7 @@ import random
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -43,7 +43,7 @@ def read_images(folder: Path, source: Source, samples: int, seed: int) -> Images
     Raises:
         CalibrationError: no images, one that cannot be read, no processor, or images of several sizes.
     """
-    found = _find(folder)
+    found = find_images(folder, f"calibration '{folder}'")
     if not found:
         raise CalibrationError(
             f"calibration '{folder}'",
@@ -52,8 +52,8 @@ def read_images(folder: Path, source: Source, samples: int, seed: int) -> Images
         )
     chosen = sorted(random.Random(seed).sample(found, min(samples, len(found))))
     labels = _labels(folder, found, chosen, source)
-    processor = _processor(source)
-    pixels = [_pixels(path, processor) for path in chosen]
+    processor = image_processor(source)
+    pixels = [pixels_of(path, processor) for path in chosen]
     if len(shapes := {tuple(p.shape) for p in pixels}) > 1:
         raise CalibrationError(
             f"calibration '{folder}'",
@@ -66,12 +66,17 @@ def read_images(folder: Path, source: Source, samples: int, seed: int) -> Images
     )
 
 
-def _find(folder: Path) -> list[Path]:
+def find_images(folder: Path, asked: str) -> list[Path]:
+    """The images in ``folder`` and the folders below it, in the order of their paths.
+
+    Raises:
+        CalibrationError: more files than are looked at; ``asked``: what for.
+    """
     found = []
     for count, path in enumerate(folder.rglob("*")):
         if count == MAX_ENTRIES:
             raise CalibrationError(
-                f"calibration '{folder}'",
+                asked,
                 found=f"more than {MAX_ENTRIES} files and folders below it",
                 do="Name a folder of images alone",
             )
@@ -80,7 +85,28 @@ def _find(folder: Path) -> list[Path]:
     return sorted(found)
 
 
-def _processor(source: Source) -> Any:
+class Owner(Protocol):
+    """A model beside which an image processor lies."""
+
+    @property
+    def name(self) -> str:
+        """What it is called."""
+
+    @property
+    def folder(self) -> Path | None:
+        """Where it lies."""
+
+    @property
+    def trust_remote_code(self) -> bool:
+        """Whether code in that folder may run."""
+
+
+def image_processor(source: Owner) -> Any:
+    """The image processor of ``source``.
+
+    Raises:
+        CalibrationError: there is none that loads, or one of sizes past all bounds.
+    """
     from transformers import AutoImageProcessor
 
     where = source.folder
@@ -104,7 +130,7 @@ def _processor(source: Source) -> Any:
     return made
 
 
-def check_sizes(made: Any, source: Source) -> None:
+def check_sizes(made: Any, source: Owner) -> None:
     """Raises:
     CalibrationError: an image processor that makes images of more than ``MAX_SIDE`` pixels a side.
     """
@@ -146,7 +172,12 @@ def open_image(path: Path) -> Any:
         raise CalibrationError(f"image {path}", found=first_line(error), do="Mend or remove it") from error
 
 
-def _pixels(path: Path, processor: Any) -> Tensor:
+def pixels_of(path: Path, processor: Any) -> Tensor:
+    """What ``processor`` makes of the image in a file.
+
+    Raises:
+        CalibrationError: no image that it takes.
+    """
     image = open_image(path)
     try:
         value: Tensor = processor([image], return_tensors="pt")["pixel_values"][0]

@@ -65,7 +65,7 @@ def test_talking_needs_a_tokenizer_and_a_prompt(link: Path, monkeypatch: pytest.
         next(talk(link, "hello", tokens=2))
     from sparsify.backends.onnx.running import talk as module
 
-    monkeypatch.setattr(module, "_tokenizer", lambda folder: lambda text: {"input_ids": []})
+    monkeypatch.setattr(module, "folder_tokenizer", lambda folder: lambda text: {"input_ids": []})
     with pytest.raises(SpecError, match="the tokenizer makes no token of it"):
         next(talk(link, "", tokens=2))
 

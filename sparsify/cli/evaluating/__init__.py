@@ -1,0 +1,1 @@
+"""``sparsify eval``: the command, and its table of scores."""
