@@ -80,7 +80,7 @@ def test_generation_is_what_a_slow_reader_generates(made: Callable[[str], Path])
         assert found.tokens.tolist() == expected[0, 3:].tolist() and found.seconds > 0, kind
 
 
-@pytest.mark.parametrize("kind", ["ragged", "ONNX"])
+@pytest.mark.parametrize("kind", ["ONNX", pytest.param("ragged", marks=pytest.mark.slow)])
 def test_loading_is_measured_of_every_kind(kind: str, made: Callable[[str], Path]) -> None:
     folder = made(kind)
     result = bench(folder, str(folder.parent / "dense"), prompt=4, tokens=2, rounds=1)
