@@ -65,6 +65,7 @@ class Benchmark:
         against: that model's name, or says that the folder itself was unpacked.
         kinds, dtypes: what both are (``packed``, ``checkpoint``, ``ragged``, ``ONNX``), and of which dtype.
         device: ``cpu``, or a GPU; ``processor`` is its name. ``threads``: of a CPU.
+        prompt: its tokens; None of a model of pictures, of which ``prefill`` is one pass over one.
         prefill: None where a graph takes one token at a time.
         memory: bytes of all weights on the device; None where one lies in onnxruntime.
         sites: layers of a packed folder on a CPU. products: on a GPU, what its kernels were measured to gain (empty
@@ -77,7 +78,7 @@ class Benchmark:
     processor: str
     threads: int
     dtypes: tuple[str, str]
-    prompt: int
+    prompt: int | None
     tokens: int
     rounds: int
     prefill: Speed | None

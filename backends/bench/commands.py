@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from sparsify.cli.options import AsJson, Debug, NoCheck, Trust, command_errors
+from sparsify.cli.options import AsJson, Debug, NoCheck, Quiet, Trust, command_errors
 from sparsify.cli.terminal import Terminal, say
 
 
@@ -35,6 +35,7 @@ def bench(
     as_json: AsJson = False,
     no_check: NoCheck = False,
     trust_remote_code: Trust = False,
+    quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
     """Measure OUT against another model: prefill and decode, size, loading, memory, and every packed layer."""
@@ -49,7 +50,7 @@ def bench(
         check_threads(threads)
         if threads:
             torch.set_num_threads(threads)
-        with ProgressLine(quiet=as_json):
+        with ProgressLine(quiet=quiet or as_json):
             result = measure(
                 folder,
                 against,

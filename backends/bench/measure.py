@@ -20,6 +20,7 @@ from sparsify.errors import CheckpointError, SpecError
 from sparsify.files.checkpoint import Checkpoint
 from sparsify.files.manifest import read_manifest
 from sparsify.files.reading import kind_at, read_json
+from sparsify.frontend.stores import find_folder
 from sparsify.frontend.text_config import text_config
 from sparsify.host import processor
 
@@ -52,6 +53,9 @@ def bench(
             longer than the context, models that take other inputs, or a device that is not there.
         BackendError: a graph that does not run at this length.
     """
+    if against is not None and kind_at(against) is None:
+        # A hub id; what is neither here nor there is told so.
+        against = str(find_folder(against))
     kinds, place = _kinds(folder, against), _device(device)
     loads = _loads(folder, against, trust_remote_code, check) if loading and place.type == "cpu" else None
     report(Progress("loading", what="both models"))
@@ -85,7 +89,7 @@ def bench(
         processor=processor() if place.type == "cpu" else torch.cuda.get_device_name(place),
         threads=torch.get_num_threads(),
         dtypes=(one.dtype, other.dtype),
-        prompt=inputs["input_ids"].shape[1] if "input_ids" in inputs else 1,
+        prompt=inputs["input_ids"].shape[1] if "input_ids" in inputs else None,
         tokens=tokens,
         rounds=rounds,
         prefill=prefill,

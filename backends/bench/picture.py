@@ -23,14 +23,16 @@ def draw_benchmark(result: Benchmark) -> bytes:
     left, *right = figure.subplots(1, 2, width_ratios=(1, 2)) if both else (figure.subplots(),)
     speeds: dict[str, float] = {}
     if result.prefill is not None:
-        speeds["prefill, tokens/s"] = result.prefill.ratio
+        speeds["prefill, tokens/s" if result.prompt else "pictures/s"] = result.prefill.ratio
     if result.decode is not None:
         speeds["decode, tokens/s"] = result.decode.ratio
     costs = {"size of the files": result.file_bytes[1] / result.file_bytes[0]}
     if result.device != "cpu" and result.memory is not None:
         costs["memory of weights"] = result.memory[1] / result.memory[0]
     if result.loading is not None:
-        costs["time to first token"] = result.loading[1].first / result.loading[0].first
+        costs["time to first token" if result.prompt else "time to first output"] = (
+            result.loading[1].first / result.loading[0].first
+        )
         costs["memory of the process"] = result.loading[1].added / result.loading[0].added
     # More is better of one kind and worse of the other: never in one colour.
     for bars, colour, better in ((speeds, _SPEED, "higher is better"), (costs, _COST, "lower is better")):

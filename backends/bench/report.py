@@ -22,7 +22,8 @@ def benchmark_report(result: Benchmark) -> RenderableType:
     against, out = ("dense" if kind == "unpacked" else kind for kind in result.kinds)
     for column in ("", against, out, f"{out} to {against}" if against != out else "ratio"):
         whole.add_column(column, justify="left" if not column else "right")
-    speeds = [(f"prefill of {result.prompt}, tokens/s", result.prefill)]
+    first = f"prefill of {result.prompt}, tokens/s" if result.prompt else "pictures/s, one at a time"
+    speeds = [(first, result.prefill)]
     speeds.append((f"decode of {result.tokens}, tokens/s", result.decode))
     for label, speed in speeds:
         if speed is not None:
@@ -33,7 +34,12 @@ def benchmark_report(result: Benchmark) -> RenderableType:
     if result.loading is not None:
         a, b = result.loading
         whole.add_row("loading, s", f"{a.seconds:.2f}", f"{b.seconds:.2f}", f"{b.seconds / a.seconds:.2f}×")
-        whole.add_row("until the first token, s", f"{a.first:.2f}", f"{b.first:.2f}", f"{b.first / a.first:.2f}×")
+        whole.add_row(
+            "until the first token, s" if result.prompt else "until the first output, s",
+            f"{a.first:.2f}",
+            f"{b.first:.2f}",
+            f"{b.first / a.first:.2f}×",
+        )
         whole.add_row(
             "memory added until then", format_bytes(a.added), format_bytes(b.added), f"{b.added / a.added:.2f}×"
         )

@@ -168,6 +168,7 @@ def report_command(
     ] = False,
     as_json: AsJson = False,
     no_check: NoCheck = False,
+    quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
     """Write a page about OUT, one HTML file: what was done, what it cost, layer by layer, and how to do it again."""
@@ -175,7 +176,8 @@ def report_command(
         from sparsify.reporting.report import report
 
         wrote = report(folder, output, overwrite=overwrite, check=not no_check)
-        say(json.dumps({"output": str(wrote)}) if as_json else f"wrote {wrote}")
+        if as_json or not quiet:
+            say(json.dumps({"output": str(wrote)}) if as_json else f"wrote {wrote}")
 
 
 def diff_command(

@@ -9,6 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from sparsify.provenance.commands import command_of
 from sparsify.searching.costs import MEANING, Sensitivity
 from sparsify.searching.found import Found
 
@@ -60,6 +61,8 @@ def _listed(blocks: Sequence[str]) -> str:
 
 def again(found: Found) -> str:
     """The command that prunes so again."""
+    if found.recipe is not None and (whole := command_of({"command": "compile", "recipe": found.recipe})) is not None:
+        return whole
     schedule = f" --schedule {found.schedule}" if found.schedule not in ("layer", "none") else ""
     return f"sparsify compile MODEL {shlex.join(found.words)}{schedule}"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -14,14 +15,18 @@ from sparsify.comparing.tensors import overlap_of, same_bits, zeros_of
 from sparsify.context import counted
 from sparsify.errors import CheckpointError
 from sparsify.provenance.figures import figures_of
+from sparsify.provenance.places import folder_of
 from sparsify.provenance.runs import earlier
 from sparsify.prune.names import named, prefixes
 from sparsify.words import split_names
 
+if TYPE_CHECKING:
+    from sparsify.compiler.result import Compiled
+
 
 def diff(
-    a: str | Path,
-    b: str | Path,
+    a: str | Path | Compiled,
+    b: str | Path | Compiled,
     *,
     only: str | Sequence[str] = (),
     ignore: str | Sequence[str] = (),
@@ -29,7 +34,7 @@ def diff(
     allow_bin: bool = False,
 ) -> Difference:
     """Hold two models against each other: folders of any form, packed ones unpacked a tensor at a time, hub ids, GGUF
-    files, ONNX files or folders.
+    files, ONNX files or folders, and results of :func:`sparsify.compile` that were written.
 
     Args:
         only, ignore: names, globs or ``re:…`` of tensors or modules, which either model may have.
@@ -37,9 +42,10 @@ def diff(
 
     Raises:
         CheckpointError: a model that cannot be read, or two that have not one tensor's name in common.
-        SpecError: a name that matches nothing in either.
+        SpecError: a name that matches nothing in either, or a result that was not written.
     """
-    one, other = (open_side(side, check=check, allow_bin=allow_bin) for side in (a, b))
+    sides = [folder_of(side, "comparing two models") for side in (a, b)]
+    one, other = (open_side(side, check=check, allow_bin=allow_bin) for side in sides)
     in_a, in_b = dict.fromkeys(one.store.names()), dict.fromkeys(other.store.names())
     names = _wanted(one.name, other.name, [*in_a], [*in_b], only, ignore)
     history_a, history_b = earlier(one.manifest), earlier(other.manifest)

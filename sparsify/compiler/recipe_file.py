@@ -42,6 +42,10 @@ def read_recipe(path: Path) -> dict[str, Any]:
         if place.name != MANIFEST and place.stat().st_size > _MOST:
             raise SpecError(f"recipe {path}", found="more than a megabyte", do="Name a recipe, or a sparsify.json")
         text = place.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        found = "no such file" if path == place else f"a folder without {MANIFEST}"
+        do = "Check the path" if path == place else "Name a folder that sparsify compile wrote"
+        raise CheckpointError(f"recipe {path}", found=found, do=do) from error
     except (OSError, ValueError) as error:
         do = "Check the path" if path == place else "Name a folder that sparsify compile wrote"
         raise CheckpointError(f"recipe {path}", found=f"cannot be read ({error})", do=do) from error

@@ -277,7 +277,8 @@ def _from_name(
         raise CalibrationError(
             asked,
             found=f"the model reads {' and '.join(dict.fromkeys([str(name), *others]))}, not text"
-            + (" alone" if name == "input_ids" else ""),
+            + (" alone" if name == "input_ids" else "")
+            + (f", and '{data}' is no folder here" if name == "pixel_values" and isinstance(data, str) else ""),
             do="Name a folder of images"
             if name == "pixel_values"
             else "Give batches as keyword dictionaries in Python",

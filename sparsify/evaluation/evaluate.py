@@ -28,6 +28,9 @@ from sparsify.quality.tasks.chosen import Named, named
 from sparsify.quality.tasks.names import check_asked
 from sparsify.words import check_amount, parse_bytes
 
+# What --windows is for text.
+_LIMIT = "Give --limit N for the first N documents or pictures"
+
 
 @cpu_by_default()
 def evaluate(
@@ -95,6 +98,9 @@ def evaluate(
     check_asked(tasks, num_fewshot, bool(places), limit, batch_size)
     if data is None and tasks is None:
         raise SpecError("evaluating", found="neither data nor tasks", do="Give data (a text's name), tasks, or both")
+    if data is None and (windows is not None or sequence_length is not None):
+        words = "--windows" if windows is not None else "--sequence-length"
+        raise SpecError(words, found="tasks alone, and no text that it could be meant for", do=_LIMIT)
     context = Context(resolve_device(device), parse_bytes(memory))
     with shown(progress, observe):
         wanted = None if tasks is None else named(tasks, places)
@@ -123,6 +129,9 @@ def evaluate(
         chosen = None if wanted is None else ready(wanted, asked, num_fewshot)
         found = of_scores((), 0.0)
         if data is not None and takes_pictures(asked):
+            if windows is not None or sequence_length is not None:
+                words = "--windows" if windows is not None else "--sequence-length"
+                raise SpecError(words, found=f"{asked.name}, which looks at pictures", do=_LIMIT)
             found = on_pictures(asked, data, context, limit, batch_size)
         elif data is not None:
             assert source is not None, "text is read by what torch runs"

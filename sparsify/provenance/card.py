@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from urllib.parse import quote
 from sparsify.files.reading import kind_at, read_json
 from sparsify.provenance.commands import command_of
 from sparsify.provenance.dense_card import CARD, kept_header, set_aside
+from sparsify.provenance.figures import figures_of
 from sparsify.provenance.loading import Kind, kind_of
 from sparsify.provenance.markdown import block, code, short, table
 
@@ -124,21 +124,20 @@ def _dense(manifest: Mapping[str, Any]) -> list[tuple[str, ...]]:
 
 def _measured(manifest: Mapping[str, Any], history: Sequence[Mapping[str, Any]]) -> list[str]:
     lines = []
-    for number, run in enumerate(history, 1):
-        if (pair := run.get("perplexity")) is not None and all(map(math.isfinite, pair)):
-            text = code(run.get("validation", ""))
-            lines.append(f"- Perplexity on {text}, before and after step {number}: {pair[0]:.3f} → {pair[1]:.3f}.")
-    search = manifest.get("search")
-    if isinstance(search, Mapping) and {"dense_perplexity", "perplexity", "data"} <= search.keys():
-        before, after = search["dense_perplexity"], search["perplexity"]
-        lines.append(f"- Perplexity on {code(search['data'])}, dense and pruned: {before:.3f} → {after:.3f}.")
+    for figure in figures_of(manifest):
+        if figure.before is not None and figure.after is not None:
+            when = figure.what if figure.step is None else f"before and after step {figure.step}"
+            verdict = f", {code(figure.verdict)}" if figure.verdict else ""
+            lines.append(
+                f"- Perplexity on {code(figure.data)}, {when}: {figure.before:.3f} → {figure.after:.3f}{verdict}."
+            )
     if any("error" in own for run in history for own in run.get("passes", ())):
         said = "‖XWᵀ − XŴᵀ‖ / ‖XWᵀ‖ over the data of its step, the mean of its layers"
         lines.append(f"- The output error of the table is {said}.")
     measured = "\n".join(lines)
     if any(line.startswith("- Perplexity") for line in lines):
         return [measured]
-    unknown = "Its perplexity was not measured when it was written; `sparsify eval FOLDER --data TEXT` measures it."
+    unknown = "What it lost in quality was not measured when it was written: `sparsify eval MODEL FOLDER --data DATA`."
     return [measured, unknown] if lines else [unknown]
 
 

@@ -72,6 +72,9 @@ class Evaluation:
 
     def differences(self, other: Evaluation) -> list[Difference]:
         """Every score against that of ``other``, document by document, where both have the same documents."""
+        if not isinstance(other, Evaluation):
+            do = "Give what sparsify.evaluate gave of the other model"
+            raise SpecError("comparing two evaluations", found=type(other).__name__, do=do)
         others = {score.key: score for score in other.scores}
         pairs = [score.against(others[score.key]) for score in self.scores if score.key in others]
         return [pair for pair in pairs if pair is not None]

@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sparsify.errors import BackendError
 from sparsify.files.reading import kind_at
 from sparsify.files.single import put_file
+from sparsify.provenance.places import folder_of
 from sparsify.reporting.changes import left_dense, structure, trained
 from sparsify.reporting.facts import Facts, facts_of
 from sparsify.reporting.maps import layers
@@ -17,6 +19,9 @@ from sparsify.reporting.past import again, history
 from sparsify.reporting.sections import costs, head, quality
 from sparsify.reporting.style import STYLE
 
+if TYPE_CHECKING:
+    from sparsify.compiler.result import Compiled
+
 # By which a page of ours is told from what else is called so.
 _OURS = '<meta name="generator" content="sparsify report">'
 # A browser that reads this fetches nothing and runs nothing, whatever a name in the manifest might be.
@@ -24,12 +29,13 @@ _POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-
 
 
 def report(
-    folder: str | Path, output: str | Path = "report.html", *, overwrite: bool = False, check: bool = True
+    folder: str | Path | Compiled, output: str | Path = "report.html", *, overwrite: bool = False, check: bool = True
 ) -> Path:
     """Write a page about ``folder``, which sparsify wrote: what was done to its model, how many of its numbers are
     zero, what that cost, layer by layer, and how to do it again. No weight is read.
 
     Args:
+        folder: its path, or a result of :func:`sparsify.compile` that was written.
         output: the page. overwrite: replace an older page of this kind, and no other file.
         check: hold ``sparsify.json`` against the digest that it has of itself.
 
@@ -37,10 +43,11 @@ def report(
         where the page lies.
 
     Raises:
-        CheckpointError: no folder of ours, or a damaged ``sparsify.json``.
+        SpecError: a result that was not written. CheckpointError: no folder of ours, or a damaged ``sparsify.json``.
         BackendError: ``output`` is there already, is no place for a file, or lies in ``folder``.
     """
-    into, own = Path(output).expanduser().absolute(), Path(folder).expanduser().absolute()
+    own = Path(folder_of(folder, "a page")).expanduser().absolute()
+    into = Path(output).expanduser().absolute()
     facts = facts_of(own, check)
     _check_place(into, own, overwrite)
     put_file(into, page(facts).encode())

@@ -36,6 +36,8 @@ def parse_budget(text: str) -> Budget:
     Raises:
         SpecError: it is none.
     """
+    if not isinstance(text, str):
+        raise SpecError(f"budget {text!r}", found=type(text).__name__, do=_FORMS)
     asked, words = f"budget '{text}'", re.fullmatch(r"\s*([A-Za-z_-]*)\s*(<=|≤|>=|<|>|==|=|)\s*(.*?)\s*", text)
     if words is None or not words[1]:
         raise SpecError(asked, found="nothing to measure named", do=_FORMS)

@@ -22,6 +22,7 @@ class Found:
         weights: how many weights could be pruned, of which ``best.sparsity`` are zero.
         data, calibration: in words. compiled: the model, as of :func:`sparsify.compile`. output: its folder, or None.
         kept: the file of the trials, or None.
+        recipe: of a compile that prunes so again; None where the model or the data were in memory alone.
     """
 
     model: str
@@ -40,6 +41,7 @@ class Found:
     compiled: Compiled | None = field(default=None, repr=False)
     output: Path | None = None
     kept: Path | None = None
+    recipe: Mapping[str, Any] | None = field(default=None, repr=False)
 
     @property
     def sparsity(self) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,12 @@ class Recorded:
 
     Attributes:
         look: given the pruned weights; gives what ``sparsify.json`` says of the search, or raises.
+        recipe: of the compile, whose data are in memory here and were named; None where they were not.
     """
 
     inner: Backend
     look: Callable[[Weights], dict[str, Any]]
+    recipe: Mapping[str, Any] | None = None
 
     @property
     def name(self) -> str:
@@ -34,16 +36,19 @@ class Recorded:
 
     def open(self, source: Source, out: Path, *, overwrite: bool, program: Program) -> Job:
         """See :class:`~sparsify.compiler.backend.Backend`."""
-        return _Job(self.inner.open(source, out, overwrite=overwrite, program=program), self.look)
+        return _Job(self.inner.open(source, out, overwrite=overwrite, program=program), self.look, self.recipe)
 
 
 class _Job:
-    def __init__(self, inner: Job, look: Callable[[Weights], dict[str, Any]]) -> None:
-        self.inner, self.look = inner, look
+    def __init__(self, inner: Job, look: Callable[[Weights], dict[str, Any]], recipe: Mapping[str, Any] | None) -> None:
+        self.inner, self.look, self.recipe = inner, look, recipe
         self.weights: Weights = inner.weights
 
     def finish(self, program: Program, manifest: dict[str, Any]) -> tuple[Path, Weights]:
         manifest["search"] = self.look(program.weights)
+        if self.recipe is not None:
+            for told in (manifest, manifest["history"][-1]):
+                told["recipe"] = dict(self.recipe)
         return self.inner.finish(program, manifest)
 
     def notes(self) -> list[str]:

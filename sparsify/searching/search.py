@@ -15,6 +15,7 @@ from torch import nn
 
 from sparsify.compiler.backend import Backend, as_backend
 from sparsify.compiler.pipeline import compile, untold
+from sparsify.compiler.recipe import DEFAULTS, as_typed, backend_text, without_defaults
 from sparsify.compiler.result import Compiled
 from sparsify.context import Context, Observer
 from sparsify.errors import CalibrationError, SpecError, VerifyError
@@ -92,6 +93,9 @@ def search(
         CalibrationError: no trial was within the budget; it says which came nearest.
         SparsifyError: as :func:`sparsify.compile`. No folder is written then; trials stay.
     """
+    if not isinstance(data, str | Path):
+        do = "Write the texts to a file, and name that"
+        raise SpecError("data that judge", found=f"{type(data).__name__}, where a source is named", do=do)
     wanted, own = parse_budget(budget), parse_method(method)
     check_amount(samples, sequence_length)
     check_seed(seed)
@@ -118,7 +122,8 @@ def search(
         if claim is not None:
             # The compile takes it over.
             claim.release()
-        found = hunt.found(best)
+        recipe = _recipe(model, words, best, backend, seed)
+        found = replace(hunt.found(best), recipe=recipe)
 
         def look(weights: Weights) -> dict[str, Any]:
             hunt.check(best, weights)
@@ -131,7 +136,7 @@ def search(
             schedule=schedule,
             output=out,
             # It has of each instance what the protocol has of a class.
-            to=cast(Backend, Recorded(backend, look)),
+            to=cast(Backend, Recorded(backend, look, recipe)),
             seed=seed,
             ignore=(*ignore, *best.ignore),
             only=only,
@@ -143,6 +148,38 @@ def search(
         if out is None:
             hunt.check(best, compiled.program.weights)
         return replace(found, compiled=compiled, output=compiled.output, seconds=hunt.seconds)
+
+
+def _recipe(
+    model: str | Path | nn.Module, words: Words, best: Trial, backend: Backend, seed: int
+) -> dict[str, Any] | None:
+    """Of a compile that prunes as ``best`` does. The text that judges stands in it too: of a file that calibrates as
+    well, its end is held out again.
+    """
+    drawn = words.data if words.calibration is None else words.calibration
+    if isinstance(model, nn.Module) or not isinstance(drawn, str | Path):
+        return None
+    opening = dict(words.opening)
+    dtype = opening.get("compute_dtype")
+    told = {
+        "model": as_typed(model),
+        "passes": [best.spec],
+        "calibration": as_typed(drawn),
+        "samples": words.samples,
+        "sequence_length": words.sequence_length,
+        "schedule": words.schedule,
+        "only": list(words.only),
+        "ignore": [*words.ignore, *best.ignore],
+        "to": backend_text(backend),
+        "chat_template": as_typed(words.chat_template),
+        "eval": words.data,
+        "eval_windows": words.windows,
+        "seed": seed,
+        **{key: opening.get(key) for key in ("allow_bin", "allow_nan", "strict", "adapter")},
+        "no_check": not opening.get("check", True),
+        "compute_dtype": None if dtype is None else str(dtype).removeprefix("torch."),
+    }
+    return without_defaults(told, DEFAULTS)
 
 
 def parse_method(text: str) -> WeightPass:

@@ -58,6 +58,8 @@ def test_the_table_ends_with_the_verdict(folder: Callable[[str], Path], text: Pa
     said = plainly(done.stdout)
     assert judged["verdict"] in said and "perplexity on 9 windows of 16 tokens" in said
     assert f"{judged['dense']:.3f}" in said and f"{judged['pruned']:.3f}" in said
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"{judged['dense']:.3f} → {judged['pruned']:.3f}" in card and "not measured" not in card
     planned = sparsify(*words, "--dry-run")
     assert "perplexity would be measured before and after, on 9 windows" in plainly(planned.stdout)
     assert json.loads(sparsify(*words, "--dry-run", "--json").stdout)["notes"]

@@ -72,7 +72,7 @@ def test_what_a_card_says(dense: Path, tmp_path: Path) -> None:
     assert f"In all {whole['kept']:.2%} of the model's {whole['numbers']:,} numbers are not zero." in said
     for skipped in run.skipped:
         assert f"| `{skipped.reason}` | " in said
-    assert "Its perplexity was not measured" in said and "5.68" not in said
+    assert "What it lost in quality was not measured" in said and "5.68" not in said
     assert (
         f"sparsify compile {dense} --pass wanda:2:4 --calibration random --samples 2 --sequence-length 16 -o OUT"
         in said
@@ -191,7 +191,8 @@ def test_names_make_no_markup(name: str, tmp_path: Path) -> None:
     sites = [{"pattern": name}]
     skipped = {"spec": name, "sites": sites, "skipped": [{"name": name, "reason": name}] * 5}
     write_card(tmp_path, {"history": [run], "passes": [skipped], "search": {
-        "data": name, "dense_perplexity": 1.0, "perplexity": 2.0}})  # fmt: skip
+        "data": name, "dense_perplexity": 1.0, "perplexity": 2.0}, "evaluation": {
+        "data": name, "windows": 1, "sequence_length": 2, "dense": 1.0, "pruned": 2.0, "verdict": name}})  # fmt: skip
     said = text(tmp_path)
     assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f\u202a-\u202e]", said)
     header, body = said.split("\n---\n", 1)

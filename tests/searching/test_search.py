@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -217,8 +218,21 @@ def test_at_the_command_line(model: Path, text: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "1: all of them" in done.stderr and "all of them" not in done.stdout
     said = " ".join(done.stdout.split())
-    for part in ("within perplexity<=1.002x", "the same again: sparsify compile MODEL --pass wanda:2:4", "every trial"):
+    for part in (
+        "within perplexity<=1.002x",
+        f"the same again: sparsify compile {model} --pass wanda:2:4",
+        "every trial",
+    ):
         assert part in said, part
+    # The line that is printed, and the folder as a recipe, make the same weights.
+    line = next(one for one in done.stdout.splitlines() if one.startswith("the same again: "))
+    again = shlex.split(line.removeprefix("the same again: sparsify "))
+    from_folder = ("compile", "--recipe", tmp_path / "out", "-o", tmp_path / "recipe")
+    for call in ((*again[:-1], tmp_path / "line"), from_folder):
+        assert (ran := command(*call)).returncode == 0, ran.stderr
+    weights = [(tmp_path / n / "model.safetensors").read_bytes() for n in ("out", "line", "recipe")]
+    assert weights[0] == weights[1] == weights[2]
+    assert "--budget" not in (card := (tmp_path / "out" / "README.md").read_text()) and "sparsify compile" in card
     found = json.loads(command(*words, "--overwrite", "--json").stdout)
     assert found["resumed"] == len(found["trials"]) and found["perplexity"] <= found["limit"]
     assert "it exists already" in command(*words).stderr

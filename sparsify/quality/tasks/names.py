@@ -22,6 +22,8 @@ def split_tasks(given: str | Path | Iterable[str | Path]) -> list[str]:
     Raises:
         SpecError: no task among them.
     """
+    if not isinstance(given, str | Path | Iterable):
+        raise SpecError(f"tasks {given!r}", found=type(given).__name__, do="Name some: boolq,rte, wanda7")
     texts = [given] if isinstance(given, (str, Path)) else list(given)
     words = list(dict.fromkeys(word.strip() for text in texts for word in str(text).split(",") if word.strip()))
     if not words:
@@ -41,6 +43,8 @@ def check_asked(
         if given and tasks is None:
             raise SpecError(name, found="no task that it could be meant for", do="Give --tasks boolq, say")
     for name, amount, least in (("num-fewshot", num_fewshot, 0), ("limit", limit, 1), ("batch-size", batch_size, 1)):
+        if amount is not None and not isinstance(amount, int):
+            raise SpecError(f"--{name} {amount}", found=f"{type(amount).__name__}, no whole number", do="Give 8, say")
         if amount is not None and amount < least:
             raise SpecError(f"--{name} {amount}", found=f"fewer than {least}", do=f"Give {least} or more")
     if tasks is not None:
