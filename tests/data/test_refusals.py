@@ -173,7 +173,7 @@ def test_images(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     def as_it_is(given: list[Any], return_tensors: str) -> dict[str, list[torch.Tensor]]:
         return {"pixel_values": [torch.zeros(3, *reversed(given[0].size))]}
 
-    monkeypatch.setattr(images, "_processor", lambda source: as_it_is)
+    monkeypatch.setattr(images, "image_processor", lambda source: as_it_is)
     with pytest.raises(CalibrationError, match=r"sizes \[\(3, 32, 32\), \(3, 48, 32\)\]"):
         load_calibration(str(pictures), open_source(model), samples=2)
     monkeypatch.setitem(sys.modules, "PIL", None)

@@ -142,7 +142,7 @@ def png(path: Path, width: int, height: int) -> None:
 
 
 def test_images_that_are_too_many_pixels_or_no_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(images, "_processor", lambda source: lambda given, return_tensors: 1 / 0)
+    monkeypatch.setattr(images, "image_processor", lambda source: lambda given, return_tensors: 1 / 0)
     source = open_source(torch.nn.Linear(1, 1))
     pictures = tmp_path / "pictures"
     pictures.mkdir()

@@ -132,10 +132,10 @@ def test_code_that_a_model_brings(
     text = tmp_path / "text.txt"
     text.write_text("def f(x):\n    return x\n" * 400)
     if command == "talk":
-        from sparsify.backends.onnx.running.talk import _tokenizer
+        from sparsify.backends.onnx.running.talk import folder_tokenizer
 
         with contextlib.suppress(SparsifyError):
-            _tokenizer(place)
+            folder_tokenizer(place)
     elif command == "bench":
         from sparsify.backends.packed.loaded.loading import load_model
 
