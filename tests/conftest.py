@@ -32,6 +32,14 @@ ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"
 
 
+# Tests of minutes, which begin first: last, they would run alone.
+LONGEST = ("tests/tools/test_gpu_run.py",)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: not item.nodeid.startswith(LONGEST))
+
+
 @pytest.fixture(scope="module", autouse=True)
 def light_heap() -> None:
     """What lives on (modules, traced families) is not searched by every garbage collection: a third of all time."""
