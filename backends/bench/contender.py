@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,11 +15,10 @@ import torch
 from torch import Tensor
 
 from sparsify.backends.onnx.running.runner import Runner
-from sparsify.backends.onnx.running.session import find_onnx, open_session
+from sparsify.backends.onnx.running.session import config_beside, feed_of, find_onnx, open_session
 from sparsify.backends.onnx.storage.store import check_written
 from sparsify.backends.packed.loaded.loading import first_inputs
-from sparsify.errors import BackendError, CheckpointError, first_line
-from sparsify.files.reading import kind_at
+from sparsify.errors import BackendError, first_line
 
 
 @dataclass(frozen=True)
@@ -99,16 +99,14 @@ class InOnnx:
     """An exported graph in a session with as many threads as torch takes; on a CPU."""
 
     def __init__(self, place: Path, *, check: bool = True) -> None:
-        self.file, threads = find_onnx(place), torch.get_num_threads()
-        self.config = _config_beside(self.file)
+        self.file = find_onnx(place)
+        check_written(self.file, check)
+        self.config = config_beside(self.file)
+        self.session = open_session(self.file, threads=torch.get_num_threads())
         self._runner: Runner | None = None
-        try:
-            self._runner = Runner(place, threads=threads, check=check)
-            self.session = self._runner.session
-        except BackendError:
-            # A graph that generates nothing; one that does not load says so again.
-            check_written(self.file, check)
-            self.session = open_session(self.file, threads=threads)
+        # What generates nothing is run as it is.
+        with contextlib.suppress(BackendError):
+            self._runner = Runner(self.file, session=self.session, check=False)
         self.generates = self._runner is not None
         self.prefills = self._runner is None or not self._runner.step_only
         self.weight_bytes: int | None = None
@@ -123,17 +121,9 @@ class InOnnx:
             ids = inputs["input_ids"].numpy()
             self._runner.forward(ids, np.ones_like(ids), self._runner.empty(len(ids)))
             return
-        wanted = {i.name: i.type for i in self.session.get_inputs()}
-        given = {
-            name: value.float().numpy() if value.is_floating_point() else value.numpy()
-            for name, value in inputs.items()
-        }
-        if "attention_mask" in wanted and "input_ids" in given:
-            given["attention_mask"] = np.ones_like(given["input_ids"])
-        if "float16" in wanted.get("pixel_values", ""):
-            given["pixel_values"] = given["pixel_values"].astype(np.float16)
+        masked = {"attention_mask": torch.ones_like(inputs["input_ids"])} if "input_ids" in inputs else {}
         try:
-            self.session.run(None, {name: given[name] for name in wanted if name in given})
+            self.session.run(None, feed_of(self.session, {**masked, **inputs}))
         except Exception as error:  # onnxruntime's own kinds are not importable by name
             raise BackendError(
                 f"running {self.file} on {', '.join(f'{n} {list(v.shape)}' for n, v in inputs.items())}",
@@ -162,16 +152,3 @@ class _Clock:
 
     def end(self) -> None:
         pass
-
-
-def _config_beside(file: Path) -> Any:
-    import transformers
-
-    if kind_at(file.parent / "config.json") != "file":
-        found = "no config.json beside it, and so no vocabulary to draw a prompt from"
-        raise CheckpointError(f"bench {file}", found=found, do="Copy the model's config.json there")
-    try:
-        return transformers.AutoConfig.from_pretrained(file.parent, trust_remote_code=False, local_files_only=True)
-    except Exception as error:  # configs raise whatever they like
-        raise CheckpointError(f"bench {file}", found=f"a config.json that transformers refuses: {first_line(error)}",
-                              do="Copy the model's own there") from error  # fmt: skip

@@ -14,19 +14,19 @@ FolderKind = Literal["packed", "checkpoint", "ragged", "ONNX"]
 
 
 def folder_kind(folder: str | Path) -> FolderKind:
-    """By what lies there; a name that is no folder is a hub id's, of a checkpoint.
+    """By what lies there.
 
     Raises:
-        CheckpointError: a folder without a model in it, or a damaged ``config.json`` or ``sparsify.json``.
+        CheckpointError: nothing there, a folder without a model in it, or a damaged ``config.json`` or
+            ``sparsify.json``.
     """
     place = Path(folder)
     at = kind_at(place)
     if place.suffix == ".onnx" and at == "file":
         return "ONNX"
-    if at is None:
-        return "checkpoint"
     if at != "folder":
-        raise CheckpointError(f"bench {folder}", found="a file", do="Name a folder, or an ONNX file")
+        found = "no such folder" if at is None else "a file"
+        raise CheckpointError(f"bench {folder}", found=found, do="Name a folder, or an ONNX file")
     if any(place.glob("*.onnx")):
         return "ONNX"
     if kind_at(place / "config.json") != "file":

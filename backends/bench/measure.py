@@ -16,10 +16,10 @@ from sparsify.backends.bench.turns import Pair, decode_speed, prefill_speed
 from sparsify.backends.packed.config import sites_of
 from sparsify.backends.packed.loaded.on_gpu import prepared_products
 from sparsify.context import Progress, report
-from sparsify.errors import CheckpointError, SpecError
+from sparsify.errors import SpecError
 from sparsify.files.checkpoint import Checkpoint
 from sparsify.files.manifest import read_manifest
-from sparsify.files.reading import kind_at, read_json
+from sparsify.files.reading import kind_at, read_json, weight_bytes
 from sparsify.frontend.stores import find_folder
 from sparsify.frontend.text_config import text_config
 from sparsify.host import processor
@@ -95,7 +95,10 @@ def bench(
         prefill=prefill,
         decode=decode,
         same_tokens=same,
-        file_bytes=(_file_bytes(against, one), _file_bytes(str(folder), other)),
+        file_bytes=(
+            one.weight_bytes or 0 if against is None else _file_bytes(Path(against), kinds[0]),
+            _file_bytes(folder, kinds[1]),
+        ),
         loading=loads,
         sites=sites,
         device=str(place),
@@ -106,8 +109,6 @@ def bench(
 
 def _kinds(folder: Path, against: str | None) -> tuple[str, str]:
     """Of the model that it is measured against, and its own."""
-    if kind_at(folder) is None:
-        raise CheckpointError(f"bench {folder}", found="no such folder", do="Name a folder that compile wrote")
     kind = folder_kind(folder)
     if against is not None:
         return folder_kind(against), kind
@@ -133,16 +134,11 @@ def _loads(folder: Path, against: str | None, trust: bool, check: bool) -> tuple
     return found[0], found[1]
 
 
-def _file_bytes(name: str | None, model: Contender) -> int:
-    """Bytes of a model's weight files; of its weights where they are not at hand."""
-    place = Path(name) if name is not None else None
-    if place is not None and kind_at(place) is not None:
-        if folder_kind(place) != "ONNX":
-            return Checkpoint(place).nbytes()
-        folder = place if kind_at(place) == "folder" else place.parent
-        # The graph, and the data beside it, whatever that is called.
-        return sum(f.stat().st_size for f in folder.iterdir() if f.suffix in (".onnx", ".data", ".safetensors", ".bin"))
-    return model.weight_bytes or 0
+def _file_bytes(place: Path, kind: str) -> int:
+    """Bytes of a model's weight files; of an ONNX one the graph's as well, which may hold some."""
+    if kind != "ONNX":
+        return Checkpoint(place).nbytes()
+    return weight_bytes(place if kind_at(place) == "folder" else place.parent)
 
 
 def _device(name: str) -> torch.device:

@@ -23,7 +23,7 @@ def open_contender(
     trust_remote_code: bool = False,
     check: bool = True,
 ) -> Contender:
-    """The model of a folder, of a hub id, or of an ONNX file, on ``device``.
+    """The model of a folder or of an ONNX file, on ``device``.
 
     Args:
         tune: of a packed folder on a GPU: measure its kernels, if the folder says so too.

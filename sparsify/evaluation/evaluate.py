@@ -28,9 +28,6 @@ from sparsify.quality.tasks.chosen import Named, named
 from sparsify.quality.tasks.names import check_asked
 from sparsify.words import check_amount, parse_bytes
 
-# What --windows is for text.
-_LIMIT = "Give --limit N for the first N documents or pictures"
-
 
 @cpu_by_default()
 def evaluate(
@@ -98,9 +95,8 @@ def evaluate(
     check_asked(tasks, num_fewshot, bool(places), limit, batch_size)
     if data is None and tasks is None:
         raise SpecError("evaluating", found="neither data nor tasks", do="Give data (a text's name), tasks, or both")
-    if data is None and (windows is not None or sequence_length is not None):
-        words = "--windows" if windows is not None else "--sequence-length"
-        raise SpecError(words, found="tasks alone, and no text that it could be meant for", do=_LIMIT)
+    if data is None:
+        _check_no_text(windows, sequence_length, "tasks alone, and no text that it could be meant for")
     context = Context(resolve_device(device), parse_bytes(memory))
     with shown(progress, observe):
         wanted = None if tasks is None else named(tasks, places)
@@ -129,9 +125,7 @@ def evaluate(
         chosen = None if wanted is None else ready(wanted, asked, num_fewshot)
         found = of_scores((), 0.0)
         if data is not None and takes_pictures(asked):
-            if windows is not None or sequence_length is not None:
-                words = "--windows" if windows is not None else "--sequence-length"
-                raise SpecError(words, found=f"{asked.name}, which looks at pictures", do=_LIMIT)
+            _check_no_text(windows, sequence_length, f"{asked.name}, which looks at pictures")
             found = on_pictures(asked, data, context, limit, batch_size)
         elif data is not None:
             assert source is not None, "text is read by what torch runs"
@@ -146,6 +140,13 @@ def evaluate(
         scores = answer(model_of_tasks, chosen, asked.name, context.device, limit)
         seconds = found.seconds + time.perf_counter() - started
         return replace(found, scores=tuple(scores), notes=notes(model_of_tasks), seconds=seconds)
+
+
+def _check_no_text(windows: int | None, sequence_length: int | None, found: str) -> None:
+    """That nothing was said of text, of which there is none: ``found`` is there."""
+    for word, given in (("--windows", windows), ("--sequence-length", sequence_length)):
+        if given is not None:
+            raise SpecError(word, found=found, do="Give --limit N for the first N documents or pictures")
 
 
 def _compiled(model: Compiled, tokenizer: Any) -> Source:

@@ -15,6 +15,8 @@ MAX_CONFIG, MAX_INDEX, MAX_MANIFEST = 16 << 20, 128 << 20, 256 << 20
 
 # Files without which a model is not what its publisher made; what else lies there (pictures) is carried as it is.
 _NEEDED = frozenset({".safetensors", ".bin", ".gguf", ".onnx", ".json", ".txt", ".model", ".jinja", ".py", ".tiktoken"})
+# Files that hold weights.
+_WEIGHTS = (".safetensors", ".onnx", ".data", ".bin")
 # A pointer of Git LFS begins so, and is no longer than this.
 _POINTER, _LONGEST_POINTER = b"version https://git-lfs", 1024
 
@@ -116,3 +118,9 @@ def kind_at(path: str | Path) -> Literal["file", "folder", "other"] | None:
     except (OSError, ValueError, RuntimeError):
         return None
     return "folder" if stat.S_ISDIR(mode) else "file" if stat.S_ISREG(mode) else "other"
+
+
+def weight_bytes(folder: Path) -> int:
+    """Bytes of the files in ``folder`` that hold weights, graphs among them."""
+    files = (file for file in folder.iterdir() if file.suffix in _WEIGHTS and kind_at(file) == "file")
+    return sum(file.stat().st_size for file in files)

@@ -13,6 +13,7 @@ from sparsify.provenance.dense_card import CARD, kept_header, set_aside
 from sparsify.provenance.figures import figures_of
 from sparsify.provenance.loading import Kind, kind_of
 from sparsify.provenance.markdown import block, code, short, table
+from sparsify.provenance.runs import whole_of
 
 # Reasons and names that are told before the rest is counted.
 _REASONS, _NAMES = 12, 3
@@ -103,7 +104,7 @@ def _rows(number: int, run: Mapping[str, Any]) -> list[tuple[str, ...]]:
 
 def _whole(history: Sequence[Mapping[str, Any]]) -> str | None:
     """How much is left of the whole model, as the last run that pruned found it."""
-    whole = next((run["whole"] for run in reversed(history) if "whole" in run), None)
+    whole = whole_of(history)
     if whole is None:
         return None
     return f"In all {whole['kept']:.2%} of the model's {whole['numbers']:,} numbers are not zero."

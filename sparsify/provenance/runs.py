@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 
@@ -19,6 +19,11 @@ def earlier(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
     if isinstance(tuned := manifest.get("tuned"), Mapping):
         made.append({"command": "tune", "passes": [], **known, **of_tuning(tuned)})
     return [{key: value for key, value in run.items() if value is not None} for run in made]
+
+
+def whole_of(history: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
+    """How many numbers the model has and which share is not zero, as the last run that says so found it."""
+    return next((run["whole"] for run in reversed(history) if "whole" in run), None)
 
 
 def of_tuning(record: Mapping[str, Any]) -> dict[str, Any]:

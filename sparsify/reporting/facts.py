@@ -10,14 +10,11 @@ from typing import Any
 
 from sparsify.errors import CheckpointError
 from sparsify.files.manifest import MANIFEST, digest_of_manifest, read_manifest, sealed_manifest
-from sparsify.files.reading import kind_at, read_json
+from sparsify.files.reading import kind_at, read_json, weight_bytes
 from sparsify.provenance.figures import Figure, figures_of
 from sparsify.provenance.loading import Kind, kind_of
-from sparsify.provenance.runs import earlier
+from sparsify.provenance.runs import earlier, whole_of
 from sparsify.reporting.layers import Stack, stacks_of
-
-# Files that hold weights.
-_WEIGHTS = (".safetensors", ".onnx", ".data", ".bin")
 
 
 @dataclass(frozen=True)
@@ -56,7 +53,7 @@ class Facts:
     @property
     def whole(self) -> Mapping[str, Any] | None:
         """How many numbers the model has and which share is not zero, as the last step that says so found it."""
-        return next((run["whole"] for run in reversed(self.history) if "whole" in run), None)
+        return whole_of(self.history)
 
     @property
     def base(self) -> str:
@@ -91,6 +88,4 @@ def facts_of(folder: Path, check: bool = True) -> Facts:
         )
     manifest = sealed_manifest(path) if check else read_manifest(path)
     config = read_json(path / "config.json") if kind_at(path / "config.json") == "file" else {}
-    files = (file for file in path.iterdir() if file.suffix in _WEIGHTS and kind_at(file) == "file")
-    nbytes = sum(file.stat().st_size for file in files)
-    return Facts(path, manifest, kind_of(path, config, manifest), nbytes, digest_of_manifest(manifest))
+    return Facts(path, manifest, kind_of(path, config, manifest), weight_bytes(path), digest_of_manifest(manifest))

@@ -15,7 +15,8 @@ from torch import nn
 
 from sparsify.compiler.backend import Backend, as_backend
 from sparsify.compiler.pipeline import compile, untold
-from sparsify.compiler.recipe import DEFAULTS, as_typed, backend_text, without_defaults
+from sparsify.compiler.recipe import recipe_of
+from sparsify.compiler.request import parse
 from sparsify.compiler.result import Compiled
 from sparsify.context import Context, Observer
 from sparsify.errors import CalibrationError, SpecError, VerifyError
@@ -156,30 +157,22 @@ def _recipe(
     """Of a compile that prunes as ``best`` does. The text that judges stands in it too: of a file that calibrates as
     well, its end is held out again.
     """
-    drawn = words.data if words.calibration is None else words.calibration
-    if isinstance(model, nn.Module) or not isinstance(drawn, str | Path):
-        return None
-    opening = dict(words.opening)
-    dtype = opening.get("compute_dtype")
-    told = {
-        "model": as_typed(model),
-        "passes": [best.spec],
-        "calibration": as_typed(drawn),
-        "samples": words.samples,
-        "sequence_length": words.sequence_length,
-        "schedule": words.schedule,
-        "only": list(words.only),
-        "ignore": [*words.ignore, *best.ignore],
-        "to": backend_text(backend),
-        "chat_template": as_typed(words.chat_template),
-        "eval": words.data,
-        "eval_windows": words.windows,
-        "seed": seed,
-        **{key: opening.get(key) for key in ("allow_bin", "allow_nan", "strict", "adapter")},
-        "no_check": not opening.get("check", True),
-        "compute_dtype": None if dtype is None else str(dtype).removeprefix("torch."),
-    }
-    return without_defaults(told, DEFAULTS)
+    request = parse(
+        [best.spec],
+        backend,
+        words.schedule,
+        words.data if words.calibration is None else words.calibration,
+        samples=words.samples,
+        length=words.sequence_length,
+        only=words.only,
+        ignore=(*words.ignore, *best.ignore),
+        template=words.chat_template,
+        evaluate=words.data,
+        eval_windows=words.windows,
+    )
+    # Code of others is trusted on the command line alone.
+    opening = {key: value for key, value in words.opening.items() if key not in ("check", "trust_remote_code")}
+    return recipe_of(model, request, seed=seed, no_check=not words.opening["check"], **opening)
 
 
 def parse_method(text: str) -> WeightPass:

@@ -63,16 +63,14 @@ class Forward:
             cache = self._runner.empty(len(ids))
             given, _ = self._runner.forward(ids, np.ones_like(ids), cache)
         else:
-            given = self._run({name: value for name, value in inputs.items() if name in self.inputs})
+            given = self._run(inputs)
         return torch.from_numpy(given.astype(np.float32))
 
     def _run(self, inputs: Mapping[str, Tensor]) -> Any:
-        from sparsify.backends.onnx.running.runner import NUMPY
+        from sparsify.backends.onnx.running.session import feed_of
 
-        kinds = {given.name: NUMPY.get(given.type) for given in self.session.get_inputs()}
         try:
-            feed = {name: value.float().numpy().astype(kinds[name]) for name, value in inputs.items()}
-            (logits,) = self.session.run(["logits"], feed)
+            (logits,) = self.session.run(["logits"], feed_of(self.session, inputs))
         except Exception as error:  # onnxruntime's own kinds are not importable by name
             raise BackendError(
                 f"running {self.file}",
@@ -87,16 +85,9 @@ class Forward:
         Raises:
             CheckpointError: none that transformers reads.
         """
-        from transformers import AutoConfig
+        from sparsify.backends.onnx.running.session import config_beside
 
-        try:
-            return AutoConfig.from_pretrained(self.folder, trust_remote_code=False, local_files_only=True)
-        except Exception as error:  # of many kinds
-            raise CheckpointError(
-                f"config.json of {self.folder}",
-                found=f"none that transformers reads ({first_line(error)})",
-                do="Copy the model's config.json there",
-            ) from error
+        return config_beside(self.file)
 
     def tokenizer(self) -> Any:
         """The tokenizer beside the graph.

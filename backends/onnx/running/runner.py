@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from sparsify.backends.onnx.running.session import find_onnx, open_session
+from sparsify.backends.onnx.running.session import NUMPY, find_onnx, open_session
 from sparsify.backends.onnx.storage.store import check_written
 from sparsify.errors import BackendError, first_line
 from sparsify.files.manifest import section
@@ -18,15 +18,6 @@ from sparsify.files.manifest import section
 TokenIds = npt.NDArray[np.int64]
 # The states that a graph takes and gives, by the names of its inputs; onnxruntime's own values.
 Cache = dict[str, Any]
-
-NUMPY = {
-    "tensor(float)": np.float32,
-    "tensor(float16)": np.float16,
-    "tensor(double)": np.float64,
-    "tensor(int64)": np.int64,
-    "tensor(int32)": np.int32,
-    "tensor(bool)": np.bool_,
-}
 
 
 @dataclass(frozen=True)

@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from sparsify.errors import BackendError, CheckpointError, first_line
 from sparsify.files.reading import kind_at
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+NUMPY = {
+    "tensor(float)": np.float32,
+    "tensor(float16)": np.float16,
+    "tensor(double)": np.float64,
+    "tensor(int64)": np.int64,
+    "tensor(int32)": np.int32,
+    "tensor(bool)": np.bool_,
+}
 FOLD_LIMIT = "optimization.constant_folding_max_output_size_in_bytes"
 
 
@@ -69,3 +83,30 @@ def find_onnx(path: Path) -> Path:
         found = f"{len(files)} ONNX files" if files else "no ONNX file" if kind == "folder" else "no such folder"
         raise CheckpointError(f"ONNX model {path}", found=found, do="Name the file, or write one with --to onnx")
     return files[0]
+
+
+def feed_of(session: Any, inputs: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Those of ``inputs`` that the graph takes, in the types that it takes them in."""
+    kinds = {given.name: NUMPY.get(given.type) for given in session.get_inputs()}
+    return {
+        name: (value.float() if value.is_floating_point() else value).numpy().astype(kinds[name])
+        for name, value in inputs.items()
+        if name in kinds
+    }
+
+
+def config_beside(file: Path) -> Any:
+    """The ``config.json`` beside an ONNX file.
+
+    Raises:
+        CheckpointError: none, or none that transformers reads.
+    """
+    import transformers
+
+    asked, do = f"config.json of {file.parent}", "Copy the model's config.json there"
+    if kind_at(file.parent / "config.json") != "file":
+        raise CheckpointError(asked, found="no config.json beside it", do=do)
+    try:
+        return transformers.AutoConfig.from_pretrained(file.parent, trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # of many kinds
+        raise CheckpointError(asked, found=f"none that transformers reads ({first_line(error)})", do=do) from error
