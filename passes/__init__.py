@@ -22,13 +22,14 @@ if TYPE_CHECKING:
     from sparsify.passes.magnitude import Magnitude
     from sparsify.passes.permute import Permute
     from sparsify.passes.refine import Refine
+    from sparsify.passes.round import Round
     from sparsify.passes.sparsegpt import SparseGPT
     from sparsify.passes.twin import Twin
     from sparsify.passes.wanda import Wanda
 
 __all__ = [
     "ALPS", "APT", "GBLM", "Activation", "Gradient", "LLMPruner", "LowerSparse", "Magnitude", "Permute", "Refine",
-    "SparseGPT", "Twin", "Wanda",
+    "Round", "SparseGPT", "Twin", "Wanda",
 ]  # fmt: skip
 
 __getattr__ = lazily(
@@ -44,6 +45,7 @@ __getattr__ = lazily(
         "Magnitude": "magnitude",
         "Permute": "permute",
         "Refine": "refine",
+        "Round": "round",
         "SparseGPT": "sparsegpt",
         "Twin": "twin",
         "Wanda": "wanda",
