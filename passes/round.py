@@ -14,6 +14,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from sparsify.method.base import Kind
 from sparsify.method.grid import Grid
 from sparsify.method.statistics import InputStatistics
 from sparsify.method.weight_pass import MatrixPass, Pruned
@@ -27,7 +28,9 @@ Group = Literal["32", "64", "128", "row"]
 
 @dataclass(frozen=True)
 class Round(MatrixPass):
-    """Round the weights that are not zero to scale × integer; zeros stay zeros, and small weights may become some.
+    """Round the weights that are not zero to scale × integer (int8, int4 or int3); zeros stay zeros.
+
+    Small weights may become zero too.
 
     Scales are numbers that float16 and the model's dtype both hold. A stored value is the dtype's nearest to scale ×
     integer, from which :func:`sparsify.passes.solvers.rounding.integers` gives scales and integers back to the bit.
@@ -55,6 +58,10 @@ class Round(MatrixPass):
     compensation: Literal["sweep", "none"] = "sweep"
     percdamp: float = 0.01
 
+    kind: ClassVar[Kind] = "rounding"
+    # Whatever moved weights afterwards would take them off their grid.
+    follows: ClassVar[frozenset[Kind]] = MatrixPass.follows | {"rounding"}
+    misplaced: ClassVar[str] = "weights that are packed by then"
     name: ClassVar[str] = "round"
     summary: ClassVar[str] = "kept weights rounded to 8, 4 or 3 bits, the others compensating; after any other pass"
     when: ClassVar[str] = "after the last pass that prunes, for a model whose kept weights take few bits"
