@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sparsify.method.base import Kind
-from sparsify.method.grid import Grid
+from sparsify.method.pattern import Grid
 from sparsify.method.statistics import InputStatistics
 from sparsify.method.weight_pass import MatrixPass, Pruned
 from sparsify.passes.solvers.gram import DampedGram, damped_gram

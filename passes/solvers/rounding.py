@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparsify.errors import CalibrationError
-from sparsify.method.grid import Grid
+from sparsify.method.pattern import Grid
 
 Scale = Literal["mse", "minmax"]
 

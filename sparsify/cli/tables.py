@@ -14,8 +14,7 @@ from rich.text import Text
 from sparsify.cli.evaluating.tables import score_report
 from sparsify.compiler.runs import zeros_of
 from sparsify.host import peak_memory
-from sparsify.method.grid import Grid
-from sparsify.method.pattern import Pattern
+from sparsify.method.pattern import Grid, Pattern
 from sparsify.method.spec import spec_text
 from sparsify.quality.evaluation import figure
 from sparsify.structure.plan import count_parameters

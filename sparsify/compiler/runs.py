@@ -10,8 +10,7 @@ from sparsify.analysis.dimensions.lanes import Lanes
 from sparsify.context import ChannelResult, RegionResult, SiteResult
 from sparsify.errors import Refused
 from sparsify.method.base import Pass
-from sparsify.method.grid import Grid
-from sparsify.method.pattern import Pattern
+from sparsify.method.pattern import Grid, Pattern
 from sparsify.prune.targets import Target
 
 

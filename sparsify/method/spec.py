@@ -16,8 +16,7 @@ from typing import Any
 
 from sparsify.errors import SpecError, near
 from sparsify.method.base import Pass
-from sparsify.method.grid import Grid, is_grid, parse_grid
-from sparsify.method.pattern import Pattern, parse_pattern
+from sparsify.method.pattern import Grid, Pattern, is_grid, parse_grid, parse_pattern
 from sparsify.method.registry import find, known
 
 

@@ -10,8 +10,7 @@ from sparsify.analysis.linear import LinearSite, find_sites
 from sparsify.analysis.zeros import always_zero
 from sparsify.errors import Refused, SpecError
 from sparsify.ir.program import Program
-from sparsify.method.grid import Grid
-from sparsify.method.pattern import Pattern
+from sparsify.method.pattern import Grid, Pattern
 from sparsify.prune.names import Wanted
 
 # The code of a site that stays dense because --only names others.
