@@ -1,8 +1,8 @@
 """Pruning methods, one per file; each is mathematics only and knows no graph, file or device.
 
-What several share is in ``fitting`` (the problem of moving kept weights), ``scored`` (scores with an optional update)
-and ``solvers``. ``lowering`` prunes nothing: it rewrites graphs whose weights were pruned. Importing one method
-imports none of the others.
+What several share is in ``solvers``: ``fitting`` (the problem of moving kept weights), ``scored`` (scores with an
+optional update) and their numerics. ``lowering`` prunes nothing: it rewrites graphs whose weights were pruned.
+Importing one method imports none of the others.
 """
 
 from __future__ import annotations

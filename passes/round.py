@@ -108,7 +108,8 @@ class Round(MatrixPass):
 
     def swept(self, weight: Tensor, mask: Tensor, gram: DampedGram) -> Tensor:
         """Column by column, float32: a group's scales are those of its weights as all before it left them."""
-        width, moments = self.width(weight.shape[1]), gram.matrix.diagonal().masked_fill(gram.dead, 0)
+        # Inputs that calibration never saw count by their damping alone, without the one that stands for them in H.
+        width, moments = self.width(weight.shape[1]), (gram.matrix.diagonal() - gram.dead.float()).clamp(min=0)
         gone = mask.t()
         fitted: list[Fitted] = []
 
