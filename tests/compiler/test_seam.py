@@ -79,7 +79,7 @@ def test_every_registered_pass_declares_itself() -> None:
     for name in registered("sparsify.passes"):
         kind = find("sparsify.passes", name)
         assert issubclass(kind, Pass) and kind.name == name and kind.summary
-        assert kind.kind in ("structure", "graph", "channels", "weights", "regions", "lowering")
+        assert kind.kind in ("structure", "graph", "channels", "weights", "regions", "rounding", "lowering")
         assert kind.misplaced and kind.changes
 
 
