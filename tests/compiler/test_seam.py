@@ -159,7 +159,7 @@ def test_what_a_graph_pass_gets_wrong_is_named(what: str, found: str) -> None:
 def test_what_is_no_pass_is_refused(passes: list[str]) -> None:
     with pytest.raises(SpecError, match="no pass"):
         sparsify.compile(net(), passes, calibration=[X])
-    with pytest.raises(SpecError, match="no pass that prunes weights"):
+    with pytest.raises(SpecError, match="no pass that prunes or rounds weights"):
         sparsify.GraphPrune(Scale(), [X])  # type: ignore[arg-type]
 
 
