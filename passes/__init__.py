@@ -1,8 +1,8 @@
 """Pruning methods, one per file; each is mathematics only and knows no graph, file or device.
 
-What several share is in ``fitting`` (the problem of moving kept weights), ``scored`` (scores with an optional update)
-and ``solvers``. ``lowering`` prunes nothing: it rewrites graphs whose weights were pruned. Importing one method
-imports none of the others.
+What several share is in ``solvers``: ``fitting`` (the problem of moving kept weights), ``scored`` (scores with an
+optional update) and their numerics. ``lowering`` prunes nothing: it rewrites graphs whose weights were pruned.
+Importing one method imports none of the others.
 """
 
 from __future__ import annotations
@@ -22,13 +22,14 @@ if TYPE_CHECKING:
     from sparsify.passes.magnitude import Magnitude
     from sparsify.passes.permute import Permute
     from sparsify.passes.refine import Refine
+    from sparsify.passes.round import Round
     from sparsify.passes.sparsegpt import SparseGPT
     from sparsify.passes.twin import Twin
     from sparsify.passes.wanda import Wanda
 
 __all__ = [
     "ALPS", "APT", "GBLM", "Activation", "Gradient", "LLMPruner", "LowerSparse", "Magnitude", "Permute", "Refine",
-    "SparseGPT", "Twin", "Wanda",
+    "Round", "SparseGPT", "Twin", "Wanda",
 ]  # fmt: skip
 
 __getattr__ = lazily(
@@ -44,6 +45,7 @@ __getattr__ = lazily(
         "Magnitude": "magnitude",
         "Permute": "permute",
         "Refine": "refine",
+        "Round": "round",
         "SparseGPT": "sparsegpt",
         "Twin": "twin",
         "Wanda": "wanda",

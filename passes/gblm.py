@@ -12,7 +12,7 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from sparsify.method.statistics import InputStatistics
-from sparsify.passes.scored import ScoredPass
+from sparsify.passes.solvers.scored import ScoredPass
 from sparsify.passes.wanda import input_norm
 
 

@@ -10,7 +10,7 @@ from typing import ClassVar
 
 from sparsify.method.selection import Axis
 from sparsify.method.statistics import InputStatistics
-from sparsify.passes.scored import ScoredPass
+from sparsify.passes.solvers.scored import ScoredPass
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from torch import Tensor
 from sparsify.errors import CalibrationError
 from sparsify.method.pattern import NM, Unstructured
 from sparsify.method.statistics import InputStatistics
-from sparsify.passes.scored import ScoredPass
+from sparsify.passes.solvers.scored import ScoredPass
 from sparsify.tensors import all_finite
 
 

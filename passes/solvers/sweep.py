@@ -20,9 +20,12 @@ _SMALL = 16
 _ROWS = 1024
 
 Chooser = Callable[[Tensor, int], Tensor]
+Settler = Callable[[Tensor, int], None]
 
 
-def sweep(weight: Tensor, root: Tensor, choose: Chooser | Tensor, width: int) -> tuple[Tensor, Tensor]:
+def sweep(
+    weight: Tensor, root: Tensor, choose: Chooser | Tensor, width: int, settle: Settler | None = None
+) -> tuple[Tensor, Tensor]:
     """Prune the columns of ``weight`` from left to right, each from its optimum given all before it.
 
     Updates wait until they are needed and are then applied as one matrix product: columns are halved again and again
@@ -33,6 +36,7 @@ def sweep(weight: Tensor, root: Tensor, choose: Chooser | Tensor, width: int) ->
         choose: a mask that is known already, [out_features, in_features]; or a function that, given the weights of
             ``width`` columns at their optimum after all columns before them, transposed [≤ width, out_features], and
             the index of the first, returns their mask, likewise.
+        settle: rounds one column in place, given its index; what that changes is compensated as pruning is.
 
     Returns:
         The new weight and the mask, [out_features, in_features].
@@ -62,7 +66,10 @@ def sweep(weight: Tensor, root: Tensor, choose: Chooser | Tensor, width: int) ->
             chosen = True
         if stop - start == 1:
             column, gone, change = rows[start]
-            change.add_(column.masked_fill_(gone, 0))
+            column.masked_fill_(gone, 0)
+            if settle is not None:
+                settle(column, start)
+            change.add_(column)
             return
         unit = 1 if chosen else width
         half = start + -(-(stop - start) // (2 * unit)) * unit

@@ -25,7 +25,7 @@ class GraphPass(Pass):
 
     kind: ClassVar[Kind] = "graph"
     follows: ClassVar[frozenset[Kind]] = frozenset({"structure", "graph", "channels", "weights", "regions"})
-    misplaced: ClassVar[str] = "a graph whose weights are packed by then"
+    misplaced: ClassVar[str] = "a graph whose weights are rounded or packed by then"
     changes: ClassVar[frozenset[Change]] = frozenset({"weights"})
 
     def apply(self, program: Program, batches: Sequence[Mapping[str, Tensor]] | None, context: Context) -> None:
@@ -42,7 +42,7 @@ class LoweringPass(Pass):
     """Base of passes that rewrite a runnable graph for other operators; what they give is a module, and the last."""
 
     kind: ClassVar[Kind] = "lowering"
-    follows: ClassVar[frozenset[Kind]] = frozenset({"structure", "graph", "channels", "weights", "regions"})
+    follows: ClassVar[frozenset[Kind]] = frozenset({"structure", "graph", "channels", "weights", "regions", "rounding"})
     misplaced: ClassVar[str] = "a graph that is lowered already"
     changes: ClassVar[frozenset[Change]] = frozenset({"graph"})
 

@@ -14,7 +14,7 @@ from rich.text import Text
 from sparsify.cli.evaluating.tables import score_report
 from sparsify.compiler.runs import zeros_of
 from sparsify.host import peak_memory
-from sparsify.method.pattern import Pattern
+from sparsify.method.pattern import Grid, Pattern
 from sparsify.method.spec import spec_text
 from sparsify.quality.evaluation import figure
 from sparsify.structure.plan import count_parameters
@@ -54,7 +54,8 @@ def result_report(compiled: Compiled, seconds: float) -> RenderableType:
             parts.append(Text(f"{spec_text(run.applied)}: {weights}, {run.seconds:.1f} s"))
             continue
         kept = 1 - zeros_of(compiled.runs[:number]) / max(1, parameters)
-        parts += [_result_table(run, parameters, kept), *_skipped_lines(run.skipped)]
+        left = _skipped_lines(run.skipped, "left as it was" if run.rounds else "left dense")
+        parts += [_result_table(run, parameters, kept), *left]
         unseen = [(s.name, s.without_data) for s in run.sites if s.without_data]
         for name, experts in unseen:
             numbers = ", ".join(map(str, experts))
@@ -79,19 +80,20 @@ def plan_report(compiled: Compiled) -> RenderableType:
     for done in compiled.structure:
         parts += [Text(f"{spec_text(done.structural_pass)} would leave", "bold"), *map(Text, done.lines())]
     for run in compiled.runs:
+        verb = "round" if run.rounds else "prune"
         if run.lanes:
             names = [lanes.name for lanes in run.lanes]
             parts.append(Text(f"{spec_text(run.applied)} would reorder what {_some(names)} read"))
             parts += _skipped_lines(run.skipped, "left in their order")
             continue
         if run.pattern is not None and not run.targets:
-            parts.append(Text(f"{spec_text(run.applied)} would then prune the smaller model, once it is there"))
+            parts.append(Text(f"{spec_text(run.applied)} would then {verb} the smaller model, once it is there"))
             continue
         if run.pattern is None:
             what = "train one block after the other" if run.applied.kind == "regions" else "see the graph as a whole"
             parts.append(Text(f"{spec_text(run.applied)} would {what}"))
             continue
-        table = Table(title=f"{spec_text(run.applied)} would prune", title_justify="left")
+        table = Table(title=f"{spec_text(run.applied)} would {verb}", title_justify="left")
         for column in ("site", "sites", "out × in", "to"):
             table.add_column(column, justify="left" if column in ("site", "to") else "right")
         for kind, targets in _by_kind(run.targets).items():
@@ -103,9 +105,11 @@ def plan_report(compiled: Compiled) -> RenderableType:
         )
         table.add_section()
         table.add_row("all", str(len(run.targets)), f"{pruned:,}", "")
-        zeros = f"{float(run.pattern.sparsity) * pruned / max(1, total):.1%} zeros"
+        zeros = ""
+        if not isinstance(run.pattern, Grid):
+            zeros = f"{float(run.pattern.sparsity) * pruned / max(1, total):.1%} zeros"
         table.add_row("whole model", "", f"{total:,}", zeros)
-        parts += [table, *_skipped_lines(run.skipped)]
+        parts += [table, *_skipped_lines(run.skipped, "left as it was" if run.rounds else "left dense")]
     return Group(*parts, *_opaque_lines(compiled.opaque), Text("dry run: nothing was read, pruned or written"))
 
 
@@ -278,5 +282,5 @@ def _shape(site: LinearSite) -> str:
     return f"{stack}{site.shape[0]}×{site.shape[1]}"
 
 
-def _zeros(pattern: Pattern) -> str:
-    return f"{pattern} ({float(pattern.sparsity):.1%} zeros)"
+def _zeros(pattern: Pattern | Grid) -> str:
+    return str(pattern) if isinstance(pattern, Grid) else f"{pattern} ({float(pattern.sparsity):.1%} zeros)"

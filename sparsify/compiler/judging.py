@@ -80,10 +80,12 @@ def _next(request: Request) -> str:
     steps = []
     if "weights" in kinds and "twin" not in names:
         steps.append("try --pass twin, which fits what is kept to the dense outputs")
-    if "regions" not in kinds:
+    if "regions" not in kinds and kinds != {"rounding"}:
         steps.append("add --pass refine, which trains each block to them")
     if "structure" in kinds or "regions" in kinds:
         steps.append("recover with sparsify tune")
+    if "rounding" in kinds:
+        steps.append("round to more bits, or with a smaller group")
     if "weights" in kinds:
         steps.append("sparsify sensitivity says which layers to leave dense")
     return "; ".join(steps)

@@ -74,11 +74,11 @@ def _cut(done: Restructured) -> dict[str, Any]:
 
 
 def _ran(run: PassRun) -> dict[str, Any]:
-    """What it says of any other pass: how many weights it pruned, what is left of them, their mean error."""
+    """What it says of any other pass: how many weights it pruned or rounded, what is left of them, their mean error."""
     errors = [site.error for site in run.sites if site.error is not None]
     return {
         "spec": spec_text(run.applied),
-        **({"pruned": len(run.sites), "left": run.kept} if run.sites else {}),
+        **({"rounded" if run.rounds else "pruned": len(run.sites), "left": run.kept} if run.sites else {}),
         **({"error": sum(errors) / len(errors)} if errors else {}),
     }
 
@@ -133,7 +133,9 @@ def _pass(run: PassRun, request: Request, place: int) -> dict[str, Any]:
         "schedule": run.schedule,
         "ignore": [*request.ignore, *named.ignore],
         "only": list(named.only or request.only),
-        "sites": [_site(site) for site in run.sites],
+        # Those that were pruned: what rounds them promises no zeros.
+        "sites": [] if run.rounds else [_site(site) for site in run.sites],
+        **({"rounded": [_site(site) for site in run.sites]} if run.rounds else {}),
         **({"regions": [_region(region) for region in run.regions]} if run.regions else {}),
         **({"channels": [_channels(group) for group in run.channels]} if run.channels else {}),
         "skipped": [{"name": s.node, "reason": s.reason} for s in run.skipped],

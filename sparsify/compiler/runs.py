@@ -10,7 +10,7 @@ from sparsify.analysis.dimensions.lanes import Lanes
 from sparsify.context import ChannelResult, RegionResult, SiteResult
 from sparsify.errors import Refused
 from sparsify.method.base import Pass
-from sparsify.method.pattern import Pattern
+from sparsify.method.pattern import Grid, Pattern
 from sparsify.prune.targets import Target
 
 
@@ -19,7 +19,7 @@ class PassRun:
     """One pass that is not structural: what it was to prune and, once it ran, what happened.
 
     Attributes:
-        applied: the pass. targets, skipped: of a weight pass, the weights that it is for and those that stay dense,
+        applied: the pass. targets, skipped: of a pass over matrices, those that it is for and those that it leaves,
             each with the reason. sites: what happened, site by site. regions: of a pass that trains, what became of
             each block. lanes, channels: of a pass that reorders channels, the groups that it is for and what became of
             each; ``skipped`` are those that stay in their order then. written: the parameters that it changed.
@@ -38,10 +38,15 @@ class PassRun:
     seconds: float = 0.0
 
     @property
-    def pattern(self) -> Pattern | None:
-        """What it prunes to; None for a pass that takes no pattern."""
-        found: Pattern | None = getattr(self.applied, "pattern", None)
+    def pattern(self) -> Pattern | Grid | None:
+        """What it prunes or rounds to; None for a pass that takes no pattern."""
+        found: Pattern | Grid | None = getattr(self.applied, "pattern", None)
         return found
+
+    @property
+    def rounds(self) -> bool:
+        """Whether it rounds weights and prunes none, though some may become zero."""
+        return isinstance(self.pattern, Grid)
 
     @property
     def kept(self) -> float:

@@ -39,7 +39,7 @@ from sparsify.ir.store import MemoryStore
 from sparsify.method.channel_pass import ChannelPass
 from sparsify.method.pattern import NM
 from sparsify.method.region_pass import RegionPass
-from sparsify.method.weight_pass import WeightPass
+from sparsify.method.weight_pass import MatrixPass
 from sparsify.prune.engine import prune as prune_weights
 from sparsify.prune.names import Named, Wanted
 from sparsify.prune.targets import UNFIT, choose
@@ -277,7 +277,7 @@ def prune(
                 run.channels, left, orders = reorder(program, own, run.lanes, data.batches, seam.context)
                 run.skipped += left
                 compiled.dense = reordered(compiled.dense, orders)
-            elif isinstance(own, WeightPass):
+            elif isinstance(own, MatrixPass):
                 run.sites = prune_weights(
                     program,
                     own,
@@ -375,7 +375,7 @@ def _runs(model: Captured, request: Request) -> list[PassRun]:
     runs = []
     for place, own in enumerate(request.others, len(request.structural)):
         wanted = model.wanted.of_pass(place)
-        if not isinstance(own, (ChannelPass, WeightPass, RegionPass, GraphPass, LoweringPass)):
+        if not isinstance(own, (ChannelPass, MatrixPass, RegionPass, GraphPass, LoweringPass)):
             raise SpecError(
                 f"pass {own.name}",
                 found=f"a pass of kind '{own.kind}' that nothing here runs",
@@ -384,7 +384,7 @@ def _runs(model: Captured, request: Request) -> list[PassRun]:
         run = PassRun(own, schedule)
         if isinstance(own, ChannelPass):
             run.lanes, run.skipped = choose_lanes(model.program, own, wanted)
-        if isinstance(own, WeightPass):
+        if isinstance(own, MatrixPass):
             run.targets, run.skipped = choose(model.program, own.pattern, wanted)
             if isinstance(own.pattern, NM) and any(hasattr(smaller, "round") for smaller in request.structural):
                 m = own.pattern.m

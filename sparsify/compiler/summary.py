@@ -38,7 +38,9 @@ class Summary:
     def line(self) -> str:
         """One line: model, passes, how much is zero, and where it lies."""
         passes = " + ".join([*self.structural, *(spec_text(run.applied) for run in self.runs)]) or "no pass"
-        zeros = f", {self.zeros:.1%} of its weights zero" if any(run.sites for run in self.runs) else ""
+        zeros = (
+            f", {self.zeros:.1%} of its weights zero" if any(run.sites and not run.rounds for run in self.runs) else ""
+        )
         return plain(f"<Compiled {self.model}: {passes}{zeros}; {self.where}>")
 
     @property
@@ -48,7 +50,7 @@ class Summary:
         return zeros_of(self.runs) / max(1, every)
 
     def text(self) -> str:
-        """All of it, a table to each pass that pruned."""
+        """All of it, a table to each pass that pruned or rounded."""
         lines = [self.line(), *self.smaller]
         if self.data is not None:
             lines.append(f"calibrated on {self.data}")

@@ -81,7 +81,7 @@ def compare(
     parsed = [parse_pass(spec) for pipeline in pipelines for spec in pipeline]
     if not parsed:
         raise SpecError("comparing without a pass", found="nothing to do", do="Give --passes wanda:2:4,sparsegpt:2:4")
-    if other := next((own for own in parsed if own.kind not in ("channels", "weights", "regions")), None):
+    if other := next((own for own in parsed if own.kind not in ("channels", "weights", "regions", "rounding")), None):
         raise SpecError(
             f"comparing {other.name}",
             found="a pass that neither prunes nor trains weight by weight, so that no site's error can be told",

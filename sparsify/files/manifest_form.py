@@ -66,13 +66,21 @@ _PASS = {
     "name": _text,
     "options": _mapping,
     "sites": [_SITE],
+    "rounded": [_SITE],
     "regions": [_REGION],
     "channels": [_GROUP],
     "skipped": [_LEFT],
 }  # fmt: skip
 _PART = {"kind": _text, "name": _text, "before": _count, "after": _count, "members": [_cut]}
 _PACKED = {"name": _text, "layout": _text, "dense_bytes": _count, "bytes": _count, "timing": _maybe(_mapping)}
-_RAN = {"spec": _text, "pruned": _count, "left": _share, "error": _figure, "parameters": _two(_count)}
+_RAN = {
+    "spec": _text,
+    "pruned": _count,
+    "rounded": _count,
+    "left": _share,
+    "error": _figure,
+    "parameters": _two(_count),
+}
 _RUN = {
     "command": _text,
     "date": _text,

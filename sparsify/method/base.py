@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal
 
 from sparsify.errors import SpecError
 
-Kind = Literal["structure", "graph", "channels", "weights", "regions", "lowering"]
+Kind = Literal["structure", "graph", "channels", "weights", "regions", "rounding", "lowering"]
 Change = Literal["shapes", "weights", "graph"]
 
 
@@ -25,7 +25,8 @@ class Pass:
             option (``Args:`` or ``Attributes:``) without importing the pass (:mod:`sparsify.method.declared`).
         kind: who runs it: ``structure`` makes the model smaller, ``graph`` sees a captured program as a whole,
             ``channels`` puts channels into another order, ``weights`` prunes one matrix after the other, ``regions``
-            trains one block after the other, ``lowering`` rewrites the graph for packed operators.
+            trains one block after the other, ``rounding`` rounds one matrix after the other, ``lowering`` rewrites the
+            graph for packed operators.
         follows: kinds of passes that may have run before it; ``misplaced`` says why no other may.
         changes: what it may change of the model: the shapes of parameters, their values, the graph. Checked after
             it has run, and before: a backend that writes parameters alone takes no pass that changes the graph.
@@ -89,9 +90,10 @@ def check_order(passes: Sequence[Pass]) -> None:
 def _advice(own: Pass) -> str:
     return {
         "structure": "Give structural passes first",
-        "graph": "Give it before passes that lower the graph",
+        "graph": "Give it before passes that round weights or lower the graph",
         "channels": "Give it before the passes that prune: --pass permute:2:4 --pass twin:2:4",
-        "weights": "Give it before passes that lower the graph",
-        "regions": "Give it before passes that lower the graph",
+        "weights": "Give it before passes that round weights or lower the graph",
+        "regions": "Give it before passes that round weights or lower the graph",
+        "rounding": "Give it before passes that lower the graph",
         "lowering": "Lower once, at the end",
     }[own.kind]

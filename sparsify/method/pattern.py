@@ -1,7 +1,8 @@
 """Sparsity patterns as values: what fraction or arrangement of zeros is asked for.
 
 ``50%`` and ``0.5`` are unstructured; ``2:4`` keeps N = 2 of every M = 4 consecutive input features, which is
-NVIDIA's meaning. (The papers' code counts the zeros instead; both agree for 2:4 and 4:8.)
+NVIDIA's meaning. (The papers' code counts the zeros instead; both agree for 2:4 and 4:8.) What is rounded has no
+pattern of zeros but lies on a grid of few bits: ``int8``, ``int4`` or ``int3``.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from sparsify.errors import PatternError
 # Longer ones are no numbers that anybody means, and Python converts no number of 5000 digits.
 _LONGEST = 64
 _FORMS = "Write a percentage (50%), a fraction of zeros (0.5), or N:M (2:4 keeps 2 of every 4)"
+_BITS = (8, 4, 3)
+_GRIDS = "Write int8, int4 or int3"
 
 
 @dataclass(frozen=True)
@@ -105,3 +108,48 @@ def parse_pattern(text: str) -> Pattern:
             do=f"Write {text}% for a percentage, or a fraction below 1 such as 0.5",
         )
     raise PatternError(f"pattern '{text}'", found="not a pattern that sparsify knows", do=_FORMS)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """2^bits neighbouring integers, 0 among them, times a scale."""
+
+    bits: int
+
+    def __post_init__(self) -> None:
+        if self.bits not in _BITS:
+            raise PatternError(f"grid {self}", found=f"{self.bits} bits, and 8, 4 and 3 are what there is", do=_GRIDS)
+
+    def __str__(self) -> str:
+        return f"int{self.bits}"
+
+    @property
+    def half(self) -> int:
+        """Half of its integers: those of a symmetric grid are −half … half − 1, or with the signs turned."""
+        return 1 << (self.bits - 1)
+
+    @property
+    def span(self) -> int:
+        """The largest of its integers less the smallest."""
+        return (1 << self.bits) - 1
+
+    def unfit(self, in_features: int) -> str | None:
+        """Why rows of ``in_features`` weights cannot lie on it: they always can, for a last group may be shorter."""
+        return None
+
+
+def is_grid(text: str) -> bool:
+    """Whether ``text`` means a grid, and no pattern of zeros."""
+    return text.strip().startswith("int")
+
+
+def parse_grid(text: str) -> Grid:
+    """Return the grid that ``text`` spells; ``parse_grid(str(g)) == g``.
+
+    Raises:
+        PatternError: ``text`` is no grid, or one that there is not.
+    """
+    found = re.fullmatch(r"int(\d{1,3})", text.strip(), re.ASCII)
+    if found is None:
+        raise PatternError(f"grid '{text.strip()[:32]}'", found="not a grid that sparsify knows", do=_GRIDS)
+    return Grid(int(found[1]))

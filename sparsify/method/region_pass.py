@@ -42,7 +42,7 @@ class RegionPass(Pass):
 
     kind: ClassVar[Kind] = "regions"
     follows: ClassVar[frozenset[Kind]] = frozenset({"structure", "graph", "channels", "weights", "regions"})
-    misplaced: ClassVar[str] = "weights that are packed by then"
+    misplaced: ClassVar[str] = "weights that are rounded or packed by then"
     changes: ClassVar[frozenset[Change]] = frozenset({"weights"})
 
     @property

@@ -26,6 +26,7 @@ _OWN = {
         "magnitude": "sparsify.passes.magnitude:Magnitude",
         "permute": "sparsify.passes.permute:Permute",
         "refine": "sparsify.passes.refine:Refine",
+        "round": "sparsify.passes.round:Round",
         "sparsegpt": "sparsify.passes.sparsegpt:SparseGPT",
         "twin": "sparsify.passes.twin:Twin",
         "wanda": "sparsify.passes.wanda:Wanda",

@@ -1,8 +1,8 @@
 """Spec text to passes and back, and to backends: ``wanda:2:4``, ``wanda:50%,group=input,blocksize=128``.
 
-The grammar is NAME:PATTERN[,OPTION=VALUE]…; of what takes no pattern NAME[:OPTION=VALUE[,OPTION=VALUE]…]. Options
-are the fields of the dataclass and are checked against their types. ``parse_pass(str(spec_text(p))) == p`` for every
-pass, so a printed spec is a runnable one.
+The grammar is NAME:PATTERN[,OPTION=VALUE]…, the pattern being a grid (``int4``) for a pass that rounds; of what takes
+none NAME[:OPTION=VALUE[,OPTION=VALUE]…]. Options are the fields of the dataclass and are checked against their types.
+``parse_pass(str(spec_text(p))) == p`` for every pass, so a printed spec is a runnable one.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 from sparsify.errors import SpecError, near
 from sparsify.method.base import Pass
-from sparsify.method.pattern import parse_pattern
+from sparsify.method.pattern import Grid, Pattern, is_grid, parse_grid, parse_pattern
 from sparsify.method.registry import find, known
 
 
@@ -30,12 +30,22 @@ def parse_pass(text: str) -> Pass:
     name, pattern, options = _parts(text)
     # What can be refused without loading the method (and torch with it) is.
     known("sparsify.passes", name)
-    parsed = parse_pattern(pattern) if pattern else None
+    parsed = _pattern(pattern) if pattern else None
     kind = find_pass(name)
+    rounds = typing.get_type_hints(kind).get("pattern") is Grid
     if parsed is None and kind.takes_pattern():
-        raise SpecError(f"pass '{text}'", found="no pattern after the name", do=f"Write {name}:2:4 or {name}:50%, say")
+        do = f"Write {name}:int8 or {name}:int4, say" if rounds else f"Write {name}:2:4 or {name}:50%, say"
+        raise SpecError(
+            f"pass '{text}'", found="no grid after the name" if rounds else "no pattern after the name", do=do
+        )
     if parsed is not None and not kind.takes_pattern():
         raise SpecError(f"pass '{text}'", found=f"a pattern, which {name} has not", do=f"Write {name}")
+    if parsed is not None and rounds and not isinstance(parsed, Grid):
+        do = f"Prune before it: --pass twin:{pattern} --pass {name}:int4"
+        raise SpecError(f"pass '{text}'", found="a pattern of zeros, and it makes none: it rounds values", do=do)
+    if isinstance(parsed, Grid) and not rounds:
+        do = f"Round after it: --pass {name}:2:4 --pass round:{pattern}"
+        raise SpecError(f"pass '{text}'", found="a grid of values, which is no pattern of zeros", do=do)
     given = _options(kind, name, options) | ({} if parsed is None else {"pattern": parsed})
     made: Pass = kind(**given)
     return made
@@ -75,7 +85,7 @@ def check_pass(text: str) -> None:
     name, pattern, _ = _parts(text)
     known("sparsify.passes", name)
     if pattern:
-        parse_pattern(pattern)
+        _pattern(pattern)
 
 
 def parse_backend(text: str) -> Any:
@@ -119,6 +129,10 @@ def split_specs(text: str) -> list[str]:
 def split_pipeline(text: str) -> list[str]:
     """``twin:2:4+refine:rate=0.01`` as the specs of passes that run one after the other."""
     return [spec for piece in re.split(r"\+(?=\s*[a-z])", text) if (spec := piece.strip())]
+
+
+def _pattern(text: str) -> Pattern | Grid:
+    return parse_grid(text) if is_grid(text) else parse_pattern(text)
 
 
 def _parts(text: str) -> tuple[str, str, list[str]]:

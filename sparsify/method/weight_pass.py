@@ -14,8 +14,8 @@ from torch import Tensor
 
 from sparsify.errors import SpecError
 from sparsify.method.base import Change, Kind, Pass
-from sparsify.method.pattern import NM, Pattern, Unstructured
-from sparsify.method.selection import Axis, Comparison, Count, select
+from sparsify.method.pattern import NM, Grid, Pattern, Unstructured
+from sparsify.method.selection import Axis, Comparison, Count, holds, select
 from sparsify.method.shares import parse_shares
 from sparsify.method.statistics import InputStatistics
 
@@ -37,8 +37,59 @@ class Pruned:
 
 
 @dataclass(frozen=True)
-class WeightPass(Pass):
-    """Base of all weight passes.
+class MatrixPass(Pass):
+    """Base of all passes that take one matrix after the other: those that prune weights, and those that round them.
+
+    Args:
+        pattern: what a matrix is like afterwards.
+    """
+
+    pattern: Pattern | Grid
+
+    kind: ClassVar[Kind] = "weights"
+    follows: ClassVar[frozenset[Kind]] = frozenset({"structure", "graph", "channels", "weights", "regions"})
+    misplaced: ClassVar[str] = "weights that are rounded or packed by then"
+    changes: ClassVar[frozenset[Change]] = frozenset({"weights"})
+
+    @property
+    def keeps_weights(self) -> bool:
+        """Whether weights that are not pruned stay as they were, to the bit; verified after each site."""
+        return True
+
+    def broken(self, weight: Tensor) -> str | None:
+        """Where a result [out_features, in_features] is not as it should be, or None; verified after each site."""
+        raise NotImplementedError
+
+    def prune(self, weight: Tensor, statistics: InputStatistics) -> Pruned:
+        """Prune (or round) one matrix.
+
+        Args:
+            weight: [out_features, in_features], the dtype of the checkpoint.
+            statistics: what was recorded about its input.
+        """
+        raise NotImplementedError
+
+    def without_data(self) -> MatrixPass:
+        """The pass for an expert that no calibration token reached."""
+        raise NotImplementedError
+
+    def _given(self, option: str) -> bool:
+        """Whether an option differs from its default."""
+        return bool(getattr(self, option) != next(f.default for f in fields(self) if f.name == option))
+
+    def _unused(self, options: Sequence[str], why: str) -> None:
+        """Refuse options that would do nothing."""
+        for option in options:
+            if self._given(option):
+                raise self._refuse(f"{option}={getattr(self, option)}", why, f"Leave {option} out")
+
+    def _refuse(self, asked: str, found: str, do: str) -> SpecError:
+        return SpecError(f"{self.name}:{self.pattern},{asked}", found=found, do=do)
+
+
+@dataclass(frozen=True)
+class WeightPass(MatrixPass):
+    """Base of all passes that prune weights.
 
     Args:
         pattern: which weights go.
@@ -66,10 +117,6 @@ class WeightPass(Pass):
     outliers: float = 5.0
     kinds: str = ""
 
-    kind: ClassVar[Kind] = "weights"
-    follows: ClassVar[frozenset[Kind]] = frozenset({"structure", "graph", "channels", "weights", "regions"})
-    misplaced: ClassVar[str] = "weights that are packed by then"
-    changes: ClassVar[frozenset[Change]] = frozenset({"weights"})
     common_to: ClassVar[str] = "every pass that prunes weights"
     default_group: ClassVar[Axis] = "output"
 
@@ -77,11 +124,6 @@ class WeightPass(Pass):
     def needs_data(self) -> bool:
         """Whether it needs calibration: for statistics, or to spread its zeros over sites."""
         return bool(self.statistics) or self.allocation != "uniform"
-
-    @property
-    def keeps_weights(self) -> bool:
-        """Whether weights that are not pruned stay as they were, to the bit; verified after each site."""
-        return True
 
     @property
     def exact_counts(self) -> bool:
@@ -134,16 +176,6 @@ class WeightPass(Pass):
         if self.outliers <= 1:
             raise self._refuse(f"outliers={self.outliers:g}", "an outlier exceeds the mean", "Choose 3 to 10")
 
-    def _given(self, option: str) -> bool:
-        """Whether an option differs from its default."""
-        return bool(getattr(self, option) != next(f.default for f in fields(self) if f.name == option))
-
-    def _unused(self, options: Sequence[str], why: str) -> None:
-        """Refuse options that would do nothing."""
-        for option in options:
-            if self._given(option):
-                raise self._refuse(f"{option}={getattr(self, option)}", why, f"Leave {option} out")
-
     @property
     def comparison(self) -> Comparison:
         """The group of weights that compete, with the default of the method."""
@@ -155,14 +187,8 @@ class WeightPass(Pass):
         otherwise."""
         return self.comparison
 
-    def prune(self, weight: Tensor, statistics: InputStatistics) -> Pruned:
-        """Prune one matrix.
-
-        Args:
-            weight: [out_features, in_features], the dtype of the checkpoint.
-            statistics: what was recorded about its input.
-        """
-        raise NotImplementedError
+    def broken(self, weight: Tensor) -> str | None:
+        return holds(weight, self.pattern, self.counted) if self.exact_counts else None
 
     def without_data(self) -> WeightPass:
         """The pass for an expert that no calibration token reached: the smallest go, with this pass's pattern and
@@ -182,9 +208,6 @@ class WeightPass(Pass):
             spread=plain.spread,
             outliers=plain.outliers,
         )
-
-    def _refuse(self, asked: str, found: str, do: str) -> SpecError:
-        return SpecError(f"{self.name}:{self.pattern},{asked}", found=found, do=do)
 
 
 @dataclass(frozen=True)

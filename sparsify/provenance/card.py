@@ -36,8 +36,9 @@ def write_card(folder: Path, manifest: dict[str, Any]) -> None:
 def _header(manifest: Mapping[str, Any], dense: Mapping[str, Any], kind: Kind) -> str:
     from huggingface_hub import ModelCardData
 
-    ran = [own for run in _history(manifest) for own in run.get("passes", ())]
-    patterns = {site.get("pattern") for own in manifest.get("passes", ()) for site in own["sites"]}
+    ran = [own for run in _history(manifest) for own in run.get("passes", ()) if "rounded" not in own]
+    sites = (site for own in manifest.get("passes", ()) for site in (*own["sites"], *own.get("rounded", ())))
+    patterns = {site.get("pattern") for site in sites}
     tags = ["sparsify", *(["pruned"] if ran else []), *sorted(short(p) for p in patterns if p)[:8]]
     tags += [run["command"] for run in _history(manifest) if run["command"] == "tune"][:1]
     content = ModelCardData(
@@ -49,7 +50,7 @@ def _header(manifest: Mapping[str, Any], dense: Mapping[str, Any], kind: Kind) -
 
 def _body(manifest: Mapping[str, Any], dense: str | None, kind: Kind) -> str:
     base, history = _base(manifest, kind), _history(manifest)
-    what = kind.what(any(run.get("passes") for run in history))
+    what = kind.what(any("rounded" not in own for run in history for own in run.get("passes", ())))
     parts = [f"# {'A model' if base is None else code(base)}, {what}"]
     parts.append(f"Made {'' if base is None else f'of {code(base)} '}by sparsify (`pip install sparsify-fx`).")
     if dense is not None:
@@ -95,8 +96,9 @@ def _rows(number: int, run: Mapping[str, Any]) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = []
     for own in passes:
         before, after = own.get("parameters", (None, None))
-        sites = str(own["pruned"]) if "pruned" in own else "" if before is None else f"{before:,} → {after:,} numbers"
-        kept, error = own.get("left"), own.get("error")
+        sites = "" if before is None else f"{before:,} → {after:,} numbers"
+        sites = str(own["pruned"]) if "pruned" in own else f"{own['rounded']} rounded" if "rounded" in own else sites
+        kept, error = None if "rounded" in own else own.get("left"), own.get("error")
         figures = ("" if kept is None else f"{kept:.2%}", "" if error is None else f"{error:.4f}")
         rows.append((str(number), code(own.get("spec", ""), cell=True), sites, *figures, source))
     return rows

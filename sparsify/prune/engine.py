@@ -29,7 +29,7 @@ from sparsify.errors import SpecError
 from sparsify.host import within_memory
 from sparsify.ir.program import Program
 from sparsify.ir.weights import Weights
-from sparsify.method.weight_pass import WeightPass
+from sparsify.method.weight_pass import MatrixPass, WeightPass
 from sparsify.precision import exact_products
 from sparsify.prune.allocation import Measured, allocate
 from sparsify.prune.shares import shared_out
@@ -44,7 +44,7 @@ _MEASURED = 0.5
 @exact_products()
 def prune(
     program: Program,
-    weight_pass: WeightPass,
+    weight_pass: MatrixPass,
     targets: Sequence[Target],
     data: Samples | None,
     context: Context,
@@ -69,7 +69,7 @@ def prune(
     with within_memory(f"pass {weight_pass.name}", context.device), Gradients(context.memory // 4) as gradients:
         if wanted:
             measure_gradients(program, [t.parameter for t in targets], data, wanted, gradients, context)
-        if weight_pass.allocation != "uniform":
+        if isinstance(weight_pass, WeightPass) and weight_pass.allocation != "uniform":
             sites = [site for target in targets for site in target.sites]
             recorders = measure_inputs(program, sites, data.batches, ("squared_norm",), context)
             passes = allocate(
@@ -89,7 +89,7 @@ class Engine:
     def __init__(
         self,
         program: Program,
-        passes: Mapping[str, WeightPass],
+        passes: Mapping[str, MatrixPass],
         targets: Sequence[Target],
         batches: Sequence[Mapping[str, Tensor]],
         context: Context,

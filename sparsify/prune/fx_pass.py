@@ -26,7 +26,7 @@ from sparsify.frontend.source import Source
 from sparsify.host import cpu_by_default
 from sparsify.ir.graph import placeholder_values, set_tensor
 from sparsify.ir.store import MemoryStore
-from sparsify.method.weight_pass import WeightPass
+from sparsify.method.weight_pass import MatrixPass
 from sparsify.prune.engine import prune
 from sparsify.prune.names import Wanted
 from sparsify.prune.targets import choose
@@ -48,7 +48,7 @@ class GraphPrune(PassBase):
 
     def __init__(
         self,
-        weight_pass: WeightPass,
+        weight_pass: MatrixPass,
         calibration: Sequence[Any] = (),
         *,
         example_inputs: Sequence[Any] | None = None,
@@ -58,10 +58,10 @@ class GraphPrune(PassBase):
         device: torch.device | None = None,
     ) -> None:
         super().__init__()
-        if not isinstance(weight_pass, WeightPass):
+        if not isinstance(weight_pass, MatrixPass):
             raise SpecError(
                 f"GraphPrune of {weight_pass!r}",
-                found="no pass that prunes weights",
+                found="no pass that prunes or rounds weights",
                 do='Give one: GraphPrune(Wanda(NM(2, 4)), …), or GraphPrune(parse_pass("wanda:2:4"), …)',
             )
         self.weight_pass, self.calibration, self.example_inputs = weight_pass, calibration, example_inputs

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from sparsify.errors import SpecError, near
 from sparsify.method.shares import belongs, parse_shares
-from sparsify.method.weight_pass import WeightPass
+from sparsify.method.weight_pass import MatrixPass, WeightPass
 from sparsify.prune.targets import Target
 
 
-def shared_out(weight_pass: WeightPass, targets: Sequence[Target]) -> dict[str, WeightPass]:
+def shared_out(weight_pass: MatrixPass, targets: Sequence[Target]) -> Mapping[str, MatrixPass]:
     """``weight_pass`` for each target's parameter, with the percentage of its kind; of several names that call a kind
     the longest counts.
 
     Raises:
         SpecError: a name that calls no kind of site that is pruned.
     """
+    if not isinstance(weight_pass, WeightPass):
+        return {target.parameter: weight_pass for target in targets}
     shares, used = parse_shares(weight_pass.kinds), set[str]()
     found = {}
     for target in targets:

@@ -10,7 +10,7 @@ from sparsify.analysis.linear import LinearSite, find_sites
 from sparsify.analysis.zeros import always_zero
 from sparsify.errors import Refused, SpecError
 from sparsify.ir.program import Program
-from sparsify.method.pattern import Pattern
+from sparsify.method.pattern import Grid, Pattern
 from sparsify.prune.names import Wanted
 
 # The code of a site that stays dense because --only names others.
@@ -36,7 +36,7 @@ class Target:
         return self.sites[0]
 
 
-def choose(program: Program, pattern: Pattern, wanted: Wanted) -> tuple[list[Target], list[Refused]]:
+def choose(program: Program, pattern: Pattern | Grid, wanted: Wanted) -> tuple[list[Target], list[Refused]]:
     """Split the parameters of ``program``'s linear sites into targets and those that stay dense, with the reason.
 
     By default every linear site inside a repeated block is a target, as in the papers; where a model
@@ -93,7 +93,8 @@ def choose(program: Program, pattern: Pattern, wanted: Wanted) -> tuple[list[Tar
         # What was asked for first: a model has many sites that were not.
         first = sorted(skipped, key=lambda s: s.code == NOT_NAMED)[:3]
         reasons = "; ".join(f"{s.node}: {s.reason}" for s in first) or "the model has no linear site"
-        raise SpecError(f"pruning to {pattern}", found=f"nothing to prune ({reasons})", do="See sparsify inspect")
+        verb, bare = ("rounding", "round") if isinstance(pattern, Grid) else ("pruning", "prune")
+        raise SpecError(f"{verb} to {pattern}", found=f"nothing to {bare} ({reasons})", do="See sparsify inspect")
     return targets, skipped
 
 

@@ -14,14 +14,14 @@ from sparsify.context import Context, Progress, SiteResult
 from sparsify.errors import CalibrationError, SparsifyError
 from sparsify.ir.program import Program
 from sparsify.method.statistics import InputStatistics
-from sparsify.method.weight_pass import Pruned, WeightPass
+from sparsify.method.weight_pass import MatrixPass, Pruned
 from sparsify.prune.targets import Target
 from sparsify.prune.verify import verify_pruned
 from sparsify.tensors import all_finite
 
 
 def prune_without_data(
-    program: Program, passes: Mapping[str, WeightPass], targets: Sequence[Target], context: Context
+    program: Program, passes: Mapping[str, MatrixPass], targets: Sequence[Target], context: Context
 ) -> list[SiteResult]:
     """Prune every target by the pass of its parameter and its weights alone; nothing is run."""
     results = []
@@ -45,7 +45,7 @@ class Turn:
     def __init__(
         self,
         program: Program,
-        weight_pass: WeightPass,
+        weight_pass: MatrixPass,
         target: Target,
         device: torch.device,
         recorder: GroupRecorder | None = None,

@@ -6,12 +6,11 @@ import torch
 from torch import Tensor
 
 from sparsify.errors import VerifyError
-from sparsify.method.selection import holds
-from sparsify.method.weight_pass import Pruned, WeightPass
+from sparsify.method.weight_pass import MatrixPass, Pruned
 from sparsify.tensors import all_finite
 
 
-def verify_pruned(name: str, weight_pass: WeightPass, before: Tensor, pruned: Pruned) -> None:
+def verify_pruned(name: str, weight_pass: MatrixPass, before: Tensor, pruned: Pruned) -> None:
     """Check one matrix [out_features, in_features] against what ``weight_pass`` promises.
 
     Raises:
@@ -33,7 +32,7 @@ def verify_pruned(name: str, weight_pass: WeightPass, before: Tensor, pruned: Pr
         raise fail("a weight that is NaN or infinite")
     elif bool(weight[mask].any()):
         raise fail("a pruned weight that is not zero")
-    if weight_pass.exact_counts and (broken := holds(weight, weight_pass.pattern, weight_pass.counted)):
+    if broken := weight_pass.broken(weight):
         raise fail(broken)
 
 

@@ -24,7 +24,8 @@ def _run(at: int, run: Mapping[str, Any]) -> Markup:
         rows.append(("its weights", code(source["weights"])))
     for own in run.get("passes", ()):
         told = [f"{own['pruned']:,} weights"] if "pruned" in own else []
-        told += [f"{own['left']:.2%} kept"] if "left" in own else []
+        told += [f"{own['rounded']:,} weights rounded"] if "rounded" in own else []
+        told += [f"{own['left']:.2%} kept"] if "left" in own and "rounded" not in own else []
         told += [f"mean error {own['error']:.4f}"] if "error" in own else []
         told += ["{:,} → {:,} numbers".format(*own["parameters"])] if "parameters" in own else []
         rows.append(("pass", joined([code(short(own.get("spec", ""))), f": {', '.join(told)}" if told else None])))

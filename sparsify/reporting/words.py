@@ -75,6 +75,10 @@ def _pass(own: Mapping[str, Any]) -> str:
         weights = "one weight matrix" if own["pruned"] == 1 else f"{own['pruned']:,} weight matrices"
         error = f" (mean output error {own['error']:.3f})" if "error" in own else ""
         return f"{spec} kept {own['left']:.2%} of {weights}{error}"
+    if "rounded" in own:
+        weights = "one weight matrix" if own["rounded"] == 1 else f"{own['rounded']:,} weight matrices"
+        error = f" (mean output error {own['error']:.3f})" if "error" in own else ""
+        return f"{spec} rounded {weights}{error}"
     return f"{spec} ran"
 
 

@@ -79,7 +79,7 @@ def test_every_registered_pass_declares_itself() -> None:
     for name in registered("sparsify.passes"):
         kind = find("sparsify.passes", name)
         assert issubclass(kind, Pass) and kind.name == name and kind.summary
-        assert kind.kind in ("structure", "graph", "channels", "weights", "regions", "lowering")
+        assert kind.kind in ("structure", "graph", "channels", "weights", "regions", "rounding", "lowering")
         assert kind.misplaced and kind.changes
 
 
@@ -159,7 +159,7 @@ def test_what_a_graph_pass_gets_wrong_is_named(what: str, found: str) -> None:
 def test_what_is_no_pass_is_refused(passes: list[str]) -> None:
     with pytest.raises(SpecError, match="no pass"):
         sparsify.compile(net(), passes, calibration=[X])
-    with pytest.raises(SpecError, match="no pass that prunes weights"):
+    with pytest.raises(SpecError, match="no pass that prunes or rounds weights"):
         sparsify.GraphPrune(Scale(), [X])  # type: ignore[arg-type]
 
 

@@ -29,7 +29,7 @@ def test_every_registered_pass_round_trips(name: str) -> None:
     if not find("sparsify.passes", name).takes_pattern():
         assert spec_text(parse_pass(name)) == name
         return
-    one = {"activation": "50%", "llm-pruner": "50%", "permute": "2:4"}.get(name)
+    one = {"activation": "50%", "llm-pruner": "50%", "permute": "2:4", "round": "int4"}.get(name)
     for pattern in (one,) if one is not None else ("2:4", "50%"):
         assert spec_text(parse_pass(f"{name}:{pattern}")) == f"{name}:{pattern}"
 

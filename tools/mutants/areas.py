@@ -79,7 +79,7 @@ AREAS = {
     "passes": Area(
         ("sparsify/passes/wanda.py", "sparsify/passes/gblm.py", "sparsify/passes/activation.py",
          "sparsify/passes/sparsegpt.py", "sparsify/passes/alps.py", "sparsify/passes/apt.py",
-         "sparsify/passes/solvers/fitting.py", "sparsify/passes/scored.py", "sparsify/passes/gradient.py",
+         "sparsify/passes/solvers/fitting.py", "sparsify/passes/solvers/scored.py", "sparsify/passes/gradient.py",
          "sparsify/passes/llm_pruner.py", "sparsify/passes/twin.py", "sparsify/passes/solvers"),
         ("tests/passes", "--ignore=tests/passes/test_lower_sparse.py", "--ignore=tests/passes/test_all_methods.py"),
     ),
