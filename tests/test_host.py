@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from unittest.mock import patch
 
 import pytest
@@ -9,7 +11,7 @@ import torch
 from support.command_line import sparsify as command
 
 from sparsify.errors import SpecError
-from sparsify.host import free_memory, resolve_device
+from sparsify.host import free_memory, resolve_device, young_heap
 
 
 def test_devices_that_are_here() -> None:
@@ -36,3 +38,36 @@ def test_a_gpu_that_is_there_and_fails() -> None:
 def test_a_command_says_it_before_a_model_is_opened(words: tuple[str, ...]) -> None:
     done = command(*words, "--device", "cuda:3")
     assert done.returncode == 2 and "device 'cuda:3': none that works" in done.stderr
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_young_heap_frees_what_was_made_in_it_and_leaves_no_other_object_out(frozen: bool) -> None:
+    class Cycle:
+        def __init__(self) -> None:
+            self.own = self
+
+    gc.unfreeze()
+    older = Cycle()
+    if frozen:
+        gc.freeze()
+    try:
+        count = gc.get_freeze_count()
+        with young_heap():
+            made = weakref.ref(Cycle())
+            gc.collect()
+            assert made() is None
+        assert gc.get_freeze_count() == count
+        gone = weakref.ref(older)
+        del older
+        gc.unfreeze()
+        gc.collect()
+        assert gone() is None
+    finally:
+        gc.unfreeze()
+
+
+def test_a_young_heap_ends_with_an_error() -> None:
+    gc.unfreeze()
+    with pytest.raises(ValueError, match="within"), young_heap():
+        raise ValueError("within")
+    assert gc.get_freeze_count() == 0

@@ -29,7 +29,7 @@ from sparsify.frontend.tracing.functional import without_writes
 from sparsify.frontend.tracing.mends import mended
 from sparsify.frontend.tracing.recurrences import kept_whole
 from sparsify.frontend.tracing.ways import without_ways
-from sparsify.host import quiet, release_freed
+from sparsify.host import quiet, release_freed, young_heap
 from sparsify.ir.graph import empty_root, inline
 from sparsify.ir.operators import placed
 from sparsify.ir.program import Program
@@ -49,15 +49,16 @@ def capture(source: Source, batch: Batch) -> Program:
     """
     report(Progress("tracing", what=source.name))
     module = source.running()
-    with kept_whole(module) as recurrences:
-        exported, literals = export(module, batch)
-        recurrences.write_into(exported.graph)
-    program = from_exported(exported, source.weights, constants=_real_tensors(module))
-    program.model, program.literals = type(source.module).__name__, literals
-    _check_read(program, source.module)
-    del exported
-    # Exporting leaves reference cycles as large as the graph; a second capture would stack on them.
-    gc.collect()
+    with young_heap():
+        with kept_whole(module) as recurrences:
+            exported, literals = export(module, batch)
+            recurrences.write_into(exported.graph)
+        program = from_exported(exported, source.weights, constants=_real_tensors(module))
+        program.model, program.literals = type(source.module).__name__, literals
+        _check_read(program, source.module)
+        del exported
+        # Exporting leaves reference cycles as large as the graph; a second capture would stack on them.
+        gc.collect()
     release_freed()
     return program
 
