@@ -19,7 +19,7 @@ from sparsify.method.pattern import Grid
 from sparsify.method.statistics import InputStatistics
 from sparsify.method.weight_pass import MatrixPass, Pruned
 from sparsify.passes.solvers.gram import DampedGram, damped_gram
-from sparsify.passes.solvers.rounding import Fitted, Scale, fit, grouped, integers, ungrouped
+from sparsify.passes.solvers.rounding import Fitted, Scale, fit, grouped, integers, unfit_dtype, ungrouped
 from sparsify.passes.solvers.sweep import sweep
 from sparsify.tensors import all_finite
 
@@ -117,7 +117,7 @@ class Round(MatrixPass):
             own = gone[start : start + len(columns)]
             kept = columns.masked_fill(own, 0).t().contiguous()
             found = self._fit(kept, weight.dtype, moments[start : start + len(columns)])
-            fitted[:] = [Fitted(found.grid, found.scale.squeeze(-1), found.low.squeeze(-1), found.dtype)]
+            fitted[:] = [found.of_columns()]
             return own
 
         def settle(column: Tensor, _: int) -> None:
@@ -140,9 +140,7 @@ class Round(MatrixPass):
         return Pruned(result, mask, notes)
 
     def _check_dtype(self, dtype: torch.dtype) -> None:
-        if self.pattern.bits == 8 and not self.symmetric and dtype == torch.bfloat16:
+        if (found := unfit_dtype(self.pattern, dtype, symmetric=self.symmetric)) is not None:
             raise self._refuse(
-                "symmetric=false",
-                "weights in bfloat16, whose 8 significant bits do not tell 256 integers from a zero point apart",
-                "Leave symmetric out, or compile with --dtype float16 or float32",
+                "symmetric=false", found, "Leave symmetric out, or compile with --dtype float16 or float32"
             )

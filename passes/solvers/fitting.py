@@ -24,7 +24,7 @@ from sparsify.method.statistics import InputStatistics
 from sparsify.method.weight_pass import Pruned, WeightPass
 from sparsify.passes.solvers.exact import Solver, conjugate_gradients, solve_rows
 from sparsify.passes.solvers.gram import DampedGram, damped_gram
-from sparsify.passes.solvers.sweep import Chooser, block_update, sweep
+from sparsify.passes.solvers.sweep import Chooser, Settler, block_update, sweep
 from sparsify.tensors import all_finite
 
 FitTarget = Literal["pruned", "dense"]
@@ -109,8 +109,8 @@ class Problem:
     gram: DampedGram
     keep_dead: bool
 
-    def swept(self, choose: Chooser | Tensor, width: int) -> tuple[Tensor, Tensor]:
-        return sweep(self.goal, self.gram.root, choose, width)
+    def swept(self, choose: Chooser | Tensor, width: int, settle: Settler | None = None) -> tuple[Tensor, Tensor]:
+        return sweep(self.goal, self.gram.root, choose, width, settle)
 
     def solved(self, mask: Tensor, method: Method, solver: Solver = "auto", start: Tensor | None = None) -> Tensor:
         """The kept weights under ``mask``; ``start`` is a sweep's result for it, where there is one already."""

@@ -42,6 +42,17 @@ class Fitted:
         whole = torch.minimum(whole, self.low + self.grid.span)
         return whole.mul_(self.scale).to(self.dtype).float()
 
+    def of_columns(self) -> Fitted:
+        """The same scales, [...] where they are [..., 1]: for one weight of each group at a time."""
+        return Fitted(self.grid, self.scale.squeeze(-1), self.low.squeeze(-1), self.dtype)
+
+
+def unfit_dtype(grid: Grid, dtype: torch.dtype, *, symmetric: bool) -> str | None:
+    """Why values of ``dtype`` would not tell the integers of ``grid`` apart, or None where they do."""
+    if grid.bits == 8 and not symmetric and dtype == torch.bfloat16:
+        return "weights in bfloat16, whose 8 significant bits do not tell 256 integers from a zero point apart"
+    return None
+
 
 def fit(values: Tensor, grid: Grid, dtype: torch.dtype, *, symmetric: bool, scale: Scale, weights: Tensor) -> Fitted:
     """Scales for groups of weights, [..., 1] each.

@@ -53,6 +53,12 @@ class Pass:
         """Whether it needs calibration batches."""
         return bool(self.statistics)
 
+    @property
+    def leaves(self) -> Kind:
+        """The kind of pass whose work is there after it, for those that follow: more than its own where it does two
+        things at once."""
+        return self.kind
+
     @classmethod
     def options(cls) -> dict[str, Field[Any]]:
         """Every option that has a text form, by its name; a field with ``metadata={"text": False}`` has none."""
@@ -83,7 +89,7 @@ def check_order(passes: Sequence[Pass]) -> None:
     """
     for place, later in enumerate(passes):
         for earlier in passes[:place]:
-            if earlier.kind not in later.follows:
+            if earlier.leaves not in later.follows:
                 raise SpecError(f"{later.name} after {earlier.name}", found=later.misplaced, do=_advice(later))
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +18,9 @@ from transformers.pytorch_utils import Conv1D
 import sparsify
 from sparsify.cli.tables import result_report
 from sparsify.errors import CalibrationError, SpecError
+from sparsify.method.pattern import Grid
 from sparsify.method.spec import parse_pass
+from sparsify.passes.solvers.rounding import integers
 
 
 @pytest.mark.parametrize("pattern", slow.PATTERNS)
@@ -38,6 +42,56 @@ def test_sparsegpt_compares_within_its_blocksize(blocksize: int) -> None:
     pruned = parse_pass(f"sparsegpt:50%,blocksize={blocksize}").prune(weight, slow.statistics(inputs))
     reference, mask = slow.column_by_column(weight, h, dead, "50%", slow.obs_scores, blocksize=blocksize)
     slow.agree(pruned.weight, pruned.mask, reference, mask, weight, h)
+
+
+def by_rows(weight: Tensor, bits: int, symmetric: bool) -> Callable[[Tensor], Tensor]:
+    """The official quantizer, for each output neuron by its dense weights; scales as float16."""
+    least, most = weight.double().amin(1).clamp(max=0), weight.double().amax(1).clamp(min=0)
+    span, half = 2**bits - 1, 2 ** (bits - 1)
+    if symmetric:
+        low = torch.where(-least > most, -half, 1 - half).double()
+        scale = torch.maximum(least / low, most / (low + span)).half().double()
+    else:
+        exact = (most - least) / span
+        scale, low = exact.half().double(), -(-least / exact).round()
+
+    def settle(column: Tensor) -> Tensor:
+        return scale * torch.minimum(torch.maximum((column / scale).round(), low), low + span)
+
+    return settle
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", [8, 4, 3])
+@pytest.mark.parametrize("pattern", ["2:4", "50%"])
+def test_the_joint_mode_equals_the_column_loop(pattern: str, bits: int, symmetric: bool) -> None:
+    weight, inputs = slow.problem("random", columns=64)
+    h, dead = slow.damped(inputs)
+    own = parse_pass(f"sparsegpt:{pattern},bits={bits}" + ("" if symmetric else ",symmetric=false"))
+    result = own.prune(weight, slow.statistics(inputs)).weight
+    reference, _ = slow.column_by_column(
+        weight, h, dead, pattern, slow.obs_scores, settle=by_rows(weight, bits, symmetric)
+    )
+    # In float32 a value between two integers may fall to the other side, and what is right of it follows.
+    assert float(((result.double() - reference).abs() <= 1e-5 * weight.abs().amax()).double().mean()) >= 0.95
+    assert slow.objective(result, weight, h) == pytest.approx(slow.objective(reference, weight, h), rel=0.05)
+    assert integers(result, Grid(bits), 64, symmetric=symmetric) is not None
+    assert own.broken(result) is None and own.broken(result + weight * 0.01) is not None
+
+
+def test_what_is_rounded_jointly_is_not_moved_again(folder: Callable[[str], Path], ids: Tensor, tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match=r"^refine after sparsegpt: .* rounded .*"):
+        sparsify.compile(folder("llama"), ["sparsegpt:2:4,bits=4", "refine"], calibration=[ids])
+    result = sparsify.compile(folder("llama"), ["sparsegpt:2:4,bits=4"], calibration=[ids], output=tmp_path / "out")
+    left = result.program.weights.read("model.layers.0.mlp.down_proj.weight")
+    assert integers(left, Grid(4), left.shape[1], symmetric=True) is not None
+    assert result.manifest["passes"][0]["spec"] == "sparsegpt:2:4,bits=4"
+
+
+def test_bfloat16_has_no_256_values_with_a_zero_point() -> None:
+    weight, inputs = slow.problem("random", columns=64)
+    with pytest.raises(SpecError, match="bits=8,symmetric=false: weights in bfloat16"):
+        parse_pass("sparsegpt:2:4,bits=8,symmetric=false").prune(weight.bfloat16(), slow.statistics(inputs))
 
 
 def sparsegpt_with_hooks(model: Any, blocks: nn.ModuleList, ids: Tensor, pattern: str) -> dict[str, Tensor]:
@@ -104,6 +158,10 @@ def test_raised_damping_reaches_the_report() -> None:
         ("sparsegpt:50%,group=output", "blocks of columns"),
         ("sparsegpt:2:4,solver=cg", "compensation=exact"),
         ("sparsegpt:2:4,percdamp=-1", "share of the diagonal"),
+        ("sparsegpt:2:4,bits=5", "8, 4 and 3"),
+        ("sparsegpt:2:4,bits=16,symmetric=false", "nothing is rounded"),
+        ("sparsegpt:2:4,bits=4,compensation=exact", "off their grid"),
+        ("sparsegpt:2:4,bits=4,dead=keep", "off their grid"),
     ],
 )
 def test_contradictory_options_are_refused(spec: str, match: str) -> None:

@@ -81,8 +81,10 @@ def column_by_column(
     scores: Scores,
     mask: Tensor | None = None,
     blocksize: int = 128,
+    settle: Callable[[Tensor], Tensor] = lambda column: column,
 ) -> tuple[Tensor, Tensor]:
-    """The official SparseGPT loop; ``scores(columns, first, U_jj)`` ranks, ``mask`` given means update only."""
+    """The official SparseGPT loop; ``scores(columns, first, U_jj)`` ranks, ``mask`` given means update only, ``settle``
+    rounds what a column keeps."""
     w = weight.double().clone()
     w[:, dead] = 0
     upper = torch.linalg.cholesky(torch.linalg.inv(h), upper=True)
@@ -102,9 +104,10 @@ def column_by_column(
             block = torch.zeros(part.numel(), dtype=torch.bool)
             block[order] = True
             pruned[:, j : j + blocksize] = block.view(part.shape)
-        error = w[:, j] * pruned[:, j] / upper[j, j]
+        value = settle(w[:, j].masked_fill(pruned[:, j], 0))
+        error = (w[:, j] - value) / upper[j, j]
         w[:, j:] -= error[:, None] * upper[j, j:]
-        w[:, j][pruned[:, j]] = 0
+        w[:, j] = value
     w[pruned] = 0
     return w, pruned
 
