@@ -20,6 +20,7 @@ import argparse
 import json
 import math
 import platform
+import re
 import resource
 import statistics
 import subprocess
@@ -46,6 +47,10 @@ KEPT = ROOT / "tools" / "quality.jsonl"
 LENGTH = 256
 PASSES = "magnitude,wanda,sparsegpt,alps,twin,twin+refine,permute+twin+refine"
 PATTERNS = "50%,2:4,4:8"
+# The methods whose bytes are compared.
+BITS_OF = ("dense", "twin", "round:int8", "round:int4,group=64", "round:int3,group=64")
+# Passes that a pattern of zeros says nothing to.
+OWN_PATTERN = ("refine", "round")
 
 
 @dataclass(frozen=True)
@@ -91,11 +96,11 @@ def bench(asked: Mapping[str, Any]) -> Bench:
 
 
 def specs(passes: str, pattern: str) -> list[str]:
-    """``twin+refine`` at 2:4: twin:2:4, refine. Options follow the name: ``refine:rate=0.01``."""
+    """``twin+refine`` at 2:4: twin:2:4, refine. Options follow the name: ``refine:rate=0.01``, ``round:int8``."""
     found = []
     for name in passes.split("+") if passes != "dense" else []:
         own, _, options = name.partition(":")
-        words = [word for word in ("" if own == "refine" else pattern, options) if word]
+        words = [word for word in ("" if own in OWN_PATTERN else pattern, options) if word]
         found.append(f"{own}:{','.join(words)}" if words else own)
     return found
 
@@ -121,6 +126,23 @@ def one(asked: Mapping[str, Any]) -> dict[str, Any]:
     return {"perplexity": found, **took, "refined": regions, "rates": rates}
 
 
+def listed(passes: str) -> list[str]:
+    """What stands between the commas of ``--passes``, but for those before an option."""
+    return re.split(r",(?![a-z_]+=)", passes)
+
+
+def without_pattern(passes: str) -> bool:
+    return all(name.partition(":")[0] in OWN_PATTERN for name in passes.split("+"))
+
+
+def bits(passes: str, pattern: str) -> float:
+    """Bits that a weight of a pruned or rounded matrix takes packed: of its value, its place, and its scale (16 bits for
+    each group; for a whole row less than a hundredth). Half of the values are there under a pattern."""
+    rounded = next((name for name in passes.split("+") if name.startswith("round")), "")
+    value, group = re.match(r"(?:round:int(\d))?(?:,group=(\d+))?", rounded).groups()  # type: ignore[union-attr]
+    return int(value or 16) * (0.5 if pattern else 1) + (1 if pattern else 0) + (16 / int(group) if group else 0)
+
+
 def key(asked: Mapping[str, Any]) -> tuple[Any, ...]:
     return tuple(asked[word] for word in ("model", "passes", "pattern", "seed", "samples", "calibration"))
 
@@ -140,7 +162,9 @@ def run(args: argparse.Namespace) -> None:
     done = {key(row) for row in kept()}
     seeds = [int(word) for word in args.seeds.split(",")]
     for pattern in ["", *args.patterns.split(",")]:
-        for passes in args.passes.split(",") if pattern else ["dense"]:
+        asked_for = listed(args.passes)
+        plain = [passes for passes in asked_for if without_pattern(passes)]
+        for passes in [p for p in asked_for if p not in plain] if pattern else ["dense", *plain]:
             for seed in seeds if passes not in ("dense", "magnitude") else [0]:
                 asked = {
                     "model": args.which, "passes": passes, "pattern": pattern, "seed": seed, "samples": args.samples,
@@ -166,6 +190,7 @@ def run(args: argparse.Namespace) -> None:
 
 def tables(rows: list[dict[str, Any]]) -> Iterable[str]:
     """A table for each model, number of sequences and text that calibrated: its own text, then what carries over."""
+    everything, rows = rows, [row for row in rows if "round" not in row["passes"]]
     groups = dict.fromkeys((row["model"], row["samples"], row["calibration"]) for row in rows if row["samples"])
     for model, samples, text in groups:
         own = [r for r in rows if (r["model"], r["samples"], r["calibration"]) == (model, samples, text)]
@@ -192,8 +217,29 @@ def tables(rows: list[dict[str, Any]]) -> Iterable[str]:
             for passes in dict.fromkeys(r["passes"] for r in own if r["pattern"] == pattern):
                 yield line([r for r in own if (r["pattern"], r["passes"]) == (pattern, passes)], kinds, dense, wanda)
         yield ""
-    machines = sorted({f"{row['machine']} ({row['date']}, commit {row['commit']})" for row in rows})
+    yield from few_bits(everything)
+    machines = sorted({f"{row['machine']} ({row['date']}, commit {row['commit']})" for row in everything})
     yield "Measured on: " + "; ".join(machines) + "."
+
+
+def few_bits(rows: list[dict[str, Any]]) -> Iterable[str]:
+    """What the bytes of a weight buy, of each model that was rounded: one calibration for all, fewest bits first."""
+    for model in dict.fromkeys(row["model"] for row in rows if "round" in row["passes"]):
+        own = [r for r in rows if r["model"] == model and r["samples"] in (0, 64) and not r["calibration"]]
+        kind = next(iter(own[0]["perplexity"]))
+        found: dict[tuple[float, str, str], list[float]] = {}
+        for row in own:
+            if row["pattern"] in ("", "2:4", "50%") and row["passes"].split("+")[0] in BITS_OF:
+                name = (bits(row["passes"], row["pattern"]), row["passes"], row["pattern"])
+                found.setdefault(name, []).append(row["perplexity"][kind])
+        yield f"### {model}: zeros and few bits\n"
+        yield f"| bits a weight | | perplexity on {kind} | seeds |"
+        yield "|---|---|---|---|"
+        for (each, passes, pattern), values in sorted(found.items()):
+            deviation = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+            what = f"{passes}, {pattern}" if pattern else passes
+            yield f"| {each:.2f} | {what} | {statistics.mean(values):.2f}{deviation} | {len(values)} |"
+        yield ""
 
 
 def line(found: list[dict[str, Any]], kinds: list[str], dense: dict[str, Any] | None, wanda: float | None) -> str:
