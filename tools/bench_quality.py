@@ -136,8 +136,8 @@ def without_pattern(passes: str) -> bool:
 
 
 def bits(passes: str, pattern: str) -> float:
-    """Bits that a weight of a pruned or rounded matrix takes packed: of its value, its place, and its scale (16 bits for
-    each group; for a whole row less than a hundredth). Half of the values are there under a pattern."""
+    """Bits that a weight of a pruned or rounded matrix takes packed: of its value, its place, and its scale (16 a
+    group; for a whole row less than a hundredth). Half of the values are there under a pattern."""
     rounded = next((name for name in passes.split("+") if name.startswith("round")), "")
     value, group = re.match(r"(?:round:int(\d))?(?:,group=(\d+))?", rounded).groups()  # type: ignore[union-attr]
     return int(value or 16) * (0.5 if pattern else 1) + (1 if pattern else 0) + (16 / int(group) if group else 0)
