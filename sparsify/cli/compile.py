@@ -39,6 +39,7 @@ from sparsify.compiler.recipe_file import KEYS, read_recipe, write_recipe
 from sparsify.errors import SpecError
 from sparsify.files.reading import kind_at
 from sparsify.method.spec import check_pass, parse_backend, parse_pass, split_pipeline
+from sparsify.quantized.otherwise import seems_stored_otherwise
 from sparsify.words import (
     check_adapter,
     check_amount,
@@ -184,7 +185,9 @@ def _compile(words: dict[str, Any]) -> None:
     check_adapter(words["adapter"])
     check_weight_dtype(words["dtype"])
     length, seed = words["sequence_length"], words["seed"]
-    check_words(specs, words["schedule"], words["memory"], words["to"], words["samples"], length, seed)
+    check_words(
+        specs, words["schedule"], words["memory"], words["to"], words["samples"], length, seed, model=words["model"]
+    )
     if as_json and words["print_after"]:
         raise SpecError("--print-after with --json", found="two things to print", do="Leave one of the two out")
     if words["dry_run"] and words["print_after"]:
@@ -262,8 +265,13 @@ def check_words(
     seed: int,
     *,
     pipelines: bool = False,
+    model: object = None,
 ) -> None:
-    """Check the words of the command before anything large is imported or read."""
+    """Check the words of the command before anything large is imported or read.
+
+    Args:
+        model: what is compiled: one whose weights are stored in another form may be written out without a pass.
+    """
     check_amount(samples, length)
     check_seed(seed)
     for spec in specs:
@@ -271,5 +279,5 @@ def check_words(
             check_pass(part)
     check_schedule(schedule)
     parse_bytes(memory)
-    if parse_backend(to).needs_pass and not specs:
+    if parse_backend(to).needs_pass and not specs and not seems_stored_otherwise(model):
         raise SpecError("compile", found="no --pass", do="Give one, e.g. --pass wanda:2:4; see sparsify passes")

@@ -23,6 +23,7 @@ from sparsify.host import cpu_by_default, resolve_device, within_memory
 from sparsify.method.base import Pass
 from sparsify.progress import Shown, shown
 from sparsify.provenance.history import run_date
+from sparsify.quantized.otherwise import seems_stored_otherwise
 from sparsify.words import Schedule, parse_bytes
 
 
@@ -136,6 +137,7 @@ def compile(
         teacher=teacher,
         evaluate=evaluate,
         eval_windows=eval_windows,
+        without_pass=seems_stored_otherwise(model),
     )
     request = replace(
         request,

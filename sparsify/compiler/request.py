@@ -101,6 +101,10 @@ def most_rows(passes: Iterable[Pass]) -> int | None:
     return min((own.batch for own in passes if isinstance(own, RegionPass)), default=None)
 
 
+def nothing_to_do() -> SpecError:
+    return SpecError("compiling without a pass", found="nothing to do", do="Give --pass, e.g. --pass wanda:2:4")
+
+
 def parse(
     passes: str | Pass | Sequence[str | Pass | Mapping[str, Any]],
     to: str | Backend,
@@ -118,8 +122,13 @@ def parse(
     teacher: str | Path | nn.Module | None = None,
     evaluate: Any = None,
     eval_windows: int | None = None,
+    without_pass: bool = False,
 ) -> Request:
     """Understand the words, and refuse what can be refused before a model is opened.
+
+    Args:
+        without_pass: whether the model seems to be stored in another form than the output's, so that writing it is
+            something to do; who opens it knows.
 
     Raises:
         SpecError: a pass, an option, a backend or a schedule that there is not, or that cannot go together; amounts of
@@ -135,8 +144,8 @@ def parse(
             raise SpecError(f"pass {own!r}", found="no pass", do='Give a spec ("wanda:2:4") or a pass: Wanda(NM(2, 4))')
     check_order(parsed)
     backend, chosen = as_backend(to), check_schedule(schedule)
-    if not parsed and backend.needs_pass:
-        raise SpecError("compiling without a pass", found="nothing to do", do="Give --pass, e.g. --pass wanda:2:4")
+    if not parsed and backend.needs_pass and not without_pass:
+        raise nothing_to_do()
     rewriting = next((own for own in parsed if "graph" in own.changes), None)
     if rewriting is not None and output is not None:
         raise SpecError(
@@ -238,6 +247,6 @@ def _check_judging(request: Request) -> None:
 def default_output(source_name: str, passes: Sequence[str], to: str = "hf") -> Path:
     """``NAME-PASS[-BACKEND]`` in the current folder: ``llama-wanda-2-4``, ``llama-onnx``."""
     backend = as_backend(to).name
-    spec = "-".join([spec_text(parse_pass(p)) for p in passes] + ([backend] if backend != "hf" else []))
+    spec = "-".join([spec_text(parse_pass(p)) for p in passes] + ([backend] if backend != "hf" else [])) or "dense"
     safe = spec.replace("%", "pct")
     return Path(f"{source_name}-{''.join(c if c.isalnum() or c in '._' else '-' for c in safe)}")

@@ -17,10 +17,11 @@ from sparsify.calibration.gradients import Samples
 from sparsify.compiler.backend import Job
 from sparsify.compiler.judging import Judge
 from sparsify.compiler.manifest import make_manifest
-from sparsify.compiler.request import Request
+from sparsify.compiler.request import Request, nothing_to_do
 from sparsify.compiler.result import Compiled
 from sparsify.compiler.runs import PassRun
 from sparsify.compiler.seam import Seam
+from sparsify.compiler.summary import as_dense
 from sparsify.compiler.teacher import open_teacher
 from sparsify.context import Context
 from sparsify.data.batches import Calibration, example_batch, expected_batch, load_calibration
@@ -50,7 +51,6 @@ from sparsify.structure.record import Restructured
 from sparsify.structure.reorder import choose_lanes, reorder
 from sparsify.structure.restructure import Captured
 from sparsify.structure.rounds import check_source, in_a_folder, make_smaller
-from sparsify.words import format_bytes
 
 
 @dataclass
@@ -146,11 +146,10 @@ def open_model(
     )
     if isinstance(model, nn.Module):
         require_real(model)
+    if not request.passes and request.backend.needs_pass and source.quantization is None:
+        raise nothing_to_do()
     if (found := source.quantization) is not None:
-        tell(
-            f"{source.name} is quantized ({found['method']}, {format_bytes(found['stored_bytes'])}); dense, in "
-            f"{found['dtype']}, it takes {format_bytes(found['dense_bytes'])}"
-        )
+        tell(as_dense(source.name, found))
     if request.structural:
         check_source(source)
         if not request.dry_run:

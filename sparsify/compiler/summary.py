@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import html
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from sparsify.compiler.runs import PassRun, zeros_of
 from sparsify.context import SiteResult
 from sparsify.ir.weights import Weights
 from sparsify.method.spec import spec_text
-from sparsify.words import plain
+from sparsify.words import format_bytes, plain
 
 # Names of a kind that are said before the rest is counted.
 _NAMES = 3
@@ -117,3 +118,12 @@ def _left(run: PassRun) -> list[str]:
         more = f" and {len(names) - _NAMES} more" if len(names) > _NAMES else ""
         said.append(f"{', '.join(names[:_NAMES])}{more} ({reason})")
     return said
+
+
+def as_dense(model: str, quantization: Mapping[str, Any]) -> str:
+    """What a model that is quantized, or stored without its zeros, grows to."""
+    method, dtype = quantization["method"], quantization["dtype"]
+    stored, dense = (format_bytes(quantization[key]) for key in ("stored_bytes", "dense_bytes"))
+    whole = method in ("sparse-24-bitmask", "sparse-bitmask")
+    how = f"stored without its zeros ({method}, {stored})" if whole else f"quantized ({method}, {stored})"
+    return f"{model} is {how}; dense, in {dtype}, it takes {dense}"

@@ -270,7 +270,7 @@ def open_source(
         if not allow_nan:
             check_all_finite(pickled.tensors, str(folder))
     else:
-        store = without_wrappers(open_store(folder, ledger, to))
+        store = without_wrappers(open_store(folder, ledger, to if word else None))
     quantization = getattr(getattr(store, "base", store), "quantization", None)
     stored = [d for name in store.names() if (d := store.dtype(name)).is_floating_point]
     if quantization is None:

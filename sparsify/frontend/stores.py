@@ -19,9 +19,9 @@ from sparsify.method.registry import is_own, loaded, package_of, warn_of
 from sparsify.quantized.recognise import open_checkpoint
 
 
-def open_store(folder: Path, ledger: Ledger, to: torch.dtype = torch.bfloat16) -> TensorStore:
+def open_store(folder: Path, ledger: Ledger, to: torch.dtype | None = None) -> TensorStore:
     """What reads the tensors of ``folder``, each held against ``ledger``: a registered store that knows it, else its
-    safetensors as they lie, or dense, in ``to``, where they are quantized.
+    safetensors as they lie, or dense where they are quantized, in ``to`` (None: bfloat16).
 
     Raises:
         CheckpointError: no sound model folder.

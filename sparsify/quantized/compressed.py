@@ -21,28 +21,9 @@ from sparsify.quantized.dense import FLOAT8, FLOATS, Dense, Layout, Tensors, lib
 METHOD = "compressed-tensors"
 PACKED = "pack-quantized"
 FORMATS = (PACKED, "int-quantized", "float-quantized", "naive-quantized")
-# Of a sparse checkpoint whose weights are stored without their zeros.
-_SPARSE = (".bitmask", ".compressed", ".row_offsets")
 _BESIDE = ("input_scale", "input_zero_point", "output_scale", "output_zero_point", "input_global_scale")
 _CACHES = ("k_scale", "v_scale", "q_scale", "k_zero_point", "v_zero_point", "q_zero_point")
 _PACKED, _PLAIN = ".weight_packed", ".weight"
-
-
-def is_plain(tensors: Tensors, config: Mapping[str, Any], where: str) -> bool:
-    """Whether the config, which compressed-tensors wrote, speaks of no quantization: weights lie there as they are.
-
-    Raises:
-        CheckpointError: they lie there without their zeros.
-    """
-    sparse = config.get("sparsity_config")
-    if packed := next((n for n in tensors.names() if n.endswith(_SPARSE)), None):
-        form = sparse.get("format") if isinstance(sparse, dict) else None
-        raise CheckpointError(
-            where,
-            found=f"weights stored without their zeros ({packed}, sparsity_config format {form!r})",
-            do="Write the model again with its weights as they are (save_compressed=False of llm-compressor)",
-        )
-    return not config.get("config_groups")
 
 
 def find(tensors: Tensors, config: Mapping[str, Any], where: str) -> Layout:

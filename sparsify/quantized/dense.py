@@ -15,8 +15,8 @@ from sparsify.errors import CheckpointError
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 SUPPORTED = (
-    "fp8 (in blocks, or with a scale a tensor or row), mxfp4, compressed-tensors, ModelOpt FP8, GPTQ, AWQ (gemm), "
-    "bitsandbytes and GGUF files"
+    "fp8 (in blocks, or with a scale a tensor or row), mxfp4, compressed-tensors (sparse too), ModelOpt FP8, GPTQ, AWQ "
+    "(gemm), bitsandbytes and GGUF files"
 )
 _INSTALL = 'pip install "sparsify-fx[quantized]"'
 
@@ -54,11 +54,13 @@ class Layout:
     Attributes:
         method: the format, for people and for the manifest. dense: dense name -> how it is stored; what is not in here
             lies there as it is. beside: tensors that are no part of a dense one (scales of activations).
+        dtype: of the dense tensors, where they lost nothing; None of what is quantized, which may be read in any.
     """
 
     method: str
     dense: Mapping[str, Dense]
     beside: frozenset[str] = frozenset()
+    dtype: torch.dtype | None = None
 
 
 def part(

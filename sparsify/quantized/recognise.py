@@ -13,10 +13,11 @@ import torch
 from sparsify.files.checkpoint import Checkpoint
 from sparsify.files.ledger import Ledger
 from sparsify.files.reading import kind_at, read_json
-from sparsify.quantized import awq, block_fp8, bnb, compressed, gptq, mxfp4, scaled_fp8
+from sparsify.quantized import awq, block_fp8, bnb, compressed, gptq, mxfp4, scaled_fp8, sparse
 from sparsify.quantized.dense import FLOAT8, SUPPORTED, Layout, Tensors, refused
 from sparsify.quantized.restated import AUTO_AWQ, AUTO_GPTQ, LEFT_OUT, MODELOPT, quantization_of, without_quantization
 from sparsify.quantized.store import QuantizedStore
+from sparsify.words import WEIGHT_DTYPE
 
 Find = Callable[[Tensors, Mapping[str, Any], str], Layout]
 
@@ -31,6 +32,7 @@ METHODS: dict[str, Find] = {
     bnb.METHOD: bnb.find,
 }
 _BESIDE = {AUTO_GPTQ: gptq.METHOD, AUTO_AWQ: awq.METHOD}
+_DEFAULT: torch.dtype = getattr(torch, WEIGHT_DTYPE)
 # How fp8 and compressed-tensors call the scales of weights.
 _SCALES = (".weight_scale", ".weight_scale_inv", ".weight_zero_point")
 # No weights of a model in use are whole numbers.
@@ -46,8 +48,12 @@ class PlainStore(Checkpoint):
         return without_quantization(config)
 
 
-def open_checkpoint(folder: Path, ledger: Ledger, to: torch.dtype) -> Checkpoint | QuantizedStore:
-    """What reads the safetensors of ``folder``: as they lie there, or dense, in ``to``, where they are quantized.
+def open_checkpoint(folder: Path, ledger: Ledger, to: torch.dtype | None = None) -> Checkpoint | QuantizedStore:
+    """What reads the safetensors of ``folder``: as they lie there, or dense where they are quantized or stored without
+    their zeros.
+
+    Args:
+        to: what dequantized weights are given in; None: in bfloat16, or what is not quantized in its own.
 
     Raises:
         CheckpointError: quantized in a way that is not read, a format's library is missing, or a damaged folder.
@@ -56,12 +62,14 @@ def open_checkpoint(folder: Path, ledger: Ledger, to: torch.dtype) -> Checkpoint
     if kind_at(folder / "config.json") is None:
         return checkpoint  # whoever builds a model of it says so
     said = quantization_of(read_json(folder / "config.json"))
+    if sparse.has_zeros_left_out(checkpoint):
+        return _with_zeros(checkpoint, said or {}, where, to)
     if not said:
         empty = said is not None
         method, said = _unsaid(folder, checkpoint)
         if method is None:
             return PlainStore(folder, ledger=ledger) if empty else checkpoint
-    elif (method := _method(said)) == compressed.METHOD and compressed.is_plain(checkpoint, said, where):
+    elif (method := _method(said)) == compressed.METHOD and not said.get("config_groups"):
         if not _seen(checkpoint):
             return PlainStore(folder, ledger=ledger)
         raise refused(where, f"its quantization_config names no groups, and {_seen(checkpoint)} is quantized")
@@ -73,7 +81,19 @@ def open_checkpoint(folder: Path, ledger: Ledger, to: torch.dtype) -> Checkpoint
     layout = _without_orphans(checkpoint, METHODS[method](checkpoint, said, where), where)
     _check_rest(checkpoint, layout, where)
     # Where no weight is in the format that is named, what names it is left over.
-    return QuantizedStore(checkpoint, layout, to) if layout.dense else PlainStore(folder, ledger=ledger)
+    return QuantizedStore(checkpoint, layout, to or _DEFAULT) if layout.dense else PlainStore(folder, ledger=ledger)
+
+
+def _with_zeros(checkpoint: Checkpoint, said: Mapping[str, Any], where: str, to: torch.dtype | None) -> QuantizedStore:
+    whole = sparse.WithZeros(checkpoint)
+    if not said.get("config_groups"):
+        layout = whole.layout(where)
+        _check_rest(whole, layout, where)
+        return QuantizedStore(whole, layout, to or layout.dtype or _DEFAULT)
+    layout = _without_orphans(whole, compressed.find(whole, said, where), where)
+    _check_rest(whole, layout, where)
+    method = f"{whole.method} of {layout.method}"
+    return QuantizedStore(whole, replace(layout, method=method), to or _DEFAULT)
 
 
 def _method(said: Mapping[str, Any]) -> str:
@@ -148,7 +168,7 @@ def _without_orphans(tensors: Tensors, layout: Layout, where: str) -> Layout:
     return replace(layout, beside=layout.beside | frozenset(found))
 
 
-def _check_rest(tensors: Checkpoint, layout: Layout, where: str) -> None:
+def _check_rest(tensors: Tensors, layout: Layout, where: str) -> None:
     """Raises:
     CheckpointError: a weight that is no part of a dense one and is no ordinary number.
     """

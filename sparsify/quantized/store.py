@@ -15,6 +15,7 @@ from sparsify.files.checkpoint import Checkpoint
 from sparsify.finite import check_finite
 from sparsify.quantized.dense import Dense, Layout
 from sparsify.quantized.restated import LEFT_OUT, dense_config
+from sparsify.quantized.sparse import WithZeros
 
 # Floats of 16 bits are the model's, and become what is asked for; of 32 those that its publisher kept so (a router's
 # corrections), which nothing rounds.
@@ -35,7 +36,7 @@ class QuantizedStore:
     # Files that say how weights are quantized.
     left_out = LEFT_OUT
 
-    def __init__(self, checkpoint: Checkpoint, layout: Layout, to: torch.dtype) -> None:
+    def __init__(self, checkpoint: Checkpoint | WithZeros, layout: Layout, to: torch.dtype) -> None:
         self.checkpoint, self.layout, self.to, self.ledger = checkpoint, layout, to, checkpoint.ledger
         checkpoint.ledger = replace(checkpoint.ledger, finite=False)
         home = {stored: name for name, dense in layout.dense.items() for stored in dense.parts.values()}

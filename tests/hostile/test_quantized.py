@@ -201,14 +201,6 @@ def test_what_is_not_read_is_refused_by_name(kind: str, tmp_path: Path) -> None:
     refused(folder, word)
 
 
-def test_weights_without_their_zeros_are_refused(tmp_path: Path) -> None:
-    folder = quantized.dense_folder(tmp_path / "model")
-    sparse = {"format": "sparse-24-bitmask"}
-    change_config(folder, quantization_config={"quant_method": "compressed-tensors", "sparsity_config": sparse})
-    changed(folder, lambda t: t.update({f"{Q_PROJ}.bitmask": torch.ones(4, dtype=torch.uint8)}))
-    refused(folder, "sparse-24-bitmask", "bitmask")
-
-
 @pytest.mark.parametrize("package", ["gguf", "bitsandbytes", "compressed_tensors"])
 def test_a_library_that_is_missing_is_named(package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip(package, reason=f"{package} is not installed (the extra quantized)")

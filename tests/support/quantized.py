@@ -141,6 +141,77 @@ def compressed(folder: Path, form: str, family: str = "llama", **weights: Any) -
     return rewrite(dense_folder(folder, family), make, config)
 
 
+def pruned_24(weight: Tensor) -> Tensor:
+    """The two largest of every four inputs."""
+    groups = weight.reshape(-1, 4)
+    return groups.masked_fill(groups.abs().argsort(1).argsort(1) < 2, 0).view_as(weight)
+
+
+def without_zeros(weight: Tensor, *, pairs: bool) -> Tensors:
+    """The parts of one weight, value by value: of 2:4, or of a bitmask with the starts of its rows."""
+    rows, columns = weight.shape
+    mask = torch.zeros(rows, -(-columns // 8), dtype=torch.uint8)
+    values, starts = [], []
+    numbers = weight.float().tolist()
+    for row in range(rows):
+        starts.append(len(values))
+        for first in range(0, columns, 4):
+            group = range(first, min(first + 4, columns))
+            kept = [c for c in group if numbers[row][c] != 0]
+            # Groups of fewer than two are filled up with zeros of their own, the last ones first.
+            kept += [c for c in reversed(group) if c not in kept][: 2 - len(kept)] if pairs else []
+            for column in sorted(kept):
+                mask[row, column // 8] |= 1 << column % 8
+                values.append((row, column))
+    index = torch.tensor(values).reshape(-1, 2).unbind(1)
+    raw = weight.view(torch.int8) if weight.dtype == torch.float8_e4m3fn else weight
+    found = raw[index].view(weight.dtype)
+    if pairs:
+        return {
+            "compressed": found.view(rows, columns // 2),
+            "bitmask": mask,
+            "shape": torch.tensor([[rows], [columns]]),
+        }
+    return {
+        "compressed": found,
+        "bitmask": mask,
+        "shape": torch.tensor([rows, columns]),
+        "row_offsets": torch.tensor(starts),
+    }
+
+
+def sparse(folder: Path, form: str, dtype: torch.dtype = torch.bfloat16, quantized: bool = False) -> Path:
+    """Pruned to half zeros and stored without them, by the definition of ``sparse-24-bitmask`` or ``sparse-bitmask``;
+    ``quantized``: in float8, a scale for each output neuron beside them."""
+    pairs = form == "sparse-24-bitmask"
+
+    def make(name: str, weight: Tensor) -> Tensors:
+        base = name.removesuffix("weight")
+        pruned = pruned_24(weight) if pairs else weight.masked_fill(weight.abs() < weight.abs().median(), 0)
+        if quantized:
+            scale = pruned.abs().amax(1, keepdim=True) / 448
+            pruned = (pruned / scale).to(torch.float8_e4m3fn)
+            extra = {f"{name}_scale": scale.to(dtype)}
+        else:
+            pruned, extra = pruned.to(dtype), {}
+        return {f"{base}{key}": part for key, part in without_zeros(pruned, pairs=pairs).items()} | extra
+
+    args = {"num_bits": 8, "type": "float", "strategy": "channel", "symmetric": True, "dynamic": False}
+    config = {
+        "quant_method": "compressed-tensors",
+        "format": "float-quantized" if quantized else "dense",
+        "quantization_status": "compressed",
+        "ignore": ["lm_head"],
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": args}} if quantized else {},
+        "sparsity_config": {
+            "format": form,
+            "sparsity_structure": "2:4" if pairs else "unstructured",
+            "targets": ["Linear"],
+        },
+    }
+    return rewrite(dense_folder(folder, dtype=dtype), make, config)
+
+
 def packed_int32(numbers: Tensor, bits: int, axis: int, places: list[int] | None = None) -> Tensor:
     """Whole numbers [a, b] packed along ``axis`` into int32, number ``n`` of a word at place ``places[n]`` of it."""
     each = 32 // bits
