@@ -23,7 +23,7 @@ _DenseKind = tuple[str, tuple[int, ...], Literal["ours", "torch"]]
 
 def site_speeds(model: nn.Module, sites: Mapping[str, PackedSite]) -> list[SiteSpeed]:
     """Every kind of linear layer once; experts are not timed."""
-    watch = Stopwatch()
+    watch = Stopwatch(alone=False)
     return [*_packed_speeds(model, sites, watch), *_dense_speeds(model, watch)]
 
 

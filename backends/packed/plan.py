@@ -147,8 +147,8 @@ def _decide(
     if choice == "measured":
         # Experts are alike: one tells the time of all.
         timing = watch.packed(matrices[0].contiguous(), PackedWeight.of(matrices[0], chosen))
-        if not timing.pays:
-            return dense(f"dense is faster here ({chosen} takes {timing.ratio:.2f}× its time)", timing)
+        if timing.slower is not None:
+            return dense(f"dense is faster here ({chosen} {timing.slower})", timing)
     site, values, codes = pack_parameter(
         matrices, chosen, stacked=linear.expert_axis is not None, transposed=linear.out_axis > linear.in_axis
     )
@@ -168,7 +168,7 @@ def summary(decisions: Iterable[Decision]) -> list[str]:
         spent = sum(t.packed or 0.0 for t in timed)
         best, stock = sum(t.best_dense for t in timed), sum(t.torch for t in timed)
         text += (
-            f"; one token through them, {timed[0].threads} threads: {spent * 1e3:.2f} ms, "
+            f"; one token through them, CPU time of one thread: {spent * 1e3:.2f} ms, "
             f"{best / spent:.2f}× faster than the best dense kernel and {stock / spent:.2f}× than F.linear"
         )
     notes = [text]

@@ -13,7 +13,7 @@ from sparsify.runtime.cuda.gpu import GPU, NO_EXPERTS
 from sparsify.runtime.cuda.prepared import PreparedWeight, prepare_weight
 from sparsify.runtime.layout import choose_layout, concatenate
 from sparsify.runtime.packed_weight import PackedWeight
-from sparsify.runtime.stopwatch import LEAST, Stopwatch, Timing
+from sparsify.runtime.stopwatch import FASTER, Stopwatch, Timing
 from sparsify.runtime.words import AskedLayout, PackingChoice, Policy
 
 _Key = tuple[int, tuple[int, ...], tuple[int, ...], torch.dtype]
@@ -71,8 +71,8 @@ class Packer:
             one = packed if weight.dim() == 2 else PackedWeight.of(weight[0], layout)
             timing = self.watch.packed(weight if weight.dim() == 2 else weight[0], one)
             self._timings[_key(weight)] = timing
-            if not timing.pays:
-                return Refused(f"dense is faster here ({layout} takes {timing.ratio:.2f}× its time)")
+            if timing.slower is not None:
+                return Refused(f"dense is faster here ({layout} {timing.slower})")
         return packed
 
     def joined(self, weights: Sequence[PackedWeight]) -> PackedWeight | None:
@@ -86,7 +86,7 @@ class Packer:
                 lambda: torch.split_with_sizes_copy(joined.linear(x), sizes, -1),
             ]
         )
-        return joined if together < LEAST * apart else None
+        return joined if together < FASTER * apart else None
 
     def prepared(self, weights: Sequence[PackedWeight]) -> PreparedWeight | Refused:
         """One matrix, or siblings as one, in the layouts of the GPU; or why it is better dense."""

@@ -25,7 +25,7 @@ from sparsify.passes.lowering.record import Lowered
 from sparsify.passes.lowering.rewrite import Rewriter
 from sparsify.runtime.cuda.gpu import GPU
 from sparsify.runtime.packed_weight import PackedWeight
-from sparsify.runtime.stopwatch import LEAST
+from sparsify.runtime.stopwatch import FASTER
 from sparsify.runtime.words import AskedLayout, PackingChoice, Policy
 
 
@@ -173,7 +173,7 @@ class _Run:
         measured = self.packer.measures and self.options.dense
         if measured and plain and weight.device.type == "cpu" and weight.is_floating_point():
             timing = self.packer.dense_timing(weight)
-            if timing.dense < LEAST * timing.torch:
+            if timing.dense < FASTER * timing.torch:
                 self.rewriter.dense(c)
                 kernel = "sparsify.linear_dense.default"
         self.records.append(Lowered.dense(c, reason, kernel, timing))

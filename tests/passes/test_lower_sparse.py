@@ -233,14 +233,14 @@ def test_an_input_written_in_place_keeps_its_siblings_apart(
 
 def test_dense_where_dense_is_faster_with_the_times_on_record(monkeypatch: pytest.MonkeyPatch) -> None:
     net, x = Siblings().eval(), torch.randn(1, 64)
-    times(monkeypatch, torch_=1.0, dense=1.0, packed=1.2)
+    times(monkeypatch, torch_=1.0, dense=1.0, packed=1.3)
     result = LowerSparse()(GRAPHS["export"](net, torch.randn(5, 64)))
     assert not result.modified and ops_of(result.graph_module)["linear"] == 3
     for record in result.graph_module.meta["sparsify"]:
-        assert record.layout == "dense" and "1.20× its time" in record.reason
-        assert record.timing is not None and record.timing.packed == 1.2
-    # 0.95 of the dense speed is what a smaller file may cost.
-    times(monkeypatch, torch_=1.0, dense=1.0, packed=1.04)
+        assert record.layout == "dense" and "1.30× its time" in record.reason
+        assert record.timing is not None and record.timing.packed == 1.3
+    # 0.8 of the dense speed is what a smaller file may cost.
+    times(monkeypatch, torch_=1.0, dense=1.0, packed=1.2)
     assert LowerSparse()(GRAPHS["export"](net, torch.randn(5, 64))).modified
     # Our dense kernel where it is faster than torch's.
     times(monkeypatch, torch_=2.0, dense=1.0, packed=3.0)
@@ -265,7 +265,7 @@ def test_each_shape_is_timed_once(monkeypatch: pytest.MonkeyPatch) -> None:
             layer.weight.copy_(pruned_24(64, 64))
     net = nn.Sequential(*layers).eval()
     LowerSparse()(fx.symbolic_trace(net))
-    assert seen == [3]
+    assert seen == [3, 3, 3], "for one token, for 8 and for 32"
 
 
 class Odd(nn.Module):

@@ -160,15 +160,15 @@ def test_a_weight_that_packing_would_slow_down_stays_dense(
     # Wide layers gain, square ones do not.
     def race(self: Stopwatch, calls: list[Any]) -> list[float]:
         rows = calls[0]().shape[-1]
-        return [1.0, 2.0, 0.5 if rows == 64 else 1.2][: len(calls)]
+        return [1.0, 2.0, 0.5 if rows == 64 else 1.3][: len(calls)]
 
     monkeypatch.setattr(Stopwatch, "race", race)
     result = sparsify.compile(folder("llama"), ["magnitude:2:4"], output=tmp_path / "out", to="packed")
     model = load(tmp_path / "out")
     assert {n.rpartition(".mlp.")[2] for n in packed_parameters(model)} == {"gate_proj.weight", "up_proj.weight"}
-    assert any("dense is faster here (packed24 takes 1.20× its time)" in note for note in result.notes)
+    assert any("dense is faster here (packed24 takes 1.30× its time)" in note for note in result.notes)
     site = json.loads((tmp_path / "out" / "sparsify.json").read_text())["packed"]["sites"][0]
-    assert site["layout"] == "dense" and site["timing"]["packed_us"] == 1.2e6 and site["reason"]
+    assert site["layout"] == "dense" and site["timing"]["packed_us"] == 1.3e6 and site["reason"]
     monkeypatch.setattr(Stopwatch, "race", lambda self, calls: [1.0, 2.0, 3.0][: len(calls)])
     # No timing discards what was pruned.
     none = sparsify.compile(folder("llama"), ["magnitude:2:4"], output=tmp_path / "none", to="packed")
