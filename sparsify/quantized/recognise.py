@@ -13,7 +13,8 @@ import torch
 from sparsify.files.checkpoint import Checkpoint
 from sparsify.files.ledger import Ledger
 from sparsify.files.reading import kind_at, read_json
-from sparsify.quantized import awq, block_fp8, bnb, compressed, gptq, mxfp4, scaled_fp8, sparse
+from sparsify.quantized import awq, block_fp8, bnb, gptq, mxfp4, scaled_fp8
+from sparsify.quantized.compressed_tensors import plain, sparse
 from sparsify.quantized.dense import FLOAT8, SUPPORTED, Layout, Tensors, refused
 from sparsify.quantized.restated import AUTO_AWQ, AUTO_GPTQ, LEFT_OUT, MODELOPT, quantization_of, without_quantization
 from sparsify.quantized.store import QuantizedStore
@@ -25,7 +26,7 @@ Find = Callable[[Tensors, Mapping[str, Any], str], Layout]
 METHODS: dict[str, Find] = {
     block_fp8.METHOD: block_fp8.find,
     mxfp4.METHOD: mxfp4.find,
-    compressed.METHOD: compressed.find,
+    plain.METHOD: plain.find,
     scaled_fp8.METHOD: scaled_fp8.find,
     gptq.METHOD: gptq.find,
     awq.METHOD: awq.find,
@@ -69,7 +70,7 @@ def open_checkpoint(folder: Path, ledger: Ledger, to: torch.dtype | None = None)
         method, said = _unsaid(folder, checkpoint)
         if method is None:
             return PlainStore(folder, ledger=ledger) if empty else checkpoint
-    elif (method := _method(said)) == compressed.METHOD and not said.get("config_groups"):
+    elif (method := _method(said)) == plain.METHOD and not said.get("config_groups"):
         if not _seen(checkpoint):
             return PlainStore(folder, ledger=ledger)
         raise refused(where, f"its quantization_config names no groups, and {_seen(checkpoint)} is quantized")
@@ -90,7 +91,7 @@ def _with_zeros(checkpoint: Checkpoint, said: Mapping[str, Any], where: str, to:
         layout = whole.layout(where)
         _check_rest(whole, layout, where)
         return QuantizedStore(whole, layout, to or layout.dtype or _DEFAULT)
-    layout = _without_orphans(whole, compressed.find(whole, said, where), where)
+    layout = _without_orphans(whole, plain.find(whole, said, where), where)
     _check_rest(whole, layout, where)
     method = f"{whole.method} of {layout.method}"
     return QuantizedStore(whole, replace(layout, method=method), to or _DEFAULT)
@@ -101,7 +102,7 @@ def _method(said: Mapping[str, Any]) -> str:
     if method is None and (said.get("load_in_4bit") or said.get("load_in_8bit")):
         return bnb.METHOD  # which did not name itself at first
     if method is None and "config_groups" in said:
-        return compressed.METHOD
+        return plain.METHOD
     return str(method)
 
 

@@ -13,9 +13,9 @@ from torch import Tensor
 from sparsify.errors import CheckpointError, first_line
 from sparsify.files.checkpoint import Checkpoint
 from sparsify.finite import check_finite
+from sparsify.quantized.compressed_tensors.sparse import WithZeros
 from sparsify.quantized.dense import Dense, Layout
 from sparsify.quantized.restated import LEFT_OUT, dense_config
-from sparsify.quantized.sparse import WithZeros
 
 # Floats of 16 bits are the model's, and become what is asked for; of 32 those that its publisher kept so (a router's
 # corrections), which nothing rounds.

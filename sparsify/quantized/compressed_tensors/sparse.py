@@ -4,7 +4,7 @@
 that has one, ``X.shape`` the two sizes. Of 2:4 the values are [rows, columns / 2], two of each four columns, zeros
 among them where fewer were left; else they are flat, and ``X.row_offsets`` [rows] says where each row begins. Values
 may be quantized themselves (``X.weight_scale`` beside them): with their zeros they are what
-:mod:`sparsify.quantized.compressed` reads. Source: ``sparse_24_bitmask.py`` and ``sparse_bitmask.py`` of
+:mod:`.plain` reads. Source: ``sparse_24_bitmask.py`` and ``sparse_bitmask.py`` of
 compressed-tensors 0.9.4; later ones lost them, as vLLM lost the kernels (its pull request 36799).
 """
 

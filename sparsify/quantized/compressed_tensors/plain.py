@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from sparsify.errors import CheckpointError, first_line
+from sparsify.quantized.compressed_tensors import marlin
 from sparsify.quantized.dense import FLOAT8, FLOATS, Dense, Layout, Tensors, library, part, refused
 
 METHOD = "compressed-tensors"
@@ -34,6 +35,8 @@ def find(tensors: Tensors, config: Mapping[str, Any], where: str) -> Layout:
         CheckpointError: the library is missing or cannot read the config, a format that is not read, or parts that
             are missing or of another shape.
     """
+    if config.get("format") == marlin.FORMAT:
+        return marlin.find(tensors, config, where)
     library("compressed_tensors", "compressed-tensors", where)
     from compressed_tensors.quantization import QuantizationConfig
 
