@@ -111,7 +111,7 @@ struct Run {
   // Token m of `out` from x; false where it has to be multiplied as it is.
   bool quantise_token(const void* x, float* buffer, const Quantised& out, i64 m) const {
     floats(x, buffer);
-    i8* q = out.q + m * out.columns;
+    i8* q = out.q + m * out.stride;
     float* scales = out.scales + m * out.scale_stride;
 #ifdef SPARSIFY_X86
     if (isa == AVX512) {
@@ -131,10 +131,11 @@ int product(const Run& run, const void* x, void* y, i64 tokens, bool exact) {
   if (exact) return run.exact(x, y, tokens) ? DONE : MEMORY;
   const i64 steps = w.columns / WIDE, group = shared(w), size = run.size();
   Quantised q;
-  q.columns = w.columns;
+  // Tokens a power of two apart would all lie in the same lines of the first cache.
+  q.stride = w.columns + 64;
   q.scale_stride = (w.columns / group + 15) / 16 * 16;
-  q.base_stride = steps * 32;
-  Buffer bytes(tokens * q.columns), scales(tokens * q.scale_stride * 4), base(tokens * q.base_stride * 4), lanes(16 * 32 * 4),
+  q.base_stride = steps * 32 + 16;
+  Buffer bytes(tokens * q.stride), scales(tokens * q.scale_stride * 4), base(tokens * q.base_stride * 4), lanes(16 * 32 * 4),
       row(w.columns * 4);
   if (!bytes.at || !scales.at || !base.at || !lanes.at || !row.at) return MEMORY;
   q.q = (i8*)bytes.at;

@@ -30,11 +30,11 @@ struct Few {
 
 // x as the kernels want it. `step` is 128 columns.
 struct Quantised {
-  i8* q;            // [tokens, columns]
+  i8* q;            // [tokens, stride]
   float* scales;    // [tokens, scale_stride]
   i32* base;        // what the sums of a step begin with: [tokens, steps, lanes], AVX-512 only
   i32* lanes;       // which of 16 scales each lane of a step takes: AVX-512 only
-  i64 columns, scale_stride, base_stride;
+  i64 stride, scale_stride, base_stride;   // from one token to the next
 };
 
 // Columns of x that share a scale.
@@ -149,7 +149,7 @@ static void few_scalar(const Few& w, const Quantised& x, const void* bias, void*
       double sum = bias ? load(w.kind, bias, n) : 0.0;
       for (i64 k = 0; k < w.columns; k += group) {
         i32 dot = 0;
-        for (i64 j = k; j < k + group; j++) dot += row[j] * x.q[m * x.columns + j];
+        for (i64 j = k; j < k + group; j++) dot += row[j] * x.q[m * x.stride + j];
         sum += (double)dot * scale_of(w, n, k) * x.scales[m * x.scale_stride + k / group];
       }
       store(w.kind, y, m * rows + n, (float)sum);

@@ -72,7 +72,7 @@ T256 INLINE void dot_avx2(const Few& w, const Quantised& x, i64 token, const i8*
     for (i64 j = k; j < k + group; j += 16) {
       const __m256i ws = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)(row + j)));
       UNROLL for (int m = 0; m < M; m++) {
-        const i8* xs = x.q + (token + m) * x.columns + j;
+        const i8* xs = x.q + (token + m) * x.stride + j;
         dot[m] = _mm256_add_epi32(dot[m], _mm256_madd_epi16(ws, _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)xs))));
       }
     }

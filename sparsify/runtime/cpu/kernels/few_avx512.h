@@ -67,7 +67,7 @@ template <int LAYOUT, int BITS, int M>
 TFEW static void few512(const Few& w, const Quantised& x, i64 token, const void* bias, void* y, i64 rows, i64 from, i64 to) {
   const int H = halves(LAYOUT, BITS);
   const i64 K = w.columns, per = shared(w) / 8, groups = K / shared(w);   // per: steps that sixteen scales last for
-  const i8* q = x.q + token * K;
+  const i8* q = x.q + token * x.stride;
   const float* factors = x.scales + token * x.scale_stride;
   const i32* base = x.base + token * x.base_stride;
   // Bits 2 j and 2 j + 1 of the codes of a step say which of four columns value j is of: that is its place in x less
@@ -98,6 +98,9 @@ TFEW static void few512(const Few& w, const Quantised& x, i64 token, const void*
       const i32* lanes = x.lanes;
       for (; k < stop; k += WIDE, step++, lanes += 16 * H) {
         __m512i part[2], start, columns;
+        // Two or three streams at a time, each slower than the hardware's prefetchers like: asked for 64 steps ahead.
+        prefetch(v, LAYOUT == DENSE ? 4096 : 512 * BITS);
+        if (LAYOUT != DENSE) prefetch(codes, 1024);
         if (LAYOUT == PACKED24) {
           const __m512i meta = _mm512_permutexvar_epi64(word, _mm512_castsi128_si512(_mm_loadu_si128((const __m128i*)codes)));
           columns = _mm512_ternarylogic_epi64(_mm512_multishift_epi64_epi8(shift, meta), three, place, 0xEA);   // (a & b) | c
@@ -129,7 +132,7 @@ TFEW static void few512(const Few& w, const Quantised& x, i64 token, const void*
             if (BITS == 8) held = _mm512_loadu_si512(v);
             else {
               held = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)v));
-              held = _mm512_and_si512(_mm512_or_si512(held, _mm512_slli_epi16(held, 4)), low);
+              held = _mm512_ternarylogic_epi64(held, _mm512_slli_epi16(held, 4), low, 0xA8);   // (a | b) & c
             }
             v += BITS == 8 ? kept : (kept + 1) / 2;
             part[h] = _mm512_xor_si512(_mm512_mask_expand_epi8(fresh_zero(), mask, held), BITS == 8 ? sign : eight);
@@ -137,7 +140,7 @@ TFEW static void few512(const Few& w, const Quantised& x, i64 token, const void*
           codes += 16;
         }
         UNROLL for (int m = 0; m < M; m++) {
-          const i8* xs = q + m * K + k;
+          const i8* xs = q + m * x.stride + k;
           UNROLL for (int h = 0; h < H; h++) {
             __m512i dot;
             if (LAYOUT == PACKED24) {
