@@ -2,8 +2,8 @@
 
 - ``linear_24``, ``linear_bitmask``: y = x Wᵀ + b with W packed (:mod:`sparsify.runtime.layout`);
 - ``experts_24``, ``experts_bitmask``: the same for a stack of W, tokens sorted by expert, as ``grouped_mm`` does it;
-- ``linear_24_few``, ``linear_bitmask_few``, ``linear_dense_few`` and ``experts_…_few``: the same with W as integers of 8
-  or 4 bits and a scale for each ``group`` columns of a row (0: for the row). ``exact`` leaves x floating; else CPUs
+- ``linear_24_few``, ``linear_bitmask_few``, ``linear_dense_few`` and ``experts_…_few``: the same with W as integers of
+  8 or 4 bits, and a scale for each ``group`` columns of a row (0: for the row). ``exact`` leaves x floating; else CPUs
   make it int8 too where there are few tokens;
 - ``linear_dense``: a dense product whose case of one token runs our own kernel.
 
@@ -112,6 +112,7 @@ linear_dense = _define(
     _fake_dense,
 )
 _FEW = "int bits, int group, bool exact"
+_MASK = "Tensor values, Tensor mask, Tensor starts"
 linear_24_few = _define(
     f"linear_24_few(Tensor x, Tensor scales, Tensor values, Tensor meta, {_FEW}, Tensor? bias=None)",
     arguments.check_24_few,
@@ -120,7 +121,7 @@ linear_24_few = _define(
     _fake_few,
 )
 linear_bitmask_few = _define(
-    f"linear_bitmask_few(Tensor x, Tensor scales, Tensor values, Tensor mask, Tensor starts, {_FEW}, Tensor? bias=None)",
+    f"linear_bitmask_few(Tensor x, Tensor scales, {_MASK}, {_FEW}, Tensor? bias=None)",
     arguments.check_bitmask_few,
     reference.linear_bitmask_few,
     few.linear_bitmask_few,
@@ -141,7 +142,7 @@ experts_24_few = _define(
     _fake_few,
 )
 experts_bitmask_few = _define(
-    f"experts_bitmask_few(Tensor x, Tensor scales, Tensor values, Tensor mask, Tensor starts, {_FEW}, Tensor offsets)",
+    f"experts_bitmask_few(Tensor x, Tensor scales, {_MASK}, {_FEW}, Tensor offsets)",
     arguments.check_experts_bitmask_few,
     reference.experts_bitmask_few,
     few.experts_bitmask_few,

@@ -61,9 +61,9 @@ TFEW INLINE __m512 scales512(const Few& w, i64 row, i64 g) {
   return _mm512_cvtph_ps(halves);
 }
 
-// ---- few tokens: one row and M of them at a time
+// ---- few tokens: R rows and M tokens at a time
 
-template <int LAYOUT, int BITS, int M>
+template <int LAYOUT, int BITS, int R, int M>
 TFEW static void few512(const Few& w, const Quantised& x, i64 token, const void* bias, void* y, i64 rows, i64 from, i64 to) {
   const int H = halves(LAYOUT, BITS);
   const i64 K = w.columns, per = shared(w) / 8, groups = K / shared(w);   // per: steps that sixteen scales last for
@@ -85,93 +85,105 @@ TFEW static void few512(const Few& w, const Quantised& x, i64 token, const void*
   const __m512i sign = _mm512_set1_epi8((char)128), high = _mm512_set1_epi8((char)0xf0);
   const __m512i offset = _mm512_set1_epi32(512);   // 4 · 128: the complement of a byte is one less than its negative
   const __m512i up = _mm512_inserti64x4(_mm512_set1_epi16(4), _mm256_setzero_si256(), 1);
-  for (i64 n = from; n < to; n++) {
-    const u8* v = w.values + first_byte(w, n);
-    const u8* codes = w.codes + n * (K / 8);
-    __m512 sum[M][H], scale[M];
-    UNROLL for (int m = 0; m < M; m++) UNROLL for (int h = 0; h < H; h++) sum[m][h] = _mm512_setzero_ps();
-    i64 k = 0, step = 0;
+  for (i64 n = from; n < to; n += R) {
+    const u8 *v[R], *codes[R];
+    __m512 sum[R][M], scale[R][M];
+    UNROLL for (int r = 0; r < R; r++) {
+      const i64 row = n + r < to ? n + r : to - 1;
+      v[r] = w.values + first_byte(w, row);
+      codes[r] = w.codes + row * (K / 8);
+      UNROLL for (int m = 0; m < M; m++) sum[r][m] = _mm512_setzero_ps();
+    }
+    i64 k = 0;
+    const i32* begin = base;
     for (i64 g = 0; g < groups; g += 16) {
-      const __m512 own = scales512(w, n, g);
-      UNROLL for (int m = 0; m < M; m++) scale[m] = _mm512_mul_ps(own, _mm512_loadu_ps(factors + m * x.scale_stride + g));
+      UNROLL for (int r = 0; r < R; r++) {
+        const __m512 own = scales512(w, n + r < to ? n + r : to - 1, g);
+        UNROLL for (int m = 0; m < M; m++) scale[r][m] = _mm512_mul_ps(own, _mm512_loadu_ps(factors + m * x.scale_stride + g));
+      }
       const i64 stop = k + per * WIDE < K ? k + per * WIDE : K;
       const i32* lanes = x.lanes;
-      for (; k < stop; k += WIDE, step++, lanes += 16 * H) {
-        __m512i part[2], start, columns;
-        // Two or three streams at a time, each slower than the hardware's prefetchers like: asked for 64 steps ahead.
-        prefetch(v, LAYOUT == DENSE ? 4096 : 512 * BITS);
-        if (LAYOUT != DENSE) prefetch(codes, 1024);
-        if (LAYOUT == PACKED24) {
-          const __m512i meta = _mm512_permutexvar_epi64(word, _mm512_castsi128_si512(_mm_loadu_si128((const __m128i*)codes)));
-          columns = _mm512_ternarylogic_epi64(_mm512_multishift_epi64_epi8(shift, meta), three, place, 0xEA);   // (a & b) | c
-          if (BITS == 8) {
-            part[0] = _mm512_loadu_si512(v);
-            start = _mm512_dpbusd_epi32(offset, sign, _mm512_xor_si512(part[0], _mm512_set1_epi8(-1)));
-          } else {   // sixteen times the weights
-            __m512i two = _mm512_sllv_epi16(_mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i*)v)), up);
-            part[0] = _mm512_and_si512(two, high);
-            start = _mm512_dpbusd_epi32(offset, sign, _mm512_ternarylogic_epi64(two, high, high, 0x3F));   // ~(a & b)
-          }
-          v += 64 * BITS / 8;
-          codes += 16;
-        } else if (LAYOUT == DENSE && BITS == 8) {
-          part[0] = _mm512_xor_si512(_mm512_loadu_si512(v), sign);
-          part[1] = _mm512_xor_si512(_mm512_loadu_si512(v + 64), sign);
-          v += 128;
-        } else if (LAYOUT == DENSE) {
-          const __m512i two = _mm512_loadu_si512(v);
-          part[0] = _mm512_ternarylogic_epi64(two, low, eight, 0x6A);   // (a & b) ^ c
-          part[1] = _mm512_ternarylogic_epi64(_mm512_srli_epi16(two, 4), low, eight, 0x6A);
-          v += 64;
-        } else {
-          UNROLL for (int h = 0; h < 2; h++) {
-            u64 mask;
-            memcpy(&mask, codes + 8 * h, 8);
-            const i64 kept = _mm_popcnt_u64(mask);
-            __m512i held;
-            if (BITS == 8) held = _mm512_loadu_si512(v);
-            else {
-              held = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)v));
-              held = _mm512_ternarylogic_epi64(held, _mm512_slli_epi16(held, 4), low, 0xA8);   // (a | b) & c
+      for (; k < stop; k += WIDE, begin += 16 * H, lanes += 16 * H) {
+        __m512i part[R][2], start[R], columns[R];
+        UNROLL for (int r = 0; r < R; r++) {
+          // Two or three streams at a time, each slower than the hardware's prefetchers like: asked for 64 steps ahead.
+          prefetch(v[r], LAYOUT == DENSE ? 4096 : 512 * BITS);
+          if (LAYOUT != DENSE) prefetch(codes[r], 1024);
+          if (LAYOUT == PACKED24) {
+            const __m128i meta = _mm_loadu_si128((const __m128i*)codes[r]);
+            columns[r] = _mm512_multishift_epi64_epi8(shift, _mm512_permutexvar_epi64(word, _mm512_castsi128_si512(meta)));
+            columns[r] = _mm512_ternarylogic_epi64(columns[r], three, place, 0xEA);   // (a & b) | c
+            if (BITS == 8) {
+              part[r][0] = _mm512_loadu_si512(v[r]);
+              start[r] = _mm512_dpbusd_epi32(offset, sign, _mm512_xor_si512(part[r][0], _mm512_set1_epi8(-1)));
+            } else {   // sixteen times the weights
+              const __m512i two = _mm512_sllv_epi16(_mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i*)v[r])), up);
+              part[r][0] = _mm512_and_si512(two, high);
+              start[r] = _mm512_dpbusd_epi32(offset, sign, _mm512_ternarylogic_epi64(two, high, high, 0x3F));   // ~(a & b)
             }
-            v += BITS == 8 ? kept : (kept + 1) / 2;
-            part[h] = _mm512_xor_si512(_mm512_mask_expand_epi8(fresh_zero(), mask, held), BITS == 8 ? sign : eight);
+            v[r] += 8 * BITS;
+            codes[r] += 16;
+          } else if (LAYOUT == DENSE && BITS == 8) {
+            part[r][0] = _mm512_xor_si512(_mm512_loadu_si512(v[r]), sign);
+            part[r][1] = _mm512_xor_si512(_mm512_loadu_si512(v[r] + 64), sign);
+            v[r] += 128;
+          } else if (LAYOUT == DENSE) {
+            const __m512i two = _mm512_loadu_si512(v[r]);
+            part[r][0] = _mm512_ternarylogic_epi64(two, low, eight, 0x6A);   // (a & b) ^ c
+            part[r][1] = _mm512_ternarylogic_epi64(_mm512_srli_epi16(two, 4), low, eight, 0x6A);
+            v[r] += 64;
+          } else {
+            UNROLL for (int h = 0; h < 2; h++) {
+              u64 mask;
+              memcpy(&mask, codes[r] + 8 * h, 8);
+              const i64 kept = _mm_popcnt_u64(mask);
+              __m512i held;
+              if (BITS == 8) held = _mm512_loadu_si512(v[r]);
+              else {
+                held = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)v[r]));
+                held = _mm512_ternarylogic_epi64(held, _mm512_slli_epi16(held, 4), low, 0xA8);   // (a | b) & c
+              }
+              v[r] += BITS == 8 ? kept : (kept + 1) / 2;
+              part[r][h] = _mm512_xor_si512(_mm512_mask_expand_epi8(fresh_zero(), mask, held), BITS == 8 ? sign : eight);
+            }
+            codes[r] += 16;
           }
-          codes += 16;
         }
         UNROLL for (int m = 0; m < M; m++) {
           const i8* xs = q + m * x.stride + k;
+          const __m512i x0 = _mm512_loadu_si512(xs), x1 = _mm512_loadu_si512(xs + 64);
           UNROLL for (int h = 0; h < H; h++) {
-            __m512i dot;
-            if (LAYOUT == PACKED24) {
-              const __m512i met = _mm512_permutex2var_epi8(_mm512_loadu_si512(xs), columns, _mm512_loadu_si512(xs + 64));
-              dot = _mm512_dpbusd_epi32(start, met, part[0]);
-            } else {
-              dot = _mm512_load_si512(base + m * x.base_stride + (step * H + h) * 16);
-              dot = _mm512_dpbusd_epi32(dot, part[h], _mm512_loadu_si512(xs + 64 * h));
-              if (H == 1) dot = _mm512_dpbusd_epi32(dot, part[1], _mm512_loadu_si512(xs + 64));
+            const __m512i all = LAYOUT == PACKED24 ? offset : _mm512_load_si512(begin + m * x.base_stride + 16 * h);
+            UNROLL for (int r = 0; r < R; r++) {
+              __m512i dot;
+              if (LAYOUT == PACKED24) dot = _mm512_dpbusd_epi32(start[r], _mm512_permutex2var_epi8(x0, columns[r], x1), part[r][0]);
+              else dot = _mm512_dpbusd_epi32(all, part[r][h], h ? x1 : x0);
+              if (LAYOUT == DENSE && BITS == 4) dot = _mm512_dpbusd_epi32(dot, part[r][1], x1);
+              const __m512 factor = _mm512_permutexvar_ps(_mm512_load_si512(lanes + 16 * h), scale[r][m]);
+              sum[r][m] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), factor, sum[r][m]);
             }
-            const __m512 factor = _mm512_permutexvar_ps(_mm512_load_si512(lanes + 16 * h), scale[m]);
-            sum[m][h] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), factor, sum[m][h]);
           }
         }
       }
     }
-    if (LAYOUT == BITMASK) row_ends(w, n, v - w.values);
-    float last = w.group ? 1.0f : load(w.kind, w.scales, n);
-    if (LAYOUT == PACKED24 && BITS == 4) last *= 0.0625f;
-    UNROLL for (int m = 0; m < M; m++) {
-      const float s = _mm512_reduce_add_ps(H == 2 ? _mm512_add_ps(sum[m][0], sum[m][H - 1]) : sum[m][0]) * last;
-      store(w.kind, y, (token + m) * rows + n, bias ? s + load(w.kind, bias, n) : s);
+    UNROLL for (int r = 0; r < R; r++) {
+      if (n + r >= to) break;
+      if (LAYOUT == BITMASK) row_ends(w, n + r, v[r] - w.values);
+      float last = w.group ? 1.0f : load(w.kind, w.scales, n + r);
+      if (LAYOUT == PACKED24 && BITS == 4) last *= 0.0625f;
+      UNROLL for (int m = 0; m < M; m++) {
+        const float s = _mm512_reduce_add_ps(sum[r][m]) * last;
+        store(w.kind, y, (token + m) * rows + n + r, bias ? s + load(w.kind, bias, n + r) : s);
+      }
     }
   }
 }
 
 template <int LAYOUT, int BITS>
 TFEW static void few_tokens512(const Few& w, const Quantised& x, const void* bias, void* y, i64 tokens, i64 rows, i64 from, i64 to) {
-  few_tokens(tokens, from, to, [&](i64 m, i64 a, i64 b) { few512<LAYOUT, BITS, 4>(w, x, m, bias, y, rows, a, b); },
-             [&](i64 m, i64 a, i64 b) { few512<LAYOUT, BITS, 2>(w, x, m, bias, y, rows, a, b); },
-             [&](i64 m, i64 a, i64 b) { few512<LAYOUT, BITS, 1>(w, x, m, bias, y, rows, a, b); });
+  few_tokens(tokens, from, to, [&](i64 m, i64 a, i64 b) { few512<LAYOUT, BITS, 2, 4>(w, x, m, bias, y, rows, a, b); },
+             [&](i64 m, i64 a, i64 b) { few512<LAYOUT, BITS, 2, 2>(w, x, m, bias, y, rows, a, b); },
+             [&](i64 m, i64 a, i64 b) { few512<LAYOUT, BITS, 1, 1>(w, x, m, bias, y, rows, a, b); });
 }
 
 // ---- exact: the weights as floating-point numbers
