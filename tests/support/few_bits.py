@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from support.matrices import pruned_24
 from torch import Tensor
+from torch._ops import OpOverload
 
 from sparsify.runtime import ops
 
 LAYOUTS = ("packed24", "bitmask", "dense")
-_LINEAR = {"packed24": ops.linear_24_few, "bitmask": ops.linear_bitmask_few, "dense": ops.linear_dense_few}
-_EXPERTS = {"packed24": ops.experts_24_few, "bitmask": ops.experts_bitmask_few, "dense": ops.experts_dense_few}
+LINEAR = {"packed24": ops.linear_24_few, "bitmask": ops.linear_bitmask_few, "dense": ops.linear_dense_few}
+EXPERTS = {"packed24": ops.experts_24_few, "bitmask": ops.experts_bitmask_few, "dense": ops.experts_dense_few}
 
 
 @dataclass(frozen=True)
@@ -22,15 +23,16 @@ class Few:
     layout: str
     bits: int
     group: int
-    tensors: list[Tensor]  # scales, values, and codes and starts where the layout has them
-    dense: Tensor
+    tensors: list[Tensor] = field(repr=False)  # scales, values, and codes and starts where the layout has them
+    dense: Tensor = field(repr=False)
+    unrounded: Tensor = field(repr=False)  # scale times integer, in float64
 
     def linear(self, x: Tensor, exact: bool = False, bias: Tensor | None = None) -> Tensor:
-        return _LINEAR[self.layout](x, *self.tensors, self.bits, self.group, exact, bias)
+        return LINEAR[self.layout](x, *self.tensors, self.bits, self.group, exact, bias)
 
     @property
-    def operator(self) -> object:
-        return _LINEAR[self.layout]
+    def operator(self) -> OpOverload[..., Tensor]:
+        return LINEAR[self.layout]
 
 
 def few(
@@ -69,7 +71,7 @@ def pack_few(integers: Tensor, scales: Tensor, layout: str, bits: int, group: in
         tensors = _pack_bitmask(full, bits)
     else:
         tensors = [torch.tensor([_bytes(row, bits) for row in full.tolist()], dtype=_stored(bits)).view(rows, -1)]
-    return Few(layout, bits, group, [scales, *tensors], dense)
+    return Few(layout, bits, group, [scales, *tensors], dense, each.double() * integers)
 
 
 def _stored(bits: int) -> torch.dtype:
