@@ -95,7 +95,7 @@ def check_experts_24(x: Tensor, values: Tensor, meta: Tensor, offsets: Tensor) -
     Raises:
         BackendError: it is not.
     """
-    if x is None or values is None or meta is None or offsets is None:
+    if x is None or values is None or meta is None:
         raise _missing()
     dtype, kept = x.dtype, values.shape
     if dtype is not values.dtype or dtype not in DTYPES or meta.dtype is not torch.uint8:
@@ -112,7 +112,7 @@ def check_experts_bitmask(x: Tensor, values: Tensor, mask: Tensor, starts: Tenso
     Raises:
         BackendError: it is not.
     """
-    if x is None or values is None or mask is None or starts is None or offsets is None:
+    if x is None or values is None or mask is None or starts is None:
         raise _missing()
     dtype, coded = x.dtype, mask.shape
     if dtype is not values.dtype or dtype not in DTYPES or mask.dtype is not torch.int32:
@@ -367,6 +367,8 @@ def _kept(values: Tensor, starts: Tensor, rows: int) -> bool:
 
 
 def _check_offsets(x: Tensor, experts: int, offsets: Tensor) -> None:
+    if offsets is None:
+        raise _missing()
     if offsets.dtype not in (torch.int32, torch.int64) or offsets.shape != (experts,):
         raise BackendError(
             f"a product of x {list(x.shape)} with {experts} stacked experts",

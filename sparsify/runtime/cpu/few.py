@@ -20,6 +20,7 @@ from sparsify.runtime.arguments import (
     check_experts_24_few,
     check_experts_bitmask_few,
     check_experts_dense_few,
+    disagreement,
     failure,
 )
 from sparsify.runtime.cpu import native
@@ -167,6 +168,9 @@ def unpack_few(
     Raises:
         BackendError: the tensors are not those of one matrix.
     """
+    given = [t for t in (scales, values, codes, starts) if t is not None]
+    if any(t.layout is not torch.strided or t.device != scales.device for t in given):
+        raise disagreement(scales, values, scales if codes is None else codes)
     x = scales.new_empty(0, width)
     if layout == "packed24":
         assert codes is not None, "packed24 has codes"
