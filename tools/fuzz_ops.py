@@ -161,16 +161,13 @@ def _judged(call: Any, got: Any) -> tuple[str, str]:
         return RIGHT, ""
     given = [a.resolve_neg().contiguous() if isinstance(a, torch.Tensor) else a for a in call.arguments]
     if call.truth is reference.linear_bitmask:
-        # They read what the mask counts; what comes after is nobody's.
-        given[1] = given[1][: int(given[3][-1]) + PADDING]
+        # They read what the mask counts; what lies around it is nobody's.
+        given[1] = given[1][int(given[3][0]) : int(given[3][-1]) + PADDING]
     few = call.operator in few_calls.OPERATORS
-    if few and (slack := few_calls.slack(call)) is None:
+    beyond = few_calls.slack(call) if few else 0.0
+    if beyond is None:
         return RIGHT, ""
-    if call.truth is reference.linear_bitmask_few:
-        given[2] = given[2][int(given[4][0]) : int(given[4][-1]) + PADDING]
-    elif call.truth is reference.experts_bitmask_few:
-        needed = int(few_calls.starts_of(given[3].flatten(0, 1), given[5])[-1])
-        given[2] = given[2][int(given[4][0]) :][: needed + PADDING]
+    given = few_calls.without_spares(given, call.operator) if few else given
     try:
         exact = plain = call.truth(*given)
         if call.truth is not linear and not few:
@@ -189,7 +186,6 @@ def _judged(call: Any, got: Any) -> tuple[str, str]:
         return WRONG, "NaN in other places"
     scale = float(other[other.isfinite()].abs().max()) if bool(other.isfinite().any()) else 1.0
     tolerance = 1e-3 if got.dtype is torch.float32 else 3e-2
-    beyond = slack if few else 0.0
     if torch.allclose(one, other, rtol=tolerance, atol=tolerance * max(scale, 1e-6) + beyond, equal_nan=True):
         return RIGHT, ""
     return WRONG, f"off by {float((one - other).abs().nan_to_num().max()):.3g} of {scale:.3g}"

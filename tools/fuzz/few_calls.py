@@ -65,8 +65,19 @@ def unpacking(layout: str, width: int) -> Callable[..., Tensor]:
     return unpack
 
 
+def without_spares(given: list[Any], operator: Any) -> list[Any]:
+    """What plain torch takes in the place of ``given``: of a bitmask the values from the first start to what its mask
+    counts, for what lies around them is nobody's.
+    """
+    if operator not in FEW["bitmask"]:
+        return given
+    values, mask, starts, bits = given[2:6]
+    needed = int(starts_of(mask.reshape(-1, mask.shape[-1]), bits)[-1])
+    return [*given[:2], values[int(starts[0]) :][: needed + 64], *given[3:]]
+
+
 def slack(call: Any) -> float | None:
-    """How far a product may be from plain torch's, beyond rounding: half of a 127th of the largest input for each weight.
+    """How far a product may be from plain torch's, beyond rounding: half of a 127th of the largest input a weight.
 
     None where numbers overflow, and in another order others do.
     """

@@ -20,8 +20,8 @@ from sparsify.runtime.layout import PADDING, Packed
 from sparsify.runtime.packed_weight import PackedWeight
 from sparsify.runtime.words import Layout
 
-OPERATORS = (ops.linear_24, ops.linear_bitmask, ops.experts_24, ops.experts_bitmask, ops.linear_dense)
-OPERATORS += few_calls.OPERATORS
+_FULL_WIDTH = (ops.linear_24, ops.linear_bitmask, ops.experts_24, ops.experts_bitmask, ops.linear_dense)
+OPERATORS: tuple[Callable[..., Any], ...] = (*_FULL_WIDTH, *few_calls.OPERATORS)
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _ROWS = (1, 2, 3, 5, 12, 33, 40)
 _COLUMNS = (1, 3, 8, 63, 64, 65, 128, 200, 256, 1100)
