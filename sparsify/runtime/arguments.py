@@ -19,11 +19,6 @@ from sparsify.runtime.layout import DTYPES, UNIT
 
 # What the kernels answer (``Answer`` in kernels.cpp); anything else: the sizes are not those of one product.
 _MEMORY, _STARTS = 2, 3
-# Layouts of few bits: how their values are stored by their bits, the columns that may share a scale (0: a whole row),
-# and what their columns are padded to a multiple of.
-VALUES = {8: torch.int8, 4: torch.uint8}
-GROUPS = (0, 32, 64, 128)
-WIDE = 128
 
 
 def checked(check: Callable[..., Any], product: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -53,16 +48,16 @@ def check_24(x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None = None
         BackendError: it is not.
     """
     if x is None or values is None or meta is None:
-        raise _missing()
+        raise missing()
     dtype, kept = x.dtype, values.shape
     if dtype is not values.dtype or dtype not in DTYPES or meta.dtype is not torch.uint8:
-        raise _dtypes(x, values, meta, bias)
+        raise wrong_dtypes(x, values, meta, bias)
     # A scalar has no last dimension.
     width = x.shape[-1] if x.dim() else 0
     if len(kept) != 2 or not _fits(width, kept[1] * 2) or meta.shape != (kept[0], kept[1] // 4):
         raise disagreement(x, values, meta)
     if bias is not None and (bias.dtype is not dtype or bias.shape != kept[:1]):
-        raise _bias(x, bias, kept[0])
+        raise wrong_bias(x, bias, kept[0])
     return kept[0]
 
 
@@ -77,15 +72,15 @@ def check_bitmask(x: Tensor, values: Tensor, mask: Tensor, starts: Tensor, bias:
         BackendError: it is not.
     """
     if x is None or values is None or mask is None or starts is None:
-        raise _missing()
+        raise missing()
     dtype, coded = x.dtype, mask.shape
     if dtype is not values.dtype or dtype not in DTYPES or mask.dtype is not torch.int32:
-        raise _dtypes(x, values, mask, bias)
+        raise wrong_dtypes(x, values, mask, bias)
     width = x.shape[-1] if x.dim() else 0
-    if len(coded) != 2 or not _fits(width, coded[1] * 32) or not _kept(values, starts, coded[0]):
+    if len(coded) != 2 or not _fits(width, coded[1] * 32) or not are_kept(values, starts, coded[0]):
         raise disagreement(x, values, mask)
     if bias is not None and (bias.dtype is not dtype or bias.shape != coded[:1]):
-        raise _bias(x, bias, coded[0])
+        raise wrong_bias(x, bias, coded[0])
     return coded[0]
 
 
@@ -96,14 +91,14 @@ def check_experts_24(x: Tensor, values: Tensor, meta: Tensor, offsets: Tensor) -
         BackendError: it is not.
     """
     if x is None or values is None or meta is None:
-        raise _missing()
+        raise missing()
     dtype, kept = x.dtype, values.shape
     if dtype is not values.dtype or dtype not in DTYPES or meta.dtype is not torch.uint8:
-        raise _dtypes(x, values, meta, None)
+        raise wrong_dtypes(x, values, meta, None)
     fits = len(kept) == 3 and x.dim() == 2 and _fits(x.shape[-1], kept[2] * 2)
     if not fits or meta.shape != (*kept[:2], kept[2] // 4):
         raise disagreement(x, values, meta)
-    _check_offsets(x, kept[0], offsets)
+    check_offsets(x, kept[0], offsets)
 
 
 def check_experts_bitmask(x: Tensor, values: Tensor, mask: Tensor, starts: Tensor, offsets: Tensor) -> None:
@@ -113,14 +108,14 @@ def check_experts_bitmask(x: Tensor, values: Tensor, mask: Tensor, starts: Tenso
         BackendError: it is not.
     """
     if x is None or values is None or mask is None or starts is None:
-        raise _missing()
+        raise missing()
     dtype, coded = x.dtype, mask.shape
     if dtype is not values.dtype or dtype not in DTYPES or mask.dtype is not torch.int32:
-        raise _dtypes(x, values, mask, None)
+        raise wrong_dtypes(x, values, mask, None)
     fits = len(coded) == 3 and x.dim() == 2 and _fits(x.shape[-1], coded[2] * 32)
-    if not fits or not _kept(values, starts, coded[0] * coded[1]):
+    if not fits or not are_kept(values, starts, coded[0] * coded[1]):
         raise disagreement(x, values, mask)
-    _check_offsets(x, coded[0], offsets)
+    check_offsets(x, coded[0], offsets)
 
 
 def check_dense(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
@@ -130,7 +125,7 @@ def check_dense(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
         BackendError: it is not.
     """
     if x is None or weight is None:
-        raise _missing()
+        raise missing()
     if x.dtype is not weight.dtype or not x.dim() or weight.dim() != 2 or x.shape[-1] != weight.shape[1]:
         raise BackendError(
             f"a product of x {list(x.shape)} of {x.dtype} with dense weights",
@@ -138,126 +133,7 @@ def check_dense(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
             do="Give x of as many inputs as the weights have, and of their dtype",
         )
     if bias is not None and (bias.dtype is not x.dtype or bias.shape != weight.shape[:1]):
-        raise _bias(x, bias, weight.shape[0])
-
-
-def check_24_few(
-    x: Tensor,
-    scales: Tensor,
-    values: Tensor,
-    meta: Tensor,
-    bits: int,
-    group: int,
-    exact: bool,
-    bias: Tensor | None = None,
-) -> None:
-    """Refuse what is not x [..., width], scales [rows, groups], values [rows, bytes], meta [rows, columns / 8], bias
-    [rows], with ``columns`` the width, padded, and the bytes of half of them.
-
-    Raises:
-        BackendError: it is not.
-    """
-    _check_few(x, scales, values, meta, bits, group, torch.uint8)
-    _check_rows(x, scales, bias, 2)
-    rows, columns = scales.shape[0], padded_wide(x.shape[-1])
-    if values.shape != (rows, columns // 2 * bits // 8) or meta.shape != (rows, columns // 8):
-        raise disagreement(x, values, meta)
-
-
-def check_bitmask_few(
-    x: Tensor,
-    scales: Tensor,
-    values: Tensor,
-    mask: Tensor,
-    starts: Tensor,
-    bits: int,
-    group: int,
-    exact: bool,
-    bias: Tensor | None = None,
-) -> None:
-    """The same with values [bytes + PADDING], mask [rows, columns / 32], starts [rows + 1].
-
-    Raises:
-        BackendError: it is not.
-    """
-    if starts is None:
-        raise _missing()
-    _check_few(x, scales, values, mask, bits, group, torch.int32)
-    _check_rows(x, scales, bias, 2)
-    rows, columns = scales.shape[0], padded_wide(x.shape[-1])
-    if mask.shape != (rows, columns // 32) or not _kept(values, starts, rows):
-        raise disagreement(x, values, mask)
-
-
-def check_dense_few(
-    x: Tensor, scales: Tensor, values: Tensor, bits: int, group: int, exact: bool, bias: Tensor | None = None
-) -> None:
-    """The same with values of all columns, and no codes.
-
-    Raises:
-        BackendError: it is not.
-    """
-    _check_few(x, scales, values, None, bits, group, None)
-    _check_rows(x, scales, bias, 2)
-    if values.shape != (scales.shape[0], padded_wide(x.shape[-1]) * bits // 8):
-        raise disagreement(x, values, values)
-
-
-def check_experts_24_few(
-    x: Tensor, scales: Tensor, values: Tensor, meta: Tensor, bits: int, group: int, exact: bool, offsets: Tensor
-) -> None:
-    """The same of stacks, [experts, rows, …], x [tokens, width] and offsets [experts].
-
-    Raises:
-        BackendError: it is not.
-    """
-    _check_few(x, scales, values, meta, bits, group, torch.uint8)
-    _check_rows(x, scales, None, 3)
-    stack, columns = scales.shape[:2], padded_wide(x.shape[-1])
-    if values.shape != (*stack, columns // 2 * bits // 8) or meta.shape != (*stack, columns // 8):
-        raise disagreement(x, values, meta)
-    _check_offsets(x, stack[0], offsets)
-
-
-def check_experts_bitmask_few(
-    x: Tensor,
-    scales: Tensor,
-    values: Tensor,
-    mask: Tensor,
-    starts: Tensor,
-    bits: int,
-    group: int,
-    exact: bool,
-    offsets: Tensor,
-) -> None:
-    """The same of a stack, mask [experts, rows, columns / 32], starts [experts · rows + 1].
-
-    Raises:
-        BackendError: it is not.
-    """
-    if starts is None:
-        raise _missing()
-    _check_few(x, scales, values, mask, bits, group, torch.int32)
-    _check_rows(x, scales, None, 3)
-    stack = scales.shape[:2]
-    if mask.shape != (*stack, padded_wide(x.shape[-1]) // 32) or not _kept(values, starts, stack[0] * stack[1]):
-        raise disagreement(x, values, mask)
-    _check_offsets(x, stack[0], offsets)
-
-
-def check_experts_dense_few(
-    x: Tensor, scales: Tensor, values: Tensor, bits: int, group: int, exact: bool, offsets: Tensor
-) -> None:
-    """The same of a stack, values [experts, rows, bytes].
-
-    Raises:
-        BackendError: it is not.
-    """
-    _check_few(x, scales, values, None, bits, group, None)
-    _check_rows(x, scales, None, 3)
-    if values.shape != (*scales.shape[:2], padded_wide(x.shape[-1]) * bits // 8):
-        raise disagreement(x, values, values)
-    _check_offsets(x, scales.shape[0], offsets)
+        raise wrong_bias(x, bias, weight.shape[0])
 
 
 def ends_of(offsets: Tensor, tokens: int) -> list[int]:
@@ -304,71 +180,14 @@ def _fits(width: int, columns: int) -> bool:
     return columns % UNIT == 0 and columns - UNIT < width <= columns
 
 
-def padded_wide(columns: int) -> int:
-    """``columns`` as layouts of few bits pad them."""
-    return -(-columns // WIDE) * WIDE
-
-
-def groups_of(width: int, group: int) -> int:
-    """Scales of a row; ``group`` 0: one."""
-    return -(-width // group) if group else 1
-
-
-def _check_few(
-    x: Tensor,
-    scales: Tensor,
-    values: Tensor,
-    codes: Tensor | None,
-    bits: int,
-    group: int,
-    coded: torch.dtype | None,
-) -> None:
-    """What is asked of every product with values of few bits; ``coded`` None: of one without codes."""
-    if x is None or scales is None or values is None or (coded is not None and codes is None):
-        raise _missing()
-    if bits not in VALUES or group not in GROUPS:
-        raise BackendError(
-            "a product with packed weights of few bits",
-            found=f"{bits} bits, a scale for every {group} columns",
-            do=f"Give {' or '.join(map(str, VALUES))} bits and a group of {', '.join(map(str, GROUPS))} (0: the row)",
-        )
-    if x.dtype is not scales.dtype or x.dtype not in DTYPES or values.dtype is not VALUES[bits]:
-        raise _few_dtypes(x, scales, values, bits)
-    if codes is not None and codes.dtype is not coded:
-        raise _dtypes(x, scales, codes, None)
-    # A scalar has no last dimension.
-    if not x.dim() or not x.shape[-1] or not scales.dim() or scales.shape[-1] != groups_of(x.shape[-1], group):
-        raise BackendError(
-            f"a product of x {list(x.shape)} with packed weights of a scale for every {group or 'row’s'} columns",
-            found=f"scales {list(scales.shape)}",
-            do="Give the tensors of one packed matrix, and x of its inputs",
-        )
-
-
-def _check_rows(x: Tensor, scales: Tensor, bias: Tensor | None, dimensions: int) -> None:
-    """Of one matrix (two dimensions) or a stack of them."""
-    if scales.dim() != dimensions or (dimensions == 3 and x.dim() != 2):
-        raise disagreement(x, scales, scales)
-    if bias is not None and (bias.dtype is not x.dtype or bias.shape != scales.shape[:1]):
-        raise _bias(x, bias, scales.shape[0])
-
-
-def _few_dtypes(x: Tensor, scales: Tensor, values: Tensor, bits: int) -> BackendError:
-    return BackendError(
-        f"a product with packed weights of {bits} bits",
-        found=f"x of {x.dtype}, scales of {scales.dtype}, values of {values.dtype}",
-        do=f"Give values of {VALUES[bits]}, and x and scales of one of float32, bfloat16 and float16",
-    )
-
-
-def _kept(values: Tensor, starts: Tensor, rows: int) -> bool:
+def are_kept(values: Tensor, starts: Tensor, rows: int) -> bool:
     """Whether these may be the values of a bitmask and the starts of its rows."""
     return values.dim() == 1 and starts.dtype is torch.int64 and starts.shape == (rows + 1,)
 
 
-def _check_offsets(x: Tensor, experts: int, offsets: Tensor) -> None:
+def check_offsets(x: Tensor, experts: int, offsets: Tensor) -> None:
     if offsets is None:
-        raise _missing()
+        raise missing()
     if offsets.dtype not in (torch.int32, torch.int64) or offsets.shape != (experts,):
         raise BackendError(
             f"a product of x {list(x.shape)} with {experts} stacked experts",
@@ -377,7 +196,7 @@ def _check_offsets(x: Tensor, experts: int, offsets: Tensor) -> None:
         )
 
 
-def _dtypes(x: Tensor, values: Tensor, codes: Tensor, bias: Tensor | None) -> BackendError:
+def wrong_dtypes(x: Tensor, values: Tensor, codes: Tensor, bias: Tensor | None) -> BackendError:
     found = f"x of {x.dtype}, weights of {values.dtype}, codes of {codes.dtype}"
     return BackendError(
         "a product with packed weights",
@@ -390,12 +209,12 @@ def _place(found: str, do: str) -> BackendError:
     return BackendError("a product with packed weights", found=found, do=do)
 
 
-def _missing() -> BackendError:
+def missing() -> BackendError:
     # Torch lets None pass for any tensor.
     return BackendError("a product", found="None in the place of a tensor", do="Give all but the bias")
 
 
-def _bias(x: Tensor, bias: Tensor, rows: int) -> BackendError:
+def wrong_bias(x: Tensor, bias: Tensor, rows: int) -> BackendError:
     return BackendError(
         f"a product of x of {x.dtype} with weights of {rows} outputs",
         found=f"bias of {bias.dtype} {list(bias.shape)}",

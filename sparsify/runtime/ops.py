@@ -25,7 +25,7 @@ from torch._ops import OpOverload
 from torch.library import Library, register_fake
 from torch.nn.functional import linear
 
-from sparsify.runtime import arguments, reference
+from sparsify.runtime import arguments, few_arguments, reference
 from sparsify.runtime.arguments import checked
 from sparsify.runtime.cpu import few, products
 from sparsify.runtime.cuda.ops import register_portable
@@ -115,42 +115,42 @@ _FEW = "int bits, int group, bool exact"
 _MASK = "Tensor values, Tensor mask, Tensor starts"
 linear_24_few = _define(
     f"linear_24_few(Tensor x, Tensor scales, Tensor values, Tensor meta, {_FEW}, Tensor? bias=None)",
-    arguments.check_24_few,
+    few_arguments.check_24_few,
     reference.linear_24_few,
     few.linear_24_few,
     _fake_few,
 )
 linear_bitmask_few = _define(
     f"linear_bitmask_few(Tensor x, Tensor scales, {_MASK}, {_FEW}, Tensor? bias=None)",
-    arguments.check_bitmask_few,
+    few_arguments.check_bitmask_few,
     reference.linear_bitmask_few,
     few.linear_bitmask_few,
     _fake_few,
 )
 linear_dense_few = _define(
     f"linear_dense_few(Tensor x, Tensor scales, Tensor values, {_FEW}, Tensor? bias=None)",
-    arguments.check_dense_few,
+    few_arguments.check_dense_few,
     reference.linear_dense_few,
     few.linear_dense_few,
     _fake_few,
 )
 experts_24_few = _define(
     f"experts_24_few(Tensor x, Tensor scales, Tensor values, Tensor meta, {_FEW}, Tensor offsets)",
-    arguments.check_experts_24_few,
+    few_arguments.check_experts_24_few,
     reference.experts_24_few,
     few.experts_24_few,
     _fake_few,
 )
 experts_bitmask_few = _define(
     f"experts_bitmask_few(Tensor x, Tensor scales, {_MASK}, {_FEW}, Tensor offsets)",
-    arguments.check_experts_bitmask_few,
+    few_arguments.check_experts_bitmask_few,
     reference.experts_bitmask_few,
     few.experts_bitmask_few,
     _fake_few,
 )
 experts_dense_few = _define(
     f"experts_dense_few(Tensor x, Tensor scales, Tensor values, {_FEW}, Tensor offsets)",
-    arguments.check_experts_dense_few,
+    few_arguments.check_experts_dense_few,
     reference.experts_dense_few,
     few.experts_dense_few,
     _fake_few,

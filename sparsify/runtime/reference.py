@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from sparsify.runtime.arguments import ends_of, padded_wide
+from sparsify.runtime.arguments import ends_of
 from sparsify.runtime.codes import unpack_bits, unpack_pairs
+from sparsify.runtime.few_arguments import padded_wide
 from sparsify.runtime.layout import PADDING, Packed, unpack
 
 

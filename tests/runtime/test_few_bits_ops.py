@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from sparsify.errors import BackendError
 from sparsify.runtime import ops, reference
-from sparsify.runtime.arguments import GROUPS
 from sparsify.runtime.cpu import native
 from sparsify.runtime.cpu.few import unpack_few
+from sparsify.runtime.few_arguments import GROUPS
 
 BITS = (8, 4)
 EVERY = pytest.mark.parametrize("layout", LAYOUTS)

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from sparsify.runtime import ops, reference
-from sparsify.runtime.arguments import GROUPS, VALUES
 from sparsify.runtime.codes import unpack_bits
 from sparsify.runtime.cpu.few import unpack_few
+from sparsify.runtime.few_arguments import GROUPS, VALUES
 
 # Layout by layout: the operator of one matrix, that of a stack, and plain torch for both.
 FEW: dict[str, tuple[Callable[..., Any], ...]] = {

@@ -13,18 +13,17 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from sparsify.runtime import reference
-from sparsify.runtime.arguments import (
+from sparsify.runtime.arguments import disagreement, failure
+from sparsify.runtime.cpu import native
+from sparsify.runtime.cpu.asked_once import KnownCodes
+from sparsify.runtime.few_arguments import (
     check_24_few,
     check_bitmask_few,
     check_dense_few,
     check_experts_24_few,
     check_experts_bitmask_few,
     check_experts_dense_few,
-    disagreement,
-    failure,
 )
-from sparsify.runtime.cpu import native
-from sparsify.runtime.cpu.asked_once import KnownCodes
 
 # Up to FEW tokens are multiplied with weights that stay packed; above, PANEL rows at a time are made dense in a buffer
 # that all panels share, for a dense product.
