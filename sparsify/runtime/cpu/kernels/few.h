@@ -110,7 +110,8 @@ INLINE float scale_of(const Few& w, i64 row, i64 k) {
 // `count` numbers as float, and zeros after them up to `padded`.
 INLINE void to_floats(int kind, const void* x, i64 count, i64 padded, float* out) {
   if (kind == F32) memcpy(out, x, count * 4);
-  else for (i64 k = 0; k < count; k++) out[k] = load(kind, x, k);
+  else if (kind == BF16) for (i64 k = 0; k < count; k++) out[k] = from_bf16(((const u16_anywhere*)x)[k]);   // vectorised
+  else for (i64 k = 0; k < count; k++) out[k] = from_f16(((const u16_anywhere*)x)[k]);
   memset(out + count, 0, (padded - count) * 4);
 }
 

@@ -106,9 +106,8 @@ TFEW static void few512(const Few& w, const Quantised& x, i64 token, const void*
       for (; k < stop; k += WIDE, begin += 16 * H, lanes += 16 * H) {
         __m512i part[R][2], start[R], columns[R];
         UNROLL for (int r = 0; r < R; r++) {
-          // Two or three streams at a time, each slower than the hardware's prefetchers like: asked for 64 steps ahead.
-          prefetch(v[r], LAYOUT == DENSE ? 4096 : 512 * BITS);
-          if (LAYOUT != DENSE) prefetch(codes[r], 1024);
+          // Measured: values beside codes come sooner so, by a tenth to a fifth; those of one dense row later.
+          if (LAYOUT != DENSE || M > 1) prefetch(v[r], 4096);
           if (LAYOUT == PACKED24) {
             const __m128i meta = _mm_loadu_si128((const __m128i*)codes[r]);
             columns[r] = _mm512_multishift_epi64_epi8(shift, _mm512_permutexvar_epi64(word, _mm512_castsi128_si512(meta)));
