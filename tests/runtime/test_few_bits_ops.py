@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.few_bits import EXPERTS, LAYOUTS, Few, few, pack_few
 from support.matrices import DTYPES, TOLERANCE, error
@@ -74,6 +74,7 @@ def matrices(draw: st.DrawFn) -> tuple[Few, int, int]:
     return few(layout, rows, columns, bits, group, dtype, seed, zeros), draw(st.integers(0, 18)), seed
 
 
+@settings(max_examples=100, deadline=None)
 @given(matrices(), st.booleans())
 def test_quantised_within_half_a_step_of_each_input(case: tuple[Few, int, int], biased: bool) -> None:
     w, tokens, seed = case
@@ -92,6 +93,7 @@ def test_quantised_within_half_a_step_of_each_input(case: tuple[Few, int, int], 
             assert bool(((got.double() - truth).abs() <= allowed).all()), isa
 
 
+@settings(max_examples=100, deadline=None)
 @given(matrices())
 def test_exact_is_as_near_as_the_kernels_of_full_width(case: tuple[Few, int, int]) -> None:
     w, tokens, seed = case
@@ -106,6 +108,7 @@ def test_exact_is_as_near_as_the_kernels_of_full_width(case: tuple[Few, int, int
             assert bool(((got.double() - truth).abs() <= TOLERANCE[x.dtype] * scale + 1e-7).all()), isa
 
 
+@settings(max_examples=100, deadline=None)
 @given(matrices())
 def test_unpacked_bit_for_bit(case: tuple[Few, int, int]) -> None:
     w = case[0]

@@ -4,41 +4,59 @@
 #include "few.h"
 #ifdef SPARSIFY_X86
 
-// For each byte of a mask, where each of eight places finds its value among those packed; 0x80 gives zero.
+// Where each of eight places finds its value among those packed, for each byte of a mask and for each byte of packed24's
+// codes; 0x80 gives zero.
 struct Places {
-  alignas(8) u8 at[256][8];
+  alignas(8) u8 bits[256][8], pairs[256][8];
   Places() {
-    for (int mask = 0; mask < 256; mask++)
-      for (int j = 0, count = 0; j < 8; j++) at[mask][j] = mask >> j & 1 ? (u8)count++ : 0x80;
+    for (int byte = 0; byte < 256; byte++) {
+      for (int j = 0, count = 0; j < 8; j++) bits[byte][j] = byte >> j & 1 ? (u8)count++ : 0x80;
+      for (int j = 0; j < 8; j++) pairs[byte][j] = 0x80;
+      for (int i = 0; i < 4; i++) pairs[byte][i / 2 * 4 + (byte >> 2 * i & 3)] = (u8)i;
+    }
   }
 };
 static const Places places;
 
-// As decode().
-T256 static void decode_avx2(const Few& w, i64 row, i64 block, i64& at, i8* out) {
-  const u64 mask = block_mask(w, row, block);
-  const i64 kept = __builtin_popcountll(mask), bytes = block_bytes(w, kept);
+// 4-bit values as int8, two for each of 16 bytes.
+T256 INLINE void nibbles_avx2(const u8* v, u8* out) {
+  const __m256i eight = _mm256_set1_epi8(8), low = _mm256_set1_epi8(15);
+  const __m256i wide = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i*)v));
+  const __m256i u = _mm256_and_si256(_mm256_or_si256(wide, _mm256_slli_epi16(wide, 4)), low);
+  _mm256_store_si256((__m256i*)out, _mm256_sub_epi8(_mm256_xor_si256(u, eight), eight));
+}
+
+// As decode(). What is read beyond the values of a bitmask's block lies in those after it, or in the padding.
+T256 INLINE void decode_avx2(const Few& w, i64 row, i64 block, i64& at, i8* out) {
   const u8* v = w.values + at;
-  at += bytes;
-  alignas(32) u8 held[80];   // eight bytes are read where a value is: more than the packed ones may be there
-  if (w.bits == 8) memcpy(held, v, kept);
-  else {
-    alignas(32) u8 two[32] = {};
-    memcpy(two, v, bytes);
-    const __m256i eight = _mm256_set1_epi8(8), low = _mm256_set1_epi8(15);
-    for (int i = 0; i < 32; i += 16) {
-      const __m256i wide = _mm256_cvtepu8_epi16(_mm_load_si128((const __m128i*)(two + i)));
-      const __m256i u = _mm256_and_si256(_mm256_or_si256(wide, _mm256_slli_epi16(wide, 4)), low);
-      _mm256_store_si256((__m256i*)(held + 2 * i), _mm256_sub_epi8(_mm256_xor_si256(u, eight), eight));
-    }
+  alignas(32) u8 held[80];
+  if (w.bits == 4) {
+    nibbles_avx2(v, held);
+    if (w.layout != PACKED24) nibbles_avx2(v + 16, held + 32);
+    v = held;
   }
-  if (w.layout == DENSE) { memcpy(out, held, 64); return; }
-  const u8* from = held;
-  for (int i = 0; i < 64; i += 8) {
-    const u64 bits = mask >> i & 255;
-    const __m128i eight = _mm_shuffle_epi8(_mm_loadl_epi64((const __m128i*)from), _mm_loadl_epi64((const __m128i*)places.at[bits]));
-    _mm_storel_epi64((__m128i*)(out + i), eight);
-    from += __builtin_popcountll(bits);
+  if (w.layout == DENSE) {
+    memcpy(out, v, 64);
+    at += 8 * w.bits;
+  } else if (w.layout == PACKED24) {
+    const u8* codes = w.codes + row * (w.columns / 8) + block * 8;
+    const __m128i second = _mm_set_epi64x(0x0404040404040404, 0);   // whose four values come after the first four
+    UNROLL for (int i = 0; i < 4; i++) {
+      const __m128i place = _mm_unpacklo_epi64(_mm_loadl_epi64((const __m128i*)places.pairs[codes[2 * i]]),
+                                               _mm_loadl_epi64((const __m128i*)places.pairs[codes[2 * i + 1]]));
+      const __m128i eight = _mm_loadl_epi64((const __m128i*)(v + 8 * i));
+      _mm_storeu_si128((__m128i*)(out + 16 * i), _mm_shuffle_epi8(eight, _mm_or_si128(place, second)));
+    }
+    at += 4 * w.bits;
+  } else {
+    const u64 mask = block_mask(w, row, block);
+    for (int i = 0; i < 64; i += 8) {
+      const u64 bits = mask >> i & 255;
+      const __m128i place = _mm_loadl_epi64((const __m128i*)places.bits[bits]);
+      _mm_storel_epi64((__m128i*)(out + i), _mm_shuffle_epi8(_mm_loadl_epi64((const __m128i*)v), place));
+      v += __builtin_popcountll(bits);
+    }
+    at += block_bytes(w, __builtin_popcountll(mask));
   }
 }
 
@@ -69,11 +87,13 @@ T256 INLINE void dot_avx2(const Few& w, const Quantised& x, i64 token, const i8*
   for (i64 k = 0, g = 0; k < w.columns; k += group, g++) {
     __m256i dot[M];
     UNROLL for (int m = 0; m < M; m++) dot[m] = _mm256_setzero_si256();
-    for (i64 j = k; j < k + group; j += 16) {
-      const __m256i ws = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)(row + j)));
+    for (i64 j = k; j < k + group; j += 32) {
+      // vpmaddubsw wants one side unsigned: the other takes its signs. Two products are 2 · 128 · 127 at most, and fit.
+      const __m256i ws = _mm256_loadu_si256((const __m256i*)(row + j)), size = _mm256_abs_epi8(ws);
       UNROLL for (int m = 0; m < M; m++) {
-        const i8* xs = x.q + (token + m) * x.stride + j;
-        dot[m] = _mm256_add_epi32(dot[m], _mm256_madd_epi16(ws, _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)xs))));
+        const __m256i xs = _mm256_loadu_si256((const __m256i*)(x.q + (token + m) * x.stride + j));
+        const __m256i pairs = _mm256_maddubs_epi16(size, _mm256_sign_epi8(xs, ws));
+        dot[m] = _mm256_add_epi32(dot[m], _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
       }
     }
     UNROLL for (int m = 0; m < M; m++) {
