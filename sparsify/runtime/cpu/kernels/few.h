@@ -101,7 +101,7 @@ INLINE float weight(float scale, i8 integer) { return scale * integer + 0.0f; }
 
 // The scale of column k: that of a row's padding is the last one's, its integers are zeros.
 INLINE float scale_of(const Few& w, i64 row, i64 k) {
-  const i64 g = w.group ? k / w.group : 0;
+  const i64 g = w.group ? k >> __builtin_ctzll((u64)w.group) : 0;   // a division takes longer
   return load(w.kind, w.scales, row * w.scale_count + (g < w.scale_count ? g : w.scale_count - 1));
 }
 
