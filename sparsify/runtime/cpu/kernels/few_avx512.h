@@ -187,11 +187,14 @@ TFEW static void few_tokens512(const Few& w, const Quantised& x, const void* bia
 
 // ---- exact: the weights as floating-point numbers
 
-// 64 bytes' nibbles, of 32 bytes, low one first, as int8.
-TFEW INLINE __m512i nibbles512(const void* p) {
-  const __m512i v = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)p)), eight = _mm512_set1_epi8(8);
+// Of each 16-bit lane's low byte the two nibbles, low one first, as int8.
+TFEW INLINE __m512i nibbles512(__m512i v) {
+  const __m512i eight = _mm512_set1_epi8(8);
   const __m512i u = _mm512_and_si512(_mm512_or_si512(v, _mm512_slli_epi16(v, 4)), _mm512_set1_epi8(15));
   return _mm512_sub_epi8(_mm512_xor_si512(u, eight), eight);
+}
+TFEW INLINE __m512i nibbles512(const void* p) {   // of 32 bytes
+  return nibbles512(_mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)p)));
 }
 
 // As block_mask() of packed24.
@@ -215,11 +218,7 @@ TFEW INLINE __m512i decode512(const Few& w, i64 row, i64 block, i64& at) {
   __m512i held;
   if (w.layout == BITMASK) held = w.bits == 8 ? _mm512_loadu_si512(v) : nibbles512(v);
   else if (w.bits == 8) held = _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i*)v));   // nothing lies after the last
-  else {
-    alignas(32) u8 all[32] = {};
-    memcpy(all, v, 16);
-    held = nibbles512(all);
-  }
+  else held = nibbles512(_mm512_castsi256_si512(_mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i*)v))));
   at += block_bytes(w, _mm_popcnt_u64(mask));
   return _mm512_mask_expand_epi8(fresh_zero(), mask, held);
 }
