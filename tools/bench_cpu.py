@@ -1,4 +1,5 @@
 """Packed CPU kernels against the best dense product of torch: the figures C1 to C8 of docs/benchmarks.md.
+Q: weights of 8 and 4 bits beside those of full width (``few_bits_rows.py``).
 
     python tools/bench_cpu.py [--only C1,C2] [--rounds 11] [--json FILE]
 
@@ -24,6 +25,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import few_bits_rows
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -245,6 +247,10 @@ def main() -> None:
     if not options.avx2 and (not only or "C7" in only):
         results.append(overhead(options.rounds))
         print(f"C7 {results[-1]['label']}: {results[-1]['microseconds']:.1f} µs (bar 8)")
+    for rows, columns in few_bits_rows.SHAPES if not options.avx2 and (not only or "Q" in only) else ():
+        for row in few_bits_rows.measure(rows, columns, options.rounds, interleaved):
+            results.append(row)
+            print(few_bits_rows.described(row), flush=True)
     if options.json:
         options.json.write_text(json.dumps({"processor": processor(), "results": results}, indent=2) + "\n")
 

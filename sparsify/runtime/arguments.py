@@ -48,16 +48,16 @@ def check_24(x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None = None
         BackendError: it is not.
     """
     if x is None or values is None or meta is None:
-        raise _missing()
+        raise missing()
     dtype, kept = x.dtype, values.shape
     if dtype is not values.dtype or dtype not in DTYPES or meta.dtype is not torch.uint8:
-        raise _dtypes(x, values, meta, bias)
+        raise wrong_dtypes(x, values, meta, bias)
     # A scalar has no last dimension.
     width = x.shape[-1] if x.dim() else 0
     if len(kept) != 2 or not _fits(width, kept[1] * 2) or meta.shape != (kept[0], kept[1] // 4):
         raise disagreement(x, values, meta)
     if bias is not None and (bias.dtype is not dtype or bias.shape != kept[:1]):
-        raise _bias(x, bias, kept[0])
+        raise wrong_bias(x, bias, kept[0])
     return kept[0]
 
 
@@ -72,15 +72,15 @@ def check_bitmask(x: Tensor, values: Tensor, mask: Tensor, starts: Tensor, bias:
         BackendError: it is not.
     """
     if x is None or values is None or mask is None or starts is None:
-        raise _missing()
+        raise missing()
     dtype, coded = x.dtype, mask.shape
     if dtype is not values.dtype or dtype not in DTYPES or mask.dtype is not torch.int32:
-        raise _dtypes(x, values, mask, bias)
+        raise wrong_dtypes(x, values, mask, bias)
     width = x.shape[-1] if x.dim() else 0
-    if len(coded) != 2 or not _fits(width, coded[1] * 32) or not _kept(values, starts, coded[0]):
+    if len(coded) != 2 or not _fits(width, coded[1] * 32) or not are_kept(values, starts, coded[0]):
         raise disagreement(x, values, mask)
     if bias is not None and (bias.dtype is not dtype or bias.shape != coded[:1]):
-        raise _bias(x, bias, coded[0])
+        raise wrong_bias(x, bias, coded[0])
     return coded[0]
 
 
@@ -90,15 +90,15 @@ def check_experts_24(x: Tensor, values: Tensor, meta: Tensor, offsets: Tensor) -
     Raises:
         BackendError: it is not.
     """
-    if x is None or values is None or meta is None or offsets is None:
-        raise _missing()
+    if x is None or values is None or meta is None:
+        raise missing()
     dtype, kept = x.dtype, values.shape
     if dtype is not values.dtype or dtype not in DTYPES or meta.dtype is not torch.uint8:
-        raise _dtypes(x, values, meta, None)
+        raise wrong_dtypes(x, values, meta, None)
     fits = len(kept) == 3 and x.dim() == 2 and _fits(x.shape[-1], kept[2] * 2)
     if not fits or meta.shape != (*kept[:2], kept[2] // 4):
         raise disagreement(x, values, meta)
-    _check_offsets(x, kept[0], offsets)
+    check_offsets(x, kept[0], offsets)
 
 
 def check_experts_bitmask(x: Tensor, values: Tensor, mask: Tensor, starts: Tensor, offsets: Tensor) -> None:
@@ -107,15 +107,15 @@ def check_experts_bitmask(x: Tensor, values: Tensor, mask: Tensor, starts: Tenso
     Raises:
         BackendError: it is not.
     """
-    if x is None or values is None or mask is None or starts is None or offsets is None:
-        raise _missing()
+    if x is None or values is None or mask is None or starts is None:
+        raise missing()
     dtype, coded = x.dtype, mask.shape
     if dtype is not values.dtype or dtype not in DTYPES or mask.dtype is not torch.int32:
-        raise _dtypes(x, values, mask, None)
+        raise wrong_dtypes(x, values, mask, None)
     fits = len(coded) == 3 and x.dim() == 2 and _fits(x.shape[-1], coded[2] * 32)
-    if not fits or not _kept(values, starts, coded[0] * coded[1]):
+    if not fits or not are_kept(values, starts, coded[0] * coded[1]):
         raise disagreement(x, values, mask)
-    _check_offsets(x, coded[0], offsets)
+    check_offsets(x, coded[0], offsets)
 
 
 def check_dense(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
@@ -125,7 +125,7 @@ def check_dense(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
         BackendError: it is not.
     """
     if x is None or weight is None:
-        raise _missing()
+        raise missing()
     if x.dtype is not weight.dtype or not x.dim() or weight.dim() != 2 or x.shape[-1] != weight.shape[1]:
         raise BackendError(
             f"a product of x {list(x.shape)} of {x.dtype} with dense weights",
@@ -133,7 +133,7 @@ def check_dense(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
             do="Give x of as many inputs as the weights have, and of their dtype",
         )
     if bias is not None and (bias.dtype is not x.dtype or bias.shape != weight.shape[:1]):
-        raise _bias(x, bias, weight.shape[0])
+        raise wrong_bias(x, bias, weight.shape[0])
 
 
 def ends_of(offsets: Tensor, tokens: int) -> list[int]:
@@ -180,12 +180,14 @@ def _fits(width: int, columns: int) -> bool:
     return columns % UNIT == 0 and columns - UNIT < width <= columns
 
 
-def _kept(values: Tensor, starts: Tensor, rows: int) -> bool:
+def are_kept(values: Tensor, starts: Tensor, rows: int) -> bool:
     """Whether these may be the values of a bitmask and the starts of its rows."""
     return values.dim() == 1 and starts.dtype is torch.int64 and starts.shape == (rows + 1,)
 
 
-def _check_offsets(x: Tensor, experts: int, offsets: Tensor) -> None:
+def check_offsets(x: Tensor, experts: int, offsets: Tensor) -> None:
+    if offsets is None:
+        raise missing()
     if offsets.dtype not in (torch.int32, torch.int64) or offsets.shape != (experts,):
         raise BackendError(
             f"a product of x {list(x.shape)} with {experts} stacked experts",
@@ -194,7 +196,7 @@ def _check_offsets(x: Tensor, experts: int, offsets: Tensor) -> None:
         )
 
 
-def _dtypes(x: Tensor, values: Tensor, codes: Tensor, bias: Tensor | None) -> BackendError:
+def wrong_dtypes(x: Tensor, values: Tensor, codes: Tensor, bias: Tensor | None) -> BackendError:
     found = f"x of {x.dtype}, weights of {values.dtype}, codes of {codes.dtype}"
     return BackendError(
         "a product with packed weights",
@@ -207,12 +209,12 @@ def _place(found: str, do: str) -> BackendError:
     return BackendError("a product with packed weights", found=found, do=do)
 
 
-def _missing() -> BackendError:
+def missing() -> BackendError:
     # Torch lets None pass for any tensor.
     return BackendError("a product", found="None in the place of a tensor", do="Give all but the bias")
 
 
-def _bias(x: Tensor, bias: Tensor, rows: int) -> BackendError:
+def wrong_bias(x: Tensor, bias: Tensor, rows: int) -> BackendError:
     return BackendError(
         f"a product of x of {x.dtype} with weights of {rows} outputs",
         found=f"bias of {bias.dtype} {list(bias.shape)}",

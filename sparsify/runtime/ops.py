@@ -2,6 +2,9 @@
 
 - ``linear_24``, ``linear_bitmask``: y = x Wᵀ + b with W packed (:mod:`sparsify.runtime.layout`);
 - ``experts_24``, ``experts_bitmask``: the same for a stack of W, tokens sorted by expert, as ``grouped_mm`` does it;
+- ``linear_24_few``, ``linear_bitmask_few``, ``linear_dense_few`` and ``experts_…_few``: the same with W as integers of
+  8 or 4 bits, and a scale for each ``group`` columns of a row (0: for the row). ``exact`` leaves x floating; else CPUs
+  make it int8 too where there are few tokens;
 - ``linear_dense``: a dense product whose case of one token runs our own kernel.
 
 Any leading dimensions, any number of tokens, bias or none, for inference: no gradient is defined. On CPUs they run the
@@ -22,9 +25,9 @@ from torch._ops import OpOverload
 from torch.library import Library, register_fake
 from torch.nn.functional import linear
 
-from sparsify.runtime import arguments, reference
+from sparsify.runtime import arguments, few_arguments, reference
 from sparsify.runtime.arguments import checked
-from sparsify.runtime.cpu import products
+from sparsify.runtime.cpu import few, products
 from sparsify.runtime.cuda.ops import register_portable
 
 _Product = Callable[..., Tensor]
@@ -48,6 +51,10 @@ def _fake_experts_bitmask(x: Tensor, values: Tensor, mask: Tensor, rowptr: Tenso
 
 def _fake_dense(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+def _fake_few(x: Tensor, scales: Tensor, *_: Any) -> Tensor:
+    return x.new_empty((*x.shape[:-1], scales.shape[-2]))
 
 
 # Operators are torch's own registry; this object only keeps them alive.
@@ -103,5 +110,49 @@ linear_dense = _define(
     linear,
     products.linear_dense,
     _fake_dense,
+)
+_FEW = "int bits, int group, bool exact"
+_MASK = "Tensor values, Tensor mask, Tensor starts"
+linear_24_few = _define(
+    f"linear_24_few(Tensor x, Tensor scales, Tensor values, Tensor meta, {_FEW}, Tensor? bias=None)",
+    few_arguments.check_24_few,
+    reference.linear_24_few,
+    few.linear_24_few,
+    _fake_few,
+)
+linear_bitmask_few = _define(
+    f"linear_bitmask_few(Tensor x, Tensor scales, {_MASK}, {_FEW}, Tensor? bias=None)",
+    few_arguments.check_bitmask_few,
+    reference.linear_bitmask_few,
+    few.linear_bitmask_few,
+    _fake_few,
+)
+linear_dense_few = _define(
+    f"linear_dense_few(Tensor x, Tensor scales, Tensor values, {_FEW}, Tensor? bias=None)",
+    few_arguments.check_dense_few,
+    reference.linear_dense_few,
+    few.linear_dense_few,
+    _fake_few,
+)
+experts_24_few = _define(
+    f"experts_24_few(Tensor x, Tensor scales, Tensor values, Tensor meta, {_FEW}, Tensor offsets)",
+    few_arguments.check_experts_24_few,
+    reference.experts_24_few,
+    few.experts_24_few,
+    _fake_few,
+)
+experts_bitmask_few = _define(
+    f"experts_bitmask_few(Tensor x, Tensor scales, {_MASK}, {_FEW}, Tensor offsets)",
+    few_arguments.check_experts_bitmask_few,
+    reference.experts_bitmask_few,
+    few.experts_bitmask_few,
+    _fake_few,
+)
+experts_dense_few = _define(
+    f"experts_dense_few(Tensor x, Tensor scales, Tensor values, {_FEW}, Tensor offsets)",
+    few_arguments.check_experts_dense_few,
+    reference.experts_dense_few,
+    few.experts_dense_few,
+    _fake_few,
 )
 register_portable(_library)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
 from sparsify.runtime.arguments import ends_of
-from sparsify.runtime.layout import Packed, unpack
+from sparsify.runtime.codes import unpack_bits, unpack_pairs
+from sparsify.runtime.few_arguments import padded_wide
+from sparsify.runtime.layout import PADDING, Packed, unpack
 
 
 def linear_24(x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -27,6 +30,116 @@ def experts_bitmask(x: Tensor, values: Tensor, mask: Tensor, rowptr: Tensor, off
     experts, rows = mask.shape[:2]
     full = unpack(Packed("bitmask", (experts * rows, x.shape[-1]), values, mask.flatten(0, 1))).view(experts, rows, -1)
     return by_expert(x, rows, offsets, lambda e, part: linear(part, full[e]))
+
+
+def linear_24_few(
+    x: Tensor,
+    scales: Tensor,
+    values: Tensor,
+    meta: Tensor,
+    bits: int,
+    group: int,
+    exact: bool,
+    bias: Tensor | None = None,
+) -> Tensor:
+    return linear(x, unpack_few("packed24", scales, values, meta, bits, group, x.shape[-1]), bias)
+
+
+def linear_bitmask_few(
+    x: Tensor,
+    scales: Tensor,
+    values: Tensor,
+    mask: Tensor,
+    starts: Tensor,
+    bits: int,
+    group: int,
+    exact: bool,
+    bias: Tensor | None = None,
+) -> Tensor:
+    return linear(x, unpack_few("bitmask", scales, values, mask, bits, group, x.shape[-1]), bias)
+
+
+def linear_dense_few(
+    x: Tensor, scales: Tensor, values: Tensor, bits: int, group: int, exact: bool, bias: Tensor | None = None
+) -> Tensor:
+    return linear(x, unpack_few("dense", scales, values, None, bits, group, x.shape[-1]), bias)
+
+
+def experts_24_few(
+    x: Tensor, scales: Tensor, values: Tensor, meta: Tensor, bits: int, group: int, exact: bool, offsets: Tensor
+) -> Tensor:
+    def product(e: int, part: Tensor) -> Tensor:
+        return linear_24_few(part, scales[e], values[e], meta[e], bits, group, exact)
+
+    return by_expert(x, scales.shape[1], offsets, product)
+
+
+def experts_bitmask_few(
+    x: Tensor,
+    scales: Tensor,
+    values: Tensor,
+    mask: Tensor,
+    starts: Tensor,
+    bits: int,
+    group: int,
+    exact: bool,
+    offsets: Tensor,
+) -> Tensor:
+    experts, rows = scales.shape[:2]
+    full = unpack_few("bitmask", scales.flatten(0, 1), values, mask.flatten(0, 1), bits, group, x.shape[-1])
+    full = full.view(experts, rows, -1)
+    return by_expert(x, rows, offsets, lambda e, part: linear(part, full[e]))
+
+
+def experts_dense_few(
+    x: Tensor, scales: Tensor, values: Tensor, bits: int, group: int, exact: bool, offsets: Tensor
+) -> Tensor:
+    def product(e: int, part: Tensor) -> Tensor:
+        return linear_dense_few(part, scales[e], values[e], bits, group, exact)
+
+    return by_expert(x, scales.shape[1], offsets, product)
+
+
+def unpack_few(
+    layout: str, scales: Tensor, values: Tensor, codes: Tensor | None, bits: int, group: int, width: int
+) -> Tensor:
+    """The matrix [rows, width] of ``scales`` times the integers of 8 or 4 bits that ``values`` holds, in float32 and
+    rounded once. ``group`` 0: a scale for each row.
+    """
+    rows, columns = scales.shape[0], padded_wide(width)
+    if layout == "bitmask":
+        assert codes is not None, "a bitmask has a mask"
+        kept = unpack_bits(codes.contiguous().view(torch.uint8)).view(-1, 64)
+        integers = _expanded(values[: values.numel() - PADDING], kept, bits).view(rows, columns)
+    else:
+        held = values if bits == 8 else _nibbles(values)
+        if layout == "packed24":
+            assert codes is not None, "packed24 has codes"
+            held = unpack_pairs(held.reshape(-1, 2), codes)
+        integers = held.view(rows, columns)
+    each = scales.float().repeat_interleave(group or columns, 1)[:, :width]
+    # A zero is +0.0 whatever the sign of its scale.
+    return (each * integers[:, :width] + 0.0).to(scales.dtype)
+
+
+def _nibbles(pairs: Tensor) -> Tensor:
+    """Two's complement nibbles [..., n] as int8 [..., 2 n], the low one first."""
+    two = torch.stack([pairs & 15, pairs >> 4], -1).flatten(-2)
+    return (two.to(torch.int8) ^ 8) - 8
+
+
+def _expanded(values: Tensor, kept: Tensor, bits: int) -> Tensor:
+    """The integers of a bitmask where ``kept`` [blocks, 64] says: of 4 bits each block begins on a byte."""
+    full = torch.zeros(kept.shape, dtype=torch.int8, device=values.device)
+    if bits == 8:
+        full[kept] = values
+        return full
+    count = kept.sum(1)
+    starts = (count + 1) // 2
+    starts = starts.cumsum(0) - starts
+    place = 2 * starts[:, None] + kept.cumsum(1) - 1
+    full[kept] = _nibbles(values)[place[kept]]
+    return full
 
 
 def by_expert(x: Tensor, rows: int, offsets: Tensor, product: Callable[[int, Tensor], Tensor]) -> Tensor:

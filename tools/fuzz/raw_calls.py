@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from random import Random
 from typing import Any
 
+import few_calls
 import torch
+from few_calls import FEW, NUMBERS, sound_few
 from torch import Tensor
 from torch.nn.functional import linear
 
@@ -18,7 +20,8 @@ from sparsify.runtime.layout import PADDING, Packed
 from sparsify.runtime.packed_weight import PackedWeight
 from sparsify.runtime.words import Layout
 
-OPERATORS = (ops.linear_24, ops.linear_bitmask, ops.experts_24, ops.experts_bitmask, ops.linear_dense)
+_FULL_WIDTH = (ops.linear_24, ops.linear_bitmask, ops.experts_24, ops.experts_bitmask, ops.linear_dense)
+OPERATORS: tuple[Callable[..., Any], ...] = (*_FULL_WIDTH, *few_calls.OPERATORS)
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _ROWS = (1, 2, 3, 5, 12, 33, 40)
 _COLUMNS = (1, 3, 8, 63, 64, 65, 128, 200, 256, 1100)
@@ -43,7 +46,9 @@ def sound_call(draw: Random) -> Call:
     tokens = draw.choice(_TOKENS)
     x = torch.randn(draw.choice([(tokens, columns), (1, tokens, columns)])).to(dtype)
     bias = draw.choice((None, torch.randn(rows).to(dtype)))
-    kind = draw.choice(("linear", "linear", "linear", "linear", "experts", "dense", "unpack"))
+    kind = draw.choice(("linear", "linear", "linear", "linear", "experts", "dense", "unpack", "few", "few", "few"))
+    if kind == "few":
+        return _few_call(draw, x, rows, bias)
     if kind == "dense":
         one = x[..., :1, :] if draw.random() < 0.7 else x
         return Call(ops.linear_dense, linear, [one, torch.randn(rows, columns).to(dtype), bias])
@@ -64,9 +69,28 @@ def sound_call(draw: Random) -> Call:
     return Call(packed.operator, truth, [x, *packed.tensors.values(), bias])
 
 
+def _few_call(draw: Random, x: Tensor, rows: int, bias: Tensor | None) -> Call:
+    """A product with values of 8 or 4 bits, of one matrix or a stack, or a matrix made dense."""
+    columns, chance = x.shape[-1], draw.random()
+    experts = draw.choice((1, 2, 5)) if chance < 0.2 else 0
+    layout, rest = sound_few(draw, rows, columns, x.dtype, experts)
+    linear_few, experts_few, truth, experts_truth = FEW[layout]
+    if chance > 0.9:
+        return Call(few_calls.unpacking(layout, columns), None, rest)
+    if not experts:
+        return Call(linear_few, truth, [x, *rest, bias])
+    x = x.reshape(-1, columns)
+    ends = sorted(draw.randint(0, len(x)) for _ in range(experts))
+    return Call(experts_few, experts_truth, [x, *rest, torch.tensor(ends)])
+
+
 def mutated(draw: Random, call: Call) -> Call:
-    """``call`` with one of its tensors changed, swapped with another, or left out."""
+    """``call`` with one of its tensors changed, swapped with another, or left out, or one of its numbers changed."""
     out = list(call.arguments)
+    numbers = [i for i, a in enumerate(out) if isinstance(a, int)]
+    if numbers and draw.random() < 0.1:
+        out[draw.choice(numbers)] = draw.choice(NUMBERS)
+        return Call(call.operator, call.truth, out)
     places = [i for i, a in enumerate(out) if isinstance(a, Tensor)]
     place = draw.choice(places)
     chance = draw.random()

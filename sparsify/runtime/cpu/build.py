@@ -43,4 +43,5 @@ def find_compiler() -> list[str] | None:
 
 def compile_command(compiler: Sequence[str], target: Path, extra: tuple[str, ...] = ()) -> list[str]:
     name = f'-DSPARSIFY_SOURCE="{source_hash()}"'
-    return [*compiler, *FLAGS, *_OPENMP, name, *extra, "-o", str(target), str(SOURCES / "kernels.cpp")]
+    sources = sorted(map(str, SOURCES.glob("*.cpp")))
+    return [*compiler, *FLAGS, *_OPENMP, name, *extra, "-o", str(target), *sources]

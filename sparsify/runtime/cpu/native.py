@@ -28,7 +28,7 @@ ISAS = ("scalar", "avx2", "avx512")
 
 
 class NativeLibrary:
-    """The functions of one compiled library; see ``cpu/kernels.cpp`` for their arguments.
+    """The functions of one compiled library; see ``kernels/*.cpp`` for their arguments.
 
     Raises:
         OSError: it does not load. ``AttributeError``: it is another library.
@@ -57,6 +57,11 @@ class NativeLibrary:
         self.check_24.argtypes = tensor
         self.unpack = library.sparsify_unpack
         self.unpack.argtypes = [small, small, *tensor * 4, *[number] * 4, small]
+        few = [small, small, small, small, number, *tensor * 4]
+        self.linear_few = library.sparsify_linear_few
+        self.linear_few.argtypes = [*few, *tensor * 2, pointer, number, number, small, small]
+        self.unpack_few = library.sparsify_unpack_few
+        self.unpack_few.argtypes = [*few, *tensor, *[number] * 4, small]
 
 
 @cache
