@@ -3,7 +3,7 @@
 Source: Frantar et al., "GPTQ" (2210.17323), the sweep of optimal brain surgery with a rounding in the place of a prune;
 refine.md, "Sparse and quantised": after an exact solve, a sweep over kept values is better than rounding to nearest,
 and both are better than SparseGPT's joint sweep. How a value is made of its scale and its integer, and how both are
-found again in a folder, is in :mod:`sparsify.passes.solvers.rounding`.
+found again in a folder, is in :mod:`sparsify.method.grids`.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from sparsify.method.base import Kind
+from sparsify.method.grids.finding import integers
+from sparsify.method.grids.fitting import Fitted, Scale, fit, nearest, unfit_dtype
 from sparsify.method.pattern import Grid
 from sparsify.method.statistics import InputStatistics
 from sparsify.method.weight_pass import MatrixPass, Pruned
 from sparsify.passes.solvers.gram import DampedGram, damped_gram
-from sparsify.passes.solvers.rounding import Fitted, Scale, fit, grouped, integers, unfit_dtype, ungrouped
 from sparsify.passes.solvers.sweep import sweep
 from sparsify.tensors import all_finite
 
@@ -33,7 +34,7 @@ class Round(MatrixPass):
     Small weights may become zero too.
 
     Scales are numbers that float16 and the model's dtype both hold. A stored value is the dtype's nearest to scale ×
-    integer, from which :func:`sparsify.passes.solvers.rounding.integers` gives scales and integers back to the bit.
+    integer, from which :func:`sparsify.method.grids.finding.integers` gives scales and integers back to the bit.
 
     Args:
         pattern: int8, int4 or int3.
@@ -102,9 +103,8 @@ class Round(MatrixPass):
 
     def nearest(self, weight: Tensor) -> Tensor:
         """Every weight at its nearest, by the scales of its group: float32."""
-        parts = grouped(weight.float(), self.width(weight.shape[1]))
-        fitted = self._fit(parts, weight.dtype, torch.ones(1, device=weight.device))
-        return ungrouped(fitted.rounded(parts), weight.shape[1])
+        width = self.width(weight.shape[1])
+        return nearest(weight, self.pattern, width, symmetric=self.symmetric, scale=self.scale)
 
     def swept(self, weight: Tensor, mask: Tensor, gram: DampedGram) -> Tensor:
         """Column by column, float32: a group's scales are those of its weights as all before it left them."""

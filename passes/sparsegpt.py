@@ -16,12 +16,13 @@ import torch
 from torch import Tensor
 
 from sparsify.method.base import Kind
+from sparsify.method.grids.finding import integers
+from sparsify.method.grids.fitting import fit, unfit_dtype
 from sparsify.method.pattern import Grid
 from sparsify.method.selection import Axis
 from sparsify.method.statistics import InputStatistics
 from sparsify.method.weight_pass import Pruned
 from sparsify.passes.solvers.fitting import FittingPass, Problem, adaptive
-from sparsify.passes.solvers.rounding import fit, integers, unfit_dtype
 from sparsify.passes.solvers.sweep import Settler
 
 # Bits of a weight that is not rounded, whatever its dtype has.

@@ -46,7 +46,7 @@ class SiteSpeed:
     @property
     def runs(self) -> str:
         """What runs them: a layout, or whose dense kernel."""
-        return self.layout if self.layout != "dense" else f"dense, {self.kernel}"
+        return self.layout if self.kernel == "packed" else f"dense, {self.kernel}"
 
     @property
     def seconds(self) -> float | None:

@@ -10,14 +10,13 @@ from torch import Tensor, nn
 from sparsify.backends.bench.benchmark import SiteSpeed
 from sparsify.backends.packed.format import PackedSite
 from sparsify.backends.packed.labels import kind_of
-from sparsify.backends.packed.loaded.modules import FastLinear, packed_of
+from sparsify.backends.packed.loaded.modules import FastLinear, owner_of, packed_of
 from sparsify.runtime.cpu.unpacking import unpacked
 from sparsify.runtime.packed_weight import PackedWeight
 from sparsify.runtime.stopwatch import Stopwatch
-from sparsify.runtime.words import Layout
 
 # What layers of one kind are, their shape, and how they lie or what runs them.
-_PackedKind = tuple[str, tuple[int, ...], Layout]
+_PackedKind = tuple[str, tuple[int, ...], str]
 _DenseKind = tuple[str, tuple[int, ...], Literal["ours", "torch"]]
 
 
@@ -32,13 +31,14 @@ def _packed_speeds(model: nn.Module, sites: Mapping[str, PackedSite], watch: Sto
     for name, site in sites.items():
         stack = () if site.experts is None else (site.experts,)
         shape = (*stack, site.rows, site.columns)
-        found.setdefault((kind_of(name), shape, site.layout), []).append(name)
+        found.setdefault((kind_of(name), shape, site.label), []).append(name)
     rows = []
     for (kind, shape, layout), names in found.items():
         site = sites[names[0]]
         timing = None
         if site.experts is None:
-            weight = PackedWeight.holding(packed_of(model, names[0], site))
+            owner, _ = owner_of(model, names[0])
+            weight = PackedWeight.holding(packed_of(model, names[0], site), exact=owner.exact)
             timing = watch.packed(unpacked(weight.packed, weight.starts), weight)
         rows.append(SiteSpeed(kind, len(names), shape, layout, "packed", timing))
     return rows

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,16 +10,19 @@ import torch
 from torch import nn
 
 from sparsify.backends.cuda.report import kernels_by_tokens
+from sparsify.backends.packed.choosing import Decision
 from sparsify.backends.packed.job import PackedJob
 from sparsify.backends.packed.loaded.on_gpu import prepare
-from sparsify.backends.packed.plan import Decision, siblings, summary
+from sparsify.backends.packed.options import Options
+from sparsify.backends.packed.plan import siblings, summary
 from sparsify.context import Progress, report
 from sparsify.frontend.source import Source
 from sparsify.ir.program import Program
+from sparsify.ir.weights import Weights
 from sparsify.runtime.cuda.autotune.times import timings_of
 from sparsify.runtime.cuda.dispatch import Timings, default_plan
 from sparsify.runtime.cuda.fragments import DTYPES
-from sparsify.runtime.cuda.gpu import GPU, NO_EXPERTS, current_gpu
+from sparsify.runtime.cuda.gpu import FEW_BITS, GPU, NO_EXPERTS, current_gpu
 from sparsify.runtime.words import Policy
 
 # What a model is traced for where there is no GPU: nothing of it but "it has a compiler and sparse tensor cores"
@@ -34,10 +38,13 @@ class CudaJob(PackedJob):
     """
 
     def __init__(self, source: Source, out: Path, *, overwrite: bool, policy: Policy, tune: bool) -> None:
-        super().__init__(source, out, overwrite=overwrite, layout="packed24", choice="smallest")
+        # No kernel of a GPU takes integers: weights on a grid keep their dtype there.
+        whole = Options(layout="packed24", choice="smallest", values="full")
+        super().__init__(source, out, overwrite=overwrite, options=whole)
         self.policy, self.tune = policy, tune
         self.timings: dict[str, Timings] = {}
         self.groups: list[list[str]] = []
+        self.rounded = False
 
     def options(self) -> dict[str, str | bool]:
         return {"policy": self.policy, "tune": self.tune}
@@ -47,8 +54,8 @@ class CudaJob(PackedJob):
             return "GPUs multiply 2:4 alone (--pass wanda:2:4)"
         return "Prune it to 2:4 first (--pass wanda:2:4), the only sparsity that GPUs multiply"
 
-    def decide(self, program: Program) -> list[Decision]:
-        found = [_without_experts(d) for d in super().decide(program)]
+    def decide(self, program: Program, manifest: Mapping[str, Any] | None = None) -> list[Decision]:
+        found = [_without_experts(d) for d in super().decide(program, manifest)]
         self.groups = siblings(found)
         alone = {d.name for d in found if d.site is not None} - {name for group in self.groups for name in group}
         self.groups += [[d.name] for d in found if d.name in alone]
@@ -74,6 +81,10 @@ class CudaJob(PackedJob):
                 if not timings.pays(policy):
                     by_name[d.name] = d.left_dense(f"dense is faster on {gpu.name} ({timings.verdict(policy)})")
         return list(by_name.values())
+
+    def finish(self, program: Program, manifest: dict[str, Any]) -> tuple[Path, Weights]:
+        self.rounded = any(run.get("rounded") for run in manifest.get("passes", ()))
+        return super().finish(program, manifest)
 
     def extras(self) -> dict[str, object]:
         return {"gpu": self.options()}
@@ -114,6 +125,8 @@ class CudaJob(PackedJob):
             why = "tune=false" if current_gpu() is not None else "no GPU here"
             later = "measures once per shape" if self.tune else "takes them too"
             lines.append(f"{why}: nothing was measured, these are built-in defaults; a loader on a GPU {later}")
+        if self.rounded:
+            lines.append(f"{FEW_BITS}: rounded weights keep the width of their dtype (--to packed stores them in few)")
         loading = 'load it with `import sparsify` and from_pretrained(OUT, device_map="cuda")'
         return [*lines, *rest[:-1], f"{loading}; sparsify bench OUT --device cuda measures it"]
 

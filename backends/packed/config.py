@@ -7,12 +7,18 @@ from typing import Any
 
 from sparsify.backends.packed.format import PackedSite
 from sparsify.errors import CheckpointError
-from sparsify.runtime.words import POLICIES
+from sparsify.runtime.words import ACTIVATIONS, POLICIES
 
 METHOD = "sparsify"
-FORMAT = 1
+# The newest format that is read; written are format 1, or 2 where some weight is of few bits.
+FORMAT, _FEW_BITS = 2, 2
 # What quantization_config may say beside ``note``.
-FIELDS = ("quant_method", "format", "sites", "siblings", "gpu")
+FIELDS = ("quant_method", "format", "sites", "siblings", "gpu", "activations")
+
+
+def format_of(sites: Mapping[str, PackedSite]) -> int:
+    """The format of a folder with these packed parameters."""
+    return _FEW_BITS if any(site.bits is not None for site in sites.values()) else 1
 
 
 def without_packing(config: dict[str, Any]) -> dict[str, Any]:
@@ -44,7 +50,26 @@ def sites_of(config: Mapping[str, Any], where: str) -> dict[str, PackedSite] | N
     sites = quantization.get("sites")
     if not isinstance(sites, Mapping) or not sites:
         raise CheckpointError(f"packed folder {where}", found="no sites in it", do="config.json is damaged")
-    return {str(name): PackedSite.of(str(name), entry) for name, entry in sites.items()}
+    found = {str(name): PackedSite.of(str(name), entry) for name, entry in sites.items()}
+    if version < format_of(found):
+        raise CheckpointError(
+            f"packed folder {where}",
+            found=f"parameters of few bits in format {version}",
+            do="config.json is damaged: pack it again",
+        )
+    return found
+
+
+def check_activations(activations: object) -> None:
+    """Raises:
+    CheckpointError: not how inputs may be multiplied.
+    """
+    if activations not in ACTIVATIONS:
+        raise CheckpointError(
+            "quantization_config of a packed folder",
+            found=f"activations {activations!r}",
+            do=f"config.json is damaged: they are {' or '.join(ACTIVATIONS)}",
+        )
 
 
 def check_gpu(siblings: object, gpu: object, sites: Mapping[str, object]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from sparsify.backends.hf.job import HuggingFaceJob
-from sparsify.backends.packed.config import FORMAT, METHOD
+from sparsify.backends.packed.choosing import PRUNED, Asked, Decision
+from sparsify.backends.packed.config import METHOD, format_of
 from sparsify.backends.packed.format import PackedSite
+from sparsify.backends.packed.grids import Values
 from sparsify.backends.packed.loaded.modules import pack_modules
-from sparsify.backends.packed.plan import PRUNED, Decision, decide, siblings, summary
+from sparsify.backends.packed.options import Options
+from sparsify.backends.packed.plan import decide, siblings, summary
 from sparsify.backends.packed.store import PackedStore
 from sparsify.backends.packed.writing import differences, write_packed
 from sparsify.context import Progress, report
@@ -25,7 +29,7 @@ from sparsify.frontend.capture import export
 from sparsify.frontend.source import Source
 from sparsify.ir.program import Program
 from sparsify.ir.weights import Weights
-from sparsify.runtime.words import AskedLayout, PackingChoice
+from sparsify.method.spec import parse_pass
 
 # What transformers prints where it does not know the method leads to config.json.
 NOTE = "packed by sparsify: pip install sparsify-fx, and `import sparsify` before from_pretrained"
@@ -38,14 +42,13 @@ class PackedJob:
         BackendError: no model that transformers loads, nothing in it is worth packing, or the folder cannot be written.
     """
 
-    def __init__(
-        self, source: Source, out: Path, *, overwrite: bool, layout: AskedLayout, choice: PackingChoice
-    ) -> None:
+    def __init__(self, source: Source, out: Path, *, overwrite: bool, options: Options) -> None:
         check_loadable(source)
-        self.source, self.layout, self.choice = source, layout, choice
+        self.source, self.asked = source, options
         self.hf = HuggingFaceJob(source, out, overwrite=overwrite)
         self.weights: Weights = self.hf.weights
         self.decisions: list[Decision] = []
+        self._settled = False
         # Why nothing is packed, where the folder is an ordinary one.
         self.unpacked: str | None = None
 
@@ -54,13 +57,34 @@ class PackedJob:
         """The parameters that are packed."""
         return {d.name: d.site for d in self.decisions if d.site is not None}
 
-    def options(self) -> dict[str, str | bool]:
-        """The backend's options, as the manifest has them."""
-        return {"layout": self.layout, "choice": self.choice}
+    @property
+    def few(self) -> bool:
+        """Whether some weight is stored as integers."""
+        return any(site.bits is not None for site in self.sites.values())
 
-    def decide(self, program: Program) -> list[Decision]:
-        """What becomes of every weight."""
-        return decide(program, self.weights, self.source.module, self.layout, self.choice)
+    def options(self) -> dict[str, str | bool]:
+        """The backend's options, as the manifest has them: those of integers where there are any."""
+        own = self.asked
+        few: dict[str, str | bool] = {"values": own.values, "activations": own.activations}
+        group = {"group": own.group} if own.group is not None else {}
+        asked = own.values != "auto" or self.few
+        return {"layout": own.layout, "choice": own.choice} | (few | group if asked else {})
+
+    def decide(self, program: Program, manifest: Mapping[str, Any] | None = None) -> list[Decision]:
+        """What becomes of every weight; those that are rounded are, in the output's own.
+
+        Args:
+            manifest: what is known of the model; None before that is.
+        """
+        own = self.asked
+        values = Values(own.values, own.group, meant=manifest is None or was_rounded(manifest))
+        asked = Asked(own.layout, own.choice, values, own.activations == "float")
+        return decide(program, self.weights, self.source.module, asked)
+
+    def settle(self, program: Program) -> None:
+        """Round what is to be rounded, before the result is judged or its numbers are told."""
+        if self.asked.values in ("int8", "int4"):
+            self.decisions, self._settled = self.decide(program), True
 
     def extras(self) -> dict[str, object]:
         """What config.json says beside the sites."""
@@ -72,7 +96,7 @@ class PackedJob:
 
     def edit(self, model: nn.Module) -> None:
         """Make ``model``, without weights, what a loader makes of it."""
-        pack_modules(model, self.sites, siblings(self.decisions))
+        pack_modules(model, self.sites, siblings(self.decisions), exact=self.asked.activations == "float")
 
     def finish(self, program: Program, manifest: dict[str, Any]) -> tuple[Path, Weights]:
         """Pack, read back, and put the folder in place.
@@ -81,11 +105,14 @@ class PackedJob:
         discards their work.
         """
         folder, weights = self.hf.staging.folder, self.weights
+        if not self._settled:
+            self.decisions = self.decide(program, manifest)
+            if any(d.rounding is not None for d in self.decisions):
+                manifest.pop("evaluation", None)  # it was made of the weights before
         sums = self.hf.verify()
-        self.decisions = self.decide(program)
         if not self.sites:
             reasons = "; ".join(f"{d.name}: {d.reason}" for d in self.decisions[:3])
-            advice = self.advice(any(d.zeros >= PRUNED for d in self.decisions))
+            advice = self.advice(any(d.zeros >= PRUNED or d.on_grid for d in self.decisions))
             found = f"no weight is worth packing ({reasons})"
             if not manifest["passes"]:
                 raise BackendError(f"packing {self.source.name}", found=found, do=advice)
@@ -97,7 +124,7 @@ class PackedJob:
         sums = self._write(folder, program)
         rewrite_config(folder, lambda config: {**config, "quantization_config": self._quantization()})
         manifest["packed"] = {
-            "format": FORMAT,
+            "format": format_of(self.sites),
             **self.options(),
             "sites": self.records(),
             "dense_files": layout_to_json(dense),
@@ -112,7 +139,8 @@ class PackedJob:
     def advice(self, pruned: bool) -> str:
         """What to do where nothing is packed: "prune it first" to nobody who did."""
         smaller = "take --to packed:choice=smallest to pack for size alone"
-        known = ["prune it first (--pass wanda:2:4)"] * (not pruned) + [smaller] * (self.choice == "measured")
+        first = "prune it first (--pass wanda:2:4), or round it (values=int8)"
+        known = [first] * (not pruned) + [smaller] * (self.asked.choice == "measured")
         text = ", or ".join(known or ["write --to hf"])
         return text[0].upper() + text[1:]
 
@@ -136,9 +164,10 @@ class PackedJob:
     def _quantization(self) -> dict[str, Any]:
         """What config.json says of the packed weights."""
         entries = {name: site.as_dict() for name, site in self.sites.items()}
-        content = {"quant_method": METHOD, "note": NOTE, "format": FORMAT, "sites": entries}
+        content = {"quant_method": METHOD, "note": NOTE, "format": format_of(self.sites), "sites": entries}
         together = siblings(self.decisions)
-        return content | ({"siblings": together} if together else {}) | self.extras()
+        few = {"activations": self.asked.activations} if self.few else {}
+        return content | ({"siblings": together} if together else {}) | few | self.extras()
 
     def _try_modules(self, program: Program) -> None:
         """Trace the model with its packed modules: code that computes with a packed weight itself fails here."""
@@ -164,6 +193,12 @@ class PackedJob:
 
     def __exit__(self, *error: Any) -> None:
         self.hf.__exit__(*error)
+
+
+def was_rounded(manifest: Mapping[str, Any]) -> bool:
+    """Whether a pass rounded the model, in this run or in one before."""
+    runs = (own for run in manifest.get("history", ()) for own in run.get("passes", ()))
+    return any("rounded" in own or parse_pass(own["spec"]).leaves == "rounding" for own in runs)
 
 
 def _inputs_of(program: Program, source: Source) -> dict[str, Tensor]:

@@ -2,81 +2,35 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
-from typing import Any, Literal
 
-import torch
 from torch import fx, nn
 
 from sparsify.analysis.linear import LinearSite, find_sites
-from sparsify.backends.packed.format import PackedSite, pack_parameter
+from sparsify.backends.packed.choosing import PRUNED, Asked, Choosing, Decision
 from sparsify.backends.packed.loaded.modules import unfit
 from sparsify.context import counted
-from sparsify.errors import Refused
+from sparsify.errors import SpecError
 from sparsify.ir.program import Program
 from sparsify.ir.weights import Weights
-from sparsify.prune.targets import read_elsewhere
-from sparsify.runtime.layout import choose_layout
-from sparsify.runtime.packed_weight import PackedWeight
-from sparsify.runtime.stopwatch import Stopwatch, Timing
-from sparsify.runtime.words import LAYOUTS, AskedLayout, Layout, PackingChoice
+from sparsify.method.pattern import Grid
+from sparsify.prune.names import Wanted
+from sparsify.prune.targets import choose, read_elsewhere
+from sparsify.runtime.stopwatch import Stopwatch
 from sparsify.words import format_bytes
 
-# The share of zeros from which on a weight counts as pruned.
-PRUNED = 0.05
 
-
-@dataclass(frozen=True)
-class Decision:
-    """What becomes of one weight that the graph multiplies with: packed as ``site``, or dense for ``reason``.
-
-    ``zeros``: their share; ``dense_bytes``, ``nbytes``: what it takes dense, and as it is stored.
-    """
-
-    name: str
-    linear: LinearSite
-    zeros: float
-    dense_bytes: int
-    nbytes: int
-    site: PackedSite | None = None
-    timing: Timing | None = None
-    reason: str | None = None
-
-    @property
-    def layout(self) -> Layout | Literal["dense"]:
-        return self.site.layout if self.site is not None else "dense"
-
-    def left_dense(self, reason: str) -> Decision:
-        """The same weight, not packed after all."""
-        return replace(self, site=None, nbytes=self.dense_bytes, reason=reason)
-
-    def as_dict(self) -> dict[str, Any]:
-        return {
-            "name": self.name,
-            "shape": [*([self.linear.experts] if self.linear.expert_axis is not None else []), *self.linear.shape],
-            "layout": self.layout,
-            "zeros": round(self.zeros, 4),
-            "dense_bytes": self.dense_bytes,
-            "bytes": self.nbytes,
-            "timing": None if self.timing is None else self.timing.as_dict(),
-            "reason": self.reason,
-        }
-
-
-def decide(
-    program: Program, weights: Weights, model: nn.Module, layout: AskedLayout, choice: PackingChoice
-) -> list[Decision]:
-    """One decision per parameter that a linear site reads, in topological order.
-
-    Args:
-        layout, choice: the options of the backend.
+def decide(program: Program, weights: Weights, model: nn.Module, asked: Asked) -> list[Decision]:
+    """One decision per parameter that a linear site reads, in topological order; what is to be rounded is, in
+    ``weights``.
     """
     sites, _ = find_sites(program)
     shared, watch = _held_twice(model) | read_elsewhere(program, sites), Stopwatch()
     readers: dict[str, list[LinearSite]] = {}
     for site in sites:
         readers.setdefault(site.parameter, []).append(site)
+    usual = _usual(program) if asked.values.rounds else frozenset()
     found = []
     for name in counted("choosing layouts", readers):
         own = readers[name]
@@ -86,8 +40,19 @@ def decide(
             reason = "config.json ties it to another parameter, with which transformers compares it"
         else:
             reason = next((r for site in own if (r := _unfit_site(site))), None) or unfit(model, name)
-        found.append(_decide(name, own[0], weights, reason, layout, choice, watch))
+        decision, rounded = Choosing(name, own[0], weights, asked, watch).decide(reason, name in usual)
+        if rounded is not None and decision.site is not None:
+            weights.write(name, decision.site.parameter(rounded))
+        found.append(decision)
     return found
+
+
+def _usual(program: Program) -> frozenset[str]:
+    """The parameters that a pass rounds where nobody names any: of repeated blocks, no heads and no routers."""
+    try:
+        return frozenset(target.parameter for target in choose(program, Grid(8), Wanted())[0])
+    except SpecError:
+        return frozenset()
 
 
 def siblings(decisions: Iterable[Decision]) -> list[list[str]]:
@@ -121,47 +86,13 @@ def _unfit_site(site: LinearSite) -> str | None:
     return None
 
 
-def _decide(
-    name: str,
-    linear: LinearSite,
-    weights: Weights,
-    reason: str | None,
-    layout: AskedLayout,
-    choice: PackingChoice,
-    watch: Stopwatch,
-) -> Decision:
-    stored = weights.read(name)
-    matrices = linear.matrices(stored)
-    dense_bytes = stored.nbytes
-    zeros = 1 - int(torch.count_nonzero(matrices)) / max(1, matrices.numel())
-
-    def dense(why: str, timing: Timing | None = None) -> Decision:
-        return Decision(name, linear, zeros, dense_bytes, dense_bytes, None, timing, why)
-
-    if reason is not None:
-        return dense(reason)
-    chosen = choose_layout(matrices.reshape(-1, matrices.shape[-1]), layout)
-    if isinstance(chosen, Refused):
-        return dense(chosen.reason)
-    timing = None
-    if choice == "measured":
-        # Experts are alike: one tells the time of all.
-        timing = watch.packed(matrices[0].contiguous(), PackedWeight.of(matrices[0], chosen))
-        if timing.slower is not None:
-            return dense(f"dense is faster here ({chosen} {timing.slower})", timing)
-    site, values, codes = pack_parameter(
-        matrices, chosen, stacked=linear.expert_axis is not None, transposed=linear.out_axis > linear.in_axis
-    )
-    return Decision(name, linear, zeros, dense_bytes, values.nbytes + codes.nbytes, site, timing)
-
-
 def summary(decisions: Iterable[Decision]) -> list[str]:
     """Sentences for whoever packed a model."""
     decisions = list(decisions)
     packed = [d for d in decisions if d.site is not None]
-    kinds = {layout: sum(d.layout == layout for d in packed) for layout in LAYOUTS}
+    kinds = Counter(d.site.label for d in packed if d.site is not None)
     small, large = sum(d.nbytes for d in packed), sum(d.dense_bytes for d in packed)
-    counts = ", ".join(f"{count} as {layout}" for layout, count in kinds.items() if count)
+    counts = ", ".join(f"{count} as {label}" for label, count in sorted(kinds.items(), reverse=True))
     text = f"packed: {counts}; {format_bytes(small)} where dense took {format_bytes(large)} ({small / large:.3f}×)"
     timed = [d.timing for d in packed if d.timing is not None]
     if timed:
@@ -172,13 +103,26 @@ def summary(decisions: Iterable[Decision]) -> list[str]:
             f"{best / spent:.2f}× faster than the best dense kernel and {stock / spent:.2f}× than F.linear"
         )
     notes = [text]
-    reasons: dict[str, list[str]] = {}
-    for d in decisions:
-        # What was never pruned is dense as a matter of course.
-        if d.reason is not None and d.zeros >= PRUNED:
-            reasons.setdefault(d.reason, []).append(d.name)
-    for reason, names in reasons.items():
-        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-        notes.append(f"left dense: {', '.join(names[:3])}{more}: {reason}")
+    if rounded := [d.rounding for d in packed if d.rounding is not None]:
+        notes.append(
+            f"{len(rounded)} weights rounded to nearest: an error of {sum(rounded) / len(rounded):.2%} on average "
+            f"and {max(rounded):.2%} at most (‖ΔW‖/‖W‖); --pass round:int8 or int4 before loses less"
+        )
+    # Of what nobody pruned or rounded nothing is said: it is dense as a matter of course.
+    notes += _by_reason("left dense", ((d.name, d.reason) for d in decisions if d.zeros >= PRUNED or d.on_grid))
+    notes += _by_reason("of full width", ((d.name, d.note) for d in packed))
     notes.append("load it with `import sparsify` before transformers' from_pretrained; sparsify bench OUT measures it")
     return notes
+
+
+def _by_reason(what: str, told: Iterable[tuple[str, str | None]]) -> list[str]:
+    """A sentence for each reason, with the first names."""
+    reasons: dict[str, list[str]] = {}
+    for name, reason in told:
+        if reason is not None:
+            reasons.setdefault(reason, []).append(name)
+    lines = []
+    for reason, names in reasons.items():
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        lines.append(f"{what}: {', '.join(names[:3])}{more}: {reason}")
+    return lines

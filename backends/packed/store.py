@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sparsify.backends.packed.config import sites_of, without_packing
-from sparsify.backends.packed.format import PackedSite, codes_name
+from sparsify.backends.packed.format import PackedSite
 from sparsify.errors import CheckpointError
 from sparsify.files.checkpoint import Checkpoint
 from sparsify.files.ledger import Ledger
@@ -38,10 +38,10 @@ class PackedStore:
         check_tensors(
             self.sites, {n: (tuple(self.checkpoint.shape(n)), self.checkpoint.dtype(n)) for n in names}, str(folder)
         )
-        self._codes = {codes_name(name, site.layout) for name, site in self.sites.items()}
+        self._beside = {name + part for name, site in self.sites.items() for part in site.parts if part}
 
     def names(self) -> Iterable[str]:
-        return [name for name in self.checkpoint.names() if name not in self._codes]
+        return [name for name in self.checkpoint.names() if name not in self._beside]
 
     def shape(self, name: str) -> torch.Size:
         return self.sites[name].shape if name in self.sites else self.checkpoint.shape(name)
@@ -51,8 +51,7 @@ class PackedStore:
 
     def packed(self, name: str) -> Packed:
         """The packed matrix of parameter ``name``, checked."""
-        site = self.sites[name]
-        packed = site.packed(self.checkpoint.read(name), self.checkpoint.read(codes_name(name, site.layout)))
+        packed = self.sites[name].packed(lambda part: self.checkpoint.read(name + part))
         check(name, packed)
         return packed
 
@@ -60,9 +59,8 @@ class PackedStore:
         if name not in self.sites:
             return self.checkpoint.read(name)
         packed = self.packed(name)
-        return self.sites[name].parameter(
-            unpacked(packed, row_starts(packed.codes) if packed.layout == "bitmask" else None)
-        )
+        starts = row_starts(packed.codes, packed.bits) if packed.layout == "bitmask" else None
+        return self.sites[name].parameter(unpacked(packed, starts))
 
     def dense_config(self, config: dict[str, Any]) -> dict[str, Any]:
         return without_packing(config)
@@ -93,14 +91,13 @@ def check_tensors(
         CheckpointError: names the tensor, what it is and what it should be.
     """
     for name, site in sites.items():
-        codes = codes_name(name, site.layout)
-        for tensor, shape in ((name, site.values_shape), (codes, site.codes_shape)):
+        for part, (shape, kind) in site.parts.items():
+            tensor = name + part
             if tensor not in tensors:
                 raise CheckpointError(
                     f"packed tensor {tensor}", found=f"{where} does not hold it", do="Fetch the folder again"
                 )
             found, dtype = tensors[tensor]
-            kind = site.codes_dtype if tensor == codes else None
             if found != shape or (dtype != kind if kind is not None else not dtype.is_floating_point):
                 raise CheckpointError(
                     f"packed tensor {tensor}",

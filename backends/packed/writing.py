@@ -6,11 +6,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from sparsify.backends.packed.format import codes_name, pack_parameter
-from sparsify.backends.packed.plan import Decision
+from sparsify.backends.packed.choosing import Decision
+from sparsify.backends.packed.format import PackedSite, pack_parameter
+from sparsify.backends.packed.grids import integers_of
 from sparsify.backends.packed.store import PackedStore
 from sparsify.context import counted
+from sparsify.errors import BackendError
 from sparsify.files.writer import lay_out
 from sparsify.ir.weights import Weights
 from sparsify.tensors import same_bits
@@ -23,8 +26,8 @@ def write_packed(folder: Path, weights: Weights, decisions: Iterable[Decision]) 
     for name in weights.parameters():
         site = packed[name].site if name in packed else None
         if site is not None:
-            tensors[name] = (weights.dtype(name), site.values_shape)
-            tensors[codes_name(name, site.layout)] = (site.codes_dtype, site.codes_shape)
+            for part, (shape, kind) in site.parts.items():
+                tensors[name + part] = (kind or weights.dtype(name), shape)
         else:
             tensors[name] = (weights.dtype(name), list(weights.read(name).shape))
     # What the checkpoint holds beside the parameters is carried along.
@@ -37,16 +40,26 @@ def write_packed(folder: Path, weights: Weights, decisions: Iterable[Decision]) 
         if decision is None or decision.site is None:
             out.write(name, weights.read(name).to(weights.dtype(name)))
             continue
-        asked = decision.site
-        matrices = decision.linear.matrices(weights.read(name))
-        site, values, codes = pack_parameter(
-            matrices, asked.layout, stacked=asked.experts is not None, transposed=asked.transposed
-        )
-        out.write(name, values)
-        out.write(codes_name(name, site.layout), codes)
+        for part, tensor in packed_again(decision.site, decision.linear.matrices(weights.read(name))).items():
+            out.write(name + part, tensor)
     for name in counted("writing", others):
         out.write(name, weights.store.read(name))
     return dict(out.written)
+
+
+def packed_again(site: PackedSite, matrices: Tensor) -> dict[str, Tensor]:
+    """The tensors of ``site``, which was chosen for ``matrices`` [experts, out_features, in_features].
+
+    Raises:
+        BackendError: they are not those that it was chosen for.
+    """
+    flat = matrices.reshape(-1, matrices.shape[-1])
+    own = flat if site.bits is None else integers_of(flat, site.bits, site.group)
+    if own is None:
+        raise BackendError(
+            f"packing a matrix {list(flat.shape)}", found=f"values off its grid of {site.bits} bits", do="Report a bug"
+        )
+    return pack_parameter(own, site.layout, experts=site.experts, transposed=site.transposed)[1]
 
 
 def differences(store: PackedStore, weights: Weights, sums: Mapping[str, str]) -> Iterable[tuple[str, str, str]]:

@@ -66,7 +66,7 @@ def _check_patterns(
                 result.problems.append(str(error))
                 continue
             at = SummedAxis(name, _axis(site, weight.dim()), "linear", site.expert_axis is None)
-            form = packed.sites[name].layout if packed is not None and name in packed.sites else "dense"
+            form = packed.sites[name].label if packed is not None and name in packed.sites else "dense"
             check = judge(result, at, weight, form, promised.get(name), asked)
             check.equal = equal.get(name)
             result.weights.append(check)

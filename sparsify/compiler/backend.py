@@ -35,6 +35,21 @@ class Job(Protocol):
 
 
 @runtime_checkable
+class Settling(Protocol):
+    """A job that changes weights itself, as one that rounds them."""
+
+    def settle(self, program: Program) -> None:
+        """Change them, after all passes and before the result is judged; where it was not called, ``finish`` does."""
+        ...
+
+
+def settle(job: Job | None, program: Program) -> None:
+    """Let ``job`` change the weights that it changes; most change none."""
+    if isinstance(job, Settling):
+        job.settle(program)
+
+
+@runtime_checkable
 class Backend(Protocol):
     """Turns a finished program into files: a frozen dataclass whose fields are its options.
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsify.compiler import stages
-from sparsify.compiler.backend import Backend
+from sparsify.compiler.backend import Backend, settle
 from sparsify.compiler.judging import open_judge
 from sparsify.compiler.recipe import recipe_of
 from sparsify.compiler.request import Data, parse
@@ -179,6 +179,7 @@ def compile(
             dtype=None,
         )  # fmt: skip
         job, compiled = stages.prune(planned, data, request, seam, place)
+        settle(job, compiled.program)
         if judge is not None and dense is not None:
             compiled.evaluation = judge.after(compiled, dense)
         return stages.finish(compiled, job, request, source, place, context)

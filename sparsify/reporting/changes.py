@@ -80,7 +80,7 @@ def left_dense(facts: Facts) -> Markup:
     for opaque in facts.manifest.get("not_understood", ()):
         reasons.setdefault(str(opaque.get("reason")), []).append(", ".join(opaque.get("tensors", ())))
     for site in facts.manifest.get("packed", {}).get("sites", ()):
-        if site.get("layout") == "dense":
+        if site.get("layout") == "dense" and not site.get("bits"):
             kind = str(site.get("reason", "")).partition(" (")[0]
             reasons.setdefault(f"not packed: {kind}", []).append(str(site.get("name")))
     parts = [

@@ -101,7 +101,8 @@ def _packed(sites: Sequence[Mapping[str, Any]]) -> list[object]:
         return []
     layouts: dict[str, list[Mapping[str, Any]]] = {}
     for site in sites:
-        layouts.setdefault(str(site.get("layout", "")), []).append(site)
+        few = f" int{site['bits']}" if site.get("bits") else ""
+        layouts.setdefault(f"{site.get('layout', '')}{few}", []).append(site)
     rows = []
     for layout, own in layouts.items():
         timings = [timing for site in own if (timing := site.get("timing"))]

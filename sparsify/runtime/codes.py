@@ -59,21 +59,57 @@ def unpack_bits(codes: Tensor) -> Tensor:
     return (codes.reshape(-1, 1) & weights).ne(0).view(-1)
 
 
-def row_starts(mask: Tensor) -> Tensor:
-    """Where each row's values begin in a bitmask's values, and where the last ends: int64 [rows + 1].
+def pack_nibbles(whole: Tensor) -> Tensor:
+    """Integers -8 … 7, int8 [..., 2 n], two to a byte: uint8 [..., n], the first in the low nibble."""
+    low, high = whole[..., ::2].view(torch.uint8), whole[..., 1::2].view(torch.uint8)
+    return (low & 15) | (high << 4)
+
+
+def unpack_nibbles(packed: Tensor) -> Tensor:
+    """Undo :func:`pack_nibbles`."""
+    low, high = (packed << 4).view(torch.int8), packed.view(torch.int8)
+    # Shifts of signed integers carry the sign down.
+    return torch.stack([low, high], dim=-1).flatten(-2) >> 4
+
+
+def block_bytes(kept: Tensor) -> Tensor:
+    """How many bytes the values of each block of 64 columns take, two to a byte: int64 [rows, blocks] of booleans
+    [rows, 64 · blocks].
+    """
+    return (kept.unflatten(1, (-1, 64)).sum(-1) + 1) // 2
+
+
+def places(kept: Tensor) -> Tensor:
+    """Which nibble each of the ``kept`` is, where every block of 64 columns begins on a byte: int64, in their order."""
+    counts = kept.view(-1, 64).sum(-1)
+    odd = counts & 1
+    # Every block with an odd number before it has one nibble to spare.
+    spare = (odd.cumsum(0) - odd).repeat_interleave(counts)
+    return torch.arange(len(spare), device=kept.device) + spare
+
+
+def row_starts(mask: Tensor, bits: int | None = None) -> Tensor:
+    """Where each row begins in a bitmask's values, and where the last ends: int64 [rows + 1].
+
+    Args:
+        bits: 4: in bytes, of which each block of 64 columns takes whole ones. Else a row's values are as many as its
+            bits.
 
     Raises:
         BackendError: ``mask`` is not int32 [rows, words].
     """
-    if mask.dim() != 2 or mask.dtype is not torch.int32:
+    if mask.dim() != 2 or mask.dtype is not torch.int32 or (bits == 4 and mask.shape[1] % 2):
         raise BackendError(
             "the starts of a bitmask's rows", found=f"{list(mask.shape)} of {mask.dtype}", do="Give int32 [rows, words]"
         )
-    if (kernels := native.library() if mask.device.type == "cpu" else None) is not None:
+    kernels = native.library() if mask.device.type == "cpu" and bits != 4 else None
+    if kernels is not None:
         mask = mask.contiguous()
         starts = torch.zeros(mask.shape[0] + 1, dtype=torch.int64)
         kernels.row_starts(native.isa(), mask.data_ptr(), mask.nbytes, *mask.shape, starts.data_ptr())
         return starts
+    if bits == 4:
+        return _starts_of_bytes(mask)
     counts = torch.tensor([i.bit_count() for i in range(256)], dtype=torch.uint8, device=mask.device)
     rows = mask.shape[0]
     starts = torch.zeros(rows + 1, dtype=torch.int64, device=mask.device)
@@ -82,3 +118,15 @@ def row_starts(mask: Tensor) -> Tensor:
         part = mask[at : at + step].contiguous().view(torch.uint8)
         starts[at + 1 : at + 1 + part.shape[0]] = counts[part.int()].sum(1, dtype=torch.int64)
     return starts.cumsum_(0)
+
+
+def _starts_of_bytes(mask: Tensor) -> Tensor:
+    """:func:`row_starts` of values of 4 bits: the bits of 64 columns are counted at once, pairwise and pair by pair."""
+    blocks = mask.contiguous().view(torch.int64)
+    blocks = blocks - (blocks >> 1 & 0x5555555555555555)
+    blocks = (blocks & 0x3333333333333333) + (blocks >> 2 & 0x3333333333333333)
+    blocks = blocks + (blocks >> 4) & 0x0F0F0F0F0F0F0F0F
+    counts = blocks * 0x0101010101010101 >> 56
+    starts = torch.zeros(mask.shape[0] + 1, dtype=torch.int64, device=mask.device)
+    torch.cumsum((counts + 1 >> 1).sum(1), 0, out=starts[1:])
+    return starts

@@ -9,13 +9,12 @@ from torch import Tensor
 
 from sparsify.errors import BackendError
 from sparsify.runtime.arguments import are_kept, check_offsets, disagreement, missing, wrong_bias, wrong_dtypes
+from sparsify.runtime.few_bits import groups, padded
 from sparsify.runtime.layout import DTYPES
 
-# Layouts of few bits: how their values are stored by their bits, the columns that may share a scale (0: a whole row),
-# and what their columns are padded to a multiple of.
+# How values are stored by their bits, and the columns that may share a scale (0: a whole row).
 VALUES = {8: torch.int8, 4: torch.uint8}
 GROUPS = (0, 32, 64, 128)
-WIDE = 128
 
 
 def check_24_few(
@@ -36,7 +35,7 @@ def check_24_few(
     """
     _check_few(x, scales, values, meta, bits, group, torch.uint8)
     _check_rows(x, scales, bias, 2)
-    rows, columns = scales.shape[0], padded_wide(x.shape[-1])
+    rows, columns = scales.shape[0], padded(x.shape[-1])
     if values.shape != (rows, columns // 2 * bits // 8) or meta.shape != (rows, columns // 8):
         raise disagreement(x, values, meta)
 
@@ -61,7 +60,7 @@ def check_bitmask_few(
         raise missing()
     _check_few(x, scales, values, mask, bits, group, torch.int32)
     _check_rows(x, scales, bias, 2)
-    rows, columns = scales.shape[0], padded_wide(x.shape[-1])
+    rows, columns = scales.shape[0], padded(x.shape[-1])
     if mask.shape != (rows, columns // 32) or not are_kept(values, starts, rows):
         raise disagreement(x, values, mask)
 
@@ -76,7 +75,7 @@ def check_dense_few(
     """
     _check_few(x, scales, values, None, bits, group, None)
     _check_rows(x, scales, bias, 2)
-    if values.shape != (scales.shape[0], padded_wide(x.shape[-1]) * bits // 8):
+    if values.shape != (scales.shape[0], padded(x.shape[-1]) * bits // 8):
         raise disagreement(x, values, values)
 
 
@@ -90,7 +89,7 @@ def check_experts_24_few(
     """
     _check_few(x, scales, values, meta, bits, group, torch.uint8)
     _check_rows(x, scales, None, 3)
-    stack, columns = scales.shape[:2], padded_wide(x.shape[-1])
+    stack, columns = scales.shape[:2], padded(x.shape[-1])
     if values.shape != (*stack, columns // 2 * bits // 8) or meta.shape != (*stack, columns // 8):
         raise disagreement(x, values, meta)
     check_offsets(x, stack[0], offsets)
@@ -117,7 +116,7 @@ def check_experts_bitmask_few(
     _check_few(x, scales, values, mask, bits, group, torch.int32)
     _check_rows(x, scales, None, 3)
     stack = scales.shape[:2]
-    if mask.shape != (*stack, padded_wide(x.shape[-1]) // 32) or not are_kept(values, starts, stack[0] * stack[1]):
+    if mask.shape != (*stack, padded(x.shape[-1]) // 32) or not are_kept(values, starts, stack[0] * stack[1]):
         raise disagreement(x, values, mask)
     check_offsets(x, stack[0], offsets)
 
@@ -132,19 +131,9 @@ def check_experts_dense_few(
     """
     _check_few(x, scales, values, None, bits, group, None)
     _check_rows(x, scales, None, 3)
-    if values.shape != (*scales.shape[:2], padded_wide(x.shape[-1]) * bits // 8):
+    if values.shape != (*scales.shape[:2], padded(x.shape[-1]) * bits // 8):
         raise disagreement(x, values, values)
     check_offsets(x, scales.shape[0], offsets)
-
-
-def padded_wide(columns: int) -> int:
-    """``columns`` as layouts of few bits pad them."""
-    return -(-columns // WIDE) * WIDE
-
-
-def groups_of(width: int, group: int) -> int:
-    """Scales of a row; ``group`` 0: one."""
-    return -(-width // group) if group else 1
 
 
 def _check_few(
@@ -170,7 +159,7 @@ def _check_few(
     if codes is not None and codes.dtype is not coded:
         raise wrong_dtypes(x, scales, codes, None)
     # A scalar has no last dimension.
-    if not x.dim() or not x.shape[-1] or not scales.dim() or scales.shape[-1] != groups_of(x.shape[-1], group):
+    if not x.dim() or not x.shape[-1] or not scales.dim() or scales.shape[-1] != groups(x.shape[-1], group or None):
         raise BackendError(
             f"a product of x {list(x.shape)} with packed weights of a scale for every {group or 'row’s'} columns",
             found=f"scales {list(scales.shape)}",

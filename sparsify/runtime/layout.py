@@ -1,23 +1,26 @@
 """Packed layouts of a pruned matrix, and the way there and back. ``docs/format.md`` is their specification.
 
 - ``packed24``: of every four consecutive inputs two values, and a nibble that says which two;
-- ``bitmask``: one bit per weight, and the values that are not zero, row after row.
+- ``bitmask``: one bit per weight, and the values that are not zero, row after row;
+- ``dense``: every value, of matrices of few bits alone (:mod:`sparsify.runtime.few_bits`).
 
-Both take 9/16 of a 16-bit matrix and 17/32 of a float32 one at half zeros. A weight is zero where it compares equal to
-zero, so -0.0 comes back as 0.0; all else comes back bit for bit.
+The first two take 9/16 of a 16-bit matrix and 17/32 of a float32 one at half zeros. A weight is zero where it compares
+equal to zero, so -0.0 comes back as 0.0; all else comes back bit for bit.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from sparsify.errors import PatternError, Refused
+from sparsify.runtime import few_bits
 from sparsify.runtime.codes import at_most_two, pack_bits, pack_pairs, unpack_bits, unpack_pairs
-from sparsify.runtime.words import AskedLayout, Layout
+from sparsify.runtime.few_bits import Integers
+from sparsify.runtime.words import AskedFewLayout, Layout
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Columns are padded to a multiple of this, and a bitmask's values by as many zeros: kernels read whole vectors.
@@ -32,21 +35,32 @@ class Packed:
     Attributes:
         values: [rows, padded / 2] for packed24; [kept + PADDING] for a bitmask; in the matrix's dtype.
         codes: packed24: uint8 [rows, padded / 8], even groups in the low nibble; bitmask: int32 [rows, padded / 32],
-            column 0 in the lowest bit. ``padded`` is ``columns`` rounded up to UNIT.
+            column 0 in the lowest bit; dense: uint8 [rows, 0]. ``padded`` is ``columns`` rounded up to UNIT.
+        scales, bits, group: of a matrix of few bits, as in :class:`Integers`; its values are int8, or uint8 of two
+            integers each, and its padding is that of :mod:`sparsify.runtime.few_bits`.
     """
 
     layout: Layout
     shape: tuple[int, int]
     values: Tensor
     codes: Tensor
+    scales: Tensor | None = None
+    bits: int | None = None
+    group: int | None = None
 
     @property
     def nbytes(self) -> int:
-        return self.values.nbytes + self.codes.nbytes
+        return self.values.nbytes + self.codes.nbytes + (0 if self.scales is None else self.scales.nbytes)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the matrix."""
+        return self.values.dtype if self.scales is None else self.scales.dtype
 
 
-def padded(columns: int) -> int:
-    return -(-columns // UNIT) * UNIT
+def padded(columns: int, bits: int | None = None) -> int:
+    """``columns`` and what pads them, of full width or of few ``bits``."""
+    return -(-columns // UNIT) * UNIT if bits is None else few_bits.padded(columns)
 
 
 def holds_24(weight: Tensor) -> bool:
@@ -63,7 +77,7 @@ def packed_bytes(weight: Tensor, layout: Layout) -> int:
     return (int(torch.count_nonzero(weight)) + PADDING) * size + cells // 8
 
 
-def choose_layout(weight: Tensor, asked: AskedLayout = "auto") -> Layout | Refused:
+def choose_layout(weight: Tensor, asked: AskedFewLayout = "auto") -> Layout | Refused:
     """The layout of ``weight`` [rows, columns], or why it is better left dense.
 
     Args:
@@ -72,6 +86,8 @@ def choose_layout(weight: Tensor, asked: AskedLayout = "auto") -> Layout | Refus
     """
     if weight.dtype not in DTYPES:
         return Refused(f"of {weight.dtype}, which no packed kernel has")
+    if asked == "dense":
+        return Refused("no grid of 8 or 4 bits holds it, and dense packs nothing else")
     zeros = 1 - int(torch.count_nonzero(weight)) / max(1, weight.numel())
     if zeros == 0:
         return Refused("no zeros")
@@ -122,9 +138,22 @@ def pack(weight: Tensor, layout: Layout) -> Packed:
     return Packed(layout, (rows, columns), values.view(rows, -1), codes.view(rows, -1))
 
 
+def pack_integers(matrix: Integers, layout: Layout) -> Packed:
+    """Pack a matrix of few bits.
+
+    Raises:
+        PatternError: for packed24 a group of more than two values.
+    """
+    values, codes = few_bits.stored(matrix, layout)
+    return Packed(layout, matrix.shape, values, codes, matrix.scales.contiguous(), matrix.bits, matrix.group)
+
+
 def unpack(packed: Packed) -> Tensor:
     """The matrix [rows, columns] that was packed. Plain torch, on any device."""
     rows, columns = packed.shape
+    if packed.scales is not None and packed.bits is not None:
+        whole = few_bits.expanded(packed.layout, packed.bits, packed.values, packed.codes)
+        return few_bits.scaled(whole[:, :columns], packed.scales, packed.group)
     if packed.layout == "packed24":
         return unpack_pairs(packed.values.reshape(-1, 2), packed.codes).view(rows, -1)[:, :columns].contiguous()
     kept = unpack_bits(packed.codes.contiguous().view(torch.uint8)).view(rows, -1)
@@ -134,13 +163,15 @@ def unpack(packed: Packed) -> Tensor:
 
 
 def concatenate(parts: Sequence[Packed]) -> Packed:
-    """Matrices of one layout and width, one below the other."""
+    """Matrices of one layout, width, bits and group, one below the other."""
     layout, columns = parts[0].layout, parts[0].shape[1]
-    values = [p.values for p in parts]
+    values, scales = [p.values for p in parts], [p.scales for p in parts if p.scales is not None]
     if layout == "bitmask":
         values = [*(v[:-PADDING] for v in values[:-1]), values[-1]]
-    shape = (sum(p.shape[0] for p in parts), columns)
-    return Packed(layout, shape, torch.cat(values), torch.cat([p.codes for p in parts]))
+    whole = Packed(
+        layout, (sum(p.shape[0] for p in parts), columns), torch.cat(values), torch.cat([p.codes for p in parts])
+    )
+    return replace(whole, scales=torch.cat(scales), bits=parts[0].bits, group=parts[0].group) if scales else whole
 
 
 def _with_columns(matrix: Tensor, columns: int) -> Tensor:

@@ -22,12 +22,15 @@ T = TypeVar("T")
 class PackedWeight:
     """One packed matrix, or a stack of ``experts`` with their rows one below the other.
 
-    ``starts``: ``row_starts`` of a bitmask; None for packed24.
+    Attributes:
+        starts: ``row_starts`` of a bitmask; None for the others. exact: of few bits: activations stay in floating point
+            and are not rounded to 8 bits.
     """
 
     packed: Packed
     starts: Tensor | None
     experts: int | None = None
+    exact: bool = False
 
     @classmethod
     def of(cls, weight: Tensor, layout: Layout) -> PackedWeight:
@@ -40,13 +43,14 @@ class PackedWeight:
         return cls.holding(packed, weight.shape[0] if weight.dim() == 3 else None)
 
     @classmethod
-    def holding(cls, packed: Packed, experts: int | None = None) -> PackedWeight:
-        return cls(packed, row_starts(packed.codes) if packed.layout == "bitmask" else None, experts)
+    def holding(cls, packed: Packed, experts: int | None = None, *, exact: bool = False) -> PackedWeight:
+        starts = row_starts(packed.codes, packed.bits) if packed.layout == "bitmask" else None
+        return cls(packed, starts, experts, exact)
 
     @classmethod
     def joined(cls, weights: Sequence[PackedWeight]) -> PackedWeight:
-        """Matrices of one layout and width, one below the other."""
-        return cls.holding(concatenate([w.packed for w in weights]))
+        """Matrices of one layout, width, bits and group, one below the other."""
+        return cls.holding(concatenate([w.packed for w in weights]), exact=weights[0].exact)
 
     @property
     def rows(self) -> int:
@@ -56,9 +60,14 @@ class PackedWeight:
     @property
     def tensors(self) -> dict[str, Tensor]:
         """What the operator takes after ``x``, in its order."""
-        if self.starts is None:
-            return {"values": self._stacked(self.packed.values), "meta": self._stacked(self.packed.codes)}
-        return {"values": self.packed.values, "mask": self._stacked(self.packed.codes), "starts": self.starts}
+        packed = self.packed
+        values = packed.values if packed.layout == "bitmask" else self._stacked(packed.values)
+        found = {} if packed.scales is None else {"scales": self._stacked(packed.scales)}
+        if self.starts is not None:
+            return found | {"values": values, "mask": self._stacked(packed.codes), "starts": self.starts}
+        if packed.layout == "dense":
+            return found | {"values": values}
+        return found | {"values": values, "meta": self._stacked(packed.codes)}
 
     def _stacked(self, tensor: Tensor) -> Tensor:
         """Rows of all experts as [experts, rows, …]."""
@@ -74,18 +83,38 @@ class PackedWeight:
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.packed.values.dtype
+        return self.packed.dtype
 
-    def arguments(self, held: Mapping[str, T]) -> tuple[T, ...]:
+    @property
+    def numbers(self) -> tuple[int | bool, ...]:
+        """What the operator takes behind :attr:`tensors`: of few bits these, the group (0: the row), and ``exact``."""
+        return operator_numbers(self.packed.bits, self.packed.group, self.exact)
+
+    def arguments(self, held: Mapping[str, T]) -> tuple[T | int | bool, ...]:
         """What the operator takes between ``x`` and the bias, with ``held`` in the place of :attr:`tensors`."""
-        return tuple(held[name] for name in self.tensors)
+        return (*(held[name] for name in self.tensors), *self.numbers)
 
     @property
     def operator(self) -> OpOverload[..., Tensor]:
-        if self.experts is None:
-            return ops.linear_24 if self.starts is None else ops.linear_bitmask
-        return ops.experts_24 if self.starts is None else ops.experts_bitmask
+        return operator_of(self.layout, self.packed.bits is not None, self.experts is not None)
 
     def linear(self, x: Tensor) -> Tensor:
         """``x`` [..., in_features] times a single matrix."""
-        return self.operator(x, *self.tensors.values())
+        return self.operator(x, *self.tensors.values(), *self.numbers)
+
+
+def operator_of(layout: Layout, few: bool, stacked: bool) -> OpOverload[..., Tensor]:
+    """The operator of matrices, or of stacks of them by expert, packed as ``layout``.
+
+    Args:
+        few: whether their values are of few bits.
+    """
+    kind = {"packed24": "24"}.get(layout, layout)
+    operator: OpOverload[..., Tensor] = getattr(
+        ops, f"{'experts' if stacked else 'linear'}_{kind}{'_few' if few else ''}"
+    )
+    return operator
+
+
+def operator_numbers(bits: int | None, group: int | None, exact: bool) -> tuple[int | bool, ...]:
+    return () if bits is None else (bits, group or 0, exact)

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
 from sparsify.runtime.arguments import ends_of
-from sparsify.runtime.codes import unpack_bits, unpack_pairs
-from sparsify.runtime.few_arguments import padded_wide
-from sparsify.runtime.layout import PADDING, Packed, unpack
+from sparsify.runtime.layout import Packed, unpack
+from sparsify.runtime.words import Layout
 
 
 def linear_24(x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -101,45 +99,14 @@ def experts_dense_few(
 
 
 def unpack_few(
-    layout: str, scales: Tensor, values: Tensor, codes: Tensor | None, bits: int, group: int, width: int
+    layout: Layout, scales: Tensor, values: Tensor, codes: Tensor | None, bits: int, group: int, width: int
 ) -> Tensor:
-    """The matrix [rows, width] of ``scales`` times the integers of 8 or 4 bits that ``values`` holds, in float32 and
-    rounded once. ``group`` 0: a scale for each row.
+    """The matrix [rows, width] of ``scales`` times the integers of 8 or 4 bits that ``values`` holds. ``group`` 0: a
+    scale for each row.
     """
-    rows, columns = scales.shape[0], padded_wide(width)
-    if layout == "bitmask":
-        assert codes is not None, "a bitmask has a mask"
-        kept = unpack_bits(codes.contiguous().view(torch.uint8)).view(-1, 64)
-        integers = _expanded(values[: values.numel() - PADDING], kept, bits).view(rows, columns)
-    else:
-        held = values if bits == 8 else _nibbles(values)
-        if layout == "packed24":
-            assert codes is not None, "packed24 has codes"
-            held = unpack_pairs(held.reshape(-1, 2), codes)
-        integers = held.view(rows, columns)
-    each = scales.float().repeat_interleave(group or columns, 1)[:, :width]
-    # A zero is +0.0 whatever the sign of its scale.
-    return (each * integers[:, :width] + 0.0).to(scales.dtype)
-
-
-def _nibbles(pairs: Tensor) -> Tensor:
-    """Two's complement nibbles [..., n] as int8 [..., 2 n], the low one first."""
-    two = torch.stack([pairs & 15, pairs >> 4], -1).flatten(-2)
-    return (two.to(torch.int8) ^ 8) - 8
-
-
-def _expanded(values: Tensor, kept: Tensor, bits: int) -> Tensor:
-    """The integers of a bitmask where ``kept`` [blocks, 64] says: of 4 bits each block begins on a byte."""
-    full = torch.zeros(kept.shape, dtype=torch.int8, device=values.device)
-    if bits == 8:
-        full[kept] = values
-        return full
-    count = kept.sum(1)
-    starts = (count + 1) // 2
-    starts = starts.cumsum(0) - starts
-    place = 2 * starts[:, None] + kept.cumsum(1) - 1
-    full[kept] = _nibbles(values)[place[kept]]
-    return full
+    rows = scales.shape[0]
+    coded = values.new_empty(rows, 0) if codes is None else codes
+    return unpack(Packed(layout, (rows, width), values, coded, scales, bits, group or None))
 
 
 def by_expert(x: Tensor, rows: int, offsets: Tensor, product: Callable[[int, Tensor], Tensor]) -> Tensor:

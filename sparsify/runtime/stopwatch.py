@@ -84,7 +84,7 @@ class Timing:
 
 
 class Stopwatch:
-    """Times each distinct shape, dtype, layout and tenth of zeros once, and remembers it.
+    """Times each distinct shape, dtype, layout, grid and tenth of zeros once, and remembers it.
 
     Args:
         flush: read a buffer larger than the caches before every call, so that weights come from memory.
@@ -99,8 +99,10 @@ class Stopwatch:
 
     def packed(self, weight: Tensor, packed: PackedWeight) -> Timing:
         """Time ``weight`` [out_features, in_features] against itself packed."""
-        tenths = round(10 * packed.packed.values.numel() / max(1, weight.numel()))
-        key = (packed.packed.layout, *weight.shape, weight.dtype, tenths)
+        own = packed.packed
+        tenths = round(10 * own.values.numel() / max(1, weight.numel()))
+        kind = (own.layout, own.bits, own.group, packed.exact)
+        key = (*kind, *weight.shape, weight.dtype, tenths)
         if key not in self._known:
             self._known[key] = self._time(weight, packed.linear)
         return self._known[key]

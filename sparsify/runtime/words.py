@@ -7,10 +7,19 @@ from typing import Literal, get_args
 from sparsify.errors import SpecError
 
 # How a packed matrix is stored (:mod:`sparsify.runtime.layout`), and what may be asked for: ``auto`` takes packed24
-# where a weight is 2:4 along its inputs and a bitmask elsewhere.
-Layout = Literal["packed24", "bitmask"]
-LAYOUTS: tuple[Layout, ...] = get_args(Layout)
+# where a weight is 2:4 along its inputs and a bitmask elsewhere. ``dense`` keeps zeros, and is of few bits only.
+Layout = Literal["packed24", "bitmask", "dense"]
+FEW_LAYOUTS: tuple[Layout, ...] = get_args(Layout)
+LAYOUTS: tuple[Layout, ...] = FEW_LAYOUTS[:2]
 AskedLayout = Literal["auto", "packed24", "bitmask"]
+AskedFewLayout = Literal["auto", "packed24", "bitmask", "dense"]
+
+# What the values of a packed weight are: ``auto`` takes integers where they give the weight to the bit; int8 and int4
+# round it; full keeps its dtype. In_features that share a scale of such integers. What inputs are multiplied as.
+AskedValues = Literal["auto", "int8", "int4", "full"]
+AskedGroup = Literal["32", "64", "128", "row"]
+Activations = Literal["int8", "float"]
+ACTIVATIONS: tuple[Activations, ...] = get_args(Activations)
 
 # Which weights are packed: those that are measured to gain by it, or all that become smaller.
 PackingChoice = Literal["measured", "smallest"]

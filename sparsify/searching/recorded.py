@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sparsify.compiler.backend import Backend, Job
+from sparsify.compiler.backend import Backend, Job, settle
 from sparsify.frontend.source import Source
 from sparsify.ir.program import Program
 from sparsify.ir.weights import Weights
@@ -43,6 +43,10 @@ class _Job:
     def __init__(self, inner: Job, look: Callable[[Weights], dict[str, Any]], recipe: Mapping[str, Any] | None) -> None:
         self.inner, self.look, self.recipe = inner, look, recipe
         self.weights: Weights = inner.weights
+
+    def settle(self, program: Program) -> None:
+        """See :class:`~sparsify.compiler.backend.Settling`."""
+        settle(self.inner, program)
 
     def finish(self, program: Program, manifest: dict[str, Any]) -> tuple[Path, Weights]:
         manifest["search"] = self.look(program.weights)

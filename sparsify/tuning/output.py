@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from sparsify.compiler.backend import Backend
+from sparsify.compiler.backend import Backend, settle
 from sparsify.context import Context
 from sparsify.errors import CalibrationError
 from sparsify.files.ledger import write_manifest
@@ -81,6 +81,7 @@ class Output:
             for name, tensor in new.items():
                 if not torch.equal(tensor, source.weights.read(name)):
                     job.weights.write(name, tensor)
+            settle(job, program)
             after = perplexity(replace(source, weights=job.weights), held_out, context)
             record = replace(result, perplexity=(result.perplexity[0], after)).as_dict()
             record.pop("output")

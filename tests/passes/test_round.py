@@ -19,10 +19,11 @@ from torch import Tensor, nn
 import sparsify
 from sparsify.cli.tables import plan_report, result_report
 from sparsify.errors import CalibrationError, PatternError, SpecError, VerifyError
+from sparsify.method.grids.finding import integers
+from sparsify.method.grids.fitting import fit
 from sparsify.method.pattern import Grid
 from sparsify.method.spec import check_pass, parse_pass, spec_text
 from sparsify.passes import Round
-from sparsify.passes.solvers.rounding import fit, integers
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 

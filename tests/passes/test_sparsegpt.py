@@ -18,9 +18,9 @@ from transformers.pytorch_utils import Conv1D
 import sparsify
 from sparsify.cli.tables import result_report
 from sparsify.errors import CalibrationError, SpecError
+from sparsify.method.grids.finding import integers
 from sparsify.method.pattern import Grid
 from sparsify.method.spec import parse_pass
-from sparsify.passes.solvers.rounding import integers
 
 
 @pytest.mark.parametrize("pattern", slow.PATTERNS)

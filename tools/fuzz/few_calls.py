@@ -13,9 +13,10 @@ from sparsify.runtime import ops, reference
 from sparsify.runtime.codes import unpack_bits
 from sparsify.runtime.cpu.few import unpack_few
 from sparsify.runtime.few_arguments import GROUPS, VALUES
+from sparsify.runtime.words import Layout
 
 # Layout by layout: the operator of one matrix, that of a stack, and plain torch for both.
-FEW: dict[str, tuple[Callable[..., Any], ...]] = {
+FEW: dict[Layout, tuple[Callable[..., Any], ...]] = {
     "packed24": (ops.linear_24_few, ops.experts_24_few, reference.linear_24_few, reference.experts_24_few),
     "bitmask": (
         ops.linear_bitmask_few,
@@ -31,7 +32,7 @@ NUMBERS = (0, 1, 3, 4, 8, 16, 32, 64, 127, 128, -1, -(1 << 63), (1 << 63) - 1)
 _PAIRS = torch.tensor([4, 8, 9, 12, 13, 14], dtype=torch.uint8)
 
 
-def sound_few(draw: Random, rows: int, columns: int, dtype: torch.dtype, experts: int = 0) -> tuple[str, list[Any]]:
+def sound_few(draw: Random, rows: int, columns: int, dtype: torch.dtype, experts: int = 0) -> tuple[Layout, list[Any]]:
     """A layout, and what its operators take between x and the last argument; ``experts`` 0: one matrix."""
     layout, bits, group = draw.choice(list(FEW)), draw.choice((8, 4)), draw.choice(GROUPS)
     lead, full = (experts, rows) if experts else (rows,), -(-columns // 128) * 128
@@ -57,7 +58,7 @@ def starts_of(mask: Tensor, bits: int) -> Tensor:
     return torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
 
 
-def unpacking(layout: str, width: int) -> Callable[..., Tensor]:
+def unpacking(layout: Layout, width: int) -> Callable[..., Tensor]:
     def unpack(scales: Tensor, values: Tensor, *rest: Any) -> Tensor:
         codes, starts = (*rest[:-3], None, None)[:2]
         return unpack_few(layout, scales, values, codes, starts, rest[-3], rest[-2], width)

@@ -23,9 +23,9 @@ def dense_modules(
         starts = getattr(owner, f"{leaf}_starts", None)
         weight = nn.Parameter(site.parameter(unpack(packed_of(model, name, site), starts)), requires_grad=False)
         if leaf != "weight":
-            for tensor in (leaf, f"{leaf}_meta", f"{leaf}_mask", f"{leaf}_starts"):
-                if hasattr(owner, tensor):
-                    delattr(owner, tensor)
+            for part in (*site.parts, "_starts"):
+                if hasattr(owner, leaf + part):
+                    delattr(owner, leaf + part)
             owner.register_parameter(leaf, weight)
             owner.sites.pop(leaf)
             continue

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from sparsify.backends.packed.format import PackedSite
-from sparsify.runtime.ops import experts_24, experts_bitmask
+from sparsify.backends.packed.loaded.linear import product_of
+from sparsify.runtime.packed_weight import operator_of
 
 # One class for each of transformers'.
 _CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
@@ -68,8 +69,7 @@ def _stack_product(module: Any, name: str, x: Tensor, experts: Tensor, offsets: 
         from transformers.integrations.moe import _grouped_mm
 
         y = _grouped_mm(x, weight if module.is_transposed else weight.transpose(-2, -1), offs=offsets.int())
-    elif site.layout == "packed24":
-        y = experts_24(x, weight, getattr(module, f"{name}_meta"), offsets)
     else:
-        y = experts_bitmask(x, weight, getattr(module, f"{name}_mask"), getattr(module, f"{name}_starts"), offsets)
+        run = operator_of(site.layout, few=site.bits is not None, stacked=True)
+        y = run(x, *product_of(module, name, site, exact=module.exact), offsets)
     return y + getattr(module, f"{name}_bias")[experts] if module.has_bias else y

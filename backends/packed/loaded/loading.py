@@ -75,13 +75,16 @@ def load_on(
         CheckpointError: it does not load. BackendError: kernels do not compile.
     """
     from sparsify.backends.packed.loaded.linear import PackedLinear
-    from sparsify.backends.packed.loaded.on_gpu import prepare
+    from sparsify.backends.packed.loaded.on_gpu import prepare, widen
+    from sparsify.backends.packed.loaded.product import GPU_TYPE
 
     model = load_model(folder, trust_remote_code=trust_remote_code, check=check)
     for module in model.modules():
         if isinstance(module, PackedLinear):
             module.product.tune = module.product.tune and tune
     gpu = getattr(getattr(model.config, "quantization_config", None), "gpu", {})
+    if device.type == GPU_TYPE:
+        widen(model, everywhere=True)
     model = model.to(device)
     prepare(model, **(gpu | {"tune": gpu.get("tune", True) and tune}))
     return model

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from sparsify.backends.packed.format import CODES, PackedSite
+from sparsify.backends.packed.format import PackedSite
 from sparsify.backends.packed.loaded.experts import is_stack, packed_experts
 from sparsify.backends.packed.loaded.linear import PackedLinear, hold
 from sparsify.backends.packed.loaded.product import Product
@@ -43,12 +43,18 @@ def unfit(model: nn.Module, parameter: str) -> str | None:
     return f"{kind} computes with its weight in its own way"
 
 
-def pack_modules(model: nn.Module, sites: Mapping[str, PackedSite], siblings: Iterable[Sequence[str]] = ()) -> None:
+def pack_modules(
+    model: nn.Module,
+    sites: Mapping[str, PackedSite],
+    siblings: Iterable[Sequence[str]] = (),
+    *,
+    exact: bool = False,
+) -> None:
     """Replace the modules that own the parameters ``sites`` by packed ones, empty, where the dense weights lie.
 
     Args:
         siblings: parameters of linear layers that read one input, in the order in which the model runs them: on a GPU
-            one product serves them all.
+            one product serves them all. exact: inputs of weights of few bits are not rounded to 8 bits.
 
     Raises:
         CheckpointError: a parameter that the model has not, or whose module cannot run packed.
@@ -64,12 +70,12 @@ def pack_modules(model: nn.Module, sites: Mapping[str, PackedSite], siblings: It
         owner, leaf = owner_of(model, name)
         dense = getattr(owner, leaf)
         if leaf == "weight":
-            packed = PackedLinear(site, owner.bias, dense.dtype, dense.device)
+            packed = PackedLinear(site, owner.bias, dense.dtype, dense.device, exact=exact)
             replace(model, name, packed.train(owner.training))
             continue
         if "sites" not in vars(owner):
             become(owner, packed_experts(type(owner)))
-            owner.sites = {}
+            owner.sites, owner.exact = {}, exact
         owner.sites[leaf] = site
         delattr(owner, leaf)
         hold(owner, leaf, site, dense.dtype, dense.device)
@@ -81,7 +87,7 @@ def join(model: nn.Module, parameters: Sequence[str]) -> None:
     """Let one product serve ``parameters`` on a GPU; those that are not 2:4 linear layers of one width stay alone."""
     owners = [model.get_submodule(name.rpartition(".")[0]) for name in parameters]
     members = [m for m in owners if isinstance(m, PackedLinear) and m.site.layout == "packed24"]
-    if len(members) > 1 and len({m.in_features for m in members}) == 1:
+    if len(members) > 1 and len({(m.in_features, m.site.bits) for m in members}) == 1:
         product = Product(members)
         for member in members:
             member.product = product
@@ -92,7 +98,7 @@ def packed_of(model: nn.Module, name: str, site: PackedSite) -> Packed:
     owner, leaf = owner_of(model, name)
     if isinstance(owner, PackedLinear):
         return owner.packed()
-    return site.packed(getattr(owner, leaf).data, getattr(owner, f"{leaf}_{CODES[site.layout]}"))
+    return site.packed(lambda part: getattr(owner, leaf + part).detach())
 
 
 def count_rows(model: nn.Module, sites: Mapping[str, PackedSite]) -> None:
@@ -101,7 +107,7 @@ def count_rows(model: nn.Module, sites: Mapping[str, PackedSite]) -> None:
         if site.layout == "bitmask":
             owner, leaf = owner_of(model, name)
             mask = getattr(owner, f"{leaf}_mask").flatten(0, -2)
-            owner.register_buffer(f"{leaf}_starts", row_starts(mask), persistent=False)
+            owner.register_buffer(f"{leaf}_starts", row_starts(mask, site.bits), persistent=False)
 
 
 def owner_of(model: nn.Module, parameter: str) -> tuple[Any, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from sparsify.backends.packed.format import PackedSite
 from sparsify.errors import Refused
 from sparsify.runtime.cuda.dispatch import Plan, Timings
-from sparsify.runtime.cuda.gpu import GPU, NOT_24
+from sparsify.runtime.cuda.gpu import FEW_BITS, GPU, NOT_24
 from sparsify.runtime.cuda.ops import linear_24_prepared
 from sparsify.runtime.cuda.prepared import PreparedWeight, prepare_weight
 from sparsify.runtime.layout import Packed, concatenate
@@ -91,11 +92,18 @@ class Product:
         places = {(m.weight.device, m.weight.dtype) for m in self.members}
         if self.plan is None and len(places) == 1 and next(iter(places))[0].type == GPU_TYPE:
             self.prepare()
+            if self.members[0].site.bits is not None:
+                text = f"sparsify: {FEW_BITS}: every product unpacks its weight. prepare(model), of "
+                text += "sparsify.backends.packed.loaded, makes 2:4 weights of full width of them"
+                warnings.warn(text, RuntimeWarning, stacklevel=2)
 
     def prepare(self) -> None:
         """Take the layouts of the GPU (``target``, or the one that the members lie on), or note the reason why not."""
         self.release()
         leader = self.members[0]
+        if leader.site.bits is not None:
+            self.refused = Refused(FEW_BITS)
+            return
         if leader.site.layout != "packed24":
             self.refused = Refused(NOT_24)
             return

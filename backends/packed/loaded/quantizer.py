@@ -16,7 +16,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from sparsify.backends.packed.config import FIELDS, FORMAT, METHOD, check_gpu, sites_of
+from sparsify.backends.packed.config import FIELDS, METHOD, check_activations, check_gpu, sites_of
 from sparsify.backends.packed.format import PackedSite
 from sparsify.backends.packed.loaded.linear import PackedLinear
 from sparsify.backends.packed.loaded.modules import FastLinear, become, count_rows, pack_modules, packed_of
@@ -31,6 +31,7 @@ from sparsify.finite import check_all_finite
 from sparsify.runtime.cpu.unpacking import unpacked
 from sparsify.runtime.soundness import check
 from sparsify.runtime.stopwatch import Stopwatch
+from sparsify.runtime.words import Activations
 
 
 @register_quantization_config(METHOD)
@@ -39,7 +40,8 @@ class SparsifyConfig(QuantizationConfigMixin):
 
     Args:
         siblings: groups of parameters that one product serves on a GPU. gpu: how a GPU keeps the weights, {"policy",
-            "tune"} as :func:`sparsify.backends.packed.loaded.prepare` takes them. check: False takes the folder's
+            "tune"} as :func:`sparsify.backends.packed.loaded.prepare` takes them. activations: what inputs of weights
+            of few bits are multiplied as, int8 or float. check: False takes the folder's
             bytes as they are. Set it in Python, ``config.quantization_config["check"] = False``, and give ``config`` to
             ``from_pretrained``.
 
@@ -50,19 +52,21 @@ class SparsifyConfig(QuantizationConfigMixin):
     def __init__(
         self,
         sites: dict[str, Any],
-        format: int = FORMAT,
+        format: int = 1,
         quant_method: str = METHOD,
         siblings: list[list[str]] | None = None,
         gpu: dict[str, Any] | None = None,
+        activations: Activations = "int8",
         check: bool = True,
     ) -> None:
         # Only of this one loading; no file says it.
         self.check = check
         self.quant_method: Any = quant_method
         self.format, self.sites = format, sites
-        self.siblings, self.gpu = siblings or [], gpu or {}
+        self.siblings, self.gpu, self.activations = siblings or [], gpu or {}, activations
         sites_of({"quantization_config": self.__dict__}, "(config.json)")
         check_gpu(self.siblings, self.gpu, sites)
+        check_activations(activations)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
@@ -72,7 +76,8 @@ class SparsifyConfig(QuantizationConfigMixin):
         return super().from_dict(known, return_unused_kwargs=return_unused_kwargs, **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
-        return {key: value for key, value in super().to_dict().items() if key != "check"}
+        own = {"check"} if self.format > 1 else {"check", "activations"}
+        return {key: value for key, value in super().to_dict().items() if key not in own}
 
     def packed_sites(self) -> dict[str, PackedSite]:
         return {name: PackedSite.of(name, entry) for name, entry in self.sites.items()}
@@ -111,7 +116,8 @@ class SparsifyQuantizer(HfQuantizer):
             self._ledger = check_folder(folder, self.quantization_config.check)
             # transformers fills a tensor that is missing with random numbers and goes on.
             check_tensors(sites, _headers(checkpoint_files), str(checkpoint_files[0]))
-        pack_modules(model, sites, self.quantization_config.siblings)
+        exact = self.quantization_config.activations == "float"
+        pack_modules(model, sites, self.quantization_config.siblings, exact=exact)
         for module in model.modules():
             if isinstance(module, PackedLinear):
                 for key, value in self.quantization_config.gpu.items():

@@ -24,6 +24,7 @@ from sparsify.runtime.few_arguments import (
     check_experts_bitmask_few,
     check_experts_dense_few,
 )
+from sparsify.runtime.words import Layout
 
 # Up to FEW tokens are multiplied with weights that stay packed; above, PANEL rows at a time are made dense in a buffer
 # that all panels share, for a dense product.
@@ -153,7 +154,7 @@ def experts_dense_few(
 
 
 def unpack_few(
-    layout: str,
+    layout: Layout,
     scales: Tensor,
     values: Tensor,
     codes: Tensor | None,

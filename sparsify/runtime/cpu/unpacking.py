@@ -7,6 +7,7 @@ from torch import Tensor
 
 from sparsify.runtime.arguments import disagreement, failure
 from sparsify.runtime.cpu import native
+from sparsify.runtime.cpu.few import unpack_few
 from sparsify.runtime.layout import DTYPES, Packed, unpack
 
 
@@ -52,6 +53,9 @@ def unpacked(packed: Packed, rowptr: Tensor | None = None) -> Tensor:
     on_cpu = packed.values.device.type == "cpu"
     if not on_cpu or native.library() is None or (packed.layout == "bitmask" and rowptr is None):
         return unpack(packed)
+    if packed.scales is not None and packed.bits is not None:
+        codes, group = None if packed.layout == "dense" else packed.codes, packed.group or 0
+        return unpack_few(packed.layout, packed.scales, packed.values, codes, rowptr, packed.bits, group, columns)
     starts = rowptr if packed.layout == "bitmask" else None
     coded = torch.uint8 if starts is None else torch.int32
     sound = packed.values.layout is packed.codes.layout is torch.strided and packed.values.dtype in DTYPES

@@ -16,6 +16,7 @@ from sparsify.runtime.words import Layout, Policy
 OLDEST = (8, 0)
 # Why such weights stay dense on a GPU.
 NOT_24 = "not 2:4, the only sparsity that GPUs multiply"
+FEW_BITS = "values of 8 or 4 bits, for which there is no GPU kernel"
 NO_EXPERTS = "a stack of experts, for which there is no GPU kernel"
 
 

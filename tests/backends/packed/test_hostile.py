@@ -27,13 +27,23 @@ from sparsify.frontend.source import open_source
 UP = "model.layers.0.mlp.down_proj.weight"
 
 
-@pytest.fixture(scope="module", params=["packed24", "bitmask"])
+@pytest.fixture(scope="module", params=["packed24", "bitmask", "packed24,values=int8", "bitmask,values=int4"])
 def sound(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     root = tmp_path_factory.mktemp("sound")
     save("llama", root / "dense")
     to = f"packed:layout={request.param},choice=smallest"
     sparsify.compile(root / "dense", ["magnitude:2:4"], output=root / "packed", to=to)
-    return root / "packed", f"{UP}_{'meta' if request.param == 'packed24' else 'mask'}"
+    return root / "packed", f"{UP}_{'meta' if request.param.startswith('packed24') else 'mask'}"
+
+
+@pytest.fixture(scope="module", params=["packed24", "bitmask", "dense"])
+def few(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A folder of 4 bits whose every weight is of that layout."""
+    root = tmp_path_factory.mktemp("few")
+    save("llama", root / "dense")
+    to = f"packed:layout={request.param},values=int4,group=32,choice=smallest"
+    sparsify.compile(root / "dense", ["magnitude:2:4"], output=root / "packed", to=to)
+    return root / "packed", f"{UP}_integers"
 
 
 Change = Callable[[dict[str, torch.Tensor], dict[str, Any], str], None]
@@ -65,9 +75,9 @@ def refuses(sound: tuple[Path, str], tmp_path: Path, change: Change, *says: str)
 
 def test_a_newer_format(sound: tuple[Path, str], tmp_path: Path) -> None:
     def change(tensors: dict[str, torch.Tensor], config: dict[str, Any], codes: str) -> None:
-        config["quantization_config"] |= {"format": 2, "something": "new"}
+        config["quantization_config"] |= {"format": 3, "something": "new"}
 
-    refuses(sound, tmp_path, change, "format 2", "newer sparsify")
+    refuses(sound, tmp_path, change, "format 3", "newer sparsify")
 
 
 def test_a_missing_tensor(sound: tuple[Path, str], tmp_path: Path) -> None:
@@ -119,6 +129,62 @@ def test_a_truncated_file(sound: tuple[Path, str], tmp_path: Path, cut: int) -> 
         transformers.LlamaForCausalLM.from_pretrained(folder)
 
 
+def test_scales_that_are_no_numbers(few: tuple[Path, str], tmp_path: Path) -> None:
+    def change(tensors: dict[str, torch.Tensor], config: dict[str, Any], values: str) -> None:
+        tensors[UP][1, -1] = float("inf")
+
+    refuses(few, tmp_path, change, UP)
+
+
+def test_integers_that_are_missing(few: tuple[Path, str], tmp_path: Path) -> None:
+    def change(tensors: dict[str, torch.Tensor], config: dict[str, Any], values: str) -> None:
+        del tensors[values]
+
+    refuses(few, tmp_path, change, f"{UP}_integers", "does not hold it")
+
+
+def test_integers_of_another_kind(few: tuple[Path, str], tmp_path: Path) -> None:
+    def change(tensors: dict[str, torch.Tensor], config: dict[str, Any], values: str) -> None:
+        tensors[values] = tensors[values].view(torch.int8)
+
+    refuses(few, tmp_path, change, f"{UP}_integers", "torch.uint8", "belong")
+
+
+def test_too_few_integers(few: tuple[Path, str], tmp_path: Path) -> None:
+    def change(tensors: dict[str, torch.Tensor], config: dict[str, Any], values: str) -> None:
+        tensors[values] = tensors[values][..., 1:].contiguous()
+
+    refuses(few, tmp_path, change, f"{UP}_integers", "belong")
+
+
+@pytest.mark.parametrize(("field", "value"), [("bits", 8), ("bits", 3), ("bits", None), ("group", 64), ("group", 0)])
+def test_bits_and_groups_that_the_tensors_have_not(
+    few: tuple[Path, str], tmp_path: Path, field: str, value: int | None
+) -> None:
+    def change(tensors: dict[str, torch.Tensor], config: dict[str, Any], values: str) -> None:
+        config["quantization_config"]["sites"][UP][field] = value
+
+    refuses(few, tmp_path, change, UP)
+
+
+def test_few_bits_in_a_format_that_has_none(few: tuple[Path, str], tmp_path: Path) -> None:
+    def change(tensors: dict[str, torch.Tensor], config: dict[str, Any], values: str) -> None:
+        config["quantization_config"]["format"] = 1
+
+    refuses(few, tmp_path, change, "few bits in format 1")
+
+
+def test_activations_of_nonsense(few: tuple[Path, str], tmp_path: Path) -> None:
+    folder = tmp_path / "bad"
+    shutil.copytree(few[0], folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"]["activations"] = "int3"
+    (folder / "config.json").write_text(json.dumps(config))
+    reseal(folder)
+    with pytest.raises(CheckpointError, match=r"activations 'int3'.*int8 or float"):
+        transformers.LlamaForCausalLM.from_pretrained(folder)
+
+
 json_values = st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.text(max_size=5) | st.just([]) | st.just({})
 
 
@@ -128,8 +194,9 @@ json_values = st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.text
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_a_config_of_nonsense(entry: dict[str, Any], whole: Any, version: Any) -> None:
     good = {"layout": "packed24", "rows": 8, "columns": 64, "experts": None, "transposed": False, "values": 256}
-    for sites in ({"w": {**good, **entry}}, {"w": whole}, whole):
-        for number in (1, version):
+    small = {**good, "bits": 4, "group": 32}
+    for sites in ({"w": {**good, **entry}}, {"w": {**small, **entry}}, {"w": whole}, whole):
+        for number in (1, 2, version):
             try:
                 found = sites_of(
                     {"quantization_config": {"quant_method": "sparsify", "format": number, "sites": sites}}, "x"

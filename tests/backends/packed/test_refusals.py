@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import sparsify
 from sparsify.backends.bench.loading import measure_loading
 from sparsify.backends.packed import job
+from sparsify.backends.packed.choosing import Asked
 from sparsify.backends.packed.loaded.loading import load_model
 from sparsify.backends.packed.plan import decide
 from sparsify.backends.packed.store import open_packed
@@ -38,7 +39,8 @@ def test_a_weight_that_two_layers_hold_stays_dense() -> None:
 
     source = open_source(Heads())
     program = capture(source, {"0": torch.zeros(2, 64)})
-    found = {d.name: d.reason for d in decide(program, program.weights, source.module, "bitmask", "smallest")}
+    asked = Asked("bitmask", "smallest")
+    found = {d.name: d.reason for d in decide(program, program.weights, source.module, asked)}
     assert found["one.weight"] == "shared with other.weight" and "shared" not in (found["own.weight"] or "")
 
 

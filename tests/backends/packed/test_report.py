@@ -13,10 +13,11 @@ from rich.console import Console
 from sparsify.analysis.linear import LinearSite
 from sparsify.backends.bench.benchmark import Benchmark, Speed
 from sparsify.backends.bench.report import benchmark_report, write_report
+from sparsify.backends.packed.choosing import Decision
 from sparsify.backends.packed.format import PackedSite
 from sparsify.backends.packed.labels import siblings_label
 from sparsify.backends.packed.loaded import Prepared
-from sparsify.backends.packed.plan import Decision, summary
+from sparsify.backends.packed.plan import summary
 
 
 def made_up(gains: dict[int, float]) -> Benchmark:
@@ -89,7 +90,7 @@ def test_labels() -> None:
 @pytest.mark.parametrize("count", [1, 3, 4, 6])
 def test_what_stays_dense_is_named_with_its_reason(count: int) -> None:
     """What was pruned, that is: of what never was nothing is said."""
-    linear, site = cast(LinearSite, None), cast(PackedSite, SimpleNamespace(layout="packed24"))
+    linear, site = cast(LinearSite, None), cast(PackedSite, SimpleNamespace(layout="packed24", label="packed24"))
     packed = Decision("a", linear, 0.5, 100 << 10, 60 << 10, site)
     never = Decision("b", linear, 0.04, 9, 9, reason="it is shared")
     left = [Decision(f"c{i}", linear, 0.05, 100, 100, reason="dense is faster") for i in range(count)]

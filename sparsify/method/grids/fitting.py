@@ -1,15 +1,14 @@
-"""Values on a grid: scales for groups of a row, rounding to them, and the integers back from the values.
+"""Scales for groups of a row, and rounding to their grids.
 
 A stored value is the dtype's nearest to s·k, with k one of 2^bits neighbouring integers, 0 among them, and s a positive
 number that float16 and the dtype both hold. s·k is exact in float32 and is rounded once, by at most one part in 2^p
 where the dtype has p significant bits: k is the integer nearest to value / s as long as |k| < 2^(p−1), which all grids
-meet but an asymmetric one of 8 bits in bfloat16 (and −128 in bfloat16, which is exact). Scales need not be stored
-beside the values: :func:`integers` finds them. The largest value of a group is s·m for some m < 2^bits, which leaves so
-many scales to try, the likeliest first; any that gives all values to the bit serves.
+meet but an asymmetric one of 8 bits in bfloat16 (and −128 in bfloat16, which is exact).
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -24,7 +23,10 @@ Scale = Literal["mse", "minmax"]
 
 # Shares of the range that are tried for scale=mse: what is clipped then is rounded to the ends of the grid.
 _SHRINKS = tuple(1 - step / 40 for step in range(21))
-_SMALLEST, _LARGEST = 2.0**-24, 65504.0
+SMALLEST, LARGEST = 2.0**-24, 65504.0
+
+# Numbers of a part of a matrix.
+_AT_ONCE = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,8 @@ class Fitted:
         """``values``, float32 of a shape that those of ``scale`` broadcast to, each at its nearest of the grid."""
         whole = torch.maximum((values / self.scale).round_(), self.low)
         whole = torch.minimum(whole, self.low + self.grid.span)
-        return whole.mul_(self.scale).to(self.dtype).float()
+        # What rounds to -0.0 is zero as any other.
+        return whole.mul_(self.scale).add_(0.0).to(self.dtype).float()
 
     def of_columns(self) -> Fitted:
         """The same scales, [...] where they are [..., 1]: for one weight of each group at a time."""
@@ -72,11 +75,11 @@ def fit(values: Tensor, grid: Grid, dtype: torch.dtype, *, symmetric: bool, scal
         full = torch.maximum(least / low, most / (low + grid.span))
     else:
         full = (most - least) / grid.span
-        low = -(-least / full.clamp(min=_SMALLEST)).round().clamp(max=grid.span)
-    if float(full.amax()) > _LARGEST:
+        low = -(-least / full.clamp(min=SMALLEST)).round().clamp(max=grid.span)
+    if float(full.amax()) > LARGEST:
         raise CalibrationError(
             f"scales for {grid}",
-            found=f"one of {float(full.amax()):.3g}, and float16 ends at {_LARGEST:g}",
+            found=f"one of {float(full.amax()):.3g}, and float16 ends at {LARGEST:g}",
             do="Leave this weight out with --ignore: no sound model has such values",
         )
     best = Fitted(grid, _stored(full, dtype), low, dtype)
@@ -92,13 +95,28 @@ def fit(values: Tensor, grid: Grid, dtype: torch.dtype, *, symmetric: bool, scal
     return best
 
 
+def nearest(weight: Tensor, grid: Grid, group: int, *, symmetric: bool = True, scale: Scale = "mse") -> Tensor:
+    """``weight`` [out_features, in_features], each value at its nearest of its group's grid: float32.
+
+    Raises:
+        CalibrationError: as :func:`fit`.
+    """
+    one = torch.ones(1, device=weight.device)
+    out = weight.new_empty(weight.shape, dtype=torch.float32)
+    for rows in parts_of(weight):
+        parts = grouped(weight[rows].float(), group)
+        fitted = fit(parts, grid, weight.dtype, symmetric=symmetric, scale=scale, weights=one)
+        out[rows] = ungrouped(fitted.rounded(parts), weight.shape[1])
+    return out
+
+
 def _error(fitted: Fitted, values: Tensor, weights: Tensor) -> Tensor:
     return (fitted.rounded(values) - values).square_().mul_(weights).sum(-1, keepdim=True)
 
 
 def _stored(scale: Tensor, dtype: torch.dtype) -> Tensor:
     """``scale`` as float16 and ``dtype`` both hold it; never zero."""
-    return scale.to(dtype).clamp(_SMALLEST, _LARGEST).half().float()
+    return scale.to(dtype).clamp(SMALLEST, LARGEST).half().float()
 
 
 def grouped(values: Tensor, group: int) -> Tensor:
@@ -110,50 +128,7 @@ def ungrouped(values: Tensor, columns: int) -> Tensor:
     return values.flatten(1)[:, :columns]
 
 
-def integers(weight: Tensor, grid: Grid, group: int, *, symmetric: bool) -> tuple[Tensor, Tensor] | None:
-    """The scales and integers of which ``weight`` is made to the bit; None where it does not lie on such a grid.
-
-    Args:
-        weight: [out_features, in_features]. ``group``: in_features of one scale; the last may have fewer.
-
-    Returns:
-        Scales [out_features, groups] float16 and integers [out_features, in_features] int16, with
-        ``(scale.float() * integer).to(weight.dtype) == weight``. Symmetric integers, or their negatives (with a
-        negative scale), lie in −half … half − 1; others within ``span`` of each other and of 0.
-    """
-    values = grouped(weight.float(), group).flatten(0, 1)
-    largest = values.abs().amax(-1)
-    scales, found = torch.ones_like(largest), torch.zeros_like(values)
-    left = largest.nonzero().squeeze(1)
-    for count in _counts(grid, symmetric):
-        for step in (0, -1, 1):
-            if not len(left):
-                break
-            scale = _near(largest[left] / count, step, weight.dtype).unsqueeze(1)
-            own = values[left]
-            whole = (own / scale).round_()
-            spread = whole.amax(-1).clamp(min=0) - whole.amin(-1).clamp(max=0)
-            fits = ((whole * scale).to(weight.dtype).float() == own).all(-1) & (spread <= grid.span)
-            done = left[fits]
-            scales[done], found[done] = scale[fits].squeeze(1), whole[fits]
-            left = left[~fits]
-    if len(left):
-        return None
-    rows, columns = weight.shape
-    whole = ungrouped(found.view(rows, -1, values.shape[1]), columns)
-    return scales.view(rows, -1).half(), whole.to(torch.int16)
-
-
-def _counts(grid: Grid, symmetric: bool) -> list[int]:
-    """What integer the largest value of a group may be, the likeliest first."""
-    top = grid.half if symmetric else grid.span
-    likely = [grid.half, grid.half - 1]
-    return likely + [count for count in range(top, 0, -1) if count not in likely]
-
-
-def _near(scale: Tensor, step: int, dtype: torch.dtype) -> Tensor:
-    """The ``step``-th neighbour of ``scale`` among the numbers that scales may be."""
-    held = torch.bfloat16 if dtype == torch.bfloat16 else torch.float16
-    # Neighbouring positive floating-point numbers are neighbouring integers.
-    near = (scale.to(held).view(torch.int16) + step).clamp_(min=0).view(held)
-    return near.float().clamp(_SMALLEST, _LARGEST).half().float()
+def parts_of(weight: Tensor) -> Iterator[slice]:
+    """Rows of ``weight``, so many at a time that copies of them are small."""
+    step = max(1, _AT_ONCE // max(1, weight.shape[1]))
+    yield from (slice(first, first + step) for first in range(0, weight.shape[0], step))
