@@ -316,12 +316,9 @@ def _teacher(planned: Planned, program: Program) -> Program:
 def finish(
     compiled: Compiled, job: Job | None, request: Request, opened: Source, place: Workplace, context: Context
 ) -> Compiled:
-    """The output in its place, with its manifest; or the result in memory, with what it still needs.
-
-    Args:
-        opened: the model as it was before any pass.
-    """
+    """The output in its place, with its manifest; or the result in memory; ``opened`` is the model before any pass."""
     compiled.manifest = make_manifest(compiled, request, context.seed, opened)
+    compiled.source_card = opened.ledger.manifest.get("card")
     if compiled.evaluation is not None:
         compiled.manifest["evaluation"] = compiled.evaluation.as_dict()
     if job is None:

@@ -62,6 +62,12 @@ class Facts:
         return str(given or self.manifest.get("model") or self.folder.name)
 
     @property
+    def trained_since(self) -> bool:
+        """Whether what the last step that pruned says of its errors is of weights that were trained after it."""
+        steps = self.pruning_steps
+        return bool(steps) and any(run["command"] == "tune" for run in self.history[steps[-1] :])
+
+    @property
     def pruning_steps(self) -> list[int]:
         """The numbers of the steps that have passes."""
         return [number for number, run in enumerate(self.history, 1) if run.get("passes")]

@@ -36,7 +36,8 @@ def _tiles(facts: Facts) -> Markup:
         tiles.append((f"{len(sites):,}", f"{many} pruned{_by_the_last(facts)}"))
         errors = [site["error"] for site in sites.values() if site.get("error") is not None]
         if errors:
-            tiles.append((f"{sum(errors) / len(errors):.3f}", "mean relative error of their outputs; 0 is best"))
+            when = ", before the training that followed" if facts.trained_since else ""
+            tiles.append((f"{sum(errors) / len(errors):.3f}", f"mean relative error of their outputs{when}; 0 is best"))
     if facts.figures and (last := facts.figures[-1]).ratio is not None:
         step = f" step {last.step}" if last.step else ""
         tiles.append((times(last.ratio), f"the perplexity before{step}; less is better"))
