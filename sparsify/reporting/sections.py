@@ -53,11 +53,14 @@ def _by_the_last(facts: Facts) -> str:
 
 
 def quality(facts: Facts) -> Markup:
-    """Perplexities as bars, with their verdicts."""
+    """Perplexities as bars, with their verdicts, and the scores of tasks."""
     parts = [part for figure in facts.figures for part in _perplexity(figure)]
+    parts += [part for own in facts.measured for part in own.table()]
     if not parts:
-        told = ["It was not measured when the folder was written. ", code("sparsify eval MODEL OUT --data TEXT")]
-        told += [" measures both, and ", code("sparsify compile … --eval TEXT"), " writes it here."]
+        told = ["It was not measured when the folder was written. ", code("sparsify eval MODEL OUT --json > FILE")]
+        told += [" with ", code("--data TEXT"), " or ", code("--tasks TASKS"), " measures both, and "]
+        told += [code("sparsify report OUT --eval FILE"), " writes it here; ", code("sparsify compile … --eval TEXT")]
+        told += [" does at once."]
         parts = [tag("p", *told)]
     return section("Quality", *parts)
 

@@ -103,16 +103,20 @@ def sensitivity(
             local = Path(model) if not isinstance(model, nn.Module) and kind_at(model) else None
             staging = stack.enter_context(Staging(Path(output), overwrite=overwrite, source=local))
         bench = stack.enter_context(Workbench(model, own, words, context))
+        bench.draw()
         parts = cells(bench.targets)
         chosen = chosen or ("perplexity" if len(parts) < _MANY else "kl")
         if chosen == "kl" and windows is None:
             bench.judge_by(_FEW_WINDOWS)
+        reading = time.perf_counter()
         dense = bench.judge.perplexity(bench.dense)
+        reading = time.perf_counter() - reading
         if not math.isfinite(dense):
             raise CalibrationError(
                 f"sensitivity of {bench.source.name}", found="a dense model whose perplexity is no number",
                 do="Look at its weights",
             )  # fmt: skip
+        tell(f"{len(parts)} parts alone, and two prunings of many; each is {bench.size(reading)}")
         costs = _costs(bench, parts, chosen, dense, tell)
         result = Sensitivity(
             model=bench.source.name,
