@@ -43,7 +43,8 @@ from sparsify.method.weight_pass import MatrixPass
 from sparsify.prune.engine import prune as prune_weights
 from sparsify.prune.names import Named, Wanted
 from sparsify.prune.targets import UNFIT, choose
-from sparsify.refine.engine import refine
+from sparsify.refine.engine import fitting, lessons_of, refine
+from sparsify.refine.regions import find_blocks
 from sparsify.structure.orders import reordered
 from sparsify.structure.plan import plan as plan_structure
 from sparsify.structure.record import Restructured
@@ -176,6 +177,8 @@ def plan(source: Source, request: Request, context: Context) -> tuple[Planned, C
     structure = [
         plan_structure(source, program, own, wanted.of_pass(place)) for place, own in enumerate(request.structural)
     ]
+    if request.fitted:
+        find_blocks(program)  # refuses a model that has none
     # What other passes are for is known once the model is smaller.
     later = [PassRun(own, "later") for own in request.others]
     return Planned(model, structure, later if structure else _runs(model, request)), given
@@ -209,11 +212,30 @@ def draw(
     return Planned(again, structure, [] if structure else _runs(again, request)), data
 
 
+def teach(planned: Planned, data: Calibration | None, request: Request, context: Context, **opening: Any) -> Planned:
+    """The dense model that a user names for passes that fit to one, traced on the same data, before anything has run.
+
+    Raises:
+        CheckpointError, TraceError, SpecError: as :func:`sparsify.compiler.teacher.open_teacher` and
+            :func:`sparsify.refine.engine.fitting`. CalibrationError: too few sequences to hold some back.
+    """
+    if request.teacher is not None:
+        source = planned.model.source
+        batch = _first_batch(source, request, data)
+        planned = replace(planned, dense=open_teacher(request.teacher, source, batch, context, **opening))
+    for own in request.fitted:
+        lessons_of(own, () if data is None else data.batches)
+        if not request.structural:
+            fitting(planned.model.program, own, planned.dense or planned.model.program)
+    return planned
+
+
 def restructure(planned: Planned, data: Calibration | None, request: Request, seam: Seam, place: Workplace) -> Planned:
     """The model made smaller by every structural pass, and the other passes planned for it.
 
     Raises:
         SpecError, BackendError: as :func:`sparsify.structure.restructure.restructure`.
+        SpecError, TraceError: as :func:`sparsify.refine.engine.fitting`, where a pass fits it to another model.
     """
     if not request.structural:
         return planned
@@ -224,22 +246,9 @@ def restructure(planned: Planned, data: Calibration | None, request: Request, se
             model, records = make_smaller(model, own, samples, place.path, seam.context, number)
             ran.program = model.program
         done += records
-    fits = any(isinstance(own, RegionPass) for own in request.others)
-    return Planned(model, done, _runs(model, request), dense if fits else None)
-
-
-def teach(planned: Planned, data: Calibration | None, request: Request, context: Context, **opening: Any) -> Planned:
-    """The dense model that the user names for passes that fit to one, traced on the same data.
-
-    Raises:
-        CheckpointError, TraceError, SpecError: as :func:`sparsify.compiler.teacher.open_teacher`.
-    """
-    if request.teacher is None:
-        return planned
-    source = planned.model.source
-    return replace(
-        planned, dense=open_teacher(request.teacher, source, _first_batch(source, request, data), context, **opening)
-    )
+    for own in request.fitted:
+        fitting(model.program, own, planned.dense or dense)
+    return Planned(model, done, _runs(model, request), (planned.dense or dense) if request.fitted else None)
 
 
 def _open_output(planned: Planned, request: Request, place: Workplace) -> Job | None:
@@ -294,7 +303,8 @@ def prune(
                     own,
                     data.batches,
                     seam.context,
-                    _teacher(planned, program),
+                    # The dense model is of its own, or this graph with the weights that it began with.
+                    planned.dense or replace(program, weights=planned.model.source.weights),
                     every=planned.dense is not None,
                     left=frozenset(planned.model.wanted.of_pass(number).ignored),
                 )
@@ -304,13 +314,6 @@ def prune(
                 compiled.lowered = own.lower(runnable(program, seam.context.device))
         run.seconds, run.written = ran.seconds, ran.written
     return job, compiled
-
-
-def _teacher(planned: Planned, program: Program) -> Program:
-    """The dense model as a program: of its own, or this graph with the weights that it began with."""
-    if planned.dense is not None:
-        return planned.dense
-    return replace(program, weights=planned.model.source.weights)
 
 
 def finish(

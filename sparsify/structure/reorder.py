@@ -61,6 +61,11 @@ def choose_lanes(program: Program, own: ChannelPass, wanted: Wanted) -> tuple[li
     return chosen, left
 
 
+def _called(name: str, group: Lanes) -> str:
+    """A layer or its weight in a sentence that begins with the group's name, which is that of what reads it."""
+    return "it" if name.removesuffix(".weight") == group.name.removesuffix(".weight") else name
+
+
 class _Look:
     """Why a group of channels stays in its order."""
 
@@ -84,11 +89,11 @@ class _Look:
         for name in members:
             sources = frozenset(self.weights.sources(name))
             if name in self.shared:
-                return f"{name} is shared with {self.shared[name]}"
+                return f"{_called(name, found)} is shared with {self.shared[name]}"
             if sources & self.wanted.ignored:
-                return f"{name} is named by --ignore"
+                return f"{_called(name, found)} is named by --ignore"
             if self.wanted.only is not None and name in self.linear and not sources <= self.wanted.only:
-                return f"{name} would be reordered too, and is not named by --only"
+                return f"{_called(name, found)} would be reordered too, and is not named by --only"
         return None
 
     def _joined(self, members: Sequence[str]) -> str:
@@ -165,7 +170,8 @@ class _Group:
         started = time.perf_counter()
         for site in self.lanes.sites:
             if (pattern := _holds(self.matrices[site.parameter], self.own.unit)) is not None:
-                return Refused(f"{site.name} has {pattern} zeros, which another order would break", self.lanes.name)
+                reason = f"{_called(site.name, self.lanes)} has {pattern} zeros, which another order would break"
+                return Refused(reason, self.lanes.name)
         done, moved = Orders(), 0
         before = after = whole = 0.0
         for place, lane in enumerate(self.lanes.lanes):

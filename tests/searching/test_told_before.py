@@ -34,7 +34,9 @@ def test_a_perplexity_below_the_dense_one_is_refused_before_calibration(
         sparsify.search(folder("llama"), "wanda", budget="perplexity<=2abs", data=text, **WORDS)
 
 
-@pytest.mark.parametrize(("spec", "runs"), [("magnitude", "no calibration"), ("wanda", "a calibration run over 4 × 32 tokens")])
+@pytest.mark.parametrize(
+    ("spec", "runs"), [("magnitude", "no calibration"), ("wanda", "calibration run over 4 × 32 tokens")]
+)
 def test_what_it_costs_is_said_first(folder: Callable[[str], Path], text: Path, spec: str, runs: str) -> None:
     said: list[str] = []
     found = sparsify.search(folder("llama"), spec, budget="perplexity<=1.01", data=text, tell=said.append, **WORDS)
