@@ -22,6 +22,7 @@ from sparsify.errors import Refused, SpecError
 from sparsify.host import within_memory
 from sparsify.ir.program import Program
 from sparsify.method.channel_pass import ChannelPass
+from sparsify.method.selection import nm_most
 from sparsify.method.spec import spec_text
 from sparsify.prune.names import Wanted
 from sparsify.prune.targets import choose, read_elsewhere
@@ -225,8 +226,6 @@ class _Group:
 def _holds(matrices: Tensor, unit: int) -> str | None:
     """The N:M pattern that zeros in ``matrices`` [experts, out_features, in_features] lie in, if any."""
     for m, most in dict.fromkeys([(4, 3), (8, 4), (unit, unit // 2)]):
-        if matrices.shape[-1] % m == 0:
-            n = int((matrices != 0).unflatten(-1, (-1, m)).sum(dim=-1).max())
-            if n <= most:
-                return f"{n}:{m}"
+        if (n := nm_most(matrices, m)) <= most:
+            return f"{n}:{m}"
     return None

@@ -23,7 +23,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import TrainerCallback
 
 from sparsify.errors import SpecError, VerifyError
-from sparsify.refine.trainable import LEAST_ZEROS
+from sparsify.method.selection import is_pruned
 from sparsify.tuning.masks import broken_zeros
 
 
@@ -196,7 +196,7 @@ def _find(model: nn.Module) -> Held:
     for name, parameter in found.items():
         mask = parameter.detach() != 0
         # What training begins with at zero (LoRA's B) is no pruned weight.
-        if mask.any() and float((~mask).float().mean()) >= LEAST_ZEROS:
+        if mask.any() and is_pruned(mask):
             kept[name] = mask
     if not kept:
         raise SpecError(
