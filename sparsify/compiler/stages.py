@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from sparsify.analysis.graph_pass import GraphPass, LoweringPass
@@ -33,6 +32,7 @@ from sparsify.files.reading import kind_at
 from sparsify.files.staging import check_output
 from sparsify.frontend.capture import Batch, capture
 from sparsify.frontend.source import Source, open_source, require_real
+from sparsify.frontend.stores import find_folder
 from sparsify.ir.graph import runnable
 from sparsify.ir.program import Program
 from sparsify.ir.store import MemoryStore
@@ -108,21 +108,14 @@ def open_model(
     request: Request,
     place: Workplace,
     *,
-    allow_bin: bool,
-    trust_remote_code: bool,
-    check: bool,
-    allow_nan: bool,
-    compute_dtype: str | torch.dtype | None,
-    strict: bool,
-    adapter: str | None,
-    dtype: str | torch.dtype | None,
-    tokenizer: Any,
     tell: Callable[[str], None],
+    **opening: Any,
 ) -> Source:
     """The model that a user names, and a look at where its output will lie.
 
     Args:
-        tell: told what a quantized model grows to, before anything is done.
+        tell: told what a quantized model grows to, before anything is done. opening: as for
+            :func:`sparsify.frontend.source.open_source`.
 
     Raises:
         CheckpointError: no such model, or a broken one. BackendError: no place for the output.
@@ -133,20 +126,11 @@ def open_model(
         place.output = check_output(request.out, overwrite=request.overwrite, source=local)
         if place.output is not None:
             place.stack.enter_context(place.output)
-    source = open_source(
-        model,
-        allow_bin=allow_bin,
-        trust_remote_code=trust_remote_code,
-        check=check,
-        allow_nan=allow_nan,
-        compute_dtype=compute_dtype,
-        strict=strict,
-        adapter=adapter,
-        dtype=dtype,
-        tokenizer=tokenizer,
-    )
+    source = open_source(model, **opening)
     if isinstance(model, nn.Module):
         require_real(model)
+    if isinstance(request.teacher, (str, Path)):
+        find_folder(request.teacher)  # refuses what is not there, now
     if (found := source.quantization) is not None:
         tell(
             f"{source.name} is quantized ({found['method']}, {format_bytes(found['stored_bytes'])}); dense, in "

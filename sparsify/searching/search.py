@@ -118,8 +118,13 @@ def search(
             if claim is not None:
                 stack.enter_context(claim)
         bench = stack.enter_context(Workbench(model, own, words, context))
+        # What the model writes itself takes longest; of all else it is seen at once whether it is there.
+        late = calibration == "self"
+        if not late:
+            bench.draw()
         dense = _dense(bench, wanted, tell)
-        bench.draw()
+        if late:
+            bench.draw()
         hunt = _Hunt(bench, wanted, dense, out, has_pattern(method), tell)
         best = hunt.run()
         if claim is not None:

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 import sparsify
 from sparsify.errors import CalibrationError
-from sparsify.searching import workbench
+from sparsify.searching import judge, workbench
 from sparsify.searching.strategy.rounds import by_parts, by_percentages, most_trials
 
 WORDS = {"samples": 4, "sequence_length": 32, "windows": 4}
@@ -26,12 +26,20 @@ def text(tmp_path: Path) -> Path:
     return path
 
 
-def test_a_perplexity_below_the_dense_one_is_refused_before_calibration(
+def test_a_perplexity_below_the_dense_one_is_refused_before_the_model_writes_text(
     folder: Callable[[str], Path], text: Path
 ) -> None:
     drawn = patch.object(workbench, "load_calibration", side_effect=AssertionError("drawn"))
     with drawn, pytest.raises(CalibrationError, match="the dense model itself has"):
-        sparsify.search(folder("llama"), "wanda", budget="perplexity<=2abs", data=text, **WORDS)
+        sparsify.search(folder("llama"), "wanda", budget="perplexity<=2abs", data=text, calibration="self", **WORDS)
+
+
+def test_calibration_that_is_not_there_is_told_before_the_text_is_read(
+    folder: Callable[[str], Path], text: Path
+) -> None:
+    read = patch.object(judge.Judge, "perplexity", side_effect=AssertionError("read"))
+    with read, pytest.raises(CalibrationError, match=r"nowhere\.txt"):
+        sparsify.search(folder("llama"), "wanda", budget="perplexity<=2", data=text, calibration="nowhere.txt", **WORDS)
 
 
 @pytest.mark.parametrize(
