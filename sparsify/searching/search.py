@@ -24,14 +24,14 @@ from sparsify.files.reading import kind_at
 from sparsify.files.staging import check_output
 from sparsify.host import cpu_by_default, is_out_of_memory, resolve_device
 from sparsify.ir.weights import Weights
-from sparsify.method.spec import has_pattern, parse_pass, spec_text, with_pattern
+from sparsify.method.spec import has_pattern, parse_pass, spec_text
 from sparsify.method.weight_pass import WeightPass
 from sparsify.progress import Shown, shown
 from sparsify.searching.budget import Budget, parse_budget
 from sparsify.searching.found import Found
 from sparsify.searching.parts import cells, size_of
 from sparsify.searching.recorded import Recorded
-from sparsify.searching.settings import ByKind, ByPart
+from sparsify.searching.settings import ByKind, ByPart, pruning_pass
 from sparsify.searching.strategy.rounds import MOST, by_parts, by_percentages, most_trials
 from sparsify.searching.trials import Trial, Trials
 from sparsify.searching.workbench import Words, Workbench, zeros_of
@@ -188,13 +188,7 @@ def parse_method(text: str) -> WeightPass:
     Raises:
         SpecError: as :func:`parse_pass`, or a pass that does not prune weight by weight.
     """
-    own = parse_pass(with_pattern(text, "50%"))
-    if not isinstance(own, WeightPass):
-        raise SpecError(
-            f"searching with {own.name}",
-            found="a pass that does not prune weight by weight",
-            do="Take one that does: twin, wanda, sparsegpt, …; see sparsify passes",
-        )
+    own = pruning_pass(text, "searching with", "50%")
     if own.kinds:
         raise SpecError(f"pass '{text}'", found="percentages by kind, which are searched", do="Leave kinds out")
     if own.allocation != "uniform":

@@ -20,12 +20,12 @@ from sparsify.errors import CalibrationError, SpecError
 from sparsify.files.reading import kind_at
 from sparsify.files.staging import Staging
 from sparsify.host import cpu_by_default, resolve_device
-from sparsify.method.spec import has_pattern, parse_pass, spec_text
-from sparsify.method.weight_pass import WeightPass
+from sparsify.method.spec import spec_text
 from sparsify.progress import Shown, shown
 from sparsify.searching.costs import Cost, Measure, Saving, Sensitivity, worst
 from sparsify.searching.heatmap import draw
 from sparsify.searching.parts import Part, cells, ignoring, size_of
+from sparsify.searching.settings import pruning_pass
 from sparsify.searching.workbench import Words, Workbench, is_light
 from sparsify.words import check_amount, check_seed, one_of, parse_bytes
 
@@ -79,7 +79,7 @@ def sensitivity(
         SpecError: a pass without a pattern, or one that does not prune weight by weight.
         SparsifyError: as :func:`sparsify.search`. Nothing is written then.
     """
-    own = _parse(method)
+    own = pruning_pass(method, "sensitivity to")
     chosen = None if measure is None else one_of(measure, MEASURES, "measure")
     if not 0 < leave < 1:
         raise SpecError(f"leaving {leave:g} of the loss", found="not between 0 and 1", do="Give 0.3, say")
@@ -134,19 +134,6 @@ def sensitivity(
             _write(result, staging.folder)
             result = replace(result, output=staging.commit())
         return result
-
-
-def _parse(method: str) -> WeightPass:
-    if not has_pattern(method):
-        raise SpecError(f"sensitivity to '{method}'", found="no pattern", do=f"Write {method}:2:4 or {method}:50%, say")
-    own = parse_pass(method)
-    if not isinstance(own, WeightPass):
-        raise SpecError(
-            f"sensitivity to {own.name}",
-            found="a pass that does not prune weight by weight",
-            do="Take one that does: twin, wanda, sparsegpt, …; see sparsify passes",
-        )
-    return own
 
 
 def _costs(

@@ -12,8 +12,10 @@ import torch
 from safetensors.torch import save_file
 
 import sparsify
-from sparsify.errors import CalibrationError
+from sparsify.errors import CalibrationError, SpecError
+from sparsify.method.spec import parse_pass
 from sparsify.searching import judge, workbench
+from sparsify.searching.search import parse_method
 from sparsify.searching.strategy.rounds import by_parts, by_percentages, most_trials
 
 WORDS = {"samples": 4, "sequence_length": 32, "windows": 4}
@@ -70,3 +72,20 @@ def test_there_are_never_more_trials_than_are_said(count: int, fixed: bool) -> N
 
         (by_parts if fixed else by_percentages)(excess, sizes, -0.5)
         assert 0 < len(tried) <= most_trials(count, fixed)
+
+
+@pytest.mark.parametrize("text", ["refine", "refine:epochs=2", "permute", "permute:2:4", "round", "llm-pruner:25%"])
+def test_other_kinds_of_passes_are_told_as_such_with_a_pattern_or_without(text: str) -> None:
+    name = text.partition(":")[0]
+    with pytest.raises(SpecError, match=f"searching with {name}: a pass that does not prune weight by weight"):
+        parse_method(text)
+    with pytest.raises(SpecError, match=f"sensitivity to {name}: a pass that does not prune weight by weight"):
+        sparsify.sensitivity("nowhere", text, data="nowhere.txt")
+
+
+@pytest.mark.parametrize("text", ["wanda", "wanda,norm=l1", "wanda:norm=l1"])
+def test_a_pattern_that_is_missing_is_written_where_it_belongs(text: str) -> None:
+    with pytest.raises(SpecError, match="no pattern") as caught:
+        sparsify.sensitivity("nowhere", text, data="nowhere.txt")
+    written = str(caught.value).partition("Write ")[2].partition(" or ")[0]
+    assert str(parse_pass(written).pattern) == "2:4"  # type: ignore[attr-defined]
