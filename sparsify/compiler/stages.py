@@ -230,8 +230,8 @@ def restructure(planned: Planned, data: Calibration | None, request: Request, se
             model, records = make_smaller(model, own, samples, place.path, seam.context, number)
             ran.program = model.program
         done += records
-    for own in request.fitted:
-        fitting(model.program, own, planned.dense or dense)
+    for region_pass in request.fitted:
+        fitting(model.program, region_pass, planned.dense or dense)
     return Planned(model, done, _runs(model, request), (planned.dense or dense) if request.fitted else None)
 
 
