@@ -118,7 +118,7 @@ def _score(said: Mapping[str, Any]) -> Score:
 
 
 def _figure(row: Mapping[str, Any], first: Mapping[str, Any] | None, name: str | None) -> Figure | None:
-    before = None if first is None else first.get("perplexity")
+    before, after = (None if own is None else own.get("perplexity") for own in (first, row))
     if first is None or before is None or not row.get("sha256") or row["sha256"] != first.get("sha256"):
         return None
     size = f"{row.get('windows')} windows of {row.get('sequence_length')} tokens of {row.get('data')}"
@@ -127,7 +127,7 @@ def _figure(row: Mapping[str, Any], first: Mapping[str, Any] | None, name: str |
         f"measured by sparsify eval, before is {name}",
         size,
         before if math.isfinite(before) else None,
-        row.get("perplexity"),
+        after if after is not None and math.isfinite(after) else None,
         str(paired.get("verdict", "")),
         paired.get("standard_error"),
         row["sha256"],
