@@ -1,10 +1,12 @@
 """Cost of the methods that move weights, as ratios taken within one run.
 
-    python tools/bench_passes.py [sweep] [exact] [model]
+    python tools/bench_passes.py [sweep] [exact] [model] [permute]
 
 ``sweep``: SparseGPT against the official column-by-column loop, siblings that share an input, Wanda's metric.
 ``exact``: conjugate gradients against one factorisation per output neuron (timed on a sample of rows). ``model``:
-SparseGPT over a whole Llama against wanda and the floor of its own Gram products and solves.
+SparseGPT over a whole Llama against wanda and the floor of its own Gram products and solves. ``permute``,
+where it is named: its search over one block as wide as LLaMA-7B's against a run of wanda on it, in CPU seconds of one
+thread.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import argparse
 import os
 import time
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from bench_prune import processor, timed
@@ -26,6 +29,7 @@ from sparsify.data.batches import load_calibration
 from sparsify.frontend.capture import capture
 from sparsify.frontend.source import open_source
 from sparsify.ir.store import MemoryStore
+from sparsify.method.channel_pass import ChannelPass
 from sparsify.method.pattern import parse_pattern
 from sparsify.method.selection import select
 from sparsify.method.spec import parse_pass
@@ -38,6 +42,8 @@ from sparsify.passes.sparsegpt import SparseGPT
 from sparsify.prune.engine import prune
 from sparsify.prune.names import Wanted
 from sparsify.prune.targets import choose
+from sparsify.structure import reorder as reordering
+from sparsify.structure.reorder import choose_lanes, reorder
 
 CPU = torch.device("cpu")
 
@@ -49,7 +55,7 @@ def main() -> None:
     print(f"{processor()}, {os.cpu_count()} cores, torch {torch.__version__}, {torch.get_num_threads()} threads\n")
     with torch.no_grad():
         for part in args.parts:
-            {"sweep": bench_sweep, "exact": bench_exact, "model": bench_model}[part]()
+            {"sweep": bench_sweep, "exact": bench_exact, "model": bench_model, "permute": bench_permute}[part]()
 
 
 def weight_pass_of(spec: str) -> WeightPass:
@@ -254,6 +260,36 @@ def bench_model() -> None:
         f"\nsparsegpt:2:4 takes {best['sparsegpt:2:4'] / floor:.2f}× of wanda + Gram products + solves, "
         f"{best['sparsegpt:2:4'] / best['wanda:2:4']:.2f}× of wanda\n"
     )
+
+
+def bench_permute(sequences: int = 4, length: int = 2048) -> None:
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    config = LlamaConfig(
+        hidden_size=4096, num_hidden_layers=1, intermediate_size=11008, num_attention_heads=32, vocab_size=1024,
+        max_position_embeddings=2048,
+    )  # fmt: skip
+    source = open_source(LlamaForCausalLM(config).eval())
+    data = load_calibration([torch.randint(1024, (sequences, length))], source)
+    program = capture(source, data.batches[0])
+    program.weights = source.weights.on(MemoryStore(source.weights.store))
+    own = parse_pass("permute:2:4")
+    assert isinstance(own, ChannelPass)
+    lanes, _ = choose_lanes(program, own, Wanted())
+    began = time.process_time()
+    # Without a token: every channel is as large as any other, and the search is all that takes time.
+    alike = {site.parameter: torch.ones(1, site.shape[1]) for own_lanes in lanes for site in own_lanes.sites}
+    with patch.object(reordering, "_measured", lambda *_: alike):
+        results, _, _ = reorder(program, own, lanes, data.batches, Context())
+    search = time.process_time() - began
+    began = time.process_time()
+    wanda = weight_pass_of("wanda:2:4")
+    prune(program, wanda, choose(program, wanda.pattern, Wanted())[0], Samples(data.batches), Context(), dense=None)
+    whole = time.process_time() - began
+    for result in results:
+        size = f"{result.lanes} lanes of {result.channels // result.lanes}"
+        print(f"{result.name}: {size}, kept {result.before:.4f} → {result.after:.4f}")
+    print(f"permute:2:4, search {search:.1f} CPU s; wanda:2:4 on {sequences}×{length} tokens {whole:.1f} CPU s\n")
 
 
 if __name__ == "__main__":

@@ -81,6 +81,7 @@ def main() -> None:
     words = Words("python-stdlib", None, asked.windows, asked.samples, asked.sequence_length, "dense")
     own, budget, fixed = parse_method(asked.method), parse_budget(asked.budget), has_pattern(asked.method)
     with Workbench(ROOT / "models" / "pycode-6m", own, words, Context()) as bench:
+        bench.draw()
         parts = cells(bench.targets, 2)
         way: ByKind | ByPart = ByPart(own, parts) if fixed else ByKind(own, bench.targets)
         if isinstance(way, ByPart):

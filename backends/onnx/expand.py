@@ -20,6 +20,7 @@ from sparsify.files.manifest import section
 from sparsify.files.staging import Staging
 from sparsify.files.writer import lay_out_files
 from sparsify.provenance.card import write_card
+from sparsify.provenance.carried import in_another_form
 from sparsify.provenance.history import restated
 
 
@@ -66,7 +67,7 @@ def expand(
             ) from error
         if ledger.manifest:
             onnx = {**section(ledger.manifest, "onnx"), "weights": "link", "dtype": None}
-            changed = {**ledger.manifest, "onnx": onnx, "source_check": ledger.checked}
+            changed = {**in_another_form(ledger.manifest), "onnx": onnx, "source_check": ledger.checked}
             changed |= {"history": restated(ledger.manifest, "expand")} | ({"allow_nan": True} if allow_nan else {})
             write_card(staging.folder, changed)
             write_manifest(staging.folder, changed, dense.written)

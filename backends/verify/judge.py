@@ -9,7 +9,7 @@ from sparsify.backends.verify.promises import Promise
 from sparsify.backends.verify.result import Verification, WeightCheck
 from sparsify.files.manifest import MANIFEST
 from sparsify.method.pattern import NM, Pattern
-from sparsify.method.selection import nm_broken
+from sparsify.method.selection import LEAST_ZEROS, nm_most
 
 # Patterns that are looked for where none is promised.
 _KNOWN = (NM(1, 4), NM(2, 4), NM(4, 8))
@@ -27,7 +27,7 @@ def judge(
     moved = weight.movedim(at.axis, -1)
     zeros = float((weight == 0).float().mean())
     held = next((p for p in _KNOWN if zeros > 0.25 and _holds(moved, p)), None)
-    expected = asked if asked is not None and zeros > 0.05 else promise.pattern if promise is not None else None
+    expected = asked if asked is not None and zeros >= LEAST_ZEROS else promise.pattern if promise is not None else None
     kept = isinstance(expected, NM) and _holds(moved, expected)
     if isinstance(expected, NM) and not kept:
         result.problems.append(_broken(at, weight, expected))
@@ -65,7 +65,7 @@ def _turned(at: SummedAxis, weight: Tensor) -> str | None:
 
 def _holds(moved: Tensor, pattern: NM) -> bool:
     """Whether each group of M along the last axis keeps at most N."""
-    return pattern.unfit(moved.shape[-1]) is None and not nm_broken(moved, pattern)
+    return nm_most(moved, pattern.m) <= pattern.n
 
 
 def _other_axis(weight: Tensor, axis: int, pattern: NM) -> int | None:

@@ -163,6 +163,10 @@ def compare_command(
 def report_command(
     folder: Annotated[Path, typer.Argument(help="Folder that sparsify wrote.", metavar="OUT")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The page.", metavar="FILE")] = Path("report.html"),
+    evaluated: Annotated[
+        list[Path] | None,
+        typer.Option("--eval", help="What sparsify eval MODEL OUT --json printed.", metavar="JSON"),
+    ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace FILE: an older report, no other file.")
     ] = False,
@@ -175,7 +179,7 @@ def report_command(
     with command_errors(debug, "error"):
         from sparsify.reporting.report import report
 
-        wrote = report(folder, output, overwrite=overwrite, check=not no_check)
+        wrote = report(folder, output, evaluation=evaluated or (), overwrite=overwrite, check=not no_check)
         if as_json or not quiet:
             say(json.dumps({"output": str(wrote)}) if as_json else f"wrote {wrote}")
 

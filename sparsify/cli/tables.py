@@ -219,8 +219,9 @@ def _region_report(run: PassRun) -> list[RenderableType]:
 def _channel_report(run: PassRun) -> Table:
     """What each group of channels gained by another order."""
     table = Table(title=f"{spec_text(run.applied)}: {run.seconds:.1f} s", title_justify="left", caption_justify="left")
-    table.add_column("channels that are read by", overflow="fold")
-    for column in ("channels", "moved", "kept before", "kept after", "time"):
+    table.add_column("read by", overflow="fold")
+    # Short: names of layers are long, and a terminal has 80 columns.
+    for column in ("channels", "moved", "before", "after", "time"):
         table.add_column(column, justify="right")
     for group in run.channels:
         table.add_row(
@@ -231,7 +232,9 @@ def _channel_report(run: PassRun) -> Table:
             f"{group.after:.2%}",
             f"{group.seconds:.1f} s",
         )
-    table.caption = "‘Kept’ is what the pattern would keep of Σ|W|²‖X‖² of the weights that read them."
+    table.caption = (
+        "‘Before’ and ‘after’ are what the pattern would keep of Σ|W|²‖X‖² of the weights that read the channels."
+    )
     return table
 
 

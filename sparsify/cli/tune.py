@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from sparsify.cli.options import AllowNan, AsJson, ChatTemplate, Debug, Device, NoCheck, Trust, command_errors
+from sparsify.cli.options import AllowNan, AsJson, ChatTemplate, Debug, Device, NoCheck, Quiet, Trust, command_errors
 from sparsify.cli.terminal import say
 from sparsify.method.spec import parse_backend
 from sparsify.tuning.recipe import Recipe, check_method
@@ -65,6 +65,7 @@ def tune_command(
     allow_nan: AllowNan = False,
     chat_template: ChatTemplate = None,
     trust_remote_code: Trust = False,
+    quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
     """Recover OUT by training, its zeros held: LoRA merged under the mask, or every weight. Needs the extra `tune`."""
@@ -93,7 +94,7 @@ def tune_command(
         from sparsify.progress import ProgressLine
         from sparsify.tuning.tune import tune
 
-        with ProgressLine(quiet=as_json):
+        with ProgressLine(quiet=quiet or as_json):
             result = tune(
                 model,
                 data,
@@ -114,6 +115,7 @@ def tune_command(
             )
         if as_json:
             print(json.dumps(result.as_dict()))
+        if as_json or quiet:
             return
         before, after = result.perplexity
         first, last = (result.losses[0], result.losses[-1]) if result.losses else (0.0, 0.0)

@@ -34,14 +34,9 @@ def make_manifest(compiled: Compiled, request: Request, seed: int, opened: Sourc
     return {
         "format": FORMAT,
         "model": compiled.source.name,
-        # By what the source's bytes were checked; see docs/format.md.
-        "source_check": source.checked,
-        **({"allow_nan": True} if source.allow_nan else {}),
+        **as_opened(source),
         # What calibration ran in, where that was not the model's own dtype.
         **({"compute_dtype": str(source.compute).removeprefix("torch.")} if source.compute is not None else {}),
-        **_as_found(source),
-        # Of a source that was quantized: its format, the dtype it was read in, and bytes stored and dense.
-        **({"quantized_source": dict(source.quantization)} if source.quantization is not None else {}),
         "architecture": type(compiled.source.module).__name__,
         "versions": versions(),
         "history": [
@@ -84,14 +79,20 @@ def _ran(run: PassRun) -> dict[str, Any]:
 
 
 def _whole(compiled: Compiled) -> dict[str, Any]:
-    """How many numbers the model has, and which share of them is not zero: of weights that a pass pruned last by what
-    it says of them, of all others counted.
-    """
-    weights, known, every, left = compiled.program.weights, dict[str, int](), 0, 0
+    """How much is left; of weights that a pass pruned last by what it says of them."""
+    weights, known = compiled.program.weights, dict[str, int]()
     for run in compiled.runs:
         for name in run.written:
             known.pop(name, None)
         known |= {s.parameter: round(s.kept * math.prod(s.shape)) for s in run.sites if _is_whole(s, weights)}
+    return whole_of(weights, known)
+
+
+def whole_of(weights: Weights, known: Mapping[str, int] | None = None) -> dict[str, Any]:
+    """How many numbers the model has, and which share of them is not zero: counted, but for weights that are
+    ``known``.
+    """
+    known, every, left = known or {}, 0, 0
     for name in weights.parameters():
         size = math.prod(weights.shape(name))
         every += size
@@ -110,16 +111,21 @@ def _recipe(words: Mapping[str, Any], calibration: Calibration | None) -> dict[s
     return {**words, "calibration": "self" if calibration.label.startswith("self") else "c4"}
 
 
-def _as_found(source: Source) -> dict[str, Any]:
-    """Where the source's folder was other than its config.json says, and what of it was left behind."""
+def as_opened(source: Source) -> dict[str, Any]:
+    """How the source was read, where its folder was other than its config.json says, and what of it was left behind."""
     weights = source.weights
     found = {
+        # By what its bytes were checked; see docs/format.md.
+        "source_check": source.checked,
+        "allow_nan": source.allow_nan,
         # Tensors that the model's class has no place for.
         "unknown_tensors": list(weights.unknown),
         # Parameters that the config ties to others and whose tensors differ from theirs.
         "untied": sorted(weights.untied),
         "left_out": list(source.left_out),
         "adapter": {} if source.adapter is None else source.adapter.as_dict(),
+        # Of one that was quantized: its format, the dtype it was read in, and bytes stored and dense.
+        "quantized_source": dict(source.quantization or {}),
     }
     return {key: value for key, value in found.items() if value}
 

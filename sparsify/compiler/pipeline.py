@@ -172,12 +172,12 @@ def compile(
             return stages.as_plan(planned, judge)
         dense = None if judge is None else judge.before(source)
         planned, data = stages.draw(planned, data, request, context, judge)
-        planned = stages.restructure(planned, data, request, seam, place)
         planned = stages.teach(
             planned, data, request, context,
             allow_bin=allow_bin, trust_remote_code=trust_remote_code, check=check, compute_dtype=compute_dtype,
             dtype=None,
         )  # fmt: skip
+        planned = stages.restructure(planned, data, request, seam, place)
         job, compiled = stages.prune(planned, data, request, seam, place)
         settle(job, compiled.program)
         if judge is not None and dense is not None:

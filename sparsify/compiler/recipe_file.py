@@ -71,8 +71,8 @@ def _of_manifest(place: Path, text: str) -> dict[str, Any]:
     if not isinstance(words, dict):
         raise SpecError(
             f"recipe {place}",
-            found="no 'recipe' in it: made from Python with data in memory, or before recipes were kept",
-            do="Give the options on the command line; its 'passes' say which",
+            found="no 'recipe' in it: tuned, made from Python with data in memory, or before recipes were kept",
+            do="Give the options on the command line; its 'history' says which",
         )
     for key, value in words.items():
         _check(f"recipe {place}", key, value, KEYS)

@@ -26,6 +26,9 @@ _OF_A_PASS = ("pass", "only", "ignore")
 
 Data = str | Path | Iterable[Any] | Calibration | None
 
+# Granularities after which a model has no longer the dense model's blocks, or their outputs.
+_OTHERS = {"layer": "a model without some of its blocks", "channel": "a model of another residual width"}
+
 
 @dataclass(frozen=True)
 class Request:
@@ -66,6 +69,11 @@ class Request:
     @property
     def passes(self) -> tuple[Pass, ...]:
         return (*self.structural, *self.others)
+
+    @property
+    def fitted(self) -> list[RegionPass]:
+        """Those that fit a model to another one."""
+        return [own for own in self.others if isinstance(own, RegionPass)]
 
     @property
     def needs_data(self) -> bool:
@@ -213,6 +221,12 @@ def _check_teacher(request: Request) -> None:
                 f"--teacher {request.teacher}", found="no pass that fits to one", do="Give --pass refine beside it"
             )
         return
+    if request.teacher is None and (gone := next((o for o in request.structural if o.granularity in _OTHERS), None)):
+        raise SpecError(
+            f"{spec_text(request.passes[fitted])} after {spec_text(gone)}",
+            found=f"{_OTHERS[gone.granularity]}, and blocks are fitted to the dense model's one by one",
+            do="Take granularity=block, or leave it out and train with sparsify tune --teacher",
+        )
     before = {own.kind for own in request.passes[:fitted]}
     if request.teacher is None and not before & {"structure", "weights"}:
         own = request.passes[fitted]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 
 from sparsify.analysis.linear import Opaque
 from sparsify.compiler.backend import Backend, as_backend
+from sparsify.compiler.recipe import DEFAULTS, backend_text, without_defaults
 from sparsify.compiler.runs import PassRun
 from sparsify.compiler.summary import Summary
 from sparsify.context import Observer
@@ -25,6 +26,7 @@ from sparsify.ir.store import MemoryStore
 from sparsify.ir.weights import Weights
 from sparsify.method.spec import spec_text
 from sparsify.progress import Shown, shown
+from sparsify.provenance.carried import in_another_form
 from sparsify.quality.evaluation import Judged
 from sparsify.structure.record import Restructured
 
@@ -54,6 +56,8 @@ class Compiled:
     lowered: fx.GraphModule | None = None
     evaluation: Judged | None = None
     manifest: dict[str, Any] = field(default_factory=dict)
+    # What the folder that it was made of says of its own card.
+    source_card: Mapping[str, Any] | None = None
     # Whoever owns the folder of a smaller model that was not written to an output.
     folder_owner: object = field(default=None)
 
@@ -125,12 +129,23 @@ class Compiled:
             for name in sorted({name for run in self.runs for name in run.written}):
                 some = None if own is None or own.issuperset(weights.sources(name)) else own
                 job.weights.write(name, weights.read(name), some)
-            path, there = job.finish(program, copy.deepcopy(self.manifest))
+            path, there = job.finish(program, self._manifest(backend))
             self.notes = job.notes()
         if self.output is not None and path == self.output.absolute():
             weights = there  # what it was read from is gone
         self.output, self.program.weights = path, weights
         return path
+
+    def _manifest(self, backend: Backend) -> dict[str, Any]:
+        """What ``sparsify.json`` says where ``backend`` writes it, whichever wrote it before."""
+        said = copy.deepcopy(in_another_form(self.manifest))
+        # Which card is ours: of the folder that this is made of, not of the one that was written.
+        said.pop("card", None)
+        said |= {} if self.source_card is None else {"card": dict(self.source_card)}
+        for told in (said, said["history"][-1]):
+            if "recipe" in told:
+                told["recipe"] = without_defaults(told["recipe"] | {"to": backend_text(backend)}, DEFAULTS)
+        return said
 
     def weight(self, name: str) -> Tensor:
         """A parameter as it is after the passes, by its name in the model or in the checkpoint."""

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from sparsify.analysis.graph_pass import GraphPass, LoweringPass
@@ -34,6 +33,7 @@ from sparsify.files.reading import kind_at
 from sparsify.files.staging import check_output
 from sparsify.frontend.capture import Batch, capture
 from sparsify.frontend.source import Source, open_source, require_real
+from sparsify.frontend.stores import find_folder
 from sparsify.ir.graph import runnable
 from sparsify.ir.program import Program
 from sparsify.ir.store import MemoryStore
@@ -44,7 +44,8 @@ from sparsify.method.weight_pass import MatrixPass
 from sparsify.prune.engine import prune as prune_weights
 from sparsify.prune.names import Named, Wanted
 from sparsify.prune.targets import UNFIT, choose
-from sparsify.refine.engine import refine
+from sparsify.refine.engine import fitting, lessons_of, refine
+from sparsify.refine.regions import find_blocks
 from sparsify.structure.orders import reordered
 from sparsify.structure.plan import plan as plan_structure
 from sparsify.structure.record import Restructured
@@ -107,21 +108,14 @@ def open_model(
     request: Request,
     place: Workplace,
     *,
-    allow_bin: bool,
-    trust_remote_code: bool,
-    check: bool,
-    allow_nan: bool,
-    compute_dtype: str | torch.dtype | None,
-    strict: bool,
-    adapter: str | None,
-    dtype: str | torch.dtype | None,
-    tokenizer: Any,
     tell: Callable[[str], None],
+    **opening: Any,
 ) -> Source:
     """The model that a user names, and a look at where its output will lie.
 
     Args:
-        tell: told what a quantized model grows to, before anything is done.
+        tell: told what a quantized model grows to, before anything is done. opening: as for
+            :func:`sparsify.frontend.source.open_source`.
 
     Raises:
         CheckpointError: no such model, or a broken one. BackendError: no place for the output.
@@ -132,22 +126,13 @@ def open_model(
         place.output = check_output(request.out, overwrite=request.overwrite, source=local)
         if place.output is not None:
             place.stack.enter_context(place.output)
-    source = open_source(
-        model,
-        allow_bin=allow_bin,
-        trust_remote_code=trust_remote_code,
-        check=check,
-        allow_nan=allow_nan,
-        compute_dtype=compute_dtype,
-        strict=strict,
-        adapter=adapter,
-        dtype=dtype,
-        tokenizer=tokenizer,
-    )
+    source = open_source(model, **opening)
     if isinstance(model, nn.Module):
         require_real(model)
     if not request.passes and request.backend.needs_pass and source.quantization is None:
         raise nothing_to_do()
+    if isinstance(request.teacher, (str, Path)):
+        find_folder(request.teacher)  # refuses what is not there, now
     if (found := source.quantization) is not None:
         tell(as_dense(source.name, found))
     if request.structural:
@@ -175,6 +160,8 @@ def plan(source: Source, request: Request, context: Context) -> tuple[Planned, C
     structure = [
         plan_structure(source, program, own, wanted.of_pass(place)) for place, own in enumerate(request.structural)
     ]
+    if request.fitted:
+        find_blocks(program)  # refuses a model that has none
     # What other passes are for is known once the model is smaller.
     later = [PassRun(own, "later") for own in request.others]
     return Planned(model, structure, later if structure else _runs(model, request)), given
@@ -208,11 +195,30 @@ def draw(
     return Planned(again, structure, [] if structure else _runs(again, request)), data
 
 
+def teach(planned: Planned, data: Calibration | None, request: Request, context: Context, **opening: Any) -> Planned:
+    """The dense model that a user names for passes that fit to one, traced on the same data, before anything has run.
+
+    Raises:
+        CheckpointError, TraceError, SpecError: as :func:`sparsify.compiler.teacher.open_teacher` and
+            :func:`sparsify.refine.engine.fitting`. CalibrationError: too few sequences to hold some back.
+    """
+    if request.teacher is not None:
+        source = planned.model.source
+        batch = _first_batch(source, request, data)
+        planned = replace(planned, dense=open_teacher(request.teacher, source, batch, context, **opening))
+    for own in request.fitted:
+        lessons_of(own, () if data is None else data.batches)
+        if not request.structural:
+            fitting(planned.model.program, own, planned.dense or planned.model.program)
+    return planned
+
+
 def restructure(planned: Planned, data: Calibration | None, request: Request, seam: Seam, place: Workplace) -> Planned:
     """The model made smaller by every structural pass, and the other passes planned for it.
 
     Raises:
         SpecError, BackendError: as :func:`sparsify.structure.restructure.restructure`.
+        SpecError, TraceError: as :func:`sparsify.refine.engine.fitting`, where a pass fits it to another model.
     """
     if not request.structural:
         return planned
@@ -223,22 +229,9 @@ def restructure(planned: Planned, data: Calibration | None, request: Request, se
             model, records = make_smaller(model, own, samples, place.path, seam.context, number)
             ran.program = model.program
         done += records
-    fits = any(isinstance(own, RegionPass) for own in request.others)
-    return Planned(model, done, _runs(model, request), dense if fits else None)
-
-
-def teach(planned: Planned, data: Calibration | None, request: Request, context: Context, **opening: Any) -> Planned:
-    """The dense model that the user names for passes that fit to one, traced on the same data.
-
-    Raises:
-        CheckpointError, TraceError, SpecError: as :func:`sparsify.compiler.teacher.open_teacher`.
-    """
-    if request.teacher is None:
-        return planned
-    source = planned.model.source
-    return replace(
-        planned, dense=open_teacher(request.teacher, source, _first_batch(source, request, data), context, **opening)
-    )
+    for region_pass in request.fitted:
+        fitting(model.program, region_pass, planned.dense or dense)
+    return Planned(model, done, _runs(model, request), (planned.dense or dense) if request.fitted else None)
 
 
 def _open_output(planned: Planned, request: Request, place: Workplace) -> Job | None:
@@ -293,7 +286,8 @@ def prune(
                     own,
                     data.batches,
                     seam.context,
-                    _teacher(planned, program),
+                    # The dense model is of its own, or this graph with the weights that it began with.
+                    planned.dense or replace(program, weights=planned.model.source.weights),
                     every=planned.dense is not None,
                     left=frozenset(planned.model.wanted.of_pass(number).ignored),
                 )
@@ -305,22 +299,12 @@ def prune(
     return job, compiled
 
 
-def _teacher(planned: Planned, program: Program) -> Program:
-    """The dense model as a program: of its own, or this graph with the weights that it began with."""
-    if planned.dense is not None:
-        return planned.dense
-    return replace(program, weights=planned.model.source.weights)
-
-
 def finish(
     compiled: Compiled, job: Job | None, request: Request, opened: Source, place: Workplace, context: Context
 ) -> Compiled:
-    """The output in its place, with its manifest; or the result in memory, with what it still needs.
-
-    Args:
-        opened: the model as it was before any pass.
-    """
+    """The output in its place, with its manifest; or the result in memory; ``opened`` is the model before any pass."""
     compiled.manifest = make_manifest(compiled, request, context.seed, opened)
+    compiled.source_card = opened.ledger.manifest.get("card")
     if compiled.evaluation is not None:
         compiled.manifest["evaluation"] = compiled.evaluation.as_dict()
     if job is None:

@@ -16,6 +16,8 @@ from sparsify.context import Context, Observer
 from sparsify.data.chat import Chat
 from sparsify.data.given import named_or_given
 from sparsify.errors import SpecError
+from sparsify.files.manifest import digest_of_manifest, sealed_manifest
+from sparsify.files.reading import kind_at
 from sparsify.frontend.source import Source, open_source, require_real
 from sparsify.host import cpu_by_default, resolve_device
 from sparsify.progress import Shown, shown
@@ -123,6 +125,7 @@ def evaluate(
         asked = graph or source
         assert asked is not None, "what is no graph was opened"
         chosen = None if wanted is None else ready(wanted, asked, num_fewshot)
+        seal = _seal(model) if check and adapter is None else None
         found = of_scores((), 0.0)
         if data is not None and takes_pictures(asked):
             _check_no_text(windows, sequence_length, f"{asked.name}, which looks at pictures")
@@ -134,12 +137,12 @@ def evaluate(
             chat.check_used(f"'{data}'" if isinstance(data, (str, Path)) else label)
             found = measure(source, ids, label, context)
         if chosen is None:
-            return found
+            return replace(found, manifest=seal)
         started = time.perf_counter()
         model_of_tasks = language_model(asked, context.device, batch_size)
         scores = answer(model_of_tasks, chosen, asked.name, context.device, limit)
         seconds = found.seconds + time.perf_counter() - started
-        return replace(found, scores=tuple(scores), notes=notes(model_of_tasks), seconds=seconds)
+        return replace(found, scores=tuple(scores), notes=notes(model_of_tasks), seconds=seconds, manifest=seal)
 
 
 def _check_no_text(windows: int | None, sequence_length: int | None, found: str) -> None:
@@ -147,6 +150,17 @@ def _check_no_text(windows: int | None, sequence_length: int | None, found: str)
     for word, given in (("--windows", windows), ("--sequence-length", sequence_length)):
         if given is not None:
             raise SpecError(word, found=found, do="Give --limit N for the first N documents or pictures")
+
+
+def _seal(model: object) -> str | None:
+    """The digest of ``sparsify.json`` of the folder that ``model`` is or lies in; None where there is none."""
+    place = model.output if isinstance(model, Compiled) else model
+    if not isinstance(place, (str, Path)):
+        return None
+    path = Path(place).expanduser()
+    path = path.parent if path.suffix == ".onnx" else path
+    manifest = sealed_manifest(path) if kind_at(path) == "folder" else {}
+    return digest_of_manifest(manifest) if manifest else None
 
 
 def _compiled(model: Compiled, tokenizer: Any) -> Source:

@@ -1,4 +1,4 @@
-"""What ``sparsify.json`` must look like where it is read: kinds and bounds, checked once, by a table."""
+"""What ``sparsify.json``, and what ``eval --json`` printed, must look like where they are read: kinds and bounds."""
 
 from __future__ import annotations
 
@@ -122,7 +122,42 @@ FORM: dict[str, Any] = {
         "dtype": _maybe(_text),
     },
 }  # fmt: skip
-NEEDED = frozenset({"sites", "tensors", "pattern", "kept", "ragged", "cuts", "members", "command", "numbers"})
+# What ``sparsify eval --json`` prints of each model, as far as a report reads it.
+_SCORE = {
+    "task": _text,
+    "metric": _text,
+    "value": _maybe(_figure),
+    "standard_error": _maybe(_figure),
+    "n": _count,
+    "higher_is_better": _flag,
+    "share": _flag,
+    "chance": _maybe(_figure),
+    "tasks": _count,
+    "unit": _text,
+}
+_PAIR = {
+    "task": _text,
+    "metric": _text,
+    "difference": _figure,
+    "standard_error": _maybe(_figure),
+    "changed": _count,
+    "verdict": _maybe(_text),
+}
+EVALUATED = {
+    "model": _text,
+    "manifest": _maybe(_text),
+    "perplexity": _maybe(_figure),
+    "windows": _maybe(_count),
+    "sequence_length": _maybe(_count),
+    "data": _maybe(_text),
+    "sha256": _maybe(_text),
+    "against_the_first": {"standard_error": _maybe(_figure), "verdict": _text},
+    "scores": [_SCORE],
+    "scores_against_the_first": [_PAIR],
+    "notes": [_text],
+}
+_OF_A_SCORE = {"task", "metric", "n", "difference", "changed"}
+NEEDED = _OF_A_SCORE | {"sites", "tensors", "pattern", "kept", "ragged", "cuts", "members", "command", "numbers"}
 
 
 def misfit(content: object, form: Any = None, where: str = "") -> str | None:

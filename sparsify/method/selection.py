@@ -27,6 +27,8 @@ _PAIRWISE_LIMIT = 8
 # Pairs are compared over this many groups at a time, so that the working set stays in a CPU's cache; a GPU, which takes
 # as long to be told as to compute, takes many more at once.
 _GROUPS_AT_ONCE, _ON_GPU = 1 << 16, 1 << 24
+# A linear weight with fewer zeros than this was not pruned: its zeros are chance.
+LEAST_ZEROS = 0.05
 # How many values guess where the k-th of a long row lies.
 _SAMPLE = 1 << 13
 
@@ -218,7 +220,23 @@ def holds(weight: Tensor, pattern: Pattern, comparison: Comparison = Comparison(
 
 def nm_broken(weight: Tensor, pattern: NM) -> int:
     """How many groups of M along the last axis keep more than N; the axis is a multiple of M."""
-    return int(((weight != 0).reshape(-1, pattern.m).sum(dim=1) > pattern.n).sum())
+    return int((_counts(weight, pattern.m) > pattern.n).sum())
+
+
+def nm_most(weight: Tensor, m: int) -> int:
+    """The most that a group of ``m`` along the last axis keeps: the N of N:M; ``m`` itself where there are no whole
+    groups."""
+    return m if weight.shape[-1] % m or not weight.numel() else int(_counts(weight, m).max())
+
+
+def _counts(weight: Tensor, m: int) -> Tensor:
+    return (weight != 0).reshape(-1, m).sum(dim=1)
+
+
+def is_pruned(kept: Tensor) -> bool:
+    """Whether a linear weight was pruned, by where it is not zero; of fewer zeros than :data:`LEAST_ZEROS` it has them
+    by chance."""
+    return float((~kept).float().mean()) >= LEAST_ZEROS
 
 
 def falls_short(weight: Tensor, pattern: Unstructured) -> str | None:

@@ -89,7 +89,7 @@ class StructuralPass(Pass):
 
     kind: ClassVar[Kind] = "structure"
     follows: ClassVar[frozenset[Kind]] = frozenset({"structure"})
-    misplaced: ClassVar[str] = "weights pruned before the model gets smaller"
+    misplaced: ClassVar[str] = "weights changed before the model gets smaller"
     changes: ClassVar[frozenset[Change]] = frozenset({"shapes"})
 
     def __post_init__(self) -> None:

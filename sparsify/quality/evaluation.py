@@ -32,6 +32,8 @@ class Evaluation:
         perplexity: NaN, with no windows, where no text was asked for.
         losses: the mean loss of each window, in order. sha256: of the windows' token ids.
         scores: by every metric of every task, or of pictures. notes: what is to be known of them.
+        manifest: the digest of the folder's ``sparsify.json``, by which ``sparsify report`` knows it; None of what has
+            none, and where nothing was held against it.
     """
 
     perplexity: float
@@ -43,6 +45,7 @@ class Evaluation:
     sha256: str = field(default="", repr=False)
     scores: tuple[Score, ...] = ()
     notes: tuple[str, ...] = ()
+    manifest: str | None = None
 
     def __repr__(self) -> str:
         said = [f"perplexity {figure(self.perplexity)} on {self.size}"] if self.windows else []

@@ -15,6 +15,10 @@ from typing import Any, Literal
 SAME, SLIGHTLY, CLEARLY, MUCH = 0.5, 2.0, 5.0, 15.0
 # A difference within so many standard errors is said to be none.
 SURE = 2.0
+# The metrics that a task is judged by, the first that it has.
+JUDGED = ("acc", "top-1", "exact_match", "acc_norm")
+# So many scores have a sentence each; of more those of several tasks have, where there are any.
+_SENTENCES = 7
 # Of fewer documents the spread itself is hardly known.
 FEW = 30
 
@@ -182,6 +186,19 @@ class Difference:
             "changed": self.changed,
             "verdict": self.verdict,
         }
+
+
+def told(pairs: Sequence[Difference]) -> list[Difference]:
+    """Those of ``pairs`` that are told in a sentence: each task by the metric that it is judged by; of many tasks the
+    sets and groups alone.
+    """
+    chosen: dict[str, Difference] = {}
+    for metric in JUDGED:
+        for pair in pairs:
+            if pair.verdict is not None and pair.score.metric.partition(" ")[0] == metric:
+                chosen.setdefault(pair.score.task, pair)
+    found = [pair for pair in pairs if chosen.get(pair.score.task) is pair]
+    return [pair for pair in found if pair.score.tasks > 1] or found if len(found) > _SENTENCES else found
 
 
 def guesses(score: Score) -> bool:

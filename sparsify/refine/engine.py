@@ -75,13 +75,8 @@ class Refining:
         left: frozenset[str],
     ) -> None:
         self.program, self.own, self.batches, self.context, self.teacher = program, own, batches, context, teacher
-        self.blocks, self.taught = find_blocks(program), find_blocks(teacher)
-        check_alike(self.blocks, self.taught)
-        self.lessons = self._lessons()
-        self.logits = logits_node(program) if own.last == "kl" else None
-        theirs = logits_node(teacher)
-        if self.logits is not None and (theirs is None or theirs.meta["val"].shape != self.logits.meta["val"].shape):
-            raise _other("predictions", self.logits, theirs)
+        self.blocks, self.taught, self.logits = fitting(program, own, teacher)
+        self.lessons = lessons_of(own, batches)
         if self.logits is not None and self.logits.meta["val"].shape[-1] == 1:
             self.logits = None  # one score is no choice: it is fitted as a value
         self.trainable = Trainable(program, self.blocks, self.logits, left)
@@ -217,23 +212,44 @@ class Refining:
             return None
         return (mask != 0).to(value.device)
 
-    def _lessons(self) -> Lessons:
-        count = len(self.batches)
-        sequences = sum(len(next(iter(batch.values()))) for batch in self.batches)
-        # Whole batches: where they are few, one of them is more than was asked for.
-        held = max(1, round(self.own.guard * count))
-        if round(self.own.guard * sequences) < 1 or held >= count:
-            raise CalibrationError(
-                f"{spec_text(self.own)} on {sequences} sequences in {count} batches",
-                found="none to hold back" if held < count else "none to train on beside those that are held back",
-                do="Give more --samples, a smaller batch=, or another guard",
-            )
-        # Spread over the text, which may be of several kinds in a row.
-        chosen = {int((i + 0.5) * count / held) for i in range(held)}
-        return Lessons([i for i in range(count) if i not in chosen], sorted(chosen))
-
     def _tell(self, number: int, what: str) -> None:
         self.context.observe(Progress("refining", number, len(self.blocks), what, "block"))
+
+
+def fitting(program: Program, own: RegionPass, teacher: Program) -> tuple[list[Block], list[Block], fx.Node | None]:
+    """The blocks of both models, and the predictions of the first where its last block is fitted to predictions.
+
+    Raises:
+        SpecError, TraceError: they are not one model, or no blocks that run one after the other.
+    """
+    blocks, taught = find_blocks(program), find_blocks(teacher)
+    check_alike(blocks, taught)
+    logits = logits_node(program) if own.last == "kl" else None
+    theirs = logits_node(teacher)
+    if logits is not None and (theirs is None or theirs.meta["val"].shape != logits.meta["val"].shape):
+        raise _other("predictions", logits, theirs)
+    return blocks, taught, logits
+
+
+def lessons_of(own: RegionPass, batches: Sequence[Mapping[str, Tensor]]) -> Lessons:
+    """Which batches are trained on, and which are held back.
+
+    Raises:
+        CalibrationError: none of either.
+    """
+    count = len(batches)
+    sequences = sum(len(next(iter(batch.values()))) for batch in batches)
+    # Whole batches: where they are few, one of them is more than was asked for.
+    held = max(1, round(own.guard * count))
+    if round(own.guard * sequences) < 1 or held >= count:
+        raise CalibrationError(
+            f"{spec_text(own)} on {sequences} sequences in {count} batches",
+            found="none to hold back" if held < count else "none to train on beside those that are held back",
+            do="Give more --samples, a smaller batch=, or another guard",
+        )
+    # Spread over the text, which may be of several kinds in a row.
+    chosen = {int((i + 0.5) * count / held) for i in range(held)}
+    return Lessons([i for i in range(count) if i not in chosen], sorted(chosen))
 
 
 def promising(gains: Mapping[float, float]) -> float:

@@ -15,10 +15,8 @@ from sparsify.context import Context
 from sparsify.errors import SpecError
 from sparsify.ir.program import Program
 from sparsify.ir.weights import Weights
+from sparsify.method.selection import is_pruned
 from sparsify.refine.regions import Block
-
-# A linear weight with fewer zeros than this was not pruned: its zeros are chance.
-LEAST_ZEROS = 0.05
 
 
 class Trainable:
@@ -59,7 +57,7 @@ class Trainable:
 
     def any_pruned(self) -> bool:
         """Whether a linear weight of a block has zeros; reads until one is found."""
-        return any(_pruned(self.weights.read(name) != 0) for names in self.matrices for name in names)
+        return any(is_pruned(self.weights.read(name) != 0) for names in self.matrices for name in names)
 
     def check_pruned(self) -> None:
         """Raises:
@@ -91,7 +89,7 @@ class Trainable:
         found: dict[str, Tensor | None] = {}
         for name in self.matrices[number]:
             mask = self.weights.read(name) != 0
-            if _pruned(mask) or every:
+            if is_pruned(mask) or every:
                 found[name] = self._seen(name, mask, tokens.get(name))
         if found:
             found |= dict.fromkeys(self.vectors[number])
@@ -113,10 +111,6 @@ def expert_tokens(program: Program, batches: Sequence[Mapping[str, Tensor]], con
     if not stacks:
         return {}
     return {name: recorder.tokens for name, recorder in measure_inputs(program, stacks, batches, (), context).items()}
-
-
-def _pruned(mask: Tensor) -> bool:
-    return float((~mask).float().mean()) >= LEAST_ZEROS
 
 
 def _reads(flow: Flow, start: int, stop: int) -> list[str]:

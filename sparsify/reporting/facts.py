@@ -15,6 +15,7 @@ from sparsify.provenance.figures import Figure, figures_of
 from sparsify.provenance.loading import Kind, kind_of
 from sparsify.provenance.runs import earlier, whole_of
 from sparsify.reporting.layers import Stack, stacks_of
+from sparsify.reporting.measured import Measured, measured
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class Facts:
 
     Attributes:
         nbytes: of the files that hold weights. digest: of the manifest, by which a page can be held against a folder.
+        measured: what ``sparsify eval --json`` says of the folder.
     """
 
     folder: Path
@@ -30,6 +32,7 @@ class Facts:
     kind: Kind
     nbytes: int
     digest: str
+    measured: Sequence[Measured] = ()
 
     @cached_property
     def history(self) -> Sequence[Mapping[str, Any]]:
@@ -48,7 +51,8 @@ class Facts:
 
     @cached_property
     def figures(self) -> list[Figure]:
-        return figures_of(self.manifest)
+        """Every perplexity that the manifest knows, and those that were measured later."""
+        return figures_of(self.manifest) + [own.figure for own in self.measured if own.figure is not None]
 
     @property
     def whole(self) -> Mapping[str, Any] | None:
@@ -62,19 +66,26 @@ class Facts:
         return str(given or self.manifest.get("model") or self.folder.name)
 
     @property
+    def trained_since(self) -> bool:
+        """Whether what the last step that pruned says of its errors is of weights that were trained after it."""
+        steps = self.pruning_steps
+        return bool(steps) and any(run["command"] == "tune" for run in self.history[steps[-1] :])
+
+    @property
     def pruning_steps(self) -> list[int]:
         """The numbers of the steps that have passes."""
         return [number for number, run in enumerate(self.history, 1) if run.get("passes")]
 
 
-def facts_of(folder: Path, check: bool = True) -> Facts:
+def facts_of(folder: Path, check: bool = True, evaluations: Sequence[Path] = ()) -> Facts:
     """Read them.
 
     Args:
         check: hold the manifest against the digest that it has of itself.
+        evaluations: files of what ``sparsify eval --json`` printed.
 
     Raises:
-        CheckpointError: nothing there, not a folder of ours, or a damaged manifest.
+        CheckpointError: nothing there, not a folder of ours, or a damaged manifest; an evaluation of another folder.
     """
     asked, path = f"report of {folder}", folder.expanduser()
     if kind_at(path) != "folder":
@@ -88,4 +99,6 @@ def facts_of(folder: Path, check: bool = True) -> Facts:
         )
     manifest = sealed_manifest(path) if check else read_manifest(path)
     config = read_json(path / "config.json") if kind_at(path / "config.json") == "file" else {}
-    return Facts(path, manifest, kind_of(path, config, manifest), weight_bytes(path), digest_of_manifest(manifest))
+    digest = digest_of_manifest(manifest)
+    known = tuple(measured(place, digest) for place in evaluations)
+    return Facts(path, manifest, kind_of(path, config, manifest), weight_bytes(path), digest, known)

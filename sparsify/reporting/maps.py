@@ -48,12 +48,12 @@ def _note(facts: Facts) -> Markup:
     said = "An error is ‖XWᵀ − XŴᵀ‖ / ‖XWᵀ‖ over the calibration data: how far the outputs of a layer moved"
     twin = any(own.get("name") == "twin" for own in facts.passes)
     said += " (of twin, the first X is what the layer reads in the dense model)." if twin else "."
-    steps, last = facts.pruning_steps, len(facts.history)
+    steps = facts.pruning_steps
     if len(steps) > 1:
         said += f" All is of step {steps[-1]}, the last that pruned; sparsify.json keeps no layers of earlier steps."
     if any(own.get("regions") for own in facts.passes):
         said += " Errors are of the weights as they were pruned, before blocks were trained."
-    if steps and any(run["command"] == "tune" for run in facts.history[steps[-1] : last]):
+    if facts.trained_since:
         said += " They are from before the training that followed."
     return tag("p", said)
 

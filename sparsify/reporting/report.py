@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,13 +30,19 @@ _POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-
 
 
 def report(
-    folder: str | Path | Compiled, output: str | Path = "report.html", *, overwrite: bool = False, check: bool = True
+    folder: str | Path | Compiled,
+    output: str | Path = "report.html",
+    *,
+    evaluation: str | Path | Sequence[str | Path] = (),
+    overwrite: bool = False,
+    check: bool = True,
 ) -> Path:
     """Write a page about ``folder``, which sparsify wrote: what was done to its model, how many of its numbers are
     zero, what that cost, layer by layer, and how to do it again. No weight is read.
 
     Args:
         folder: its path, or a result of :func:`sparsify.compile` that was written.
+        evaluation: files of what ``sparsify eval MODEL OUT --json`` printed of the folder: perplexity and tasks.
         output: the page. overwrite: replace an older page of this kind, and no other file.
         check: hold ``sparsify.json`` against the digest that it has of itself.
 
@@ -43,12 +50,14 @@ def report(
         where the page lies.
 
     Raises:
-        SpecError: a result that was not written. CheckpointError: no folder of ours, or a damaged ``sparsify.json``.
+        SpecError: a result that was not written. CheckpointError: no folder of ours, or a damaged ``sparsify.json``;
+            an evaluation of another folder, or a file that is none.
         BackendError: ``output`` is there already, is no place for a file, or lies in ``folder``.
     """
     own = Path(folder_of(folder, "a page")).expanduser().absolute()
     into = Path(output).expanduser().absolute()
-    facts = facts_of(own, check)
+    places = [evaluation] if isinstance(evaluation, str | Path) else list(evaluation)
+    facts = facts_of(own, check, [Path(place).expanduser() for place in places])
     _check_place(into, own, overwrite)
     put_file(into, page(facts).encode())
     return into

@@ -36,7 +36,8 @@ def _tiles(facts: Facts) -> Markup:
         tiles.append((f"{len(sites):,}", f"{many} pruned{_by_the_last(facts)}"))
         errors = [site["error"] for site in sites.values() if site.get("error") is not None]
         if errors:
-            tiles.append((f"{sum(errors) / len(errors):.3f}", "mean relative error of their outputs; 0 is best"))
+            when = ", before the training that followed" if facts.trained_since else ""
+            tiles.append((f"{sum(errors) / len(errors):.3f}", f"mean relative error of their outputs{when}; 0 is best"))
     if facts.figures and (last := facts.figures[-1]).ratio is not None:
         step = f" step {last.step}" if last.step else ""
         tiles.append((times(last.ratio), f"the perplexity before{step}; less is better"))
@@ -52,11 +53,14 @@ def _by_the_last(facts: Facts) -> str:
 
 
 def quality(facts: Facts) -> Markup:
-    """Perplexities as bars, with their verdicts."""
+    """Perplexities as bars, with their verdicts, and the scores of tasks."""
     parts = [part for figure in facts.figures for part in _perplexity(figure)]
+    parts += [part for own in facts.measured for part in own.table()]
     if not parts:
-        told = ["It was not measured when the folder was written. ", code("sparsify eval MODEL OUT --data TEXT")]
-        told += [" measures both, and ", code("sparsify compile … --eval TEXT"), " writes it here."]
+        told = ["It was not measured when the folder was written. ", code("sparsify eval MODEL OUT --json > FILE")]
+        told += [" with ", code("--data TEXT"), " or ", code("--tasks TASKS"), " measures both, and "]
+        told += [code("sparsify report OUT --eval FILE"), " writes it here; ", code("sparsify compile … --eval TEXT")]
+        told += [" does at once."]
         parts = [tag("p", *told)]
     return section("Quality", *parts)
 

@@ -36,7 +36,8 @@ def summary(facts: Facts) -> list[str]:
     if "ragged" in facts.kind.tags:
         said.append("Its layers differ in width: sparsify.load reads it, other loaders refuse it.")
     said += [cost(figure) for figure in facts.figures]
-    if not facts.figures:
+    said += [sentence for own in facts.measured for sentence in own.sentences()]
+    if not facts.figures and not facts.measured:
         said.append("What that cost in quality was not measured when it was written.")
     return said
 

@@ -24,15 +24,15 @@ from sparsify.files.reading import kind_at
 from sparsify.files.staging import check_output
 from sparsify.host import cpu_by_default, is_out_of_memory, resolve_device
 from sparsify.ir.weights import Weights
-from sparsify.method.spec import has_pattern, parse_pass, spec_text, with_pattern
+from sparsify.method.spec import has_pattern, parse_pass, spec_text
 from sparsify.method.weight_pass import WeightPass
 from sparsify.progress import Shown, shown
 from sparsify.searching.budget import Budget, parse_budget
 from sparsify.searching.found import Found
 from sparsify.searching.parts import cells, size_of
 from sparsify.searching.recorded import Recorded
-from sparsify.searching.settings import ByKind, ByPart
-from sparsify.searching.strategy.rounds import MOST, by_parts, by_percentages
+from sparsify.searching.settings import ByKind, ByPart, pruning_pass
+from sparsify.searching.strategy.rounds import MOST, by_parts, by_percentages, most_trials
 from sparsify.searching.trials import Trial, Trials
 from sparsify.searching.workbench import Words, Workbench, zeros_of
 from sparsify.words import Schedule, check_amount, check_schedule, check_seed, parse_bytes
@@ -118,7 +118,14 @@ def search(
             if claim is not None:
                 stack.enter_context(claim)
         bench = stack.enter_context(Workbench(model, own, words, context))
-        hunt = _Hunt(bench, wanted, out, has_pattern(method), tell)
+        # What the model writes itself takes longest; of all else it is seen at once whether it is there.
+        late = calibration == "self"
+        if not late:
+            bench.draw()
+        dense = _dense(bench, wanted, tell)
+        if late:
+            bench.draw()
+        hunt = _Hunt(bench, wanted, dense, out, has_pattern(method), tell)
         best = hunt.run()
         if claim is not None:
             # The compile takes it over.
@@ -181,13 +188,7 @@ def parse_method(text: str) -> WeightPass:
     Raises:
         SpecError: as :func:`parse_pass`, or a pass that does not prune weight by weight.
     """
-    own = parse_pass(with_pattern(text, "50%"))
-    if not isinstance(own, WeightPass):
-        raise SpecError(
-            f"searching with {own.name}",
-            found="a pass that does not prune weight by weight",
-            do="Take one that does: twin, wanda, sparsegpt, …; see sparsify passes",
-        )
+    own = pruning_pass(text, "searching with", "50%")
     if own.kinds:
         raise SpecError(f"pass '{text}'", found="percentages by kind, which are searched", do="Leave kinds out")
     if own.allocation != "uniform":
@@ -199,11 +200,33 @@ def parse_method(text: str) -> WeightPass:
     return own
 
 
+def _dense(bench: Workbench, budget: Budget, tell: Callable[[str], None]) -> tuple[float, float]:
+    """The dense model's perplexity, and how long the reading took.
+
+    Raises:
+        CalibrationError: it is no number, or over the budget already, so that nothing can be within.
+    """
+    started = time.perf_counter()
+    dense = bench.judge.perplexity(bench.dense)
+    tell(f"dense: perplexity {dense:.4g}; the budget allows {budget.limit(dense):.4g}")
+    if not math.isfinite(dense):
+        raise CalibrationError(f"{budget}", found="a dense model whose perplexity is no number", do="Look at it")
+    if budget.limit(dense) < dense:
+        raise CalibrationError(f"{budget}", found=f"the dense model itself has {dense:.6g}", do="Give a larger budget")
+    return dense, time.perf_counter() - started
+
+
 class _Hunt:
     """The trials of one search, and what came of them."""
 
     def __init__(
-        self, bench: Workbench, budget: Budget, out: Path | None, fixed: bool, tell: Callable[[str], None]
+        self,
+        bench: Workbench,
+        budget: Budget,
+        dense: tuple[float, float],
+        out: Path | None,
+        fixed: bool,
+        tell: Callable[[str], None],
     ) -> None:
         self.bench, self.budget, self.tell, self.fixed = bench, budget, tell, fixed
         self.started = time.perf_counter()
@@ -217,15 +240,11 @@ class _Hunt:
             self.way = ByKind(bench.own, bench.targets)
             self.sizes = {kind: sum(map(size_of, own)) for kind, own in self.way.kinds.items()}
         self.made: list[Trial] = []
-        self.dense = bench.judge.perplexity(bench.dense)
+        self.dense, seconds = dense
         self.limit = budget.limit(self.dense)
-        tell(f"dense: perplexity {self.dense:.4g}; the budget allows {self.limit:.4g}")
-        if not math.isfinite(self.dense):
-            raise CalibrationError(f"{budget}", found="a dense model whose perplexity is no number", do="Look at it")
-        if self.limit < self.dense:
-            raise CalibrationError(
-                f"{budget}", found=f"the dense model itself has {self.dense:.6g}", do="Give a larger budget"
-            )
+        self.most = most_trials(len(self.sizes), fixed)
+        known = f", {self.trials.resumed} of them known from before" if self.trials.resumed else ""
+        tell(f"at most {self.most} trials{known}; each is {bench.size(seconds)}")
 
     @property
     def seconds(self) -> float:
@@ -275,7 +294,7 @@ class _Hunt:
             within = "within the budget" if trial.perplexity <= self.limit else "over the budget"
             self.tell(
                 f"{len(self.made)}: {words}: {trial.sparsity:.2%} zeros, perplexity {trial.perplexity:.4g}, "
-                f"{trial.refused or within}{' (kept from before)' if known else ''}"
+                f"{trial.refused or within}{' (kept from before)' if known else f', {trial.seconds:.1f} s'}"
             )
         return math.log(trial.perplexity) - math.log(self.limit)
 

@@ -20,12 +20,12 @@ from sparsify.errors import CalibrationError, SpecError
 from sparsify.files.reading import kind_at
 from sparsify.files.staging import Staging
 from sparsify.host import cpu_by_default, resolve_device
-from sparsify.method.spec import has_pattern, parse_pass, spec_text
-from sparsify.method.weight_pass import WeightPass
+from sparsify.method.spec import spec_text
 from sparsify.progress import Shown, shown
 from sparsify.searching.costs import Cost, Measure, Saving, Sensitivity, worst
 from sparsify.searching.heatmap import draw
 from sparsify.searching.parts import Part, cells, ignoring, size_of
+from sparsify.searching.settings import pruning_pass
 from sparsify.searching.workbench import Words, Workbench, is_light
 from sparsify.words import check_amount, check_seed, one_of, parse_bytes
 
@@ -79,7 +79,7 @@ def sensitivity(
         SpecError: a pass without a pattern, or one that does not prune weight by weight.
         SparsifyError: as :func:`sparsify.search`. Nothing is written then.
     """
-    own = _parse(method)
+    own = pruning_pass(method, "sensitivity to")
     chosen = None if measure is None else one_of(measure, MEASURES, "measure")
     if not 0 < leave < 1:
         raise SpecError(f"leaving {leave:g} of the loss", found="not between 0 and 1", do="Give 0.3, say")
@@ -103,16 +103,20 @@ def sensitivity(
             local = Path(model) if not isinstance(model, nn.Module) and kind_at(model) else None
             staging = stack.enter_context(Staging(Path(output), overwrite=overwrite, source=local))
         bench = stack.enter_context(Workbench(model, own, words, context))
+        bench.draw()
         parts = cells(bench.targets)
         chosen = chosen or ("perplexity" if len(parts) < _MANY else "kl")
         if chosen == "kl" and windows is None:
             bench.judge_by(_FEW_WINDOWS)
+        reading = time.perf_counter()
         dense = bench.judge.perplexity(bench.dense)
+        reading = time.perf_counter() - reading
         if not math.isfinite(dense):
             raise CalibrationError(
                 f"sensitivity of {bench.source.name}", found="a dense model whose perplexity is no number",
                 do="Look at its weights",
             )  # fmt: skip
+        tell(f"{len(parts)} parts alone, and two prunings of many; each is {bench.size(reading)}")
         costs = _costs(bench, parts, chosen, dense, tell)
         result = Sensitivity(
             model=bench.source.name,
@@ -130,19 +134,6 @@ def sensitivity(
             _write(result, staging.folder)
             result = replace(result, output=staging.commit())
         return result
-
-
-def _parse(method: str) -> WeightPass:
-    if not has_pattern(method):
-        raise SpecError(f"sensitivity to '{method}'", found="no pattern", do=f"Write {method}:2:4 or {method}:50%, say")
-    own = parse_pass(method)
-    if not isinstance(own, WeightPass):
-        raise SpecError(
-            f"sensitivity to {own.name}",
-            found="a pass that does not prune weight by weight",
-            do="Take one that does: twin, wanda, sparsegpt, …; see sparsify passes",
-        )
-    return own
 
 
 def _costs(

@@ -2,18 +2,42 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 
+from sparsify.errors import SpecError
 from sparsify.method.pattern import Unstructured
 from sparsify.method.shares import shares_text
-from sparsify.method.spec import spec_text
+from sparsify.method.spec import find_pass, has_pattern, parse_pass, spec_text, with_pattern
 from sparsify.method.weight_pass import WeightPass
 from sparsify.prune.targets import Target
 from sparsify.searching.parts import Part, ignoring, kinds_of, short_names
 from sparsify.searching.strategy.rounds import GRID
+
+
+def pruning_pass(text: str, doing: str, pattern: str | None = None) -> WeightPass:
+    """The pass that ``text`` spells, which prunes weight by weight; with ``pattern`` where it has none.
+
+    Raises:
+        SpecError: another kind of pass (``doing`` says what it was asked for), or as :func:`parse_pass`.
+    """
+    kind = find_pass(re.split("[:,]", text)[0].strip())
+    # Before its pattern is asked for, which other kinds have not.
+    if not issubclass(kind, WeightPass):
+        raise SpecError(
+            f"{doing} {kind.name}",
+            found="a pass that does not prune weight by weight",
+            do="Take one that does: twin, wanda, sparsegpt, …; see sparsify passes",
+        )
+    if pattern is None and not has_pattern(text):
+        do = f"Write {with_pattern(text, '2:4')} or {with_pattern(text, '50%')}, say"
+        raise SpecError(f"{doing} '{text}'", found="no pattern", do=do)
+    own = parse_pass(text if pattern is None else with_pattern(text, pattern))
+    assert isinstance(own, WeightPass)
+    return own
 
 
 @dataclass(frozen=True)

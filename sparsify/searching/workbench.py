@@ -41,7 +41,7 @@ from sparsify.prune.turn import Turn
 from sparsify.quality.heldout import with_use
 from sparsify.searching.judge import Judge
 from sparsify.tensors import digest
-from sparsify.words import Schedule
+from sparsify.words import Schedule, format_bytes
 
 # Statistics that are one number for each input feature.
 _SMALL = frozenset({"squared_norm", "absolute_sum", "absolute_max", "sum"})
@@ -69,7 +69,7 @@ class Words:
 
 
 class Workbench:
-    """The model, the text that judges, and the calibration batches. A context manager.
+    """The model, the text that judges, and, once they are drawn, the calibration batches. A context manager.
 
     Attributes:
         targets: what the pass prunes where nothing is left out. left: why other sites stay dense.
@@ -82,39 +82,47 @@ class Workbench:
     def __init__(self, model: str | Path | nn.Module, own: WeightPass, words: Words, context: Context) -> None:
         self.own, self.words, self.context = own, words, context
         self.source: Source = open_source(model, **words.opening)
-        chat = Chat(self.source, words.chat_template)
-        drawn = words.calibration if words.calibration is not None else words.data
-        both = isinstance(drawn, str) and own.needs_data and same_source(drawn, words.data)
+        self._chat = Chat(self.source, words.chat_template)
+        self._drawn = words.calibration if words.calibration is not None else words.data
+        self._both = isinstance(self._drawn, str) and own.needs_data and same_source(self._drawn, words.data)
         windows, label = evaluation_windows(
-            words.data, self.source, words.sequence_length, words.windows, chat, both=both
+            words.data, self.source, words.sequence_length, words.windows, self._chat, both=self._both
         )
         self.label = (
             f"{len(windows)} windows of {windows.shape[1]} tokens of {with_use(label, words.data, self.source)}"
         )
         with within_memory(f"tracing {self.source.name}", context.device):
             self.judge = Judge(self.source, windows, context)
-        wanted = Wanted.of(self.source.weights, words.only, words.ignore)
+        self._wanted = Wanted.of(self.source.weights, words.only, words.ignore)
         # What can be refused is, before calibration is drawn.
         self.program: Program = self.judge.program
-        self.targets, self.left = choose(self.program, own.pattern, wanted)
+        self.targets, self.left = choose(self.program, own.pattern, self._wanted)
         self.calibration: Calibration | None = None
+        self._held: dict[str, GroupRecorder] | None = None
+        self._stack = ExitStack()
+
+    def draw(self) -> None:
+        """Draw the calibration batches, which is long where the model writes them itself; before any pruning.
+
+        Raises:
+            SparsifyError: as :func:`sparsify.compile`.
+        """
+        own, words = self.own, self.words
         if own.needs_data:
             self.calibration = load_calibration(
-                drawn,
+                self._drawn,
                 self.source,
                 samples=words.samples,
                 sequence_length=words.sequence_length,
-                seed=context.seed,
+                seed=self.context.seed,
                 rows=most_rows([own]),
-                chat=chat,
-                both=both,
+                chat=self._chat,
+                both=self._both,
             )
             if not _takes(self.program, self.calibration.batches[0]):
                 self.program = capture(self.source, self.calibration.batches[0])
-                self.targets, self.left = choose(self.program, own.pattern, wanted)
-        chat.check_used("--calibration or --data")
-        self._held: dict[str, GroupRecorder] | None = None
-        self._stack = ExitStack()
+                self.targets, self.left = choose(self.program, own.pattern, self._wanted)
+        self._chat.check_used("--calibration or --data")
 
     def judge_by(self, windows: int) -> None:
         """Judge by the first so many windows only."""
@@ -131,6 +139,19 @@ class Workbench:
 
     def __exit__(self, *error: Any) -> None:
         self._stack.__exit__(*error)
+
+    def size(self, seconds: float) -> str:
+        """What a trial costs, as far as is known before the first: the dense model took ``seconds`` to read."""
+        dense = self.dense
+        held = sum(dense.shape(t.parameter).numel() * dense.dtype(t.parameter).itemsize for t in self.targets)
+        runs = "no calibration"
+        if self.calibration is not None:
+            once = "one for all" if self.once(self.words.schedule) else "once each"
+            runs = f"a calibration run over {self.calibration.size} ({once})"
+        return (
+            f"a pruning, {runs}, and a reading of {len(self.judge.windows)} windows (of the dense model: {seconds:.1f} "
+            f"s); up to {format_bytes(held)} of pruned weights are in memory beside the activations"
+        )
 
     @property
     def dense(self) -> Weights:

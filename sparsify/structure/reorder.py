@@ -22,6 +22,7 @@ from sparsify.errors import Refused, SpecError
 from sparsify.host import within_memory
 from sparsify.ir.program import Program
 from sparsify.method.channel_pass import ChannelPass
+from sparsify.method.selection import nm_most
 from sparsify.method.spec import spec_text
 from sparsify.prune.names import Wanted
 from sparsify.prune.targets import choose, read_elsewhere
@@ -61,6 +62,11 @@ def choose_lanes(program: Program, own: ChannelPass, wanted: Wanted) -> tuple[li
     return chosen, left
 
 
+def _called(name: str, group: Lanes) -> str:
+    """A layer or its weight in a sentence that begins with the group's name, which is that of what reads it."""
+    return "it" if name.removesuffix(".weight") == group.name.removesuffix(".weight") else name
+
+
 class _Look:
     """Why a group of channels stays in its order."""
 
@@ -84,11 +90,11 @@ class _Look:
         for name in members:
             sources = frozenset(self.weights.sources(name))
             if name in self.shared:
-                return f"{name} is shared with {self.shared[name]}"
+                return f"{_called(name, found)} is shared with {self.shared[name]}"
             if sources & self.wanted.ignored:
-                return f"{name} is named by --ignore"
+                return f"{_called(name, found)} is named by --ignore"
             if self.wanted.only is not None and name in self.linear and not sources <= self.wanted.only:
-                return f"{name} would be reordered too, and is not named by --only"
+                return f"{_called(name, found)} would be reordered too, and is not named by --only"
         return None
 
     def _joined(self, members: Sequence[str]) -> str:
@@ -165,7 +171,8 @@ class _Group:
         started = time.perf_counter()
         for site in self.lanes.sites:
             if (pattern := _holds(self.matrices[site.parameter], self.own.unit)) is not None:
-                return Refused(f"{site.name} has {pattern} zeros, which another order would break", self.lanes.name)
+                reason = f"{_called(site.name, self.lanes)} has {pattern} zeros, which another order would break"
+                return Refused(reason, self.lanes.name)
         done, moved = Orders(), 0
         before = after = whole = 0.0
         for place, lane in enumerate(self.lanes.lanes):
@@ -219,8 +226,6 @@ class _Group:
 def _holds(matrices: Tensor, unit: int) -> str | None:
     """The N:M pattern that zeros in ``matrices`` [experts, out_features, in_features] lie in, if any."""
     for m, most in dict.fromkeys([(4, 3), (8, 4), (unit, unit // 2)]):
-        if matrices.shape[-1] % m == 0:
-            n = int((matrices != 0).unflatten(-1, (-1, m)).sum(dim=-1).max())
-            if n <= most:
-                return f"{n}:{m}"
+        if (n := nm_most(matrices, m)) <= most:
+            return f"{n}:{m}"
     return None

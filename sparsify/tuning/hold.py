@@ -7,12 +7,13 @@ step.
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import wraps
-from types import MethodType
+from types import FrameType, MethodType
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import TrainerCallback
 
 from sparsify.errors import SpecError, VerifyError
-from sparsify.refine.trainable import LEAST_ZEROS
+from sparsify.method.selection import is_pruned
 from sparsify.tuning.masks import broken_zeros
 
 
@@ -67,59 +68,116 @@ def hold_zeros(model: nn.Module) -> Iterator[Held]:
     >>> int((net.weight == 0).sum())
     16
     """
-    _check_whole(model)
-    held = _find(model)
-    watched = weakref.ref(model)
     with ExitStack() as stack:
-        for name, parameter in held.parameters.items():
-            if parameter.requires_grad:
-                stack.callback(parameter.register_hook(_masking(held.kept[name])).remove)
-        checked: list[bool] = []
-
-        def after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-            if (still := watched()) is not None:
-                if not checked:
-                    # It may have been sharded since: what is held would be parameters that nobody trains.
-                    _check_whole(still)
-                    checked.append(True)
-                _check_there(still, held)
-                held.apply()
-
-        stack.callback(register_optimizer_step_post_hook(after_step).remove)
-        for part in model.modules():
-            _mask_merging(part, held, stack)
-        # Adapters may be added meanwhile.
-        stack.callback(
-            register_module_module_registration_hook(lambda _, __, part: _mask_merging(part, held, stack)).remove
-        )
+        held = _hold(model, stack)
         yield held
-        _check_there(model, held)
-        if broken := held.broken():
-            held.apply()
-            name, count = next(iter(broken.items()))
-            raise VerifyError(
-                f"holding the zeros of {name}",
-                found=f"{count} pruned entries were written to without an optimizer's step",
-                do="They are zero again; assign to weights outside of hold_zeros",
-            )
+        _check_held(model, held)
 
 
 class HoldZeros(TrainerCallback):
     """For transformers' Trainer: ``Trainer(…, callbacks=[sparsify.HoldZeros()])`` holds zeros from the first step to
-    the last; see :func:`hold_zeros`.
+    the last, or to the exception that ends the training; see :func:`hold_zeros`.
+
+    Given by ``trainer.add_callback``, it does not see such an exception: until the next training begins, or
+    :meth:`close` is called, the model is held.
     """
 
     def __init__(self) -> None:
-        self._open: Any = None
+        self._open: tuple[ExitStack, Held] | None = None
+
+    def on_init_end(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
+        # The Trainer tells its callbacks of no exception.
+        trainer = _trainer()
+        if trainer is not None:
+            trainer.train = _then(trainer.train, self.close)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **rest: Any) -> None:
-        self._open = hold_zeros(model)
-        self._open.__enter__()
+        # Open still, where a batch that was too large ends a training and a smaller one begins it again.
+        self.close()
+        stack = ExitStack()
+        try:
+            self._open = stack, _hold(model, stack)
+        except BaseException:
+            stack.close()
+            raise
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
+    def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **rest: Any) -> None:
+        if self._open is not None:
+            try:
+                _check_held(model, self._open[1])
+            finally:
+                self.close()
+
+    def close(self) -> None:
+        """Hold nothing any more; what the zeros are now is not looked at."""
         opened, self._open = self._open, None
         if opened is not None:
-            opened.__exit__(None, None, None)
+            opened[0].close()
+
+
+def _trainer() -> Any:
+    """The Trainer that is being made: that which calls, some frames up; None where nobody does."""
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        if hasattr(owner := frame.f_locals.get("self"), "callback_handler"):
+            return owner
+        frame = frame.f_back
+    return None
+
+
+def _then(method: Any, close: Any) -> Any:
+    @wraps(method)
+    def closing(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return method(*args, **kwargs)
+        finally:
+            close()
+
+    return closing
+
+
+def _hold(model: nn.Module, stack: ExitStack) -> Held:
+    """Hold the zeros of ``model`` until ``stack`` is closed."""
+    _check_whole(model)
+    held = _find(model)
+    watched = weakref.ref(model)
+    for name, parameter in held.parameters.items():
+        if parameter.requires_grad:
+            stack.callback(parameter.register_hook(_masking(held.kept[name])).remove)
+    checked: list[bool] = []
+
+    def after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        if (still := watched()) is not None:
+            if not checked:
+                # It may have been sharded since: what is held would be parameters that nobody trains.
+                _check_whole(still)
+                checked.append(True)
+            _check_there(still, held)
+            held.apply()
+
+    stack.callback(register_optimizer_step_post_hook(after_step).remove)
+    for part in model.modules():
+        _mask_merging(part, held, stack)
+    # Adapters may be added meanwhile.
+    stack.callback(
+        register_module_module_registration_hook(lambda _, __, part: _mask_merging(part, held, stack)).remove
+    )
+    return held
+
+
+def _check_held(model: nn.Module, held: Held) -> None:
+    """At the end. Raises:
+    VerifyError: a zero was changed by no optimizer, or a weight was replaced by another one.
+    """
+    _check_there(model, held)
+    if broken := held.broken():
+        held.apply()
+        name, count = next(iter(broken.items()))
+        raise VerifyError(
+            f"holding the zeros of {name}",
+            found=f"{count} pruned entries were written to without an optimizer's step",
+            do="They are zero again; assign to weights outside of hold_zeros",
+        )
 
 
 def _find(model: nn.Module) -> Held:
@@ -138,7 +196,7 @@ def _find(model: nn.Module) -> Held:
     for name, parameter in found.items():
         mask = parameter.detach() != 0
         # What training begins with at zero (LoRA's B) is no pruned weight.
-        if mask.any() and float((~mask).float().mean()) >= LEAST_ZEROS:
+        if mask.any() and is_pruned(mask):
             kept[name] = mask
     if not kept:
         raise SpecError(

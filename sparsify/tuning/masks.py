@@ -9,7 +9,7 @@ from torch import Tensor
 from sparsify.analysis.linear import find_sites
 from sparsify.errors import VerifyError
 from sparsify.ir.program import Program
-from sparsify.refine.trainable import LEAST_ZEROS
+from sparsify.method.selection import is_pruned
 
 
 def masks_of(program: Program) -> dict[str, Tensor]:
@@ -17,7 +17,7 @@ def masks_of(program: Program) -> dict[str, Tensor]:
     masks = {}
     for name in dict.fromkeys(site.parameter for site in find_sites(program)[0]):
         kept = program.weights.read(name) != 0
-        if float((~kept).float().mean()) >= LEAST_ZEROS:
+        if is_pruned(kept):
             masks[name] = kept
     return masks
 

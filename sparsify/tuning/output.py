@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from sparsify.compiler.backend import Backend, settle
+from sparsify.compiler.manifest import as_opened, whole_of
 from sparsify.context import Context
 from sparsify.errors import CalibrationError
 from sparsify.files.ledger import write_manifest
@@ -19,6 +20,7 @@ from sparsify.finite import infinities_allowed, said, scan
 from sparsify.frontend.source import Source
 from sparsify.ir.program import Program
 from sparsify.provenance.card import write_card
+from sparsify.provenance.carried import with_other_numbers
 from sparsify.provenance.history import entry, origin_of
 from sparsify.provenance.runs import earlier, of_tuning
 from sparsify.quality.perplexity import of_losses, perplexity
@@ -86,19 +88,21 @@ class Output:
             record = replace(result, perplexity=(result.perplexity[0], after)).as_dict()
             record.pop("output")
             program.weights = job.weights
-            # What was judged before were other weights.
-            before = {key: value for key, value in source.ledger.manifest.items() if key != "evaluation"}
-            kept = {**before, **({"allow_nan": True} if source.allow_nan else {})}
-            made = {"source_check": source.checked, "tuned": record, "history": _history(source, record, self.asked)}
-            job.finish(program, {"model": source.name, **kept, **made})
+            before = with_other_numbers(source.ledger.manifest)
+            made = {"tuned": record, "history": _history(source, record, self.asked, whole_of(job.weights))}
+            # A backend reads which passes there were, of a dense model none.
+            job.finish(program, {"model": source.name, "passes": [], **before, **as_opened(source), **made})
         return after
 
 
 def _history(
-    source: Source, record: Mapping[str, Any], asked: tuple[str, Mapping[str, Any] | None]
+    source: Source,
+    record: Mapping[str, Any],
+    asked: tuple[str, Mapping[str, Any] | None],
+    whole: Mapping[str, Any] | None = None,
 ) -> list[dict[str, Any]]:
     date, words = asked
-    run = entry("tune", date, origin_of(source), **of_tuning(record), recipe=words)
+    run = entry("tune", date, origin_of(source), **of_tuning(record), recipe=words, whole=whole)
     return [*earlier(source.ledger.manifest), run]
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import typer
 from support.command_line import sparsify
+from support.families import save
 
 from sparsify.cli.options import command_errors
 from sparsify.errors import CheckpointError, SparsifyError, SpecError
@@ -59,3 +61,18 @@ def test_with_debug_the_error_comes_as_it_is(error: Exception) -> None:
     with pytest.raises((SparsifyError, ZeroDivisionError)) as caught, command_errors(True, "error"):
         raise error
     assert caught.value is error
+
+
+def test_a_second_model_that_is_not_there_is_told_before_the_first_is_measured(tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("words and more of them. " * 400)
+    with patch("sparsify.evaluation.evaluate.evaluate", side_effect=AssertionError("measured")):
+        done = sparsify("eval", save("llama", tmp_path / "dense"), tmp_path / "slip", "--data", text)
+    assert done.returncode == 1 and "slip: no such folder" in done.stderr, done.stderr
+
+
+def test_a_teacher_that_is_not_there_is_told_before_calibration_is_drawn(tmp_path: Path) -> None:
+    words = ["--pass", "refine", "--teacher", tmp_path / "slip", "--calibration", "random", "-o", tmp_path / "out"]
+    with patch("sparsify.compiler.stages.load_calibration", side_effect=AssertionError("drawn")):
+        done = sparsify("compile", save("llama", tmp_path / "dense"), *words)
+    assert done.returncode == 1 and "slip: no such folder" in done.stderr, done.stderr

@@ -109,7 +109,7 @@ def test_what_comes_after_what() -> None:
 
 
 def test_structural_after_weights_is_refused_before_a_model_is_opened() -> None:
-    with pytest.raises(SpecError, match="weights pruned before the model gets smaller"):
+    with pytest.raises(SpecError, match="weights changed before the model gets smaller"):
         sparsify.compile("no such folder", ["wanda:2:4", "llm-pruner:50%"])
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from typing import Any
+from unittest.mock import DEFAULT, patch
 
 import pytest
 import torch
@@ -15,9 +16,10 @@ from support.folders import load, same_files
 from torch import Tensor
 
 import sparsify
+from sparsify.compiler import stages
 from sparsify.context import RegionResult
 from sparsify.data.batches import load_calibration
-from sparsify.errors import CalibrationError, SpecError
+from sparsify.errors import CalibrationError, SpecError, TraceError
 from sparsify.frontend.source import open_source
 from sparsify.passes import Refine
 
@@ -247,6 +249,11 @@ def test_a_model_that_was_made_smaller_learns_from_the_dense_one(tmp_path: Path)
         (["wanda:2:4", "refine"], {"teacher": "narrow"}, SpecError, r"shape \[2, 12, 32\], and \[2, 12, 16\]"),
         (["wanda:2:4", "refine"], {"teacher": "deep"}, SpecError, "2 blocks, and 3 in the teacher"),
         (["wanda:2:4", "refine"], {"teacher": "words"}, SpecError, "a vocabulary of 62 tokens, and 64"),
+        (["llm-pruner:50%,granularity=layer", "refine"], {}, SpecError, "without some of its blocks"),
+        (["llm-pruner:25%,granularity=channel", "refine"], {}, SpecError, "another residual width"),
+        (["llm-pruner:25%", "refine"], {"teacher": "words"}, SpecError, "a vocabulary of 62 tokens, and 64"),
+        (["llm-pruner:25%", "refine:guard=0.01"], {}, CalibrationError, "none to hold back"),
+        (["permute:2:4", "wanda:2:4", "refine:guard=0.01"], {}, CalibrationError, "none to hold back"),
     ],
 )
 def test_what_cannot_be_meant_is_refused(
@@ -258,9 +265,19 @@ def test_what_cannot_be_meant_is_refused(
         if options.get("teacher") == name:
             hf.LlamaForCausalLM(hf.LlamaConfig(**{**GQA, **change})).save_pretrained(tmp_path / name)
     given = {key: tmp_path / value for key, value in options.items()}
-    with pytest.raises(error, match=says):
+    # Before any pass has run, which may have taken hours.
+    ran = dict.fromkeys(("prune_weights", "make_smaller", "reorder"), DEFAULT)
+    with patch.multiple(stages, **ran) as others, pytest.raises(error, match=says):
         compiled(dense, tmp_path / "out", *passes, **given)
+    assert not any(other.called for other in others.values())
     assert not (tmp_path / "out").exists()
+
+
+def test_a_model_without_blocks_is_refused_before_any_pass_runs() -> None:
+    net = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU(), torch.nn.Linear(8, 8))
+    with patch.object(stages, "prune_weights") as ran, pytest.raises(TraceError, match="no repeated blocks"):
+        sparsify.compile(net, ["wanda:2:4", "refine"], calibration=[torch.randn(16, 8)])
+    assert not ran.called
 
 
 @pytest.mark.parametrize("option", ["epochs=0", "rate=2", "rate=fast", "guard=0", "guard=0.9", "last=mse", "batch=0"])

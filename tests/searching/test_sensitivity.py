@@ -131,7 +131,7 @@ def test_many_parts_are_measured_by_fewer_windows(model: Path, text: Path, monke
     ("words", "kind", "says"),
     [
         ({"spec": "wanda"}, SpecError, "no pattern"),
-        ({"spec": "refine"}, SpecError, "no pattern"),
+        ({"spec": "refine"}, SpecError, "does not prune weight by weight"),
         ({"spec": "llm-pruner:50%"}, SpecError, "does not prune weight by weight"),
         ({"measure": "accuracy"}, SpecError, "no such measure"),
         ({"leave": 0.0}, SpecError, "not between 0 and 1"),

@@ -58,16 +58,10 @@ def shard(model: Any) -> Any:
 def test_sharded_parameters_are_refused() -> None:
     with pytest.raises(SpecError, match=r"FSDP 2 .*DTensor"), sparsify.hold_zeros(shard(pruned())):
         pass
+    from torch.distributed.fsdp import FullyShardedDataParallel
 
-    class FullyShardedDataParallel(nn.Module):
-        def __init__(self, inner: nn.Module) -> None:
-            super().__init__()
-            self.inner = inner
-
-    with (
-        pytest.raises(SpecError, match="sharded by FullyShardedDataParallel"),
-        sparsify.hold_zeros(FullyShardedDataParallel(pruned())),
-    ):
+    wrapped = FullyShardedDataParallel(pruned(), device_id=torch.device("cpu"), use_orig_params=True)
+    with pytest.raises(SpecError, match="sharded by FullyShardedDataParallel"), sparsify.hold_zeros(wrapped):
         pass
     model = pruned()
     # What DeepSpeed gives every parameter that it partitions.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,9 @@ from safetensors.torch import save_file
 from support.command_line import Done
 from support.command_line import sparsify as command
 from support.families import deep, save
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast
 
 import sparsify
 
@@ -32,9 +36,9 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def tune(here: Path, out: Path, *words: object, model: str = "sparse") -> Done:
+def tune(here: Path, out: Path, *words: object, model: str = "sparse", ids: Path | None = None) -> Done:
     few = ("--steps", 2, "--batch", 4, "--samples", 8, "--sequence-length", 32)
-    return command("tune", here / model, "--data", here / "ids.safetensors", "-o", out, *few, *words)
+    return command("tune", here / model, "--data", ids or here / "ids.safetensors", "-o", out, *few, *words)
 
 
 def test_a_teacher_and_targets(here: Path, tmp_path: Path) -> None:
@@ -46,6 +50,21 @@ def test_a_teacher_and_targets(here: Path, tmp_path: Path) -> None:
     said = json.loads((out / "sparsify.json").read_text())["tuned"]
     assert said["teacher"]["name"] == "dense" and said["recipe"]["targets"] == "q,v"
     assert command("verify", out).returncode == 0
+
+
+def test_a_teacher_whose_head_is_padded(here: Path, tmp_path: Path) -> None:
+    """Rows that no token has are said, not learnt; without a tokenizer nobody knows that they are padding."""
+    vocabulary = {f"w{number}": number for number in range(64)}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel(vocabulary, "w3")), unk_token="w3")
+    for name in ("dense", "other"):
+        shutil.copytree(here / name, tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    sparsify.compile(tmp_path / "dense", ["magnitude:2:4"], output=tmp_path / "sparse")
+    done = tune(tmp_path, tmp_path / "out", "--teacher", tmp_path / "other", ids=here / "ids.safetensors")
+    assert done.returncode == 0, done.stderr
+    assert "of its 80 predictions the first 64 were learnt" in " ".join(done.stdout.split())
+    said = json.loads((tmp_path / "out" / "sparsify.json").read_text())["tuned"]["teacher"]
+    assert said["name"] == "other" and said["predictions"] == [80, 64]
 
 
 def test_as_json(here: Path, tmp_path: Path) -> None:

@@ -93,11 +93,15 @@ def eval_command(
         from sparsify.cli.results import evaluations_as_dicts
         from sparsify.cli.tables import evaluation_report
         from sparsify.evaluation.evaluate import evaluate
+        from sparsify.frontend.stores import find_folder
         from sparsify.progress import ProgressLine
         from sparsify.quality.tasks.chosen import named
 
         results = []
         with ProgressLine(quiet=quiet or as_json):
+            # A name with a slip in it is told before the models beside it are measured.
+            for model in models:
+                find_folder(model)
             # Their names, and then their data, are read once for all models.
             wanted = None if tasks is None else named(tasks, include or ())
         for model in models:

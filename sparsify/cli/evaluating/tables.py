@@ -9,21 +9,18 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from sparsify.quality.scores import told
 from sparsify.words import plain
 
 if TYPE_CHECKING:
     from sparsify.quality.evaluation import Evaluation
-    from sparsify.quality.scores import Difference, Score
+    from sparsify.quality.scores import Score
 
 # The scores of all models by task and metric.
 Rows: TypeAlias = "dict[tuple[str, str], list[Score | None]]"
 
 # Verdicts that ask for something are seen at once.
 _STYLES = {"clearly": "yellow", "much": "bold red", "far": "bold red"}
-# The metrics that a task is judged by, the first that it has; the others stand in the table alone.
-_JUDGED = ("acc", "top-1", "exact_match", "acc_norm")
-# So many scores have a verdict each; of more those of several tasks have, where there are any.
-_FEW = 7
 
 
 def score_report(results: Sequence[tuple[str, Evaluation]]) -> list[RenderableType]:
@@ -88,20 +85,11 @@ def _difference(score: Score | None, first: Score | None) -> str:
 
 def _verdicts(name: str, first: Evaluation, result: Evaluation) -> list[RenderableType]:
     """A line for each task by the metric that it is judged by; where there are many, for sets and groups alone."""
-    judged = [pair for pair in result.differences(first) if pair.verdict is not None]
-    chosen: dict[str, Difference] = {}
-    for metric in _JUDGED:
-        for pair in judged:
-            if pair.score.metric.partition(" ")[0] == metric:
-                chosen.setdefault(pair.score.task, pair)
-    order = {score.task: number for number, score in enumerate(result.scores)}
-    found = sorted(chosen.values(), key=lambda pair: order[pair.score.task])
-    if len(found) > _FEW:
-        found = [pair for pair in found if pair.score.tasks > 1] or found
+    pairs = result.differences(first)
     lines: list[RenderableType] = []
-    for pair in found:
+    for pair in told(pairs):
         said = f"{name}: {pair.score.task}, {pair.score.metric}: {pair.verdict}"
         lines.append(Text(plain(said), _STYLES.get(pair.level or "", "")))
-    if not judged and result.scores and first.scores:
+    if all(pair.verdict is None for pair in pairs) and result.scores and first.scores:
         lines.append(Text(plain(f"{name}: other documents than the first's, so that no pairs can be compared")))
     return lines

@@ -45,6 +45,13 @@ class _Seen:
             self.best = dict(levels)
 
 
+def most_trials(parts: int, fixed: bool) -> int:
+    """How many trials there can be: of ``parts`` that are pruned or not (``fixed``), or of kinds with percentages."""
+    if fixed:
+        return 1 if parts < 2 else 1 + parts + MOST + MOST
+    return MOST if parts < 2 else MOST + len(_STEPS) * (2 * parts + min(MOST, 2 * parts))
+
+
 def by_percentages(excess: Excess, sizes: Mapping[str, int], dense: float) -> dict[str, int] | None:
     """Levels of all kinds, in 1/:data:`GRID`, the sparsest within the budget of those tried; None where none was.
 
