@@ -57,9 +57,8 @@ class Values:
                 return Refused(ASYMMETRIC)
             if found is not None and not self.meant:
                 # Their products round activations, which nobody asked for who only packs.
-                return Refused(
-                    f"on a grid, and no pass put it there: values=int{8 if found.grid.bits == 8 else 4} stores it so"
-                )
+                bits = 8 if found.grid.bits == 8 else 4
+                return Refused(f"on a grid of {bits} bits where no pass put it: values=int{bits} stores it so")
             return None if found is None else _as_integers(found, matrix.dtype)
         grid = parse_grid(self.asked)
         if found is None or found.grid.bits > grid.bits or not self._as_fine(found.group):

@@ -17,9 +17,9 @@ class Options:
             ``dense`` where zeros make nothing smaller.
         choice: ``measured`` leaves a weight dense where one token through it is measured to take longer packed;
             ``smallest`` packs whatever becomes smaller.
-        values: ``auto`` stores weights as integers of 8 or 4 bits with scales where those give them to the bit;
-            ``int8`` and ``int4`` round others to nearest first (the pass ``round`` loses less); ``full`` keeps their
-            dtype.
+        values: ``auto`` stores weights that a pass rounded as integers of 8 or 4 bits with scales, which give them to
+            the bit; ``int8`` and ``int4`` round others to nearest first (the pass ``round`` loses less); ``full`` keeps
+            their dtype.
         group: in_features that share a scale, or the whole ``row``, where values=int8 (row) or int4 (64) rounds.
         activations: of weights stored as integers: ``int8`` rounds the inputs of a product to 8 bits by token and
             group; ``float`` does not, and is slower.

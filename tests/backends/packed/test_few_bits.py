@@ -92,6 +92,30 @@ def test_what_was_rounded_is_stored_as_integers_to_the_bit(
     assert torch.equal(run(again, batch), run(packed, batch)) and kinds(tmp_path / "again") == layouts
 
 
+def test_rounding_in_an_earlier_run_and_in_a_joint_sweep_is_meant_too(tmp_path: Path) -> None:
+    dense, ids = wide(tmp_path / "dense"), [torch.randint(0, 64, (2, 32))]
+    sparsify.compile(dense, ["magnitude:2:4", f"round:int8,{NEAREST}"], output=tmp_path / "hf")
+    sparsify.compile(tmp_path / "hf", [], output=tmp_path / "later", to=SMALLEST)
+    assert kinds(tmp_path / "later") == {("packed24", 8, None)}
+    sparsify.compile(dense, ["sparsegpt:2:4,bits=4"], calibration=ids, output=tmp_path / "joint", to=SMALLEST)
+    assert kinds(tmp_path / "joint") == {("packed24", 4, None)}
+
+
+def test_a_grid_that_no_pass_made_is_said_and_kept_at_full_width(tmp_path: Path) -> None:
+    """Who only packs gets the products of before, which round no activations."""
+    dense = wide(tmp_path / "dense")
+    sparsify.compile(dense, ["magnitude:2:4", f"round:int4,group=32,{NEAREST}"], output=tmp_path / "hf")
+    (tmp_path / "hf" / "sparsify.json").unlink()
+    made = sparsify.compile(tmp_path / "hf", [], output=tmp_path / "out", to=SMALLEST)
+    assert kinds(tmp_path / "out") == {("packed24", None, None)} and quantization(tmp_path / "out")["format"] == 1
+    assert any("on a grid of 4 bits where no pass put it: values=int4 stores it so" in note for note in made.notes)
+    sparsify.compile(tmp_path / "hf", [], output=tmp_path / "asked", to=f"{SMALLEST},values=int4,group=32")
+    assert kinds(tmp_path / "asked") == {("packed24", 4, 32)}
+    unpack_folder(tmp_path / "asked", tmp_path / "back")
+    for name, tensor in transformers.LlamaForCausalLM.from_pretrained(tmp_path / "hf").state_dict().items():
+        assert torch.equal(load(tmp_path / "back").state_dict()[name], tensor), name
+
+
 @pytest.mark.parametrize("family", ["gpt2", "mixtral", "gpt_oss"])
 @pytest.mark.parametrize("to", ["values=int8", "values=int4,group=32,layout=dense", "values=int4,layout=bitmask"])
 def test_stacks_of_experts_and_transposed_weights(family: str, to: str, tmp_path: Path) -> None:
