@@ -7,13 +7,12 @@ step.
 
 from __future__ import annotations
 
-import sys
 import weakref
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import wraps
-from types import FrameType, MethodType
+from types import MethodType
 from typing import Any
 
 import torch
@@ -76,20 +75,14 @@ def hold_zeros(model: nn.Module) -> Iterator[Held]:
 
 class HoldZeros(TrainerCallback):
     """For transformers' Trainer: ``Trainer(…, callbacks=[sparsify.HoldZeros()])`` holds zeros from the first step to
-    the last, or to the exception that ends the training; see :func:`hold_zeros`.
+    the last; see :func:`hold_zeros`.
 
-    Given by ``trainer.add_callback``, it does not see such an exception: until the next training begins, or
-    :meth:`close` is called, the model is held.
+    The Trainer tells its callbacks of no exception: after one the zeros are held until the next training, until
+    :meth:`close` is called, or as long as the model is there.
     """
 
     def __init__(self) -> None:
         self._open: tuple[ExitStack, Held] | None = None
-
-    def on_init_end(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
-        # The Trainer tells its callbacks of no exception.
-        trainer = _trainer()
-        if trainer is not None:
-            trainer.train = _then(trainer.train, self.close)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **rest: Any) -> None:
         # Open still, where a batch that was too large ends a training and a smaller one begins it again.
@@ -113,27 +106,6 @@ class HoldZeros(TrainerCallback):
         opened, self._open = self._open, None
         if opened is not None:
             opened[0].close()
-
-
-def _trainer() -> Any:
-    """The Trainer that is being made: that which calls, some frames up; None where nobody does."""
-    frame: FrameType | None = sys._getframe()
-    while frame is not None:
-        if hasattr(owner := frame.f_locals.get("self"), "callback_handler"):
-            return owner
-        frame = frame.f_back
-    return None
-
-
-def _then(method: Any, close: Any) -> Any:
-    @wraps(method)
-    def closing(*args: Any, **kwargs: Any) -> Any:
-        try:
-            return method(*args, **kwargs)
-        finally:
-            close()
-
-    return closing
 
 
 def _hold(model: nn.Module, stack: ExitStack) -> Held:

@@ -1,4 +1,4 @@
-"""The callback for transformers' Trainer: from the first step to the last, or to what ends the training before."""
+"""The callback for transformers' Trainer: from the first step to the last, whatever ends the training before."""
 
 from __future__ import annotations
 
@@ -45,16 +45,6 @@ def is_held(model: Any) -> bool:
     return unchanged(before, model)
 
 
-def test_a_training_that_an_exception_ends_is_held_no_longer(tmp_path: Path) -> None:
-    model = pruned()
-    before = zeros(model)
-    made = trainer(model, tmp_path, [sparsify.HoldZeros()])
-    with pytest.raises(KeyboardInterrupt):
-        made.train()
-    assert unchanged(before, model), "as far as it came"
-    assert not is_held(model)
-
-
 def test_it_may_be_begun_again(tmp_path: Path) -> None:
     model = pruned()
     before = zeros(model)
@@ -65,12 +55,13 @@ def test_it_may_be_begun_again(tmp_path: Path) -> None:
     assert not is_held(model)
 
 
-def test_a_callback_that_is_added_later_lets_go_when_it_is_told(tmp_path: Path) -> None:
+def test_after_an_exception_zeros_are_held_until_it_is_told(tmp_path: Path) -> None:
     model = pruned()
-    hold, made = sparsify.HoldZeros(), trainer(model, tmp_path)
-    made.add_callback(hold)
+    before, hold = zeros(model), sparsify.HoldZeros()
+    made = trainer(model, tmp_path, [hold])
     with pytest.raises(KeyboardInterrupt):
         made.train()
+    assert unchanged(before, model), "as far as it came"
     assert is_held(model), "of the exception nobody told it"
     hold.close()
     assert not is_held(model)
@@ -84,8 +75,7 @@ def test_a_batch_that_is_made_smaller_begins_again(tmp_path: Path) -> None:
 
     model = pruned()
     before, hold = zeros(model), sparsify.HoldZeros()
-    made = trainer(model, tmp_path, [], Large, auto_find_batch_size=True)
-    made.add_callback(hold)
+    made = trainer(model, tmp_path, [hold], Large, auto_find_batch_size=True)
     assert made.train().global_step == 3 and made.failures == 0 and unchanged(before, model)
     assert not is_held(model)
 
