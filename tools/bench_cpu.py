@@ -1,5 +1,5 @@
 """Packed CPU kernels against the best dense product of torch: the figures C1 to C8 of docs/benchmarks.md.
-Q: weights of 8 and 4 bits beside those of full width (``few_bits_rows.py``).
+Q: weights of 8 and 4 bits beside those of full width (``cpu/few_bits_rows.py``).
 
     python tools/bench_cpu.py [--only C1,C2] [--rounds 11] [--json FILE]
 
@@ -25,8 +25,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import few_bits_rows
 import torch
+from cpu import few_bits_rows
 from torch import Tensor
 from torch.nn import functional
 

@@ -94,11 +94,13 @@ def eval_command(
         from sparsify.cli.tables import evaluation_report
         from sparsify.evaluation.evaluate import evaluate
         from sparsify.frontend.stores import find_folder
+        from sparsify.host import resolve_device
         from sparsify.progress import ProgressLine
         from sparsify.quality.tasks.chosen import named
 
         results = []
         with ProgressLine(quiet=quiet or as_json):
+            resolve_device(device)
             # A name with a slip in it is told before the models beside it are measured.
             for model in models:
                 find_folder(model)
