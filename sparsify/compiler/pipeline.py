@@ -137,7 +137,7 @@ def compile(
         teacher=teacher,
         evaluate=evaluate,
         eval_windows=eval_windows,
-        without_pass=seems_stored_otherwise(model),
+        without_pass=not passes and seems_stored_otherwise(model),
     )
     request = replace(
         request,

@@ -12,6 +12,7 @@ from sparsify.compiler.runs import PassRun, zeros_of
 from sparsify.context import SiteResult
 from sparsify.ir.weights import Weights
 from sparsify.method.spec import spec_text
+from sparsify.quantized.compressed_tensors.sparse import BITMASK, TWO_FOUR
 from sparsify.words import format_bytes, plain
 
 # Names of a kind that are said before the rest is counted.
@@ -124,6 +125,6 @@ def as_dense(model: str, quantization: Mapping[str, Any]) -> str:
     """What a model that is quantized, or stored without its zeros, grows to."""
     method, dtype = quantization["method"], quantization["dtype"]
     stored, dense = (format_bytes(quantization[key]) for key in ("stored_bytes", "dense_bytes"))
-    whole = method in ("sparse-24-bitmask", "sparse-bitmask")
+    whole = method in (TWO_FOUR, BITMASK)
     how = f"stored without its zeros ({method}, {stored})" if whole else f"quantized ({method}, {stored})"
     return f"{model} is {how}; dense, in {dtype}, it takes {dense}"

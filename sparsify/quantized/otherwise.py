@@ -6,10 +6,7 @@ from pathlib import Path
 
 from sparsify.errors import SparsifyError
 from sparsify.files.reading import kind_at, read_json
-
-# Where a config says how weights are stored, and files beside it in which libraries say it.
-_SAYS = ("quantization_config", "compression_config")
-_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
+from sparsify.quantized.restated import LEFT_OUT, quantization_of
 
 
 def seems_stored_otherwise(model: object) -> bool:
@@ -22,11 +19,10 @@ def seems_stored_otherwise(model: object) -> bool:
     place = Path(model).expanduser()
     if place.suffix.lower() == ".gguf":
         return True
-    if any(kind_at(place / name) for name in _FILES):
+    if any(kind_at(place / name) for name in LEFT_OUT):
         return True
     try:
         content = read_json(place / "config.json") if kind_at(place / "config.json") else {}
     except SparsifyError:
         return False
-    parts = [content, *(part for part in content.values() if isinstance(part, dict))]
-    return any(isinstance(part.get(key), dict) for part in parts for key in _SAYS)
+    return quantization_of(content) is not None

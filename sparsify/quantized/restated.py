@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 MODELOPT, AUTO_GPTQ, AUTO_AWQ = "hf_quant_config.json", "quantize_config.json", "quant_config.json"
 # Files beside config.json in which libraries say it: a dense folder does without them.

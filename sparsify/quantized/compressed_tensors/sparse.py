@@ -20,11 +20,11 @@ from sparsify.errors import CheckpointError
 from sparsify.files.checkpoint import Checkpoint
 from sparsify.files.ledger import Ledger
 from sparsify.quantized.dense import FLOAT8, FLOATS, Dense, Layout, part, refused
+from sparsify.runtime.codes import unpack_bits
 
 TWO_FOUR, BITMASK = "sparse-24-bitmask", "sparse-bitmask"
 _VALUES, _MASK, _SHAPE, _STARTS = ".compressed", ".bitmask", ".shape", ".row_offsets"
 _WHOLE = (torch.int32, torch.int64)
-_BITS = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class WithZeros:
             return self.checkpoint.read(name)
         stored = self._stored[name]
         values, mask = self.checkpoint.read(stored.values), self.checkpoint.read(stored.mask)
-        kept = _bits(mask)
+        kept = unpack_bits(mask).view(len(mask), 8 * mask.shape[1])
         rows, columns = stored.shape
         found = None
         if bool(kept[:, columns:].any()):
@@ -134,11 +134,6 @@ class WithZeros:
 
 def _as_it_is(parts: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
     return parts["weight"].to(dtype)
-
-
-def _bits(mask: Tensor) -> Tensor:
-    """Booleans [rows, 8 · bytes], the lowest bit first."""
-    return (mask.unsqueeze(-1) & torch.tensor(_BITS, dtype=torch.uint8)).ne(0).flatten(-2)
 
 
 def _parts(checkpoint: Checkpoint, known: Collection[str], base: str) -> _Stored:
