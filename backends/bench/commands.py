@@ -67,6 +67,6 @@ def bench(
         if as_json:
             say(json.dumps(result.as_dict()))
             return
-        Terminal().print(benchmark_report(result))
-        if output is not None:
+        Terminal(quiet=quiet).print(benchmark_report(result))
+        if output is not None and not quiet:
             say(f"wrote {output / 'bench.json'} and {output / 'bench.png'}")

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from sparsify.cli.options import AllowNan, AsJson, Debug, NoCheck, command_errors
+from sparsify.cli.options import AllowNan, AsJson, Debug, NoCheck, Quiet, command_errors
 from sparsify.cli.terminal import Terminal, say
 
 Folder = Annotated[Path, typer.Argument(help="Folder with model.onnx, or an ONNX file.", metavar="OUT")]
@@ -24,6 +24,7 @@ def run(
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     threads: Annotated[int, typer.Option(help="0: as many as onnxruntime likes.", min=0)] = 0,
     no_check: NoCheck = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print the text and errors only.")] = False,
     debug: Debug = False,
 ) -> None:
     """Write text with OUT in onnxruntime, token by token."""
@@ -43,7 +44,7 @@ def run(
         ):
             say(piece.text, lines=True, end="", flush=True)
         say("")
-        Terminal(stderr=True).print(
+        Terminal(stderr=True, quiet=quiet).print(
             f"{piece.count} tokens, {piece.rate:.1f} a second after the first (the prompt took {piece.first:.2f} s)",
             style="dim",
         )
@@ -60,6 +61,7 @@ def expand(
     as_json: AsJson = False,
     no_check: NoCheck = False,
     allow_nan: AllowNan = False,
+    quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
     """Unpack OUT, written with onnx:weights=packed: dense safetensors, and model.onnx pointing into them."""
@@ -67,6 +69,7 @@ def expand(
         from sparsify.backends.onnx.expand import expand as unpack_folder
         from sparsify.progress import ProgressLine
 
-        with ProgressLine(quiet=as_json):
+        with ProgressLine(quiet=quiet or as_json):
             wrote = unpack_folder(folder, output, overwrite=overwrite, check=not no_check, allow_nan=allow_nan)
-        say(json.dumps({"output": str(wrote)}) if as_json else f"wrote {wrote}")
+        if as_json or not quiet:
+            say(json.dumps({"output": str(wrote)}) if as_json else f"wrote {wrote}")

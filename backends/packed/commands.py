@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from sparsify.cli.options import AllowNan, AsJson, Debug, NoCheck, Trust, command_errors
+from sparsify.cli.options import AllowNan, AsJson, Debug, NoCheck, Quiet, Trust, command_errors
 from sparsify.cli.terminal import say
 
 Folder = Annotated[Path, typer.Argument(help="Folder that compile --to packed wrote.", metavar="OUT")]
@@ -24,6 +24,7 @@ def unpack(
     no_check: NoCheck = False,
     allow_nan: AllowNan = False,
     trust_remote_code: Trust = False,
+    quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
     """Write the packed OUT as the dense checkpoint that it was made from, bit for bit."""
@@ -31,7 +32,7 @@ def unpack(
         from sparsify.backends.packed.unpack import unpack_folder
         from sparsify.progress import ProgressLine
 
-        with ProgressLine(quiet=as_json):
+        with ProgressLine(quiet=quiet or as_json):
             wrote = unpack_folder(
                 folder,
                 output,
@@ -40,4 +41,5 @@ def unpack(
                 check=not no_check,
                 allow_nan=allow_nan,
             )
-        say(json.dumps({"output": str(wrote)}) if as_json else f"wrote {wrote}")
+        if as_json or not quiet:
+            say(json.dumps({"output": str(wrote)}) if as_json else f"wrote {wrote}")

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from sparsify.cli.options import AsJson, Debug, command_errors
+from sparsify.cli.options import AsJson, Debug, Quiet, command_errors
 from sparsify.cli.terminal import Terminal, say
 from sparsify.errors import CheckpointError
 from sparsify.files.reading import kind_at
@@ -26,6 +26,7 @@ def verify(
     ] = None,
     weights_only: Annotated[bool, typer.Option("--weights-only", help="Do not load the model into torch.")] = False,
     as_json: AsJson = False,
+    quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
     """Check OUT: the sparsity along the axis that is summed over, every weight's bits, the outputs against torch."""
@@ -36,8 +37,7 @@ def verify(
         from sparsify.backends.verify.report import verification_report
         from sparsify.progress import ProgressLine
 
-        console = Terminal()
-        with ProgressLine(quiet=as_json):
+        with ProgressLine(quiet=quiet or as_json):
             if kind_at(folder) is None:
                 raise CheckpointError(f"verifying {folder}", found="nothing there", do="Check the path")
             onnx = folder.suffix.lower() == ".onnx" or any(folder.glob("*.onnx"))
@@ -61,7 +61,7 @@ def verify(
                 )
         if as_json:
             say(json.dumps(result.as_dict()))
-        else:
-            console.print(verification_report(result))
+        elif not (quiet and result.sound):
+            Terminal().print(verification_report(result))
         if not result.sound:
             raise SystemExit(1)

@@ -109,7 +109,7 @@ def search_command(
     log_level: LogLevel = "warning",
     debug: Debug = False,
 ) -> None:
-    """Write the sparsest MODEL within a budget of quality, searched kind by kind of layer. Again: goes on."""
+    """Write the sparsest MODEL within a budget of quality, kind by kind of layer; run again, it goes on."""
     with command_errors(debug, log_level):
         parse_budget(budget)
         check_pass(method)

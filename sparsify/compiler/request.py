@@ -221,7 +221,7 @@ def _check_teacher(request: Request) -> None:
                 f"--teacher {request.teacher}", found="no pass that fits to one", do="Give --pass refine beside it"
             )
         return
-    if request.teacher is None and (gone := next((o for o in request.structural if o.granularity in _OTHERS), None)):
+    if gone := next((o for o in request.structural if o.granularity in _OTHERS), None):
         raise SpecError(
             f"{spec_text(request.passes[fitted])} after {spec_text(gone)}",
             found=f"{_OTHERS[gone.granularity]}, and blocks are fitted to the dense model's one by one",

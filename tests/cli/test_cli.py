@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 import signal
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 from support.command_line import process, sparsify
 
+from sparsify.cli.main import application
 from sparsify.files.checkpoint import Checkpoint
 
 
@@ -76,6 +78,19 @@ def test_dry_run_and_quiet(folder: Callable[[str], Path], tmp_path: Path) -> Non
     assert not list(tmp_path.iterdir())
     quiet = sparsify("compile", folder("opt"), "--pass", "magnitude:2:4", "-q", "-o", tmp_path / "out")
     assert (quiet.returncode, quiet.stdout, quiet.stderr) == (0, "", "")
+    checked = sparsify("verify", tmp_path / "out", "-q")
+    assert (checked.returncode, checked.stdout, checked.stderr) == (0, "", "")
+    weights = next((tmp_path / "out").glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-2] + b"\0\x40")
+    checked = sparsify("verify", tmp_path / "out", "-q")
+    assert checked.returncode == 1 and checked.stdout  # what is wrong is said, quiet or not
+
+
+def test_whatever_shows_progress_can_be_quiet() -> None:
+    commands = [(c.name or c.callback.__name__, inspect.unwrap(c.callback)) for c in application().registered_commands]
+    shown = {name for name, command in commands if "ProgressLine(" in inspect.getsource(command)}
+    quiet = {name for name, command in commands if "quiet" in inspect.signature(command).parameters}
+    assert {"verify", "unpack", "expand", "bench", "tune"} <= shown <= quiet
 
 
 def test_inspect(folder: Callable[[str], Path], tmp_path: Path) -> None:

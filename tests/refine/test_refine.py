@@ -251,6 +251,7 @@ def test_a_model_that_was_made_smaller_learns_from_the_dense_one(tmp_path: Path)
         (["wanda:2:4", "refine"], {"teacher": "words"}, SpecError, "a vocabulary of 62 tokens, and 64"),
         (["llm-pruner:50%,granularity=layer", "refine"], {}, SpecError, "without some of its blocks"),
         (["llm-pruner:25%,granularity=channel", "refine"], {}, SpecError, "another residual width"),
+        (["llm-pruner:50%,granularity=layer", "refine"], {"teacher": "dense"}, SpecError, "some of its blocks"),
         (["llm-pruner:25%", "refine"], {"teacher": "words"}, SpecError, "a vocabulary of 62 tokens, and 64"),
         (["llm-pruner:25%", "refine:guard=0.01"], {}, CalibrationError, "none to hold back"),
         (["permute:2:4", "wanda:2:4", "refine:guard=0.01"], {}, CalibrationError, "none to hold back"),

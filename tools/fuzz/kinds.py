@@ -46,7 +46,7 @@ def packed(random: Random, sound: Path, work: Path) -> Spoilt:
     """Folders of ``--to packed``: any file of them."""
     of, model = _copied(sound, work, random, "packed24", "bitmask", "packed-experts")
     target = random.choice([p for p in sorted(model.iterdir()) if "tokenizer" not in p.name])
-    (spoil_safetensors if target.suffix == ".safetensors" else spoil_json_file)(target, random)
+    {".safetensors": spoil_safetensors, ".json": spoil_json_file}.get(target.suffix, spoil_file)(target, random)
     unpack, verify = ("unpack", str(model), "-o", str(work / "out")), ("verify", str(model))
     return _spoilt(of, model, random, random.choice((unpack, verify, _about(model, random, sound, work))))
 
