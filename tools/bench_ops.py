@@ -47,7 +47,7 @@ def _calls(rows: int, columns: int) -> list[tuple[str, Callable[..., Any], tuple
     x = torch.randn(1, columns).bfloat16()
     packed, mask = pack(weight, "packed24"), pack(weight, "bitmask")
     starts = row_starts(mask.codes)
-    few = products.FEW_24, products.FEW_BITMASK
+    few = products.few_24(), products.FEW_BITMASK
     return [
         (
             "packed24",

@@ -147,7 +147,8 @@ def test_threads_change_no_bit(layout: Layout, dtype: torch.dtype) -> None:
             one = weight.linear(x)
             torch.set_num_threads(2)
             two = weight.linear(x)
-            if number > products.MANY:  # a dense product of torch's, which promises no such thing
+            ours = layout == "packed24" and native.any_number_24(dtype)
+            if number > products.MANY and not ours:  # a dense product of torch's, which promises no such thing
                 torch.testing.assert_close(one, two)
             else:
                 assert torch.equal(one, two), number

@@ -47,7 +47,7 @@ def test_panels_of_any_height(layout: Layout, dtype: torch.dtype, monkeypatch: p
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_few_and_more_tokens(layout: Layout) -> None:
     torch.manual_seed(0)
-    for few in {products.FEW_24, products.FEW_BITMASK}:
+    for few in {products.FEW_24, products.FEW_BITMASK, products.FEW_ACROSS}:
         for tokens in (few - 1, few, few + 1):
             check(9, tokens, layout)
 

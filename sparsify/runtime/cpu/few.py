@@ -27,7 +27,7 @@ from sparsify.runtime.few_arguments import (
 from sparsify.runtime.words import Layout
 
 # Up to FEW tokens are multiplied with weights that stay packed; above, PANEL rows at a time are made dense in a buffer
-# that all panels share, for a dense product.
+# that all panels share, for a dense product. packed24 with AVX-512 is never made dense: the tokens lie across vectors.
 FEW = 16
 PANEL = 512
 # As the kernels call them (FewLayout in few.h).
@@ -208,7 +208,7 @@ def _linear(x: Tensor, w: _Matrix, exact: bool, bias: Tensor | None) -> Tensor:
     assert library is not None, "callers run only where there are kernels"
     *lead, width = x.shape
     rows = w.scales.shape[0]
-    if x.numel() > FEW * width:
+    if x.numel() > FEW * width and not (w.layout == _LAYOUTS["packed24"] and native.any_number_24(x.dtype)):
         return _by_panels(x, w, bias)
     x, bias = x.contiguous(), None if bias is None else bias.contiguous()
     y = x.new_empty(*lead, rows)
@@ -221,6 +221,7 @@ def _linear(x: Tensor, w: _Matrix, exact: bool, bias: Tensor | None) -> Tensor:
         y.data_ptr(),
         rows,
         width,
+        FEW,
         exact,
         torch.get_num_threads(),
     )

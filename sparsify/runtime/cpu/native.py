@@ -46,6 +46,7 @@ class NativeLibrary:
         library.sparsify_source.restype = ctypes.c_char_p
         self.source = library.sparsify_source().decode()
         self.best_isa: int = library.sparsify_isa()
+        self.has_tiles = bool(library.sparsify_tiles())
         tensor: list[Any] = [pointer, number]  # where it lies, and how long it is
         self.linear = library.sparsify_linear
         self.linear.argtypes = [small, small, *tensor * 5, pointer, *[number] * 3, small]
@@ -59,7 +60,7 @@ class NativeLibrary:
         self.unpack.argtypes = [small, small, *tensor * 4, *[number] * 4, small]
         few = [small, small, small, small, number, *tensor * 4]
         self.linear_few = library.sparsify_linear_few
-        self.linear_few.argtypes = [*few, *tensor * 2, pointer, number, number, small, small]
+        self.linear_few.argtypes = [*few, *tensor * 2, pointer, *[number] * 3, small, small]
         self.unpack_few = library.sparsify_unpack_few
         self.unpack_few.argtypes = [*few, *tensor, *[number] * 4, small]
 
@@ -174,6 +175,13 @@ def isa() -> int:
             do=f"Take {', '.join(ISAS[: best + 1])}",
         )
     return ISAS.index(wanted)
+
+
+def any_number_24(dtype: torch.dtype) -> bool:
+    """Whether the kernels multiply any number of tokens with packed24 at least as fast as torch does unpacked panels:
+    with AVX-512, unless torch has tiles (AMX) for that dtype."""
+    found = library()
+    return found is not None and isa() == 2 and not (found.has_tiles and dtype is torch.bfloat16)
 
 
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}

@@ -23,9 +23,10 @@ from sparsify.runtime.cpu.asked_once import KnownCodes, KnownMatrices
 from sparsify.runtime.cpu.unpacking import unpack_rows
 from sparsify.runtime.layout import padded
 
-# Up to FEW tokens are multiplied with weights that stay packed; up to MANY with four rows at a time unpacked inside the
-# kernel; above, PANEL rows at a time are unpacked into a buffer that all panels share, for a dense product.
-FEW_24, FEW_BITMASK = 16, 8
+# Up to FEW tokens are multiplied with weights that stay packed, each by itself; up to MANY with four rows at a time
+# unpacked inside the kernel; above, PANEL rows at a time are unpacked into a buffer that all panels share, for a dense
+# product. packed24 with AVX-512 is never unpacked: above FEW_ACROSS tokens they lie across the vectors.
+FEW_24, FEW_BITMASK, FEW_ACROSS = 16, 8, 10
 MANY = 64
 PANEL = 512
 
@@ -40,7 +41,7 @@ def linear_24(x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None = Non
         _matrices.remember(values, meta, None, rows, values.shape[1] * 2)
     if native.library() is None:
         return reference.linear_24(x, values, meta, bias)
-    return _linear(x, values, meta, None, rows, FEW_24, bias)
+    return _linear(x, values, meta, None, rows, few_24(), bias)
 
 
 def linear_bitmask(x: Tensor, values: Tensor, mask: Tensor, rowptr: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -60,7 +61,7 @@ def experts_24(x: Tensor, values: Tensor, meta: Tensor, offsets: Tensor) -> Tens
         return reference.experts_24(x, values, meta, offsets)
     rows = values.shape[1]
     return reference.by_expert(
-        x, rows, offsets, lambda e, part: _linear(part, values[e], meta[e], None, rows, FEW_24, None)
+        x, rows, offsets, lambda e, part: _linear(part, values[e], meta[e], None, rows, few_24(), None)
     )
 
 
@@ -119,7 +120,7 @@ def _linear(
     x, values, codes = x.contiguous(), values.contiguous(), codes.contiguous()
     *lead, width = x.shape
     count = x.numel()
-    if count > MANY * width:
+    if count > MANY * width and not (starts is None and native.any_number_24(x.dtype)):
         return _by_panels(x, values, codes, starts, rows, bias)
     bias = None if bias is None else bias.contiguous()
     starts = None if starts is None else starts.contiguous()
@@ -146,6 +147,10 @@ def _linear(
     if failed:
         raise failure(failed, x, values, codes)
     return y
+
+
+def few_24() -> int:
+    return FEW_ACROSS if native.isa() == 2 else FEW_24
 
 
 def _empty(x: Tensor, lead: list[int], rows: int) -> Tensor:

@@ -55,6 +55,12 @@ void exact_avx512(const Few& w, const void* x, const void* bias, void* y, i64 to
 }
 #endif
 
+#ifdef SPARSIFY_X86
+template <int KIND> bool wide_avx512(const Few& w, const wide::Product& p) {
+  return w.bits == 8 ? p.run<KIND>(Scaled<KIND, 8>{w}) : p.run<KIND>(Scaled<KIND, 4>{w});
+}
+#endif
+
 // What a thread needs of memory: a row as int8 and as float, or (AVX-512's exact way) a piece of four rows and their sums.
 i64 scratch_bytes(int isa, const Few& w, i64 exact_tokens) {
   if (isa == AVX512) return exact_tokens ? 4 * BLOCK * 4 + 4 * 64 * exact_tokens : 0;
@@ -89,6 +95,17 @@ struct Run {
 #endif
       few_exact_scalar(w, (const float*)in.at, bias, y, tokens, rows, from, to, scratch);
     });
+  }
+
+  // Where tokens are many: x is not quantised, and what is not finite takes the way on which zeros count.
+  bool many(const void* x, void* y, i64 tokens) const {
+#ifdef SPARSIFY_X86
+    if (isa == AVX512 && w.layout == PACKED24 && finite_avx2(w.kind, x, tokens * w.width)) {
+      const wide::Product p{w.columns, w.width, x, bias, y, tokens, rows, threads};
+      return w.kind == F32 ? wide_avx512<F32>(w, p) : w.kind == BF16 ? wide_avx512<BF16>(w, p) : wide_avx512<F16>(w, p);
+    }
+#endif
+    return exact(x, y, tokens);
   }
 
   bool quantised(const Quantised& x, void* y, i64 tokens) const {
@@ -126,8 +143,9 @@ struct Run {
 };
 
 // All tokens: those that can be are quantised, runs of the others are multiplied as they are.
-int product(const Run& run, const void* x, void* y, i64 tokens, bool exact) {
+int product(const Run& run, const void* x, void* y, i64 tokens, i64 few, bool exact) {
   const Few& w = run.w;
+  if (tokens > few) return run.many(x, y, tokens) ? DONE : MEMORY;
   if (exact) return run.exact(x, y, tokens) ? DONE : MEMORY;
   const i64 steps = w.columns / WIDE, group = shared(w), size = run.size();
   Quantised q;
@@ -181,11 +199,12 @@ Few matrix(int kind, int layout, int bits, i64 group, const void* values, i64 by
 extern "C" {
 
 // Each returns an Answer. `layout`, `bits` and `group` are those of Few; `kind` is the dtype of scales, x, bias and y. The
-// columns are `width`, padded; a `bias_count` below zero says that there is no bias. `exact`: x is not quantised.
+// columns are `width`, padded; a `bias_count` below zero says that there is no bias. `exact`: x is not quantised, nor are
+// more than `few` tokens.
 EXPORT int sparsify_linear_few(int isa, int kind, int layout, int bits, i64 group, const void* values, i64 value_bytes,
                                const void* codes, i64 code_bytes, const i64* starts, i64 start_count, const void* scales,
                                i64 scale_count, const void* x, i64 x_count, const void* bias, i64 bias_count, void* y, i64 rows,
-                               i64 width, int exact, int threads) {
+                               i64 width, i64 few, int exact, int threads) {
   if (width < 1 || width > MOST_COLUMNS) return SIZES;
   i32 apart = 0;
   const Few w = matrix(kind, layout, bits, group, values, value_bytes, codes, starts, scales, width, &apart);
@@ -198,7 +217,7 @@ EXPORT int sparsify_linear_few(int isa, int kind, int layout, int bits, i64 grou
   const i64 tokens = x_count / width;
   if (!tokens || !rows) return DONE;
   if ((double)rows * (double)w.columns * (double)tokens < (1 << 16)) threads = 1;   // as in kernels.cpp
-  const int answer = product(Run{w, isa, threads, rows, bias_count >= 0 ? bias : nullptr}, x, y, tokens, exact != 0);
+  const int answer = product(Run{w, isa, threads, rows, bias_count >= 0 ? bias : nullptr}, x, y, tokens, few, exact != 0);
   return answer == DONE && apart ? STARTS : answer;
 }
 

@@ -6,6 +6,7 @@
 #pragma once
 #include "avx512.h"
 #include "few.h"
+#include "wide_avx512.h"
 #ifdef SPARSIFY_X86
 #define TFEW __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512vbmi2,avx512vnni,avx512bf16,fma,f16c,popcnt,bmi,bmi2")))
 
@@ -188,12 +189,12 @@ TFEW static void few_tokens512(const Few& w, const Quantised& x, const void* bia
 // ---- exact: the weights as floating-point numbers
 
 // Of each 16-bit lane's low byte the two nibbles, low one first, as int8.
-TFEW INLINE __m512i nibbles512(__m512i v) {
+T512 INLINE __m512i nibbles512(__m512i v) {
   const __m512i eight = _mm512_set1_epi8(8);
   const __m512i u = _mm512_and_si512(_mm512_or_si512(v, _mm512_slli_epi16(v, 4)), _mm512_set1_epi8(15));
   return _mm512_sub_epi8(_mm512_xor_si512(u, eight), eight);
 }
-TFEW INLINE __m512i nibbles512(const void* p) {   // of 32 bytes
+T512 INLINE __m512i nibbles512(const void* p) {   // of 32 bytes
   return nibbles512(_mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)p)));
 }
 
@@ -223,7 +224,7 @@ TFEW INLINE __m512i decode512(const Few& w, i64 row, i64 block, i64& at) {
   return _mm512_mask_expand_epi8(fresh_zero(), mask, held);
 }
 
-TFEW INLINE __m512i to_bf16_512(__m512 f) {   // as to_bf16: vcvtneps2bf16 makes subnormal numbers zero
+T512 INLINE __m512i to_bf16_512(__m512 f) {   // as to_bf16: vcvtneps2bf16 makes subnormal numbers zero
   const __m512i u = _mm512_castps_si512(f), odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
   const __m512i up = _mm512_add_epi32(_mm512_add_epi32(u, _mm512_set1_epi32(0x7fff)), odd);
   const __mmask16 nan = _mm512_cmp_ps_mask(f, f, _CMP_UNORD_Q);
@@ -231,7 +232,7 @@ TFEW INLINE __m512i to_bf16_512(__m512 f) {   // as to_bf16: vcvtneps2bf16 makes
 }
 
 // Sixteen weights to out[at …], as they are stored in KIND; FLOATS: as products take them, float or bfloat16.
-template <int KIND, bool FLOATS> TFEW INLINE void put512(__m512 f, void* out, i64 at, __mmask16 here) {
+template <int KIND, bool FLOATS> T512 INLINE void put512(__m512 f, void* out, i64 at, __mmask16 here) {
   if (KIND == F32) return _mm512_mask_storeu_ps((float*)out + at, here, f);
   // vdpbf16ps takes subnormal numbers for zero: the conversion that does so too is good enough for it, and shorter.
   if (KIND == BF16 && FLOATS) return _mm256_mask_storeu_epi16((u16*)out + at, here, (__m256i)_mm512_cvtneps_pbh(f));
@@ -303,4 +304,27 @@ TFEW static void few_exact512(const Few& w, const void* x, const void* bias, voi
       }
   }
 }
+
+// ---- many tokens of packed24: the weights as wide_avx512.h takes them, floating-point numbers rounded as in weights512()
+
+template <int KIND, int BITS> struct Scaled {
+  static const bool PAIRS = KIND == BF16;
+  const Few& w;
+
+  MEMBER const u8* codes(i64 row, i64 k) const { return w.codes + row * (w.columns / 8) + k / 8; }
+  MEMBER const u8* values(i64 row, i64 k) const { return w.values + (row * w.columns + k) / 2 * BITS / 8; }
+  MEMBER i64 bytes(i64 columns) const { return columns / 2 * BITS / 8; }
+
+  T512 MEMBER const u32_anywhere* steps(i64 row, i64 k, i64 columns, u32* buffer) const {
+    for (i64 i = 0; i < columns; i += 32) {   // 16 values of one scale
+      const u8* here = values(row, k + i);
+      __m128i held;
+      if (BITS == 8) held = _mm_loadu_si128((const __m128i*)here);
+      else held = _mm512_castsi512_si128(nibbles512(_mm512_castsi128_si512(_mm_cvtepu8_epi16(_mm_loadl_epi64((const __m128i*)here)))));
+      const __m512 f = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(held)), scale = _mm512_set1_ps(scale_of(w, row, k + i));
+      put512<KIND, true>(_mm512_fmadd_ps(f, scale, _mm512_setzero_ps()), buffer, i / 2, 0xffff);
+    }
+    return buffer;
+  }
+};
 #endif

@@ -6,7 +6,11 @@
 #include "scalar.h"
 #include "avx2.h"
 #include "avx512.h"
+#include "wide_avx512.h"
 #include "calls.h"
+#ifdef SPARSIFY_X86
+#include <cpuid.h>
+#endif
 
 #ifndef SPARSIFY_SOURCE
 #define SPARSIFY_SOURCE "unknown"
@@ -121,13 +125,21 @@ int linear(int isa, int kind, Matrix w, Given values, Given codes, i64 starts, G
   if (bias.count >= 0 && !bias.is(rows)) return SIZES;
   if (!stays_inside(isa, w, 0, rows)) return STARTS;
   const i64 tokens = x.count / width;
+  if ((double)rows * (double)w.columns * (double)tokens < (1 << 16)) threads = 1;   // less work than it takes to wake a thread
 #ifdef SPARSIFY_X86
   // Where x is permuted to the values nothing meets a weight that was pruned; but zero times NaN or infinity is NaN.
-  if (!w.mask && tokens <= few && isa > SCALAR && !finite_avx2(kind, x.at, x.count)) few = 0;
+  const bool across = !w.mask && isa == AVX512 && tokens > few;
+  if (!w.mask && isa > SCALAR && (across || tokens <= few) && !finite_avx2(kind, x.at, x.count)) few = 0;
+  else if (across && rows) {
+    const wide::Product p{w.columns, width, x.at, bias.at, y, tokens, rows, threads};
+    const bool enough = kind == F32    ? p.run<F32>(wide::Numbers<F32>{w})
+                        : kind == BF16 ? p.run<BF16>(wide::Numbers<BF16>{w})
+                                       : p.run<F16>(wide::Numbers<F16>{w});
+    return enough ? DONE : MEMORY;
+  }
 #endif
   i32 apart = 0;
   w.apart = &apart;
-  if ((double)rows * (double)w.columns * (double)tokens < (1 << 16)) threads = 1;   // less work than it takes to wake a thread
   const bool as_float = !(isa == AVX512 && kind == BF16);
   const i64 size = as_float || kind == F32 ? 4 : 2;
   // Tokens a power of two apart would all lie in the same lines of the first cache, and the weights' rows with them.
@@ -238,6 +250,15 @@ EXPORT int sparsify_linear_dense(int isa, int kind, const void* w, i64 w_count, 
 #else
   return SIZES;
 #endif
+}
+
+// Whether torch's products of bfloat16 have tiles (AMX), which no vector keeps up with where tokens are many.
+EXPORT int sparsify_tiles() {
+#ifdef SPARSIFY_X86
+  u32 a, b, c, d = 0;
+  if (__get_cpuid_count(7, 0, &a, &b, &c, &d)) return d >> 22 & 1;
+#endif
+  return 0;
 }
 
 // Where each row of a mask [rows, words] begins in its values, and where the last one ends: starts[rows + 1].
