@@ -50,18 +50,20 @@ def unpacked(packed: Packed, rowptr: Tensor | None = None) -> Tensor:
         BackendError: the tensors are not those of one matrix.
     """
     rows, columns = packed.shape
-    on_cpu = packed.values.device.type == "cpu"
-    if not on_cpu or native.library() is None or (packed.layout == "bitmask" and rowptr is None):
-        return unpack(packed)
+    by_kernels = packed.values.device.type == "cpu" and native.library() is not None
     if packed.scales is not None and packed.bits is not None:
+        if not by_kernels or (packed.layout == "bitmask" and rowptr is None):
+            return unpack(packed)
         codes, group = None if packed.layout == "dense" else packed.codes, packed.group or 0
         return unpack_few(packed.layout, packed.scales, packed.values, codes, rowptr, packed.bits, group, columns)
     starts = rowptr if packed.layout == "bitmask" else None
-    coded = torch.uint8 if starts is None else torch.int32
+    coded, dims = (torch.uint8, 2) if packed.layout == "packed24" else (torch.int32, 1)
     sound = packed.values.layout is packed.codes.layout is torch.strided and packed.values.dtype in DTYPES
-    sound = sound and packed.codes.dtype is coded and packed.codes.dim() == 2
+    sound = sound and packed.codes.dtype is coded and packed.codes.dim() == 2 and packed.values.dim() == dims
     if not sound or packed.codes.shape[0] != rows or (starts is not None and not _are_starts(starts)):
         raise disagreement(packed.values, packed.values, packed.codes)
+    if not by_kernels or (packed.layout == "bitmask" and starts is None):
+        return unpack(packed)
     full = packed.codes.shape[1] * (8 if packed.layout == "packed24" else 32)
     out = packed.values.new_empty(rows, full)
     starts = None if starts is None else starts.contiguous()
