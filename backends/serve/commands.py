@@ -74,9 +74,14 @@ def serve(
             say("Ctrl-C ends it.", flush=True)
         # Its own story is for those who ask for one.
         logging.getLogger("uvicorn").setLevel("INFO" if log_level.lower() in ("info", "debug") else "CRITICAL")
+        # Of a process whose parent has it ignore Ctrl-C (a job of a script) the server ends too, and none is raised.
+        code = 0
         try:
             run_until_told(held, socket, log_requests=log_level.lower() in ("info", "debug"))
-        except (KeyboardInterrupt, SystemExit) as error:
-            if not as_json and not quiet:
-                say("stopped", flush=True)
-            raise typer.Exit(_TERMINATED if isinstance(error, SystemExit) else _INTERRUPTED) from None
+        except KeyboardInterrupt:
+            code = _INTERRUPTED
+        except SystemExit:
+            code = _TERMINATED
+        if not as_json and not quiet:
+            say("stopped", flush=True)
+        raise typer.Exit(code)

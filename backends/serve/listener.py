@@ -16,6 +16,10 @@ class Ended(Exception):
     """Raised through ``generate``: what comes after is not wanted."""
 
 
+class Gone(Exception):
+    """Raised through ``generate``: nobody listens any more."""
+
+
 class Stops:
     """Text up to the first of some texts that end it; what may be the beginning of one waits."""
 
@@ -83,7 +87,7 @@ class Listener:
 
     def put(self, tokens: Tensor) -> None:
         if self._gone.is_set():
-            raise Ended
+            raise Gone
         if self._prompt:  # which comes first
             self._prompt = False
             return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ import torch
 from transformers import GenerationConfig
 from transformers.cli.serving.utils import BaseGenerateManager, _StreamError
 
-from sparsify.backends.serve.listener import Ended, Listener, Stops
+from sparsify.backends.serve.listener import Ended, Gone, Listener, Stops
 from sparsify.backends.serve.refusal import Refusal
 from sparsify.errors import first_line
 
@@ -60,7 +61,9 @@ class Turn(BaseGenerateManager):
         loop, queue = asyncio.get_running_loop(), asyncio.Queue[Any]()
 
         def say(item: Any) -> None:
-            loop.call_soon_threadsafe(queue.put_nowait, item)
+            # The loop is closed where the server stops in the middle of a token.
+            with contextlib.suppress(RuntimeError):
+                loop.call_soon_threadsafe(queue.put_nowait, item)
 
         self._fit(inputs, gen_config)
         listener = self._listen(processor, say, response_parser)
@@ -131,6 +134,8 @@ class Turn(BaseGenerateManager):
                 model.generate(**given, generation_config=config, streamer=listener)
             except Ended:
                 listener.end()
+            except Gone:
+                pass
 
         self.begun = True
         return self._worker.submit(run)
