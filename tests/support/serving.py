@@ -21,7 +21,8 @@ import transformers
 from support.tokenizers import of_bytes
 
 TEMPLATE = (
-    "{% for message in messages %}{% if message['role'] == 'stranger' %}{{ raise_exception('no such role') }}{% endif %}"
+    "{% for message in messages %}"
+    "{% if message['role'] == 'stranger' %}{{ raise_exception('no such role') }}{% endif %}"
     "# {{ message['role'] }}: {{ message['content'] }}\n{% endfor %}{% if loud %}# LOUD\n{% endif %}def "
 )
 
@@ -96,8 +97,10 @@ def serving(folder: Path, *words: object) -> Iterator[Server]:
 
 
 def bundled_in_float32(bundled: Path, folder: Path, template: str | None = TEMPLATE) -> Path:
-    """The bundled model, whose greedy tokens do not hang on how many are computed at once; with a chat template."""
-    transformers.AutoModelForCausalLM.from_pretrained(bundled, dtype=torch.float32).save_pretrained(folder)
+    """One block of the bundled model, in float32, in which likely tokens are rarely as likely; with a chat template."""
+    config = transformers.AutoConfig.from_pretrained(bundled, num_hidden_layers=1)
+    model = transformers.AutoModelForCausalLM.from_pretrained(bundled, config=config, dtype=torch.float32)
+    model.save_pretrained(folder)
     tokenizer = transformers.AutoTokenizer.from_pretrained(bundled)
     tokenizer.chat_template = template
     tokenizer.save_pretrained(folder)
@@ -105,7 +108,7 @@ def bundled_in_float32(bundled: Path, folder: Path, template: str | None = TEMPL
 
 
 def with_bytes(model: Any, folder: Path, chat_template: str | None = None) -> Path:
-    """A tiny model with a token for each byte, so that any text can be sent to it; it knows 64 tokens no longer."""
+    """``model`` with a token for each byte, so that any text can be sent to it."""
     tokenizer = of_bytes(chat_template=chat_template)
     model.resize_token_embeddings(len(tokenizer))
     model.save_pretrained(folder)

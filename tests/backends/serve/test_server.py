@@ -126,7 +126,7 @@ def test_sixteen_at_once(server: Server, greedy: Offline) -> None:
 def test_where_a_text_ends(server: Server, greedy: Offline) -> None:
     whole = greedy("def main(", 24)
     # One that begins and ends in the middle of tokens.
-    for stop in (whole[7:10], [whole[12:13], "nowhere"], [whole[5:9], whole[4:]]):
+    for stop in (whole[7:10], [whole[12:13], "nowhere"], [whole[5:9], whole[9:14]]):
         first = min(place for text in ([stop] if isinstance(stop, str) else stop) if (place := whole.find(text)) >= 0)
         for stream in (False, True):
             assert complete(server, "def main(", 24, stop=stop, stream=stream) == whole[:first]
@@ -241,17 +241,6 @@ def test_nonsense_and_the_server_lives(server: Server, greedy: Offline) -> None:
     assert status == 413 and "larger than" in said["error"]["message"]
     assert server.answer("nothing", b"{}")[0] == 404
     assert complete(server, "def main(", 3) == greedy("def main(", 3) and server.process.poll() is None
-
-
-@pytest.mark.parametrize(("told", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_it_ends_when_it_is_told_to(told: signal.Signals, code: int, tmp_path: Path) -> None:
-    folder = with_bytes(endless("llama"), tmp_path / "model")
-    with serving(folder) as made:
-        assert made.told["model"] == "model" and made.told["process"] == made.process.pid
-        assert made.answer("completions", b'{"prompt": "x", "max_tokens": 3}')[0] == 200
-        made.process.send_signal(told)
-        assert made.process.wait(60) == code
-        assert made.process.stderr is not None and made.process.stderr.read() == ""
 
 
 @pytest.mark.slow
