@@ -47,6 +47,8 @@ class Load:
     """What the server did with the load.
 
     Attributes:
+        cpu, cpu_offline: milliseconds of processor time that a token takes, in the server and without one, whatever
+            else the machine does. None where the server is not ours.
         lost: requests without an answer. differ: answers that are not the offline text.
         tokens: of all answers. seconds: from the first request to the last answer. median, slowest: of one request.
         offline: tokens a second of one text after the other, without a server.
@@ -61,23 +63,34 @@ class Load:
     median: float
     slowest: float
     offline: float
+    cpu: float | None
+    cpu_offline: float
     dtype: str
     threads: int
     processor: str
 
 
 @contextlib.contextmanager
-def served(folder: Path, threads: int) -> Iterator[tuple[str, str]]:
-    """Address and name of a server of our own."""
+def served(folder: Path, threads: int) -> Iterator[tuple[str, str, int | None]]:
+    """Address, name and process of a server of our own."""
     words = [sys.executable, "-m", "sparsify", "serve", str(folder), "--port", "0", "--json", "--device", "cpu"]
     process = subprocess.Popen([*words, "--threads", str(threads)], stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None
         told = json.loads(process.stdout.readline())
-        yield told["address"], told["model"]
+        yield told["address"], told["model"], told["process"]
     finally:
         process.terminate()
         process.wait(60)
+
+
+def processor_seconds(process: int | None) -> float | None:
+    """What ``process`` has taken so far; None where nobody says."""
+    stat = Path(f"/proc/{process}/stat")
+    if process is None or not stat.exists():
+        return None
+    user, system = stat.read_text(encoding="utf-8").rpartition(") ")[2].split()[11:13]
+    return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
 
 
 def questions(count: int, tokens: int) -> list[tuple[str, int]]:
@@ -98,19 +111,19 @@ def ask(client: openai.OpenAI, name: str, prompt: str, tokens: int, stream: bool
     return text, time.perf_counter() - start
 
 
-def offline(folder: Path, asked: list[tuple[str, int]]) -> tuple[list[tuple[str, int]], float, str]:
-    """Text and number of tokens of every question, tokens a second, and the dtype."""
+def offline(folder: Path, asked: list[tuple[str, int]]) -> tuple[list[tuple[str, int]], float, float, str]:
+    """Text and number of tokens of every question, seconds of a clock and of the processor, and the dtype."""
     held = open_held(folder, "offline", torch.device("cpu"))
-    made, start = [], time.perf_counter()
+    made, start, before = [], time.perf_counter(), time.process_time()
     for prompt, tokens in asked:
         given = held.tokenizer(prompt, return_tensors="pt")
         out = held.model.generate(
             given.input_ids, attention_mask=given.attention_mask, max_new_tokens=tokens, do_sample=False
         )[0, given.input_ids.shape[1] :]
         made.append((held.tokenizer.decode(out, skip_special_tokens=True), len(out)))
-    seconds = time.perf_counter() - start
+    seconds, processor_time = time.perf_counter() - start, time.process_time() - before
     held.worker.shutdown()
-    return made, sum(count for _, count in made) / seconds, str(held.model.dtype).removeprefix("torch.")
+    return made, seconds, processor_time, str(held.model.dtype).removeprefix("torch.")
 
 
 def main() -> int:
@@ -126,14 +139,15 @@ def main() -> int:
     words = parser.parse_args()
     torch.set_num_threads(words.threads)
     asked = questions(words.requests, words.tokens)
-    expected, alone, dtype = offline(words.folder, asked)
+    expected, alone, alone_cpu, dtype = offline(words.folder, asked)
+    every = sum(count for _, count in expected)
     own = served(words.folder, words.threads)
-    where = contextlib.nullcontext((words.address, words.name)) if words.address else own
-    with where as (address, name), ThreadPoolExecutor(words.at_once) as pool:
+    where = contextlib.nullcontext((words.address, words.name, None)) if words.address else own
+    with where as (address, name, process), ThreadPoolExecutor(words.at_once) as pool:
         client = openai.OpenAI(base_url=address, api_key="none", max_retries=0, timeout=600)
-        start = time.perf_counter()
+        start, before = time.perf_counter(), processor_seconds(process)
         given = list(pool.map(lambda n: ask(client, name, *asked[n], n % 2 == 0), range(len(asked))))
-        seconds = time.perf_counter() - start
+        seconds, after = time.perf_counter() - start, processor_seconds(process)
     took = [one for text, one in given if text is not None]
     answered = [(text, right) for (text, _), (right, _) in zip(given, expected, strict=True) if text is not None]
     load = Load(
@@ -145,7 +159,9 @@ def main() -> int:
         seconds=round(seconds, 2),
         median=round(statistics.median(took), 3) if took else 0.0,
         slowest=round(max(took, default=0.0), 3),
-        offline=round(alone, 1),
+        offline=round(every / alone, 1),
+        cpu=None if before is None or after is None else round(1000 * (after - before) / every, 2),
+        cpu_offline=round(1000 * alone_cpu / every, 2),
         dtype=dtype,
         threads=words.threads,
         processor=processor(),
@@ -153,6 +169,7 @@ def main() -> int:
     print(f"{load.requests} requests, {load.at_once} at once: {load.lost} lost, {load.differ} other texts than offline")
     print(f"{load.tokens / seconds:.0f} tokens/s ({load.tokens} in {load.seconds} s); offline {load.offline:.0f}")
     print(f"a request: median {load.median} s, slowest {load.slowest} s; {dtype}, {load.threads} thread(s)")
+    print(f"processor time a token: {load.cpu} ms in the server, {load.cpu_offline} ms offline")
     if words.json is not None:
         words.json.write_text(json.dumps(asdict(load), indent=2) + "\n", encoding="utf-8")
     return int(load.lost > 0 or (load.differ > 0 and dtype == "float32"))

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from sparsify.backends.serve.refusal import Refusal
+from sparsify.files.json_text import parse_json
 
 _CONTENT = ("text", "input_text", "output_text")
 # Seeds as OpenAI's schema has them.
@@ -21,13 +22,11 @@ _MOST_STOPS, _LONGEST_STOP = 16, 256
 
 def parse(data: bytes) -> dict[str, Any]:
     """Raises:
-    Refusal: it is no JSON object, or one with numbers or text that nothing can be done with.
+    Refusal: it is no JSON object.
     """
     try:
-        body = json.loads(data, parse_constant=_no_constant)
-        # Halves of surrogate pairs, which JSON can write and no tokenizer reads.
-        json.dumps(body, ensure_ascii=False).encode()
-    except (ValueError, RecursionError) as error:
+        body = parse_json(data)
+    except ValueError as error:
         raise Refusal(f"The body is not JSON that can be read: {error}") from None
     if not isinstance(body, dict):
         raise Refusal(f"The body is {_kind(body)}, not a JSON object")
@@ -196,12 +195,8 @@ def _kind(value: Any) -> str:
 
 
 def _shown(value: Any) -> str:
-    text = json.dumps(value)
+    text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 60 else f"{text[:60]}…"
-
-
-def _no_constant(text: str) -> float:
-    raise ValueError(f"{text} is no number")
 
 
 def is_sampled(body: Mapping[str, Any]) -> bool | None:
