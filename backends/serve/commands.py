@@ -40,6 +40,7 @@ def serve(
         from sparsify.backends.serve.needed import require_server
         from sparsify.words import check_threads
 
+        talks = not as_json and not quiet
         require_server()
         check_threads(threads)
         name = folder.resolve().name if name is None else name
@@ -56,32 +57,31 @@ def serve(
         where = resolve_device(device)
         if threads:
             torch.set_num_threads(threads)
-        socket = bind(host, port)
-        if not as_json and not quiet:
-            say(f"loading {folder} ({kind})", flush=True)
-        held = open_held(folder, name, where, trust_remote_code=trust_remote_code, check=not no_check)
-        listen(socket)
-        address = address_of(socket)
-        if as_json:
-            say(
-                json.dumps({"address": address, "model": name, "folder": str(folder), "process": os.getpid()}),
-                flush=True,
-            )
-        elif not quiet:
-            kept = str(held.model.dtype).removeprefix("torch.")
-            say(f"serving {name} ({type(held.model).__name__}, {kept}, {where}) at {address}", flush=True)
-            say(f"  {example(held, address)}", flush=True)
-            say("Ctrl-C ends it.", flush=True)
-        # Its own story is for those who ask for one.
-        logging.getLogger("uvicorn").setLevel("INFO" if log_level.lower() in ("info", "debug") else "CRITICAL")
-        # Of a process whose parent has it ignore Ctrl-C (a job of a script) the server ends too, and none is raised.
-        code = 0
-        try:
-            run_until_told(held, socket, log_requests=log_level.lower() in ("info", "debug"))
-        except KeyboardInterrupt:
-            code = _INTERRUPTED
-        except SystemExit:
-            code = _TERMINATED
-        if not as_json and not quiet:
+        with bind(host, port) as socket:
+            if talks:
+                say(f"loading {folder} ({kind})", flush=True)
+            held = open_held(folder, name, where, trust_remote_code=trust_remote_code, check=not no_check)
+            listen(socket)
+            address = address_of(socket)
+            if as_json:
+                told = {"address": address, "model": name, "folder": str(folder), "process": os.getpid()}
+                say(json.dumps(told), flush=True)
+            elif talks:
+                kept = str(held.model.dtype).removeprefix("torch.")
+                say(f"serving {name} ({type(held.model).__name__}, {kept}, {where}) at {address}", flush=True)
+                say(f"  {example(held, address)}", flush=True)
+                say("Ctrl-C ends it.", flush=True)
+            # What the server tells of itself is for those who ask for a story.
+            story = log_level.lower() in ("info", "debug")
+            logging.getLogger("uvicorn").setLevel("INFO" if story else "CRITICAL")
+            # A process that was started to ignore Ctrl-C (a job of a script) ends without an exception.
+            code = 0
+            try:
+                run_until_told(held, socket, log_requests=story)
+            except KeyboardInterrupt:
+                code = _INTERRUPTED
+            except SystemExit:
+                code = _TERMINATED
+        if talks:
             say("stopped", flush=True)
         raise typer.Exit(code)
