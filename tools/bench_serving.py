@@ -1,6 +1,6 @@
 """A server under load: requests at once, none lost, every text the one that the folder gives offline; tokens a second.
 
-    python tools/bench_serving.py MODEL_OR_OUT [--requests 200] [--at-once 16] [--tokens 32] [--threads 1] [--json FILE]
+    python tools/bench_serving.py OUT [--requests 200] [--at-once 16] [--tokens 32] [--threads 1] [--json FILE]
     python tools/bench_serving.py OUT --address http://127.0.0.1:8000/v1 --name MODEL      # a server that runs already
 
 Starts `sparsify serve` on a port that is free unless --address names a server (of any OpenAI-compatible kind). Half of
