@@ -139,6 +139,11 @@ class Streamed(StreamingResponse):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await super().__call__(scope, receive, send)
+        except (OSError, ClientDisconnect):  # the client has gone
+            raise
+        except Exception as error:
+            _LOG.error("a stream broke off: %s", first_line(error))
+            raise
         finally:
             # Also where the client left before a line was written, and nothing was iterated.
             self.turn.cancel()

@@ -71,9 +71,11 @@ def serve(
                 say(f"serving {name} ({type(held.model).__name__}, {kept}, {where}) at {address}", flush=True)
                 say(f"  {example(held, address)}", flush=True)
                 say("Ctrl-C ends it.", flush=True)
-            # What the server tells of itself is for those who ask for a story.
+            # Requests are told on --log-level info; uvicorn's own story, with its tracebacks of answers that a stop cut
+            # short, on debug. What fails in an answer we log ourselves.
             story = log_level.lower() in ("info", "debug")
-            logging.getLogger("uvicorn").setLevel("INFO" if story else "CRITICAL")
+            logging.getLogger("uvicorn").setLevel("INFO" if log_level.lower() == "debug" else "CRITICAL")
+            logging.getLogger("uvicorn.access").setLevel("INFO" if story else "CRITICAL")
             # A process that was started to ignore Ctrl-C (a job of a script) ends without an exception.
             code = 0
             try:

@@ -248,7 +248,7 @@ def test_nonsense_and_the_server_lives(server: Server, greedy: Offline) -> None:
 def test_it_ends_in_the_middle_of_a_text(told: signal.Signals, tmp_path: Path) -> None:
     model = endless("mamba")  # which any length goes into
     folder = with_bytes(model, tmp_path / "model")
-    with serving(folder) as made:
+    with serving(folder, "--log-level", "info") as made:
         body = json.dumps({"prompt": "x", "max_tokens": 1 << 20, "stream": True}).encode()
         with made.post("completions", body) as streamed, made.post("completions", body.replace(b"true", b"false")):
             streamed.recv(1 << 16)
@@ -256,4 +256,6 @@ def test_it_ends_in_the_middle_of_a_text(told: signal.Signals, tmp_path: Path) -
             made.process.send_signal(told)
             assert made.process.wait(60) == {signal.SIGTERM: 143, signal.SIGINT: 130}[told]
         assert time.perf_counter() - start < 30
-        assert made.process.stderr is not None and made.process.stderr.read() == ""
+        assert made.process.stderr is not None
+        lines = made.process.stderr.read().splitlines()
+        assert len(lines) <= 2 and all('"POST /v1/completions HTTP/1.1"' in line for line in lines), lines
