@@ -19,6 +19,7 @@ _MEANT = {
     **dict.fromkeys(("export", "convert"), "compile MODEL --to onnx"),
     **dict.fromkeys(("evaluate", "perplexity", "ppl", "lm-eval"), "eval"),
     **dict.fromkeys(("finetune", "fine-tune", "train", "recover", "distill", "lora"), "tune"),
+    **dict.fromkeys(("server", "deploy", "api"), "serve"),
     **dict.fromkeys(("generate", "chat", "infer"), "run"),
     **dict.fromkeys(("check", "validate"), "verify"),
     **dict.fromkeys(("benchmark", "measure", "speed"), "bench"),

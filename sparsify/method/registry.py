@@ -55,6 +55,7 @@ _OWN = {
         "expand": "sparsify.backends.onnx.commands:expand",
         "unpack": "sparsify.backends.packed.commands:unpack",
         "bench": "sparsify.backends.bench.commands:bench",
+        "serve": "sparsify.backends.serve.commands:serve",
     },
     # Functions from a model folder and its ledger to a store that reads it as if it were dense; None where it is not of
     # their kind.
