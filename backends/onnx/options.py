@@ -7,7 +7,7 @@ from typing import Literal
 
 from sparsify.errors import SpecError
 
-Mode = Literal["link", "external", "packed"]
+Mode = Literal["link", "external", "packed", "sparse"]
 Linear = Literal["gemm", "matmul"]
 Cache = Literal["keep", "none"]
 Dtype = Literal["float32", "float16", "bfloat16"]
@@ -20,7 +20,8 @@ class Options:
 
     Attributes:
         weights: ``link`` points into the safetensors of the folder, ``external`` writes one data file in their place,
-            ``packed`` writes zeros as one bit.
+            ``packed`` writes zeros as one bit, ``sparse`` too, and multiplies without unpacking them: onnxruntime is
+            given the library ``sparsify.onnx_library()`` for that.
         opset: 18 to 24; 23 is the first with attention and normalisation as operators.
         linear: ``gemm`` on weights [out_features, in_features], or ``matmul``.
         cache: of models that generate: ``keep`` has past tokens' states as inputs and outputs, ``none`` reads the whole
@@ -48,4 +49,10 @@ class Options:
                 f"onnx:dtype={self.dtype}",
                 found="weights=link points at the checkpoint's own bytes, which have its dtype",
                 do="Add weights=external or weights=packed, or drop dtype",
+            )
+        if self.weights == "sparse" and self.linear != "gemm":
+            raise SpecError(
+                f"onnx:linear={self.linear}",
+                found="weights=sparse writes products of its own, and the others as gemm",
+                do="Drop linear",
             )

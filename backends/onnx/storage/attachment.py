@@ -14,11 +14,18 @@ from sparsify.backends.onnx.storage.builder import Builder
 from sparsify.backends.onnx.storage.converted import convert
 from sparsify.backends.onnx.storage.datafile import DATA, TYPES, DataFile, external
 from sparsify.backends.onnx.storage.pack import Format, best_format, pack_tensor, unpacking_bytes
+from sparsify.backends.onnx.storage.sparse import (
+    add_functions,
+    is_turned,
+    packed_for,
+    reading_products,
+    replace_product,
+)
 from sparsify.backends.onnx.storage.spread import spread_24, spread_bitmask
 from sparsify.backends.onnx.storage.stored import StoredWeight
 from sparsify.backends.onnx.storage.uses import cast_after_gather, gathered_only, mark_shared, transposes
 from sparsify.context import counted
-from sparsify.errors import BackendError
+from sparsify.errors import BackendError, Refused
 from sparsify.files.checkpoint import Checkpoint
 from sparsify.finite import said, scan
 from sparsify.ir.weights import Conversion, Weights
@@ -39,7 +46,8 @@ class Attachment:
     def __init__(
         self, model: ir.Model, weights: Weights, folder: Path, mode: Mode, dtype: torch.dtype | None = None
     ) -> None:
-        self.build, self.weights, self.mode, self.dtype = Builder(model.graph), weights, mode, dtype
+        self.model, self.build = model, Builder(model.graph)
+        self.weights, self.mode, self.dtype = weights, mode, dtype
         self.data = DataFile(folder / DATA)
         self.stored: dict[str, StoredWeight] = {}
 
@@ -60,6 +68,8 @@ class Attachment:
                 joined = self._converted(parameter, conversion, value.dtype)
             else:
                 key = self.weights.sources(parameter)[0]
+                if self.mode == "sparse" and self._sparse(key, value):
+                    continue
                 if self.mode == "external" and (turned := transposes(value)):
                     # A MatMul reads [in_features, out_features]: stored so, tools that match its constant find one.
                     joined = self._leaf(key, value.dtype, transposed=True)
@@ -74,6 +84,56 @@ class Attachment:
                 joined = self._leaf(key, value.dtype)
             value.replace_all_uses_with(joined)
         mark_shared(self.build.graph)
+        if self.mode == "sparse":
+            add_functions(self.model)
+
+    def _sparse(self, key: str, value: ir.Value) -> bool:
+        """Give the products with ``value`` to our operators, where all of them are plain and packing pays."""
+        nodes = [] if key in self.build.values else reading_products(value)
+        if not nodes or self.weights.store.dtype(key) not in TYPES:
+            return False
+        assert value.dtype is not None
+        read = self._kept(key)
+        # A stored zero is +0.0: docs/format.md.
+        tensor = read + 0.0 if read.is_floating_point() else read
+        turned = not is_turned(nodes[0])
+        packed = packed_for(tensor.t() if turned else tensor, value.dtype)
+        if isinstance(packed, Refused):
+            return False
+        codes = packed.codes if packed.layout == "packed24" else packed.codes.view(torch.uint8)
+        stored = [
+            self.build.initializer(name, self.data.append(name, part))
+            for name, part in ((f"{key}.values", packed.values), (f"{key}.codes", codes))
+        ]
+        for node in nodes:
+            replace_product(self.build.graph, node, packed, stored[0], stored[1])
+        form: Format = "2:4" if packed.layout == "packed24" else "bitmask"
+        count, size = tensor.numel(), tensor.element_size()
+        # What a runtime without our library needs to unpack it.
+        need = unpacking_bytes(form, count, packed.values.numel(), int(value.dtype.itemsize))
+        self.stored[key] = StoredWeight(
+            key, tuple(tensor.shape), tensor.dtype, form, packed.nbytes, count * size, need, digest(tensor), turned
+        )
+        return True
+
+    def _kept(self, key: str) -> Tensor:
+        """The checkpoint's tensor ``key`` in the dtype that is stored.
+
+        Raises:
+            BackendError: that dtype does not hold its values.
+        """
+        store = self.weights.store
+        source = store.dtype(key)
+        kept = self.dtype if self.dtype is not None and source.is_floating_point else source
+        read = store.read(key)
+        tensor = read.to(kept)
+        if kept != source and (lost := scan(tensor)).count > scan(read).count:
+            raise BackendError(
+                f"storing {key} in {kept}",
+                found=f"values past what it holds: {said(lost, tuple(store.shape(key)))}",
+                do="Take dtype=bfloat16, or leave dtype out",
+            )
+        return tensor
 
     def _leaf(self, key: str, wanted: ir.DataType, *, transposed: bool = False) -> ir.Value:
         """The checkpoint's tensor ``key`` in the dtype that the graph computes with."""
@@ -102,14 +162,7 @@ class Attachment:
             path, start, length = store.span(key)
             self.stored[key] = StoredWeight(key, shape, source, "dense", length, length)
             return self.build.initializer(key, external(path, start, length, source, shape, key))
-        read = store.read(key)
-        tensor = read.to(kept)
-        if kept != source and (lost := scan(tensor)).count > scan(read).count:
-            raise BackendError(
-                f"storing {key} in {kept}",
-                found=f"values past what it holds: {said(lost, shape)}",
-                do="Take dtype=bfloat16, or leave dtype out",
-            )
+        tensor = self._kept(key)
         found = digest(tensor)
         if transposed:
             tensor = tensor.t()
