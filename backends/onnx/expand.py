@@ -42,7 +42,8 @@ def expand(
     ledger = Ledger.of(folder, check, finite=not allow_nan)
     if ledger.manifest:
         check_companions(folder, ledger)
-    store = GraphStore(file, ledger=ledger)
+    turned = section(ledger.manifest, "onnx").get("transposed", ())
+    store = GraphStore(file, turned if isinstance(turned, list) else (), ledger=ledger)
     if not store.packed:
         raise BackendError(f"expanding {folder}", found="no packed weight in it", do="It is dense already")
     names = list(store.names())
@@ -66,7 +67,7 @@ def expand(
                 f"ONNX file {file}", found=f"a graph that breaks a rule ({first_line(error)})", do="Export it again"
             ) from error
         if ledger.manifest:
-            onnx = {**section(ledger.manifest, "onnx"), "weights": "link", "dtype": None}
+            onnx = {**section(ledger.manifest, "onnx"), "weights": "link", "dtype": None, "transposed": []}
             changed = {**in_another_form(ledger.manifest), "onnx": onnx, "source_check": ledger.checked}
             changed |= {"history": restated(ledger.manifest, "expand")} | ({"allow_nan": True} if allow_nan else {})
             write_card(staging.folder, changed)
@@ -83,20 +84,46 @@ def _relink(store: GraphStore, folder: Path, name: str) -> None:
     for weight in store.names():
         path, start, size = dense.span(weight)
         tensor = external(path, start, size, dense.dtype(weight), dense.shape(weight), weight)
+        if weight in store.sparse:
+            _multiply_dense(graph, weight, tensor, turned=weight not in store.transposed)
+            continue
         old = values[weight]
         if weight in graph.initializers:
             graph.initializers[weight].const_value = tensor
             continue
-        fresh = ir.Value(name=weight, const_value=tensor, type=ir.TensorType(tensor.dtype), shape=tensor.shape)
-        wanted = old.dtype
         old.name = f"{weight}/unpacked"
-        result = fresh
-        if wanted is not None and wanted != tensor.dtype:
-            cast = ir.node("Cast", [fresh], attributes={"to": wanted})
-            result = cast.outputs[0]
-            result.name, result.dtype, result.shape = f"{weight}/{wanted.name.lower()}", wanted, tensor.shape
-            graph.insert_before(next(iter(graph)), cast)
-        graph.register_initializer(fresh)
-        old.replace_all_uses_with(result)
+        old.replace_all_uses_with(_dense(graph, tensor, old.dtype))
     common.RemoveUnusedNodesPass()(model)
+    common.RemoveUnusedFunctionsPass()(model)
+    common.RemoveUnusedOpsetsPass()(model)
     save_graph(model, folder / name)
+
+
+def _dense(graph: ir.Graph, tensor: ir.ExternalTensor, wanted: ir.DataType | None) -> ir.Value:
+    """A stored tensor of ``graph``, cast where it computes in another dtype."""
+    weight = tensor.name
+    fresh = ir.Value(name=weight, const_value=tensor, type=ir.TensorType(tensor.dtype), shape=tensor.shape)
+    graph.register_initializer(fresh)
+    if wanted is None or wanted == tensor.dtype:
+        return fresh
+    cast = ir.node("Cast", [fresh], attributes={"to": wanted})
+    result = cast.outputs[0]
+    result.name, result.dtype, result.shape = f"{weight}/{wanted.name.lower()}", wanted, tensor.shape
+    graph.insert_before(next(iter(graph)), cast)
+    return result
+
+
+def _multiply_dense(graph: ir.Graph, weight: str, tensor: ir.ExternalTensor, *, turned: bool) -> None:
+    """Put a Gemm in the place of each of our operators that reads ``weight``."""
+    codes = graph.initializers[f"{weight}.codes"]
+    nodes = list(codes.consumers())
+    dense = _dense(graph, tensor, nodes[0].outputs[0].dtype)
+    for node in nodes:
+        x, _, _, *bias = node.inputs
+        inputs = [x, dense, *(b for b in bias if b is not None)]
+        made = ir.node("Gemm", inputs, attributes={"transB": 1} if turned else {}, name=node.name)
+        out, old = made.outputs[0], node.outputs[0]
+        out.name, out.dtype, out.shape = old.name, old.dtype, old.shape
+        graph.insert_before(node, made)
+        old.replace_all_uses_with(out, replace_graph_outputs=True)
+        graph.remove(node, safe=True)

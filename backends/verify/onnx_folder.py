@@ -9,6 +9,7 @@ import onnx
 from torch import Tensor
 
 from sparsify.backends.onnx.running.session import find_onnx
+from sparsify.backends.onnx.storage.sparse import DOMAIN
 from sparsify.backends.onnx.storage.store import GraphStore
 from sparsify.backends.verify.axis import SummedAxis, summed_axes
 from sparsify.backends.verify.content import check_content, check_numbers, differs
@@ -52,7 +53,9 @@ def verify_onnx(
     ledger = Ledger.of(file.parent)
     manifest = ledger.manifest
     store = GraphStore(file)
-    result = Verification(file, opset=store.model.opset_imports.get("", 0), packed=bool(store.packed))
+    result = Verification(
+        file, opset=store.model.opset_imports.get("", 0), packed=bool(store.packed), sparse=bool(store.sparse)
+    )
     report(Progress("checking", what=file.name))
     _check_file(result, store)
     equal = check_content(result, file.parent, ledger) if manifest else {}
@@ -83,7 +86,7 @@ def _check_file(result: Verification, store: GraphStore) -> None:
     links = [p.name for p in store.file.parent.iterdir() if p.is_symlink() or (p.is_file() and p.stat().st_nlink > 1)]
     if links:
         result.problems.append(f"links in the folder, which runtimes refuse: {', '.join(sorted(links)[:3])}")
-    strange = sorted({n.domain for n in store.model.graph.all_nodes() if n.domain not in ("", "ai.onnx")})
+    strange = sorted({n.domain for n in store.model.graph.all_nodes() if n.domain not in ("", "ai.onnx", DOMAIN)})
     if strange:
         result.unchecked.append(f"operators of {', '.join(strange)}: only runtimes that know these load the file")
 

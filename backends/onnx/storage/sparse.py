@@ -1,10 +1,12 @@
 """Products with packed weights as operators of the domain ``sparsify``, which our library gives to onnxruntime.
 
-Each operator is a function of standard ones in the file too: whoever has no library computes the same with dense weights.
+Each operator is a function of standard ones in the file too: whoever has no library computes the same with dense
+weights.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 import onnx
@@ -143,6 +145,32 @@ def add_functions(model: ir.Model) -> None:
             model.functions[function.identifier()] = function
     if used:
         model.opset_imports[DOMAIN] = 1
+
+
+def unpacked_values(graph: ir.Graph, names: Collection[str]) -> dict[str, ir.Value]:
+    """The packed weights ``names`` as values of ``graph``, by the functions in its file."""
+    made: dict[str, ir.Value] = {}
+    for node in [n for n in graph if n.domain == DOMAIN and n.op_type in LAYOUTS]:
+        x, values, codes = node.inputs[:3]
+        name = str(codes.name).removesuffix(".codes") if codes is not None else ""
+        if name not in names or name in made:
+            continue
+        like = ir.Value(name=f"{name}/like", const_value=ir.tensor([0.0], dtype=_compute(x, values)))
+        graph.register_initializer(like)
+        unpack = ir.node(
+            UNPACKED[LAYOUTS[node.op_type]], [values, codes, like], attributes=node.attributes, domain=DOMAIN
+        )
+        graph.append(unpack)
+        made[name] = unpack.outputs[0]
+        made[name].name, made[name].dtype = f"{name}/unpacked", like.dtype
+        made[name].shape = ir.Shape([node.attributes[n].as_int() for n in ("out_features", "in_features")])
+    return made
+
+
+def _compute(x: ir.Value | None, values: ir.Value | None) -> ir.DataType:
+    """The type that a product computes in: that of its inputs, or of its values where the file does not say it."""
+    kind = x.dtype if x is not None and x.dtype is not None else values.dtype if values is not None else None
+    return kind or ir.DataType.FLOAT
 
 
 def _way(node: ir.Node, value: ir.Value) -> bool | None:

@@ -12,12 +12,16 @@ from torch import Tensor
 
 from sparsify.backends.onnx.storage.datafile import TYPES
 from sparsify.backends.onnx.storage.pack import Format, PackedTensor, misfit, unpack_tensor
+from sparsify.backends.onnx.storage.sparse import DOMAIN, LAYOUTS
 from sparsify.errors import CheckpointError, first_line
 from sparsify.files.checkpoint import INDEX, WEIGHTS, Checkpoint
 from sparsify.files.companions import check_companions
 from sparsify.files.ledger import HEADER_SUFFIX, Ledger, digest_of_header
 from sparsify.files.manifest import section
 from sparsify.files.reading import admit
+from sparsify.runtime.layout import Packed, unpack
+from sparsify.runtime.soundness import check
+from sparsify.runtime.words import Layout
 from sparsify.tensors import CRC, read_into
 
 _FLOATS = {ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE}
@@ -47,6 +51,8 @@ class GraphStore:
         self._initializers = dict(self.model.graph.initializers)
         self._check_data()
         self.packed: dict[str, Format] = {}
+        # Those of them that our operators read as they are, and their layouts.
+        self.sparse: dict[str, Layout] = {}
         self._shapes: dict[str, torch.Size] = {}
         for name in self._initializers:
             stem = name.removesuffix(".codes")
@@ -64,11 +70,23 @@ class GraphStore:
 
     def _note_packed(self, stem: str) -> None:
         reader = next(iter(self._initializers[f"{stem}.codes"].consumers()), None)
+        if reader is not None and reader.domain == DOMAIN and reader.op_type in LAYOUTS:
+            self._note_sparse(stem, reader)
+            return
         value = next((v for n in self.model.graph for v in n.outputs if v.name == stem), None)
         if reader is None or value is None or value.shape is None or not value.shape.is_static():
             raise CheckpointError(f"{self.file}", found=f"{stem} is packed in an unknown way", do="Export it again")
         self.packed[stem] = "2:4" if reader.op_type == "BitShift" else "bitmask"
         self._shapes[stem] = torch.Size(int(n) for n in value.shape)
+
+    def _note_sparse(self, stem: str, reader: ir.Node) -> None:
+        sizes = [reader.attributes.get(name) for name in ("out_features", "in_features")]
+        shape = [n.value for n in sizes if n is not None and n.type == ir.AttributeType.INT and 0 < n.value < 1 << 40]
+        if len(shape) != 2:
+            raise CheckpointError(f"{self.file}", found=f"{stem} is packed and has no sizes", do="Export it again")
+        self.sparse[stem] = LAYOUTS[reader.op_type]
+        self.packed[stem] = "2:4" if self.sparse[stem] == "packed24" else "bitmask"
+        self._shapes[stem] = torch.Size(shape)
 
     def names(self) -> Iterable[str]:
         """Names of the weights that lie beside the graph, dense and packed."""
@@ -113,7 +131,17 @@ class GraphStore:
     def _dense(self, name: str) -> Tensor:
         if name not in self.packed:
             return self._read(name).t().contiguous() if name in self.transposed else self._read(name)
-        codes, values = self._read(f"{name}.codes").view(-1), self._read(f"{name}.values")
+        codes, values = self._read(f"{name}.codes"), self._read(f"{name}.values")
+        if name in self.sparse:
+            layout = self.sparse[name]
+            words = codes.dtype is torch.uint8 and codes.dim() == 2 and codes.shape[1] % 4 == 0
+            codes = codes.view(torch.int32) if layout == "bitmask" and words else codes
+            rows, columns = self._shapes[name]
+            found = Packed(layout, (rows, columns), values, codes)
+            check(f"{name} of {self.file.name}", found)
+            weight = unpack(found)
+            return weight.t().contiguous() if name in self.transposed else weight
+        codes = codes.view(-1)
         packed = PackedTensor(self.packed[name], tuple(self._shapes[name]), values, codes)
         if (wrong := misfit(packed)) is not None:
             raise CheckpointError(f"packed tensor {name} of {self.file.name}", found=wrong, do="Export it again")
