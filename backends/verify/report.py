@@ -77,7 +77,8 @@ def _runtimes(result: Verification) -> Table:
     table = Table(title="who gains what from the zeros", title_justify="left")
     table.add_column("runtime")
     table.add_column("gain", overflow="fold")
-    if any(w.format.split()[0] in LAYOUTS or w.format.startswith("dense int") for w in result.weights):
+    packed = any(w.format.split()[0] in LAYOUTS or w.format.startswith("dense int") for w in result.weights)
+    if packed and not result.opset:
         gain = "smaller files and memory, and a faster token on CPUs: sparsify bench measures it here"
         table.add_row("transformers, after import sparsify", gain)
         table.add_row("every other runtime", "none before sparsify unpack, which makes an ordinary checkpoint")

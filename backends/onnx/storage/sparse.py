@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 DOMAIN = "sparsify"
 OPERATORS: dict[str, str] = {"packed24": "Linear24", "bitmask": "LinearBitmask"}
 LAYOUTS: dict[str, Layout] = {"Linear24": "packed24", "LinearBitmask": "bitmask"}
+# Of a bitmask: with fewer a token gains little with AVX-512 and loses with AVX2, and prompts lose (docs/benchmarks.md).
+LEAST_ZEROS = 0.4
 # What the library's product of float32 inputs takes; of others it takes their own.
 _BESIDE_FLOAT = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -110,7 +112,12 @@ def packed_for(weight: Tensor, compute: ir.DataType) -> Packed | Refused:
     if weight.dtype not in _BESIDE_FLOAT:
         return Refused(f"of {weight.dtype}")
     layout = choose_layout(weight)
-    return layout if isinstance(layout, Refused) else pack(weight, layout)
+    if isinstance(layout, Refused):
+        return layout
+    zeros = 1 - int(torch.count_nonzero(weight)) / weight.numel()
+    if layout == "bitmask" and zeros < LEAST_ZEROS:
+        return Refused(f"{zeros:.0%} zeros, too few to be faster than dense")
+    return pack(weight, layout)
 
 
 def replace_product(graph: ir.Graph, node: ir.Node, packed: Packed, values: ir.Value, codes: ir.Value) -> None:
@@ -132,18 +139,19 @@ def replace_product(graph: ir.Graph, node: ir.Node, packed: Packed, values: ir.V
     graph.remove(node, safe=True)
 
 
+def functions_of(layout: str, opset: int) -> list[onnx.FunctionProto]:
+    """What our operator of ``layout`` computes, in standard operators; and what that calls."""
+    unpack = (_HEAD + _BODIES[layout] + _TAIL).format(name=UNPACKED[layout], opset=opset)
+    product = _PRODUCT.format(name=OPERATORS[layout], unpack=UNPACKED[layout], opset=opset)
+    return [onnx.parser.parse_function(text) for text in (unpack, product)]
+
+
 def add_functions(model: ir.Model) -> None:
     """Write what our operators compute beside the graph that uses them."""
-    opset = model.opset_imports[""]
-    used = {LAYOUTS[node.op_type] for node in model.graph if node.domain == DOMAIN}
-    for layout in sorted(used):
-        unpack = _HEAD + _BODIES[layout] + _TAIL
-        for text in (unpack.format(name=UNPACKED[layout], opset=opset), _PRODUCT.format(
-            name=OPERATORS[layout], unpack=UNPACKED[layout], opset=opset
-        )):  # fmt: skip
-            function = ir.serde.deserialize_function(onnx.parser.parse_function(text))
+    for layout in sorted({LAYOUTS[node.op_type] for node in model.graph if node.domain == DOMAIN}):
+        for proto in functions_of(layout, model.opset_imports[""]):
+            function = ir.serde.deserialize_function(proto)
             model.functions[function.identifier()] = function
-    if used:
         model.opset_imports[DOMAIN] = 1
 
 
