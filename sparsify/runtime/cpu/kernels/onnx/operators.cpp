@@ -261,7 +261,8 @@ OrtStatus* create(const ort::Operator* op, const ort::Api* api, const OrtKernelI
 OrtStatus* compute(void* kernel, OrtKernelContext* context) { return ((const Kernel*)kernel)->run(context); }
 void destroy(void* kernel) { delete (Kernel*)kernel; }
 
-// [tokens, out_features], whatever the tokens are called.
+// [tokens, out_features], whatever the tokens are called. Of a size that is neither known nor named onnxruntime would take the
+// -1 for the number that it is: it gets a name that no other has.
 OrtStatus* infer(const ort::Operator* op, OrtShapeInferContext* context) {
   const ort::Api& api = *named(op).api;
   const OrtOpAttr* attribute = nullptr;
@@ -273,12 +274,16 @@ OrtStatus* infer(const ort::Operator* op, OrtShapeInferContext* context) {
   if (OrtStatus* bad = ort::ShapeInferContext_GetInputTypeShape(api, context, (size_t)X, &x)) return bad;
   Shape shape;
   if (OrtStatus* bad = shape_of(api, x, shape)) return bad;
+  static std::atomic<unsigned> unnamed{0};
+  char name[40];
+  snprintf(name, sizeof name, "sparsify_tokens_%u", unnamed++);
   const char *symbols[8] = {}, *tokens[2] = {"", ""};
   if (shape.rank == 2) {
     dims[0] = shape.dims[0];
     if (OrtStatus* bad = ort::GetSymbolicDimensions(api, x, symbols, (size_t)2)) return bad;
     if (symbols[0]) tokens[0] = symbols[0];
   }
+  if (dims[0] < 0 && !*tokens[0]) tokens[0] = name;
   if (OrtStatus* bad = ort::CreateTensorTypeAndShapeInfo(api, &y)) return bad;
   // One operator is asked for all types that there are: the input says which.
   OrtStatus* bad = ort::SetTensorElementType(api, y, shape.element);
