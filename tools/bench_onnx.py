@@ -293,8 +293,8 @@ def _compare_sparse(spec: str, pruned: Path, dtype: str, dense: Path, sparse: Pa
     ratios = {key: least["sparse"][key] / least["external"][key] for key in ("seconds", "peak")}
     print(
         f"{spec} {dtype}: a token {one:.2f}× as fast as dense, 128 tokens {many:.2f}×; file "
-        f"{size['sparse'] / size['external']:.3f}, CPU time to open {ratios['seconds']:.2f}×, peak memory after a token "
-        f"{ratios['peak']:.2f}×; load {os.getloadavg()[0]:.1f}",
+        f"{size['sparse'] / size['external']:.3f}, CPU time to open {ratios['seconds']:.2f}×, peak memory after "
+        f"a token {ratios['peak']:.2f}×; load {os.getloadavg()[0]:.1f}",
         flush=True,
     )
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from sparsify.errors import SpecError
+from sparsify.errors import Refused, SpecError
 from sparsify.runtime.cache import UNSAFE, advice
 from sparsify.runtime.cpu.build import KERNELS, source_hash
 from sparsify.runtime.cpu.making import cached, is_whole, open_beside
@@ -66,7 +66,9 @@ class NativeLibrary:
 @cache
 def library() -> NativeLibrary | None:
     """The kernels of this machine, or None, with one warning, where there are none and no compiler makes them."""
-    built = _packaged() or cached(KERNELS, _load)
+    built: NativeLibrary | Refused | None = _packaged()
+    if built is None:
+        built = cached(KERNELS, _load)
     if isinstance(built, NativeLibrary):
         return built
     do = "Install a C++ compiler (g++ or clang++), or a wheel that holds the kernels"

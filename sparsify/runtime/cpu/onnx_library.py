@@ -22,11 +22,13 @@ def onnx_library() -> str:
         BackendError: the installed package has none, and it cannot be compiled.
     """
     beside = Path(__file__).parent / OPERATORS.built
+    found: str | Refused | None
     try:
-        found: str | Refused | None = _path(open_beside(beside), beside)
+        found = _path(open_beside(beside), beside)
     except OSError:
         found = None
-    found = found or cached(OPERATORS, _path)
+    if found is None:
+        found = cached(OPERATORS, _path)
     if isinstance(found, str):
         return found
     do = "Install a C++ compiler (g++ or clang++), or a wheel that holds it"
