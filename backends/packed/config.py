@@ -76,8 +76,10 @@ def check_measured(measured: object) -> None:
     """Raises:
     CheckpointError: not a machine that a choice was measured on.
     """
-    sound = isinstance(measured, Mapping) and set(measured) == {"processor", "instructions"}
-    if measured is not None and not (sound and all(isinstance(word, str) for word in measured.values())):
+    if measured is None:
+        return
+    words = dict(measured) if isinstance(measured, Mapping) else {}
+    if set(words) != {"processor", "instructions"} or not all(isinstance(word, str) for word in words.values()):
         raise CheckpointError(
             "quantization_config of a packed folder", found=f"measured {measured!r}", do="config.json is damaged"
         )
