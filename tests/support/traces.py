@@ -115,17 +115,19 @@ def _copy(graph: Graph) -> Graph:
 
 def _module(module: nn.Module) -> object:
     """All of ``module`` but what its parameters hold."""
-    parts, first, configs = [], dict[int, str](), dict[int, object]()
+    parts, first = [], dict[int, str]()
+    # Parts by what they are called, and configs by what they say: many parts have the same.
+    known: dict[int, object] = {id(part): name for name, part in module.named_modules()}
     for name, part in module.named_modules(remove_duplicate=False):
-        same, kind = first.setdefault(id(part), name), type(part)
-        if same != name:
-            parts.append((name, same))
+        kind = type(part)
+        if known[id(part)] != name:
+            parts.append((name, known[id(part)]))
             continue
         file = sys.modules.get(kind.__module__)
         if not kind.__module__.startswith(_KNOWN) or any(hasattr(file, function) for function in FUNCTIONS):
             raise Unlike(kind)
         own = tuple(
-            (key, _value(value, configs)) for key, value in sorted(vars(part).items()) if key not in _PARTS | _WHENCE
+            (key, _value(value, known)) for key, value in sorted(vars(part).items()) if key not in _PARTS | _WHENCE
         )
         parts.append((name, kind, kind.forward, own, tuple(_tensors(part, name, first))))
     return tuple(parts)
@@ -165,21 +167,25 @@ def _batch(batch: Mapping[str, Tensor]) -> object:
     )
 
 
-def _value(value: Any, configs: dict[int, object]) -> object:
-    """``value`` as something that compares and hashes. ``configs``: those met before, which all parts have."""
+def _value(value: Any, known: dict[int, object]) -> object:
+    """``value`` as something that compares and hashes. ``known``: what has been met before, by its id."""
+    if isinstance(value, nn.Module) and id(value) in known:
+        return known[id(value)]
     if isinstance(value, (*_PLAIN, type)):
         return type(value), value
     if isinstance(value, (PretrainedConfig, GenerationConfig)):
-        if id(value) not in configs:
+        if id(value) not in known:
             said = {name: one for name, one in sorted(vars(value).items()) if name not in _WHENCE}
-            configs[id(value)] = type(value), _value(said, configs)
-        return configs[id(value)]
+            known[id(value)] = type(value), _value(said, known)
+        return known[id(value)]
     if isinstance(value, (tuple, list, set, frozenset)):
-        return type(value), tuple(_value(each, configs) for each in value)
+        return type(value), tuple(_value(each, known) for each in value)
     if isinstance(value, Mapping):
-        return type(value), tuple((key, _value(each, configs)) for key, each in value.items())
+        return type(value), tuple((key, _value(each, known)) for key, each in value.items())
+    if type(value).__module__.startswith("sparsify."):
+        return type(value), _value(vars(value), known)
     if isinstance(value, functools.partial):
-        return _value((value.func, value.args, value.keywords), configs)
+        return _value((value.func, value.args, value.keywords), known)
     if isinstance(value, types.FunctionType) and value.__closure__ is None:
         return value
     raise Unlike(type(value))
