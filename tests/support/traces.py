@@ -31,8 +31,16 @@ from sparsify.frontend.tracing.attempts import attempted
 from sparsify.frontend.tracing.literal import could_be_literal
 from sparsify.frontend.tracing.recurrences import FUNCTIONS
 
-# Folders and files of tests that trace anew, always.
-ANEW = ("tests/frontend", "tests/analysis", "tests/backends/onnx", "tests/hostile/test_models.py", "tests/tools")
+# Tests of the tracing itself, of what it reads, and of two runs that give the same: they trace anew.
+ANEW = (
+    *(f"tests/frontend/test_{what}" for what in ("capture", "computed", "drawn", "functional", "known", "matching")),
+    *(f"tests/frontend/test_{what}" for what in ("modules", "recurrences", "vlms")),
+    "tests/compiler/test_compile.py::test_dry_run_reads_no_weight",
+    "tests/compiler/test_compile.py::test_two_runs_write_the_same_bytes",
+    "tests/provenance/test_history.py::test_the_command_of_the_card_makes_the_same",
+    "tests/hostile/test_models.py",
+    "tests/tools",
+)
 
 Graph = tuple[ir.Model, dict[str, ir.Value], Contract]
 Traced = tuple[torch.export.ExportedProgram, dict[str, Tensor]]
