@@ -55,13 +55,15 @@ def light_heap() -> None:
 TRACES = Traces()
 
 
-@pytest.fixture(autouse=True)
-def traced_once(request: pytest.FixtureRequest) -> Iterator[None]:
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    TRACES.anew = item.nodeid.startswith(ANEW)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def traced_once() -> Iterator[None]:
     """Models that are alike are traced once per session, but where tracing is what is tested."""
-    if request.node.nodeid.startswith(ANEW):
-        yield
-        return
-    # That the heap is frozen, which is all that it would find, takes as long to count as to search it.
+    # That the heap is frozen is all that it would find, and takes as long to count as the heap is large.
     ours = patch.multiple(capturing, attempted=TRACES.attempted, young_heap=nullcontext)
     with ours, patch.object(onnx_job, "build_graph", TRACES.build_graph):
         yield

@@ -60,13 +60,16 @@ class Unlike(Exception):
 
 @dataclass
 class Traces:
-    """What has been traced, by all that it depends on."""
+    """What has been traced, by all that it depends on. ``anew``: trace, whatever is known."""
 
+    anew: bool = False
     kept: dict[object, Traced] = field(default_factory=dict)
     graphs: dict[object, Graph] = field(default_factory=dict)
 
     def attempted(self, module: nn.Module, batch: Mapping[str, Tensor], device: torch.device) -> Traced:
         """:func:`sparsify.frontend.tracing.attempts.attempted`, which this stands for."""
+        if self.anew:
+            return attempted(module, batch, device)
         try:
             key = (_module(module), _batch(batch), str(device), torch.get_default_dtype())
         except Unlike:
@@ -86,6 +89,8 @@ class Traces:
         fixed: Mapping[str, Tensor] | None = None,
     ) -> Graph:
         """:func:`sparsify.backends.onnx.writing.build_graph`, which this stands for."""
+        if self.anew:
+            return build_graph(module, batch, options, names, fixed)
         # Where its weights lie is not the graph's.
         apart = dataclasses.replace(options, weights="link", dtype=None)
         try:
