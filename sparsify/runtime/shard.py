@@ -93,3 +93,20 @@ def _check_within(packed: Packed, first: int, count: int, whole: int, what: str)
             found=f"it has {whole}",
             do="Take a number of ranks that the layer can be split into",
         )
+
+
+def with_rows(packed: Packed, count: int) -> Packed:
+    """``packed`` with rows of zeros below it, ``count`` in all."""
+    rows, columns = packed.shape
+    more = count - rows
+    if not more:
+        return packed
+    # 4: the nibble of a group without values.
+    codes = packed.codes.new_full((more, packed.codes.shape[1]), 0x44 if packed.layout == "packed24" else 0)
+    values = packed.values
+    if packed.layout != "bitmask":
+        values = torch.cat([values, values.new_zeros(more, values.shape[1])])
+    scales = packed.scales
+    if scales is not None:
+        scales = torch.cat([scales, scales.new_ones(more, scales.shape[1])])
+    return replace(packed, shape=(count, columns), values=values, codes=torch.cat([packed.codes, codes]), scales=scales)
