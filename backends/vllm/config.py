@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,23 +16,25 @@ from sparsify.backends.packed.config import METHOD, check_activations, check_gpu
 from sparsify.backends.packed.format import PackedSite
 from sparsify.backends.vllm.experts import SparsifyExpertsMethod
 from sparsify.backends.vllm.linear import SparsifyHeadMethod, SparsifyLinearMethod
-from sparsify.backends.vllm.matrices import Awaited
+from sparsify.backends.vllm.matrices import Awaited, Site
 from sparsify.backends.vllm.names import CheckpointNames
+from sparsify.backends.vllm.orphans import Orphan, Orphans
 from sparsify.errors import CheckpointError
 
 
 class SparsifyConfig(QuantizationConfig):
-    """``quantization_config`` of a packed folder.
+    """``quantization_config`` of a packed folder, or of a checkpoint of compressed-tensors without its zeros.
 
     Attributes:
         sites: packed parameters, by what vLLM's modules are called. how: as :class:`OnDevice` takes it.
     """
 
-    def __init__(self, sites: dict[str, PackedSite], how: dict[str, Any]) -> None:
+    def __init__(self, sites: dict[str, PackedSite], how: dict[str, Any], orphans: Orphans | None = None) -> None:
         super().__init__()
-        self.sites, self.how = sites, how
+        self.sites, self.how, self.orphans = sites, how, orphans
         self._hf_config: Any = None
         self._names: CheckpointNames | None = None
+        self._renamed = False
         self._taken: set[str] = set()
 
     @classmethod
@@ -54,11 +57,17 @@ class SparsifyConfig(QuantizationConfig):
         """Raises:
         CheckpointError: a newer format, or entries that are damaged.
         """
+        if (orphans := Orphans.of(config)) is not None:
+            return cls({}, {}, orphans)
         sites = sites_of({"quantization_config": config}, "(config.json)") or {}
         gpu, activations = config.get("gpu", {}), config.get("activations", "int8")
         check_gpu(config.get("siblings", []), gpu, sites)
         check_activations(activations)
         return cls(sites, {"exact": activations == "float", **gpu})
+
+    @classmethod
+    def override_quantization_method(cls, hf_quant_cfg: Any, user_quant: str | None, hf_config: Any = None) -> Any:
+        return METHOD if Orphans.of(hf_quant_cfg) is not None else None
 
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
         self._hf_config = hf_config
@@ -66,6 +75,9 @@ class SparsifyConfig(QuantizationConfig):
     def apply_vllm_mapper(self, hf_to_vllm_mapper: WeightsMapper) -> None:
         self._rename()
         self.sites = hf_to_vllm_mapper.apply_dict(self.sites)
+        if self.orphans is not None:
+            ignore = tuple(hf_to_vllm_mapper.apply_list(list(self.orphans.ignore)))
+            self.orphans = replace(self.orphans, ignore=ignore)
 
     def get_checkpoint_weight_mapper(self) -> WeightsMapper:  # type: ignore[override]
         """Names of tensors as checkpoints have them, which vLLM's own mapping then reads.
@@ -85,24 +97,30 @@ class SparsifyConfig(QuantizationConfig):
             return self._experts(layer, prefix)
         if not isinstance(layer, (LinearBase, ParallelLMHead)):
             return None
-        awaited = self._awaited(prefix)
-        if all(each.site is None for each in awaited):
-            return UnquantizedLinearMethod() if isinstance(layer, LinearBase) else None
-        kind = SparsifyLinearMethod if isinstance(layer, LinearBase) else SparsifyHeadMethod
-        return kind(awaited, **self.how)
+        head = isinstance(layer, ParallelLMHead)
+        awaited = self._awaited(prefix, head)
+        if awaited is None:
+            return None if head else UnquantizedLinearMethod()
+        return (SparsifyHeadMethod if head else SparsifyLinearMethod)(awaited, **self.how)
 
-    def _awaited(self, prefix: str) -> list[Awaited]:
-        """The matrices that the layer ``prefix`` is made of."""
+    def _awaited(self, prefix: str, head: bool) -> list[Awaited] | None:
+        """The matrices that the layer ``prefix`` is made of; None where all of them are dense."""
         above, _, leaf = prefix.rpartition(".")
         members = [leaf] if f"{prefix}.weight" in self.sites else self.packed_modules_mapping.get(leaf, [leaf])
-        names = [f"{above}.{member}.weight" if above else f"{member}.weight" for member in members]
-        return [Awaited(name, self._take(name)) for name in names]
+        modules = [f"{above}.{member}" if above else member for member in members]
+        if self.orphans is not None:
+            tied = head and getattr(self._hf_config, "tie_word_embeddings", False)
+            if tied or all(self.orphans.ignored(module) for module in modules):
+                return None
+            return [Orphan(module, self.orphans.form) for module in modules]
+        sites = [Site(f"{module}.weight", self._take(f"{module}.weight")) for module in modules]
+        return None if all(each.site is None for each in sites) else [*sites]
 
     def _experts(self, layer: RoutedExperts, prefix: str) -> QuantizeMethodBase | None:
         gates = [f"{prefix}.{name}" for name in ("gate_up_proj", "w13")]
         downs = [f"{prefix}.{name}" for name in ("down_proj", "w2")]
         stacks = [
-            Awaited(next((name for name in names if name in self.sites), names[0]), None) for names in (gates, downs)
+            Site(next((name for name in names if name in self.sites), names[0]), None) for names in (gates, downs)
         ]
         for stack in stacks:
             stack.site = self._take(stack.name)
@@ -117,10 +135,10 @@ class SparsifyConfig(QuantizationConfig):
 
     def _rename(self) -> None:
         """Call sites what checkpoints call them, once; vLLM's transformers backend has transformers' own names."""
-        if self._names is not None or self._hf_config is None:
+        if self._renamed or self._hf_config is None or self.orphans is not None:
             return
+        self._renamed = True
         if _transformers_backend():
-            self._hf_config = None
             return
         self._names = CheckpointNames(self._hf_config)
         self.sites = {self._names.rename_source_key(name)[0]: site for name, site in self.sites.items()}

@@ -12,7 +12,7 @@ from vllm.model_executor.layers.fused_moe.activation import MoEActivation, apply
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
 
-from sparsify.backends.vllm.matrices import PARTS, Awaited
+from sparsify.backends.vllm.matrices import PARTS, Site
 from sparsify.backends.vllm.products import Product, product_of
 from sparsify.backends.vllm.stacks import Rank, StackArrivals
 from sparsify.errors import BackendError, CheckpointError
@@ -34,7 +34,7 @@ class SparsifyExpertsMethod(FusedMoEMethodBase):
     """
 
     def __init__(
-        self, moe: Any, gates: Awaited, downs: Awaited, *, exact: bool = False, policy: str = "", tune: bool = True
+        self, moe: Any, gates: Site, downs: Site, *, exact: bool = False, policy: str = "", tune: bool = True
     ) -> None:
         super().__init__(moe)
         self.awaited, self.exact = {"w13": gates, "w2": downs}, exact

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from vllm.model_executor.layers.linear import LinearMethodBase
 
-from sparsify.backends.vllm.matrices import PARTS, Awaited, converted
+from sparsify.backends.vllm.matrices import Awaited, converted
 from sparsify.backends.vllm.products import OnDevice, hold, run
 from sparsify.backends.vllm.shares import Share, columns_of_layer, places_of, rows_of_layer
 from sparsify.errors import CheckpointError
@@ -30,7 +30,7 @@ class Arrivals:
         self.parts: list[Packed | Tensor | None] = [None] * len(rows)
         self._places = _places(self.awaited, [share.whole for share in rows])
 
-    def load(self, part: str, parameter: nn.Parameter, tensor: Tensor, key: Any = None) -> None:
+    def load(self, tensor_name: str, parameter: nn.Parameter, tensor: Tensor, key: Any = None) -> None:
         """What vLLM calls for each tensor of the layer: a ``weight_loader``.
 
         Raises:
@@ -44,7 +44,7 @@ class Arrivals:
                 found=f"vLLM loads shard {key!r} of {len(self.rows)}, which none of them is",
                 do="Serve the folder with `sparsify serve`, or keep this layer dense and pack it again",
             )
-        matrix = which.add(part, tensor)
+        matrix = which.add(tensor_name, tensor)
         if matrix is None:
             return
         shares = [self.rows[place] for place in places]
@@ -150,17 +150,17 @@ class SparsifyHeadMethod(SparsifyLinearMethod):
 def expect(layer: Any, arrivals: Arrivals) -> None:
     """Give ``layer`` a parameter for each tensor that may come; empty ones, which vLLM does not miss."""
     layer.sparsify_arrivals = arrivals
-    for part, kind in PARTS.items():
+    for name, kind in arrivals.awaited[0].tensors.items():
         parameter = nn.Parameter(torch.empty(0, dtype=kind or arrivals.dtype), requires_grad=False)
-        parameter.weight_loader = partial(arrivals.load, part)  # type: ignore[attr-defined]
-        layer.register_parameter(f"weight{part}", parameter)
+        parameter.weight_loader = partial(arrivals.load, name)  # type: ignore[attr-defined]
+        layer.register_parameter(name, parameter)
 
 
 def settle(layer: Any, parts: Sequence[Packed | Tensor], name: str, how: dict[str, Any]) -> None:
     """Put what came in the place of what was empty."""
     device = layer.weight.device
-    for part in PARTS:
-        delattr(layer, f"weight{part}")
+    for tensor_name in layer.sparsify_arrivals.awaited[0].tensors:
+        delattr(layer, tensor_name)
     del layer.sparsify_arrivals
     layer.sparsify_products = hold(layer, name, parts, OnDevice(device, **how))
 
@@ -178,9 +178,9 @@ def _places(awaited: Sequence[Awaited], wholes: Sequence[int]) -> list[tuple[int
     found, start = [], 0
     for each in awaited:
         end = start
-        while each.site is not None and end < len(wholes) and sum(wholes[start:end]) < each.site.rows:
+        while each.rows is not None and end < len(wholes) and sum(wholes[start:end]) < each.rows:
             end += 1
-        if each.site is None or sum(wholes[start:end]) != each.site.rows:
+        if sum(wholes[start:end]) != each.rows:
             raise CheckpointError(
                 f"packed parameter {each.name}",
                 found=f"vLLM fuses {len(awaited)} parameters into {len(wholes)}, of {list(wholes)} rows",

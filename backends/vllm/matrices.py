@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -17,24 +18,57 @@ from sparsify.runtime.soundness import check
 PARTS = {"": None, "_meta": torch.uint8, "_mask": torch.int32, "_integers": torch.int8}
 
 
-@dataclass
-class Awaited:
+class Awaited(Protocol):
     """One matrix [rows, columns] of a checkpoint.
 
     Attributes:
-        name: of the parameter. site: how it is packed; None: not at all. parts: what has come.
+        name: of its parameter.
+    """
+
+    name: str
+
+    @property
+    def rows(self) -> int | None:
+        """None: not known before it comes."""
+
+    @property
+    def tensors(self) -> Mapping[str, torch.dtype | None]:
+        """What may come of it, by the name in its module; with the dtype (None: the layer's)."""
+
+    def add(self, tensor_name: str, tensor: Tensor) -> Packed | Tensor | None:
+        """The matrix, when it is complete.
+
+        Raises:
+            CheckpointError: a tensor that does not belong to it, or numbers that are none of its layout.
+        """
+
+    @property
+    def missing(self) -> list[str]:
+        """What did not come of it yet."""
+
+
+@dataclass
+class Site:
+    """A parameter of a packed folder.
+
+    Attributes:
+        site: how it is packed; None: not at all. parts: what has come.
     """
 
     name: str
     site: PackedSite | None
     parts: dict[str, Tensor] = field(default_factory=dict)
 
-    def add(self, part: str, tensor: Tensor) -> Packed | Tensor | None:
-        """The matrix, when it is complete.
+    @property
+    def rows(self) -> int | None:
+        return None if self.site is None else self.site.rows
 
-        Raises:
-            CheckpointError: a tensor that does not belong to it, or numbers that are none of its layout.
-        """
+    @property
+    def tensors(self) -> Mapping[str, torch.dtype | None]:
+        return {f"weight{part}": kind for part, kind in PARTS.items()}
+
+    def add(self, tensor_name: str, tensor: Tensor) -> Packed | Tensor | None:
+        part = tensor_name.removeprefix("weight")
         wanted = {""} if self.site is None else set(self.site.parts)
         if part not in wanted:
             raise CheckpointError(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from sparsify.backends.vllm.matrices import Awaited, converted, whole
+from sparsify.backends.vllm.matrices import Site, converted, whole
 from sparsify.errors import CheckpointError
 from sparsify.runtime.layout import Packed, concatenate
 from sparsify.runtime.shard import columns_of, rows_of
@@ -64,7 +64,7 @@ class StackArrivals:
         experts: how many the model has. rank: what of them is this rank's.
     """
 
-    def __init__(self, awaited: Awaited, shards: Sequence[str], experts: int, rank: Rank) -> None:
+    def __init__(self, awaited: Site, shards: Sequence[str], experts: int, rank: Rank) -> None:
         self.awaited, self.shards, self.experts, self.rank = awaited, tuple(shards), experts, rank
         self.stack: Packed | Tensor | None = None
         self._slices: dict[str, dict[tuple[int, str], Tensor]] = {}
