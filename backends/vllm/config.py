@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
@@ -34,7 +35,7 @@ class SparsifyConfig(QuantizationConfig):
         self.sites, self.how, self.orphans = sites, how, orphans
         self._hf_config: Any = None
         self._names: CheckpointNames | None = None
-        self._renamed = False
+        self._renamed, self._whole = False, False
         self._taken: set[str] = set()
 
     @classmethod
@@ -137,26 +138,19 @@ class SparsifyConfig(QuantizationConfig):
         """Call sites what checkpoints call them, once; vLLM's transformers backend has transformers' own names."""
         if self._renamed or self._hf_config is None or self.orphans is not None:
             return
-        self._renamed = True
-        if _transformers_backend():
+        self._renamed, running = True, get_current_vllm_config()
+        self._whole = running.parallel_config.pipeline_parallel_size == 1
+        if running.model_config.using_transformers_backend():
             return
         self._names = CheckpointNames(self._hf_config)
         self.sites = {self._names.rename_source_key(name)[0]: site for name, site in self.sites.items()}
 
     def _check_taken(self) -> None:
-        from vllm.config import get_current_vllm_config
-
         lost = sorted(set(self.sites) - self._taken)
-        if lost and get_current_vllm_config().parallel_config.pipeline_parallel_size == 1:
+        # A rank of a pipeline has a part of the layers.
+        if lost and self._whole:
             raise CheckpointError(
                 f"packed parameter {lost[0]}",
                 found=f"no layer of vLLM's model reads it ({len(lost)} of {len(self.sites)} are not read)",
-                do="vLLM has other layers there: serve the folder with `sparsify serve`, or with --model-impl "
-                "transformers",
+                do="Serve the folder with `sparsify serve`, or with --model-impl transformers",
             )
-
-
-def _transformers_backend() -> bool:
-    from vllm.config import get_current_vllm_config
-
-    return bool(get_current_vllm_config().model_config.using_transformers_backend())
