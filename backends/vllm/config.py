@@ -80,7 +80,7 @@ class SparsifyConfig(QuantizationConfig):
             ignore = tuple(hf_to_vllm_mapper.apply_list(list(self.orphans.ignore)))
             self.orphans = replace(self.orphans, ignore=ignore)
 
-    def get_checkpoint_weight_mapper(self) -> WeightsMapper:  # type: ignore[override]
+    def get_checkpoint_weight_mapper(self) -> WeightsMapper:
         """Names of tensors as checkpoints have them, which vLLM's own mapping then reads.
 
         Raises:
@@ -89,7 +89,7 @@ class SparsifyConfig(QuantizationConfig):
         self._rename()
         self._check_taken()
         names = self._names
-        own = WeightsMapper(orig_to_new_renaming=[names] if names else [])  # type: ignore[list-item]
+        own = WeightsMapper(orig_to_new_renaming=[names] if names else [])
         return own | QuantizationConfig.get_checkpoint_weight_mapper()
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:

@@ -19,13 +19,11 @@ PARTS = {"": None, "_meta": torch.uint8, "_mask": torch.int32, "_integers": torc
 
 
 class Awaited(Protocol):
-    """One matrix [rows, columns] of a checkpoint.
+    """One matrix [rows, columns] of a checkpoint."""
 
-    Attributes:
-        name: of its parameter.
-    """
-
-    name: str
+    @property
+    def name(self) -> str:
+        """Of its parameter."""
 
     @property
     def rows(self) -> int | None:

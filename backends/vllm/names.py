@@ -14,7 +14,7 @@ import torch
 from sparsify.errors import BackendError
 
 # What vLLM calls a checkpoint's stack of both halves of a gate, by what the checkpoint calls the halves.
-_GATES = {("gate_proj", "up_proj"): "gate_up_proj", ("w1", "w3"): "w13"}
+_GATES: dict[tuple[str, ...], str] = {("gate_proj", "up_proj"): "gate_up_proj", ("w1", "w3"): "w13"}
 
 
 class CheckpointNames:

@@ -7,7 +7,7 @@ one product, and the results stand side by side.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
 
@@ -110,14 +110,8 @@ def settled(name: str, matrix: Packed | Tensor, how: OnDevice) -> PackedWeight |
     if matrix.bits is not None and matrix.layout == "packed24":
         # GPU kernels multiply with 2:4 weights of 16 bits.
         matrix = pack(unpack(matrix), "packed24")
-    there = Packed(
-        matrix.layout,
-        matrix.shape,
-        *(t.to(how.device) for t in (matrix.values, matrix.codes)),
-        None if matrix.scales is None else matrix.scales.to(how.device),
-        matrix.bits,
-        matrix.group,
-    )
+    scales = None if matrix.scales is None else matrix.scales.to(how.device)
+    there = replace(matrix, values=matrix.values.to(how.device), codes=matrix.codes.to(how.device), scales=scales)
     weight = prepare_weight(there, how.policy, tune=how.tune, target=how.target)
     if not isinstance(weight, Refused):
         return weight
