@@ -28,7 +28,7 @@ from sparsify.runtime.cpu import native
 from sparsify.runtime.cpu.build import source_hash
 from sparsify.runtime.cpu.unpacking import unpacked
 from sparsify.runtime.packed_weight import PackedWeight
-from sparsify.runtime.stopwatch import Stopwatch
+from sparsify.runtime.cpu.stopwatch import Stopwatch
 
 
 def this_machine() -> dict[str, str]:

@@ -30,9 +30,9 @@ from sparsify.files.ledger import Ledger
 from sparsify.files.reading import read_json
 from sparsify.files.whole import check_folder
 from sparsify.finite import check_all_finite
+from sparsify.runtime.cpu.stopwatch import Stopwatch
 from sparsify.runtime.cpu.unpacking import unpacked
 from sparsify.runtime.soundness import check
-from sparsify.runtime.stopwatch import Stopwatch
 from sparsify.runtime.words import Activations
 
 

@@ -18,7 +18,7 @@ from sparsify.backends.packed.loaded.linear import PackedLinear
 from sparsify.backends.packed.unpack import unpack_folder
 from sparsify.errors import CheckpointError
 from sparsify.runtime.cpu.build import source_hash
-from sparsify.runtime.stopwatch import Stopwatch
+from sparsify.runtime.cpu.stopwatch import Stopwatch
 
 OTHER = {"processor": "Another One", "instructions": "avx2"}
 Races = list[tuple[int, int]]
