@@ -26,9 +26,9 @@ from sparsify.host import processor
 from sparsify.runtime.cache import cache_folder, put_whole, read_whole
 from sparsify.runtime.cpu import native
 from sparsify.runtime.cpu.build import source_hash
+from sparsify.runtime.cpu.stopwatch import Stopwatch
 from sparsify.runtime.cpu.unpacking import unpacked
 from sparsify.runtime.packed_weight import PackedWeight
-from sparsify.runtime.cpu.stopwatch import Stopwatch
 
 
 def this_machine() -> dict[str, str]:
