@@ -12,7 +12,7 @@ from torch import Tensor
 from sparsify.errors import PatternError
 from sparsify.runtime.few_bits import Integers, groups
 from sparsify.runtime.layout import Packed, concatenate, pack, pack_integers, unpack
-from sparsify.runtime.shard import columns_of, rows_of
+from sparsify.runtime.shard import columns_of, rows_of, with_rows
 from sparsify.runtime.soundness import check
 
 KINDS = [(layout, None) for layout in ("packed24", "bitmask")]
@@ -139,3 +139,13 @@ def test_what_the_matrix_has_not_is_refused(cut: object, first: int, count: int)
     packed = packed_of(("packed24", None), 8, 8, None, torch.float32, 0)
     with pytest.raises(PatternError, match="it has 8"):
         cut(packed, first, count)  # type: ignore[operator]
+
+
+@settings(max_examples=60, deadline=None)
+@given(case=matrices(), more=st.integers(0, 70))
+def test_rows_of_zeros_below(case: tuple[Packed, int], more: int) -> None:
+    packed, _ = case
+    rows = packed.shape[0]
+    whole = dense_of(with_rows(packed, rows + more))
+    assert torch.equal(whole[:rows], unpack(packed)) and not bool(whole[rows:].any())
+    assert whole.shape[0] == rows + more
