@@ -1,9 +1,10 @@
 // packed24, many tokens, AVX-512: tokens lie across the vectors, so that a pruned weight costs nothing.
 //
 // 16 lie across each of up to four vectors, or 8 across half of one. A weight meets those of a vector in one instruction,
-// which reads the inputs that it belongs to. bfloat16 takes two weights at a time: of four columns a row keeps two, that is one of six pairs, and `across` lays out all six. A dense product takes twice
-// as many instructions. Float takes one weight at a time, one of four columns. Either way a step is a number of 32 bits (a
-// pair, or a float), told to all lanes, and the place of its inputs.
+// which reads the inputs that it belongs to. bfloat16 takes two weights at a time: of four columns a row keeps two, that is
+// one of six pairs, and `across` lays out all six. A dense product takes twice as many instructions. Float takes one weight
+// at a time, one of four columns. Either way a step is a number of 32 bits (a pair, or a float), told to all lanes, and the
+// place of its inputs.
 #pragma once
 #include "avx512.h"
 #include "calls.h"
