@@ -6,7 +6,6 @@ published with. Where the two differ, transformers' own conversion mapping says 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -28,20 +27,17 @@ class CheckpointNames:
         self._steps = list(reversed(_conversions(config)))
 
     def rename_source_key(self, name: str) -> tuple[str, None]:
+        """``name`` in a checkpoint, and None, as vLLM asks for it.
+
+        Raises:
+            BackendError: the checkpoint has no tensor of which that parameter is one alone.
+        """
         for step in self._steps:
             name = step(name)
         return name, None
 
     def __bool__(self) -> bool:
         return bool(self._steps)
-
-    def of(self, names: Iterable[str]) -> dict[str, str]:
-        """Each of ``names`` to the name in a checkpoint.
-
-        Raises:
-            BackendError: the checkpoint has no tensor of which that parameter is one alone.
-        """
-        return {name: self.rename_source_key(name)[0] for name in names}
 
 
 def _conversions(config: Any) -> list[Any]:

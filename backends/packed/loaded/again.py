@@ -12,7 +12,6 @@ import json
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -23,7 +22,7 @@ from sparsify.backends.packed.loaded.linear import PackedLinear
 from sparsify.backends.packed.loaded.modules import owner_of
 from sparsify.errors import SpecError
 from sparsify.host import processor
-from sparsify.runtime.cache import cache_folder, put_whole, read_whole
+from sparsify.runtime.cache import cache_folder, put_whole, read_object
 from sparsify.runtime.cpu import native
 from sparsify.runtime.cpu.build import source_hash
 from sparsify.runtime.cpu.stopwatch import Stopwatch
@@ -44,8 +43,7 @@ def choose_again(model: nn.Module, sites: Mapping[str, PackedSite], measured: Ma
 
     One layer stays packed in any case: a model without any would be saved as what it is not.
     """
-    here = this_machine()
-    if measured is None or dict(measured) == here:
+    if measured is None or dict(measured) == (here := this_machine()):
         return []
     known, found = _Known(here), dict[str, str]()
     with torch.no_grad():
@@ -86,8 +84,8 @@ class _Known:
         self._slower: dict[str, str | None] = {}
         with contextlib.suppress(SpecError):  # a user without a home: timed in every process
             self._path = cache_folder() / "choice.json"
-        kept = _read(self._path)
-        if kept.get("of") == self._of:
+        kept = {} if self._path is None else read_object(self._path)
+        if kept.get("of") == self._of and isinstance(kept.get("slower"), dict):
             self._slower = {k: v for k, v in kept["slower"].items() if v is None or isinstance(v, str)}
 
     def slower(self, layer: PackedLinear, site: PackedSite) -> str | None:
@@ -106,13 +104,3 @@ class _Known:
     def keep(self) -> None:
         if self._watch is not None and self._path is not None:
             put_whole(self._path, json.dumps({"of": self._of, "slower": self._slower}).encode())
-
-
-def _read(path: Path | None) -> dict[str, Any]:
-    """What the cache holds; nothing where it is damaged: it is measured again then."""
-    content = None if path is None else read_whole(path)
-    try:
-        found = json.loads(content or b"{}")
-    except ValueError:
-        return {}
-    return found if isinstance(found, dict) and isinstance(found.get("slower"), dict) else {}
