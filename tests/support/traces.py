@@ -15,21 +15,26 @@ import sys
 import types
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from transformers import GenerationConfig, PretrainedConfig
 
-from sparsify.backends.onnx.options import Options
-from sparsify.backends.onnx.tracing.contract import Contract
-from sparsify.backends.onnx.writing import build_graph
 from sparsify.context import Progress, report
 from sparsify.frontend.tracing.attempts import attempted
 from sparsify.frontend.tracing.literal import could_be_literal
 from sparsify.frontend.tracing.recurrences import FUNCTIONS
+
+# Where vLLM is tested there is no onnx.
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from sparsify.backends.onnx.options import Options
+    from sparsify.backends.onnx.tracing.contract import Contract
+
+    Graph = tuple[ir.Model, dict[str, ir.Value], Contract]
 
 # Tests of the tracing itself, of what it reads, and of two runs that give the same: they trace anew.
 ANEW = (
@@ -42,7 +47,6 @@ ANEW = (
     "tests/tools",
 )
 
-Graph = tuple[ir.Model, dict[str, ir.Value], Contract]
 Traced = tuple[torch.export.ExportedProgram, dict[str, Tensor]]
 _PLAIN = (int, float, str, bytes, type(None), torch.dtype, torch.device, torch.Size, types.BuiltinFunctionType)
 # Whose code does not change while tests run: a class of a test may be another one under the same name.
@@ -89,6 +93,8 @@ class Traces:
         fixed: Mapping[str, Tensor] | None = None,
     ) -> Graph:
         """:func:`sparsify.backends.onnx.writing.build_graph`, which this stands for."""
+        from sparsify.backends.onnx.writing import build_graph
+
         if self.anew:
             return build_graph(module, batch, options, names, fixed)
         # Where its weights lie is not the graph's.
