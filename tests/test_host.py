@@ -51,12 +51,12 @@ def test_a_young_heap_frees_what_was_made_in_it_and_leaves_no_other_object_out(f
     if frozen:
         gc.freeze()
     try:
-        count = gc.get_freeze_count()
         with young_heap():
             made = weakref.ref(Cycle())
             gc.collect()
             assert made() is None
-        assert gc.get_freeze_count() == count
+        # Not their number: what was frozen may have died meanwhile.
+        assert bool(gc.get_freeze_count()) == frozen
         gone = weakref.ref(older)
         del older
         gc.unfreeze()

@@ -9,7 +9,7 @@ from typing import Any
 from sparsify.backends.bench.loading import Loading
 from sparsify.backends.packed.labels import siblings_label
 from sparsify.backends.packed.loaded.on_gpu import Prepared
-from sparsify.runtime.stopwatch import Timing
+from sparsify.runtime.cpu.stopwatch import Timing
 
 
 @dataclass(frozen=True)

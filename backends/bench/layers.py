@@ -11,9 +11,9 @@ from sparsify.backends.bench.benchmark import SiteSpeed
 from sparsify.backends.packed.format import PackedSite
 from sparsify.backends.packed.labels import kind_of
 from sparsify.backends.packed.loaded.modules import FastLinear, owner_of, packed_of
+from sparsify.runtime.cpu.stopwatch import Stopwatch
 from sparsify.runtime.cpu.unpacking import unpacked
 from sparsify.runtime.packed_weight import PackedWeight
-from sparsify.runtime.stopwatch import Stopwatch
 
 # What layers of one kind are, their shape, and how they lie or what runs them.
 _PackedKind = tuple[str, tuple[int, ...], str]

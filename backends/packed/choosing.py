@@ -14,10 +14,10 @@ from sparsify.backends.packed.grids import Values, integers_of
 from sparsify.errors import Refused
 from sparsify.ir.weights import Weights
 from sparsify.method.pattern import parse_grid
+from sparsify.runtime.cpu.stopwatch import Stopwatch, Timing
 from sparsify.runtime.few_bits import Integers, choose_few_layout, stored_bytes
 from sparsify.runtime.layout import choose_layout, pack, pack_integers, packed_bytes
 from sparsify.runtime.packed_weight import PackedWeight
-from sparsify.runtime.stopwatch import Stopwatch, Timing
 from sparsify.runtime.words import AskedFewLayout, Layout, PackingChoice
 
 # The share of zeros from which on a weight counts as pruned.

@@ -13,7 +13,7 @@ METHOD = "sparsify"
 # The newest format that is read; written are format 1, or 2 where some weight is of few bits.
 FORMAT, _FEW_BITS = 2, 2
 # What quantization_config may say beside ``note``.
-FIELDS = ("quant_method", "format", "sites", "siblings", "gpu", "activations")
+FIELDS = ("quant_method", "format", "sites", "siblings", "gpu", "activations", "measured")
 
 
 def format_of(sites: Mapping[str, PackedSite]) -> int:
@@ -69,6 +69,19 @@ def check_activations(activations: object) -> None:
             "quantization_config of a packed folder",
             found=f"activations {activations!r}",
             do=f"config.json is damaged: they are {' or '.join(ACTIVATIONS)}",
+        )
+
+
+def check_measured(measured: object) -> None:
+    """Raises:
+    CheckpointError: not a machine that a choice was measured on.
+    """
+    if measured is None:
+        return
+    words = dict(measured) if isinstance(measured, Mapping) else {}
+    if set(words) != {"processor", "instructions"} or not all(isinstance(word, str) for word in words.values()):
+        raise CheckpointError(
+            "quantization_config of a packed folder", found=f"measured {measured!r}", do="config.json is damaged"
         )
 
 

@@ -14,6 +14,7 @@ from sparsify.backends.packed.choosing import PRUNED, Asked, Decision
 from sparsify.backends.packed.config import METHOD, format_of
 from sparsify.backends.packed.format import PackedSite
 from sparsify.backends.packed.grids import Values
+from sparsify.backends.packed.loaded.again import this_machine
 from sparsify.backends.packed.loaded.modules import pack_modules
 from sparsify.backends.packed.options import Options
 from sparsify.backends.packed.plan import decide, siblings, summary
@@ -167,7 +168,9 @@ class PackedJob:
         content = {"quant_method": METHOD, "note": NOTE, "format": format_of(self.sites), "sites": entries}
         together = siblings(self.decisions)
         few = {"activations": self.asked.activations} if self.few else {}
-        return content | ({"siblings": together} if together else {}) | few | self.extras()
+        # A choice by size alone holds anywhere.
+        where = {"measured": this_machine()} if self.asked.choice == "measured" else {}
+        return content | ({"siblings": together} if together else {}) | few | where | self.extras()
 
     def _try_modules(self, program: Program) -> None:
         """Trace the model with its packed modules: code that computes with a packed weight itself fails here."""

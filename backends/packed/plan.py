@@ -17,7 +17,7 @@ from sparsify.ir.weights import Weights
 from sparsify.method.pattern import Grid
 from sparsify.prune.names import Wanted
 from sparsify.prune.targets import choose, read_elsewhere
-from sparsify.runtime.stopwatch import Stopwatch
+from sparsify.runtime.cpu.stopwatch import Stopwatch
 from sparsify.words import format_bytes
 
 

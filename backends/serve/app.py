@@ -17,7 +17,7 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from sparsify.backends.serve.handlers import Chat, Completions, Held
-from sparsify.backends.serve.refusal import Refusal
+from sparsify.backends.serve.refusal import Refusal, another_model
 from sparsify.backends.serve.turn import Turn
 from sparsify.backends.serve.words import check_chat, check_completion, parse
 from sparsify.errors import first_line
@@ -36,8 +36,7 @@ def build_app(held: Held) -> Starlette:
 
     async def model(request: Request) -> Response:
         if request.path_params["name"] != held.name:
-            message = f"The model {request.path_params['name']!r} is not served here. Ask for {held.name!r}"
-            return _refused(Refusal(message, param="model", code="model_not_found", status=404))
+            return _refused(another_model(request.path_params["name"], held.name))
         return JSONResponse(listed)
 
     async def health(request: Request) -> Response:

@@ -19,3 +19,10 @@ class Refusal(Exception):
     def as_dict(self) -> dict[str, Any]:
         kind = "invalid_request_error" if self.status < 500 else "server_error"
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+
+def another_model(asked: Any, served: str) -> Refusal:
+    """Of a request that names another model than the one that is ``served``."""
+    status = 404 if isinstance(asked, str) else 400
+    message = f"The model {asked!r} is not served here. Ask for {served!r}"
+    return Refusal(message, param="model", code="model_not_found", status=status)

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from sparsify.backends.serve.refusal import Refusal
+from sparsify.backends.serve.refusal import Refusal, another_model
 from sparsify.files.json_text import parse_json
 
 _CONTENT = ("text", "input_text", "output_text")
@@ -66,12 +66,7 @@ def check_chat(body: dict[str, Any], name: str) -> None:
 def _check(body: Mapping[str, Any], name: str, fields: Mapping[str, _Field]) -> None:
     asked = body.get("model")
     if asked is not None and asked != name:
-        raise Refusal(
-            f"The model {asked!r} is not served here. Ask for {name!r}",
-            param="model",
-            code="model_not_found",
-            status=404 if isinstance(asked, str) else 400,
-        )
+        raise another_model(asked, name)
     for field, value in body.items():
         if field not in fields and field not in _BOTH:
             known = ", ".join(sorted({*fields, *_BOTH}))

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from sparsify.errors import Refused
+from sparsify.runtime.cpu.stopwatch import FASTER, Stopwatch, Timing
 from sparsify.runtime.cuda.gpu import GPU, NO_EXPERTS
 from sparsify.runtime.cuda.prepared import PreparedWeight, prepare_weight
 from sparsify.runtime.layout import choose_layout, concatenate
 from sparsify.runtime.packed_weight import PackedWeight
-from sparsify.runtime.stopwatch import FASTER, Stopwatch, Timing
 from sparsify.runtime.words import AskedLayout, PackingChoice, Policy
 
 _Key = tuple[int, tuple[int, ...], tuple[int, ...], torch.dtype]

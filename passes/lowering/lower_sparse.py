@@ -23,9 +23,9 @@ from sparsify.ir.graph import placeholder_values
 from sparsify.passes.lowering.choosing import Packer
 from sparsify.passes.lowering.record import Lowered
 from sparsify.passes.lowering.rewrite import Rewriter
+from sparsify.runtime.cpu.stopwatch import FASTER
 from sparsify.runtime.cuda.gpu import GPU
 from sparsify.runtime.packed_weight import PackedWeight
-from sparsify.runtime.stopwatch import FASTER
 from sparsify.runtime.words import AskedLayout, PackingChoice, Policy
 
 

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from sparsify.analysis.contraction import Contraction, NotUnderstood
+from sparsify.runtime.cpu.stopwatch import Timing
 from sparsify.runtime.cuda.prepared import PreparedWeight
 from sparsify.runtime.packed_weight import PackedWeight
-from sparsify.runtime.stopwatch import Timing
 
 
 @dataclass(frozen=True)

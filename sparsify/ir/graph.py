@@ -19,7 +19,9 @@ def empty_root(tensors: dict[str, Tensor]) -> nn.Module:
     """A tree of bare modules that holds a meta parameter under each dotted name."""
     root = nn.Module()
     for name, tensor in tensors.items():
-        set_tensor(root, name, nn.Parameter(tensor.detach().to("meta"), requires_grad=False))
+        # Not by to("meta"): that is slow of a tensor that a trace has made up.
+        like = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+        set_tensor(root, name, nn.Parameter(like, requires_grad=False))
     return root
 
 

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import os
 import stat
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from sparsify.durable import aside, asides, discard, is_open_at, make_folders, try_lock, write_whole
 from sparsify.errors import Refused, SpecError
@@ -95,6 +97,15 @@ def read_whole(path: Path) -> bytes | None:
             os.close(fd)
     except OSError:
         return None
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file of the cache; an empty one where there is none, or the file is damaged."""
+    try:
+        content = json.loads(read_whole(path) or b"{}")
+    except (ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def put_whole(path: Path, content: bytes) -> None:

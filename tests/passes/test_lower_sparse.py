@@ -23,8 +23,8 @@ from sparsify.ir.operators import operator_name
 from sparsify.method.pattern import NM
 from sparsify.passes import LowerSparse, Wanda
 from sparsify.prune.fx_pass import GraphPrune
+from sparsify.runtime.cpu.stopwatch import Stopwatch
 from sparsify.runtime.cuda.gpu import GPU
-from sparsify.runtime.stopwatch import Stopwatch
 
 SMALLEST = LowerSparse(choice="smallest")
 

@@ -7,8 +7,8 @@ import time
 import pytest
 import torch
 
+from sparsify.runtime.cpu.stopwatch import MANY, Stopwatch, Timing
 from sparsify.runtime.packed_weight import PackedWeight
-from sparsify.runtime.stopwatch import MANY, Stopwatch, Timing
 
 
 def weight_24() -> torch.Tensor:

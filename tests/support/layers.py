@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 # The folders at the top of the repository, and what they are imported as.
@@ -51,7 +51,11 @@ def modules(root: Path) -> dict[str, Path]:
 def imports(root: Path) -> dict[str, set[str]]:
     """Module -> the modules of ours that it imports, anywhere in its text; names of a lazy face are followed home."""
     known = modules(root)
-    homes = {name: _lazy_names(path) for name, path in known.items() if path.name == "__init__.py"}
+    homes = {
+        name: _lazy_names_of(path.read_text(encoding="utf-8"))
+        for name, path in known.items()
+        if path.name == "__init__.py"
+    }
     edges: dict[str, set[str]] = {}
     for module, path in known.items():
         edges[module] = set()
@@ -119,16 +123,27 @@ def _forbidden_inside(module: str, target: str) -> str | None:
     return None
 
 
-def _imported(path: Path) -> Iterator[str]:
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+def _imported(path: Path) -> tuple[str, ...]:
+    try:
+        return _imports_of(path.read_text(encoding="utf-8"))
+    except SyntaxError as error:
+        raise AssertionError(f"{path}: {error.msg}") from error
+
+
+@cache
+def _imports_of(text: str) -> tuple[str, ...]:
+    """Every name that a file of ``text`` imports: most files are as they were when the last test looked."""
+    found: list[str] = []
+    for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            found += (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module is not None and not node.level:
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+            found += (f"{node.module}.{alias.name}" for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            raise AssertionError(f"{path}: a relative import; write the whole name")
+            raise SyntaxError("a relative import; write the whole name")
         elif isinstance(node, ast.Call) and getattr(node.func, "id", getattr(node.func, "attr", "")) == "import_module":
-            yield from (a.value for a in node.args if isinstance(a, ast.Constant) and isinstance(a.value, str))
+            found += (a.value for a in node.args if isinstance(a, ast.Constant) and isinstance(a.value, str))
+    return tuple(found)
 
 
 def _resolve(name: str, known: dict[str, Path], homes: dict[str, dict[str, str]]) -> str | None:
@@ -142,10 +157,11 @@ def _resolve(name: str, known: dict[str, Path], homes: dict[str, dict[str, str]]
     return name or None
 
 
-def _lazy_names(path: Path) -> dict[str, str]:
+@cache
+def _lazy_names_of(text: str) -> dict[str, str]:
     """Names that a package's __init__ loads when they are asked for, with the module that holds each."""
     found: dict[str, str] = {}
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
             for inner in node.body:
                 if isinstance(inner, ast.ImportFrom) and inner.module is not None:

@@ -15,6 +15,19 @@ from sparsify.runtime.cpu.few import unpack_few
 from sparsify.runtime.few_arguments import GROUPS, VALUES
 from sparsify.runtime.words import Layout
 
+
+def experts_bitmask_few(x: Tensor, scales: Tensor, values: Tensor, mask: Tensor, starts: Tensor, *rest: Any) -> Tensor:
+    """The reference of each expert that has tokens: of the others nothing is read, whatever lies there."""
+    (bits, group, exact, offsets), rows = rest, scales.shape[1]
+
+    def product(e: int, part: Tensor) -> Tensor:
+        own = starts[e * rows : (e + 1) * rows + 1]
+        given = without_spares([part, scales[e], values, mask[e], own, bits, group, exact], ops.linear_bitmask_few)
+        return reference.linear_bitmask_few(*given)
+
+    return reference.by_expert(x, rows, offsets, product)
+
+
 # Layout by layout: the operator of one matrix, that of a stack, and plain torch for both.
 FEW: dict[Layout, tuple[Callable[..., Any], ...]] = {
     "packed24": (ops.linear_24_few, ops.experts_24_few, reference.linear_24_few, reference.experts_24_few),
@@ -22,7 +35,7 @@ FEW: dict[Layout, tuple[Callable[..., Any], ...]] = {
         ops.linear_bitmask_few,
         ops.experts_bitmask_few,
         reference.linear_bitmask_few,
-        reference.experts_bitmask_few,
+        experts_bitmask_few,
     ),
     "dense": (ops.linear_dense_few, ops.experts_dense_few, reference.linear_dense_few, reference.experts_dense_few),
 }
@@ -70,7 +83,7 @@ def without_spares(given: list[Any], operator: Any) -> list[Any]:
     """What plain torch takes in the place of ``given``: of a bitmask the values from the first start to what its mask
     counts, for what lies around them is nobody's.
     """
-    if operator not in FEW["bitmask"]:
+    if operator is not ops.linear_bitmask_few:
         return given
     values, mask, starts, bits = given[2:6]
     needed = int(starts_of(mask.reshape(-1, mask.shape[-1]), bits)[-1])

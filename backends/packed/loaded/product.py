@@ -70,6 +70,12 @@ class Product:
         # The input that was multiplied last, and the parts of its product.
         self._last: tuple[Tensor, tuple[Tensor, ...]] | None = None
 
+    def alone(self, member: Member) -> Product:
+        """What ``member`` multiplies with where it shares its product no longer."""
+        own = Product([member])
+        own.policy, own.tune = self.policy, self.tune
+        return own
+
     def part(self, member: Member, x: Tensor) -> Tensor:
         """``member``'s product with ``x``."""
         if len(self.members) == 1:

@@ -6,6 +6,7 @@ packed get our dense kernel where that makes a token faster.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from sparsify.backends.packed.config import FIELDS, METHOD, check_activations, check_gpu, sites_of
+from sparsify.backends.packed.config import FIELDS, METHOD, check_activations, check_gpu, check_measured, sites_of
 from sparsify.backends.packed.format import PackedSite
+from sparsify.backends.packed.loaded.again import choose_again
 from sparsify.backends.packed.loaded.linear import PackedLinear
 from sparsify.backends.packed.loaded.modules import FastLinear, become, count_rows, pack_modules, packed_of
 from sparsify.backends.packed.loaded.on_gpu import prepare
@@ -28,9 +30,9 @@ from sparsify.files.ledger import Ledger
 from sparsify.files.reading import read_json
 from sparsify.files.whole import check_folder
 from sparsify.finite import check_all_finite
+from sparsify.runtime.cpu.stopwatch import Stopwatch
 from sparsify.runtime.cpu.unpacking import unpacked
 from sparsify.runtime.soundness import check
-from sparsify.runtime.stopwatch import Stopwatch
 from sparsify.runtime.words import Activations
 
 
@@ -41,7 +43,8 @@ class SparsifyConfig(QuantizationConfigMixin):
     Args:
         siblings: groups of parameters that one product serves on a GPU. gpu: how a GPU keeps the weights, {"policy",
             "tune"} as :func:`sparsify.backends.packed.loaded.prepare` takes them. activations: what inputs of weights
-            of few bits are multiplied as, int8 or float. check: False takes the folder's
+            of few bits are multiplied as, int8 or float. measured: the machine that the choice of what to pack was
+            measured on. check: False takes the folder's
             bytes as they are. Set it in Python, ``config.quantization_config["check"] = False``, and give ``config`` to
             ``from_pretrained``.
 
@@ -57,6 +60,7 @@ class SparsifyConfig(QuantizationConfigMixin):
         siblings: list[list[str]] | None = None,
         gpu: dict[str, Any] | None = None,
         activations: Activations = "int8",
+        measured: dict[str, str] | None = None,
         check: bool = True,
     ) -> None:
         # Only of this one loading; no file says it.
@@ -64,9 +68,11 @@ class SparsifyConfig(QuantizationConfigMixin):
         self.quant_method: Any = quant_method
         self.format, self.sites = format, sites
         self.siblings, self.gpu, self.activations = siblings or [], gpu or {}, activations
+        self.measured = measured
         sites_of({"quantization_config": self.__dict__}, "(config.json)")
         check_gpu(self.siblings, self.gpu, sites)
         check_activations(activations)
+        check_measured(measured)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
@@ -76,8 +82,15 @@ class SparsifyConfig(QuantizationConfigMixin):
         return super().from_dict(known, return_unused_kwargs=return_unused_kwargs, **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
-        own = {"check"} if self.format > 1 else {"check", "activations"}
-        return {key: value for key, value in super().to_dict().items() if key not in own}
+        unsaid = {"check": True, "activations": self.format == 1, "measured": self.measured is None}
+        return {key: value for key, value in super().to_dict().items() if not unsaid.get(key)}
+
+    def without(self, names: Sequence[str]) -> None:
+        """Forget packed parameters that were made dense."""
+        gone = set(names)
+        self.sites = {name: entry for name, entry in self.sites.items() if name not in gone}
+        kept = ([name for name in group if name not in gone] for group in self.siblings)
+        self.siblings = [group for group in kept if len(group) > 1]
 
     def packed_sites(self) -> dict[str, PackedSite]:
         return {name: PackedSite.of(name, entry) for name, entry in self.sites.items()}
@@ -133,6 +146,7 @@ class SparsifyQuantizer(HfQuantizer):
             # Where digests were compared, who wrote them has looked.
             check_all_finite((n, p) for n, p in model.named_parameters() if not p.is_meta)
         count_rows(model, sites)
+        self.quantization_config.without(choose_again(model, sites, self.quantization_config.measured))
         prepare(model, **self.quantization_config.gpu)
         speed_up_dense(model)
         return model

@@ -19,6 +19,8 @@ GROUPS = (None, 128, 64, 32)
 _GRIDS = (Grid(4), Grid(8))
 # Rows that are tried before all are.
 _TRIED = 8
+# Numbers that guesses are tried on at once, where that many are not a single guess's.
+_AT_ONCE = 1 << 15
 
 
 def integers(weight: Tensor, grid: Grid, group: int, *, symmetric: bool) -> tuple[Tensor, Tensor] | None:
@@ -36,18 +38,19 @@ def integers(weight: Tensor, grid: Grid, group: int, *, symmetric: bool) -> tupl
     largest = values.abs().amax(-1)
     scales, found = torch.ones_like(largest), torch.zeros_like(values)
     left = largest.nonzero().squeeze(1)
-    for count in _counts(grid, symmetric):
-        for step in (0, -1, 1):
-            if not len(left):
-                break
-            scale = _near(largest[left] / count, step, weight.dtype).unsqueeze(1)
-            own = values[left]
-            whole = (own / scale).round_()
-            spread = whole.amax(-1).clamp(min=0) - whole.amin(-1).clamp(max=0)
-            fits = ((whole * scale).to(weight.dtype).float() == own).all(-1) & (spread <= grid.span)
-            done = left[fits]
-            scales[done], found[done] = scale[fits].squeeze(1), whole[fits]
-            left = left[~fits]
+    guesses = torch.tensor([(count, step) for count in _counts(grid, symmetric) for step in (0, -1, 1)])
+    while len(guesses) and len(left):
+        # Of a few rows many guesses at once: most of a small step's time is that it is one.
+        own = values[left].unsqueeze(1)
+        some, guesses = guesses.split([n := min(len(guesses), max(1, _AT_ONCE // own.numel())), len(guesses) - n])
+        scale = _near(largest[left].unsqueeze(1) / some[:, 0], some[:, 1], weight.dtype).unsqueeze(2)
+        whole = (own / scale).round_()
+        spread = whole.amax(-1).clamp(min=0) - whole.amin(-1).clamp(max=0)
+        fits = ((whole * scale).to(weight.dtype).float() == own).all(-1) & (spread <= grid.span)
+        fit, first = fits.any(-1), fits.int().argmax(-1)
+        done, best = left[fit], first[fit]
+        scales[done], found[done] = scale[fit, best].squeeze(1), whole[fit, best]
+        left = left[~fit]
     if len(left):
         return None
     rows, columns = weight.shape
@@ -118,9 +121,9 @@ def _counts(grid: Grid, symmetric: bool) -> list[int]:
     return likely + [count for count in range(top, 0, -1) if count not in likely]
 
 
-def _near(scale: Tensor, step: int, dtype: torch.dtype) -> Tensor:
+def _near(scale: Tensor, step: Tensor, dtype: torch.dtype) -> Tensor:
     """The ``step``-th neighbour of ``scale`` among the numbers that scales may be."""
     held = torch.bfloat16 if dtype == torch.bfloat16 else torch.float16
     # Neighbouring positive floating-point numbers are neighbouring integers.
-    near = (scale.to(held).view(torch.int16) + step).clamp_(min=0).view(held)
+    near = (scale.to(held).view(torch.int16) + step.to(torch.int16)).clamp_(min=0).view(held)
     return near.float().clamp(SMALLEST, LARGEST).half().float()

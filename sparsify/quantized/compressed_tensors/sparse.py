@@ -95,28 +95,8 @@ class WithZeros:
             return self.checkpoint.read(name)
         stored = self._stored[name]
         values, mask = self.checkpoint.read(stored.values), self.checkpoint.read(stored.mask)
-        kept = unpack_bits(mask).view(len(mask), 8 * mask.shape[1])
-        rows, columns = stored.shape
-        found = None
-        if bool(kept[:, columns:].any()):
-            found = f"{stored.mask} has places past its {columns} columns"
-        kept = kept[:, :columns]
-        counts = kept.sum(1)
-        if found is None and int(counts.sum()) != values.numel():
-            found = f"{stored.mask} has {int(counts.sum())} places for {values.numel()} values"
-        elif stored.starts is None and not bool((kept.reshape(rows, -1, 4).sum(-1) == 2).all()):
-            found = f"{stored.mask} has not two places of every four"
-        elif stored.starts is not None and not torch.equal(
-            self.checkpoint.read(stored.starts).flatten().long(), counts.cumsum(0) - counts
-        ):
-            found = f"{stored.starts} does not count the places of {stored.mask}"
-        if found is not None:
-            raise CheckpointError(f"weight {name}", found=found, do="The file is damaged: fetch the folder again")
-        # torch indexes no float8; its bytes are as good.
-        raw = values.view(torch.int8) if values.dtype in FLOAT8 else values
-        full = torch.zeros(rows, columns, dtype=raw.dtype)
-        full[kept] = raw.flatten()
-        return full.view(values.dtype)
+        starts = None if stored.starts is None else self.checkpoint.read(stored.starts)
+        return with_zeros(name, values, mask, starts, stored.shape)
 
     def layout(self, where: str) -> Layout:
         """What is in the file, where its values are not quantized.
@@ -130,6 +110,37 @@ class WithZeros:
             raise refused(where, f"{odd} is stored in {self.dtype(odd)}, and quantization_config names no groups")
         dense = {name: Dense({"weight": name}, stored.shape, _as_it_is) for name, stored in self._stored.items()}
         return Layout(self.method, dense, dtype=next(iter(dtypes)) if len(dtypes) == 1 else torch.float32)
+
+
+def with_zeros(name: str, values: Tensor, mask: Tensor, starts: Tensor | None, shape: tuple[int, ...]) -> Tensor:
+    """The weight ``name`` [rows, columns] of what is stored of it, the shapes of which fit.
+
+    Args:
+        starts: where each row begins; None of 2:4.
+
+    Raises:
+        CheckpointError: a mask that does not have as many places as there are values, or is not 2:4.
+    """
+    base, (rows, columns) = name.removesuffix(".weight"), shape
+    kept = unpack_bits(mask).view(len(mask), 8 * mask.shape[1])
+    found = None
+    if bool(kept[:, columns:].any()):
+        found = f"{base}{_MASK} has places past its {columns} columns"
+    kept = kept[:, :columns]
+    counts = kept.sum(1)
+    if found is None and int(counts.sum()) != values.numel():
+        found = f"{base}{_MASK} has {int(counts.sum())} places for {values.numel()} values"
+    elif starts is None and not bool((kept.reshape(rows, -1, 4).sum(-1) == 2).all()):
+        found = f"{base}{_MASK} has not two places of every four"
+    elif starts is not None and not torch.equal(starts.flatten().long(), counts.cumsum(0) - counts):
+        found = f"{base}{_STARTS} does not count the places of {base}{_MASK}"
+    if found is not None:
+        raise CheckpointError(f"weight {name}", found=found, do="The file is damaged: fetch the folder again")
+    # torch indexes no float8; its bytes are as good.
+    raw = values.view(torch.int8) if values.dtype in FLOAT8 else values
+    full = torch.zeros(rows, columns, dtype=raw.dtype)
+    full[kept] = raw.flatten()
+    return full.view(values.dtype)
 
 
 def _as_it_is(parts: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:

@@ -51,8 +51,9 @@ def unpacked(packed: Packed, rowptr: Tensor | None = None) -> Tensor:
     """
     rows, columns = packed.shape
     by_kernels = packed.values.device.type == "cpu" and native.library() is not None
+    by_kernels = by_kernels and (packed.layout != "bitmask" or rowptr is not None)
     if packed.scales is not None and packed.bits is not None:
-        if not by_kernels or (packed.layout == "bitmask" and rowptr is None):
+        if not by_kernels:
             return unpack(packed)
         codes, group = None if packed.layout == "dense" else packed.codes, packed.group or 0
         return unpack_few(packed.layout, packed.scales, packed.values, codes, rowptr, packed.bits, group, columns)
@@ -62,7 +63,7 @@ def unpacked(packed: Packed, rowptr: Tensor | None = None) -> Tensor:
     sound = sound and packed.codes.dtype is coded and packed.codes.dim() == 2 and packed.values.dim() == dims
     if not sound or packed.codes.shape[0] != rows or (starts is not None and not _are_starts(starts)):
         raise disagreement(packed.values, packed.values, packed.codes)
-    if not by_kernels or (packed.layout == "bitmask" and starts is None):
+    if not by_kernels:
         return unpack(packed)
     full = packed.codes.shape[1] * (8 if packed.layout == "packed24" else 32)
     out = packed.values.new_empty(rows, full)

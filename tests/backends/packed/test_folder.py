@@ -23,7 +23,7 @@ from sparsify.errors import BackendError
 from sparsify.files.checkpoint import Checkpoint
 from sparsify.frontend.source import open_source
 from sparsify.quality.perplexity import perplexity
-from sparsify.runtime.stopwatch import Stopwatch, Timing
+from sparsify.runtime.cpu.stopwatch import Stopwatch, Timing
 
 
 def packed_parameters(model: Any) -> set[str]:

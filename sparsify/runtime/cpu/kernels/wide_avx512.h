@@ -1,12 +1,15 @@
 // packed24, many tokens, AVX-512: tokens lie across the vectors, so that a pruned weight costs nothing.
 //
-// A weight meets 16 · V tokens in V instructions, which read the inputs that it belongs to. bfloat16 takes two weights at a
-// time: of four columns a row keeps two, that is one of six pairs, and `across` lays out all six. A dense product takes twice
-// as many instructions. Float takes one weight at a time, one of four columns. Either way a step is a number of 32 bits (a
-// pair, or a float), told to all lanes, and the place of its inputs.
+// 16 lie across each of up to four vectors, or 8 across half of one. A weight meets those of a vector in one instruction,
+// which reads the inputs that it belongs to. bfloat16 takes two weights at a time: of four columns a row keeps two, that is
+// one of six pairs, and `across` lays out all six. A dense product takes twice as many instructions. Float takes one weight
+// at a time, one of four columns. Either way a step is a number of 32 bits (a pair, or a float), told to all lanes, and the
+// place of its inputs.
 #pragma once
 #include "avx512.h"
 #include "calls.h"
+
+#include <type_traits>
 #ifdef SPARSIFY_X86
 
 #define MEMBER inline __attribute__((always_inline))
@@ -14,16 +17,17 @@
 namespace wide {
 
 const i64 ROWS = 128;          // whose sums lie in the second cache while `across` passes through the first
-const int TOKENS = 16;         // in a vector
-const int MOST = 4;            // vectors at a time
+const i64 MOST = 64;           // tokens at a time
+// How many lie across of so many tokens.
+INLINE int lanes_of(i64 tokens) { return tokens <= 8 ? 8 : tokens >= MOST ? (int)MOST : (int)((tokens + 15) / 16 * 16); }
 // Columns at a time: their inputs, six pairs of every four or the four themselves, fill much of the first cache.
-INLINE i64 columns_at_once(int vectors) { return vectors == 1 ? 512 : vectors == 2 ? 256 : 128; }
+INLINE i64 columns_at_once(int lanes) { return lanes <= 16 ? 512 : lanes == 32 ? 256 : 128; }
 // How many places there are for the inputs of four columns, and how many steps.
 INLINE i64 places(bool pairs) { return pairs ? 6 : 4; }
 INLINE i64 steps(bool pairs) { return pairs ? 1 : 2; }
 // Bytes of what `across` writes, and of the sums of a thread.
-INLINE i64 across_bytes(bool pairs, i64 columns, int vectors) { return columns / 4 * places(pairs) * vectors * 64; }
-INLINE i64 sum_bytes(int vectors) { return ROWS * vectors * 64; }
+INLINE i64 across_bytes(bool pairs, i64 columns, int lanes) { return columns / 4 * places(pairs) * lanes * 4; }
+INLINE i64 sum_bytes(int lanes) { return ROWS * lanes * 4; }
 
 T512 INLINE void transpose(__m512i r[16]) {
   __m512i t[16];
@@ -60,21 +64,28 @@ template <int KIND> T512 INLINE __m512i inputs(const void* x, i64 at, i64 left) 
   return _mm512_castps_si512(_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(here, (const u16*)x + at)));
 }
 
-// x [tokens, width] as [columns / 4, places, V * 16]: bfloat16 the pairs (0,1) (0,2) (1,2) (0,3) (1,3) (2,3) of every four
+// A vector, or half of it, of what lies across at place `place`.
+T512 INLINE void lay(u32* out, i64 place, int lanes, int v, __m512i x) {
+  u32* here = out + place * lanes + v * 16;
+  if (lanes == 8) _mm256_store_si256((__m256i*)here, _mm512_castsi512_si256(x));
+  else _mm512_store_si512(here, x);
+}
+
+// x [tokens, width] as [columns / 4, places, lanes]: bfloat16 the pairs (0,1) (0,2) (1,2) (0,3) (1,3) (2,3) of every four
 // columns, float the four columns. Tokens that there are not are zeros.
-template <int KIND> T512 static void across(const void* x, i64 tokens, i64 width, i64 columns, int vectors, u32* out) {
+template <int KIND> T512 static void across(const void* x, i64 tokens, i64 width, i64 columns, int lanes, u32* out) {
   const __m512i low = _mm512_set1_epi32(0xffff);
   const int step = KIND == BF16 ? 32 : 16;
-  for (int v = 0; v < vectors; v++)
+  for (int v = 0; v * 16 < lanes; v++)
     for (i64 k = 0; k < columns; k += step) {
       __m512i r[16];
       UNROLL for (int t = 0; t < 16; t++) {
-        const i64 token = v * TOKENS + t;
+        const i64 token = v * 16 + t;
         r[t] = token < tokens ? inputs<KIND>(x, token * width + k, width - k) : _mm512_setzero_si512();
       }
       transpose(r);
       if (KIND != BF16) {
-        for (int c = 0; c < 16; c++) _mm512_store_si512(out + ((k + c) * vectors + v) * TOKENS, r[c]);
+        for (int c = 0; c < 16; c++) lay(out, k + c, lanes, v, r[c]);
         continue;
       }
       for (int g = 0; g < 8; g++) {
@@ -82,13 +93,13 @@ template <int KIND> T512 static void across(const void* x, i64 tokens, i64 width
         const __m512i a0 = _mm512_and_si512(a, low), a1 = _mm512_srli_epi32(a, 16);
         const __m512i pairs[6] = {a, _mm512_or_si512(a0, b0), _mm512_or_si512(a1, b0), _mm512_or_si512(a0, b1),
                                   _mm512_or_si512(a1, b1), b};
-        for (int p = 0; p < 6; p++) _mm512_store_si512(out + (((k / 4 + g) * 6 + p) * vectors + v) * TOKENS, pairs[p]);
+        for (int p = 0; p < 6; p++) lay(out, (k / 4 + g) * 6 + p, lanes, v, pairs[p]);
       }
     }
 }
 
 // Where the inputs of each step of `columns` columns (a multiple of 64) lie, in units of 8 bytes.
-template <bool PAIRS, int V> T512 INLINE void places_of(const u8* codes, i64 columns, u16* out) {
+template <bool PAIRS, int L> T512 INLINE void places_of(const u8* codes, i64 columns, u16* out) {
   // What a code of docs/format.md means: the pair that `across` has at that place; those that mean none are the first.
   const __m128i pair = _mm_setr_epi8(0, 0, 0, 0, 0, 0, 0, 0, 1, 2, 0, 0, 3, 4, 5, 0), four = _mm_set1_epi8(15);
   const __m256i group = _mm256_setr_epi16(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
@@ -100,43 +111,65 @@ template <bool PAIRS, int V> T512 INLINE void places_of(const u8* codes, i64 col
     if (PAIRS) {
       const __m256i at = _mm256_add_epi16(of_pair, _mm256_set1_epi16((short)(k / 4 * 6)));
       const __m256i place = _mm256_add_epi16(_mm256_cvtepu8_epi16(_mm_shuffle_epi8(pair, n)), at);
-      _mm256_storeu_si256((__m256i*)(out + k / 4), _mm256_mullo_epi16(place, _mm256_set1_epi16(8 * V)));
+      _mm256_storeu_si256((__m256i*)(out + k / 4), _mm256_mullo_epi16(place, _mm256_set1_epi16(L / 2)));
     } else {
       const __m128i first = _mm_and_si128(n, _mm_set1_epi8(3)), second = _mm_and_si128(_mm_srli_epi16(n, 2), _mm_set1_epi8(3));
       const __m128i both[2] = {_mm_unpacklo_epi8(first, second), _mm_unpackhi_epi8(first, second)};
       for (int h = 0; h < 2; h++) {
         const __m256i at = _mm256_add_epi16(of_column, _mm256_set1_epi16((short)(k + 32 * h)));
         const __m256i place = _mm256_add_epi16(_mm256_cvtepu8_epi16(both[h]), at);
-        _mm256_storeu_si256((__m256i*)(out + k / 2 + 16 * h), _mm256_mullo_epi16(place, _mm256_set1_epi16(8 * V)));
+        _mm256_storeu_si256((__m256i*)(out + k / 2 + 16 * h), _mm256_mullo_epi16(place, _mm256_set1_epi16(L / 2)));
       }
     }
   }
 }
 
+// A vector of 16 lanes, or half of one.
+template <bool PAIRS> struct Whole {
+  typedef __m512 Sum;
+  static const int LANES = 16;
+  T512 static MEMBER Sum zero() { return _mm512_setzero_ps(); }
+  T512 static MEMBER Sum load(const float* p) { return _mm512_load_ps(p); }
+  T512 static MEMBER void store(float* p, Sum sum) { _mm512_store_ps(p, sum); }
+  T512 static MEMBER Sum plus(Sum sum, u32 number, const u8* x) {
+    const __m512i all = _mm512_set1_epi32((int)number), xs = _mm512_load_si512(x);
+    if (PAIRS) return _mm512_dpbf16_ps(sum, (__m512bh)all, (__m512bh)xs);
+    return _mm512_fmadd_ps(_mm512_castsi512_ps(all), _mm512_castsi512_ps(xs), sum);
+  }
+};
+
+template <bool PAIRS> struct Half {
+  typedef __m256 Sum;
+  static const int LANES = 8;
+  T512 static MEMBER Sum zero() { return _mm256_setzero_ps(); }
+  T512 static MEMBER Sum load(const float* p) { return _mm256_load_ps(p); }
+  T512 static MEMBER void store(float* p, Sum sum) { _mm256_store_ps(p, sum); }
+  T512 static MEMBER Sum plus(Sum sum, u32 number, const u8* x) {
+    const __m256i all = _mm256_set1_epi32((int)number), xs = _mm256_load_si256((const __m256i*)x);
+    if (PAIRS) return _mm256_dpbf16_ps(sum, (__m256bh)all, (__m256bh)xs);
+    return _mm256_fmadd_ps(_mm256_castsi256_ps(all), _mm256_castsi256_ps(xs), sum);
+  }
+};
+
 // The steps of R rows over some columns: `count` of each, added to the sums of the columns before.
-template <bool PAIRS, int V, int R>
+template <class Vector, int L, int R>
 T512 INLINE void add(const u32_anywhere* const* numbers, const u16 (*at)[256], i64 count, const u8* x, float* sums, bool first) {
-  __m512 sum[R][V];
+  const int V = L / Vector::LANES, N = Vector::LANES;
+  typename Vector::Sum sum[R][V];
   UNROLL for (int r = 0; r < R; r++)
-    UNROLL for (int v = 0; v < V; v++)
-      sum[r][v] = first ? _mm512_setzero_ps() : _mm512_load_ps(sums + (r * V + v) * TOKENS);
+    UNROLL for (int v = 0; v < V; v++) sum[r][v] = first ? Vector::zero() : Vector::load(sums + r * L + v * N);
 #pragma GCC unroll 2
   for (i64 i = 0; i < count; i++)
     UNROLL for (int r = 0; r < R; r++) {
-      const __m512i number = _mm512_set1_epi32((int)numbers[r][i]);
       const u8* here = x + 8 * (u64)at[r][i];
-      UNROLL for (int v = 0; v < V; v++) {
-        const __m512i xs = _mm512_load_si512(here + 64 * v);
-        if (PAIRS) sum[r][v] = _mm512_dpbf16_ps(sum[r][v], (__m512bh)number, (__m512bh)xs);
-        else sum[r][v] = _mm512_fmadd_ps(_mm512_castsi512_ps(number), _mm512_castsi512_ps(xs), sum[r][v]);
-      }
+      UNROLL for (int v = 0; v < V; v++) sum[r][v] = Vector::plus(sum[r][v], numbers[r][i], here + 4 * N * v);
     }
   UNROLL for (int r = 0; r < R; r++)
-    UNROLL for (int v = 0; v < V; v++) _mm512_store_ps(sums + (r * V + v) * TOKENS, sum[r][v]);
+    UNROLL for (int v = 0; v < V; v++) Vector::store(sums + r * L + v * N, sum[r][v]);
 }
 
-// Sums of up to 16 rows [rows, V * 16] to y [tokens, all rows], with the bias.
-template <int KIND> T512 static void write(const float* sums, int vectors, i64 rows, const void* bias, i64 row, void* y, i64 all, i64 tokens) {
+// Sums of up to 16 rows [rows, lanes] to y [tokens, all rows], with the bias.
+template <int KIND> T512 static void write(const float* sums, int lanes, i64 rows, const void* bias, i64 row, void* y, i64 all, i64 tokens) {
   const __mmask16 here = (__mmask16)((1u << rows) - 1);
   __m512 add = _mm512_setzero_ps();
   if (bias && KIND == F32) add = _mm512_maskz_loadu_ps(here, (const float*)bias + row);
@@ -144,16 +177,17 @@ template <int KIND> T512 static void write(const float* sums, int vectors, i64 r
     const __m256i b = _mm256_maskz_loadu_epi16(here, (const u16*)bias + row);
     add = KIND == F16 ? _mm512_cvtph_ps(b) : _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(b), 16));
   }
-  for (int v = 0; v < vectors; v++) {
+  const __mmask16 those = (__mmask16)(lanes == 8 ? 0xff : 0xffff);
+  for (int v = 0; v * 16 < lanes; v++) {
     __m512i m[16];
     UNROLL for (int r = 0; r < 16; r++)
-      m[r] = r < rows ? _mm512_load_si512(sums + (r * vectors + v) * TOKENS) : _mm512_setzero_si512();
+      m[r] = r < rows ? _mm512_maskz_loadu_epi32(those, sums + r * lanes + v * 16) : _mm512_setzero_si512();
     transpose(m);
     UNROLL for (int t = 0; t < 16; t++) {
-      if (v * TOKENS + t >= tokens) continue;
+      if (v * 16 + t >= tokens) continue;
       __m512 sum = _mm512_castsi512_ps(m[t]);
       if (bias) sum = _mm512_add_ps(sum, add);
-      const i64 at = (v * TOKENS + t) * all + row;
+      const i64 at = (v * 16 + t) * all + row;
       if (KIND == F32) _mm512_mask_storeu_ps((float*)y + at, here, sum);
       else if (KIND == F16) _mm256_mask_storeu_epi16((u16*)y + at, here, _mm512_cvtps_ph(sum, _MM_FROUND_TO_NEAREST_INT));
       else _mm256_mask_storeu_epi16((u16*)y + at, here, (__m256i)_mm512_cvtneps_pbh(sum));
@@ -182,12 +216,13 @@ template <int KIND> struct Numbers {
 };
 
 // y of the tokens in `x` (as `across` wrote them), rows [from, to) of `rows`. `scratch`: sum_bytes.
-template <int KIND, int V, class Weights>
+template <int KIND, int L, class Weights>
 T512 static void rows_of(const Weights& w, i64 columns, const u32* x, const void* bias, void* y, i64 tokens, i64 rows, i64 from,
                          i64 to, u8* scratch) {
   const bool PAIRS = Weights::PAIRS;
-  const int R = V == 1 ? 4 : 2;
-  const i64 piece = columns_at_once(V);
+  typedef typename std::conditional<L == 8, Half<PAIRS>, Whole<PAIRS>>::type Vector;
+  const int R = L == 8 ? 8 : L == 16 ? 4 : 2;
+  const i64 piece = columns_at_once(L);
   float* sums = (float*)scratch;
   u16 at[R][256];
   u32 buffer[R][256];
@@ -195,12 +230,12 @@ T512 static void rows_of(const Weights& w, i64 columns, const u32* x, const void
     const i64 end = block + ROWS < to ? block + ROWS : to;
     for (i64 k = 0; k < columns; k += piece) {
       const i64 here = columns - k < piece ? columns - k : piece;
-      const u8* xs = (const u8*)x + across_bytes(PAIRS, k, V);
+      const u8* xs = (const u8*)x + across_bytes(PAIRS, k, L);
       for (i64 n = block; n < end; n += R) {
         const u32_anywhere* numbers[R];
         UNROLL for (int r = 0; r < R; r++) {
           const i64 row = n + r < end ? n + r : end - 1;
-          places_of<PAIRS, V>(w.codes(row, k), here, at[r]);
+          places_of<PAIRS, L>(w.codes(row, k), here, at[r]);
           numbers[r] = w.steps(row, k, here, buffer[r]);
           // Rows lie too far apart for the hardware to foresee: what this row's next piece needs, or the row's of the
           // next block, is asked for now.
@@ -210,21 +245,22 @@ T512 static void rows_of(const Weights& w, i64 columns, const u32* x, const void
           for (i64 b = 0; b < w.bytes(piece); b += 64) _mm_prefetch((const char*)v + b, _MM_HINT_T1);
           _mm_prefetch((const char*)w.codes(next, at_next), _MM_HINT_T1);
         }
-        add<PAIRS, V, R>(numbers, at, here / 4 * steps(PAIRS), xs, sums + (n - block) * V * TOKENS, k == 0);
+        add<Vector, L, R>(numbers, at, here / 4 * steps(PAIRS), xs, sums + (n - block) * L, k == 0);
       }
     }
     for (i64 n = block; n < end; n += 16)
-      write<KIND>(sums + (n - block) * V * TOKENS, V, end - n < 16 ? end - n : 16, bias, n, y, rows, tokens);
+      write<KIND>(sums + (n - block) * L, L, end - n < 16 ? end - n : 16, bias, n, y, rows, tokens);
   }
 }
 
 template <int KIND, class Weights>
-T512 static void rows_of(int vectors, const Weights& w, i64 columns, const u32* x, const void* bias, void* y, i64 tokens, i64 rows,
+T512 static void rows_of(int lanes, const Weights& w, i64 columns, const u32* x, const void* bias, void* y, i64 tokens, i64 rows,
                          i64 from, i64 to, u8* scratch) {
-  if (vectors == 1) rows_of<KIND, 1>(w, columns, x, bias, y, tokens, rows, from, to, scratch);
-  else if (vectors == 2) rows_of<KIND, 2>(w, columns, x, bias, y, tokens, rows, from, to, scratch);
-  else if (vectors == 3) rows_of<KIND, 3>(w, columns, x, bias, y, tokens, rows, from, to, scratch);
-  else rows_of<KIND, 4>(w, columns, x, bias, y, tokens, rows, from, to, scratch);
+  if (lanes == 8) rows_of<KIND, 8>(w, columns, x, bias, y, tokens, rows, from, to, scratch);
+  else if (lanes == 16) rows_of<KIND, 16>(w, columns, x, bias, y, tokens, rows, from, to, scratch);
+  else if (lanes == 32) rows_of<KIND, 32>(w, columns, x, bias, y, tokens, rows, from, to, scratch);
+  else if (lanes == 48) rows_of<KIND, 48>(w, columns, x, bias, y, tokens, rows, from, to, scratch);
+  else rows_of<KIND, 64>(w, columns, x, bias, y, tokens, rows, from, to, scratch);
 }
 
 // y [tokens, rows] = x [tokens, width] Wᵀ + bias, x and y as they are given, W of `columns` columns.
@@ -237,23 +273,21 @@ struct Product {
 
   // False where memory ran out.
   template <int KIND, class Weights> bool run(const Weights& w) const {
-    const i64 size = KIND == F32 ? 4 : 2, most = MOST * TOKENS;
-    const Buffer inputs(across_bytes(KIND == BF16, columns, vectors_of(tokens)));
+    const i64 size = KIND == F32 ? 4 : 2;
+    const Buffer inputs(across_bytes(KIND == BF16, columns, lanes_of(tokens)));
     if (!inputs.at) return false;
-    for (i64 m = 0; m < tokens; m += most) {
-      const int vectors = vectors_of(tokens - m);
-      const i64 count = tokens - m < most ? tokens - m : most;
+    for (i64 m = 0; m < tokens; m += MOST) {
+      const int lanes = lanes_of(tokens - m);
+      const i64 count = tokens - m < MOST ? tokens - m : MOST;
       u8* out = (u8*)y + m * rows * size;
-      across<KIND>((const u8*)x + m * width * size, count, width, columns, vectors, (u32*)inputs.at);
-      const bool enough = over_rows(rows, threads, sum_bytes(vectors), [&](i64 from, i64 to, u8* scratch) {
-        rows_of<KIND>(vectors, w, columns, (const u32*)inputs.at, bias, out, count, rows, from, to, scratch);
+      across<KIND>((const u8*)x + m * width * size, count, width, columns, lanes, (u32*)inputs.at);
+      const bool enough = over_rows(rows, threads, sum_bytes(lanes), [&](i64 from, i64 to, u8* scratch) {
+        rows_of<KIND>(lanes, w, columns, (const u32*)inputs.at, bias, out, count, rows, from, to, scratch);
       });
       if (!enough) return false;
     }
     return true;
   }
-
-  static int vectors_of(i64 tokens) { return tokens < MOST * TOKENS ? (int)((tokens + TOKENS - 1) / TOKENS) : MOST; }
 };
 
 }   // namespace wide

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsify.runtime.cache import cache_folder, put_whole, read_whole
+from sparsify.runtime.cache import cache_folder, put_whole, read_object
 from sparsify.runtime.cuda import compressed as libraries
 from sparsify.runtime.cuda import nvrtc
 from sparsify.runtime.cuda.autotune.clock import Clock, GPUClock
@@ -45,22 +45,15 @@ class TimesFile:
 
     def get(self, key: str) -> Timings | None:
         """What was measured under ``key``; None where nothing was, or the file is not of ours."""
-        entry = self._read().get(key)
+        entry = read_object(self.path).get(key)
         try:
             return None if entry is None else Timings({int(tokens): _checked(times) for tokens, times in entry.items()})
         except (AttributeError, TypeError, ValueError):
             return None
 
     def put(self, key: str, timings: Timings) -> None:
-        content = self._read() | {key: {str(t): dict(times) for t, times in timings.micro.items()}}
+        content = read_object(self.path) | {key: {str(t): dict(times) for t, times in timings.micro.items()}}
         put_whole(self.path, json.dumps(content, indent=1).encode())
-
-    def _read(self) -> dict[str, Any]:
-        try:
-            content = json.loads(read_whole(self.path) or b"{}")
-        except (ValueError, RecursionError):
-            return {}
-        return content if isinstance(content, dict) else {}
 
 
 def _checked(times: Mapping[str, Any]) -> dict[str, float]:

@@ -1,0 +1,98 @@
+"""What a checkpoint calls the parameters of a packed folder.
+
+A packed folder has the names that transformers' modules have; vLLM reads checkpoints by the names that they were
+published with. Where the two differ, transformers' own conversion mapping says how, and is gone through backwards.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from sparsify.errors import BackendError
+
+# What vLLM calls a checkpoint's stack of both halves of a gate, by what the checkpoint calls the halves.
+_GATES: dict[tuple[str, ...], str] = {("gate_proj", "up_proj"): "gate_up_proj", ("w1", "w3"): "w13"}
+
+
+class CheckpointNames:
+    """Renames as vLLM's ``WeightsMapper`` asks for it: one object in the place of transformers' ``WeightRenaming``.
+
+    Args:
+        config: of the model, as transformers has it.
+    """
+
+    def __init__(self, config: Any) -> None:
+        self._steps = list(reversed(_conversions(config)))
+
+    def rename_source_key(self, name: str) -> tuple[str, None]:
+        """``name`` in a checkpoint, and None, as vLLM asks for it.
+
+        Raises:
+            BackendError: the checkpoint has no tensor of which that parameter is one alone.
+        """
+        for step in self._steps:
+            name = step(name)
+        return name, None
+
+    def __bool__(self) -> bool:
+        return bool(self._steps)
+
+
+def _conversions(config: Any) -> list[Any]:
+    """What leads from a parameter's name to a checkpoint's, in the order in which transformers goes the other way."""
+    import transformers
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming
+
+    kinds = [getattr(transformers, name, None) for name in getattr(config, "architectures", None) or []]
+    if len(kinds) != 1 or kinds[0] is None or not isinstance(config, kinds[0].config_class):
+        # Code of the model's own, which transformers renames nothing for.
+        return []
+    with torch.device("meta"):
+        model = kinds[0](config)
+    found: list[Any] = []
+    for transform in get_model_conversion_mapping(model, add_legacy=False):
+        if isinstance(transform, WeightRenaming):
+            found.append(_Renaming(transform.reverse_transform()))
+        else:
+            found.append(
+                _Stacking(list(transform._original_source_patterns), list(transform._original_target_patterns))
+            )
+    return found
+
+
+class _Renaming:
+    def __init__(self, reverse: Any) -> None:
+        self._reverse = reverse
+
+    def __call__(self, name: str) -> str:
+        renamed: str = self._reverse.rename_source_key(name)[0]
+        return renamed
+
+
+class _Stacking:
+    """Experts that a checkpoint has one by one: their stack is named as vLLM names one."""
+
+    def __init__(self, sources: list[str], targets: list[str]) -> None:
+        self._sources, self._targets = sources, targets
+        self._stack: str | None = None
+        if len(targets) == 1 and all(".*." in source for source in sources):
+            heads = {source.partition("*.")[0] for source in sources}
+            leaves = tuple(source.partition("*.")[2].removesuffix(".weight") for source in sources)
+            last = leaves[0] if len(leaves) == 1 else _GATES.get(leaves)
+            if len(heads) == 1 and last is not None:
+                self._stack = heads.pop() + last
+
+    def __call__(self, name: str) -> str:
+        target = next((target for target in self._targets if target in name), None)
+        if target is None:
+            return name
+        if self._stack is None:
+            raise BackendError(
+                f"{name} in vLLM",
+                found=f"checkpoints of this family make it of {', '.join(self._sources)}, which vLLM fuses otherwise",
+                do="Serve the folder with `sparsify serve`, or with --model-impl transformers",
+            )
+        return name.replace(target, self._stack, 1)

@@ -1,0 +1,94 @@
+"""What vLLM is not served: by the name of the parameter, and with what to do."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+pytest.importorskip("vllm", reason="vLLM is not installed: make vllm")
+
+Q = "model.layers.1.self_attn.q_proj.weight"
+
+
+def _newer(config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    config["format"] = 3
+
+
+def _without(config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    del tensors[f"{Q}_meta"]
+
+
+def _code(config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    tensors[f"{Q}_meta"][5, 3] = 0
+
+
+def _cut(config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    tensors[f"{Q}_meta"] = tensors[f"{Q}_meta"][:-1].clone()
+
+
+def _foreign(config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    config["sites"]["model.layers.1.self_attn.g_proj.weight"] = config["sites"][Q]
+
+
+SPOILT: dict[str, tuple[Callable[[dict[str, Any], dict[str, Tensor]], None], str]] = {
+    "a newer format": (_newer, "format 3; this sparsify reads up to 2. Install a newer sparsify"),
+    "a tensor too few": (_without, f"packed tensor {Q}_meta: the checkpoint does not hold it"),
+    "a code that is none": (_code, f"packed tensor {Q}: a code that is not two ascending positions of four"),
+    "a tensor cut off": (_cut, f"packed tensor {Q}_meta: [127, 16] of torch.uint8 where [128, 16]"),
+    "a site of another model": (_foreign, "model.layers.1.self_attn.g_proj.weight: no layer of vLLM's model reads it"),
+}
+SCRIPT = """
+import sys, traceback
+if __name__ == "__main__":
+    from vllm import LLM
+    from vllm.distributed import cleanup_dist_env_and_memory
+    for folder in sys.argv[1:]:
+        try:
+            LLM(model=folder, enforce_eager=True, skip_tokenizer_init=True, distributed_executor_backend="uni")
+        except Exception as error:
+            print("REFUSED", str(error).replace(chr(10), " "), flush=True)
+        else:
+            print("SERVED", folder, flush=True)
+        cleanup_dist_env_and_memory()
+"""
+
+
+def refused(folders: list[Path], script: Path, **environment: str) -> list[str]:
+    """What engines say, started one after the other in a process of their own."""
+    script.write_text(SCRIPT)
+    given = os.environ | environment
+    done = subprocess.run([sys.executable, script, *folders], capture_output=True, text=True, timeout=400, env=given)
+    told = [line for line in done.stdout.splitlines() if line.startswith(("REFUSED", "SERVED"))]
+    assert len(told) == len(folders), done.stderr[-3000:]
+    return told
+
+
+def test_spoilt_folders_are_refused_by_name(folders: dict[str, Path], tmp_path: Path) -> None:
+    spoilt = []
+    for name, (spoil, _) in SPOILT.items():
+        folder = tmp_path / name.replace(" ", "_")
+        shutil.copytree(folders["mixed"], folder)
+        config, tensors = json.loads((folder / "config.json").read_text()), load_file(folder / "model.safetensors")
+        spoil(config["quantization_config"], tensors)
+        (folder / "config.json").write_text(json.dumps(config))
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+        spoilt.append(folder)
+    told = refused(spoilt, tmp_path / "refused.py")
+    for line, (_, expected) in zip(told, SPOILT.values(), strict=True):
+        assert line.startswith("REFUSED") and expected in line
+
+
+def test_without_plug_ins_vllm_knows_no_sparsify(folders: dict[str, Path], tmp_path: Path) -> None:
+    (told,) = refused([folders["mixed"]], tmp_path / "refused.py", VLLM_PLUGINS="")
+    # docs/serving.md quotes it.
+    assert "Unknown quantization method: sparsify. Must be one of [" in told

@@ -1,0 +1,161 @@
+"""Models that servers are tested with: small ones whose weights are packed in several ways, and what they generate."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers as hf
+from safetensors.torch import save_file
+from torch import Tensor
+
+from sparsify.backends.packed.config import METHOD, format_of
+from sparsify.backends.packed.format import pack_parameter
+from sparsify.runtime.few_bits import Integers
+from sparsify.runtime.layout import holds_24
+from sparsify.runtime.words import Layout
+
+PROMPTS = [[5, 9, 33, 7], [100, 200, 210], [17] * 6, [1, 2, 3, 4, 5, 6, 7, 8, 9], [50, 40, 30]]
+_SIZES = {
+    "vocab_size": 250, "hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "max_position_embeddings": 128, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "initializer_range": 0.1,
+}  # fmt: skip
+_MODELS: dict[str, Callable[[], Any]] = {
+    "llama": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**_SIZES, intermediate_size=320, attention_bias=True)),
+    "tied": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**_SIZES, intermediate_size=320, tie_word_embeddings=True)),
+    "phi3": lambda: hf.Phi3ForCausalLM(hf.Phi3Config(**_SIZES, intermediate_size=320)),
+    "qwen3_moe": lambda: hf.Qwen3MoeForCausalLM(
+        hf.Qwen3MoeConfig(**_SIZES, head_dim=32, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=128)
+    ),
+    "mixtral": lambda: hf.MixtralForCausalLM(
+        hf.MixtralConfig(**_SIZES, intermediate_size=128, num_local_experts=4, num_experts_per_tok=2)
+    ),
+}
+
+# How a weight is pruned: 2:4, half of it anywhere, or not at all.
+Pruned = Callable[[Tensor], Tensor]
+
+
+def two_of_four(weight: Tensor) -> Tensor:
+    kept = weight.abs().unflatten(-1, (-1, 4)).topk(2, dim=-1).indices
+    return weight * torch.zeros_like(weight.unflatten(-1, (-1, 4))).scatter_(-1, kept, 1.0).flatten(-2)
+
+
+def half(weight: Tensor) -> Tensor:
+    return weight * (weight.abs() > weight.abs().median())
+
+
+def dense(weight: Tensor) -> Tensor:
+    return weight
+
+
+# What of each model is pruned how, and how it is packed: layouts are mixed within fused layers, and with dense ones.
+_MIXED = {
+    "q_proj": two_of_four,
+    "k_proj": half,
+    "v_proj": dense,
+    "gate": half,
+    "up": two_of_four,
+    "o_proj": two_of_four,
+}
+FOLDERS: dict[str, tuple[str, dict[str, Pruned], dict[str, Any]]] = {
+    "mixed": ("llama", {**_MIXED, "down": half, "lm_head": two_of_four}, {}),
+    "head as a bitmask": ("llama", {"lm_head": half}, {}),
+    "tied": ("tied", {"proj": two_of_four}, {}),
+    "int4": ("llama", {"proj": two_of_four, "lm_head": two_of_four}, {"bits": 4}),
+    "int8": ("llama", {"q_proj": half, "k_proj": dense, "up": two_of_four}, {"bits": 8}),
+    "fused on disk": ("phi3", {"qkv": two_of_four, "gate_up": half, "down": two_of_four}, {}),
+    "experts": ("qwen3_moe", {"gate_up": two_of_four, "experts.down": half, "proj": two_of_four}, {}),
+    "one stack": ("qwen3_moe", {"experts.down": two_of_four}, {}),
+    "experts of int4": ("qwen3_moe", {"experts": two_of_four}, {"bits": 4}),
+    "other names": ("mixtral", {"gate_up": half, "experts.down": two_of_four, "proj": half}, {}),
+}
+
+
+def model(family: str, pruned: dict[str, Pruned], layer: int | None = None) -> Any:
+    """A seeded model whose parameters are pruned by the first of ``pruned`` that their name holds.
+
+    Args:
+        layer: whose parameters alone are; None: all layers'.
+    """
+    torch.manual_seed(0)
+    made = _MODELS[family]().eval()
+    with torch.no_grad():
+        for name, parameter in made.named_parameters():
+            if parameter.dim() == 1:
+                # Norms and biases are all alike at first, which would hide that they are swapped.
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+            how = next((how for part, how in pruned.items() if part in name), None)
+            if how is not None and (layer is None or f"layers.{layer}." in name):
+                parameter.copy_(how(parameter))
+    return made
+
+
+def packed(made: Any, folder: Path, bits: int | None = None) -> Path:
+    """A packed folder of ``made``: what has zeros is packed, as 2:4 where it is, under the names of its parameters.
+
+    Args:
+        bits: of the values, in groups of 64; None: all of their dtype.
+    """
+    sites, tensors = {}, {}
+    for name, parameter in made.named_parameters():
+        weight = parameter.detach()
+        # An embedding has zeros for the token that pads.
+        if weight.dim() < 2 or int(weight.count_nonzero()) > 0.6 * weight.numel():
+            tensors[name] = weight
+            continue
+        flat = weight.reshape(-1, weight.shape[-1])
+        layout: Layout = "packed24" if holds_24(flat) else "bitmask"
+        matrices = flat if bits is None else _rounded(flat, bits)
+        experts = weight.shape[0] if weight.dim() == 3 else None
+        site, parts = pack_parameter(matrices, layout, experts=experts, transposed=False)
+        sites[name] = site
+        tensors |= {name + part: tensor for part, tensor in parts.items()}
+    made.config.save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text()) | {"architectures": [type(made).__name__]}
+    entries = {name: site.as_dict() for name, site in sites.items()}
+    own = {"quant_method": METHOD, "format": format_of(sites), "sites": entries}
+    config["quantization_config"] = own if bits is None else own | {"activations": "float"}
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file({name: t.contiguous() for name, t in tensors.items()}, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def _rounded(weight: Tensor, bits: int) -> Integers:
+    groups = weight.unflatten(1, (-1, 64))
+    half_range = 2 ** (bits - 1) - 1
+    scales = (groups.abs().amax(-1).clamp(min=1e-4) / half_range).half().to(weight.dtype)
+    whole = (groups / scales.unsqueeze(-1)).round().clamp(-half_range, half_range).flatten(1)
+    return Integers(whole.to(torch.int8), scales, bits, 64)
+
+
+def generated(folder: Path, prompts: Sequence[Sequence[int]] = PROMPTS, tokens: int = 16) -> list[list[int]]:
+    """What transformers generates greedily of each prompt, in float32."""
+    loaded = hf.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    loaded.generation_config.eos_token_id = None
+    found = []
+    for prompt in prompts:
+        ids = torch.tensor([list(prompt)])
+        whole = loaded.generate(
+            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=tokens, pad_token_id=0
+        )
+        found.append(whole[0, len(prompt) :].tolist())
+    return found
+
+
+def expected(folder: Path) -> list[list[int]]:
+    """What was written down of :func:`generated`."""
+    found: list[list[int]] = json.loads((folder / "tokens.json").read_text())
+    return found
+
+
+def tokens_of(llm: Any, prompts: Sequence[Sequence[int]] = PROMPTS, tokens: int = 16, **more: Any) -> list[list[int]]:
+    """What an engine of vLLM's generates."""
+    from vllm import SamplingParams
+
+    asked = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
+    given = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
+    return [list(done.outputs[0].token_ids) for done in llm.generate(given, asked, use_tqdm=False, **more)]
