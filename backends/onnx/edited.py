@@ -17,11 +17,13 @@ from sparsify.backends.onnx.graph import name_dimensions, to_graph
 from sparsify.backends.onnx.notes import said_of, storage_notes
 from sparsify.backends.onnx.options import Options
 from sparsify.backends.onnx.retrace import Example, check_fresh, retrace
+from sparsify.backends.onnx.storage.packing import Packing
 from sparsify.backends.onnx.storage.store import GraphStore
 from sparsify.backends.onnx.storage.stored import digests_of, transposed
 from sparsify.backends.onnx.tracing.contract import Contract
 from sparsify.backends.onnx.tracing.trace import quiet_export
 from sparsify.backends.onnx.writing import FILE, write_graph
+from sparsify.backends.packed.grids import Values
 from sparsify.errors import SpecError
 from sparsify.files.checkpoint import WEIGHTS, Checkpoint
 from sparsify.files.ledger import write_manifest
@@ -63,6 +65,12 @@ def export_graph(
             found="a graph computes in the dtype that it was traced with",
             do="Convert the model before it is traced, or export the model itself",
         )
+    if options.values in ("int8", "int4"):
+        raise SpecError(
+            f"onnx:values={options.values} for a graph",
+            found="weights of a graph are written as they are",
+            do="Run the pass round before, or export the model itself",
+        )
     if options.cache != Options.cache:
         raise SpecError(
             f"onnx:cache={options.cache} for a graph",
@@ -85,7 +93,8 @@ def export_graph(
     need = sum(t.numel() * t.element_size() for t in state.values())
     with Staging(out, overwrite=overwrite, need=need) as staging:
         weights = _save_state(state, prefix, staging.folder)
-        stored, files = write_graph(model, parameters, weights, staging.folder, options, prefix)
+        packing = Packing(Values(options.values), exact=options.activations == "float")
+        stored, files = write_graph(model, parameters, weights, staging.folder, options, prefix, packing)
         sums = Checkpoint(staging.folder).digests() if options.weights == "link" else digests_of(stored)
         if options.weights != "link":
             (staging.folder / WEIGHTS).unlink()

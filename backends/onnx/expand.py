@@ -8,7 +8,9 @@ import onnx_ir as ir
 import onnx_ir.passes.common as common
 
 from sparsify.backends.onnx.running.session import find_onnx
+from sparsify.backends.onnx.storage.bodies import LINEAR
 from sparsify.backends.onnx.storage.datafile import external
+from sparsify.backends.onnx.storage.sparse import put
 from sparsify.backends.onnx.storage.store import GraphStore
 from sparsify.backends.onnx.writing import save_graph
 from sparsify.context import counted
@@ -115,15 +117,9 @@ def _dense(graph: ir.Graph, tensor: ir.ExternalTensor, wanted: ir.DataType | Non
 
 def _multiply_dense(graph: ir.Graph, weight: str, tensor: ir.ExternalTensor, *, turned: bool) -> None:
     """Put a Gemm in the place of each of our operators that reads ``weight``."""
-    codes = graph.initializers[f"{weight}.codes"]
-    nodes = list(codes.consumers())
+    nodes = list(graph.initializers[f"{weight}.values"].consumers())
     dense = _dense(graph, tensor, nodes[0].outputs[0].dtype)
     for node in nodes:
-        x, _, _, *bias = node.inputs
-        inputs = [x, dense, *(b for b in bias if b is not None)]
-        made = ir.node("Gemm", inputs, attributes={"transB": 1} if turned else {}, name=node.name)
-        out, old = made.outputs[0], node.outputs[0]
-        out.name, out.dtype, out.shape = old.name, old.dtype, old.shape
-        graph.insert_before(node, made)
-        old.replace_all_uses_with(out, replace_graph_outputs=True)
-        graph.remove(node, safe=True)
+        bias = node.inputs[1 + len(LINEAR[node.op_type].parts) :]
+        inputs = [node.inputs[0], dense, *(b for b in bias if b is not None)]
+        put(graph, node, ir.node("Gemm", inputs, attributes={"transB": 1} if turned else {}, name=node.name))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -65,17 +66,23 @@ def storage_notes(options: Options, stored: Sequence[StoredWeight], contract: Co
 
 
 def _sparse_notes(stored: Sequence[StoredWeight]) -> list[str]:
-    sparse = [w for w in stored if w.format != "dense"]
+    sparse = [w for w in stored if w.format != "dense" or w.bits is not None]
     if not sparse:
-        return ["sparse: no weight of a plain product has zeros enough to gain from it"]
+        return ["sparse: no weight of a plain product has zeros enough, or few bits, to gain from it"]
     held, whole = sum(w.nbytes for w in sparse), sum(w.dense_bytes for w in sparse)
     need = sum(w.unpacking or w.dense_bytes for w in stored)
     return [
-        f"sparse: {len(sparse)} weights at {held / whole:.3f} of {format_bytes(whole)}, multiplied as they are by "
+        f"sparse: {_counted(sparse)} at {held / whole:.3f} of {format_bytes(whole)}, multiplied as they are by "
         "sparsify's operators: sparsify run registers their library, other programs do so by the path that "
         f"sparsify.onnx_library() gives; without it onnxruntime unpacks them when it opens the file, which takes some "
         f"{format_bytes(need)} and gains no speed"
     ]
+
+
+def _counted(sparse: Sequence[StoredWeight]) -> str:
+    """How many weights, and how many of them as integers."""
+    few = Counter(f"int{w.bits}" for w in sparse if w.bits is not None)
+    return f"{len(sparse)} weights" + "".join(f" ({count} as {kind})" for kind, count in sorted(few.items()))
 
 
 def _input_notes(contract: Contract) -> list[str]:

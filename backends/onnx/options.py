@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from sparsify.errors import SpecError
+from sparsify.runtime.words import Activations, AskedGroup, AskedValues
 
 Mode = Literal["link", "external", "packed", "sparse"]
 Linear = Literal["gemm", "matmul"]
@@ -28,6 +29,12 @@ class Options:
             text for every token.
         dtype: of the stored weights; the checkpoint's own where None.
         compute: of the arithmetic, inputs and outputs. Weights stored otherwise are cast when a session is made.
+        values: of ``sparse``: ``auto`` stores weights that a pass rounded as integers of 8 or 4 bits with scales,
+            ``int8`` and ``int4`` round others to nearest first (the pass ``round`` loses less), ``full`` keeps their
+            dtype.
+        group: in_features that share a scale, or the whole ``row``, where values=int8 (row) or int4 (64) rounds.
+        activations: of weights stored as integers: ``int8`` rounds the inputs of a product to 8 bits by token and
+            group; ``float`` does not, and is slower.
     """
 
     weights: Mode = "link"
@@ -36,6 +43,9 @@ class Options:
     cache: Cache = "keep"
     dtype: Dtype | None = None
     compute: Dtype = "float32"
+    values: AskedValues = "auto"
+    group: AskedGroup | None = None
+    activations: Activations = "int8"
 
     def __post_init__(self) -> None:
         if self.opset not in OPSETS:
@@ -55,4 +65,24 @@ class Options:
                 f"onnx:linear={self.linear}",
                 found="weights=sparse writes products of its own, and the others as gemm",
                 do="Drop linear",
+            )
+        own = [name for name in ("values", "group", "activations") if getattr(self, name) != getattr(Options, name)]
+        if self.weights != "sparse" and own:
+            asked = ",".join(f"{name}={getattr(self, name)}" for name in own)
+            raise SpecError(
+                f"onnx:weights={self.weights},{asked}",
+                found="options of products with packed weights",
+                do="Add weights=sparse, or drop them",
+            )
+        if self.values in ("int8", "int4") and self.dtype is not None:
+            raise SpecError(
+                f"onnx:values={self.values},dtype={self.dtype}",
+                found="values that are rounded in the checkpoint's own dtype, and would be once more",
+                do="Drop dtype",
+            )
+        if self.group is not None and self.values not in ("int8", "int4"):
+            raise SpecError(
+                f"onnx:values={self.values},group={self.group}",
+                found="in_features that share a scale, and nothing is rounded",
+                do="Add values=int8 or values=int4, or leave group out: a grid is found with its own",
             )

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from sparsify.backends.onnx.storage.sparse import DOMAIN, LAYOUTS
+from sparsify.backends.onnx.storage.bodies import DOMAIN, LINEAR
+from sparsify.backends.onnx.storage.sparse import parts_of
 
 _SAME = {"Cast", "Identity", "DequantizeLinear"}
 _OPAQUE = {"MatMulNBits", "MatMulInteger", "QLinearMatMul", "QMoE", "MoE", "MatMulBnb4"}
@@ -39,13 +40,13 @@ def summed_axes(model: ir.Model, packed: Collection[str] = ()) -> tuple[list[Sum
     found: dict[tuple[str, int], SummedAxis] = {}
     lost: list[str] = []
     for node in model.graph.all_nodes():
-        if node.domain == DOMAIN and node.op_type in LAYOUTS:
-            codes = node.inputs[2] if len(node.inputs) > 2 else None
-            name = str(codes.name).removesuffix(".codes") if codes is not None else ""
+        if node.domain == DOMAIN and node.op_type in LINEAR:
+            names = {str(value.name).removesuffix(f".{part}") for part, value in parts_of(node).items()}
+            name = names.pop() if len(names) == 1 else ""
             if name in stored:
                 found.setdefault((name, 1), SummedAxis(name, 1, node.op_type, True))
             else:
-                lost.append(f"{node.name or node.op_type}: codes of no weight that is stored")
+                lost.append(f"{node.name or node.op_type}: what it reads is of no weight that is stored")
             continue
         try:
             for value, axis, flat in _operands(node):

@@ -9,7 +9,7 @@ import onnx
 from torch import Tensor
 
 from sparsify.backends.onnx.running.session import find_onnx
-from sparsify.backends.onnx.storage.sparse import DOMAIN
+from sparsify.backends.onnx.storage.bodies import DOMAIN
 from sparsify.backends.onnx.storage.store import GraphStore
 from sparsify.backends.verify.axis import SummedAxis, summed_axes
 from sparsify.backends.verify.content import check_content, check_numbers, differs
@@ -128,7 +128,7 @@ def _check_patterns(
                 if not 0 <= at.axis < weight.dim():
                     result.problems.append(f"{name}: {at.operator} sums over axis {at.axis} of {weight.dim()}")
                     continue
-                check = judge(result, at, weight, store.packed.get(name, "dense"), promised.get(name), asked)
+                check = judge(result, at, weight, store.label(name), promised.get(name), asked)
                 check.equal = None if written else False
                 result.weights.append(check)
     seen = readers.keys() & names

@@ -15,7 +15,7 @@ import onnxruntime
 import pytest
 import torch
 from support.matrices import TOLERANCE, error, pruned, pruned_24
-from support.onnx_operators import graph_of, multiply, open_graph, parts_of
+from support.onnx_operators import NAMES, graph_of, multiply, open_graph, parts_of
 from torch import Tensor
 
 import sparsify
@@ -234,6 +234,8 @@ static_assert(ort::FAIL == (int)ORT_FAIL && ort::INVALID_ARGUMENT == (int)ORT_IN
 static_assert(ort::NOT_IMPLEMENTED == (int)ORT_NOT_IMPLEMENTED && ort::INVALID_GRAPH == (int)ORT_INVALID_GRAPH, "");
 static_assert(ort::FLOAT == (int)ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT, "");
 static_assert(ort::UINT8 == (int)ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8, "");
+static_assert(ort::INT8 == (int)ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8, "");
+static_assert(ort::INT64 == (int)ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64, "");
 static_assert(ort::FLOAT16 == (int)ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16, "");
 static_assert(ort::BFLOAT16 == (int)ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16, "");
 static_assert(ort::REQUIRED == (int)INPUT_OUTPUT_REQUIRED && ort::OPTIONAL == (int)INPUT_OUTPUT_OPTIONAL, "");
@@ -268,13 +270,13 @@ def test_the_declared_interface_is_that_of_onnxruntimes_header(tmp_path: Path) -
 
 def test_onnx_itself_knows_an_operator_by_its_function() -> None:
     """Checked and inferred by onnx, and computed by its reference: no library is asked."""
-    from sparsify.backends.onnx.storage.sparse import functions_of
+    from sparsify.backends.onnx.storage.bodies import functions_of
 
     for layout in LAYOUTS:
         weight = matrix(layout, 40, 100, torch.float32)
         parts = parts_of(weight, layout) | {"bias": torch.randn(40)}
         model = graph_of(layout, parts, sizes(weight))
-        model.functions.extend(functions_of(layout, 23))
+        model.functions.extend(functions_of(NAMES[layout], 23))
         onnx.checker.check_model(model, full_check=True)
         # It knows the rows; the columns are said by the files that we write.
         inferred = onnx.shape_inference.infer_shapes(model, strict_mode=True)

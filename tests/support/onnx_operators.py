@@ -13,7 +13,7 @@ from onnx import TensorProto, helper
 from torch import Tensor
 
 import sparsify
-from sparsify.runtime.layout import pack
+from sparsify.runtime.layout import Packed, pack
 from sparsify.runtime.words import Layout
 
 KINDS = {
@@ -21,18 +21,23 @@ KINDS = {
     torch.bfloat16: TensorProto.BFLOAT16,
     torch.float16: TensorProto.FLOAT16,
     torch.uint8: TensorProto.UINT8,
+    torch.int8: TensorProto.INT8,
+    torch.int64: TensorProto.INT64,
     torch.int32: TensorProto.INT32,
 }
 NAMES = {"packed24": "Linear24", "bitmask": "LinearBitmask"}
 
 
-def parts_of(weight: Tensor, layout: Layout) -> dict[str, Tensor]:
-    packed = pack(weight, layout)
-    return {"values": packed.values, "codes": packed.codes.view(torch.uint8)}
+def parts_of(weight: Tensor | Packed, layout: Layout) -> dict[str, Tensor]:
+    """What the operators read of a weight, in their order."""
+    packed = weight if isinstance(weight, Packed) else pack(weight, layout)
+    codes = {} if layout == "dense" else {"codes": packed.codes.view(torch.uint8)}
+    scales = {} if packed.scales is None else {"scales": packed.scales}
+    return {"values": packed.values} | codes | scales
 
 
 def graph_of(
-    layout: str,
+    operator: str,
     parts: Mapping[str, Tensor],
     sizes: Mapping[str, int],
     given: torch.dtype = torch.float32,
@@ -43,13 +48,14 @@ def graph_of(
     """x float32, cast to ``given``, through the operator, and back.
 
     Args:
-        parts: the operator's other inputs, in their order. sizes: its attributes. width: of x, where not as they say.
+        operator: its name, or the layout of one of full width.
+        parts: its other inputs, in their order. sizes: its attributes. width: of x, where not as they say.
         free: one of ``parts`` that is an input of the graph, and no constant.
     """
     names = ["x_given", *parts]
     nodes = [
         helper.make_node("Cast", ["x"], ["x_given"], to=KINDS[given]),
-        helper.make_node(NAMES[layout], names, ["y_given"], domain="sparsify", name="here", **sizes),
+        helper.make_node(NAMES.get(operator, operator), names, ["y_given"], domain="sparsify", name="here", **sizes),
         helper.make_node("Cast", ["y_given"], ["y"], to=TensorProto.FLOAT),
     ]
     constants = [_constant(name, part) for name, part in parts.items() if name != free]

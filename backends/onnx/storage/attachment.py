@@ -14,15 +14,16 @@ from sparsify.backends.onnx.storage.builder import Builder
 from sparsify.backends.onnx.storage.converted import convert
 from sparsify.backends.onnx.storage.datafile import DATA, TYPES, DataFile, external
 from sparsify.backends.onnx.storage.pack import Format, best_format, pack_tensor, unpacking_bytes
+from sparsify.backends.onnx.storage.packing import Packing
 from sparsify.backends.onnx.storage.sparse import (
     add_functions,
+    form_of,
     is_turned,
-    packed_for,
     reading_products,
     replace_product,
 )
 from sparsify.backends.onnx.storage.spread import spread_24, spread_bitmask
-from sparsify.backends.onnx.storage.stored import StoredWeight
+from sparsify.backends.onnx.storage.stored import StoredWeight, stored_packed
 from sparsify.backends.onnx.storage.uses import cast_after_gather, gathered_only, mark_shared, transposes
 from sparsify.context import counted
 from sparsify.errors import BackendError, Refused
@@ -38,16 +39,24 @@ class Attachment:
     Args:
         model: the graph. ``weights``: parameters over the checkpoint in the output folder.
         folder: where the data file goes; ``dtype``: that of the stored weights, the checkpoint's own where None.
+        packing: of ``sparse``, how.
 
     Raises:
         BackendError: a conversion of transformers that no operator does here, or a dtype that ONNX has not.
     """
 
     def __init__(
-        self, model: ir.Model, weights: Weights, folder: Path, mode: Mode, dtype: torch.dtype | None = None
+        self,
+        model: ir.Model,
+        weights: Weights,
+        folder: Path,
+        mode: Mode,
+        dtype: torch.dtype | None = None,
+        packing: Packing | None = None,
     ) -> None:
         self.model, self.build = model, Builder(model.graph)
         self.weights, self.mode, self.dtype = weights, mode, dtype
+        self.packing = packing or Packing()
         self.data = DataFile(folder / DATA)
         self.stored: dict[str, StoredWeight] = {}
 
@@ -97,23 +106,18 @@ class Attachment:
         # A stored zero is +0.0: docs/format.md.
         tensor = read + 0.0 if read.is_floating_point() else read
         turned = not is_turned(nodes[0])
-        packed = packed_for(tensor.t() if turned else tensor, value.dtype)
+        packed = self.packing.packed(tensor.t() if turned else tensor, value.dtype)
         if isinstance(packed, Refused):
             return False
-        codes = packed.codes if packed.layout == "packed24" else packed.codes.view(torch.uint8)
-        stored = [
-            self.build.initializer(name, self.data.append(name, part))
-            for name, part in ((f"{key}.values", packed.values), (f"{key}.codes", codes))
-        ]
+        tensors = {"values": packed.values, "codes": packed.codes.view(torch.uint8), "scales": packed.scales}
+        held = {
+            part: self.build.initializer(f"{key}.{part}", self.data.append(f"{key}.{part}", found))
+            for part in form_of(packed).parts
+            if (found := tensors[part]) is not None
+        }
         for node in nodes:
-            replace_product(self.build.graph, node, packed, stored[0], stored[1])
-        form: Format = "2:4" if packed.layout == "packed24" else "bitmask"
-        count, size = tensor.numel(), tensor.element_size()
-        # What a runtime without our library needs to unpack it.
-        need = unpacking_bytes(form, count, packed.values.numel(), int(value.dtype.itemsize))
-        self.stored[key] = StoredWeight(
-            key, tuple(tensor.shape), tensor.dtype, form, packed.nbytes, count * size, need, digest(tensor), turned
-        )
+            replace_product(self.build.graph, node, packed, self.packing.exact, held)
+        self.stored[key] = stored_packed(key, tensor, packed, value.dtype, transposed=turned)
         return True
 
     def _kept(self, key: str) -> Tensor:

@@ -10,9 +10,9 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
+from sparsify.backends.onnx.storage.bodies import DOMAIN, LINEAR, Form
 from sparsify.backends.onnx.storage.datafile import TYPES
-from sparsify.backends.onnx.storage.pack import Format, PackedTensor, misfit, unpack_tensor
-from sparsify.backends.onnx.storage.sparse import DOMAIN, LAYOUTS
+from sparsify.backends.onnx.storage.pack import FORMATS, Format, PackedTensor, misfit, unpack_tensor
 from sparsify.errors import CheckpointError, first_line
 from sparsify.files.checkpoint import INDEX, WEIGHTS, Checkpoint
 from sparsify.files.companions import check_companions
@@ -21,7 +21,6 @@ from sparsify.files.manifest import section
 from sparsify.files.reading import admit
 from sparsify.runtime.layout import Packed, unpack
 from sparsify.runtime.soundness import check
-from sparsify.runtime.words import Layout
 from sparsify.tensors import CRC, read_into
 
 _FLOATS = {ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE}
@@ -51,12 +50,13 @@ class GraphStore:
         self._initializers = dict(self.model.graph.initializers)
         self._check_data()
         self.packed: dict[str, Format] = {}
-        # Those of them that our operators read as they are, and their layouts.
-        self.sparse: dict[str, Layout] = {}
+        # Those of them that our operators read as they are, and how they lie; the groups of those of few bits.
+        self.sparse: dict[str, Form] = {}
+        self._groups: dict[str, int | None] = {}
         self._shapes: dict[str, torch.Size] = {}
         for name in self._initializers:
-            stem = name.removesuffix(".codes")
-            if stem != name and f"{stem}.values" in self._initializers:
+            stem = name.removesuffix(".values")
+            if stem != name and {f"{stem}.codes", f"{stem}.scales"} & self._initializers.keys():
                 self._note_packed(stem)
 
     def _check_data(self) -> None:
@@ -69,10 +69,13 @@ class GraphStore:
                 self.ledger.check_header(path.name, digest_of_header(path))
 
     def _note_packed(self, stem: str) -> None:
-        reader = next(iter(self._initializers[f"{stem}.codes"].consumers()), None)
-        if reader is not None and reader.domain == DOMAIN and reader.op_type in LAYOUTS:
+        beside = f"{stem}.codes" if f"{stem}.codes" in self._initializers else f"{stem}.scales"
+        reader = next(iter(self._initializers[beside].consumers()), None)
+        if reader is not None and reader.domain == DOMAIN and reader.op_type in LINEAR:
             self._note_sparse(stem, reader)
             return
+        if beside.endswith(".scales"):
+            return  # somebody else's
         value = next((v for n in self.model.graph for v in n.outputs if v.name == stem), None)
         if reader is None or value is None or value.shape is None or not value.shape.is_static():
             raise CheckpointError(f"{self.file}", found=f"{stem} is packed in an unknown way", do="Export it again")
@@ -80,17 +83,20 @@ class GraphStore:
         self._shapes[stem] = torch.Size(int(n) for n in value.shape)
 
     def _note_sparse(self, stem: str, reader: ir.Node) -> None:
-        sizes = [reader.attributes.get(name) for name in ("out_features", "in_features")]
-        shape = [n.value for n in sizes if n is not None and n.type == ir.AttributeType.INT and 0 < n.value < 1 << 40]
-        if len(shape) != 2:
+        form = LINEAR[reader.op_type]
+        asked = ("out_features", "in_features", *(() if form.bits is None else ("group",)))
+        given = [reader.attributes.get(name) for name in asked]
+        sizes = [n.value for n in given if n is not None and n.type == ir.AttributeType.INT and 0 < n.value < 1 << 40]
+        if len(sizes) != len(asked) or any(f"{stem}.{part}" not in self._initializers for part in form.parts):
             raise CheckpointError(f"{self.file}", found=f"{stem} is packed and has no sizes", do="Export it again")
-        self.sparse[stem] = LAYOUTS[reader.op_type]
-        self.packed[stem] = "2:4" if self.sparse[stem] == "packed24" else "bitmask"
-        self._shapes[stem] = torch.Size(shape)
+        self.sparse[stem], self.packed[stem] = form, FORMATS[form.layout]
+        self._shapes[stem] = torch.Size(sizes[:2])
+        # A scale for all columns is one for the row.
+        self._groups[stem] = sizes[2] if form.bits is not None and sizes[2] < sizes[1] else None
 
     def names(self) -> Iterable[str]:
         """Names of the weights that lie beside the graph, dense and packed."""
-        parts = {f"{stem}.{part}" for stem in self.packed for part in ("values", "codes")}
+        parts = {f"{stem}.{part}" for stem in self.packed for part in ("values", "codes", "scales")}
         dense = [
             name
             for name in self._initializers
@@ -116,12 +122,18 @@ class GraphStore:
         types = {name: self._tensor(name).dtype for name in self._initializers}
         return {name: kind.name for name, kind in types.items() if kind not in _TORCH}
 
+    def label(self, name: str) -> str:
+        """How a weight lies in the file, in words."""
+        bits = self.sparse[name].bits if name in self.sparse else None
+        return self.packed.get(name, "dense") + ("" if bits is None else f" int{bits}")
+
     def shape(self, name: str) -> torch.Size:
         shape = self._shapes[name] if name in self.packed else torch.Size(self._tensor(name).shape.numpy())
         return torch.Size(reversed(shape)) if name in self.transposed else shape
 
     def dtype(self, name: str) -> torch.dtype:
-        return _TORCH[self._tensor(f"{name}.values" if name in self.packed else name).dtype]
+        part = "" if name not in self.packed else ".scales" if name in self._of_few_bits() else ".values"
+        return _TORCH[self._tensor(name + part).dtype]
 
     def read(self, name: str) -> Tensor:
         tensor = self._dense(name)
@@ -131,21 +143,31 @@ class GraphStore:
     def _dense(self, name: str) -> Tensor:
         if name not in self.packed:
             return self._read(name).t().contiguous() if name in self.transposed else self._read(name)
-        codes, values = self._read(f"{name}.codes"), self._read(f"{name}.values")
         if name in self.sparse:
-            layout = self.sparse[name]
-            words = codes.dtype is torch.uint8 and codes.dim() == 2 and codes.shape[1] % 4 == 0
-            codes = codes.view(torch.int32) if layout == "bitmask" and words else codes
-            rows, columns = self._shapes[name]
-            found = Packed(layout, (rows, columns), values, codes)
-            check(f"{name} of {self.file.name}", found)
-            weight = unpack(found)
+            weight = self._unpacked(name)
             return weight.t().contiguous() if name in self.transposed else weight
+        codes, values = self._read(f"{name}.codes"), self._read(f"{name}.values")
         codes = codes.view(-1)
         packed = PackedTensor(self.packed[name], tuple(self._shapes[name]), values, codes)
         if (wrong := misfit(packed)) is not None:
             raise CheckpointError(f"packed tensor {name} of {self.file.name}", found=wrong, do="Export it again")
         return unpack_tensor(packed)
+
+    def _unpacked(self, name: str) -> Tensor:
+        """What our operators multiply with."""
+        form, (rows, columns) = self.sparse[name], self._shapes[name]
+        parts = {part: self._read(f"{name}.{part}") for part in form.parts}
+        codes = parts.get("codes", torch.empty(rows, 0, dtype=torch.uint8))
+        words = codes.dtype is torch.uint8 and codes.dim() == 2 and codes.shape[1] % 4 == 0
+        codes = codes.view(torch.int32) if form.layout == "bitmask" and words else codes
+        found = Packed(
+            form.layout, (rows, columns), parts["values"], codes, parts.get("scales"), form.bits, self._groups[name]
+        )
+        check(f"{name} of {self.file.name}", found)
+        return unpack(found)
+
+    def _of_few_bits(self) -> set[str]:
+        return {name for name, form in self.sparse.items() if form.bits is not None}
 
     def write(self, name: str, tensor: Tensor) -> None:
         raise CheckpointError(f"writing {name}", found=f"{self.file} is finished", do="Compile again")

@@ -32,7 +32,7 @@ class Library(NamedTuple):
 
 KERNELS = Library("cpu", (".",), ("few.cpp", "kernels.cpp"), tuple(_OPENMP))
 # The same kernels behind onnxruntime's interface: threads are its own.
-OPERATORS = Library("onnx", (".", "onnx"), ("kernels.cpp", "onnx/operators.cpp"), ())
+OPERATORS = Library("onnx", (".", "onnx"), ("few.cpp", "kernels.cpp", "onnx/operators.cpp"), ())
 
 
 def source_hash(library: Library = KERNELS) -> str:

@@ -21,7 +21,7 @@ const uint32_t VERSION = 17;   // the first with KernelContext_ParallelFor and w
 
 // What onnxruntime's enumerations call these.
 enum Code { FAIL = 1, INVALID_ARGUMENT = 2, NOT_IMPLEMENTED = 9, INVALID_GRAPH = 10 };
-enum Element { FLOAT = 1, UINT8 = 2, FLOAT16 = 10, BFLOAT16 = 16 };
+enum Element { FLOAT = 1, UINT8 = 2, INT8 = 3, INT64 = 7, FLOAT16 = 10, BFLOAT16 = 16 };
 enum Presence { REQUIRED = 0, OPTIONAL = 1 };
 const int INT_ATTRIBUTE = 1;
 

@@ -1,249 +1,19 @@
 // Products with packed weights as operators of onnxruntime, in the domain `sparsify`: docs/onnx.md says what they are.
 //
 //     y[tokens, out_features] = Linear24(x[tokens, in_features], values, codes, bias?)
-//     y[tokens, out_features] = LinearBitmask(x[tokens, in_features], values, codes, bias?)
+//     y[tokens, out_features] = LinearBitmask(x, values, codes, bias?)
+//     y[tokens, out_features] = Linear24Int8(x, values, codes, scales, bias?), LinearBitmaskInt8
+//     y[tokens, out_features] = LinearInt8(x, values, scales, bias?), and the three with Int4
+//     y[tokens, out_features] = Experts24(x, index[tokens], values, codes), and so on for all of them
 //
-// Values and codes are constants of the graph, laid out as docs/format.md says (the mask as bytes). They are looked at once,
-// when a session makes its kernels; threads are the session's.
-#include "interface.h"
-
-#include "../calls.h"
+// Values, codes and scales are constants of the graph, laid out as docs/format.md says (masks as bytes, stacks as rows one
+// below the other). They are looked at once, when a session makes its kernels; threads are the session's.
+#include "node.h"
 
 #include <atomic>
-#include <cstdio>
-#include <new>
-#include <thread>
-
-extern "C" {
-int sparsify_isa();
-int sparsify_row_starts(int isa, const void* mask, i64 mask_bytes, i64 rows, i64 words, i64* starts);
-int sparsify_check_24(const u8* meta, i64 count);
-#define PRODUCT(name)                                                                                                      \
-  int name(int isa, int kind, const void* values, i64 value_count, const void* codes, i64 code_bytes, const i64* starts,   \
-           i64 start_count, const void* x, i64 x_count, const void* bias, i64 bias_count, void* y, i64 rows, i64 width,    \
-           i64 few, int threads)
-PRODUCT(sparsify_linear);
-PRODUCT(sparsify_linear_float);
-#undef PRODUCT
-}
+#include <initializer_list>
 
 namespace {
-
-// As in sparsify/runtime/cpu/products.py, which says why.
-const i64 FEW_24 = 16, FEW_BITMASK = 8, FEW_ACROSS = 10, MANY = 64;
-const int OPERATORS = 10, INPUTS = 4;
-enum Input { X = 0, VALUES = 1, CODES = 2, BIAS = 3 };
-
-struct Named : ort::Operator {
-  const ort::Api* api;
-  bool bitmask;
-  int given, stored;   // Kinds: of x, bias and y; of the values
-};
-
-int element_of(int kind) { return kind == F32 ? ort::FLOAT : kind == F16 ? ort::FLOAT16 : ort::BFLOAT16; }
-const Named& named(const ort::Operator* op) { return *static_cast<const Named*>(op); }
-const char* name_of(const ort::Operator* op) { return named(op).bitmask ? "LinearBitmask" : "Linear24"; }
-
-// ---- what may be wrong, said
-
-struct Teller {   // `node` as the graph names it
-  const ort::Api& api;
-  const char *op, *node;
-
-  template <class... A> OrtStatus* operator()(ort::Code code, const char* text, A... a) const {
-    char what[300], all[600];
-    snprintf(what, sizeof what, text, a...);
-    snprintf(all, sizeof all, "sparsify.%s%s%s: %s", op, *node ? " " : "", node, what);
-    return ort::status(api, code, all);
-  }
-};
-
-struct Shape { size_t rank; i64 dims[8]; int element; };
-
-// The type and shape of a tensor; a rank above 8 has no dims.
-OrtStatus* shape_of(const ort::Api& api, const OrtTensorTypeAndShapeInfo* info, Shape& out) {
-  out = {};
-  if (OrtStatus* bad = ort::GetTensorElementType(api, info, &out.element)) return bad;
-  if (OrtStatus* bad = ort::GetDimensionsCount(api, info, &out.rank)) return bad;
-  return out.rank <= 8 ? ort::GetDimensions(api, info, out.dims, out.rank) : nullptr;
-}
-
-OrtStatus* shape_of(const ort::Api& api, const OrtValue* value, Shape& out) {
-  OrtTensorTypeAndShapeInfo* info = nullptr;
-  if (OrtStatus* bad = ort::GetTensorTypeAndShape(api, value, &info)) return bad;
-  OrtStatus* bad = shape_of(api, info, out);
-  ort::release(api, info);
-  return bad;
-}
-
-OrtStatus* data_of(const ort::Api& api, const OrtValue* value, void** out) {
-  return ort::GetTensorMutableData(api, const_cast<OrtValue*>(value), out);
-}
-
-// ---- one node
-
-struct Kernel {
-  const ort::Api& api;
-  const Named& op;
-  char node[200];
-  int isa;
-  i64 rows, width, columns, value_count;
-  i64* starts;   // of a bitmask's rows in its values; else null
-
-  Kernel(const ort::Api& api, const Named& op) : api(api), op(op), node(""), isa(SCALAR), starts(nullptr) {}
-  ~Kernel() { delete[] starts; }
-  Teller tell() const { return {api, name_of(&op), node}; }
-  i64 code_bytes() const { return rows * (columns / 8); }
-
-  OrtStatus* open(const OrtKernelInfo* info);
-  OrtStatus* constant(const OrtKernelInfo* info, size_t input, const char* what, Shape& shape, const void** at);
-  OrtStatus* run(OrtKernelContext* context) const;
-  OrtStatus* bias_of(const OrtKernelContext* context, const void** at, i64* count) const;
-};
-
-// The instruction set of this machine, or a lower one that the environment names; below zero where it names none.
-int chosen_isa() {
-  const char *asked = getenv("SPARSIFY_CPU_ISA"), *const names[] = {"scalar", "avx2", "avx512"};
-  const int best = sparsify_isa();
-  if (!asked) return best;
-  for (int i = 0; i <= best; i++)
-    if (!strcmp(asked, names[i])) return i;
-  return -1;
-}
-
-OrtStatus* Kernel::constant(const OrtKernelInfo* info, size_t input, const char* what, Shape& shape, const void** at) {
-  int is_constant = 0;
-  const OrtValue* value = nullptr;
-  if (OrtStatus* bad = ort::KernelInfoGetConstantInput_tensor(api, info, input, &is_constant, &value)) return bad;
-  if (!is_constant || !value) return tell()(ort::NOT_IMPLEMENTED, "its %s are no constant of the graph", what);
-  if (OrtStatus* bad = shape_of(api, value, shape)) return bad;
-  void* data = nullptr;
-  if (OrtStatus* bad = data_of(api, value, &data)) return bad;
-  *at = data;
-  return nullptr;
-}
-
-OrtStatus* Kernel::open(const OrtKernelInfo* info) {
-  size_t size = sizeof node;
-  if (OrtStatus* bad = ort::KernelInfo_GetNodeName(api, info, node, &size)) {   // it is too long
-    ort::release(api, bad);
-    node[0] = 0;
-  }
-  isa = chosen_isa();
-  if (isa < 0) return tell()(ort::INVALID_ARGUMENT, "SPARSIFY_CPU_ISA names no instruction set of this machine");
-  if (OrtStatus* bad = ort::KernelInfoGetAttribute_int64(api, info, "in_features", &width)) return bad;
-  if (OrtStatus* bad = ort::KernelInfoGetAttribute_int64(api, info, "out_features", &rows)) return bad;
-  if (width < 1 || width > MOST_COLUMNS || rows < 1 || rows > ((i64)1 << 60) / (width + UNIT))
-    return tell()(ort::INVALID_GRAPH, "in_features %lld and out_features %lld", (long long)width, (long long)rows);
-  columns = (width + UNIT - 1) / UNIT * UNIT;
-  Shape values, codes;
-  const void *number, *code;
-  if (OrtStatus* bad = constant(info, CODES, "codes", codes, &code)) return bad;
-  if (OrtStatus* bad = constant(info, VALUES, "values", values, &number)) return bad;
-  if (codes.element != ort::UINT8 || codes.rank != 2 || codes.dims[0] != rows || codes.dims[1] != columns / 8)
-    return tell()(ort::INVALID_GRAPH, "its codes are no uint8 [%lld, %lld], which %lld x %lld weights have", (long long)rows,
-                  (long long)(columns / 8), (long long)rows, (long long)width);
-  if (values.element != element_of(op.stored)) return tell()(ort::INVALID_GRAPH, "its values are of another type than it says");
-  if (!op.bitmask) {
-    if (values.rank != 2 || values.dims[0] != rows || values.dims[1] != columns / 2)
-      return tell()(ort::INVALID_GRAPH, "its values are not [%lld, %lld], which %lld x %lld weights have", (long long)rows,
-                    (long long)(columns / 2), (long long)rows, (long long)width);
-    value_count = rows * (columns / 2);
-    if (!sparsify_check_24((const u8*)code, code_bytes()))
-      return tell()(ort::INVALID_GRAPH, "codes that are not two ascending positions: the file is damaged");
-    return nullptr;
-  }
-  starts = new (std::nothrow) i64[rows + 1];
-  if (!starts) return tell()(ort::FAIL, "no memory");
-  if (sparsify_row_starts(isa, code, code_bytes(), rows, columns / 32, starts) != DONE)
-    return tell()(ort::INVALID_GRAPH, "its mask is of another size than its shape says");
-  value_count = starts[rows] + PADDING;
-  if (values.rank != 1 || values.dims[0] != value_count)
-    return tell()(ort::INVALID_GRAPH, "%lld values for a mask of %lld bits and %lld zeros after them: the file is damaged",
-                  values.rank == 1 ? (long long)values.dims[0] : -1LL, (long long)starts[rows], (long long)PADDING);
-  return nullptr;
-}
-
-OrtStatus* Kernel::bias_of(const OrtKernelContext* context, const void** at, i64* count) const {
-  size_t inputs = 0;
-  const OrtValue* bias = nullptr;
-  if (OrtStatus* bad = ort::KernelContext_GetInputCount(api, context, &inputs)) return bad;
-  if (inputs <= BIAS) return nullptr;
-  if (OrtStatus* bad = ort::KernelContext_GetInput(api, context, BIAS, &bias)) return bad;
-  if (!bias) return nullptr;
-  Shape shape;
-  if (OrtStatus* bad = shape_of(api, bias, shape)) return bad;
-  if (shape.rank != 1 || shape.dims[0] != rows || shape.element != element_of(op.given))
-    return tell()(ort::INVALID_ARGUMENT, "its bias is not [%lld] in the type of its input", (long long)rows);
-  void* data = nullptr;
-  if (OrtStatus* bad = data_of(api, bias, &data)) return bad;
-  *at = data;
-  *count = rows;
-  return nullptr;
-}
-
-// While it lives, the kernels that this thread calls share their rows among the session's threads.
-struct Sharing {
-  const ort::Api& api;
-  const OrtKernelContext* context;
-  OrtStatus* failed;
-  Host own;
-
-  Sharing(const ort::Api& api, const OrtKernelContext* context)
-      : api(api), context(context), failed(nullptr), own{share, this} { host = &own; }
-  ~Sharing() { host = nullptr; }
-  Sharing(const Sharing&) = delete;
-  Sharing& operator=(const Sharing&) = delete;
-
-  static bool share(void* with, void (*work)(void*, size_t), size_t count, void* what) {
-    Sharing& s = *(Sharing*)with;
-    s.failed = ort::KernelContext_ParallelFor(s.api, s.context, work, count, (size_t)0, what);
-    return !s.failed;
-  }
-};
-
-// How many threads a session may have: what it has is not told. More pieces than threads cost little.
-int most_threads() {
-  static const int found = (int)std::thread::hardware_concurrency();
-  return found < 2 ? 2 : found > 64 ? 64 : found;
-}
-
-OrtStatus* Kernel::run(OrtKernelContext* context) const {
-  const OrtValue* in[3] = {};
-  void* data[3] = {};
-  for (size_t i = 0; i < 3; i++) {
-    if (OrtStatus* bad = ort::KernelContext_GetInput(api, context, i, &in[i])) return bad;
-    if (!in[i]) return tell()(ort::INVALID_ARGUMENT, "input %d is missing", (int)i);
-    if (OrtStatus* bad = data_of(api, in[i], &data[i])) return bad;
-  }
-  Shape x;
-  if (OrtStatus* bad = shape_of(api, in[X], x)) return bad;
-  if (x.rank != 2 || x.dims[1] != width || x.dims[0] < 0 || x.element != element_of(op.given))
-    return tell()(ort::INVALID_ARGUMENT, "its input is no [tokens, %lld] of its type", (long long)width);
-  const void* bias = nullptr;
-  i64 bias_count = -1;
-  if (OrtStatus* bad = bias_of(context, &bias, &bias_count)) return bad;
-  const i64 tokens = x.dims[0], shape[2] = {tokens, rows};
-  OrtValue* out = nullptr;
-  if (OrtStatus* bad = ort::KernelContext_GetOutput(api, context, (size_t)0, shape, (size_t)2, &out)) return bad;
-  void* y = nullptr;
-  if (OrtStatus* bad = data_of(api, out, &y)) return bad;
-  const bool across = !op.bitmask && isa == AVX512;
-  const i64 size = op.given == F32 ? 4 : 2, most = across ? tokens : MANY;
-  const i64 few = op.bitmask ? FEW_BITMASK : across ? FEW_ACROSS : FEW_24;
-  Sharing sharing(api, context);
-  for (i64 m = 0; m < tokens; m += most) {
-    const i64 count = tokens - m < most ? tokens - m : most;
-    auto product = op.given == op.stored ? sparsify_linear : sparsify_linear_float;
-    const int answer = product(isa, op.stored, data[VALUES], value_count, data[CODES], code_bytes(), starts,
-                               starts ? rows + 1 : 0, (const u8*)data[X] + m * width * size, count * width, bias, bias_count,
-                               (u8*)y + m * rows * size, rows, width, few, most_threads());
-    if (sharing.failed) return sharing.failed;
-    if (answer != DONE)
-      return tell()(ort::FAIL, answer == MEMORY ? "no memory" : answer == STARTS ? "a mask that changed" : "sizes that do not fit");
-  }
-  return nullptr;
-}
 
 // ---- what onnxruntime asks of an operator
 
@@ -295,7 +65,14 @@ OrtStatus* infer(const ort::Operator* op, OrtShapeInferContext* context) {
 }
 
 int input_type(const ort::Operator* op, size_t at) {
-  return at == CODES ? ort::UINT8 : element_of(at == VALUES ? named(op).stored : named(op).given);
+  const Named& n = named(op);
+  switch (n.input(at)) {
+    case INDEX: return ort::INT64;
+    case CODES: return ort::UINT8;
+    case SCALES: return element_of(n.stored);
+    case VALUES: return n.bits == 8 ? ort::INT8 : n.bits == 4 ? ort::UINT8 : element_of(n.stored);
+    default: return element_of(n.given);
+  }
 }
 
 ort::Operator table() {
@@ -304,11 +81,11 @@ ort::Operator table() {
   t.GetName = name_of;
   t.GetExecutionProviderType = [](const ort::Operator*) -> const char* { return nullptr; };   // the CPU's
   t.GetInputType = input_type;
-  t.GetInputTypeCount = [](const ort::Operator*) -> size_t { return INPUTS; };
+  t.GetInputTypeCount = [](const ort::Operator* op) -> size_t { return named(op).count(); };
   t.GetOutputType = [](const ort::Operator* op, size_t) { return element_of(named(op).given); };
   t.GetOutputTypeCount = [](const ort::Operator*) -> size_t { return 1; };
   t.KernelDestroy = destroy;
-  t.GetInputCharacteristic = [](const ort::Operator*, size_t at) -> int { return at == BIAS ? ort::OPTIONAL : ort::REQUIRED; };
+  t.GetInputCharacteristic = [](const ort::Operator* op, size_t at) -> int { return named(op).input(at) == BIAS ? ort::OPTIONAL : ort::REQUIRED; };
   t.GetOutputCharacteristic = [](const ort::Operator*, size_t) -> int { return ort::REQUIRED; };
   t.GetInputMemoryType = [](const ort::Operator*, size_t) { return 0; };
   t.GetVariadicInputMinArity = t.GetVariadicInputHomogeneity = [](const ort::Operator*) { return 0; };
@@ -321,6 +98,9 @@ ort::Operator table() {
   return t;
 }
 
+// Two kinds of products, of five types: two layouts of full width, three each of 8 and of 4 bits.
+const int OPERATORS = 2 * 5 * (2 + 3 + 3);
+
 // The operators as one onnxruntime has them: several may be in a process, each with functions of its own. Sessions go on
 // reading them, so they stay.
 struct Domain {
@@ -332,14 +112,20 @@ struct Domain {
   OrtStatus* make() {
     const int kinds[5][2] = {{F32, F32}, {F32, BF16}, {F32, F16}, {F16, F16}, {BF16, BF16}};
     if (OrtStatus* bad = ort::CreateCustomOpDomain(*api, "sparsify", &made)) return bad;
-    for (int i = 0; i < OPERATORS; i++) {
-      static_cast<ort::Operator&>(operators[i]) = table();
-      operators[i].api = api;
-      operators[i].bitmask = i >= 5;
-      operators[i].given = kinds[i % 5][0];
-      operators[i].stored = kinds[i % 5][1];
-      if (OrtStatus* bad = ort::CustomOpDomain_Add(*api, made, (const ort::Operator*)&operators[i])) return bad;
-    }
+    Named* next = operators;
+    for (bool experts : {false, true})
+      for (int bits : {0, 8, 4})
+        for (int layout = PAIRS; layout <= (bits ? WHOLE : MASK); layout++)
+          for (const int* kind : kinds) {
+            static_cast<ort::Operator&>(*next) = table();
+            next->api = api;
+            next->layout = layout;
+            next->bits = bits;
+            next->experts = experts;
+            next->given = kind[0];
+            next->stored = kind[1];
+            if (OrtStatus* bad = ort::CustomOpDomain_Add(*api, made, next++)) return bad;
+          }
     return nullptr;
   }
 };
