@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import onnx_ir as ir
 import onnx_ir.passes.common as common
 
 from sparsify.backends.onnx.running.session import find_onnx
-from sparsify.backends.onnx.storage.bodies import LINEAR
+from sparsify.backends.onnx.storage.bodies import DOMAIN, EXPERTS, OPERATORS
 from sparsify.backends.onnx.storage.datafile import external
 from sparsify.backends.onnx.storage.sparse import put
+from sparsify.backends.onnx.storage.stacks import expand_experts, names_held
 from sparsify.backends.onnx.storage.store import GraphStore
 from sparsify.backends.onnx.writing import save_graph
 from sparsify.context import counted
@@ -81,13 +83,13 @@ def _relink(store: GraphStore, folder: Path, name: str) -> None:
     """The same graph with every weight an initializer that lies in the folder's safetensors."""
     model = ir.load(store.file)
     graph = model.graph
-    dense = Checkpoint(folder)
+    written, dense = Checkpoint(folder), dict[str, ir.ExternalTensor]()
     values = {v.name: v for n in graph for v in n.outputs} | dict(graph.initializers)
     for weight in store.names():
-        path, start, size = dense.span(weight)
-        tensor = external(path, start, size, dense.dtype(weight), dense.shape(weight), weight)
+        path, start, size = written.span(weight)
+        tensor = external(path, start, size, written.dtype(weight), written.shape(weight), weight)
         if weight in store.sparse:
-            _multiply_dense(graph, weight, tensor, turned=weight not in store.transposed)
+            dense[weight] = tensor
             continue
         old = values[weight]
         if weight in graph.initializers:
@@ -95,6 +97,7 @@ def _relink(store: GraphStore, folder: Path, name: str) -> None:
             continue
         old.name = f"{weight}/unpacked"
         old.replace_all_uses_with(_dense(graph, tensor, old.dtype))
+    _multiply_dense(graph, dense, store.transposed)
     common.RemoveUnusedNodesPass()(model)
     common.RemoveUnusedFunctionsPass()(model)
     common.RemoveUnusedOpsetsPass()(model)
@@ -115,11 +118,18 @@ def _dense(graph: ir.Graph, tensor: ir.ExternalTensor, wanted: ir.DataType | Non
     return result
 
 
-def _multiply_dense(graph: ir.Graph, weight: str, tensor: ir.ExternalTensor, *, turned: bool) -> None:
-    """Put a Gemm in the place of each of our operators that reads ``weight``."""
-    nodes = list(graph.initializers[f"{weight}.values"].consumers())
-    dense = _dense(graph, tensor, nodes[0].outputs[0].dtype)
-    for node in nodes:
-        bias = node.inputs[1 + len(LINEAR[node.op_type].parts) :]
-        inputs = [node.inputs[0], dense, *(b for b in bias if b is not None)]
-        put(graph, node, ir.node("Gemm", inputs, attributes={"transB": 1} if turned else {}, name=node.name))
+def _multiply_dense(graph: ir.Graph, dense: Mapping[str, ir.ExternalTensor], transposed: Collection[str]) -> None:
+    """Put standard operators over ``dense`` in the place of ours."""
+    made: dict[str, ir.Value] = {}
+    for node in [node for node in graph if node.domain == DOMAIN and node.op_type in OPERATORS]:
+        names = names_held(node)
+        for name in names:
+            if name not in made:
+                made[name] = _dense(graph, dense[name], node.outputs[0].dtype)
+        if node.op_type in EXPERTS:
+            expand_experts(graph, node, [made[name] for name in names])
+            continue
+        bias = node.inputs[1 + len(OPERATORS[node.op_type].parts) :]
+        inputs = [node.inputs[0], made[names[0]], *(b for b in bias if b is not None)]
+        turned = {} if names[0] in transposed else {"transB": 1}
+        put(graph, node, ir.node("Gemm", inputs, attributes=turned, name=node.name))

@@ -55,7 +55,7 @@ def _ask(store: GraphStore, names: list[str]) -> Iterator[tuple[str, Tensor]]:
     model = ir.load(store.file)
     graph = model.graph
     by_name = {v.name: v for n in graph for v in n.outputs} | dict(graph.initializers)
-    by_name |= unpacked_values(graph, store.sparse.keys() & set(names))
+    by_name |= unpacked_values(graph, {name: store.lies(name) for name in names if name in store.sparse})
     outputs: list[ir.Value] = []
     asked: dict[str, str] = {}
     for name in names:

@@ -14,8 +14,8 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from support.matrices import TOLERANCE, error, pruned, pruned_24
-from support.onnx_operators import NAMES, graph_of, multiply, open_graph, parts_of
+from support.matrices import TOLERANCE, error
+from support.onnx_operators import NAMES, PAIRS, graph_of, matrix, multiply, open_graph, parts_of
 from torch import Tensor
 
 import sparsify
@@ -23,21 +23,8 @@ from sparsify.runtime.cpu import native
 from sparsify.runtime.cpu.build import SOURCES, find_compiler
 from sparsify.runtime.words import LAYOUTS, Layout
 
-PAIRS = [
-    (torch.float32, torch.float32),
-    (torch.float32, torch.bfloat16),
-    (torch.float32, torch.float16),
-    (torch.float16, torch.float16),
-    (torch.bfloat16, torch.bfloat16),
-]
 best = native.library()
 pytestmark = pytest.mark.skipif(best is None, reason="no kernels here, and no C++ compiler")
-
-
-def matrix(layout: Layout, rows: int, columns: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
-    if layout == "packed24":
-        return pruned_24(rows, columns, dtype, seed)
-    return pruned(rows, columns, 0.6, dtype, seed)
 
 
 def sizes(weight: Tensor) -> dict[str, int]:

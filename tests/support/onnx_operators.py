@@ -10,6 +10,7 @@ import onnx
 import onnxruntime as ort
 import torch
 from onnx import TensorProto, helper
+from support.matrices import pruned, pruned_24
 from torch import Tensor
 
 import sparsify
@@ -25,7 +26,21 @@ KINDS = {
     torch.int64: TensorProto.INT64,
     torch.int32: TensorProto.INT32,
 }
+# Types of x, and of values or scales.
+PAIRS = [
+    (torch.float32, torch.float32),
+    (torch.float32, torch.bfloat16),
+    (torch.float32, torch.float16),
+    (torch.float16, torch.float16),
+    (torch.bfloat16, torch.bfloat16),
+]
 NAMES = {"packed24": "Linear24", "bitmask": "LinearBitmask"}
+
+
+def matrix(layout: Layout, rows: int, columns: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
+    if layout == "packed24":
+        return pruned_24(rows, columns, dtype, seed)
+    return pruned(rows, columns, 0.6, dtype, seed)
 
 
 def parts_of(weight: Tensor | Packed, layout: Layout) -> dict[str, Tensor]:

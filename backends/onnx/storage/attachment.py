@@ -23,6 +23,7 @@ from sparsify.backends.onnx.storage.sparse import (
     replace_product,
 )
 from sparsify.backends.onnx.storage.spread import spread_24, spread_bitmask
+from sparsify.backends.onnx.storage.stacks import join, order_of, reading_experts, replace_experts
 from sparsify.backends.onnx.storage.stored import StoredWeight, stored_packed
 from sparsify.backends.onnx.storage.uses import cast_after_gather, gathered_only, mark_shared, transposes
 from sparsify.context import counted
@@ -30,6 +31,8 @@ from sparsify.errors import BackendError, Refused
 from sparsify.files.checkpoint import Checkpoint
 from sparsify.finite import said, scan
 from sparsify.ir.weights import Conversion, Weights
+from sparsify.runtime.layout import Packed
+from sparsify.runtime.shard import rows_of
 from sparsify.tensors import digest
 
 
@@ -73,6 +76,8 @@ class Attachment:
                 )
             conversion = self.weights.conversion(parameter)
             assert value.dtype is not None
+            if self.mode == "sparse" and self._stack(parameter, value, conversion):
+                continue
             if conversion is not None:
                 joined = self._converted(parameter, conversion, value.dtype)
             else:
@@ -109,16 +114,50 @@ class Attachment:
         packed = self.packing.packed(tensor.t() if turned else tensor, value.dtype)
         if isinstance(packed, Refused):
             return False
-        tensors = {"values": packed.values, "codes": packed.codes.view(torch.uint8), "scales": packed.scales}
-        held = {
-            part: self.build.initializer(f"{key}.{part}", self.data.append(f"{key}.{part}", found))
-            for part in form_of(packed).parts
-            if (found := tensors[part]) is not None
-        }
+        held = self._held(key, packed)
         for node in nodes:
             replace_product(self.build.graph, node, packed, self.packing.exact, held)
         self.stored[key] = stored_packed(key, tensor, packed, value.dtype, transposed=turned)
         return True
+
+    def _stack(self, parameter: str, value: ir.Value, conversion: Conversion | None) -> bool:
+        """Give the products of tokens with an expert each to our operators, where packing the stack pays."""
+        pairs, keys = reading_experts(value), self.weights.sources(parameter)
+        if not pairs or any(key in self.build.values or self.weights.store.dtype(key) not in TYPES for key in keys):
+            return False
+        assert value.dtype is not None
+        sources = {key: self._kept(key) + 0.0 for key in keys}
+        order: list[str] | None = [*keys]
+        if conversion is not None:
+            stack = self.weights.read(parameter).to(next(iter(sources.values())).dtype) + 0.0
+            order = order_of(conversion, stack, sources)
+        else:
+            stack = sources[keys[0]]
+        if order is None or stack.dim() != 3 or not stack.is_floating_point():
+            return False
+        packed = self.packing.packed(stack.flatten(0, 1), value.dtype)
+        if isinstance(packed, Refused):
+            return False
+        held, first = [], 0
+        for key in order:
+            count = sources[key].shape[:-1].numel()
+            own = rows_of(packed, first, count)
+            held.append(self._held(key, own))
+            self.stored[key] = stored_packed(key, sources[key], own, value.dtype, transposed=False)
+            first += count
+        values = join(self.build, parameter, packed, held)
+        for pair in pairs:
+            replace_experts(self.build.graph, self.build, pair, packed, self.packing.exact, values, stack.shape[0])
+        return True
+
+    def _held(self, key: str, packed: Packed) -> dict[str, ir.Value]:
+        """What holds a packed weight, by part."""
+        tensors = {"values": packed.values, "codes": packed.codes.view(torch.uint8), "scales": packed.scales}
+        return {
+            part: self.build.initializer(f"{key}.{part}", self.data.append(f"{key}.{part}", found))
+            for part in form_of(packed).parts
+            if (found := tensors[part]) is not None
+        }
 
     def _kept(self, key: str) -> Tensor:
         """The checkpoint's tensor ``key`` in the dtype that is stored.

@@ -6,11 +6,12 @@ weights.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 
 import onnx_ir as ir
+import torch
 
-from sparsify.backends.onnx.storage.bodies import DOMAIN, EXPERTS, LINEAR, OPERATORS, Form, functions_of
+from sparsify.backends.onnx.storage.bodies import DOMAIN, EXPERTS, OPERATORS, Form, functions_of
 from sparsify.runtime.layout import Packed
 
 
@@ -49,7 +50,7 @@ def replace_product(
     x, _, *bias = node.inputs
     # The last input is named where there is none, too: not every reader of functions fills it up.
     inputs = [x, *(values[part] for part in form.parts), bias[0] if bias else None]
-    made = ir.node(f"Linear{form.suffix}", inputs, attributes=_sizes(packed, exact), domain=DOMAIN, name=node.name)
+    made = ir.node(f"Linear{form.suffix}", inputs, attributes=sizes_of(packed, exact), domain=DOMAIN, name=node.name)
     put(graph, node, made)
 
 
@@ -62,7 +63,7 @@ def put(graph: ir.Graph, node: ir.Node, made: ir.Node) -> None:
     graph.remove(node, safe=True)
 
 
-def _sizes(packed: Packed, exact: bool, experts: int | None = None) -> dict[str, int]:
+def sizes_of(packed: Packed, exact: bool, experts: int | None = None) -> dict[str, int]:
     rows, columns = packed.shape
     sizes = {"in_features": columns, "out_features": rows // (experts or 1)}
     if experts is not None:
@@ -81,34 +82,28 @@ def add_functions(model: ir.Model) -> None:
         model.opset_imports[DOMAIN] = 1
 
 
-def unpacked_values(graph: ir.Graph, names: Collection[str]) -> dict[str, ir.Value]:
-    """The packed weights ``names`` as values of ``graph``, by the functions in its file."""
+def unpacked_values(graph: ir.Graph, weights: Mapping[str, tuple[Form, torch.Size, int | None]]) -> dict[str, ir.Value]:
+    """Packed weights as values of ``graph``, by the functions in its file.
+
+    Args:
+        weights: how each lies, its shape, and what columns share a scale (None: all).
+    """
+    compute = {node.inputs[0].dtype for node in graph if node.domain == DOMAIN and node.inputs[0] is not None}
+    kind = next(iter(compute - {None}), None) if len(compute) == 1 else None
     made: dict[str, ir.Value] = {}
-    for node in [n for n in graph if n.domain == DOMAIN and n.op_type in LINEAR]:
-        parts = parts_of(node)
-        name = str(parts["values"].name).removesuffix(".values") if "values" in parts else ""
-        if name not in names or name in made:
-            continue
-        like = ir.Value(name=f"{name}/like", const_value=ir.tensor([0.0], dtype=_compute(node)))
-        graph.register_initializer(like)
-        sizes = {key: node.attributes[key].as_int() for key in ("in_features", "group") if key in node.attributes}
-        inputs = [*parts.values(), like]
-        unpack = ir.node(f"Unpack{LINEAR[node.op_type].suffix}", inputs, attributes=sizes, domain=DOMAIN)
-        graph.append(unpack)
-        made[name] = unpack.outputs[0]
-        made[name].name, made[name].dtype = f"{name}/unpacked", like.dtype
-        made[name].shape = ir.Shape([node.attributes[n].as_int() for n in ("out_features", "in_features")])
+    for name, (form, shape, group) in weights.items():
+        held = [graph.initializers[f"{name}.{part}"] for part in form.parts]
+        like = ir.Value(name=f"{name}/like", const_value=ir.tensor([0.0], dtype=kind or ir.DataType.FLOAT))
+        whole = ir.Value(name=f"{name}/shape", const_value=ir.tensor(list(shape)))
+        for value in (like, whole):
+            graph.register_initializer(value)
+        sizes = {"in_features": shape[-1]} | ({} if form.bits is None else {"group": group or shape[-1]})
+        unpack = ir.node(f"Unpack{form.suffix}", [*held, like], attributes=sizes, domain=DOMAIN)
+        turn = ir.node("Reshape", [unpack.outputs[0], whole])
+        graph.extend([unpack, turn])
+        made[name] = turn.outputs[0]
+        made[name].name, made[name].dtype, made[name].shape = f"{name}/unpacked", like.dtype, ir.Shape(list(shape))
     return made
-
-
-def _compute(node: ir.Node) -> ir.DataType:
-    """The type that a product computes in, where the file says it."""
-    x = node.inputs[0]
-    if x is not None and x.dtype is not None:
-        return x.dtype
-    parts = parts_of(node)
-    held = parts.get("scales", parts["values"]).dtype
-    return held or ir.DataType.FLOAT
 
 
 def _way(node: ir.Node, value: ir.Value) -> bool | None:

@@ -10,7 +10,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from sparsify.backends.onnx.storage.bodies import DOMAIN, LINEAR, Form
+from sparsify.backends.onnx.storage.bodies import DOMAIN, EXPERTS, OPERATORS, Form
 from sparsify.backends.onnx.storage.datafile import TYPES
 from sparsify.backends.onnx.storage.pack import FORMATS, Format, PackedTensor, misfit, unpack_tensor
 from sparsify.errors import CheckpointError, first_line
@@ -71,7 +71,9 @@ class GraphStore:
     def _note_packed(self, stem: str) -> None:
         beside = f"{stem}.codes" if f"{stem}.codes" in self._initializers else f"{stem}.scales"
         reader = next(iter(self._initializers[beside].consumers()), None)
-        if reader is not None and reader.domain == DOMAIN and reader.op_type in LINEAR:
+        while reader is not None and reader.op_type in ("Concat", "Slice"):
+            reader = next(iter(reader.outputs[0].consumers()), None)
+        if reader is not None and reader.domain == DOMAIN and reader.op_type in OPERATORS:
             self._note_sparse(stem, reader)
             return
         if beside.endswith(".scales"):
@@ -83,16 +85,30 @@ class GraphStore:
         self._shapes[stem] = torch.Size(int(n) for n in value.shape)
 
     def _note_sparse(self, stem: str, reader: ir.Node) -> None:
-        form = LINEAR[reader.op_type]
-        asked = ("out_features", "in_features", *(() if form.bits is None else ("group",)))
-        given = [reader.attributes.get(name) for name in asked]
-        sizes = [n.value for n in given if n is not None and n.type == ir.AttributeType.INT and 0 < n.value < 1 << 40]
-        if len(sizes) != len(asked) or any(f"{stem}.{part}" not in self._initializers for part in form.parts):
-            raise CheckpointError(f"{self.file}", found=f"{stem} is packed and has no sizes", do="Export it again")
+        form, again = (
+            OPERATORS[reader.op_type],
+            CheckpointError(f"{self.file}", found=f"{stem} is packed and has no sizes", do="Export it again"),
+        )
+        asked = ["in_features", *(() if form.bits is None else ("group",))]
+        # Of a stack that is one tensor, all; where one is joined from several, each has rows of its own.
+        whole = reader in self._initializers[f"{stem}.values"].consumers()
+        leading = (["experts"] if reader.op_type in EXPERTS else []) + ["out_features"] if whole else []
+        given = {name: reader.attributes.get(name) for name in (*leading, *asked)}
+        sizes = {
+            name: n.value
+            for name, n in given.items()
+            if n is not None and n.type == ir.AttributeType.INT and 0 < n.value < 1 << 40
+        }
+        if len(sizes) != len(given) or any(f"{stem}.{part}" not in self._initializers for part in form.parts):
+            raise again
+        rows = [sizes[name] for name in leading] or list(self._tensor(f"{stem}.{form.parts[-1]}").shape.numpy())[:1]
+        if not rows:
+            raise again
         self.sparse[stem], self.packed[stem] = form, FORMATS[form.layout]
-        self._shapes[stem] = torch.Size(sizes[:2])
+        self._shapes[stem] = torch.Size([*rows, sizes["in_features"]])
         # A scale for all columns is one for the row.
-        self._groups[stem] = sizes[2] if form.bits is not None and sizes[2] < sizes[1] else None
+        shared = sizes.get("group", sizes["in_features"])
+        self._groups[stem] = shared if form.bits is not None and shared < sizes["in_features"] else None
 
     def names(self) -> Iterable[str]:
         """Names of the weights that lie beside the graph, dense and packed."""
@@ -127,6 +143,10 @@ class GraphStore:
         bits = self.sparse[name].bits if name in self.sparse else None
         return self.packed.get(name, "dense") + ("" if bits is None else f" int{bits}")
 
+    def lies(self, name: str) -> tuple[Form, torch.Size, int | None]:
+        """How a weight that our operators read lies in the file: form, shape, and the columns that share a scale."""
+        return self.sparse[name], self._shapes[name], self._groups[name]
+
     def shape(self, name: str) -> torch.Size:
         shape = self._shapes[name] if name in self.packed else torch.Size(self._tensor(name).shape.numpy())
         return torch.Size(reversed(shape)) if name in self.transposed else shape
@@ -155,7 +175,8 @@ class GraphStore:
 
     def _unpacked(self, name: str) -> Tensor:
         """What our operators multiply with."""
-        form, (rows, columns) = self.sparse[name], self._shapes[name]
+        form, shape = self.sparse[name], self._shapes[name]
+        rows, columns = math.prod(shape[:-1]), shape[-1]
         parts = {part: self._read(f"{name}.{part}") for part in form.parts}
         codes = parts.get("codes", torch.empty(rows, 0, dtype=torch.uint8))
         words = codes.dtype is torch.uint8 and codes.dim() == 2 and codes.shape[1] % 4 == 0
@@ -164,7 +185,7 @@ class GraphStore:
             form.layout, (rows, columns), parts["values"], codes, parts.get("scales"), form.bits, self._groups[name]
         )
         check(f"{name} of {self.file.name}", found)
-        return unpack(found)
+        return unpack(found).view(shape)
 
     def _of_few_bits(self) -> set[str]:
         return {name for name, form in self.sparse.items() if form.bits is not None}

@@ -25,6 +25,7 @@ from sparsify.backends.onnx.backend import ONNX
 from sparsify.backends.onnx.expand import expand
 from sparsify.backends.onnx.running.runner import Runner
 from sparsify.backends.onnx.running.session import open_session
+from sparsify.backends.onnx.storage.bodies import OPERATORS
 from sparsify.backends.onnx.storage.store import GraphStore
 from sparsify.backends.verify.onnx_folder import verify_onnx
 from sparsify.errors import CheckpointError, SparsifyError, SpecError
@@ -55,10 +56,11 @@ def without_library(file: Path) -> Any:
 def test_a_decoder_gives_the_tokens_and_logits_of_transformers(
     family: str, written: Callable[[str, str], Path]
 ) -> None:
-    """Weights with and without biases, of both layouts ([in, out] in GPT-2); experts stay dense."""
+    """Weights with and without biases, of both layouts ([in, out] in GPT-2), and stacks of experts."""
     folder, model = written(family, SPARSE), load(written(family, "hf"))
     ours = operators(folder / "model.onnx")
-    assert ours["LinearBitmask"] >= 2 and ours.get("MatMul", 0) == (0 if family != "mixtral" else ours["MatMul"])
+    assert ours["LinearBitmask"] >= 2 and "MatMul" not in ours
+    assert ("ExpertsBitmask" in ours) == (family == "mixtral")
     ids, mask = padded()
     want = logits(model, ids, mask).numpy()
     for session in (None, without_library(folder / "model.onnx")):
@@ -77,14 +79,14 @@ def test_a_decoder_gives_the_tokens_and_logits_of_transformers(
 
 
 def test_verify_knows_it_and_expand_makes_it_dense(written: Callable[[str, str], Path], tmp_path: Path) -> None:
-    for family in ("llama", "gpt2"):
+    for family in ("llama", "gpt2", "mixtral"):
         folder = written(family, SPARSE)
         found = verify_onnx(folder)
         assert found.sound and found.sparse and not found.unchecked, found.problems
         forms = {w.name: w.format for w in found.weights}
         assert {"2:4", "bitmask", "dense"} >= set(forms.values()) and all(w.equal for w in found.weights)
         dense = expand(folder, tmp_path / family)
-        assert set(operators(dense / "model.onnx")) & {"Linear24", "LinearBitmask"} == set()
+        assert not set(operators(dense / "model.onnx")) & set(OPERATORS)
         proto = onnx.load(dense / "model.onnx", load_external_data=False)
         assert not proto.functions and [o.domain for o in proto.opset_import] == [""]
         assert verify_onnx(dense).sound
