@@ -16,8 +16,9 @@ from sparsify.backends.onnx.folder import write_genai_config
 from sparsify.backends.onnx.graph import name_dimensions, to_graph
 from sparsify.backends.onnx.notes import said_of, storage_notes
 from sparsify.backends.onnx.options import Options
+from sparsify.backends.onnx.products.library import add_library
+from sparsify.backends.onnx.products.packing import Packing
 from sparsify.backends.onnx.retrace import Example, check_fresh, retrace
-from sparsify.backends.onnx.storage.packing import Packing
 from sparsify.backends.onnx.storage.store import GraphStore
 from sparsify.backends.onnx.storage.stored import digests_of, transposed
 from sparsify.backends.onnx.tracing.contract import Contract
@@ -101,6 +102,7 @@ def export_graph(
         if config is not None and contract is not None:
             config.save_pretrained(staging.folder)
             write_genai_config(staging.folder, config, contract)
+        library = [add_library(staging.folder)] if any(weight.by_ours for weight in stored) else []
         # Read back what was written, so that a full disk is found here and not by the user.
         GraphStore(staging.folder / FILE)
         facts = {**said_of(contract), "transposed": transposed(stored)}
@@ -108,7 +110,7 @@ def export_graph(
         write_card(staging.folder, manifest)
         write_manifest(staging.folder, manifest, sums, files)
         staging.commit()
-    return storage_notes(options, stored, contract)
+    return [*storage_notes(options, stored, contract), *library]
 
 
 def _state(graph: fx.GraphModule | ExportedProgram) -> dict[str, Tensor]:

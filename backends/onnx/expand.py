@@ -8,11 +8,12 @@ from pathlib import Path
 import onnx_ir as ir
 import onnx_ir.passes.common as common
 
+from sparsify.backends.onnx.products.bodies import DOMAIN, EXPERTS, OPERATORS
+from sparsify.backends.onnx.products.library import without_library
+from sparsify.backends.onnx.products.sparse import put
+from sparsify.backends.onnx.products.stacks import expand_experts, names_held
 from sparsify.backends.onnx.running.session import find_onnx
-from sparsify.backends.onnx.storage.bodies import DOMAIN, EXPERTS, OPERATORS
 from sparsify.backends.onnx.storage.datafile import external
-from sparsify.backends.onnx.storage.sparse import put
-from sparsify.backends.onnx.storage.stacks import expand_experts, names_held
 from sparsify.backends.onnx.storage.store import GraphStore
 from sparsify.backends.onnx.writing import save_graph
 from sparsify.context import counted
@@ -57,6 +58,7 @@ def expand(
     source = None if in_place else folder
     with Staging(place, overwrite=overwrite or in_place, source=source, like=folder, need=need) as staging:
         copy_companions(folder, staging.folder, written="*.onnx")
+        without_library(staging.folder)
         # One file, whatever its size: the graph points into it.
         layout = {WEIGHTS: {name: (store.dtype(name), list(store.shape(name))) for name in names}}
         dense = lay_out_files(staging.folder, layout)

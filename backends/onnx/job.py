@@ -11,8 +11,9 @@ from sparsify.backends.hf.notes import source_notes
 from sparsify.backends.onnx.folder import write_genai_config
 from sparsify.backends.onnx.notes import said_of, storage_notes
 from sparsify.backends.onnx.options import Options
-from sparsify.backends.onnx.rounding import round_products
-from sparsify.backends.onnx.storage.packing import Packing
+from sparsify.backends.onnx.products.library import add_library
+from sparsify.backends.onnx.products.packing import Packing
+from sparsify.backends.onnx.products.rounding import round_products
 from sparsify.backends.onnx.storage.store import GraphStore
 from sparsify.backends.onnx.storage.stored import StoredWeight, digests_of, transposed
 from sparsify.backends.onnx.tracing.signature import tensor_inputs
@@ -47,6 +48,7 @@ class ONNXJob:
         self.weights: Weights = self.hf.weights
         self.stored: list[StoredWeight] = []
         self.rounding: list[float] = []
+        self.library: str | None = None
         self._settled = False
 
     def settle(self, program: Program) -> None:
@@ -65,6 +67,8 @@ class ONNXJob:
         packing = Packing(values, exact=options.activations == "float")
         self.stored, files = write_graph(self.graph, self.parameters, self.weights, folder, options, packing=packing)
         write_genai_config(folder, self.source.config, self.contract)
+        if any(weight.by_ours for weight in self.stored):
+            self.library = add_library(folder)
         linked = options.weights == "link"
         if not linked:
             for path in [*self.hf.store.files, folder / INDEX]:
@@ -91,7 +95,9 @@ class ONNXJob:
         """What a user should know of the graph that was written."""
         kept = "in model.safetensors and not in the graph" if self.options.weights == "link" else "not in the graph"
         own = storage_notes(self.options, self.stored, self.contract)
-        return [*source_notes(self.source, kept), *own, *([rounding_note(self.rounding)] if self.rounding else [])]
+        own += [self.library] if self.library is not None else []
+        own += [rounding_note(self.rounding)] if self.rounding else []
+        return [*source_notes(self.source, kept), *own]
 
     def __enter__(self) -> ONNXJob:
         return self

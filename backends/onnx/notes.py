@@ -66,16 +66,16 @@ def storage_notes(options: Options, stored: Sequence[StoredWeight], contract: Co
 
 
 def _sparse_notes(stored: Sequence[StoredWeight]) -> list[str]:
-    sparse = [w for w in stored if w.format != "dense" or w.bits is not None]
+    sparse = [w for w in stored if w.by_ours]
     if not sparse:
         return ["sparse: no weight of a plain product has zeros enough, or few bits, to gain from it"]
     held, whole = sum(w.nbytes for w in sparse), sum(w.dense_bytes for w in sparse)
     need = sum(w.unpacking or w.dense_bytes for w in stored)
     return [
         f"sparse: {_counted(sparse)} at {held / whole:.3f} of {format_bytes(whole)}, multiplied as they are by "
-        "sparsify's operators: sparsify run registers their library, other programs do so by the path that "
-        f"sparsify.onnx_library() gives; without it onnxruntime unpacks them when it opens the file, which takes some "
-        f"{format_bytes(need)} and gains no speed"
+        "sparsify's operators: sparsify run registers their library, other programs do so by its path in the folder or "
+        f"that of sparsify.onnx_library(); without it onnxruntime unpacks them when it opens the file, which takes "
+        f"some {format_bytes(need)} and gains no speed"
     ]
 
 

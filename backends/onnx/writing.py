@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from sparsify.backends.onnx.graph import name_dimensions, to_graph
 from sparsify.backends.onnx.options import Options
+from sparsify.backends.onnx.products.packing import Packing
 from sparsify.backends.onnx.storage.attachment import Attachment
-from sparsify.backends.onnx.storage.packing import Packing
 from sparsify.backends.onnx.storage.stored import StoredWeight
 from sparsify.backends.onnx.tracing.contract import Contract
 from sparsify.backends.onnx.tracing.trace import trace_model

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from sparsify.backends.onnx.storage.bodies import DOMAIN, EXPERTS, OPERATORS
-from sparsify.backends.onnx.storage.stacks import names_held
+from sparsify.backends.onnx.products.bodies import DOMAIN, EXPERTS, OPERATORS
+from sparsify.backends.onnx.products.stacks import names_held
 
 _SAME = {"Cast", "Identity", "DequantizeLinear"}
 _OPAQUE = {"MatMulNBits", "MatMulInteger", "QLinearMatMul", "QMoE", "MoE", "MatMulBnb4"}

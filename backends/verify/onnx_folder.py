@@ -8,8 +8,8 @@ from pathlib import Path
 import onnx
 from torch import Tensor
 
+from sparsify.backends.onnx.products.bodies import DOMAIN
 from sparsify.backends.onnx.running.session import find_onnx
-from sparsify.backends.onnx.storage.bodies import DOMAIN
 from sparsify.backends.onnx.storage.store import GraphStore
 from sparsify.backends.verify.axis import SummedAxis, summed_axes
 from sparsify.backends.verify.content import check_content, check_numbers, differs

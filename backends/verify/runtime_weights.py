@@ -8,8 +8,8 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
+from sparsify.backends.onnx.products.sparse import unpacked_values
 from sparsify.backends.onnx.running.session import open_session
-from sparsify.backends.onnx.storage.sparse import unpacked_values
 from sparsify.backends.onnx.storage.store import GraphStore
 from sparsify.errors import BackendError, SparsifyError, first_line
 

@@ -12,7 +12,7 @@ from support.matrices import TOLERANCE, error
 from support.onnx_operators import PAIRS, graph_of, matrix, multiply, open_graph, parts_of
 from torch import Tensor
 
-from sparsify.backends.onnx.storage.bodies import FORMS, Form, functions_of
+from sparsify.backends.onnx.products.bodies import FORMS, Form, functions_of
 from sparsify.runtime.cpu import native
 from sparsify.runtime.few_bits import Integers
 from sparsify.runtime.layout import Packed, pack, pack_integers

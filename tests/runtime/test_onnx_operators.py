@@ -257,7 +257,7 @@ def test_the_declared_interface_is_that_of_onnxruntimes_header(tmp_path: Path) -
 
 def test_onnx_itself_knows_an_operator_by_its_function() -> None:
     """Checked and inferred by onnx, and computed by its reference: no library is asked."""
-    from sparsify.backends.onnx.storage.bodies import functions_of
+    from sparsify.backends.onnx.products.bodies import functions_of
 
     for layout in LAYOUTS:
         weight = matrix(layout, 40, 100, torch.float32)

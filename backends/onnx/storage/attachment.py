@@ -10,20 +10,20 @@ import torch
 from torch import Tensor
 
 from sparsify.backends.onnx.options import Mode
-from sparsify.backends.onnx.storage.builder import Builder
-from sparsify.backends.onnx.storage.converted import convert
-from sparsify.backends.onnx.storage.datafile import DATA, TYPES, DataFile, external
-from sparsify.backends.onnx.storage.pack import Format, best_format, pack_tensor, unpacking_bytes
-from sparsify.backends.onnx.storage.packing import Packing
-from sparsify.backends.onnx.storage.sparse import (
+from sparsify.backends.onnx.products.packing import Packing
+from sparsify.backends.onnx.products.sparse import (
     add_functions,
     form_of,
     is_turned,
     reading_products,
     replace_product,
 )
+from sparsify.backends.onnx.products.stacks import join, order_of, reading_experts, replace_experts
+from sparsify.backends.onnx.storage.builder import Builder
+from sparsify.backends.onnx.storage.converted import convert
+from sparsify.backends.onnx.storage.datafile import DATA, TYPES, DataFile, external
+from sparsify.backends.onnx.storage.pack import Format, best_format, pack_tensor, unpacking_bytes
 from sparsify.backends.onnx.storage.spread import spread_24, spread_bitmask
-from sparsify.backends.onnx.storage.stacks import join, order_of, reading_experts, replace_experts
 from sparsify.backends.onnx.storage.stored import StoredWeight, stored_packed
 from sparsify.backends.onnx.storage.uses import cast_after_gather, gathered_only, mark_shared, transposes
 from sparsify.context import counted

@@ -10,7 +10,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from sparsify.backends.onnx.storage.bodies import DOMAIN, EXPERTS, OPERATORS, Form
+from sparsify.backends.onnx.products.bodies import DOMAIN, EXPERTS, OPERATORS, Form
 from sparsify.backends.onnx.storage.datafile import TYPES
 from sparsify.backends.onnx.storage.pack import FORMATS, Format, PackedTensor, misfit, unpack_tensor
 from sparsify.errors import CheckpointError, first_line

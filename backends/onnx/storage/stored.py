@@ -19,7 +19,8 @@ class StoredWeight:
     """One tensor of the checkpoint in the graph: how it is stored, in how many bytes, and at what price.
 
     ``digest`` is that of its dense bytes in ``dtype`` and the checkpoint's layout; None where it is a link.
-    ``transposed``: the file holds the other layout. ``bits``: of its values, where they are integers.
+    ``transposed``: the file holds the other layout. ``bits``: of its values, where they are integers. ``by_ours``:
+    operators of ours read it.
     """
 
     name: str
@@ -32,6 +33,7 @@ class StoredWeight:
     digest: str | None = None
     transposed: bool = False
     bits: int | None = None
+    by_ours: bool = False
 
 
 def stored_packed(name: str, tensor: Tensor, packed: Packed, compute: ir.DataType, *, transposed: bool) -> StoredWeight:
@@ -43,7 +45,7 @@ def stored_packed(name: str, tensor: Tensor, packed: Packed, compute: ir.DataTyp
     need += 0 if packed.bits is None else 4 * 4 * count
     shape, found = tuple(tensor.shape), digest(tensor)
     return StoredWeight(
-        name, shape, tensor.dtype, form, packed.nbytes, count * size, need, found, transposed, packed.bits
+        name, shape, tensor.dtype, form, packed.nbytes, count * size, need, found, transposed, packed.bits, True
     )
 
 

@@ -23,9 +23,9 @@ from torch import nn
 from sparsify.backends.onnx.api import export_onnx
 from sparsify.backends.onnx.backend import ONNX
 from sparsify.backends.onnx.expand import expand
+from sparsify.backends.onnx.products.bodies import OPERATORS
 from sparsify.backends.onnx.running.runner import Runner
 from sparsify.backends.onnx.running.session import open_session
-from sparsify.backends.onnx.storage.bodies import OPERATORS
 from sparsify.backends.onnx.storage.store import GraphStore
 from sparsify.backends.verify.onnx_folder import verify_onnx
 from sparsify.errors import CheckpointError, SparsifyError, SpecError

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 import onnx_ir as ir
 
-from sparsify.backends.onnx.storage.packing import zeros_of
-from sparsify.backends.onnx.storage.sparse import is_turned, reading_products
+from sparsify.backends.onnx.products.packing import zeros_of
+from sparsify.backends.onnx.products.sparse import is_turned, reading_products
 from sparsify.backends.packed.choosing import PRUNED
 from sparsify.backends.packed.grids import Values
 from sparsify.backends.packed.plan import rounded_by_default

@@ -13,9 +13,9 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from sparsify.backends.onnx.storage.bodies import DOMAIN, OPERATORS
+from sparsify.backends.onnx.products.bodies import DOMAIN, OPERATORS
+from sparsify.backends.onnx.products.sparse import form_of, parts_of, put, sizes_of
 from sparsify.backends.onnx.storage.builder import Builder
-from sparsify.backends.onnx.storage.sparse import form_of, parts_of, put, sizes_of
 from sparsify.ir.weights import Conversion
 from sparsify.runtime.layout import PADDING, Packed
 

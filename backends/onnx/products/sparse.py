@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import onnx_ir as ir
 import torch
 
-from sparsify.backends.onnx.storage.bodies import DOMAIN, EXPERTS, OPERATORS, Form, functions_of
+from sparsify.backends.onnx.products.bodies import DOMAIN, EXPERTS, OPERATORS, Form, functions_of
 from sparsify.runtime.layout import Packed
 
 
