@@ -88,7 +88,7 @@ def _runtimes(result: Verification) -> Table:
     )
     if result.sparse:
         ours = "smaller memory, and a faster token: sparsify bench measures it here"
-        table.add_row("onnxruntime on a CPU, with sparsify.onnx_library()", ours)
+        table.add_row("onnxruntime on a CPU with sparsify.onnx_library(), onnxruntime-genai on this folder", ours)
         table.add_row("onnxruntime without it", f"{disk}; dense speed")
     else:
         table.add_row("onnxruntime, CPU and CUDA", f"{disk}; its MatMul and Gemm take as long with zeros as without")
@@ -101,7 +101,8 @@ def _runtimes(result: Verification) -> Table:
     if result.packed:
         trt += "; run sparsify expand first"
     table.add_row("TensorRT", trt if able else "none: no weight that its sparse kernels take")
-    table.add_row("transformers, optimum, genai", "none: dense speed" if sparse else "none")
+    others = "transformers, optimum" if result.sparse else "transformers, optimum, genai"
+    table.add_row(others, "none: dense speed" if sparse else "none")
     table.add_row(
         "transport (zstd, zip)", "zeros compress: about 0.55 to 0.6 of the size at half zeros" if sparse else "none"
     )

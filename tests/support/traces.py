@@ -98,7 +98,7 @@ class Traces:
         if self.anew:
             return build_graph(module, batch, options, names, fixed)
         # Where its weights lie is not the graph's.
-        apart = dataclasses.replace(options, weights="link", dtype=None)
+        apart = dataclasses.replace(options, weights="link", dtype=None, values="auto", group=None, activations="int8")
         try:
             given = _batch(batch), {name: _held(value) for name, value in (fixed or {}).items()}
             key = (_module(module), repr(given), apart, tuple(names))

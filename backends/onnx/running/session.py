@@ -29,12 +29,15 @@ _OURS = b"\n\x08sparsify"
 FOLD_LIMIT = "optimization.constant_folding_max_output_size_in_bytes"
 
 
-def open_session(file: Path | bytes, *, device: str = "cpu", threads: int = 0, folder: Path | None = None) -> Any:
+def open_session(
+    file: Path | bytes, *, device: str = "cpu", threads: int = 0, folder: Path | None = None, library: bool = True
+) -> Any:
     """An ``onnxruntime.InferenceSession``.
 
     Args:
         file: the ONNX file, or its bytes with the ``folder`` that its data lies in.
         device: ``cpu`` or ``cuda``; ``threads``: 0 for onnxruntime's own choice.
+        library: register that of our operators where the file names them; without it they run as functions.
 
     Raises:
         BackendError: onnxruntime has no such device here, or cannot load the file; or it asks for our operators, and
@@ -54,7 +57,7 @@ def open_session(file: Path | bytes, *, device: str = "cpu", threads: int = 0, f
     options.add_session_config_entry(FOLD_LIMIT, str(1 << 40))
     if folder is not None:
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
-    if asks_for_ours(file):
+    if library and asks_for_ours(file):
         options.register_custom_ops_library(onnx_library())
     try:
         source = str(file) if isinstance(file, Path) else file

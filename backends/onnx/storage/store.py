@@ -152,7 +152,7 @@ class GraphStore:
         return torch.Size(reversed(shape)) if name in self.transposed else shape
 
     def dtype(self, name: str) -> torch.dtype:
-        part = "" if name not in self.packed else ".scales" if name in self._of_few_bits() else ".values"
+        part = "" if name not in self.packed else ".scales" if name in self.of_few_bits() else ".values"
         return _TORCH[self._tensor(name + part).dtype]
 
     def read(self, name: str) -> Tensor:
@@ -187,7 +187,8 @@ class GraphStore:
         check(f"{name} of {self.file.name}", found)
         return unpack(found).view(shape)
 
-    def _of_few_bits(self) -> set[str]:
+    def of_few_bits(self) -> set[str]:
+        """Weights that our operators read as integers."""
         return {name for name, form in self.sparse.items() if form.bits is not None}
 
     def write(self, name: str, tensor: Tensor) -> None:
