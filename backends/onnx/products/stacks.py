@@ -164,7 +164,7 @@ def _stems(value: ir.Value, part: str) -> list[str]:
     return _stems(given[0], part) if node.op_type == "Slice" and given and given[0].producer() is None else []
 
 
-def _constant(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:  # type: ignore[type-arg]
+def _constant(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
     value = ir.Value(name=name, const_value=ir.tensor(array, name=name))
     graph.register_initializer(value)
     return value
