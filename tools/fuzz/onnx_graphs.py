@@ -105,7 +105,7 @@ def changed(draw: Random, case: Case) -> Case:
     if chance < 0.42:
         del parts[name]
     else:
-        change = draw.choice(raw_calls._CONTENT if draw.random() < 0.5 else raw_calls._SHAPE)
+        change = draw.choice(raw_calls.CONTENT if draw.random() < 0.5 else raw_calls.SHAPE)
         # Where torch does not make such a tensor it stays as it is.
         with contextlib.suppress(RuntimeError, ValueError, IndexError, TypeError, NotImplementedError):
             made = change(draw, parts[name])
@@ -120,7 +120,7 @@ def changed(draw: Random, case: Case) -> Case:
 
 
 def answer(case: Case, library: Path, threads: int) -> str | None:
-    """What is wrong with what onnxruntime makes of ``case``; None where it gives the product, ``refused…`` for an error."""
+    """What is wrong with what onnxruntime makes of ``case``: None where it gives the product, ``refused…`` an error."""
     try:
         (got,) = _session(case, library, threads).run(["y"], {"x": case.x.numpy()})
     except Exception as error:  # onnxruntime's kinds are its own
