@@ -7,6 +7,7 @@ is traced anew. What tests the tracing itself does without: :data:`ANEW`.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import gc
@@ -124,6 +125,9 @@ def _copy(graph: Graph) -> Graph:
     model, parameters, contract = graph
     model.graph.inputs.extend(parameters.values())
     copied = model.clone()
+    # A clone's values share their types with the values that they are of, and writers change some.
+    for value in (*copied.graph.inputs, *(out for node in copied.graph.all_nodes() for out in node.outputs)):
+        value.type = copy.copy(value.type)
     named = {value.name: value for value in copied.graph.inputs}
     found = {name: named[value.name] for name, value in parameters.items()}
     for each, values in ((model, parameters), (copied, found)):
