@@ -65,6 +65,7 @@ compat: .venv/installed
 fuzz: .venv/installed-test
 	$(BIN)/python tools/fuzz --seed $(SEED) --seconds $(SECONDS)
 	$(BIN)/python tools/fuzz_ops.py --seed $(SEED) --seconds $(SECONDS) --calls $(CALLS)
+	$(BIN)/python tools/fuzz_onnx.py --seed $(SEED) --seconds $(SECONDS)
 
 # What CI adds to the tests. The type checker does not follow the mapped folders of an editable install, so it is shown
 # a plain one; the tools are checked against it.

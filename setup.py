@@ -12,6 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from setuptools import setup
 from setuptools.command.bdist_wheel import bdist_wheel
@@ -20,20 +21,25 @@ from setuptools.command.build_py import build_py
 HERE = Path(__file__).parent
 
 
-def compile_kernels(target: Path) -> bool:
-    """Compile ``sparsify/runtime/cpu/kernels`` to ``target``; False, and a line that says why, where that fails."""
+def compile_kernels(folder: Path) -> None:
+    """Compile ``sparsify/runtime/cpu/kernels`` into ``folder``; a line says why, where that fails."""
     build, seal = _ours("cpu/build.py"), _ours("seal.py")
+    for library in (build.KERNELS, build.OPERATORS):
+        compile_library(build, seal, library, folder / library.built)
+
+
+def compile_library(build: ModuleType, seal: ModuleType, library: Any, target: Path) -> None:
     compiler = build.find_compiler()
     if compiler is None:
-        print("sparsify: no C++ compiler; the wheel is built without CPU kernels", file=sys.stderr)
-        return False
-    done = subprocess.run(build.compile_command(compiler, target), capture_output=True, text=True, check=False)
+        print(f"sparsify: no C++ compiler; the wheel is built without {target.name}", file=sys.stderr)
+        return
+    words = build.compile_command(compiler, target, library=library)
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
     if done.returncode:
-        print(f"sparsify: {compiler} failed, the wheel is built without CPU kernels:\n{done.stderr}", file=sys.stderr)
-        return False
+        print(f"sparsify: {compiler} failed, the wheel is built without {target.name}:\n{done.stderr}", file=sys.stderr)
+        return
     # Whoever strips or patches the library seals it after that: without its seal it is not loaded.
     target.write_bytes(seal.sealed(target.read_bytes()))
-    return True
 
 
 def _ours(file: str) -> ModuleType:
@@ -54,7 +60,7 @@ class BuildWithKernels(build_py):
         if not self.editable_mode:
             folder = Path(self.build_lib) / "sparsify" / "runtime" / "cpu"
             folder.mkdir(parents=True, exist_ok=True)
-            compile_kernels(folder / "_cpu.so")
+            compile_kernels(folder)
 
 
 class PlatformWheel(bdist_wheel):

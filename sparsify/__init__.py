@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from sparsify.prune.fx_pass import GraphPrune
     from sparsify.quality.evaluation import Evaluation
     from sparsify.reporting.report import report
+    from sparsify.runtime.cpu.onnx_library import onnx_library
     from sparsify.searching.costs import Sensitivity
     from sparsify.searching.found import Found
     from sparsify.searching.search import search
@@ -39,8 +40,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Compiled", "Difference", "Evaluation", "Found", "GraphPrune", "HoldZeros", "Progress", "Pruned", "Sensitivity",
-    "SparsifyError", "WeightPass", "compile", "diff", "evaluate", "hold_zeros", "load", "parse_pass", "report",
-    "search", "sensitivity",
+    "SparsifyError", "WeightPass", "compile", "diff", "evaluate", "hold_zeros", "load", "onnx_library", "parse_pass",
+    "report", "search", "sensitivity",
 ]  # fmt: skip
 
 
@@ -80,6 +81,7 @@ __getattr__ = lazily(
         "evaluate": "evaluation.evaluate",
         "hold_zeros": "tuning.hold",
         "load": "frontend.materialize",
+        "onnx_library": "runtime.cpu.onnx_library",
         "parse_pass": "method.spec",
         "passes": "passes",
         "report": "reporting.report",

@@ -1,6 +1,7 @@
-"""ONNX export: time against depth, memory of a large checkpoint, packed files, and decoding against onnxruntime-genai.
+"""ONNX export: time against depth, memory of a large checkpoint, packed files, decoding against onnxruntime-genai, and
+our operators against dense products.
 
-    python tools/bench_onnx.py [layers] [memory] [packed] [decode] [zeros]    # all where none is named
+    python tools/bench_onnx.py [layers] [memory] [packed] [decode] [zeros] [sparse] [integers]    # all, or those
 
 Every figure is a ratio within one run, or bytes. Models are random, made by tools/make_checkpoint.py; the packed and
 decode parts prune them 2:4 by magnitude. Measurements of memory and of load times are processes of their own.
@@ -16,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,32 @@ took = time.perf_counter() - began
 print(json.dumps({"seconds": took, "peak": status("VmHWM") - before}))
 """
 
+# A weight that lies in a mapped file counts when it was read; other programs on the machine do not lengthen CPU time.
+LOAD_AND_RUN = LOAD.replace("perf_counter", "process_time").replace(
+    "print(",
+    "from sparsify.backends.onnx.running.runner import Runner\n"
+    "import numpy as np\n"
+    "one = Runner(Path(sys.argv[1]), session=session, check=False)\n"
+    "one.forward(np.ones((1, 1), np.int64), np.ones((1, 1), np.int64), one.empty(1))\n"
+    "print(",
+)
+
+
+OPEN_GENAI = """
+import json, sys, time
+import onnxruntime_genai as og
+def status(key):
+    return next(int(line.split()[1]) / 1024 for line in open("/proc/self/status") if line.startswith(key))
+before, began = status("VmRSS"), time.process_time()
+model = og.Model(sys.argv[1])
+params = og.GeneratorParams(model)
+params.set_search_options(max_length=4, do_sample=False)
+generator = og.Generator(model, params)
+generator.append_tokens([5, 6, 7])
+generator.generate_next_token()
+print(json.dumps({"seconds": time.process_time() - began, "peak": status("VmHWM") - before}))
+"""
+
 
 def main() -> None:
     parts: dict[str, Callable[[Path], None]] = {
@@ -84,6 +111,8 @@ def main() -> None:
         "packed": packed,
         "decode": decode,
         "zeros": zeros,
+        "sparse": sparse,
+        "integers": integers,
     }
     parser = argparse.ArgumentParser()
     parser.add_argument("parts", nargs="*", choices=[*parts, []], default=[])
@@ -155,33 +184,11 @@ def packed(scratch: Path) -> None:
 
 def decode(scratch: Path) -> None:
     """Tokens a second: sparsify's runner, genai on the same folder, genai on the file of its own builder."""
-    import onnxruntime_genai as og
-
     make_checkpoint(scratch / "model", "1k", layers=6)
     _lend_tokenizer(scratch / "model")
     sparsify.compile(scratch / "model", ["magnitude:2:4"], output=scratch / "pruned")
     sparsify.compile(scratch / "pruned", to="onnx", output=scratch / "ours")
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "onnxruntime_genai.models.builder",
-            "-i",
-            scratch / "pruned",
-            "-o",
-            scratch / "theirs",
-            "-p",
-            "fp32",
-            "-e",
-            "cpu",
-            "-c",
-            scratch / "cache",
-        ],
-        capture_output=True,
-        text=True,
-    )
-    if done.returncode:
-        sys.exit(done.stderr)
+    _built_by_genai(scratch / "pruned", "fp32", scratch / "theirs")
     from sparsify.backends.onnx.running.runner import Runner
 
     runner = Runner(scratch / "ours")
@@ -196,28 +203,10 @@ def decode(scratch: Path) -> None:
             last = now
         return 1 / statistics.median(times[1:])
 
-    def genai(folder: Path) -> Callable[[int], float]:
-        model = og.Model(str(folder))
-
-        def run(count: int) -> float:
-            params = og.GeneratorParams(model)
-            length = prompt.shape[1] + count
-            params.set_search_options(max_length=length, min_length=length, do_sample=False)
-            generator = og.Generator(model, params)
-            generator.append_tokens(prompt.astype(np.int32))
-            times = []
-            for _ in range(count):
-                began = time.perf_counter()
-                generator.generate_next_token()
-                times.append(time.perf_counter() - began)
-            return 1 / statistics.median(times[1:])
-
-        return run
-
     jobs = {
         "sparsify run": ours,
-        "genai, our folder": genai(scratch / "ours"),
-        "genai, its own": genai(scratch / "theirs"),
+        "genai, our folder": _by_genai(scratch / "ours", prompt, time.perf_counter),
+        "genai, its own": _by_genai(scratch / "theirs", prompt, time.perf_counter),
     }
     rates: dict[str, list[float]] = {name: [] for name in jobs}
     for _ in range(5):
@@ -226,6 +215,37 @@ def decode(scratch: Path) -> None:
     base = max(rates["genai, its own"])
     for name, values in rates.items():
         print(f"decode, {name}: {max(values):.1f} tokens/s, {max(values) / base:.2f}× genai's own export")
+
+
+def _built_by_genai(model: Path, precision: str, out: Path) -> None:
+    """The graph that onnxruntime-genai's own builder makes of a folder."""
+    builder = [sys.executable, "-W", "ignore", "-m", "onnxruntime_genai.models.builder"]
+    words = ["-i", model, "-o", out, "-p", precision, "-e", "cpu", "-c", out.parent / "cache"]
+    done = subprocess.run([*builder, *words], capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(done.stderr)
+
+
+def _by_genai(folder: Path, prompt: Any, clock: Callable[[], float]) -> Callable[[int], float]:
+    """Tokens a second of a folder in onnxruntime-genai, by ``clock``: the median over a text."""
+    import onnxruntime_genai as og
+
+    model = og.Model(str(folder))
+
+    def run(count: int) -> float:
+        params = og.GeneratorParams(model)
+        length = prompt.shape[1] + count
+        params.set_search_options(max_length=length, min_length=length, do_sample=False)
+        generator = og.Generator(model, params)
+        generator.append_tokens(prompt.astype(np.int32))
+        times = []
+        for _ in range(count):
+            began = clock()
+            generator.generate_next_token()
+            times.append(clock() - began)
+        return 1 / statistics.median(times[1:])
+
+    return run
 
 
 def _lend_tokenizer(folder: Path) -> None:
@@ -255,6 +275,86 @@ def zeros(scratch: Path) -> None:
             times[name].append(time.perf_counter() - began)
     ratio = min(times["sparse"]) / min(times["dense"])
     print(f"zeros: a token with 2:4 weights takes {ratio:.2f}× one with dense weights")
+
+
+def sparse(scratch: Path) -> None:
+    """Our operators against dense products in the same runtime: 222 million parameters, one thread, in turns."""
+    make_checkpoint(scratch / "model", "1k", layers=16)
+    for spec in ("magnitude:2:4", "magnitude:50%"):
+        pruned = scratch / spec.replace(":", "-")
+        sparsify.compile(scratch / "model", [spec], output=pruned)
+        for dtype in ("float32", "bfloat16"):
+            _compare_sparse(spec, pruned, dtype, scratch / "dense", scratch / "sparse")
+
+
+def integers(scratch: Path) -> None:
+    """2:4 with values of 8 and 4 bits against what genai's builder makes of the same model with as many bits: both in
+    genai, one thread, in turns; all matrices rounded, the head too.
+    """
+    make_checkpoint(scratch / "model", "1k", layers=16)
+    _lend_tokenizer(scratch / "model")
+    sparsify.compile(scratch / "model", ["magnitude:2:4"], output=scratch / "pruned")
+    for bits in (8, 4):
+        rounding = f"round:int{bits},group=64,compensation=none"
+        sparsify.compile(scratch / "pruned", [rounding], output=scratch / "body", overwrite=True)
+        sparsify.compile(scratch / "body", [rounding], only=["lm_head"], output=scratch / "whole", overwrite=True)
+        sparsify.compile(scratch / "whole", to="onnx:weights=sparse", output=scratch / "ours", overwrite=True)
+        _built_by_genai(scratch / "model", f"int{bits}", scratch / f"theirs{bits}")
+        folders = {"ours": scratch / "ours", "theirs": scratch / f"theirs{bits}"}
+        size = {name: sum(p.stat().st_size for p in folder.glob("*.data")) for name, folder in folders.items()}
+        opened = {name: [json.loads(child(OPEN_GENAI, folder)) for _ in range(2)] for name, folder in folders.items()}
+        least = {name: {key: min(run[key] for run in runs) for key in runs[0]} for name, runs in opened.items()}
+        for folder in folders.values():
+            config = json.loads((folder / "genai_config.json").read_text())
+            config["model"]["decoder"]["session_options"]["intra_op_num_threads"] = 1
+            (folder / "genai_config.json").write_text(json.dumps(config))
+        prompt = np.arange(5, 21)[None]
+        runs = {name: _by_genai(folder, prompt, time.thread_time) for name, folder in folders.items()}
+        ratios = [runs["ours"](24) / runs["theirs"](24) for _ in range(9)]
+        kinds = {name: least["ours"][name] / least["theirs"][name] for name in ("seconds", "peak")}
+        print(
+            f"int{bits}: a token {statistics.median(ratios):.2f}× as fast as genai's own int{bits} "
+            f"({min(ratios):.2f} to {max(ratios):.2f}); file {size['ours'] / size['theirs']:.3f} of its; CPU time to "
+            f"open {kinds['seconds']:.2f}×, peak memory {kinds['peak']:.2f}×; load {os.getloadavg()[0]:.1f}",
+            flush=True,
+        )
+
+
+def _compare_sparse(spec: str, pruned: Path, dtype: str, dense: Path, sparse: Path) -> None:
+    from sparsify.backends.onnx.running.runner import Runner
+
+    folders = {"external": dense, "sparse": sparse}
+    for mode, folder in folders.items():
+        sparsify.compile(pruned, to=f"onnx:weights={mode},dtype={dtype}", output=folder, overwrite=True)
+    loads = {mode: [json.loads(child(LOAD_AND_RUN, folder)) for _ in range(2)] for mode, folder in folders.items()}
+    runners = {mode: Runner(folder, threads=1, check=False) for mode, folder in folders.items()}
+    one, many = (_in_turns(runners, length, times) for length, times in ((1, 60), (128, 8)))
+    size = {mode: (folder / "model.onnx.data").stat().st_size for mode, folder in folders.items()}
+    least = {mode: {key: min(r[key] for r in runs) for key in runs[0]} for mode, runs in loads.items()}
+    ratios = {key: least["sparse"][key] / least["external"][key] for key in ("seconds", "peak")}
+    print(
+        f"{spec} {dtype}: a token {one:.2f}× as fast as dense, 128 tokens {many:.2f}×; file "
+        f"{size['sparse'] / size['external']:.3f}, CPU time to open {ratios['seconds']:.2f}×, peak memory after "
+        f"a token {ratios['peak']:.2f}×; load {os.getloadavg()[0]:.1f}",
+        flush=True,
+    )
+
+
+def _in_turns(runners: Mapping[str, Any], length: int, times: int) -> float:
+    """How many times as fast ``sparse`` takes ``length`` tokens as ``external``: the median over pairs of turns.
+
+    In seconds of this thread, which other programs on the machine do not lengthen.
+    """
+    ids = np.ones((1, length), np.int64)
+    ratios = []
+    for _ in range(times):
+        took = {}
+        for name in ("external", "sparse"):
+            began = time.thread_time()
+            runners[name].forward(ids, ids, runners[name].empty(1))
+            took[name] = time.thread_time() - began
+        ratios.append(took["external"] / took["sparse"])
+    return statistics.median(ratios)
 
 
 if __name__ == "__main__":

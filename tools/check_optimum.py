@@ -25,11 +25,16 @@ ROOT = Path(__file__).parents[1]
 TINY = {"vocab_size": 64, "max_position_embeddings": 64, "bos_token_id": 1, "eos_token_id": 2}
 THEIRS = """
 import json, sys
+from pathlib import Path
+import onnxruntime
 import torch
 from optimum.onnxruntime import ORTModelForCausalLM
 failed = 0
 for case in json.load(open(sys.argv[1])):
-    model = ORTModelForCausalLM.from_pretrained(case["folder"])
+    options, library = onnxruntime.SessionOptions(), Path(case["folder"]) / "libsparsify_onnx.so"
+    if case["registered"]:
+        options.register_custom_ops_library(str(library))
+    model = ORTModelForCausalLM.from_pretrained(case["folder"], session_options=options)
     model.generation_config.eos_token_id = None
     ids, mask = torch.tensor(case["ids"]), torch.tensor(case["mask"])
     got = model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=20, pad_token_id=0).tolist()
@@ -86,21 +91,16 @@ def export(scratch: Path) -> list[dict[str, Any]]:
     mask[0, :4] = 0
     cases = []
     for name, folder in folders.items():
-        for mode in ("link", "packed"):
+        for mode in ("link", "packed", "sparse"):
             out = scratch / f"{name}-{mode}"
             result = sparsify.compile(folder, ["magnitude:2:4"], to=f"onnx:weights={mode}", output=out)
             pruned: Any = result.model.float()
             pruned.generation_config.eos_token_id = None
             want = pruned.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=20, pad_token_id=0)
-            cases.append(
-                {
-                    "name": f"{name}, {mode}",
-                    "folder": str(out),
-                    "ids": ids.tolist(),
-                    "mask": mask.tolist(),
-                    "want": want.tolist(),
-                }
-            )
+            tokens = {"ids": ids.tolist(), "mask": mask.tolist(), "want": want.tolist()}
+            for registered in (False, True) if mode == "sparse" else (False,):
+                said = f"{name}, {mode}{' with the library in the folder' if registered else ''}"
+                cases.append({"name": said, "folder": str(out), "registered": registered, **tokens})
     return cases
 
 

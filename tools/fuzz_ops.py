@@ -56,18 +56,11 @@ def campaign(calls: int, seed: int, seconds: float, isas: list[str] | None) -> i
     wanted = isas or list(native.ISAS[: found.best_isa + 1])
     clean = True
     with tempfile.TemporaryDirectory() as folder:
-        library, log = Path(folder) / "kernels.so", f"log_path={folder}/report"
+        library = Path(folder) / "kernels.so"
         if subprocess.run(compile_command(compiler, library, SANITIZERS), check=False).returncode:
             print(f"operators: not fuzzed, {' '.join(compiler)} has no sanitizers")
             return 0
-        # AddressSanitizer comes first, and looks for the C++ library's functions when it is loaded.
-        asked = [[*compiler, f"-print-file-name={name}"] for name in ("libasan.so", "libstdc++.so.6")]
-        first = [subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip() for words in asked]
-        environment = os.environ | {
-            "LD_PRELOAD": ":".join(first),
-            "ASAN_OPTIONS": f"detect_leaks=0:halt_on_error=0:allocator_may_return_null=1:quarantine_size_mb=64:{log}",
-            "UBSAN_OPTIONS": f"print_stacktrace=1:{log}",
-        }
+        environment = watched(compiler, folder)
         for number, isa in enumerate(wanted):
             share = calls // len(wanted) + (number < calls % len(wanted))
             words = [
@@ -81,11 +74,30 @@ def campaign(calls: int, seed: int, seconds: float, isas: list[str] | None) -> i
                 str(seconds),
             ]
             clean &= _one(isa, [*words, "--seed", str(seed + number)], environment)
-        for report in sorted(Path(folder).glob("report*")):
-            print(report.read_text(errors="replace")[:4000])
-            clean = False
+        clean &= not reported(folder)
     print("no report" if clean else "FOUND")
     return int(not clean)
+
+
+def watched(compiler: list[str], folder: str) -> dict[str, str]:
+    """The environment of a process in which sanitizers watch a library, and report into ``folder``."""
+    log = f"log_path={folder}/report"
+    # AddressSanitizer comes first, and looks for the C++ library's functions when it is loaded.
+    asked = [[*compiler, f"-print-file-name={name}"] for name in ("libasan.so", "libstdc++.so.6")]
+    first = [subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip() for words in asked]
+    return os.environ | {
+        "LD_PRELOAD": ":".join(first),
+        "ASAN_OPTIONS": f"detect_leaks=0:halt_on_error=0:allocator_may_return_null=1:quarantine_size_mb=64:{log}",
+        "UBSAN_OPTIONS": f"print_stacktrace=1:{log}",
+    }
+
+
+def reported(folder: str) -> bool:
+    """Whether a sanitizer reported something; it is printed."""
+    reports = sorted(Path(folder).glob("report*"))
+    for report in reports:
+        print(report.read_text(errors="replace")[:4000])
+    return bool(reports)
 
 
 def _one(isa: str, words: list[str], environment: dict[str, str]) -> bool:

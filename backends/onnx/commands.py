@@ -64,7 +64,7 @@ def expand(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Unpack OUT, written with onnx:weights=packed: dense safetensors, and model.onnx pointing into them."""
+    """Unpack OUT, written with onnx:weights=packed or sparse: dense safetensors, and model.onnx pointing into them."""
     with command_errors(debug, "error"):
         from sparsify.backends.onnx.expand import expand as unpack_folder
         from sparsify.progress import ProgressLine

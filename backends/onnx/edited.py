@@ -16,12 +16,15 @@ from sparsify.backends.onnx.folder import write_genai_config
 from sparsify.backends.onnx.graph import name_dimensions, to_graph
 from sparsify.backends.onnx.notes import said_of, storage_notes
 from sparsify.backends.onnx.options import Options
+from sparsify.backends.onnx.products.library import add_library
+from sparsify.backends.onnx.products.packing import Packing
 from sparsify.backends.onnx.retrace import Example, check_fresh, retrace
 from sparsify.backends.onnx.storage.store import GraphStore
 from sparsify.backends.onnx.storage.stored import digests_of, transposed
 from sparsify.backends.onnx.tracing.contract import Contract
 from sparsify.backends.onnx.tracing.trace import quiet_export
 from sparsify.backends.onnx.writing import FILE, write_graph
+from sparsify.backends.packed.grids import Values
 from sparsify.errors import SpecError
 from sparsify.files.checkpoint import WEIGHTS, Checkpoint
 from sparsify.files.ledger import write_manifest
@@ -63,6 +66,12 @@ def export_graph(
             found="a graph computes in the dtype that it was traced with",
             do="Convert the model before it is traced, or export the model itself",
         )
+    if options.values in ("int8", "int4"):
+        raise SpecError(
+            f"onnx:values={options.values} for a graph",
+            found="weights of a graph are written as they are",
+            do="Run the pass round before, or export the model itself",
+        )
     if options.cache != Options.cache:
         raise SpecError(
             f"onnx:cache={options.cache} for a graph",
@@ -85,13 +94,15 @@ def export_graph(
     need = sum(t.numel() * t.element_size() for t in state.values())
     with Staging(out, overwrite=overwrite, need=need) as staging:
         weights = _save_state(state, prefix, staging.folder)
-        stored, files = write_graph(model, parameters, weights, staging.folder, options, prefix)
+        packing = Packing(Values(options.values), exact=options.activations == "float")
+        stored, files = write_graph(model, parameters, weights, staging.folder, options, prefix, packing)
         sums = Checkpoint(staging.folder).digests() if options.weights == "link" else digests_of(stored)
         if options.weights != "link":
             (staging.folder / WEIGHTS).unlink()
         if config is not None and contract is not None:
             config.save_pretrained(staging.folder)
             write_genai_config(staging.folder, config, contract)
+        library = [add_library(staging.folder)] if any(weight.by_ours for weight in stored) else []
         # Read back what was written, so that a full disk is found here and not by the user.
         GraphStore(staging.folder / FILE)
         facts = {**said_of(contract), "transposed": transposed(stored)}
@@ -99,7 +110,7 @@ def export_graph(
         write_card(staging.folder, manifest)
         write_manifest(staging.folder, manifest, sums, files)
         staging.commit()
-    return storage_notes(options, stored, contract)
+    return [*storage_notes(options, stored, contract), *library]
 
 
 def _state(graph: fx.GraphModule | ExportedProgram) -> dict[str, Tensor]:

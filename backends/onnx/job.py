@@ -11,10 +11,16 @@ from sparsify.backends.hf.notes import source_notes
 from sparsify.backends.onnx.folder import write_genai_config
 from sparsify.backends.onnx.notes import said_of, storage_notes
 from sparsify.backends.onnx.options import Options
+from sparsify.backends.onnx.products.library import add_library
+from sparsify.backends.onnx.products.packing import Packing
+from sparsify.backends.onnx.products.rounding import round_products
 from sparsify.backends.onnx.storage.store import GraphStore
 from sparsify.backends.onnx.storage.stored import StoredWeight, digests_of, transposed
 from sparsify.backends.onnx.tracing.signature import tensor_inputs
 from sparsify.backends.onnx.writing import FILE, build_graph, write_graph
+from sparsify.backends.packed.grids import Values
+from sparsify.backends.packed.job import was_rounded
+from sparsify.backends.packed.plan import rounding_note
 from sparsify.errors import CheckpointError
 from sparsify.files.checkpoint import INDEX, Checkpoint
 from sparsify.files.companions import rewrite_config
@@ -41,13 +47,28 @@ class ONNXJob:
         self.hf = HuggingFaceJob(source, out, overwrite=overwrite)
         self.weights: Weights = self.hf.weights
         self.stored: list[StoredWeight] = []
+        self.rounding: list[float] = []
+        self.library: str | None = None
+        self._settled = False
+
+    def settle(self, program: Program) -> None:
+        """Round what is to be rounded, before the result is judged or its numbers are told."""
+        self._settled, values = True, Values(self.options.values, self.options.group)
+        if values.rounds:
+            self.rounding = round_products(values, program, self.parameters, self.weights)
 
     def finish(self, program: Program, manifest: dict[str, Any]) -> tuple[Path, Weights]:
         """Write the graph and the files beside it, check them, and put the folder in place."""
         options, folder = self.options, self.hf.staging.folder
         sums = self.hf.verify()
-        self.stored, files = write_graph(self.graph, self.parameters, self.weights, folder, options)
+        if not self._settled:
+            self.settle(program)
+        values = Values(options.values, options.group, meant=was_rounded(manifest))
+        packing = Packing(values, exact=options.activations == "float")
+        self.stored, files = write_graph(self.graph, self.parameters, self.weights, folder, options, packing=packing)
         write_genai_config(folder, self.source.config, self.contract)
+        if any(weight.by_ours for weight in self.stored):
+            self.library = add_library(folder)
         linked = options.weights == "link"
         if not linked:
             for path in [*self.hf.store.files, folder / INDEX]:
@@ -73,7 +94,10 @@ class ONNXJob:
     def notes(self) -> list[str]:
         """What a user should know of the graph that was written."""
         kept = "in model.safetensors and not in the graph" if self.options.weights == "link" else "not in the graph"
-        return [*source_notes(self.source, kept), *storage_notes(self.options, self.stored, self.contract)]
+        own = storage_notes(self.options, self.stored, self.contract)
+        own += [self.library] if self.library is not None else []
+        own += [rounding_note(self.rounding)] if self.rounding else []
+        return [*source_notes(self.source, kept), *own]
 
     def __enter__(self) -> ONNXJob:
         return self

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -39,6 +40,8 @@ def storage_notes(options: Options, stored: Sequence[StoredWeight], contract: Co
         )
         if not packed:
             notes.append("packed: no weight has enough zeros to gain from it")
+    elif options.weights == "sparse":
+        notes += _sparse_notes(stored)
     elif any(w.dtype not in (torch.float32, torch.int64) for w in stored) and options.compute == "float32":
         notes.append("weights are cast to float32 when a session is made: memory is that of float32")
         if not (options.weights == "external" and options.dtype == "float32"):
@@ -60,6 +63,26 @@ def storage_notes(options: Options, stored: Sequence[StoredWeight], contract: Co
             "other programs must too"
         )
     return notes
+
+
+def _sparse_notes(stored: Sequence[StoredWeight]) -> list[str]:
+    sparse = [w for w in stored if w.by_ours]
+    if not sparse:
+        return ["sparse: no weight of a plain product has zeros enough, or few bits, to gain from it"]
+    held, whole = sum(w.nbytes for w in sparse), sum(w.dense_bytes for w in sparse)
+    need = sum(w.unpacking or w.dense_bytes for w in stored)
+    return [
+        f"sparse: {_counted(sparse)} at {held / whole:.3f} of {format_bytes(whole)}, multiplied as they are by "
+        "sparsify's operators: sparsify run registers their library, other programs do so by its path in the folder or "
+        f"that of sparsify.onnx_library(); without it onnxruntime unpacks them when it opens the file, which takes "
+        f"some {format_bytes(need)} and gains no speed"
+    ]
+
+
+def _counted(sparse: Sequence[StoredWeight]) -> str:
+    """How many weights, and how many of them as integers."""
+    few = Counter(f"int{w.bits}" for w in sparse if w.bits is not None)
+    return f"{len(sparse)} weights" + "".join(f" ({count} as {kind})" for kind, count in sorted(few.items()))
 
 
 def _input_notes(contract: Contract) -> list[str]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from sparsify.backends.onnx.graph import name_dimensions, to_graph
 from sparsify.backends.onnx.options import Options
+from sparsify.backends.onnx.products.packing import Packing
 from sparsify.backends.onnx.storage.attachment import Attachment
 from sparsify.backends.onnx.storage.stored import StoredWeight
 from sparsify.backends.onnx.tracing.contract import Contract
@@ -53,14 +54,18 @@ def write_graph(
     folder: Path,
     options: Options,
     prefix: str = "model.",
+    packing: Packing | None = None,
 ) -> tuple[list[StoredWeight], dict[str, str]]:
     """Attach the weights and write ``model.onnx``; what became of each, and the digest of the file that they went to.
+
+    Args:
+        packing: of weights=sparse, how.
 
     Raises:
         BackendError: packed weights that this machine has not the memory to unpack; see :class:`Attachment`.
     """
     dtype = getattr(torch, options.dtype) if options.dtype is not None else None
-    attachment = Attachment(model, weights, folder, options.weights, dtype)
+    attachment = Attachment(model, weights, folder, options.weights, dtype, packing)
     attachment.attach(parameters, prefix)
     stored = list(attachment.stored.values())
     need = sum(w.unpacking or w.dense_bytes for w in stored)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from torch import fx, nn
 
@@ -30,7 +30,7 @@ def decide(program: Program, weights: Weights, model: nn.Module, asked: Asked) -
     readers: dict[str, list[LinearSite]] = {}
     for site in sites:
         readers.setdefault(site.parameter, []).append(site)
-    usual = _usual(program) if asked.values.rounds else frozenset()
+    usual = rounded_by_default(program) if asked.values.rounds else frozenset()
     found = []
     for name in counted("choosing layouts", readers):
         own = readers[name]
@@ -47,7 +47,7 @@ def decide(program: Program, weights: Weights, model: nn.Module, asked: Asked) -
     return found
 
 
-def _usual(program: Program) -> frozenset[str]:
+def rounded_by_default(program: Program) -> frozenset[str]:
     """The parameters that a pass rounds where nobody names any: of repeated blocks, no heads and no routers."""
     try:
         return frozenset(target.parameter for target in choose(program, Grid(8), Wanted())[0])
@@ -104,15 +104,20 @@ def summary(decisions: Iterable[Decision]) -> list[str]:
         )
     notes = [text]
     if rounded := [d.rounding for d in packed if d.rounding is not None]:
-        notes.append(
-            f"{len(rounded)} weights rounded to nearest: an error of {sum(rounded) / len(rounded):.2%} on average "
-            f"and {max(rounded):.2%} at most (‖ΔW‖/‖W‖); --pass round:int8 or int4 before loses less"
-        )
+        notes.append(rounding_note(rounded))
     # Of what nobody pruned or rounded nothing is said: it is dense as a matter of course.
     notes += _by_reason("left dense", ((d.name, d.reason) for d in decisions if d.zeros >= PRUNED or d.on_grid))
     notes += _by_reason("of full width", ((d.name, d.note) for d in packed))
     notes.append("load it with `import sparsify` before transformers' from_pretrained; sparsify bench OUT measures it")
     return notes
+
+
+def rounding_note(lost: Sequence[float]) -> str:
+    """What rounding to nearest cost, ‖ΔW‖/‖W‖ of each weight that was."""
+    return (
+        f"{len(lost)} weights rounded to nearest: an error of {sum(lost) / len(lost):.2%} on average "
+        f"and {max(lost):.2%} at most (‖ΔW‖/‖W‖); --pass round:int8 or int4 before loses less"
+    )
 
 
 def _by_reason(what: str, told: Iterable[tuple[str, str | None]]) -> list[str]:

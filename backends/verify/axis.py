@@ -11,6 +11,9 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from sparsify.backends.onnx.products.bodies import DOMAIN, EXPERTS, OPERATORS
+from sparsify.backends.onnx.products.stacks import names_held
+
 _SAME = {"Cast", "Identity", "DequantizeLinear"}
 _OPAQUE = {"MatMulNBits", "MatMulInteger", "QLinearMatMul", "QMoE", "MoE", "MatMulBnb4"}
 # What a node raises whose attributes, inputs or shapes are not those of its operator.
@@ -37,6 +40,15 @@ def summed_axes(model: ir.Model, packed: Collection[str] = ()) -> tuple[list[Sum
     found: dict[tuple[str, int], SummedAxis] = {}
     lost: list[str] = []
     for node in model.graph.all_nodes():
+        if node.domain == DOMAIN and node.op_type in OPERATORS:
+            names = names_held(node)
+            # A stack that is one tensor has its experts first.
+            at = 2 if len(names) == 1 and node.op_type in EXPERTS else 1
+            for name in names:
+                found.setdefault((name, at), SummedAxis(name, at, node.op_type, node.op_type not in EXPERTS))
+            if not names or not stored.issuperset(names):
+                lost.append(f"{node.name or node.op_type}: what it reads is of no weight that is stored")
+            continue
         try:
             for value, axis, flat in _operands(node):
                 for name, at in _follow(value, axis, stored, set()):

@@ -8,6 +8,7 @@ from pathlib import Path
 import onnx
 from torch import Tensor
 
+from sparsify.backends.onnx.products.bodies import DOMAIN
 from sparsify.backends.onnx.running.session import find_onnx
 from sparsify.backends.onnx.storage.store import GraphStore
 from sparsify.backends.verify.axis import SummedAxis, summed_axes
@@ -52,7 +53,9 @@ def verify_onnx(
     ledger = Ledger.of(file.parent)
     manifest = ledger.manifest
     store = GraphStore(file)
-    result = Verification(file, opset=store.model.opset_imports.get("", 0), packed=bool(store.packed))
+    result = Verification(
+        file, opset=store.model.opset_imports.get("", 0), packed=bool(store.packed), sparse=bool(store.sparse)
+    )
     report(Progress("checking", what=file.name))
     _check_file(result, store)
     equal = check_content(result, file.parent, ledger) if manifest else {}
@@ -83,7 +86,7 @@ def _check_file(result: Verification, store: GraphStore) -> None:
     links = [p.name for p in store.file.parent.iterdir() if p.is_symlink() or (p.is_file() and p.stat().st_nlink > 1)]
     if links:
         result.problems.append(f"links in the folder, which runtimes refuse: {', '.join(sorted(links)[:3])}")
-    strange = sorted({n.domain for n in store.model.graph.all_nodes() if n.domain not in ("", "ai.onnx")})
+    strange = sorted({n.domain for n in store.model.graph.all_nodes() if n.domain not in ("", "ai.onnx", DOMAIN)})
     if strange:
         result.unchecked.append(f"operators of {', '.join(strange)}: only runtimes that know these load the file")
 
@@ -125,7 +128,7 @@ def _check_patterns(
                 if not 0 <= at.axis < weight.dim():
                     result.problems.append(f"{name}: {at.operator} sums over axis {at.axis} of {weight.dim()}")
                     continue
-                check = judge(result, at, weight, store.packed.get(name, "dense"), promised.get(name), asked)
+                check = judge(result, at, weight, store.label(name), promised.get(name), asked)
                 check.equal = None if written else False
                 result.weights.append(check)
     seen = readers.keys() & names

@@ -47,7 +47,8 @@ class Behaviour:
 class Verification:
     """The result: sound where ``problems`` is empty. ``unchecked`` says what could not be looked at, and why.
 
-    ``compared``: weights that were compared bit for bit; ``files``: other files, and headers.
+    ``compared``: weights that were compared bit for bit; ``files``: other files, and headers. ``packed``: weights of a
+    graph are stored so; ``sparse``: and our operators multiply with them as they are.
     """
 
     file: Path
@@ -59,6 +60,7 @@ class Verification:
     files: int = 0
     behaviour: Behaviour | None = None
     packed: bool = False
+    sparse: bool = False
 
     @property
     def sound(self) -> bool:

@@ -8,6 +8,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
+from sparsify.backends.onnx.products.sparse import unpacked_values
 from sparsify.backends.onnx.running.session import open_session
 from sparsify.backends.onnx.storage.store import GraphStore
 from sparsify.errors import BackendError, SparsifyError, first_line
@@ -54,6 +55,7 @@ def _ask(store: GraphStore, names: list[str]) -> Iterator[tuple[str, Tensor]]:
     model = ir.load(store.file)
     graph = model.graph
     by_name = {v.name: v for n in graph for v in n.outputs} | dict(graph.initializers)
+    by_name |= unpacked_values(graph, {name: store.lies(name) for name in names if name in store.sparse})
     outputs: list[ir.Value] = []
     asked: dict[str, str] = {}
     for name in names:
@@ -91,6 +93,7 @@ def _ask(store: GraphStore, names: list[str]) -> Iterator[tuple[str, Tensor]]:
     used = {v.name for n in needed for v in n.inputs if v is not None}
     for name in [n for n in graph.initializers if n not in used]:
         graph.initializers.pop(name)
+    # Our operators are asked what they say that they compute; what our library makes of it the outputs tell.
     session = open_session(ir.to_proto(model).SerializeToString(), folder=store.file.parent)
     for out_name, array in zip(asked, session.run(list(asked), {}), strict=True):
         yield asked[out_name], torch.from_numpy(array)

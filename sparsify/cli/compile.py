@@ -84,8 +84,8 @@ def compile_command(
             help="What to write: hf, an ordinary checkpoint; packed[:layout=auto|packed24|bitmask,"
             "choice=measured|smallest,values=auto|int8|int4|full,group=32|64|128|row,activations=int8|float], smaller "
             "and faster on CPUs; cuda[:policy=decode|prefill|both,"
-            "tune=true|false], for NVIDIA GPUs; onnx[:weights=link|external|packed,opset=18…24,linear=gemm|matmul,"
-            "cache=keep|none,dtype=…,compute=…].",
+            "tune=true|false], for NVIDIA GPUs; onnx[:weights=link|external|packed|sparse,opset=18…24,"
+            "linear=gemm|matmul,cache=keep|none,dtype=…,compute=…], of sparse also values, group and activations.",
             metavar="BACKEND",
         ),
     ] = "hf",

@@ -7,6 +7,7 @@ is traced anew. What tests the tracing itself does without: :data:`ANEW`.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import gc
@@ -98,7 +99,7 @@ class Traces:
         if self.anew:
             return build_graph(module, batch, options, names, fixed)
         # Where its weights lie is not the graph's.
-        apart = dataclasses.replace(options, weights="link", dtype=None)
+        apart = dataclasses.replace(options, weights="link", dtype=None, values="auto", group=None, activations="int8")
         try:
             given = _batch(batch), {name: _held(value) for name, value in (fixed or {}).items()}
             key = (_module(module), repr(given), apart, tuple(names))
@@ -124,6 +125,9 @@ def _copy(graph: Graph) -> Graph:
     model, parameters, contract = graph
     model.graph.inputs.extend(parameters.values())
     copied = model.clone()
+    # A clone's values share their types with the values that they are of, and writers change some.
+    for value in (*copied.graph.inputs, *(out for node in copied.graph.all_nodes() for out in node.outputs)):
+        value.type = copy.copy(value.type)
     named = {value.name: value for value in copied.graph.inputs}
     found = {name: named[value.name] for name, value in parameters.items()}
     for each, values in ((model, parameters), (copied, found)):

@@ -101,7 +101,7 @@ def mutated(draw: Random, call: Call) -> Call:
         # A schema lets None pass for any tensor.
         out[place] = None
     else:
-        change = draw.choice(_CONTENT if draw.random() < 0.5 else _SHAPE)
+        change = draw.choice(CONTENT if draw.random() < 0.5 else SHAPE)
         # Where torch does not make such a tensor it stays as it is.
         with contextlib.suppress(RuntimeError, ValueError, IndexError, TypeError, NotImplementedError):
             out[place] = change(draw, out[place])
@@ -185,7 +185,7 @@ def _changed_in_place(draw: Random, tensor: Tensor) -> Tensor:
     return tensor.copy_(_random_bits(draw, tensor) if draw.random() < 0.5 else _filled(draw, tensor))
 
 
-_CONTENT: tuple[Callable[[Random, Tensor], Tensor], ...] = (
+CONTENT: tuple[Callable[[Random, Tensor], Tensor], ...] = (
     _filled,
     _filled,
     _random_bits,
@@ -209,7 +209,7 @@ def _viewed(draw: Random, tensor: Tensor) -> Tensor:
     return tensor.view(draw.choice((torch.uint8, torch.int16, torch.int32, torch.int64, *_FLOATS)))
 
 
-_SHAPE: tuple[Callable[[Random, Tensor], Tensor], ...] = (
+SHAPE: tuple[Callable[[Random, Tensor], Tensor], ...] = (
     _cast,
     _viewed,
     lambda _, t: torch._neg_view(-t),

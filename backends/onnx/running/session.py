@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sparsify.errors import BackendError, CheckpointError, first_line
-from sparsify.files.reading import kind_at
+from sparsify.files.reading import admit, kind_at
+from sparsify.runtime.cpu.onnx_library import onnx_library
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,18 +24,24 @@ NUMPY = {
     "tensor(int32)": np.int32,
     "tensor(bool)": np.bool_,
 }
+# A domain and its version, as protobuf writes them.
+_OURS = b"\n\x08sparsify"
 FOLD_LIMIT = "optimization.constant_folding_max_output_size_in_bytes"
 
 
-def open_session(file: Path | bytes, *, device: str = "cpu", threads: int = 0, folder: Path | None = None) -> Any:
+def open_session(
+    file: Path | bytes, *, device: str = "cpu", threads: int = 0, folder: Path | None = None, library: bool = True
+) -> Any:
     """An ``onnxruntime.InferenceSession``.
 
     Args:
         file: the ONNX file, or its bytes with the ``folder`` that its data lies in.
         device: ``cpu`` or ``cuda``; ``threads``: 0 for onnxruntime's own choice.
+        library: register that of our operators where the file names them; without it they run as functions.
 
     Raises:
-        BackendError: onnxruntime has no such device here, or cannot load the file.
+        BackendError: onnxruntime has no such device here, or cannot load the file; or it asks for our operators, and
+            there is no library of them.
     """
     import onnxruntime as ort
 
@@ -49,6 +57,8 @@ def open_session(file: Path | bytes, *, device: str = "cpu", threads: int = 0, f
     options.add_session_config_entry(FOLD_LIMIT, str(1 << 40))
     if folder is not None:
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+    if library and asks_for_ours(file):
+        options.register_custom_ops_library(onnx_library())
     try:
         source = str(file) if isinstance(file, Path) else file
         session = ort.InferenceSession(
@@ -65,6 +75,18 @@ def open_session(file: Path | bytes, *, device: str = "cpu", threads: int = 0, f
         # It says so in its log alone, and goes on with the CPU.
         raise BackendError(f"device '{device}'", found="onnxruntime finds none here", do="Use --device cpu")
     return session
+
+
+def asks_for_ours(file: Path | bytes) -> bool:
+    """Whether a graph names our domain of operators; it is not parsed."""
+    if isinstance(file, bytes):
+        return _OURS in file
+    try:
+        with admit(file).open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as text:
+            return text.find(_OURS) >= 0
+    except (OSError, ValueError):
+        # Of no bytes, or not there: onnxruntime says what is wrong with it.
+        return False
 
 
 def find_onnx(path: Path) -> Path:

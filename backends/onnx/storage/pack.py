@@ -18,8 +18,11 @@ import torch
 from torch import Tensor
 
 from sparsify.runtime.codes import at_most_two, pack_bits, pack_pairs, unpack_bits, unpack_pairs
+from sparsify.runtime.words import Layout
 
 Format = Literal["2:4", "bitmask", "dense"]
+# What the layouts of the runtime are called here.
+FORMATS: dict[Layout, Format] = {"packed24": "2:4", "bitmask": "bitmask", "dense": "dense"}
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -108,6 +111,8 @@ def unpacking_bytes(packed_format: Format, numel: int, values: int, size: int) -
     Args:
         numel: weights; ``values``: those stored; ``size``: bytes of one in the graph's dtype.
     """
+    if packed_format == "dense":
+        return 2 * numel * size
     if packed_format == "2:4":
         # shifted, masked, reshaped: bytes; positions: int32; scattered, reshaped: values.
         return numel // 8 + 3 * (numel // 2) + 4 * (numel // 2) + values * size + 2 * numel * size

@@ -10,14 +10,17 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
+from sparsify.backends.onnx.products.bodies import DOMAIN, EXPERTS, OPERATORS, Form
 from sparsify.backends.onnx.storage.datafile import TYPES
-from sparsify.backends.onnx.storage.pack import Format, PackedTensor, misfit, unpack_tensor
+from sparsify.backends.onnx.storage.pack import FORMATS, Format, PackedTensor, misfit, unpack_tensor
 from sparsify.errors import CheckpointError, first_line
 from sparsify.files.checkpoint import INDEX, WEIGHTS, Checkpoint
 from sparsify.files.companions import check_companions
 from sparsify.files.ledger import HEADER_SUFFIX, Ledger, digest_of_header
 from sparsify.files.manifest import section
 from sparsify.files.reading import admit
+from sparsify.runtime.layout import Packed, unpack
+from sparsify.runtime.soundness import check
 from sparsify.tensors import CRC, read_into
 
 _FLOATS = {ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE}
@@ -47,10 +50,13 @@ class GraphStore:
         self._initializers = dict(self.model.graph.initializers)
         self._check_data()
         self.packed: dict[str, Format] = {}
+        # Those of them that our operators read as they are, and how they lie; the groups of those of few bits.
+        self.sparse: dict[str, Form] = {}
+        self._groups: dict[str, int | None] = {}
         self._shapes: dict[str, torch.Size] = {}
         for name in self._initializers:
-            stem = name.removesuffix(".codes")
-            if stem != name and f"{stem}.values" in self._initializers:
+            stem = name.removesuffix(".values")
+            if stem != name and {f"{stem}.codes", f"{stem}.scales"} & self._initializers.keys():
                 self._note_packed(stem)
 
     def _check_data(self) -> None:
@@ -63,16 +69,50 @@ class GraphStore:
                 self.ledger.check_header(path.name, digest_of_header(path))
 
     def _note_packed(self, stem: str) -> None:
-        reader = next(iter(self._initializers[f"{stem}.codes"].consumers()), None)
+        beside = f"{stem}.codes" if f"{stem}.codes" in self._initializers else f"{stem}.scales"
+        reader = next(iter(self._initializers[beside].consumers()), None)
+        while reader is not None and reader.op_type in ("Concat", "Slice"):
+            reader = next(iter(reader.outputs[0].consumers()), None)
+        if reader is not None and reader.domain == DOMAIN and reader.op_type in OPERATORS:
+            self._note_sparse(stem, reader)
+            return
+        if beside.endswith(".scales"):
+            return  # somebody else's
         value = next((v for n in self.model.graph for v in n.outputs if v.name == stem), None)
         if reader is None or value is None or value.shape is None or not value.shape.is_static():
             raise CheckpointError(f"{self.file}", found=f"{stem} is packed in an unknown way", do="Export it again")
         self.packed[stem] = "2:4" if reader.op_type == "BitShift" else "bitmask"
         self._shapes[stem] = torch.Size(int(n) for n in value.shape)
 
+    def _note_sparse(self, stem: str, reader: ir.Node) -> None:
+        form, again = (
+            OPERATORS[reader.op_type],
+            CheckpointError(f"{self.file}", found=f"{stem} is packed and has no sizes", do="Export it again"),
+        )
+        asked = ["in_features", *(() if form.bits is None else ("group",))]
+        # Of a stack that is one tensor, all; where one is joined from several, each has rows of its own.
+        whole = reader in self._initializers[f"{stem}.values"].consumers()
+        leading = (["experts"] if reader.op_type in EXPERTS else []) + ["out_features"] if whole else []
+        given = {name: reader.attributes.get(name) for name in (*leading, *asked)}
+        sizes = {
+            name: n.value
+            for name, n in given.items()
+            if n is not None and n.type == ir.AttributeType.INT and 0 < n.value < 1 << 40
+        }
+        if len(sizes) != len(given) or any(f"{stem}.{part}" not in self._initializers for part in form.parts):
+            raise again
+        rows = [sizes[name] for name in leading] or list(self._tensor(f"{stem}.{form.parts[-1]}").shape.numpy())[:1]
+        if not rows:
+            raise again
+        self.sparse[stem], self.packed[stem] = form, FORMATS[form.layout]
+        self._shapes[stem] = torch.Size([*rows, sizes["in_features"]])
+        # A scale for all columns is one for the row.
+        shared = sizes.get("group", sizes["in_features"])
+        self._groups[stem] = shared if form.bits is not None and shared < sizes["in_features"] else None
+
     def names(self) -> Iterable[str]:
         """Names of the weights that lie beside the graph, dense and packed."""
-        parts = {f"{stem}.{part}" for stem in self.packed for part in ("values", "codes")}
+        parts = {f"{stem}.{part}" for stem in self.packed for part in ("values", "codes", "scales")}
         dense = [
             name
             for name in self._initializers
@@ -98,12 +138,22 @@ class GraphStore:
         types = {name: self._tensor(name).dtype for name in self._initializers}
         return {name: kind.name for name, kind in types.items() if kind not in _TORCH}
 
+    def label(self, name: str) -> str:
+        """How a weight lies in the file, in words."""
+        bits = self.sparse[name].bits if name in self.sparse else None
+        return self.packed.get(name, "dense") + ("" if bits is None else f" int{bits}")
+
+    def lies(self, name: str) -> tuple[Form, torch.Size, int | None]:
+        """How a weight that our operators read lies in the file: form, shape, and the columns that share a scale."""
+        return self.sparse[name], self._shapes[name], self._groups[name]
+
     def shape(self, name: str) -> torch.Size:
         shape = self._shapes[name] if name in self.packed else torch.Size(self._tensor(name).shape.numpy())
         return torch.Size(reversed(shape)) if name in self.transposed else shape
 
     def dtype(self, name: str) -> torch.dtype:
-        return _TORCH[self._tensor(f"{name}.values" if name in self.packed else name).dtype]
+        part = "" if name not in self.packed else ".scales" if name in self.of_few_bits() else ".values"
+        return _TORCH[self._tensor(name + part).dtype]
 
     def read(self, name: str) -> Tensor:
         tensor = self._dense(name)
@@ -113,11 +163,33 @@ class GraphStore:
     def _dense(self, name: str) -> Tensor:
         if name not in self.packed:
             return self._read(name).t().contiguous() if name in self.transposed else self._read(name)
-        codes, values = self._read(f"{name}.codes").view(-1), self._read(f"{name}.values")
+        if name in self.sparse:
+            weight = self._unpacked(name)
+            return weight.t().contiguous() if name in self.transposed else weight
+        codes, values = self._read(f"{name}.codes"), self._read(f"{name}.values")
+        codes = codes.view(-1)
         packed = PackedTensor(self.packed[name], tuple(self._shapes[name]), values, codes)
         if (wrong := misfit(packed)) is not None:
             raise CheckpointError(f"packed tensor {name} of {self.file.name}", found=wrong, do="Export it again")
         return unpack_tensor(packed)
+
+    def _unpacked(self, name: str) -> Tensor:
+        """What our operators multiply with."""
+        form, shape = self.sparse[name], self._shapes[name]
+        rows, columns = math.prod(shape[:-1]), shape[-1]
+        parts = {part: self._read(f"{name}.{part}") for part in form.parts}
+        codes = parts.get("codes", torch.empty(rows, 0, dtype=torch.uint8))
+        words = codes.dtype is torch.uint8 and codes.dim() == 2 and codes.shape[1] % 4 == 0
+        codes = codes.view(torch.int32) if form.layout == "bitmask" and words else codes
+        found = Packed(
+            form.layout, (rows, columns), parts["values"], codes, parts.get("scales"), form.bits, self._groups[name]
+        )
+        check(f"{name} of {self.file.name}", found)
+        return unpack(found).view(shape)
+
+    def of_few_bits(self) -> set[str]:
+        """Weights that our operators read as integers."""
+        return {name for name, form in self.sparse.items() if form.bits is not None}
 
     def write(self, name: str, tensor: Tensor) -> None:
         raise CheckpointError(f"writing {name}", found=f"{self.file} is finished", do="Compile again")

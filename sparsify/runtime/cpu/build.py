@@ -9,15 +9,36 @@ import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 SOURCES = Path(__file__).parent / "kernels"
 FLAGS = ["-O3", "-std=c++17", "-fPIC", "-shared", "-fvisibility=hidden"]
 _OPENMP = [] if sys.platform == "darwin" else ["-fopenmp"]
 
 
-def source_hash() -> str:
+class Library(NamedTuple):
+    """One shared library: its name, the folders of ``SOURCES`` whose files it is made of, and what is compiled."""
+
+    name: str
+    folders: tuple[str, ...]
+    files: tuple[str, ...]
+    flags: tuple[str, ...]
+
+    @property
+    def built(self) -> str:
+        """What a wheel's build calls it."""
+        return f"_{self.name}.so"
+
+
+KERNELS = Library("cpu", (".",), ("few.cpp", "kernels.cpp"), tuple(_OPENMP))
+# The same kernels behind onnxruntime's interface: threads are its own.
+OPERATORS = Library("onnx", (".", "onnx"), ("few.cpp", "kernels.cpp", "onnx/operators.cpp"), ())
+
+
+def source_hash(library: Library = KERNELS) -> str:
     """What a library must have been built from to be the one of this package."""
-    text = b"".join(path.read_bytes() for path in sorted(SOURCES.iterdir()) if path.suffix in (".h", ".cpp"))
+    files = [path for folder in library.folders for path in sorted((SOURCES / folder).iterdir())]
+    text = b"".join(path.read_bytes() for path in files if path.suffix in (".h", ".cpp"))
     return hashlib.sha256(text).hexdigest()[:16]
 
 
@@ -41,7 +62,9 @@ def find_compiler() -> list[str] | None:
     return [str(Path(word).absolute()) if os.sep in word and word[:1] != "-" else word for word in words]
 
 
-def compile_command(compiler: Sequence[str], target: Path, extra: tuple[str, ...] = ()) -> list[str]:
-    name = f'-DSPARSIFY_SOURCE="{source_hash()}"'
-    sources = sorted(map(str, SOURCES.glob("*.cpp")))
-    return [*compiler, *FLAGS, *_OPENMP, name, *extra, "-o", str(target), *sources]
+def compile_command(
+    compiler: Sequence[str], target: Path, extra: tuple[str, ...] = (), library: Library = KERNELS
+) -> list[str]:
+    name = f'-DSPARSIFY_SOURCE="{source_hash(library)}"'
+    sources = [str(SOURCES / file) for file in library.files]
+    return [*compiler, *FLAGS, *library.flags, name, *extra, "-o", str(target), *sources]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import subprocess
 import warnings
 from functools import cache
 from pathlib import Path
@@ -17,13 +16,12 @@ from typing import Any
 import torch
 
 from sparsify.errors import Refused, SpecError
-from sparsify.import_path import environment
-from sparsify.runtime.cache import UNSAFE, advice, cache_folder, open_own, read_open, replace_own, sweep, workshop
-from sparsify.runtime.cpu.build import compile_command, find_compiler, search_path, source_hash
-from sparsify.runtime.seal import sealed, unsealed
+from sparsify.runtime.cache import UNSAFE, advice
+from sparsify.runtime.cpu.build import KERNELS, source_hash
+from sparsify.runtime.cpu.making import cached, is_whole, open_beside
 
 # What a wheel's build calls the library.
-BUILT = "_cpu.so"
+BUILT = KERNELS.built
 ISAS = ("scalar", "avx2", "avx512")
 
 
@@ -68,7 +66,9 @@ class NativeLibrary:
 @cache
 def library() -> NativeLibrary | None:
     """The kernels of this machine, or None, with one warning, where there are none and no compiler makes them."""
-    built = _packaged() or _cached()
+    built: NativeLibrary | Refused | None = _packaged()
+    if built is None:
+        built = cached(KERNELS, _load)
     if isinstance(built, NativeLibrary):
         return built
     do = "Install a C++ compiler (g++ or clang++), or a wheel that holds the kernels"
@@ -85,30 +85,9 @@ def _packaged() -> NativeLibrary | None:
     """The library beside this file, which is trusted as this file is."""
     path = Path(__file__).parent / BUILT
     try:
-        return _load(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), path)
+        return _load(open_beside(path), path)
     except OSError:
         return None
-
-
-def _cached() -> NativeLibrary | Refused:
-    """The library in the cache folder, compiled now where it is not there or not the one; or why not."""
-    try:
-        # One home may serve machines of several kinds.
-        target = cache_folder() / f"cpu-{source_hash()}-{os.uname().machine}.so"
-        for made in (False, True):
-            if made and (refused := _compile(target)):
-                return refused
-            fd = open_own(target)
-            if not isinstance(fd, Refused):
-                found = _load(fd, target)
-                if found is not None:
-                    sweep(target.parent)
-                    return found
-            elif fd.code == UNSAFE:
-                return fd
-        return Refused(f"{target} is not what was compiled", str(target))
-    except (OSError, SpecError) as error:
-        return Refused(str(error))
 
 
 def _load(fd: int, path: Path) -> NativeLibrary | None:
@@ -121,8 +100,7 @@ def _load(fd: int, path: Path) -> NativeLibrary | None:
     """
     found = None
     try:
-        content = unsealed(read_open(fd))
-        if content is not None and source_hash().encode() in content:
+        if is_whole(KERNELS, fd):
             loaded = NativeLibrary(path, fd)
             # What only mentions the sources stays open: its name must not become another's.
             fd, found = -1, loaded if loaded.source == source_hash() else None
@@ -132,28 +110,6 @@ def _load(fd: int, path: Path) -> NativeLibrary | None:
         if fd >= 0:
             os.close(fd)
     return found
-
-
-def _compile(target: Path) -> Refused | None:
-    """Put the library into the cache; or why not. Two processes may get here at once, and each renames a whole file.
-
-    Raises:
-        OSError: it cannot be written, or the compiler not be called.
-    """
-    compiler = find_compiler()
-    if compiler is None:
-        return Refused("not in the installed package, and no C++ compiler was found")
-    with workshop(target.parent) as place:
-        made = place / target.name
-        # Empty words in what compilers are told by the environment mean the working directory: it is this one. Their
-        # own temporary files go with it too.
-        own = environment() | {"PATH": search_path(), "TMPDIR": str(place)}
-        words = compile_command(compiler, made)
-        done = subprocess.run(words, capture_output=True, text=True, check=False, cwd=place, env=own)
-        if done.returncode:
-            error = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip())
-            return Refused(f"{compiler} failed: {error[:200]}", str(target))
-        return replace_own(target, sealed(made.read_bytes()))
 
 
 @cache

@@ -71,7 +71,7 @@ T256 static void mask_avx2(const Matrix& w, const float* x, const void* bias, vo
     row_ends(w, n, at);
     UNROLL for (int m = 0; m < M; m++) {
       float s = sum8(_mm256_add_ps(sum[m][0], sum[m][1]));
-      store(KIND, y, m * rows + n, bias ? s + load(KIND, bias, n) : s);
+      store(w.given, y, m * rows + n, bias ? s + load(w.given, bias, n) : s);
     }
   }
 }
@@ -109,7 +109,7 @@ T256 static void pair_avx2(const Matrix& w, const float* x, const void* bias, vo
     }
     UNROLL for (int m = 0; m < M; m++) {
       float s = sum8(_mm256_add_ps(sum[m][0], sum[m][1]));
-      store(KIND, y, m * rows + n, bias ? s + load(KIND, bias, n) : s);
+      store(w.given, y, m * rows + n, bias ? s + load(w.given, bias, n) : s);
     }
   }
 }
@@ -187,7 +187,7 @@ T256 static void many_avx2(const Matrix& w, const float* x, const void* bias, vo
     for (i64 m = 0; m < tokens; m++)
       for (int r = 0; r < R && n + r < to; r++) {
         float s = sum8(m < tail ? sums[m / M * M * R + r * M + m % M] : sums[m * R + r]);
-        store(KIND, y, m * rows + n + r, bias ? s + load(KIND, bias, n + r) : s);
+        store(w.given, y, m * rows + n + r, bias ? s + load(w.given, bias, n + r) : s);
       }
   }
 }

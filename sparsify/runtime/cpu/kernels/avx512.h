@@ -22,6 +22,12 @@ T512 INLINE void prefetch(const void* p, int distance) {
 
 struct Pair { __m512 lo, hi; };   // 32 floats
 
+// Sixteen-bit values as float.
+template <int KIND> T512 INLINE __m512 widen512(__m256i halves) {
+  if (KIND == BF16) return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
+  return _mm512_cvtph_ps(halves);
+}
+
 template <int KIND> T512 INLINE Pair expand_floats(u32 mask, const void* values, i64& at) {
   if (KIND == F32) {
     const float* v = (const float*)values + at;
@@ -31,7 +37,7 @@ template <int KIND> T512 INLINE Pair expand_floats(u32 mask, const void* values,
   }
   __m512i w = expand16(mask, (const u16*)values + at);
   at += __builtin_popcount(mask);
-  return {_mm512_cvtph_ps(_mm512_castsi512_si256(w)), _mm512_cvtph_ps(_mm512_extracti64x4_epi64(w, 1))};
+  return {widen512<KIND>(_mm512_castsi512_si256(w)), widen512<KIND>(_mm512_extracti64x4_epi64(w, 1))};
 }
 
 // ---- bitmask, few tokens: R rows and M tokens at a time, U sums for each pair of them
@@ -121,7 +127,7 @@ T512 static void mask_float(const Matrix& w, const float* x, const void* bias, v
         UNROLL for (int m = 0; m < M; m++) {
           UNROLL for (int u = 1; u < U; u++) sum[r][m][0] = _mm512_add_ps(sum[r][m][0], sum[r][m][u]);
           float s = _mm512_reduce_add_ps(sum[r][m][0]);
-          store(KIND, y, m * rows + n + r, bias ? s + load(KIND, bias, n + r) : s);
+          store(w.given, y, m * rows + n + r, bias ? s + load(w.given, bias, n + r) : s);
         }
       }
   }
@@ -204,7 +210,7 @@ T512 static void pair_float(const Matrix& w, const float* x, const void* bias, v
         column[r] = _mm512_ternarylogic_epi32(_mm512_srlv_epi32(_mm512_set1_epi32(word), shift), three, base, 0xEA);
         i64 i = at[r] + g * 16;
         if (KIND == F32) part[r] = _mm512_loadu_ps((const float*)w.values + i);
-        else part[r] = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)((const u16*)w.values + i)));
+        else part[r] = widen512<KIND>(_mm256_loadu_si256((const __m256i*)((const u16*)w.values + i)));
         prefetch((const char*)w.values + i * (KIND == F32 ? 4 : 2), AHEAD);
       }
       UNROLL for (int m = 0; m < M; m++) {
@@ -221,7 +227,7 @@ T512 static void pair_float(const Matrix& w, const float* x, const void* bias, v
         UNROLL for (int m = 0; m < M; m++) {
           UNROLL for (int u = 1; u < U; u++) sum[r][m][0] = _mm512_add_ps(sum[r][m][0], sum[r][m][u]);
           float s = _mm512_reduce_add_ps(sum[r][m][0]);
-          store(KIND, y, m * rows + n + r, bias ? s + load(KIND, bias, n + r) : s);
+          store(w.given, y, m * rows + n + r, bias ? s + load(w.given, bias, n + r) : s);
         }
   }
 }
@@ -313,8 +319,8 @@ T512 INLINE i64 unpack_floats512(const void* values, const u32* mask, i64 words,
     __m512 v;
     if (KIND == F32 && HALF) v = _mm512_castps256_ps512(_mm256_loadu_ps((const float*)values + at));
     else if (KIND == F32) v = _mm512_loadu_ps((const float*)values + at);
-    else if (HALF) v = _mm512_castps256_ps512(_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)((const u16*)values + at))));
-    else v = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)((const u16*)values + at)));
+    else if (HALF) v = widen512<KIND>(_mm256_castsi128_si256(_mm_loadu_si128((const __m128i*)((const u16*)values + at))));
+    else v = widen512<KIND>(_mm256_loadu_si256((const __m256i*)((const u16*)values + at)));
     v = _mm512_castsi512_ps(_mm512_mask_expand_epi32(fresh_zero(), bits, _mm512_castps_si512(v)));
     _mm512_storeu_ps(out + g * 16, v);
     at += HALF ? 8 : __builtin_popcount(bits);
@@ -376,12 +382,13 @@ T512 INLINE void tile_float(const float* part, const float* x, i64 stride, i64 c
   UNROLL for (int r = 0; r < R; r++) UNROLL for (int m = 0; m < M; m++) sums[r * M + m] = sum[r][m];
 }
 
-// `scratch` holds 4 unpacked rows of BLOCK columns, the mask of as many, and 4 vectors per token.
-template <int KIND, bool HALF>
+// `scratch` holds 4 unpacked rows of BLOCK columns, the mask of as many, and 4 vectors per token. PAIRS: bfloat16 products, of
+// x that is bfloat16 too; else x is float.
+template <int KIND, bool HALF, bool PAIRS>
 T512 static void many512(const Matrix& w, const void* x, const void* bias, void* y, i64 tokens, i64 rows, i64 from,
                          i64 to, u8* scratch) {
   const int R = 4, M = 4;
-  const i64 K = w.columns, size = KIND == BF16 ? 2 : 4, stored = KIND == F32 ? 4 : 2;
+  const i64 K = w.columns, size = PAIRS ? 2 : 4, stored = KIND == F32 ? 4 : 2;
   u8* part = scratch;
   u32* mask = (u32*)(scratch + R * BLOCK * size);
   __m512* sums = (__m512*)(scratch + R * BLOCK * size + BLOCK / 8);
@@ -397,8 +404,8 @@ T512 static void many512(const Matrix& w, const void* x, const void* bias, void*
       for (int r = 0; r < R; r++) {
         row_mask512(w, n + r < to ? n + r : to - 1, k / 32, words, mask);
         const u8* values = (const u8*)w.values + at[r] * stored;
-        i64 count = KIND == BF16 ? unpack_bits512<HALF>((const u16*)values, mask, words, (u16*)part + r * BLOCK)
-                                 : unpack_floats512<KIND == BF16 ? F32 : KIND, HALF>(values, mask, words, (float*)part + r * BLOCK);
+        i64 count = PAIRS ? unpack_bits512<HALF>((const u16*)values, mask, words, (u16*)part + r * BLOCK)
+                                 : unpack_floats512<KIND, HALF>(values, mask, words, (float*)part + r * BLOCK);
         at[r] += count;
         // As many values as this block had, of the same row or, after its last block, of the row four further on.
         ahead.lines = count * stored / 64 > ahead.lines ? count * stored / 64 : ahead.lines;
@@ -406,14 +413,14 @@ T512 static void many512(const Matrix& w, const void* x, const void* bias, void*
         i64 next = last ? (n + R + r < to ? first_value(w, n + R + r) : at[r]) : at[r];
         ahead.at[r] = (const char*)w.values + next * stored;
       }
-      i64 steps = (tokens + M - 1) / M * (columns / (KIND == BF16 ? 32 : 16)), pace = ahead.lines * 4 / steps + 1;
+      i64 steps = (tokens + M - 1) / M * (columns / (PAIRS ? 32 : 16)), pace = ahead.lines * 4 / steps + 1;
       i64 m = 0;
       for (; m + M <= tokens; m += M) {
-        if (KIND == BF16) tile_bf16<R, M>((u16*)part, (const u16*)x + m * w.stride + k, w.stride, columns, sums + m * R, ahead, pace);
+        if (PAIRS) tile_bf16<R, M>((u16*)part, (const u16*)x + m * w.stride + k, w.stride, columns, sums + m * R, ahead, pace);
         else tile_float<R, M>((float*)part, (const float*)x + m * w.stride + k, w.stride, columns, sums + m * R, ahead, pace);
       }
       for (; m < tokens; m++) {
-        if (KIND == BF16) tile_bf16<R, 1>((u16*)part, (const u16*)x + m * w.stride + k, w.stride, columns, sums + m * R, ahead, pace);
+        if (PAIRS) tile_bf16<R, 1>((u16*)part, (const u16*)x + m * w.stride + k, w.stride, columns, sums + m * R, ahead, pace);
         else tile_float<R, 1>((float*)part, (const float*)x + m * w.stride + k, w.stride, columns, sums + m * R, ahead, pace);
       }
     }
@@ -422,7 +429,7 @@ T512 static void many512(const Matrix& w, const void* x, const void* bias, void*
       for (int r = 0; r < R && n + r < to; r++) {
         __m512 sum = m < tail ? sums[m / M * M * R + r * M + m % M] : sums[m * R + r];
         float s = _mm512_reduce_add_ps(sum);
-        store(KIND, y, m * rows + n + r, bias ? s + load(KIND, bias, n + r) : s);
+        store(w.given, y, m * rows + n + r, bias ? s + load(w.given, bias, n + r) : s);
       }
   }
 }

@@ -14,6 +14,13 @@
 #define EXPORT
 #endif
 
+// A program with threads of its own, while it calls: `share` calls work(what, i) for every i below `count`, on any of them.
+struct Host {
+  bool (*share)(void* with, void (*work)(void*, size_t), size_t count, void* what);
+  void* with;
+};
+inline thread_local const Host* host = nullptr;
+
 namespace {
 
 struct Buffer {   // aligned for whole vectors; null where there is no memory
@@ -27,15 +34,28 @@ struct Buffer {   // aligned for whole vectors; null where there is no memory
   Buffer& operator=(const Buffer&) = delete;
 };
 
-// Calls f(from, to, scratch) over all rows; false where memory ran out. A piece is a multiple of 12 rows: kernels take 3 or 4.
+// How many rows each of some threads takes at a time: a multiple of 12, for kernels take 3 or 4.
+INLINE i64 piece_of(i64 rows, int threads) { return ((rows + threads * 4 - 1) / (threads * 4) + 11) / 12 * 12; }
+
+// Calls f(from, to, scratch) over all rows; false where memory ran out, or a host did not do the work.
 template <class F> bool over_rows(i64 rows, int threads, i64 scratch_bytes, F f) {
   bool enough = true;
   if (rows < 1) return enough;
+  if (host && threads > 1) {
+    struct Work { F& f; i64 rows, piece, scratch_bytes; int short_of; };
+    Work all{f, rows, piece_of(rows, threads), scratch_bytes, 0};
+    auto one = [](void* at, size_t i) {
+      Work& w = *(Work*)at;
+      const i64 from = (i64)i * w.piece, to = from + w.piece < w.rows ? from + w.piece : w.rows;
+      Buffer scratch(w.scratch_bytes);
+      if (w.scratch_bytes && !scratch.at) __atomic_store_n(&w.short_of, 1, __ATOMIC_RELAXED);
+      else w.f(from, to, scratch.at);
+    };
+    return host->share(host->with, one, (size_t)((rows + all.piece - 1) / all.piece), &all) && !all.short_of;
+  }
 #if defined(_OPENMP)
   if (threads > 1) {
-    i64 piece = (rows + threads * 4 - 1) / (threads * 4);
-    piece = (piece + 11) / 12 * 12;
-    i64 pieces = (rows + piece - 1) / piece;
+    const i64 piece = piece_of(rows, threads), pieces = (rows + piece - 1) / piece;
 #pragma omp parallel num_threads(threads)
     {
       Buffer scratch(scratch_bytes);

@@ -28,7 +28,7 @@ typedef i64 i64_anywhere __attribute__((aligned(1), may_alias));
 #define UNROLL _Pragma("GCC unroll 16")
 #endif
 
-enum Kind { F32 = 0, BF16 = 1, F16 = 2 };   // dtype of values, x, bias and y
+enum Kind { F32 = 0, BF16 = 1, F16 = 2 };   // dtype of values, and of x, bias and y
 enum Isa { SCALAR = 0, AVX2 = 1, AVX512 = 2 };
 const i64 UNIT = 64;     // columns are padded to a multiple of this many
 const i64 PADDING = 64;   // values after the last one of a bitmask
@@ -44,6 +44,7 @@ struct Matrix {
   i64 readable;         // values that there are, padding included
   i64 stride;           // of x, from one token to the next
   i32* apart;           // set where the starts do not count the mask
+  int given;            // dtype of x, bias and y: that of the values, or F32
 };
 
 // Called where the values of a bitmask's row ended, before `at`: that is where the next row's begin.

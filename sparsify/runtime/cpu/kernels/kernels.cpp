@@ -21,15 +21,16 @@ namespace {
 #define OFFSET(p, m) ((char*)(p) + (m) * rows * size)
 
 #ifdef SPARSIFY_X86
-template <int KIND>
+// PAIRS: bfloat16 products of x that is bfloat16 too; else x is float.
+template <int KIND, bool PAIRS>
 bool linear_avx512(const Matrix& w, const void* x, const void* bias, void* y, i64 tokens, i64 rows, int threads,
                    i64 few) {
-  const i64 size = KIND == F32 ? 4 : 2, part = KIND == BF16 ? 2 : 4;
+  const i64 size = w.given == F32 ? 4 : 2, part = PAIRS ? 2 : 4;
   const i64 scratch = tokens <= few ? 0 : 4 * BLOCK * part + BLOCK / 8 + 4 * 64 * tokens;
   return over_rows(rows, threads, scratch, [&](i64 from, i64 to, u8* buffer) {
-    if (tokens > few && w.mask) return many512<KIND, false>(w, x, bias, y, tokens, rows, from, to, buffer);
-    if (tokens > few) return many512<KIND, true>(w, x, bias, y, tokens, rows, from, to, buffer);
-    if (KIND == BF16) {
+    if (tokens > few && w.mask) return many512<KIND, false, PAIRS>(w, x, bias, y, tokens, rows, from, to, buffer);
+    if (tokens > few) return many512<KIND, true, PAIRS>(w, x, bias, y, tokens, rows, from, to, buffer);
+    if (PAIRS) {
       const u16* in = (const u16*)x;
       if (w.mask)
         few_tokens(tokens, from, to,
@@ -42,25 +43,24 @@ bool linear_avx512(const Matrix& w, const void* x, const void* bias, void* y, i6
             [&](i64 m, i64 a, i64 b) { pair_bf16<1, 2, 2, 1024>(w, in + m * w.stride, bias, OFFSET(y, m), rows, a, b); },
             [&](i64 m, i64 a, i64 b) { pair_bf16<1, 1, 4, 0>(w, in + m * w.stride, bias, OFFSET(y, m), rows, a, b); });
     } else {
-      const int FLOAT = KIND == BF16 ? F32 : KIND;   // the other branch is never instantiated with BF16
       const float* in = (const float*)x;
       if (w.mask)
         few_tokens(tokens, from, to,
-            [&](i64 m, i64 a, i64 b) { mask_float<FLOAT, 4, 4, 1, 512>(w, in + m * w.stride, bias, OFFSET(y, m), rows, a, b); },
-            [&](i64 m, i64 a, i64 b) { mask_float<FLOAT, 4, 2, 1, 512>(w, in + m * w.stride, bias, OFFSET(y, m), rows, a, b); },
-            [&](i64 m, i64 a, i64 b) { mask_float<FLOAT, 1, 1, 8, 0>(w, in + m * w.stride, bias, OFFSET(y, m), rows, a, b); });
+            [&](i64 m, i64 a, i64 b) { mask_float<KIND, 4, 4, 1, 512>(w, in + m * w.stride, bias, OFFSET(y, m), rows, a, b); },
+            [&](i64 m, i64 a, i64 b) { mask_float<KIND, 4, 2, 1, 512>(w, in + m * w.stride, bias, OFFSET(y, m), rows, a, b); },
+            [&](i64 m, i64 a, i64 b) { mask_float<KIND, 1, 1, 8, 0>(w, in + m * w.stride, bias, OFFSET(y, m), rows, a, b); });
       else
         few_tokens(tokens, from, to,
-            [&](i64 m, i64 a, i64 b) { pair_float<FLOAT, 4, 4, 1, 512>(w, in + m * w.stride, bias, OFFSET(y, m), rows, a, b); },
-            [&](i64 m, i64 a, i64 b) { pair_float<FLOAT, 4, 2, 1, 512>(w, in + m * w.stride, bias, OFFSET(y, m), rows, a, b); },
-            [&](i64 m, i64 a, i64 b) { pair_float<FLOAT, 1, 1, KIND == F32 ? 8 : 4, 0>(w, in + m * w.stride, bias, OFFSET(y, m), rows, a, b); });
+            [&](i64 m, i64 a, i64 b) { pair_float<KIND, 4, 4, 1, 512>(w, in + m * w.stride, bias, OFFSET(y, m), rows, a, b); },
+            [&](i64 m, i64 a, i64 b) { pair_float<KIND, 4, 2, 1, 512>(w, in + m * w.stride, bias, OFFSET(y, m), rows, a, b); },
+            [&](i64 m, i64 a, i64 b) { pair_float<KIND, 1, 1, KIND == F32 ? 8 : 4, 0>(w, in + m * w.stride, bias, OFFSET(y, m), rows, a, b); });
     }
   });
 }
 
 template <int KIND>
 bool linear_avx2(const Matrix& w, const float* x, const void* bias, void* y, i64 tokens, i64 rows, int threads, i64 few) {
-  const i64 size = KIND == F32 ? 4 : 2;
+  const i64 size = w.given == F32 ? 4 : 2;
   const i64 scratch = tokens <= few ? 0 : 3 * BLOCK * 4 + BLOCK / 8 + 3 * 32 * tokens;
   return over_rows(rows, threads, scratch, [&](i64 from, i64 to, u8* buffer) {
     if (tokens > few) return many_avx2<KIND>(w, x, bias, y, tokens, rows, from, to, buffer);
@@ -75,6 +75,27 @@ bool linear_avx2(const Matrix& w, const float* x, const void* bias, void* y, i64
           [&](i64 m, i64 a, i64 b) { pair_avx2<KIND, 2>(w, x + m * w.stride, bias, OFFSET(y, m), rows, a, b); },
           [&](i64 m, i64 a, i64 b) { pair_avx2<KIND, 1>(w, x + m * w.stride, bias, OFFSET(y, m), rows, a, b); });
   });
+}
+#endif
+
+#ifdef SPARSIFY_X86
+// bfloat16 weights as float.
+struct Widened : wide::Numbers<F16> {
+  explicit Widened(const Matrix& w) : wide::Numbers<F16>{w} {}
+
+  T512 MEMBER const u32_anywhere* steps(i64 row, i64 k, i64 columns, u32* buffer) const {
+    const u8* here = values(row, k);
+    for (i64 i = 0; i < columns / 2; i += 16)
+      _mm512_storeu_ps((float*)buffer + i, widen512<BF16>(_mm256_loadu_si256((const __m256i*)(here + 2 * i))));
+    return buffer;
+  }
+};
+
+bool linear_wide(int kind, const Matrix& w, const wide::Product& p) {
+  if (w.given == F32 && kind == BF16) return p.run<F32>(Widened{w});
+  if (w.given == F32 && kind == F16) return p.run<F32>(wide::Numbers<F16>{w});
+  if (kind == F32) return p.run<F32>(wide::Numbers<F32>{w});
+  return kind == BF16 ? p.run<BF16>(wide::Numbers<BF16>{w}) : p.run<F16>(wide::Numbers<F16>{w});
 }
 #endif
 
@@ -118,9 +139,11 @@ bool stays_inside(int isa, const Matrix& w, i64 from, i64 to) {
   return !beyond(w.rowptr + from, last - from, end - w.columns);
 }
 
+// `kind` is the dtype of the values, `w.given` that of x, bias and y.
 int linear(int isa, int kind, Matrix w, Given values, Given codes, i64 starts, Given x, Given bias, void* y, i64 rows,
            i64 width, i64 few, int threads) {
   if (kind < F32 || kind > F16 || isa < SCALAR || isa > AVX512 || !is_matrix(w, values, codes, starts, rows)) return SIZES;
+  if (w.given != kind && w.given != F32) return SIZES;
   if (x.count % width || !x.is(x.count)) return SIZES;
   if (bias.count >= 0 && !bias.is(rows)) return SIZES;
   if (!stays_inside(isa, w, 0, rows)) return STARTS;
@@ -129,32 +152,29 @@ int linear(int isa, int kind, Matrix w, Given values, Given codes, i64 starts, G
 #ifdef SPARSIFY_X86
   // Where x is permuted to the values nothing meets a weight that was pruned; but zero times NaN or infinity is NaN.
   const bool across = !w.mask && isa == AVX512 && tokens > few;
-  if (!w.mask && isa > SCALAR && (across || tokens <= few) && !finite_avx2(kind, x.at, x.count)) few = 0;
+  if (!w.mask && isa > SCALAR && (across || tokens <= few) && !finite_avx2(w.given, x.at, x.count)) few = 0;
   else if (across && rows) {
-    const wide::Product p{w.columns, width, x.at, bias.at, y, tokens, rows, threads};
-    const bool enough = kind == F32    ? p.run<F32>(wide::Numbers<F32>{w})
-                        : kind == BF16 ? p.run<BF16>(wide::Numbers<BF16>{w})
-                                       : p.run<F16>(wide::Numbers<F16>{w});
-    return enough ? DONE : MEMORY;
+    return linear_wide(kind, w, wide::Product{w.columns, width, x.at, bias.at, y, tokens, rows, threads}) ? DONE : MEMORY;
   }
 #endif
   i32 apart = 0;
   w.apart = &apart;
-  const bool as_float = !(isa == AVX512 && kind == BF16);
-  const i64 size = as_float || kind == F32 ? 4 : 2;
+  const bool as_float = !(isa == AVX512 && w.given == BF16);
+  const i64 size = as_float ? 4 : 2;
   // Tokens a power of two apart would all lie in the same lines of the first cache, and the weights' rows with them.
   const bool spread = tokens > 2 && w.columns * size % 1024 == 0;
-  const bool copy = spread || width != w.columns || (as_float && kind != F32);
+  const bool copy = spread || width != w.columns || (as_float && w.given != F32);
   w.stride = spread ? w.columns + 64 / size : w.columns;
   Buffer buffer(copy ? tokens * w.stride * size : 0);
   if (copy && tokens && !buffer.at) return MEMORY;
-  const void* in = prepared(kind, as_float, x.at, tokens, width, w.stride, buffer);
+  const void* in = prepared(w.given, as_float, x.at, tokens, width, w.stride, buffer);
   bool done = false;
 #ifdef SPARSIFY_X86
   if (isa == AVX512)
-    done = kind == F32    ? linear_avx512<F32>(w, in, bias.at, y, tokens, rows, threads, few)
-           : kind == BF16 ? linear_avx512<BF16>(w, in, bias.at, y, tokens, rows, threads, few)
-                          : linear_avx512<F16>(w, in, bias.at, y, tokens, rows, threads, few);
+    done = kind == F32   ? linear_avx512<F32, false>(w, in, bias.at, y, tokens, rows, threads, few)
+           : kind == F16 ? linear_avx512<F16, false>(w, in, bias.at, y, tokens, rows, threads, few)
+           : as_float    ? linear_avx512<BF16, false>(w, in, bias.at, y, tokens, rows, threads, few)
+                         : linear_avx512<BF16, true>(w, in, bias.at, y, tokens, rows, threads, few);
   else if (isa == AVX2) {
     const float* f = (const float*)in;
     done = kind == F32    ? linear_avx2<F32>(w, f, bias.at, y, tokens, rows, threads, few)
@@ -187,11 +207,11 @@ template <class T> void unpack_rows(int isa, const Matrix& w, i64 first, i64 fro
   }
 }
 
-Matrix matrix(const void* values, i64 count, const void* codes, const i64* starts, i64 columns) {
+Matrix matrix(int given, const void* values, i64 count, const void* codes, const i64* starts, i64 columns) {
   // A mask of no rows lies nowhere, and is a mask all the same.
   const void* mask = codes ? codes : starts;
   return {values, starts ? nullptr : (const u8*)codes, starts ? (const u32_anywhere*)mask : nullptr, starts, columns,
-          count, columns, nullptr};
+          count, columns, nullptr, given};
 }
 
 }   // namespace
@@ -220,7 +240,17 @@ EXPORT int sparsify_linear(int isa, int kind, const void* values, i64 value_coun
                            void* y, i64 rows, i64 width, i64 few, int threads) {
   if (width < 1 || width > MOST_COLUMNS) return SIZES;
   const i64 columns = (width + UNIT - 1) / UNIT * UNIT;
-  return linear(isa, kind, matrix(values, value_count, codes, starts, columns), Given{values, value_count},
+  return linear(isa, kind, matrix(kind, values, value_count, codes, starts, columns), Given{values, value_count},
+                Given{codes, code_bytes}, start_count, Given{x, x_count}, Given{bias, bias_count}, y, rows, width, few, threads);
+}
+
+// The same of x, bias and y in float32, whatever the values are.
+EXPORT int sparsify_linear_float(int isa, int kind, const void* values, i64 value_count, const void* codes, i64 code_bytes,
+                                 const i64* starts, i64 start_count, const void* x, i64 x_count, const void* bias,
+                                 i64 bias_count, void* y, i64 rows, i64 width, i64 few, int threads) {
+  if (width < 1 || width > MOST_COLUMNS) return SIZES;
+  const i64 columns = (width + UNIT - 1) / UNIT * UNIT;
+  return linear(isa, kind, matrix(F32, values, value_count, codes, starts, columns), Given{values, value_count},
                 Given{codes, code_bytes}, start_count, Given{x, x_count}, Given{bias, bias_count}, y, rows, width, few, threads);
 }
 
@@ -286,7 +316,7 @@ EXPORT int sparsify_check_24(const u8* meta, i64 count) {
 EXPORT int sparsify_unpack(int isa, int size, const void* values, i64 value_count, const void* codes, i64 code_bytes,
                            const i64* starts, i64 start_count, void* out, i64 out_count, i64 rows, i64 columns, i64 first,
                            i64 count, int threads) {
-  Matrix w = matrix(values, value_count, codes, starts, columns);
+  Matrix w = matrix(F32, values, value_count, codes, starts, columns);
   if ((size != 2 && size != 4) || !is_matrix(w, Given{values, value_count}, Given{codes, code_bytes}, start_count, rows))
     return SIZES;
   if (first < 0 || count < 0 || count > rows || first > rows - count || out_count / columns < count || (count && !out)) return SIZES;

@@ -32,9 +32,9 @@ static void linear_scalar(int kind, const Matrix& w, const float* x, const void*
     at += unpack_scalar(kind, w.values, at, mask, words, scratch);
     if (w.mask) row_ends(w, n, at);
     for (i64 m = 0; m < tokens; m++) {
-      double sum = bias ? load(kind, bias, n) : 0.0;
+      double sum = bias ? load(w.given, bias, n) : 0.0;
       for (i64 k = 0; k < K; k++) sum += (double)scratch[k] * ((const f32_anywhere*)x)[m * w.stride + k];
-      store(kind, y, m * rows + n, (float)sum);
+      store(w.given, y, m * rows + n, (float)sum);
     }
   }
 }
