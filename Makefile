@@ -12,7 +12,7 @@ SEED ?= 0
 SECONDS ?= 300
 CALLS ?= 20000
 
-.PHONY: demo test slow optimum vllm compat fuzz check docs raises mutants clean
+.PHONY: demo test slow optimum compilers vllm compat fuzz check docs raises mutants clean
 
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -42,6 +42,10 @@ slow: .venv/installed-test
 # optimum needs an older transformers: tools/check_optimum.py makes an environment for it.
 optimum: .venv/installed-test
 	$(BIN)/python -W ignore tools/check_optimum.py
+
+# OpenVINO, ExecuTorch, IREE and TVM on what sparsify leaves: the page docs/other-compilers.md, in an environment of theirs.
+compilers: .venv/installed
+	$(BIN)/python -W ignore tools/check_compilers.py
 
 # vLLM wants torch and transformers of its own: the tests of our plug-in for it, in an environment of theirs.
 # torchvision from the package index does not fit this torch, and vLLM imports it where it is.
@@ -104,4 +108,4 @@ mutants: .venv/installed-mutants
 	$(BIN)/python tools/mutants.py --each $(EACH) --seed $(SEED)
 
 clean:
-	rm -rf .venv .venv-optimum .venv-vllm .venv-compat demo-output build *.egg-info
+	rm -rf .venv .venv-optimum .venv-compilers .venv-vllm .venv-compat demo-output build *.egg-info

@@ -95,11 +95,13 @@ def _numbers(form: Form) -> str:
     # Two's complement: the first in the low nibble.
     return """
   fifteen = Constant <value = uint8[1] {15}> ()
+  upper = Constant <value = uint8[1] {240}> ()
   eight = Constant <value = uint8[1] {8}> ()
   by = Constant <value = uint8[1] {4}> ()
   off = Constant <value = float[1] {8.0}> ()
   low = BitwiseAnd (values, fifteen)
-  high = BitShift <direction = "RIGHT"> (values, by)
+  above_ = BitwiseAnd (values, upper)
+  high = BitShift <direction = "RIGHT"> (above_, by)
   lows = Reshape (low, column)
   highs = Reshape (high, column)
   both = Concat <axis = 1> (lows, highs)
@@ -111,15 +113,16 @@ def _numbers(form: Form) -> str:
 """
 
 
-# Two values of every four, at the positions that two bits each name.
+# Two values of every four, at the positions that two bits each name. Masked before they are shifted: OpenVINO shifts
+# right by a division that rounds, which is exact only of multiples; so are nibbles.
 _PAIRS = """
   bytes = Reshape (codes, column)
   shifts = Constant <value = uint8[4] {{0, 2, 4, 6}}> ()
-  three = Constant <value = uint8 {{3}}> ()
+  twos = Constant <value = uint8[4] {{3, 12, 48, 192}}> ()
   pairs = Constant <value = int64[2] {{-1, 2}}> ()
-  shifted = BitShift <direction = "RIGHT"> (bytes, shifts)
-  two = BitwiseAnd (shifted, three)
-  places = Reshape (two, pairs)
+  two = BitwiseAnd (bytes, twos)
+  shifted = BitShift <direction = "RIGHT"> (two, shifts)
+  places = Reshape (shifted, pairs)
   at = Cast <to = 6> (places)
   kept = Reshape (numbers, pairs)
   groups = Shape <start = 0, end = 1> (kept)

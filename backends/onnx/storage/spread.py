@@ -15,12 +15,11 @@ def spread_24(
 ) -> ir.Value:
     """``values`` [groups, 2] at the positions that ``codes`` names, as a tensor of ``shape``."""
     groups, u8, i32 = math.prod(shape) // 4, ir.DataType.UINT8, ir.DataType.INT32
-    shifts, three = (np.array(n, np.uint8) for n in ([0, 2, 4, 6], 3))
+    shifts = np.array([0, 2, 4, 6], np.uint8)
     fours = [groups // 2, 4]
-    x = build.node(
-        "BitShift", [codes, build.constant("shifts", shifts)], f"{key}/shifted", fours, u8, direction="RIGHT"
-    )
-    x = build.node("BitwiseAnd", [x, build.constant("three", three)], f"{key}/masked", fours, u8)
+    # Masked before it is shifted: OpenVINO shifts right by a division that rounds, which is exact only of multiples.
+    x = build.node("BitwiseAnd", [codes, build.constant("pairs", 3 << shifts)], f"{key}/masked", fours, u8)
+    x = build.node("BitShift", [x, build.constant("shifts", shifts)], f"{key}/shifted", fours, u8, direction="RIGHT")
     x = build.reshape(x, [groups, 2], f"{key}/pairs")
     x = build.node("Cast", [x], f"{key}/positions", [groups, 2], i32, to=i32)
     zeros = build.zeros([groups, 4], wanted)

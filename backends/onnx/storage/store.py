@@ -81,7 +81,7 @@ class GraphStore:
         value = next((v for n in self.model.graph for v in n.outputs if v.name == stem), None)
         if reader is None or value is None or value.shape is None or not value.shape.is_static():
             raise CheckpointError(f"{self.file}", found=f"{stem} is packed in an unknown way", do="Export it again")
-        self.packed[stem] = "2:4" if reader.op_type == "BitShift" else "bitmask"
+        self.packed[stem] = "2:4" if len(self._tensor(f"{stem}.values").shape) == 2 else "bitmask"
         self._shapes[stem] = torch.Size(int(n) for n in value.shape)
 
     def _note_sparse(self, stem: str, reader: ir.Node) -> None:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import onnx_ir as ir
 import pytest
 import torch
 from hypothesis import given, settings
@@ -13,6 +17,8 @@ from sparsify.backends.onnx import export_onnx
 from sparsify.backends.onnx.backend import ONNX
 from sparsify.backends.onnx.options import Dtype
 from sparsify.backends.onnx.running.session import open_session
+from sparsify.backends.onnx.storage import attachment
+from sparsify.backends.onnx.storage.builder import Builder
 from sparsify.backends.onnx.storage.pack import best_format, nonzero_bits, pack_tensor, unpack_tensor
 from sparsify.backends.onnx.storage.store import GraphStore
 from sparsify.backends.verify.runtime_weights import runtime_weights
@@ -140,6 +146,42 @@ def test_the_file_is_within_two_percent_of_theory(dtype: Dtype, theory: float, t
         export_onnx(net, tmp_path / name, backend=backend, example_inputs=[torch.randn(2, 512)])
         size = (tmp_path / name / "model.onnx.data").stat().st_size
         assert size <= 1.02 * theory * 512 * 512 * getattr(torch, dtype).itemsize
+
+
+def shifts_first(build: Builder, key: str, shape: tuple[int, ...], values: Any, codes: Any, wanted: Any) -> Any:
+    """The 2:4 unpacking of files written before November 2026."""
+    groups, u8, i32 = math.prod(shape) // 4, ir.DataType.UINT8, ir.DataType.INT32
+    fours = [groups // 2, 4]
+    shifts = build.constant("shifts", np.array([0, 2, 4, 6], np.uint8))
+    x = build.node("BitShift", [codes, shifts], f"{key}/shifted", fours, u8, direction="RIGHT")
+    x = build.node("BitwiseAnd", [x, build.constant("three", np.array(3, np.uint8))], f"{key}/masked", fours, u8)
+    x = build.node("Cast", [build.reshape(x, [groups, 2], f"{key}/pairs")], f"{key}/at", [groups, 2], i32, to=i32)
+    zeros = build.zeros([groups, 4], wanted)
+    x = build.node("ScatterElements", [zeros, x, values], f"{key}/groups", [groups, 4], wanted, axis=1)
+    return build.reshape(x, list(shape), key)
+
+
+def test_a_file_of_the_older_order_of_operators_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    net = Layers()
+    monkeypatch.setattr(attachment, "spread_24", shifts_first)
+    export_onnx(net, tmp_path / "out", weights="packed", example_inputs=[torch.randn(2, 64)])
+    store = GraphStore(tmp_path / "out" / "model.onnx")
+    assert next(n.op_type for n in store.model.graph if n.op_type.startswith("Bit")) == "BitShift"
+    for name, parameter in net.named_parameters():
+        assert torch.equal(bits(store.read(name)), bits(parameter.detach())), name
+
+
+def test_what_is_shifted_right_is_a_multiple(tmp_path: Path) -> None:
+    """OpenVINO's shift is a division that rounds: tools/check_compilers.py runs it on such a file."""
+    export_onnx(Layers(), tmp_path / "out", weights="packed", example_inputs=[torch.randn(2, 64)])
+    graph = GraphStore(tmp_path / "out" / "model.onnx").model.graph
+    shifted = [node for node in graph if node.op_type == "BitShift"]
+    assert shifted
+    for node in shifted:
+        masking = node.inputs[0].producer()
+        assert masking.op_type == "BitwiseAnd"
+        masks, shifts = (value.const_value.numpy().astype(int) for value in (masking.inputs[1], node.inputs[1]))
+        assert (masks % 2**shifts == 0).all()
 
 
 def test_nothing_of_the_unpacking_is_left_in_a_session(tmp_path: Path) -> None:
