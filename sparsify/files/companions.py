@@ -28,6 +28,7 @@ _DESCRIBE = {
     "params.json": "consolidated*",
     "openvino_model.xml": "openvino_model.bin",
     "genai_config.json": "*.onnx",
+    "libsparsify_onnx.so": "*.onnx",
 }
 # Files that a sub-folder may have, and levels below it; what has more is no part of a model.
 MAX_FILES, MAX_LEVELS = 1000, 8

@@ -59,7 +59,10 @@ _OWN = {
     },
     # Functions from a model folder and its ledger to a store that reads it as if it were dense; None where it is not of
     # their kind.
-    "sparsify.stores": {"packed": "sparsify.backends.packed.store:open_packed"},
+    "sparsify.stores": {
+        "packed": "sparsify.backends.packed.store:open_packed",
+        "onnx": "sparsify.backends.onnx.storage.reader:open_folder",
+    },
     # Functions from a file or folder and its ledger to a store of what it holds, where that is no checkpoint.
     "sparsify.readers": {"onnx": "sparsify.backends.onnx.storage.reader:open_graph"},
     # Functions from a folder to what runs it where torch does not, for evaluation; None where it is not of their kind.

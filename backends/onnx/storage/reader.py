@@ -10,6 +10,20 @@ from sparsify.files.ledger import Ledger
 from sparsify.files.manifest import section
 from sparsify.files.reading import kind_at
 
+# What --to onnx writes as weights that are in the graph's files alone.
+_WITHOUT_CHECKPOINT = ("external", "packed", "sparse")
+
+
+def open_folder(folder: Path, ledger: Ledger) -> GraphStore | None:
+    """The weights of a folder that ``--to onnx`` wrote without safetensors, for a model of its config.json; None where
+    it is none.
+
+    Raises:
+        CheckpointError: as :func:`open_graph`.
+    """
+    ours = section(ledger.manifest, "onnx").get("weights") in _WITHOUT_CHECKPOINT
+    return open_graph(folder, ledger) if ours and kind_at(folder / "config.json") == "file" else None
+
 
 def open_graph(path: Path, ledger: Ledger) -> GraphStore | None:
     """The weights of an ONNX file or folder, held against ``ledger``; None where ``path`` is neither.

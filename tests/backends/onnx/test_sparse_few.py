@@ -11,6 +11,7 @@ import onnx
 import pytest
 import torch
 from safetensors.torch import load_file
+from support.command_line import sparsify as command
 from support.folders import load
 from support.onnx_models import greedy, padded
 
@@ -121,6 +122,20 @@ def test_a_library_that_cannot_be_made_is_said_and_the_folder_written(
     made = sparsify.compile(written("llama", "dense"), "magnitude:2:4", to=SPARSE, output=tmp_path / "out")
     assert any("no C++ compiler was found" in note and FILE in note for note in made.notes)
     assert asked(tmp_path / "out") is None and not (tmp_path / "out" / FILE).exists()
+
+
+def test_a_folder_without_safetensors_is_a_model_to_every_command(
+    written: Callable[[str, str], Path], tmp_path: Path
+) -> None:
+    for to in (SPARSE, "onnx:weights=packed", "onnx:weights=external"):
+        folder, out = written("llama", to), tmp_path / to.rpartition("=")[2]
+        shown = command("inspect", folder)
+        assert shown.returncode == 0 and "down_proj" in shown.stdout, shown.stderr
+        # Once more, so that nothing changes.
+        sparsify.compile(folder, "magnitude:2:4", output=out)
+        assert not [path for path in out.iterdir() if path.suffix in (".so", ".onnx", ".data") or "genai" in path.name]
+        want = load(written("llama", "hf")).state_dict()
+        assert all(torch.equal(tensor, want[name]) for name, tensor in load(out).state_dict().items())
 
 
 @pytest.mark.parametrize(
