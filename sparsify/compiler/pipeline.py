@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from sparsify.compiler import stages
 from sparsify.compiler.backend import Backend, settle
 from sparsify.compiler.judging import open_judge
-from sparsify.compiler.keeping.job import asked_of, look, open_journal
+from sparsify.compiler.keeping.job import asked_of, look_first, open_journal
 from sparsify.compiler.recipe import recipe_of
 from sparsify.compiler.request import Data, parse
 from sparsify.compiler.result import Compiled
@@ -175,7 +175,7 @@ def compile(
             tokenizer=tokenizer,
             tell=tell,
         )
-        look(request, asked)
+        look_first(request, asked)
         planned, data = stages.plan(source, request, context)
         judge = open_judge(source, planned.model.program, request, context)
         if dry_run:

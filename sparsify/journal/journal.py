@@ -22,7 +22,7 @@ from torch import Tensor
 
 from sparsify.durable import aside, beside, discard, is_open_at, make_folders, move_new, sync, try_lock, write_whole
 from sparsify.errors import BackendError, CheckpointError
-from sparsify.journal.left import ASKED, UNFINISHED, Left, left_of
+from sparsify.journal.left import ASKED, UNFINISHED, Left, left_of, size_of
 from sparsify.journal.record import Entry, Record
 from sparsify.words import format_bytes
 
@@ -149,10 +149,11 @@ class Journal:
             return
         if not self.record.entries:
             discard(self.folder)
-        elif error is not None:
+        elif error is not None and not isinstance(error, CheckpointError):
+            # Which says itself what is to be done where the journal is damaged.
             warnings.warn(
                 f"{len(self.record.entries)} finished parts of this run are kept in {self.folder} "
-                f"({format_bytes(self.record.size)}): the same command with --resume goes on from there, "
+                f"({format_bytes(size_of(self.folder))}): the same command with --resume goes on from there, "
                 "`sparsify clean` removes them",
                 RuntimeWarning,
                 stacklevel=2,
@@ -208,14 +209,31 @@ def nothing_of(out: Path, asked: Asked, *, whole: bool = True) -> CheckpointErro
     )
 
 
-def check_resumable(out: Path, asked: Asked) -> None:
-    """A look before anything is read: ``asked`` is what is known by then.
+def look(out: Path, asked: Asked, typed: Mapping[str, Any] | None = None, *, resume: bool) -> None:
+    """A look at what interrupted runs to ``out`` left, before anything is read; what others left is told.
+
+    Args:
+        asked: what is known by then. typed: see :class:`Journal`.
 
     Raises:
-        CheckpointError: as :class:`Journal` with ``resume``.
+        CheckpointError, BackendError: as :class:`Journal`.
     """
-    if not any(left.finished and not _differing(left.asked, asked, False) for left in left_of(out)):
-        raise nothing_of(out, asked, whole=False)
+    found = [left for left in left_of(out) if left.finished]
+    if resume:
+        if all(_differing(left.asked, asked, False) for left in found):
+            raise nothing_of(out, asked, whole=False)
+        return
+    for left in found:
+        if typed is not None and left.typed == typed:
+            raise unfinished(left)
+        if left.alive:
+            continue
+        warnings.warn(
+            f"an earlier run to {left.out} was interrupted: {left.finished} finished parts ({format_bytes(left.size)}) "
+            f"are kept in {left.path}; sparsify clean removes them",
+            RuntimeWarning,
+            stacklevel=3,
+        )
 
 
 def unfinished(left: Left) -> BackendError:

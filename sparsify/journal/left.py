@@ -7,14 +7,14 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from sparsify.durable import beside, discard, is_open_at, move_new, sync, try_lock
-from sparsify.journal.record import LINES
+from sparsify.words import format_bytes
 
-UNFINISHED, ASKED = "unfinished", "asked.json"
+UNFINISHED, ASKED, LINES = "unfinished", "asked.json", "journal.jsonl"
 _LOCK = "sparsify-lock"
 # `.OUT.partial-1a2b3c4d` and such, as :mod:`sparsify.durable` and :mod:`.journal` name them.
 _OURS = re.compile(
@@ -42,6 +42,22 @@ class Left:
     typed: Mapping[str, Any] | None = None
     alive: bool = False
 
+    def line(self) -> str:
+        """For people."""
+        said = {
+            "unfinished": f"{self.finished} finished parts of a run to {self.out}, which --resume goes on with",
+            "partial": f"what a run to {self.out} was writing",
+            "replaced": f"an older {self.out}, which the next run puts back where nothing is in its place",
+            "lock": f"the lock of a run to {self.out}",
+        }[self.kind]
+        passes = self.asked.get("passes")
+        of = f" ({', '.join(map(str, passes))})" if isinstance(passes, list) else ""
+        return f"{self.path}: {format_bytes(self.size)}, {said}{of}{'; at work now' if self.alive else ''}"
+
+    def as_dict(self) -> dict[str, Any]:
+        said: dict[str, Any] = {"path": str(self.path), "output": str(self.out), "kind": self.kind, "bytes": self.size}
+        return said | {"finished": self.finished, "asked": dict(self.asked), "alive": self.alive}
+
 
 def left_in(folder: Path) -> list[Left]:
     """Everything in ``folder`` that has one of our hidden names, the oldest first.
@@ -56,13 +72,13 @@ def left_in(folder: Path) -> list[Left]:
 
 
 def left_of(out: Path) -> list[Left]:
-    """The journals of jobs that were to write ``out``, the newest first."""
+    """The journals of jobs that were to write ``out``, the newest first; for whoever is the one to write it now."""
     stem = beside(out.absolute(), UNFINISHED).name
     try:
         paths = [path for path in out.absolute().parent.iterdir() if path.name.rpartition("-")[0] == stem]
     except OSError:
         return []
-    return [left for path in sorted(paths, key=_changed, reverse=True) if (left := _look(path)) is not None]
+    return [left for path in sorted(paths, key=_changed, reverse=True) if (left := _look(path, ours=True)) is not None]
 
 
 def remove(left: Left) -> bool:
@@ -81,16 +97,21 @@ def remove(left: Left) -> bool:
             discard(left.path)
         else:
             left.path.unlink(missing_ok=True)
+        # While it is held, as by whoever would have let it go.
+        _lock_of(left).unlink(missing_ok=True)
     return not os.path.lexists(left.path)
 
 
-def _look(path: Path) -> Left | None:
+def _look(path: Path, *, ours: bool = False) -> Left | None:
+    """Args:
+    ours: the output is this process's own to write.
+    """
     named = _OURS.fullmatch(path.name)
     if named is None:
         return None
     out = path.with_name(named["out"] or named["locked"])
     kind: Any = named["kind"] or "lock"
-    left = Left(path, out, kind, _size(path))
+    left = Left(path, out, kind, size_of(path))
     if kind == "unfinished":
         told = _told(path)
         place = told.get("output")
@@ -103,20 +124,23 @@ def _look(path: Path) -> Left | None:
             asked if isinstance(asked := told.get("asked"), dict) else {},
             typed if isinstance(typed := told.get("typed"), dict) else None,
         )
-    with _locked(left) as ours:
-        return left if ours else Left(**{**vars(left), "alive": True})
+    with _lock(path) if ours else _locked(left) as free:
+        return left if free else replace(left, alive=True)
 
 
 @contextlib.contextmanager
 def _locked(left: Left) -> Iterator[bool]:
     """Hold what a process at work on it would hold; False where one does."""
-    # By the name as it lies there: of a long one that is not the output's.
-    stem = left.path.name.removesuffix(f".{_LOCK}")
-    stem = stem if left.kind == "lock" else stem.rpartition(f".{left.kind}-")[0]
     with contextlib.ExitStack() as stack:
-        paths = [left.path.with_name(f"{stem}.{_LOCK}"), *([left.path] if left.kind != "lock" else [])]
+        paths = [_lock_of(left), *([left.path] if left.kind != "lock" else [])]
         held = [stack.enter_context(_lock(path)) for path in paths]
         yield all(held)
+
+
+def _lock_of(left: Left) -> Path:
+    """By the name as it lies there: of a long one that is not the output's."""
+    stem = left.path.name.removesuffix(f".{_LOCK}")
+    return left.path.with_name(f"{stem if left.kind == 'lock' else stem.rpartition(f'.{left.kind}-')[0]}.{_LOCK}")
 
 
 @contextlib.contextmanager
@@ -148,7 +172,7 @@ def _count(path: Path) -> int:
         return 0
 
 
-def _size(path: Path) -> int:
+def size_of(path: Path) -> int:
     """Bytes that it takes; links are not followed."""
     total = 0
     with contextlib.suppress(OSError):

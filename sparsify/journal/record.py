@@ -20,9 +20,10 @@ import torch
 from torch import Tensor
 
 from sparsify.errors import CheckpointError
+from sparsify.journal.left import LINES
 from sparsify.tensors import digest, read_into, write_from
 
-LINES, TENSORS = "journal.jsonl", "tensors.bin"
+TENSORS = "tensors.bin"
 Made = TypeVar("Made")
 # (number of the pass, what of it).
 Key = tuple[int, str]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,12 +16,10 @@ from sparsify.context import Context
 from sparsify.data.batches import Calibration
 from sparsify.frontend.source import Source
 from sparsify.ir.program import Program
-from sparsify.journal.journal import Asked, Journal, Kept, check_resumable, unfinished
-from sparsify.journal.left import left_of
+from sparsify.journal.journal import Asked, Journal, Kept, look
 from sparsify.method.spec import spec_text
 from sparsify.provenance.history import digest_of_store, origin_of, versions
 from sparsify.tensors import new_hash
-from sparsify.words import format_bytes
 
 
 def asked_of(request: Request, context: Context, opening: Mapping[str, Any]) -> dict[str, Any]:
@@ -34,13 +31,16 @@ def asked_of(request: Request, context: Context, opening: Mapping[str, Any]) -> 
     """
     passes = []
     for own, named in zip(request.passes, request.named_by_passes, strict=True):
-        names = [f"{word} {','.join(of)}" for word, of in (("only", named.only), ("ignore", named.ignore)) if of]
-        passes.append(" ".join([spec_text(own), *names]))
+        own_names = [f"{word} {','.join(of)}" for word, of in (("only", named.only), ("ignore", named.ignore)) if of]
+        passes.append(" ".join([spec_text(own), *own_names]))
+    names = {"passes": passes, "only": list(request.only), "ignore": list(request.ignore)}
+    return {**names, **settings_of(request.schedule, context, opening)}
+
+
+def settings_of(schedule: str, context: Context, opening: Mapping[str, Any]) -> dict[str, Any]:
+    """What else decides numbers, whatever the passes; see :func:`asked_of`."""
     return {
-        "passes": passes,
-        "only": list(request.only),
-        "ignore": list(request.ignore),
-        "schedule": request.schedule,
+        "schedule": schedule,
         "seed": context.seed,
         "device": context.device.type,
         **{word: None if value is None else str(value).removeprefix("torch.") for word, value in opening.items()},
@@ -48,27 +48,10 @@ def asked_of(request: Request, context: Context, opening: Mapping[str, Any]) -> 
     }
 
 
-def look(request: Request, asked: Asked) -> None:
-    """A look at what interrupted runs to the same output left, before anything is read.
-
-    Raises:
-        CheckpointError: nothing that this job could go on with. BackendError: this very job was interrupted, and is to
-            begin anew.
-    """
-    if request.out is None or request.dry_run:
-        return
-    if request.resume:
-        check_resumable(request.out, asked)
-        return
-    for left in left_of(request.out):
-        if left.finished and request.journal and left.typed is not None and left.typed == _typed(request):
-            raise unfinished(left)
-        warnings.warn(
-            f"another run to {left.out} was interrupted: {left.finished} finished parts ({format_bytes(left.size)}) "
-            f"are kept in {left.path}; sparsify clean removes them",
-            RuntimeWarning,
-            stacklevel=3,
-        )
+def look_first(request: Request, asked: Asked) -> None:
+    """A look at what interrupted runs to the same output left, before anything is read; see :func:`look`."""
+    if request.out is not None and not request.dry_run:
+        look(request.out, asked, _typed(request) if request.journal else None, resume=request.resume)
 
 
 def open_journal(
@@ -92,8 +75,7 @@ def open_journal(
         return None
     whole = {
         **asked,
-        "weights of the model": origin_of(source)["weights"],
-        "config of the model": _digest(source.module if source.config is None else _settings(source.config)),
+        **model_of(source),
         "calibration data": None if data is None else data.digest,
         "teacher": None if dense is None else digest_of_store(dense.weights.store),
     }
@@ -102,6 +84,14 @@ def open_journal(
         math.prod(weights.shape(t.parameter)) * weights.dtype(t.parameter).itemsize for r in runs for t in r.targets
     )
     return Journal(request.out, whole, typed=_typed(request), resume=request.resume, need=sum(sizes))
+
+
+def model_of(source: Source) -> dict[str, str]:
+    """Which model it is; reads all of its weights, where nobody has yet."""
+    return {
+        "weights of the model": origin_of(source)["weights"],
+        "config of the model": _digest(source.module if source.config is None else _settings(source.config)),
+    }
 
 
 def apply_whole(
