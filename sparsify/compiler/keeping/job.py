@@ -124,7 +124,7 @@ def _typed(request: Request) -> Mapping[str, Any] | None:
 def _settings(config: Any) -> str:
     """What a model's config says of it, and not where it lies."""
     told = {key: value for key, value in config.to_dict().items() if not key.startswith("_")}
-    return json.dumps(told, sort_keys=True, default=str)
+    return json.dumps(told, skipkeys=True, default=str)
 
 
 def _digest(told: object) -> str:
