@@ -22,7 +22,7 @@ from torch import Tensor
 
 from sparsify.durable import aside, beside, discard, is_open_at, make_folders, move_new, sync, try_lock, write_whole
 from sparsify.errors import BackendError, CheckpointError
-from sparsify.journal.left import ASKED, UNFINISHED, Left, left_of, size_of
+from sparsify.journal.left import ASKED, UNFINISHED, Left, left_of
 from sparsify.journal.record import Entry, Record
 from sparsify.words import format_bytes
 
@@ -75,7 +75,7 @@ class Journal:
     def _begin(self, resume: bool, need: int) -> None:
         self.record = Record(self.folder)
         if self.record.entries and not resume:
-            raise unfinished(next(each for each in left_of(self.out) if each.path == self.folder))
+            raise unfinished(self._left())
         self.record.cut()
         try:
             self._check_room(need)
@@ -129,6 +129,10 @@ class Journal:
         self._close = weakref.finalize(self, os.close, fd)
         sync(self.out.parent)
 
+    def _left(self) -> Left:
+        """What would be left if this process were gone."""
+        return next(left for left in left_of(self.out) if left.path == self.folder)
+
     def _check_room(self, need: int) -> None:
         free, need = shutil.disk_usage(self.folder).free, need - self.record.size
         if free < need:
@@ -147,13 +151,15 @@ class Journal:
     ) -> None:
         if not self._close.alive:
             return
-        if not self.record.entries:
+        # Not those that this process knows of: it may have been interrupted once the line was there.
+        left = self._left()
+        if not left.finished:
             discard(self.folder)
         elif error is not None and not isinstance(error, CheckpointError):
             # Which says itself what is to be done where the journal is damaged.
             warnings.warn(
-                f"{len(self.record.entries)} finished parts of this run are kept in {self.folder} "
-                f"({format_bytes(size_of(self.folder))}): the same command with --resume goes on from there, "
+                f"{left.finished} finished parts of this run are kept in {self.folder} "
+                f"({format_bytes(left.size)}): the same command with --resume goes on from there, "
                 "`sparsify clean` removes them",
                 RuntimeWarning,
                 stacklevel=2,

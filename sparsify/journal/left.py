@@ -111,7 +111,7 @@ def _look(path: Path, *, ours: bool = False) -> Left | None:
         return None
     out = path.with_name(named["out"] or named["locked"])
     kind: Any = named["kind"] or "lock"
-    left = Left(path, out, kind, size_of(path))
+    left = Left(path, out, kind, _size(path))
     if kind == "unfinished":
         told = _told(path)
         place = told.get("output")
@@ -172,7 +172,7 @@ def _count(path: Path) -> int:
         return 0
 
 
-def size_of(path: Path) -> int:
+def _size(path: Path) -> int:
     """Bytes that it takes; links are not followed."""
     total = 0
     with contextlib.suppress(OSError):
