@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -14,62 +14,72 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from support.families import deep
-from support.interrupted import content, hidden
-
-from sparsify.journal.left import left_of
+from support.interrupted import content
 
 ROOT = Path(__file__).parents[2]
+SIGNALS = {signal.SIGKILL: -9, signal.SIGINT: 130, signal.SIGTERM: 143}
 
+# The command line in children of one process, which has imported everything: OUT, a signal or 0, further words.
+COMMANDS = """
+import contextlib, json, os, sys, time
+from pathlib import Path
+import sparsify
+from sparsify.cli.main import main
+from sparsify.journal.left import left_of
 
-def start(place: Path, out: str, *words: str) -> subprocess.Popen[str]:
-    given = ["model", "--pass", "sparsegpt:2:4", "--calibration", "ids.safetensors", "--samples", "16"]
-    return subprocess.Popen(
-        [sys.executable, "-m", "sparsify", "compile", *given, "--sequence-length", "64", "-o", out, *words],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=place,
-    )  # fmt: skip
+WORDS = ["compile", "model", "--pass", "sparsegpt:2:4", "--calibration", "ids.safetensors", "--samples", "16"]
 
-
-def ended(process: subprocess.Popen[str], code: int = 0) -> str:
-    output, errors = process.communicate(timeout=300)
-    assert process.returncode == code, errors
-    return output + errors
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    place = tmp_path_factory.mktemp("signals")
-    deep("llama", 6).save_pretrained(place / "model")
-    save_file({"input_ids": torch.arange(4096) % 57 + 3}, place / "ids.safetensors")
-    (place / "whole").mkdir()
-    ended(start(place, "whole/out"))
-    return place
-
-
-@pytest.mark.parametrize(
-    ("number", "code", "said"),
-    [
-        (signal.SIGKILL, -9, ""),
-        (signal.SIGINT, 130, "interrupted; nothing was written"),
-        pytest.param(signal.SIGTERM, 143, "terminated; nothing was written", marks=pytest.mark.slow),
-    ],
-)
-def test_a_signal_once_some_parts_are_finished(place: Path, number: int, code: int, said: str) -> None:
-    out = place / str(number) / "out"
-    out.parent.mkdir()
-    process = start(place, str(out))
-    while process.poll() is None and not any(left.finished >= 5 for left in left_of(out)):
+def run(out, number, *more):
+    pid = os.fork()
+    if pid == 0:
+        with open(f"{out}.said", "w") as said:
+            os.dup2(said.fileno(), 1), os.dup2(said.fileno(), 2)
+        sys.argv = ["sparsify", *WORDS, "--sequence-length", "64", "-o", out, *more]
+        code = 0
+        try:
+            main()
+        except SystemExit as error:
+            code = error.code or 0
+        sys.stderr.flush()
+        os._exit(code)
+    while number and not any(left.finished >= 5 for left in left_of(Path(out))):
+        if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+            break
         time.sleep(0.002)
-    process.send_signal(number)
-    told = ended(process, code)
-    (left,) = left_of(out)
-    assert said in told and not out.exists() and 5 <= left.finished < 42 and not left.alive
-    if said:
-        assert f"{left.finished} finished parts of this run are kept in {left.path}" in told
-        assert [path.name for path in out.parent.iterdir()] == [left.path.name]
-    else:
-        assert f"{left.finished} finished parts" in ended(start(place, str(out)), 1)
-    ended(start(place, str(out), "--resume"))
-    assert content(out) == content(place / "whole" / "out") and not hidden(out.parent)
+    if number:
+        os.kill(pid, number)
+    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    return [status, Path(f"{out}.said").read_text(), [(str(left.path), left.finished) for left in left_of(Path(out))]]
+
+sparsify.compile("model", "sparsegpt:2:4", calibration="ids.safetensors", samples=16, sequence_length=64)
+print("\\n" + json.dumps([run(*words) for words in json.loads(sys.argv[1])]))
+"""
+
+
+def test_a_signal_once_some_parts_are_finished(tmp_path: Path) -> None:
+    deep("llama", 6).save_pretrained(tmp_path / "model")
+    save_file({"input_ids": torch.arange(4096) % 57 + 3}, tmp_path / "ids.safetensors")
+    runs: list[list[object]] = [["whole/out", 0]]
+    for number in SIGNALS:
+        runs += [[f"{number:d}/out", number], [f"{number:d}/out", 0], [f"{number:d}/out", 0, "--resume"]]
+    for out, *_ in runs:
+        (tmp_path / str(out)).parent.mkdir(exist_ok=True)
+    command = [sys.executable, "-c", COMMANDS, json.dumps(runs)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr
+    first, *others = json.loads(done.stdout.splitlines()[-1])
+    assert first[0] == 0 and first[2] == []
+    for number, code in SIGNALS.items():
+        (ended, told, ((path, finished),)), anew, resumed = others[:3]
+        del others[:3]
+        assert ended == code and 5 <= finished < 42
+        if number != signal.SIGKILL:
+            assert f"{finished} finished parts of this run are kept in {path}" in told and "nothing was written" in told
+        assert anew[0] == 1 and f"this very job was interrupted: {finished} finished parts" in anew[1]
+        assert resumed[0] == 0 and resumed[2] == [], resumed[1]
+        place = tmp_path / f"{number:d}"
+        assert content(place / "out") == content(tmp_path / "whole" / "out")
+        assert sorted(path.name for path in place.iterdir()) == ["out", "out.said"]
 
 
 @pytest.mark.slow
