@@ -17,7 +17,8 @@ from support.families import deep
 from support.interrupted import content
 
 ROOT = Path(__file__).parents[2]
-SIGNALS = {signal.SIGKILL: -9, signal.SIGINT: 130, signal.SIGTERM: 143}
+# Ctrl-C is what the other tests end their runs with.
+SIGNALS = {signal.SIGKILL: -9, signal.SIGTERM: 143}
 
 # The command line in children of one process, which has imported everything: OUT, a signal or 0, further words.
 COMMANDS = """
@@ -51,15 +52,16 @@ def run(out, number, *more):
     status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     return [status, Path(f"{out}.said").read_text(), [(str(left.path), left.finished) for left in left_of(Path(out))]]
 
-sparsify.compile("model", "sparsegpt:2:4", calibration="ids.safetensors", samples=16, sequence_length=64)
+given = {"calibration": "ids.safetensors", "samples": 16, "sequence_length": 64}
+sparsify.compile("model", "sparsegpt:2:4", output="whole/out", **given)
 print("\\n" + json.dumps([run(*words) for words in json.loads(sys.argv[1])]))
 """
 
 
 def test_a_signal_once_some_parts_are_finished(tmp_path: Path) -> None:
-    deep("llama", 6).save_pretrained(tmp_path / "model")
+    deep("llama", 3).save_pretrained(tmp_path / "model")
     save_file({"input_ids": torch.arange(4096) % 57 + 3}, tmp_path / "ids.safetensors")
-    runs: list[list[object]] = [["whole/out", 0]]
+    runs: list[list[object]] = []
     for number in SIGNALS:
         runs += [[f"{number:d}/out", number], [f"{number:d}/out", 0], [f"{number:d}/out", 0, "--resume"]]
     for out, *_ in runs:
@@ -67,12 +69,11 @@ def test_a_signal_once_some_parts_are_finished(tmp_path: Path) -> None:
     command = [sys.executable, "-c", COMMANDS, json.dumps(runs)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=600, check=False)
     assert done.returncode == 0, done.stderr
-    first, *others = json.loads(done.stdout.splitlines()[-1])
-    assert first[0] == 0 and first[2] == []
+    others = json.loads(done.stdout.splitlines()[-1])
     for number, code in SIGNALS.items():
         (ended, told, ((path, finished),)), anew, resumed = others[:3]
         del others[:3]
-        assert ended == code and 5 <= finished < 42
+        assert ended == code and 5 <= finished < 21
         if number != signal.SIGKILL:
             assert f"{finished} finished parts of this run are kept in {path}" in told and "nothing was written" in told
         assert anew[0] == 1 and f"this very job was interrupted: {finished} finished parts" in anew[1]
