@@ -6,6 +6,7 @@ activations lie, what the result is written as) may be another when the job goes
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -21,7 +22,7 @@ from typing import Any
 from torch import Tensor
 
 from sparsify.durable import aside, beside, discard, is_open_at, make_folders, move_new, sync, try_lock, write_whole
-from sparsify.errors import BackendError, CheckpointError
+from sparsify.errors import BackendError, CheckpointError, SpecError
 from sparsify.journal.left import ASKED, UNFINISHED, Left, left_of
 from sparsify.journal.record import Entry, Record
 from sparsify.words import format_bytes
@@ -50,7 +51,7 @@ class Journal:
     def __init__(
         self, out: Path, asked: Asked, *, typed: Mapping[str, Any] | None = None, resume: bool = False, need: int = 0
     ) -> None:
-        self.out = out.absolute()
+        self.out, self._asked = out.absolute(), asked
         name = hashlib.blake2b(_text(asked).encode(), digest_size=8).hexdigest()
         self.folder = beside(self.out, f"{UNFINISHED}-{name}")
         if resume and not (self.folder / ASKED).is_file():
@@ -75,7 +76,7 @@ class Journal:
     def _begin(self, resume: bool, need: int) -> None:
         self.record = Record(self.folder)
         if self.record.entries and not resume:
-            raise unfinished(self._left())
+            raise unfinished(next(left for left in left_of(self.out) if left.path == self.folder))
         self.record.cut()
         try:
             self._check_room(need)
@@ -84,14 +85,12 @@ class Journal:
                 discard(self.folder)
             raise
 
-    def of_pass(self, number: int) -> Kept:
-        """What is kept of the pass of that number among all."""
-        return Kept(number, self)
-
     def forget(self) -> None:
         """The output is in its place: the journal goes, at once."""
         gone = aside(self.out, "partial")
-        move_new(self.folder, gone)
+        # Somebody may have removed it since the last part.
+        with contextlib.suppress(FileNotFoundError):
+            move_new(self.folder, gone)
         discard(gone)
         self._close()
 
@@ -129,10 +128,6 @@ class Journal:
         self._close = weakref.finalize(self, os.close, fd)
         sync(self.out.parent)
 
-    def _left(self) -> Left:
-        """What would be left if this process were gone."""
-        return next(left for left in left_of(self.out) if left.path == self.folder)
-
     def _check_room(self, need: int) -> None:
         free, need = shutil.disk_usage(self.folder).free, need - self.record.size
         if free < need:
@@ -152,8 +147,10 @@ class Journal:
         if not self._close.alive:
             return
         # Not those that this process knows of: it may have been interrupted once the line was there.
-        left = self._left()
-        if not left.finished:
+        left = next((left for left in left_of(self.out) if left.path == self.folder), None)
+        # Words that cannot be meant will be others next time, and so will the job that they ask for.
+        useless = isinstance(error, SpecError) and "passes" in self._asked
+        if left is None or not left.finished or useless:
             discard(self.folder)
         elif error is not None and not isinstance(error, CheckpointError):
             # Which says itself what is to be done where the journal is damaged.

@@ -253,3 +253,10 @@ def test_a_place_where_no_journal_can_be_kept(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(BackendError, match=r"no journal can be kept beside it.*--no-journal"):
         Journal(tmp_path / "file" / "out", {})
+
+
+def test_words_that_cannot_be_meant_leave_nothing(model: Path, tmp_path: Path) -> None:
+    """Found once a pass has run: the next run will be asked otherwise."""
+    with interrupted_after(0) as parts, pytest.raises(SpecError, match="no linear weight in its blocks has zeros"):
+        sparsify.compile(model, "twin:2:4+refine", calibration=IDS, output=tmp_path / "out", only=["lm_head"])
+    assert parts == [1] and not [*tmp_path.iterdir()]
