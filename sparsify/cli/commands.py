@@ -1,4 +1,4 @@
-"""``sparsify inspect | compare | report | diff | version``. Imports nothing heavy before a command runs."""
+"""``sparsify inspect | compare | clean | report | diff | version``. Imports nothing heavy before a command runs."""
 
 from __future__ import annotations
 
@@ -33,12 +33,13 @@ from sparsify.cli.options import (
     command_errors,
 )
 from sparsify.cli.terminal import Terminal, say
-from sparsify.errors import SpecError
+from sparsify.errors import CheckpointError, SpecError
 from sparsify.method.spec import split_specs
 from sparsify.words import (
     check_adapter,
     check_compute_dtype,
     check_schedule,
+    format_bytes,
     plain,
 )
 
@@ -112,6 +113,9 @@ def compare_command(
     chat_template: ChatTemplate = None,
     strict: Strict = False,
     adapter: AdapterWord = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Keep passes that the same comparison finished before it was interrupted.")
+    ] = False,
     trust_remote_code: Trust = False,
     quiet: Quiet = False,
     log_level: LogLevel = "warning",
@@ -150,6 +154,7 @@ def compare_command(
                 chat_template=chat_template,
                 strict=strict,
                 adapter=adapter,
+                resume=resume,
             )
         if as_json:
             print(json.dumps(result.as_dict()))
@@ -158,6 +163,38 @@ def compare_command(
         console.print(comparison_report(result))
         if result.output is not None:
             console.print(f"wrote {plain(str(result.output))}")
+
+
+def clean_command(
+    folder: Annotated[
+        Path, typer.Argument(help="Where outputs were to lie. [default: here]", metavar="FOLDER")
+    ] = Path(),
+    yes: Annotated[bool, typer.Option("--yes", help="Remove it; without, it is only listed.")] = False,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Say what interrupted runs left in FOLDER, with sizes; --yes removes it, but for what a run is at work on."""
+    with command_errors(debug, "error"):
+        from sparsify.journal.left import left_in, remove
+
+        try:
+            found = left_in(folder)
+        except OSError as error:
+            raise CheckpointError(f"cleaning {folder}", found=str(error.strerror), do="Name a folder") from error
+        removed = [left for left in found if yes and not left.alive and remove(left)]
+        if as_json:
+            say(json.dumps([{**left.as_dict(), "removed": left in removed} for left in found]))
+            return
+        for left in found:
+            say(left.line())
+        if not found:
+            say("nothing is left of interrupted runs")
+        else:
+            left_over = [left for left in found if not left.alive]
+            done = (
+                f"removed {len(removed)} of {len(found)}" if yes else f"--yes removes {len(left_over)} of {len(found)}"
+            )
+            say(f"{done}, {format_bytes(sum(left.size for left in (removed if yes else left_over)))}")
 
 
 def report_command(

@@ -56,7 +56,7 @@ from sparsify.words import (
 _HANDED_ON = (
     "calibration", "to", "samples", "sequence_length", "seed", "ignore", "only", "device", "memory", "overwrite",
     "dry_run", "allow_bin", "trust_remote_code", "allow_nan", "compute_dtype", "chat_template", "strict", "adapter",
-    "dtype", "teacher", "eval_windows",
+    "dtype", "teacher", "eval_windows", "resume",
 )  # fmt: skip
 
 
@@ -144,6 +144,13 @@ def compile_command(
     save_recipe: Annotated[
         Path | None, typer.Option("--save-recipe", help="Write these options as such a file.", metavar="FILE")
     ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on where this very command was interrupted; see docs/resume.md.")
+    ] = False,
+    no_journal: Annotated[
+        bool,
+        typer.Option("--no-journal", help="Keep nothing for --resume: less disk, as much as is pruned."),
+    ] = False,
     as_json: AsJson = False,
     teacher: Annotated[
         str | None,
@@ -218,6 +225,7 @@ def _compile(words: dict[str, Any]) -> None:
             schedule=check_schedule(words["schedule"]),
             output=out,
             check=not words["no_check"],
+            journal=not words["no_journal"],
             tell=lambda text: console.print(text),
             after=shown.after,
             evaluate=words["eval"],

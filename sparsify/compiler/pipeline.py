@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from sparsify.compiler import stages
 from sparsify.compiler.backend import Backend, settle
 from sparsify.compiler.judging import open_judge
+from sparsify.compiler.keeping.job import asked_of, look_first, open_journal
 from sparsify.compiler.recipe import recipe_of
 from sparsify.compiler.request import Data, parse
 from sparsify.compiler.result import Compiled
@@ -62,6 +63,8 @@ def compile(
     evaluate: str | Path | Iterable[str] | Tensor | None = None,
     eval_windows: int | None = None,
     dry_run: bool = False,
+    journal: bool = True,
+    resume: bool = False,
     progress: Shown = False,
     observe: Observer | None = None,
     tell: Callable[[str], None] = untold,
@@ -106,6 +109,9 @@ def compile(
             that is ``calibration`` as well the last tenth is held out. None measures nothing.
         eval_windows: the first so many windows of it only; each of ``sequence_length`` tokens.
         dry_run: decide what would be pruned and stop there.
+        journal: keep what is finished beside ``output`` until that is there, for ``resume``: as many bytes as are
+            pruned.
+        resume: go on where the same job was interrupted; the result is that of a run that was not.
         tell: told in words, before the work, what a quantized model grows to.
         progress: True: show it, as the command line does; or a function that is told (:class:`sparsify.Progress`); or
             tqdm, or a bar of its kind.
@@ -138,6 +144,8 @@ def compile(
         evaluate=evaluate,
         eval_windows=eval_windows,
         without_pass=not passes and seems_stored_otherwise(model),
+        journal=journal,
+        resume=resume,
     )
     request = replace(
         request,
@@ -149,6 +157,7 @@ def compile(
     )  # fmt: skip
     context = Context(resolve_device(device), parse_bytes(memory), seed)
     seam = Seam(context, after)
+    asked = asked_of(request, context, {"compute dtype": compute_dtype, "dtype": dtype, "adapter": adapter})
     with shown(progress, observe), within_memory("compiling", context.device), ExitStack() as stack:
         place = stages.Workplace(stack)
         source = stages.open_model(
@@ -166,6 +175,7 @@ def compile(
             tokenizer=tokenizer,
             tell=tell,
         )
+        look_first(request, asked)
         planned, data = stages.plan(source, request, context)
         judge = open_judge(source, planned.model.program, request, context)
         if dry_run:
@@ -177,8 +187,14 @@ def compile(
             allow_bin=allow_bin, trust_remote_code=trust_remote_code, check=check, compute_dtype=compute_dtype,
             dtype=None,
         )  # fmt: skip
+        if request.structural:
+            place.begin(open_journal(source, planned.runs, data, planned.dense, request, asked))
         planned = stages.restructure(planned, data, request, seam, place)
-        job, compiled = stages.prune(planned, data, request, seam, place)
+        job = stages.open_output(planned, request, place)
+        if not request.structural:
+            # Only now: copying the weights for the output has told which they are.
+            place.begin(open_journal(source, planned.runs, data, planned.dense, request, asked))
+        compiled = stages.prune(planned, data, request, seam, place)
         settle(job, compiled.program)
         if judge is not None and dense is not None:
             compiled.evaluation = judge.after(compiled, dense)

@@ -22,11 +22,14 @@ KEYS: dict[str, tuple[tuple[type, ...], str]] = {
     **dict.fromkeys(("chat_template", "adapter", "dtype", "teacher", "eval"), _TEXT),
     **dict.fromkeys(("samples", "sequence_length", "seed", "eval_windows"), _NUMBER),
     **dict.fromkeys(("ignore", "only", "print_after"), _NAMES),
-    **dict.fromkeys(("overwrite", "dry_run", "allow_bin", "no_check", "allow_nan", "strict"), _SWITCH),
+    **dict.fromkeys(("overwrite", "dry_run", "allow_bin", "no_check", "allow_nan", "strict", "no_journal"), _SWITCH),
     "passes": ((str, list), "a list of passes"),
 }
 _OF_A_PASS = {"pass": _TEXT, "only": _NAMES, "ignore": _NAMES}
-_NOT_HERE = {"trust_remote_code": "code of others is trusted on the command line alone: --trust-remote-code"}
+_NOT_HERE = {
+    "trust_remote_code": "code of others is trusted on the command line alone: --trust-remote-code",
+    "resume": "that a run was interrupted is no matter of a recipe: give --resume on the command line",
+}
 _MOST = 1 << 20
 
 

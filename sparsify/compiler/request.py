@@ -44,6 +44,7 @@ class Request:
             first so many windows only.
         recipe: these words and those of opening the model, for another run; None where some are in memory alone.
         date: when they were given, in UTC.
+        journal: what is finished is kept until the output is there. resume: go on with what is kept.
     """
 
     structural: tuple[StructuralPass, ...]
@@ -65,6 +66,8 @@ class Request:
     eval_windows: int | None = None
     recipe: Mapping[str, Any] | None = None
     date: str = ""
+    journal: bool = True
+    resume: bool = False
 
     @property
     def passes(self) -> tuple[Pass, ...]:
@@ -131,6 +134,8 @@ def parse(
     evaluate: Any = None,
     eval_windows: int | None = None,
     without_pass: bool = False,
+    journal: bool = True,
+    resume: bool = False,
 ) -> Request:
     """Understand the words, and refuse what can be refused before a model is opened.
 
@@ -181,7 +186,10 @@ def parse(
         named_by_passes=tuple(named for _, named in told),
         evaluate=named_or_given(evaluate),
         eval_windows=eval_windows,
+        journal=journal,
+        resume=resume,
     )
+    _check_resume(request)
     _check_teacher(request)
     _check_judging(request)
     judged = isinstance(request.evaluate, str)
@@ -211,6 +219,25 @@ def as_pass(given: str | Pass | Mapping[str, Any]) -> tuple[Any, Named]:
 def as_words(given: Any) -> list[str]:
     """One text, several, or none, as a list."""
     return [given] if isinstance(given, str) else list(given or ())
+
+
+def _check_resume(request: Request) -> None:
+    if not request.resume:
+        return
+    found = next(
+        (
+            why
+            for why, holds in (
+                ("no output, beside which anything would be kept", request.out is None),
+                ("a dry run, which finishes nothing", request.dry_run),
+                ("--no-journal, without which nothing is kept", not request.journal),
+            )
+            if holds
+        ),
+        None,
+    )
+    if found is not None:
+        raise SpecError("--resume", found=found, do="Leave one of the two out, or begin without --resume")
 
 
 def _check_teacher(request: Request) -> None:

@@ -15,6 +15,7 @@ from sparsify.analysis.linear import find_sites
 from sparsify.calibration.gradients import Samples
 from sparsify.compiler.backend import Job
 from sparsify.compiler.judging import Judge
+from sparsify.compiler.keeping.job import apply_whole
 from sparsify.compiler.manifest import make_manifest
 from sparsify.compiler.request import Request, nothing_to_do
 from sparsify.compiler.result import Compiled
@@ -37,6 +38,7 @@ from sparsify.frontend.stores import find_folder
 from sparsify.ir.graph import runnable
 from sparsify.ir.program import Program
 from sparsify.ir.store import MemoryStore
+from sparsify.journal.journal import Journal, Kept
 from sparsify.method.channel_pass import ChannelPass
 from sparsify.method.pattern import NM
 from sparsify.method.region_pass import RegionPass
@@ -57,12 +59,21 @@ from sparsify.structure.rounds import check_source, in_a_folder, make_smaller
 @dataclass
 class Workplace:
     """A temporary folder, made when it is first asked for and gone when the compile is, unless somebody keeps it; and
-    the place of the output, which is this job's until the backend takes it over.
+    the place of the output, which is this job's until the backend takes it over; what is finished, where it is kept.
     """
 
     stack: ExitStack
     output: Claim | None = None
+    journal: Journal | None = None
     _folder: Scratch | None = None
+
+    def begin(self, journal: Journal | None) -> None:
+        """Keep what is finished in ``journal``."""
+        self.journal = None if journal is None else self.stack.enter_context(journal)
+
+    def kept(self, number: int) -> Kept:
+        """What is kept of the pass of that number."""
+        return Kept(number, self.journal)
 
     @property
     def path(self) -> Path:
@@ -226,7 +237,7 @@ def restructure(planned: Planned, data: Calibration | None, request: Request, se
     samples = None if data is None else Samples(data.batches, data.labels)
     for number, own in enumerate(request.structural):
         with seam.running(own, model.program) as ran:
-            model, records = make_smaller(model, own, samples, place.path, seam.context, number)
+            model, records = make_smaller(model, own, samples, place.path, seam.context, number, place.kept(number))
             ran.program = model.program
         done += records
     for region_pass in request.fitted:
@@ -234,7 +245,7 @@ def restructure(planned: Planned, data: Calibration | None, request: Request, se
     return Planned(model, done, _runs(model, request), (planned.dense or dense) if request.fitted else None)
 
 
-def _open_output(planned: Planned, request: Request, place: Workplace) -> Job | None:
+def open_output(planned: Planned, request: Request, place: Workplace) -> Job | None:
     """The output, under construction from here on: passes write to it. None where the result stays in memory."""
     source, program = planned.model.source, planned.model.program
     if request.out is None:
@@ -248,25 +259,22 @@ def _open_output(planned: Planned, request: Request, place: Workplace) -> Job | 
     return job
 
 
-def prune(
-    planned: Planned, data: Calibration | None, request: Request, seam: Seam, place: Workplace
-) -> tuple[Job | None, Compiled]:
+def prune(planned: Planned, data: Calibration | None, request: Request, seam: Seam, place: Workplace) -> Compiled:
     """Run every pass that is not structural, in the order given, on the weights of the output under construction.
 
     Raises:
         SparsifyError: what a pass refuses, or a promise that it broke.
     """
-    job = _open_output(planned, request, place)
     compiled, program = planned.compiled, planned.model.program
     compiled.calibration, compiled.opaque = data, find_sites(program)[1]
     samples = None if data is None else Samples(data.batches, data.labels)
     compiled.dense = planned.model.source.weights
     for number, run in enumerate(planned.runs, len(request.structural)):
-        own = run.applied
+        own, kept = run.applied, place.kept(number)
         with seam.running(own, program) as ran:
             if isinstance(own, ChannelPass):
                 assert data is not None
-                run.channels, left, orders = reorder(program, own, run.lanes, data.batches, seam.context)
+                run.channels, left, orders = reorder(program, own, run.lanes, data.batches, seam.context, kept)
                 run.skipped += left
                 compiled.dense = reordered(compiled.dense, orders)
             elif isinstance(own, MatrixPass):
@@ -278,6 +286,7 @@ def prune(
                     seam.context,
                     schedule=request.schedule,
                     dense=compiled.dense,
+                    kept=kept,
                 )
             elif isinstance(own, RegionPass):
                 assert data is not None
@@ -290,13 +299,14 @@ def prune(
                     planned.dense or replace(program, weights=planned.model.source.weights),
                     every=planned.dense is not None,
                     left=frozenset(planned.model.wanted.of_pass(number).ignored),
+                    done=kept,
                 )
             elif isinstance(own, GraphPass):
-                own.apply(program, None if data is None else data.batches, seam.context)
+                apply_whole(own, program, None if data is None else data.batches, seam.context, kept)
             elif isinstance(own, LoweringPass):
                 compiled.lowered = own.lower(runnable(program, seam.context.device))
         run.seconds, run.written = ran.seconds, ran.written
-    return job, compiled
+    return compiled
 
 
 def finish(
@@ -313,6 +323,8 @@ def finish(
     # The folder has its final name only now; weights are read from there from here on.
     compiled.output, compiled.program.weights = job.finish(compiled.program, compiled.manifest)
     compiled.notes = job.notes()
+    if place.journal is not None:
+        place.journal.forget()
     return compiled
 
 

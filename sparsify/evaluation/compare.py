@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from sparsify.calibration.measuring import drift
+from sparsify.compiler.keeping.job import model_of, settings_of
 from sparsify.compiler.pipeline import compile
 from sparsify.compiler.request import most_rows
 from sparsify.context import Context, Observer, SiteResult
@@ -29,9 +30,11 @@ from sparsify.files.reading import kind_at
 from sparsify.files.staging import Staging
 from sparsify.frontend.source import Source, open_source
 from sparsify.host import cpu_by_default, recent_peak, reset_peak, resolve_device
+from sparsify.journal.journal import NOT_KEPT, Journal, Kept, look
 from sparsify.method.spec import parse_pass, split_pipeline
 from sparsify.progress import Shown, shown
 from sparsify.quality.perplexity import perplexity
+from sparsify.tensors import digest
 from sparsify.words import Schedule, parse_bytes
 
 
@@ -59,6 +62,7 @@ def compare(
     chat_template: str | Path | None = None,
     strict: bool = False,
     adapter: str | None = None,
+    resume: bool = False,
     progress: Shown = False,
     observe: Observer | None = None,
 ) -> Compared:
@@ -71,6 +75,7 @@ def compare(
         windows: evaluate on the first so many windows only.
         progress, observe: as for :func:`sparsify.compile`.
         output: folder for ``compare.json``, ``compare.md``, ``compare.png`` and ``compare.svg``; None writes nothing.
+        resume: go on where the same comparison was interrupted: passes that were finished are not run again.
         others: as for :func:`sparsify.compile`.
 
     Raises:
@@ -87,6 +92,8 @@ def compare(
             found="a pass that neither prunes nor trains weight by weight, so that no site's error can be told",
             do="Compile with it, and compare the results by sparsify eval",
         )
+    if resume and output is None:
+        raise SpecError("--resume", found="no output, beside which passes would be kept", do="Name the folder with -o")
     if not isinstance(calibration, Calibration):
         calibration = named_or_given(calibration)
     data = None if data is None else str(data)
@@ -98,6 +105,9 @@ def compare(
             local = Path(model) if kind_at(model) else None
             staging = stack.enter_context(Staging(Path(output), overwrite=overwrite, source=local))
         context = Context(resolve_device(device), parse_bytes(memory), seed)
+        asked = settings_of(schedule, context, {"compute dtype": compute_dtype, "adapter": adapter})
+        if output is not None:
+            look(Path(output), asked, resume=resume)
         source = open_source(
             model,
             allow_bin=allow_bin,
@@ -128,9 +138,8 @@ def compare(
         def quality(pruned: Source) -> float | None:
             return None if text is None else perplexity(pruned, text[0], context)
 
-        rows = [ComparedPass("dense", quality(source), None, 1.0, 0.0, None)]
-        where = dict[str, tuple[str, str]]()
-        for spec, pipeline in zip(passes, pipelines, strict=True):
+        def measured(pipeline: list[str], spec: str) -> tuple[ComparedPass, dict[str, list[str]]]:
+            """One pass, and of its sites the block and the kind."""
             reset = reset_peak(context.device)
             started = time.perf_counter()
             with Scratch("sparsify-compare") as folder:
@@ -149,33 +158,55 @@ def compare(
                     compute_dtype=compute_dtype,
                     strict=strict,
                     adapter=adapter,
+                    # A pass is kept when it is finished.
+                    journal=False,
                 )
                 seconds, peak = time.perf_counter() - started, recent_peak(context.device) if reset else None
                 pruning = [run for run in made.runs if run.targets]
                 sites: list[SiteResult] = [site for run in pruning for site in run.sites]
                 pruned = list({s.name: s for run in pruning for target in run.targets for s in target.sites}.values())
-                where |= {site.name: (site.block or "", site.kind) for site in pruned}
                 errors = drift(made.program, pruned, shared.batches, made.dense or source.weights, context)
-                rows.append(
-                    ComparedPass(
-                        name=spec,
-                        perplexity=quality(replace(source, weights=made.program.weights)),
-                        error=sum(errors.values()) / len(errors) if errors else None,
-                        kept=pruning[-1].kept,
-                        seconds=seconds,
-                        memory=peak,
-                        errors=errors,
-                        notes=[
-                            *(f"{site.name}: {note}" for site in sites for note in site.notes),
-                            *(
-                                f"{region.name} gained nothing and stayed as it was"
-                                for run in made.runs
-                                for region in run.regions
-                                if region.rate is None
-                            ),
-                        ],
-                    )
-                )
+                return ComparedPass(
+                    name=spec,
+                    perplexity=quality(replace(source, weights=made.program.weights)),
+                    error=sum(errors.values()) / len(errors) if errors else None,
+                    kept=pruning[-1].kept,
+                    seconds=seconds,
+                    memory=peak,
+                    errors=errors,
+                    notes=[
+                        *(f"{site.name}: {note}" for site in sites for note in site.notes),
+                        *(
+                            f"{region.name} gained nothing and stayed as it was"
+                            for run in made.runs
+                            for region in run.regions
+                            if region.rate is None
+                        ),
+                    ],
+                ), {site.name: [site.block or "", site.kind] for site in pruned}
+
+        kept = NOT_KEPT
+        if output is not None:
+            whole = {**asked, **model_of(source), "calibration data": shared.digest}
+            whole["held-out data"] = None if text is None else digest(text[0])
+            kept = Kept(0, stack.enter_context(Journal(Path(output), whole, resume=resume)))
+        # It has no spec.
+        found = kept.find("")
+        rows = [
+            ComparedPass("dense", quality(source), None, 1.0, 0.0, None) if found is None else found.made(ComparedPass)
+        ]
+        if found is None:
+            kept.add("", asdict(rows[0]), {})
+        where = dict[str, tuple[str, str]]()
+        for spec, pipeline in zip(passes, pipelines, strict=True):
+            found = kept.find(spec)
+            if found is None:
+                row, places = measured(pipeline, spec)
+                kept.add(spec, {"row": asdict(row), "places": places}, {})
+            else:
+                row, places = ComparedPass(**found.row["row"]), found.row["places"]
+            rows.append(row)
+            where |= {name: (block, kind) for name, (block, kind) in places.items()}
         result = Compared(
             source.name,
             f"{shared.size}: {shared.said}",
@@ -187,6 +218,8 @@ def compare(
         if staging is not None:
             write(result, staging.folder)
             result.output = staging.commit()
+            if kept.journal is not None:
+                kept.journal.forget()
         return result
 
 

@@ -72,6 +72,8 @@ class Source:
     given_tokenizer: Any = field(default=None, repr=False)
     hub: str | None = None
     _tokenizer: Any = field(default=None, repr=False)
+    # Of all weights, once somebody has asked for it.
+    digest: str | None = field(default=None, init=False, repr=False)
 
     @property
     def config(self) -> Any:

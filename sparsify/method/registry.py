@@ -43,6 +43,7 @@ _OWN = {
         "inspect": "sparsify.cli.commands:inspect_command",
         "eval": "sparsify.cli.evaluating.command:eval_command",
         "compare": "sparsify.cli.commands:compare_command",
+        "clean": "sparsify.cli.commands:clean_command",
         "search": "sparsify.cli.search:search_command",
         "sensitivity": "sparsify.cli.search:sensitivity_command",
         "report": "sparsify.cli.commands:report_command",

@@ -83,7 +83,13 @@ def _digest_of(source: Source) -> str:
     """The digest of what ``source`` holds: of a folder's tensors as they are stored, else as they are read."""
     if source.ledger.complete and source.adapter is None:
         return digest_of_sums(source.ledger.tensors)
-    store: Any = source.weights.store
+    if source.digest is None:
+        source.digest = digest_of_store(source.weights.store)
+    return source.digest
+
+
+def digest_of_store(store: Any) -> str:
+    """The same of a store: of a folder's tensors as they are stored, else as they are read."""
     if isinstance(store, RenamedStore):
         store = store.base
     files = getattr(store, "checkpoint", store)

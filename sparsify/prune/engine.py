@@ -29,6 +29,7 @@ from sparsify.errors import SpecError
 from sparsify.host import within_memory
 from sparsify.ir.program import Program
 from sparsify.ir.weights import Weights
+from sparsify.journal.journal import NOT_KEPT, Kept
 from sparsify.method.weight_pass import MatrixPass, WeightPass
 from sparsify.precision import exact_products
 from sparsify.prune.allocation import Measured, allocate
@@ -51,6 +52,7 @@ def prune(
     *,
     schedule: Schedule = "layer",
     dense: Weights | None = None,
+    kept: Kept = NOT_KEPT,
 ) -> list[SiteResult]:
     """Run ``weight_pass`` over the targets of ``program``: gradients and the allocation first where it asks for them.
 
@@ -58,24 +60,27 @@ def prune(
         data: batches of input name to tensor, all of the shapes that the program was captured with, and per batch what
             a loss compares the outputs with; None for a pass that needs no data.
         dense: weights of the model as it was given, for passes fitted to its outputs.
+        kept: targets that a run before has finished, and where those of this one are kept. What it had to measure of
+            the whole model is measured again, on the weights that this pass begins with.
 
     Raises:
         SparsifyError: as :class:`Engine`.
     """
     passes = shared_out(weight_pass, targets)
-    if data is None:
-        return prune_without_data(program, passes, targets, context)
+    left = [target for target in targets if kept.find(target.parameter) is None]
+    if data is None or not left:
+        return prune_without_data(program, passes, targets, context, kept)
     wanted = GRADIENTS & set(weight_pass.statistics)
     with within_memory(f"pass {weight_pass.name}", context.device), Gradients(context.memory // 4) as gradients:
         if wanted:
-            measure_gradients(program, [t.parameter for t in targets], data, wanted, gradients, context)
+            measure_gradients(program, [t.parameter for t in left], data, wanted, gradients, context)
         if isinstance(weight_pass, WeightPass) and weight_pass.allocation != "uniform":
             sites = [site for target in targets for site in target.sites]
             recorders = measure_inputs(program, sites, data.batches, ("squared_norm",), context)
             passes = allocate(
                 weight_pass, targets, Measured(program, recorders, count_sequences(data.batches), context.device)
             )
-        return Engine(program, passes, targets, data.batches, context, schedule, dense, gradients).run()
+        return Engine(program, passes, targets, data.batches, context, schedule, dense, gradients, kept).run()
 
 
 class Engine:
@@ -96,9 +101,10 @@ class Engine:
         schedule: Schedule = "layer",
         dense: Weights | None = None,
         gradients: Gradients | None = None,
+        kept: Kept = NOT_KEPT,
     ) -> None:
         self.program, self.passes, self.context, self.schedule = program, passes, context, schedule
-        self.gradients, self.dense = gradients, dense
+        self.gradients, self.dense, self.kept = gradients, dense, kept
         self.wanted = next(iter(passes.values())).statistics
         self.targets = {target.parameter: target for target in targets}
         sites = [site for target in targets for site in target.sites]
@@ -124,19 +130,23 @@ class Engine:
             )
         measuring, twice = self.measuring, self.schedule == "block"
         merged, done = measuring.merged(), set[str]()
+        # What a run before has finished needs no statistics: its regions run for what comes after them alone.
+        missing = {p for p in self.targets if self.kept.find(p) is None}
         # ``block`` looks at the inputs of a block's first group after the cut before it, so they must live till then.
         end = measuring.steps[-1].measured + twice
         with measuring.streams(self.dense if "cross_gram" in self.wanted else None) as streams, torch.no_grad():
             start = 0
             for step in measuring.steps:
                 region = Region(start, step.start, end)
-                if twice:
-                    measuring.run_unrecorded(streams, step, region, until=_MEASURED / 2)
-                    recorders = self._sweep_dense(streams, step, end)
-                else:
-                    recorders = measuring.run(streams, step, region, until=_MEASURED)
                 left = {site.parameter for group in step.groups for site in group.sites} - done
                 of = len(left)
+                recorders: list[GroupRecorder | None] = [None] * len(step.groups)
+                if twice or not left & missing:
+                    measuring.run_unrecorded(streams, step, region, until=_MEASURED / 2)
+                if twice and left & missing:
+                    recorders[:] = self._sweep_dense(streams, step, end)
+                elif left & missing:
+                    recorders[:] = measuring.run(streams, step, region, until=_MEASURED)
                 # Popped, so that each is freed as soon as its sites have had their turn.
                 for group in step.groups:
                     recorder = recorders.pop(0)
@@ -158,13 +168,13 @@ class Engine:
         region = Region(step.start, step.measured, end, again=True, wanted=wanted)
         return self.measuring.run(streams, step, region, until=_MEASURED)
 
-    def _prune_site(self, streams: Streams, site: LinearSite, recorder: GroupRecorder) -> SiteResult:
+    def _prune_site(self, streams: Streams, site: LinearSite, recorder: GroupRecorder | None) -> SiteResult:
         target, device = self.targets[site.parameter], self.context.device
         own = self.gradients.read(site, device) if self.gradients is not None else {}
         if "dense_weight" in self.wanted and self.dense is not None:
             own["dense_weight"] = site.matrices(self.dense.read(site.parameter).to(device))
         turn = Turn(self.program, self.passes[site.parameter], target, device, recorder, self.measuring.sequences, own)
-        result = turn.take()
+        result = turn.kept_or_taken(self.kept)
         runner, dense = streams.runner, self.schedule == "dense"
         runner.release(site.parameter, turn.before if dense else turn.after)
         if site.bias is not None and not dense:

@@ -13,6 +13,8 @@ from sparsify.calibration.recorder import GroupRecorder
 from sparsify.context import Context, Progress, SiteResult
 from sparsify.errors import CalibrationError, SparsifyError
 from sparsify.ir.program import Program
+from sparsify.journal.journal import NOT_KEPT, Kept
+from sparsify.journal.record import Entry
 from sparsify.method.statistics import InputStatistics
 from sparsify.method.weight_pass import MatrixPass, Pruned
 from sparsify.prune.targets import Target
@@ -21,13 +23,22 @@ from sparsify.tensors import all_finite
 
 
 def prune_without_data(
-    program: Program, passes: Mapping[str, MatrixPass], targets: Sequence[Target], context: Context
+    program: Program,
+    passes: Mapping[str, MatrixPass],
+    targets: Sequence[Target],
+    context: Context,
+    kept: Kept = NOT_KEPT,
 ) -> list[SiteResult]:
-    """Prune every target by the pass of its parameter and its weights alone; nothing is run."""
+    """Prune every target by the pass of its parameter and its weights alone; nothing is run.
+
+    Args:
+        kept: targets that a run before has finished, and where those of this one are kept.
+    """
     results = []
     for number, target in enumerate(targets):
         # Where nothing runs, nothing is gained on another device.
-        result = Turn(program, passes[target.parameter], target, torch.device("cpu")).take()
+        turn = Turn(program, passes[target.parameter], target, torch.device("cpu"))
+        result = turn.kept_or_taken(kept)
         results.append(result)
         context.observe(Progress("pruning", number + 1, len(targets), result.name, site=result))
     return results
@@ -101,6 +112,26 @@ class Turn:
             notes=notes,
             written=written,
         )
+
+    def kept_or_taken(self, kept: Kept) -> SiteResult:
+        """What a run before has made of the parameter, stored again; else :meth:`take`, and it is kept."""
+        found = kept.find(self.target.parameter)
+        if found is not None:
+            return self._restore(found)
+        result = self.take()
+        others = {name: self.weights.read(name) for name in result.written if name != self.target.parameter}
+        made = {self.target.parameter: self.after, **others}
+        kept.add(self.target.parameter, dataclasses.asdict(result), made)
+        return result
+
+    def _restore(self, found: Entry) -> SiteResult:
+        self.before = self.weights.read(self.target.parameter).to(self.device)
+        for name, value in found.tensors().items():
+            own = name == self.target.parameter
+            some = set(self.target.sources) if own and self.target.sources is not None else None
+            self.weights.write(name, value, some)
+            self.after = value.to(self.device) if own else self.after
+        return found.made(SiteResult, shape=tuple(self.before.shape))
 
     def _read(self) -> None:
         self.before = self.weights.read(self.target.parameter).to(self.device)

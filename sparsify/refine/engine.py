@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import asdict
 
 import torch
 from torch import Tensor, fx
@@ -23,6 +24,7 @@ from sparsify.context import Context, Progress, RegionResult
 from sparsify.errors import CalibrationError, SpecError
 from sparsify.host import within_memory
 from sparsify.ir.program import Program
+from sparsify.journal.journal import NOT_KEPT, Kept
 from sparsify.method.region_pass import RegionPass
 from sparsify.method.spec import spec_text
 from sparsify.precision import exact_products
@@ -45,6 +47,7 @@ def refine(
     *,
     every: bool = False,
     left: frozenset[str] = frozenset(),
+    done: Kept = NOT_KEPT,
 ) -> list[RegionResult]:
     """Fit every block of ``program`` to that of ``teacher``.
 
@@ -52,13 +55,14 @@ def refine(
         batches: of the shapes that both were captured with.
         every: where no linear weight has zeros, train all of them: those of a model that was made smaller.
         left: checkpoint tensors that stay as they are.
+        done: blocks that a run before has finished, and where those of this one are kept.
 
     Raises:
         SpecError: nothing is pruned, or nothing otherwise than in the teacher.
         CalibrationError: too few sequences to hold some back, or a loss that is no number.
         TraceError: blocks that do not run one after the other, or that are not the teacher's.
     """
-    return Refining(program, own, batches, context, teacher, every, left).run()
+    return Refining(program, own, batches, context, teacher, every, left, done).run()
 
 
 class Refining:
@@ -73,8 +77,10 @@ class Refining:
         teacher: Program,
         every: bool,
         left: frozenset[str],
+        done: Kept,
     ) -> None:
         self.program, self.own, self.batches, self.context, self.teacher = program, own, batches, context, teacher
+        self.done = done
         self.blocks, self.taught, self.logits = fitting(program, own, teacher)
         self.lessons = lessons_of(own, batches)
         if self.logits is not None and self.logits.meta["val"].shape[-1] == 1:
@@ -108,7 +114,7 @@ class Refining:
                 kept = self.trainable.kept(number, self.tokens, every=self.every)
                 if any(mask is not None for mask in kept.values()):
                     with within_memory(f"refining {block.name}", self.context.device):
-                        results.append(self._block(number, student, teacher, kept))
+                        results.append(self._kept_or_fitted(number, student, teacher, kept))
                 last = number + 1 == len(self.blocks)
                 if not last:
                     student.run_region(Region(block.start, block.stop, end))
@@ -119,6 +125,21 @@ class Refining:
         """Whether a weight has another shape than the teacher's: channels were taken out."""
         ours, theirs = self.program.weights, self.teacher.weights
         return any(n not in theirs or ours.shape(n) != theirs.shape(n) for own in self.trainable.matrices for n in own)
+
+    def _kept_or_fitted(
+        self, number: int, student: Fitter, teacher: Fitter, kept: Mapping[str, Tensor | None]
+    ) -> RegionResult:
+        """What a run before has made of the block, stored again; else it is fitted, and kept."""
+        weights, name = self.program.weights, self.blocks[number].name
+        found = self.done.find(name)
+        if found is not None:
+            for parameter, value in found.tensors().items():
+                weights.write(parameter, value)
+            student.forget()
+            return found.made(RegionResult)
+        result = self._block(number, student, teacher, kept)
+        self.done.add(name, asdict(result), {parameter: weights.read(parameter) for parameter in result.written})
+        return result
 
     def _block(self, number: int, student: Fitter, teacher: Fitter, kept: Mapping[str, Tensor | None]) -> RegionResult:
         started = time.perf_counter()

@@ -151,6 +151,8 @@ def search(
             device=device,
             memory=memory,
             overwrite=overwrite,
+            # What a search goes on with is its trials.
+            journal=False,
             **opening,
         )
         if out is None:

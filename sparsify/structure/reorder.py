@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,12 +23,14 @@ from sparsify.context import ChannelResult, Context, Progress
 from sparsify.errors import Refused, SpecError
 from sparsify.host import within_memory
 from sparsify.ir.program import Program
+from sparsify.journal.journal import NOT_KEPT, Kept
+from sparsify.journal.record import Entry
 from sparsify.method.channel_pass import ChannelPass
 from sparsify.method.selection import nm_most
 from sparsify.method.spec import spec_text
 from sparsify.prune.names import Wanted
 from sparsify.prune.targets import choose, read_elsewhere
-from sparsify.structure.orders import Orders
+from sparsify.structure.orders import Order, Orders
 
 
 def choose_lanes(program: Program, own: ChannelPass, wanted: Wanted) -> tuple[list[Lanes], list[Refused]]:
@@ -112,8 +116,12 @@ def reorder(
     chosen: Sequence[Lanes],
     batches: Sequence[Mapping[str, Tensor]],
     context: Context,
+    kept: Kept = NOT_KEPT,
 ) -> tuple[list[ChannelResult], list[Refused], Orders]:
     """Put the channels of each group of ``program`` into a better order.
+
+    Args:
+        kept: groups that a run before has finished, and where those of this one are kept.
 
     Returns:
         What became of each group, those that stay as they are, and what was done to parameters.
@@ -122,11 +130,12 @@ def reorder(
         CalibrationError: an activation that is NaN or infinite.
         SpecError: every group has zeros already that another order would break.
     """
-    norms = _measured(program, own, chosen, batches, context)
+    missing = any(kept.find(lanes.name) is None for lanes in chosen)
+    norms = _measured(program, own, chosen, batches, context) if missing else {}
     orders, results, left = Orders(), list[ChannelResult](), list[Refused]()
     for number, lanes in enumerate(chosen):
         with within_memory(f"reordering {lanes.name}", context.device):
-            found = _Group(program, own, lanes, norms, context).reordered(number, orders)
+            found = _Group(program, own, lanes, norms, context).kept_or_reordered(number, orders, kept)
         if isinstance(found, Refused):
             left.append(found)
             continue
@@ -166,13 +175,27 @@ class _Group:
         self.weights, self.own, self.lanes, self.norms, self.context = program.weights, own, lanes, norms, context
         self.matrices = {s.parameter: s.matrices(self.weights.read(s.parameter)) for s in lanes.sites}
 
-    def reordered(self, number: int, orders: Orders) -> ChannelResult | Refused:
-        """Find the order of each lane, write the parameters that change, and add what was done to ``orders``."""
+    def kept_or_reordered(self, number: int, orders: Orders, kept: Kept) -> ChannelResult | Refused:
+        """The order of each lane that a run before has found, or :meth:`_reordered`; write the parameters that change,
+        and add what was done to ``orders``."""
+        found = kept.find(self.lanes.name)
+        done, result = self._reordered(number) if found is None else _of_entry(found)
+        if found is None and isinstance(result, ChannelResult):
+            kept.add(self.lanes.name, *_as_entry(done, result))
+        for name in done.of:
+            self.weights.write(name, done.applied(name, self.weights.read(name)))
+        for name, each in done.of.items():
+            # Another group may have reordered another axis of it.
+            orders.of.setdefault(name, []).extend(each)
+        return result
+
+    def _reordered(self, number: int) -> tuple[Orders, ChannelResult | Refused]:
+        """What the pass does to the group; nothing is written."""
         started = time.perf_counter()
         for site in self.lanes.sites:
             if (pattern := _holds(self.matrices[site.parameter], self.own.unit)) is not None:
                 reason = f"{_called(site.name, self.lanes)} has {pattern} zeros, which another order would break"
-                return Refused(reason, self.lanes.name)
+                return Orders(), Refused(reason, self.lanes.name)
         done, moved = Orders(), 0
         before = after = whole = 0.0
         for place, lane in enumerate(self.lanes.lanes):
@@ -186,13 +209,8 @@ class _Group:
                 self._note(lane, order, done)
             before, after = before + old, after + max(old, new)
         self.matrices.clear()
-        for name in done.of:
-            self.weights.write(name, done.applied(name, self.weights.read(name)))
-        for name, found in done.of.items():
-            # Another group may have reordered another axis of it.
-            orders.of.setdefault(name, []).extend(found)
         share = max(whole, torch.finfo(torch.float64).tiny)
-        return ChannelResult(
+        return done, ChannelResult(
             self.lanes.name, sum(lane.channels for lane in self.lanes.lanes), len(self.lanes.lanes), moved,
             before / share, after / share, sorted(done.of), time.perf_counter() - started,
         )  # fmt: skip
@@ -221,6 +239,20 @@ class _Group:
             places = torch.from_numpy(moving.places)
             at = done.at(name, moving.axis, stack, self.weights.shape(name))
             at.places[lane.expert or 0, places] = places[order]
+
+
+def _as_entry(done: Orders, result: ChannelResult) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What was done to a group, as a journal keeps it."""
+    each = [(name, order) for name, orders in done.of.items() for order in orders]
+    told = [[name, order.axis, order.stack] for name, order in each]
+    return {"result": asdict(result), "orders": told}, {str(n): order.places for n, (_, order) in enumerate(each)}
+
+
+def _of_entry(found: Entry) -> tuple[Orders, ChannelResult]:
+    done, places = Orders(), found.tensors()
+    for number, (name, axis, stack) in enumerate(found.row["orders"]):
+        done.of.setdefault(name, []).append(Order(axis, stack, places[str(number)]))
+    return done, ChannelResult(**found.row["result"])
 
 
 def _holds(matrices: Tensor, unit: int) -> str | None:

@@ -122,7 +122,7 @@ def _without_layers(
     gone = layers.least_important(stack, structural_pass, [scores.of_all(names, i) for i, names in enumerate(parts)])
     config = layers.config_without(source, stack, gone)
     write_tensors(source, lambda: layers.stored_without(program.weights, stack, gone), config, into)
-    smaller = _smaller(into, source)
+    smaller = open_smaller(into, source)
     cut = Cut("layers", stack.container, stack.count, stack.count - len(gone), tuple(gone), ())
     counts = count_parameters(source), count_parameters(smaller)
     done = Restructured(structural_pass, [cut], [], config, counts)
@@ -169,7 +169,7 @@ def _note(source: Source, done: Restructured, into: Path) -> None:
     carry_modes(source.folder, into, stat.S_IMODE(into.stat().st_mode))
 
 
-def _smaller(folder: Path, source: Source) -> Source:
+def open_smaller(folder: Path, source: Source) -> Source:
     """The model that ``folder`` holds, opened as ``source`` was, from which its tensors were read and looked at."""
     made = open_source(
         folder,
@@ -197,7 +197,7 @@ def _compared(folder: Path, source: Source, small: Program, context: Context) ->
     """
     asked, cut = f"the smaller model of {source.name}", "cut the graph in Python: sparsify.structure.shrink.shrink"
     try:
-        smaller = _smaller(folder, source)
+        smaller = open_smaller(folder, source)
         program = capture(smaller, small.zero_batch() | small.literals)
     except TraceError as error:
         raise BackendError(

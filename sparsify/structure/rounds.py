@@ -10,8 +10,10 @@ from sparsify.context import Context, Progress
 from sparsify.errors import BackendError
 from sparsify.frontend.modules import save_module
 from sparsify.frontend.source import Source, open_source
+from sparsify.journal.journal import NOT_KEPT, Kept
 from sparsify.method.spec import spec_text
 from sparsify.method.structural_pass import StructuralPass
+from sparsify.structure.kept import keep, reopened
 from sparsify.structure.record import Restructured
 from sparsify.structure.restructure import Captured, restructure
 
@@ -47,21 +49,30 @@ def make_smaller(
     place: Path,
     context: Context,
     number: int = 0,
+    kept: Kept = NOT_KEPT,
 ) -> tuple[Captured, list[Restructured]]:
     """Run the rounds of a pass, each into a folder of its own below ``place``: the last model, and what was done.
 
     Args:
-        number: of the pass among all.
+        number: of the pass among all. kept: rounds that a run before has finished, and where those of this one are
+            kept, in whose folder they lie then.
 
     Raises:
-        SpecError, BackendError: as :func:`restructure`.
+        SpecError, BackendError: as :func:`restructure`. CheckpointError: a model that was kept is damaged.
     """
     done: list[Restructured] = []
     rounds = list(structural_pass.rounds())
-    for number, one in enumerate(rounds):
-        context.observe(Progress("making the model smaller", number, len(rounds), spec_text(structural_pass), "round"))
-        into = place / str(sum(1 for _ in place.iterdir()))
-        into.mkdir()
-        model, record = restructure(model, one, data, into, context, number)
+    for at, one in enumerate(rounds):
+        context.observe(Progress("making the model smaller", at, len(rounds), spec_text(structural_pass), "round"))
+        found = kept.find(f"round {at}")
+        if found is not None:
+            model, record = reopened(model, one, found)
+        else:
+            into = kept.subfolder(f"smaller-{number}-{at}")
+            if into is None:
+                into = place / str(sum(1 for _ in place.iterdir()))
+                into.mkdir()
+            model, record = restructure(model, one, data, into, context, number)
+            keep(kept, f"round {at}", into, model, record)
         done.append(record)
     return model, done

@@ -128,12 +128,12 @@ def test_what_cannot_be_read(tmp_path: Path) -> None:
 
 
 def test_every_option_of_compile_is_a_key() -> None:
-    """But for those of one run: what is printed, and where a recipe is."""
+    """But for those of one run: what is printed, where a recipe is, and that it goes on with another."""
     import inspect
 
     from sparsify.cli.compile import compile_command
 
-    alone = {"ctx", "quiet", "log_level", "debug", "as_json", "recipe", "save_recipe", "trust_remote_code"}
+    alone = {"ctx", "quiet", "log_level", "debug", "as_json", "recipe", "save_recipe", "trust_remote_code", "resume"}
     assert set(inspect.signature(compile_command).parameters) - alone == set(KEYS)
 
 

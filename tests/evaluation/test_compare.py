@@ -17,6 +17,7 @@ from sparsify.errors import BackendError, SparsifyError
 from sparsify.evaluation.compare import compare
 from sparsify.files.ownership import Claim
 from sparsify.frontend.source import open_source
+from sparsify.journal.left import left_of
 from sparsify.method.spec import split_specs
 from sparsify.quality.perplexity import perplexity
 
@@ -93,7 +94,9 @@ def test_nothing_is_written_where_a_pass_fails(model: Path, text: Path, tmp_path
     out = tmp_path / "compared"
     with pytest.raises(SparsifyError, match="one stream"):
         compare(model, ["twin:2:4"], calibration=str(text), samples=2, sequence_length=32, schedule="dense", output=out)
-    assert not out.exists() and not list(tmp_path.iterdir())
+    # But the dense model's row is kept, for who leaves that pass out.
+    assert not out.exists() and [left.finished for left in left_of(out)] == [1]
+    assert [left.path for left in left_of(out)] == list(tmp_path.iterdir())
 
 
 options = st.sampled_from(["group=layer", "update=exact", "blocksize=4", "count=exact"])

@@ -26,3 +26,13 @@ def test_in_several_steps(folder: Callable[[str], Path], tmp_path: Path, ids: Te
     assert [c.after for s in result.structure for c in s.cuts if c.kind == "channels"] == [48, 48, 32, 32]
     assert load(tmp_path / "out").config.intermediate_size == 32
     assert len(json.loads((tmp_path / "out" / "sparsify.json").read_text())["structure"]) == 2
+
+
+def test_names_of_another_pass_are_not_those_of_a_round(
+    folder: Callable[[str], Path], tmp_path: Path, ids: Tensor
+) -> None:
+    """The second round of the first pass is no second pass."""
+    smaller, other = "llm-pruner:50%,steps=2,importance=l1", {"pass": "wanda:50%", "only": ["*.layers.0.*"]}
+    result = sparsify.compile(folder("llama"), [smaller, other], calibration=[ids], output=tmp_path / "out")
+    first, second = ([cut.name for cut in done.cuts] for done in result.structure)
+    assert all(any("layers.1" in name for name in each) for each in (first, second))

@@ -15,7 +15,7 @@ STOREYS: tuple[tuple[str, ...], ...] = (
     ("finite", "host", "words"),
     ("precision", "progress"),
     ("ir", "files", "method", "runtime"),
-    ("quantized",),
+    ("quantized", "journal"),
     ("analysis", "frontend"),
     ("data", "provenance"),
     ("calibration",),

@@ -1,6 +1,7 @@
 """Kill every writer at every call by which it puts something in its place, and look at what is there afterwards.
 
     python tools/kills [--writers hf,packed] [--json]     # all writers: some minutes on two cores
+    python tools/kills --resume 20 [--seed 0]             # compiles killed at random moments, and gone on with
 
 A writer runs in a forked child, in which each rename, exchange, sync, mkdir, chmod, unlink and rmdir in the output's
 place is counted; before the call of a given number the child kills itself with SIGKILL. Then the next run's first
@@ -30,6 +31,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).parent))
 
+from resumed import kill_at_random
 from writers import WRITERS, Scene, Writer, make_scene
 
 import sparsify.durable
@@ -190,6 +192,16 @@ def _prepare(writer: Writer, scene: Scene, over: bool) -> None:
         writer.older(scene)
 
 
+def resume(count: int, seed: int) -> int:
+    """Kill so many compiles at random moments and go on; 0 where each wrote what one that nobody killed writes."""
+    print("job                after       ms  kept")
+    with tempfile.TemporaryDirectory(prefix="kills-") as folder:
+        done = kill_at_random(Path(folder), count, seed, lambda text: print(text, flush=True))
+    same = sum(each.same for each in done)
+    print(f"{same} of {count}: the bytes of a run that nobody killed ({sum(each.kept > 0 for each in done)} went on)")
+    return 0 if same == count else 1
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="kills", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -197,8 +209,12 @@ def main() -> None:
     parser.add_argument("--writers", default=",".join(WRITERS), help="[default: %(default)s]")
     parser.add_argument("--quick", action="store_true", help="over an older output alone, with the exchange of names")
     parser.add_argument("--json", action="store_true", help="the counts as JSON")
+    parser.add_argument("--resume", type=int, metavar="COUNT", help="kill so many compiles at random moments instead")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
+    if args.resume is not None:
+        sys.exit(resume(args.resume, args.seed))
     done = []
     with tempfile.TemporaryDirectory(prefix="kills-") as folder:
         scene = make_scene(Path(folder), args.writers.split(","))

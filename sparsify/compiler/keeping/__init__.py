@@ -1,0 +1,1 @@
+"""What of a compile is kept until its output is there, and gone on with."""
