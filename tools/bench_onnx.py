@@ -105,7 +105,7 @@ print(json.dumps({"seconds": time.process_time() - began, "peak": status("VmHWM"
 
 
 def main() -> None:
-    parts: dict[str, Callable[[Path], None]] = {
+    parts: dict[str, Callable[..., None]] = {
         "layers": layers,
         "memory": memory,
         "packed": packed,
@@ -116,11 +116,13 @@ def main() -> None:
     }
     parser = argparse.ArgumentParser()
     parser.add_argument("parts", nargs="*", choices=[*parts, []], default=[])
+    parser.add_argument("--threads", type=int, default=1, help="of `sparse` and `integers` [default: 1]")
     args = parser.parse_args()
     print(f"{processor()}, {os.cpu_count()} cores")
     for name in args.parts or parts:
         with tempfile.TemporaryDirectory() as scratch:
-            parts[name](Path(scratch))
+            more = {"threads": args.threads} if name in ("sparse", "integers") else {}
+            parts[name](Path(scratch), **more)
 
 
 def child(code: str, *words: object) -> str:
@@ -220,7 +222,7 @@ def decode(scratch: Path) -> None:
 def _built_by_genai(model: Path, precision: str, out: Path) -> None:
     """The graph that onnxruntime-genai's own builder makes of a folder."""
     builder = [sys.executable, "-W", "ignore", "-m", "onnxruntime_genai.models.builder"]
-    words = ["-i", model, "-o", out, "-p", precision, "-e", "cpu", "-c", out.parent / "cache"]
+    words = ["-i", str(model), "-o", str(out), "-p", precision, "-e", "cpu", "-c", str(out.parent / "cache")]
     done = subprocess.run([*builder, *words], capture_output=True, text=True)
     if done.returncode:
         sys.exit(done.stderr)
@@ -277,19 +279,19 @@ def zeros(scratch: Path) -> None:
     print(f"zeros: a token with 2:4 weights takes {ratio:.2f}× one with dense weights")
 
 
-def sparse(scratch: Path) -> None:
-    """Our operators against dense products in the same runtime: 222 million parameters, one thread, in turns."""
+def sparse(scratch: Path, threads: int) -> None:
+    """Our operators against dense products in the same runtime: 222 million parameters, in turns."""
     make_checkpoint(scratch / "model", "1k", layers=16)
     for spec in ("magnitude:2:4", "magnitude:50%"):
         pruned = scratch / spec.replace(":", "-")
         sparsify.compile(scratch / "model", [spec], output=pruned)
         for dtype in ("float32", "bfloat16"):
-            _compare_sparse(spec, pruned, dtype, scratch / "dense", scratch / "sparse")
+            _compare_sparse(spec, pruned, dtype, scratch / "dense", scratch / "sparse", threads)
 
 
-def integers(scratch: Path) -> None:
+def integers(scratch: Path, threads: int) -> None:
     """2:4 with values of 8 and 4 bits against what genai's builder makes of the same model with as many bits: both in
-    genai, one thread, in turns; all matrices rounded, the head too.
+    genai, in turns; all matrices rounded, the head too.
     """
     make_checkpoint(scratch / "model", "1k", layers=16)
     _lend_tokenizer(scratch / "model")
@@ -306,10 +308,10 @@ def integers(scratch: Path) -> None:
         least = {name: {key: min(run[key] for run in runs) for key in runs[0]} for name, runs in opened.items()}
         for folder in folders.values():
             config = json.loads((folder / "genai_config.json").read_text())
-            config["model"]["decoder"]["session_options"]["intra_op_num_threads"] = 1
+            config["model"]["decoder"]["session_options"]["intra_op_num_threads"] = threads
             (folder / "genai_config.json").write_text(json.dumps(config))
         prompt = np.arange(5, 21)[None]
-        runs = {name: _by_genai(folder, prompt, time.thread_time) for name, folder in folders.items()}
+        runs = {name: _by_genai(folder, prompt, _clock(threads)) for name, folder in folders.items()}
         ratios = [runs["ours"](24) / runs["theirs"](24) for _ in range(9)]
         kinds = {name: least["ours"][name] / least["theirs"][name] for name in ("seconds", "peak")}
         print(
@@ -320,15 +322,20 @@ def integers(scratch: Path) -> None:
         )
 
 
-def _compare_sparse(spec: str, pruned: Path, dtype: str, dense: Path, sparse: Path) -> None:
+def _clock(threads: int) -> Callable[[], float]:
+    """Seconds of this thread, which other programs on the machine do not lengthen, where it does all the work."""
+    return time.thread_time if threads == 1 else time.perf_counter
+
+
+def _compare_sparse(spec: str, pruned: Path, dtype: str, dense: Path, sparse: Path, threads: int) -> None:
     from sparsify.backends.onnx.running.runner import Runner
 
     folders = {"external": dense, "sparse": sparse}
     for mode, folder in folders.items():
         sparsify.compile(pruned, to=f"onnx:weights={mode},dtype={dtype}", output=folder, overwrite=True)
     loads = {mode: [json.loads(child(LOAD_AND_RUN, folder)) for _ in range(2)] for mode, folder in folders.items()}
-    runners = {mode: Runner(folder, threads=1, check=False) for mode, folder in folders.items()}
-    one, many = (_in_turns(runners, length, times) for length, times in ((1, 60), (128, 8)))
+    runners = {mode: Runner(folder, threads=threads, check=False) for mode, folder in folders.items()}
+    one, many = (_in_turns(runners, length, times, _clock(threads)) for length, times in ((1, 60), (128, 8)))
     size = {mode: (folder / "model.onnx.data").stat().st_size for mode, folder in folders.items()}
     least = {mode: {key: min(r[key] for r in runs) for key in runs[0]} for mode, runs in loads.items()}
     ratios = {key: least["sparse"][key] / least["external"][key] for key in ("seconds", "peak")}
@@ -340,19 +347,16 @@ def _compare_sparse(spec: str, pruned: Path, dtype: str, dense: Path, sparse: Pa
     )
 
 
-def _in_turns(runners: Mapping[str, Any], length: int, times: int) -> float:
-    """How many times as fast ``sparse`` takes ``length`` tokens as ``external``: the median over pairs of turns.
-
-    In seconds of this thread, which other programs on the machine do not lengthen.
-    """
+def _in_turns(runners: Mapping[str, Any], length: int, times: int, clock: Callable[[], float]) -> float:
+    """How many times as fast ``sparse`` takes ``length`` tokens as ``external``: the median over pairs of turns."""
     ids = np.ones((1, length), np.int64)
     ratios = []
     for _ in range(times):
         took = {}
         for name in ("external", "sparse"):
-            began = time.thread_time()
+            began = clock()
             runners[name].forward(ids, ids, runners[name].empty(1))
-            took[name] = time.thread_time() - began
+            took[name] = clock() - began
         ratios.append(took["external"] / took["sparse"])
     return statistics.median(ratios)
 

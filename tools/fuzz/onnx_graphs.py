@@ -141,7 +141,7 @@ def answer(case: Case, library: Path, threads: int) -> str | None:
     # Other contents may be anything, sums of huge numbers among it.
     if case.changed or not sure.all() or scale == 0.0 or len(want) == 0:
         return None
-    off = float(np.linalg.norm(got - want) / max(np.linalg.norm(want), 1e-30))
+    off = float(np.linalg.norm(got - want)) / max(float(np.linalg.norm(want)), 1e-30)
     return f"off by {off:.2g}" if off > (3e-2 if few else 1e-5) else None
 
 
