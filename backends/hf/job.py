@@ -103,7 +103,7 @@ class HuggingFaceJob:
                 raise BackendError(
                     f"output {self.staging.out}",
                     found=f"tensor {name} reads back otherwise than it was written",
-                    do="Check the disk and run again; nothing was left",
+                    do="Check the disk and run again; no output was left",
                 )
         return sums
 

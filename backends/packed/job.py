@@ -153,7 +153,7 @@ class PackedJob:
         sums = write_packed(inside, self.weights, self.decisions)
         for name, found, do in differences(PackedStore(inside, self.sites), self.weights, sums):
             out = self.hf.staging.out
-            raise BackendError(f"output {out}", found=f"{name} {found}", do=f"{do}; nothing was left")
+            raise BackendError(f"output {out}", found=f"{name} {found}", do=f"{do}; no output was left")
         self._try_modules(program)
         for path in [*self.hf.store.files, folder / INDEX]:
             path.unlink(missing_ok=True)

@@ -18,6 +18,7 @@ import sparsify  # noqa: E402
 from sparsify.files.ownership import Claim, Scratch  # noqa: E402
 from sparsify.files.single import put_file  # noqa: E402
 from sparsify.files.staging import Staging, check_output  # noqa: E402
+from sparsify.journal.left import left_of, remove  # noqa: E402
 from sparsify.runtime.cache import put_whole  # noqa: E402
 
 # Of so small a model nothing is worth packing for speed.
@@ -175,6 +176,9 @@ def _cache(scene: Scene, overwrite: bool) -> None:
 def _check(scene: Scene) -> None:
     if (claim := check_output(scene.out, overwrite=True, source=None)) is not None:
         claim.release()
+    # A journal goes when it is told to.
+    for left in left_of(scene.out):
+        assert remove(left)
     for name in ("sparsify-compare", "sparsify-smaller"):
         Scratch(name).cleanup()
 

@@ -37,14 +37,15 @@ def test_what_was_not_pruned_keeps_every_byte(folder: Callable[[str], Path], tmp
     assert other == {f"model.layers.0.mlp.{part}_proj.weight" for part in ("gate", "up", "down")}
 
 
-def test_a_copy_that_went_wrong_is_refused_and_nothing_is_left(
+def test_a_copy_that_went_wrong_is_refused_and_no_output_is_left(
     folder: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     copy = Checkpoint.copy_to
     monkeypatch.setattr(Checkpoint, "copy_to", lambda source, into: flip(copy(source, into), "model.norm.weight"))
     with pytest.raises(BackendError, match=r"tensor model\.norm\.weight reads back otherwise than it was written"):
         sparsify.compile(folder("llama"), ["magnitude:2:4"], output=tmp_path / "out")
-    assert not list(tmp_path.iterdir())
+    # What was pruned is kept, for --resume.
+    assert [path.name.rpartition("-")[0] for path in tmp_path.iterdir()] == [".out.unfinished"]
 
 
 def test_a_pruned_tensor_that_reads_back_otherwise_is_refused(
@@ -59,7 +60,8 @@ def test_a_pruned_tensor_that_reads_back_otherwise_is_refused(
     monkeypatch.setattr(job.HuggingFaceJob, "verify", damaged)
     with pytest.raises(BackendError, match=r"down_proj\.weight reads back otherwise"):
         sparsify.compile(folder("llama"), ["magnitude:2:4"], output=tmp_path / "out")
-    assert not list(tmp_path.iterdir())
+    # What was pruned is kept, for --resume.
+    assert [path.name.rpartition("-")[0] for path in tmp_path.iterdir()] == [".out.unfinished"]
 
 
 def test_a_module_of_the_users_own_with_shared_memory(tmp_path: Path) -> None:
