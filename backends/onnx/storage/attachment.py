@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sparsify.backends.onnx.options import Mode
 from sparsify.backends.onnx.products.packing import Packing
+from sparsify.backends.onnx.products.plain import as_gemms
 from sparsify.backends.onnx.products.sparse import (
     add_functions,
     form_of,
@@ -65,6 +66,8 @@ class Attachment:
 
     def attach(self, parameters: dict[str, ir.Value], prefix: str) -> None:
         """Replace every value of ``parameters`` (names in the traced program) by the checkpoint's tensor."""
+        if self.mode == "sparse":
+            as_gemms(self.build, parameters.values())
         for name in counted("exporting", parameters):
             value = parameters[name]
             parameter = self.weights.canonical(name.removeprefix(prefix))
