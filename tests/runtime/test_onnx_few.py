@@ -46,7 +46,7 @@ def sizes(form: Form, rows: int, columns: int, group: int, exact: bool = False) 
 
 
 @pytest.mark.parametrize("isa", native.ISAS)
-@pytest.mark.parametrize(("given", "stored"), PAIRS)
+@pytest.mark.parametrize(("given", "stored"), [PAIRS[1], PAIRS[3], PAIRS[4]])
 @pytest.mark.parametrize("form", FEW, ids=lambda form: form.suffix)
 def test_a_product_is_that_of_the_integers_and_their_scales(
     form: Form, given: torch.dtype, stored: torch.dtype, isa: str, monkeypatch: pytest.MonkeyPatch
