@@ -133,7 +133,7 @@ class Staging:
         self._release()
         if isinstance(error, OSError):
             raise BackendError(
-                f"output {self.out}", found=f"writing failed ({error})", do="Nothing was left; see the cause"
+                f"output {self.out}", found=f"writing failed ({error})", do="No output was left; see the cause"
             ) from error
 
 

@@ -45,7 +45,9 @@ class Left:
     def line(self) -> str:
         """For people."""
         said = {
-            "unfinished": f"{self.finished} finished parts of a run to {self.out}, which --resume goes on with",
+            "unfinished": f"{self.finished} finished parts of a run to {self.out}, which --resume goes on with"
+            if self.finished
+            else f"a run to {self.out} that had finished nothing",
             "partial": f"what a run to {self.out} was writing",
             "replaced": f"an older {self.out}, which the next run puts back where nothing is in its place",
             "lock": f"the lock of a run to {self.out}",

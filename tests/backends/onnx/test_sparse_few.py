@@ -98,6 +98,7 @@ def test_the_library_lies_beside_the_graph_and_genai_runs_it(
     og = pytest.importorskip("onnxruntime_genai", reason="onnxruntime-genai has no wheel here")
     folder = written("llama", SPARSE)
     assert (folder / FILE).read_bytes() == Path(sparsify.onnx_library()).read_bytes() and asked(folder) == FILE
+    assert f'register_custom_ops_library("FOLDER/{FILE}")' in (folder / "README.md").read_text()
     assert FILE in json.loads((folder / "sparsify.json").read_text())["digests"]["files"]
     want = [int(t[0]) for t in Runner(folder).generate(np.array([[5, 6, 7]]), tokens=20)]
     model = og.Model(str(folder))

@@ -1,10 +1,7 @@
 // One node of a graph: its constants looked at once, when a session makes its kernels, and how it multiplies with them.
 #pragma once
-#include "interface.h"
+#include "named.h"
 
-#include "../calls.h"
-
-#include <cstdio>
 #include <new>
 #include <thread>
 
@@ -31,84 +28,6 @@ namespace {
 const i64 FEW_24 = 16, FEW_BITMASK = 8, FEW_ACROSS = 5, MANY = 64, FEW_INTEGERS = 16;
 // Few bits pad columns to a multiple of this, as few.h says.
 const i64 UNIT_FEW = 128;
-
-enum Layout { PAIRS = 0, MASK = 1, WHOLE = 2 };   // FewLayout of few.h
-enum Input { X, INDEX, VALUES, CODES, SCALES, BIAS, INPUTS };
-
-// One operator as onnxruntime is told of it: for each combination of types one.
-struct Named : ort::Operator {
-  const ort::Api* api;
-  int layout, bits;    // bits: 8 or 4; 0: values of full width
-  bool experts;        // a stack of matrices, and for each token which of them
-  int given, stored;   // kinds: of x, bias and y; of the values, or of the scales of few bits
-
-  bool has(int input) const {
-    return input == INDEX ? experts : input == CODES ? layout != WHOLE : input == SCALES ? bits != 0 : input == BIAS ? !experts : true;
-  }
-  // Which input is given at place `at`; INPUTS: none. And the other way; -1: it has none.
-  int input(size_t at) const {
-    for (int i = 0; i < INPUTS; i++)
-      if (has(i) && at-- == 0) return i;
-    return INPUTS;
-  }
-  i64 place(int of) const {
-    i64 at = 0;
-    for (int i = 0; i < of; i++) at += has(i);
-    return has(of) ? at : -1;
-  }
-  size_t count() const { return (size_t)(place(experts ? bits ? SCALES : layout == WHOLE ? VALUES : CODES : BIAS) + 1); }
-};
-
-int element_of(int kind) { return kind == F32 ? ort::FLOAT : kind == F16 ? ort::FLOAT16 : ort::BFLOAT16; }
-const Named& named(const ort::Operator* op) { return *static_cast<const Named*>(op); }
-const char* name_of(const ort::Operator* op) {
-  static const char* const names[2][3][3] = {{{"Linear24", "LinearBitmask", nullptr},
-                                              {"Linear24Int8", "LinearBitmaskInt8", "LinearInt8"},
-                                              {"Linear24Int4", "LinearBitmaskInt4", "LinearInt4"}},
-                                             {{"Experts24", "ExpertsBitmask", nullptr},
-                                              {"Experts24Int8", "ExpertsBitmaskInt8", "ExpertsInt8"},
-                                              {"Experts24Int4", "ExpertsBitmaskInt4", "ExpertsInt4"}}};
-  const Named& n = named(op);
-  return names[n.experts][n.bits == 8 ? 1 : n.bits == 4 ? 2 : 0][n.layout];
-}
-
-// ---- what may be wrong, said
-
-struct Teller {   // `node` as the graph names it
-  const ort::Api& api;
-  const char *op, *node;
-
-  template <class... A> OrtStatus* operator()(ort::Code code, const char* text, A... a) const {
-    char what[300], all[600];
-    snprintf(what, sizeof what, text, a...);
-    snprintf(all, sizeof all, "sparsify.%s%s%s: %s", op, *node ? " " : "", node, what);
-    return ort::status(api, code, all);
-  }
-};
-
-struct Shape {
-  size_t rank;
-  i64 dims[8];
-  int element;
-  bool is(i64 count) const { return rank == 1 && dims[0] == count; }
-  bool is(i64 rows, i64 columns) const { return rank == 2 && dims[0] == rows && dims[1] == columns; }
-};
-
-// The type and shape of a tensor; a rank above 8 has no dims.
-OrtStatus* shape_of(const ort::Api& api, const OrtTensorTypeAndShapeInfo* info, Shape& out) {
-  out = {};
-  if (OrtStatus* bad = ort::GetTensorElementType(api, info, &out.element)) return bad;
-  if (OrtStatus* bad = ort::GetDimensionsCount(api, info, &out.rank)) return bad;
-  return out.rank <= 8 ? ort::GetDimensions(api, info, out.dims, out.rank) : nullptr;
-}
-
-OrtStatus* shape_of(const ort::Api& api, const OrtValue* value, Shape& out) {
-  OrtTensorTypeAndShapeInfo* info = nullptr;
-  if (OrtStatus* bad = ort::GetTensorTypeAndShape(api, value, &info)) return bad;
-  OrtStatus* bad = shape_of(api, info, out);
-  ort::release(api, info);
-  return bad;
-}
 
 // ---- one node
 
@@ -144,6 +63,7 @@ struct Kernel {
   i64 row_values() const { return (op.layout == PAIRS ? columns / 2 : columns) * (op.bits ? op.bits : 8) / 8; }
 
   OrtStatus* open(const OrtKernelInfo* info);
+  OrtStatus* attribute(const OrtKernelInfo* info, const char* name, i64* out) const;
   OrtStatus* sizes(const OrtKernelInfo* info);
   OrtStatus* constant(const OrtKernelInfo* info, Input input, const char* what, Shape& shape, const void** at);
   OrtStatus* open_codes(const OrtKernelInfo* info);
@@ -177,20 +97,28 @@ OrtStatus* Kernel::constant(const OrtKernelInfo* info, Input input, const char* 
   return nullptr;
 }
 
+// onnxruntime's own word of one that is missing names no node.
+OrtStatus* Kernel::attribute(const OrtKernelInfo* info, const char* name, i64* out) const {
+  OrtStatus* bad = ort::KernelInfoGetAttribute_int64(api, info, name, out);
+  if (!bad) return nullptr;
+  ort::release(api, bad);
+  return tell()(ort::INVALID_GRAPH, "no %s, which is an integer", name);
+}
+
 OrtStatus* Kernel::sizes(const OrtKernelInfo* info) {
-  if (OrtStatus* bad = ort::KernelInfoGetAttribute_int64(api, info, "in_features", &width)) return bad;
-  if (OrtStatus* bad = ort::KernelInfoGetAttribute_int64(api, info, "out_features", &rows)) return bad;
+  if (OrtStatus* bad = attribute(info, "in_features", &width)) return bad;
+  if (OrtStatus* bad = attribute(info, "out_features", &rows)) return bad;
   const i64 unit = op.bits ? UNIT_FEW : UNIT;
   if (width < 1 || width > MOST_COLUMNS || rows < 1 || rows > ((i64)1 << 60) / (width + unit))
     return tell()(ort::INVALID_GRAPH, "in_features %lld and out_features %lld", (long long)width, (long long)rows);
   columns = (width + unit - 1) / unit * unit;
   if (op.experts) {
-    if (OrtStatus* bad = ort::KernelInfoGetAttribute_int64(api, info, "experts", &stack)) return bad;
+    if (OrtStatus* bad = attribute(info, "experts", &stack)) return bad;
     if (stack < 1 || stack > ((i64)1 << 60) / columns / rows) return tell()(ort::INVALID_GRAPH, "experts %lld", (long long)stack);
   }
   if (!op.bits) return nullptr;
-  if (OrtStatus* bad = ort::KernelInfoGetAttribute_int64(api, info, "exact", &exact)) return bad;
-  if (OrtStatus* bad = ort::KernelInfoGetAttribute_int64(api, info, "group", &group)) return bad;
+  if (OrtStatus* bad = attribute(info, "exact", &exact)) return bad;
+  if (OrtStatus* bad = attribute(info, "group", &group)) return bad;
   if (group != width && group != 32 && group != 64 && group != 128)
     return tell()(ort::INVALID_GRAPH, "a scale for %lld columns, and not for 32, 64, 128 or all %lld", (long long)group, (long long)width);
   if (group >= width) group = 0;
@@ -243,8 +171,9 @@ OrtStatus* Kernel::open_values(const OrtKernelInfo* info) {
   }
   value_count = starts[all_rows()] + PADDING;
   if (values.is(value_count)) return nullptr;
+  if (values.rank != 1) return tell()(ort::INVALID_GRAPH, "its values have %d dimensions, and those of a mask one", (int)values.rank);
   return tell()(ort::INVALID_GRAPH, "%lld values for a mask of %lld and %lld zeros after them: the file is damaged",
-                values.rank == 1 ? (long long)values.dims[0] : -1LL, (long long)starts[all_rows()], (long long)PADDING);
+                (long long)values.dims[0], (long long)starts[all_rows()], (long long)PADDING);
 }
 
 OrtStatus* Kernel::open_scales(const OrtKernelInfo* info) {
