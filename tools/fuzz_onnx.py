@@ -76,7 +76,7 @@ def campaign(graphs: int, seed: int, seconds: float, isas: list[str] | None) -> 
             print(f"{isa}: {sum(counts.values())} graphs: {said}")
             print("".join(f"  {example}\n" for example in examples), end="", flush=True)
             clean &= not examples
-        clean &= not reported(folder)
+        clean &= not reported(folder, library.name)
     print("no report" if clean else "FOUND")
     return int(not clean)
 

@@ -101,7 +101,7 @@ def changed(draw: Random, case: Case) -> Case:
             del sizes[name]
         return replace(case, sizes=sizes, changed=True)
     if chance < 0.35:
-        x = torch.randn(draw.choice([(3, case.x.shape[1] + 1), (0,), (2, 2, case.x.shape[1]), (1, 0)]))
+        x = torch.randn(draw.choice([(3, case.x.shape[-1] + 1), (0,), (2, 2, case.x.shape[-1]), (1, 0)]))
         return replace(case, x=x, changed=True)
     name = draw.choice(list(case.parts))
     parts = dict(case.parts)
