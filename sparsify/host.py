@@ -142,6 +142,8 @@ def resolve_device(text: str) -> torch.device:
     Raises:
         SpecError: no such device here, or one that cannot compute.
     """
+    if not isinstance(text, str):
+        raise SpecError(f"device {text!r}", found=f"{type(text).__name__}, no name", do="Use auto, cpu, cuda:0, say")
     gpus = [f"cuda:{number}" for number in range(torch.cuda.device_count() if torch.cuda.is_available() else 0)]
     try:
         device = torch.device(text if text != "auto" else "cuda" if gpus else "cpu")

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from typing import Literal, TypeVar, get_args
+from numbers import Integral
+from os import PathLike
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args
 
 from sparsify.errors import SpecError
 
@@ -78,7 +81,7 @@ def parse_bytes(text: int | str) -> int:
     Raises:
         SpecError: not an amount of memory.
     """
-    if isinstance(text, int) and text >= 0:
+    if isinstance(text, int) and not isinstance(text, bool) and text >= 0:
         return text
     text = str(text)
     digits = text.strip().rstrip("BbiIKkMmGgTt ")
@@ -111,16 +114,71 @@ def _controls(c: str) -> bool:
 MAX_SAMPLES = 1 << 26
 
 
+def check_whole(amount: object, what: str) -> None:
+    """Python gives what it likes where a number is meant; None stands for a default.
+
+    Raises:
+        SpecError: no whole number; True and False are none.
+    """
+    if amount is not None and (isinstance(amount, bool) or not isinstance(amount, Integral)):
+        raise SpecError(f"{what} {amount!r}", found=f"{type(amount).__name__}, no whole number", do="Give 8, say")
+
+
 def check_amount(samples: int | None, sequence_length: int | None) -> None:
     """Raises:
-    SpecError: fewer than one sample, or more than a machine holds, or fewer than two tokens.
+    SpecError: no whole numbers, fewer than one sample, or more than a machine holds, or fewer than two tokens.
     """
+    check_whole(samples, "samples")
+    check_whole(sequence_length, "sequence length")
     if samples is not None and samples < 1:
         raise SpecError(f"{samples} samples", found="fewer than one", do="Give --samples 1 or more")
     if samples is not None and samples > MAX_SAMPLES:
         raise SpecError(f"{samples} samples", found=f"more than {MAX_SAMPLES}", do="Give fewer: 128 serve most models")
     if sequence_length is not None and sequence_length < 2:
         raise SpecError(f"sequence length {sequence_length}", found="fewer than two tokens", do="Give 2 or more")
+
+
+def check_windows(windows: int | None) -> None:
+    """Raises:
+    SpecError: no whole number, or fewer than one.
+    """
+    check_whole(windows, "windows")
+    if windows is not None and windows < 1:
+        raise SpecError(f"{windows} windows", found="fewer than one", do="Give 1 or more, or none for all")
+
+
+def names_given(given: object, word: str) -> tuple[str, ...]:
+    """What Python gives for ``only`` or ``ignore`` (``word``): one text or several, with commas as on the command line.
+
+    Raises:
+        SpecError: something else.
+    """
+    several: list[Any] = [given] if isinstance(given, str) or not isinstance(given, Iterable) else list(given)
+    if wrong := [name for name in several if not isinstance(name, str)]:
+        found = f"{type(wrong[0]).__name__}, where names are meant"
+        raise SpecError(f"{word} {given!r}", found=found, do='Give "*.mlp.*", say, or a list of such')
+    return tuple(split_names(several))
+
+
+def path_given(given: str | PathLike[str], what: str) -> Path:
+    """What Python gives for a file or a folder; ``~`` is home.
+
+    Raises:
+        SpecError: no path.
+    """
+    if not isinstance(given, str | PathLike):
+        raise SpecError(what, found=f"{type(given).__name__}, no path", do="Give its name, or a Path")
+    return Path(given).expanduser()
+
+
+def paths_given(given: str | PathLike[str] | Iterable[str | PathLike[str]], what: str) -> list[Path]:
+    """What Python gives for files or folders: one or several.
+
+    Raises:
+        SpecError: something else.
+    """
+    several: list[Any] = [given] if isinstance(given, str) or not isinstance(given, Iterable) else list(given)
+    return [path_given(place, what) for place in several]
 
 
 def split_names(given: Iterable[str]) -> list[str]:
@@ -149,6 +207,7 @@ def check_seed(seed: int) -> None:
     """Raises:
     SpecError: no seed that every generator of random numbers takes.
     """
+    check_whole(seed, "seed")
     if not 0 <= seed < 1 << 63:
         raise SpecError(f"seed {seed}", found="not a number from 0 to 2**63 - 1", do="Give --seed 0, say")
 

@@ -18,7 +18,7 @@ from sparsify.provenance.figures import figures_of
 from sparsify.provenance.places import folder_of
 from sparsify.provenance.runs import earlier
 from sparsify.prune.names import named, prefixes
-from sparsify.words import split_names
+from sparsify.words import names_given
 
 if TYPE_CHECKING:
     from sparsify.compiler.result import Compiled
@@ -44,6 +44,7 @@ def diff(
         CheckpointError: a model that cannot be read, or two that have not one tensor's name in common.
         SpecError: a name that matches nothing in either, or a result that was not written.
     """
+    only, ignore = names_given(only, "only"), names_given(ignore, "ignore")
     sides = [folder_of(side, "comparing two models") for side in (a, b)]
     one, other = (open_side(side, check=check, allow_bin=allow_bin) for side in sides)
     in_a, in_b = dict.fromkeys(one.store.names()), dict.fromkeys(other.store.names())
@@ -60,7 +61,7 @@ def diff(
             )
             for name in counted("comparing", names)
         ],
-        bool(_list(only) or _list(ignore)),
+        bool(only or ignore),
         changes(one.config, other.config),
         # Of two that were made by us; what one alone says is in its history.
         changes(last_step(one.manifest), last_step(other.manifest)) if one.manifest and other.manifest else [],
@@ -75,7 +76,7 @@ def diff(
 
 
 def _wanted(
-    a: str, b: str, in_a: Sequence[str], in_b: Sequence[str], only: str | Sequence[str], ignore: str | Sequence[str]
+    a: str, b: str, in_a: Sequence[str], in_b: Sequence[str], only: Sequence[str], ignore: Sequence[str]
 ) -> list[str]:
     """The names of both models that are compared, A's first."""
     if not {*in_a} & {*in_b}:
@@ -88,13 +89,9 @@ def _wanted(
     for name in (every := dict.fromkeys([*in_a, *in_b])):
         for prefix in prefixes(name):
             of.setdefault(prefix, set()).add(name)
-    kept = named(of, _list(only), "--only") if _list(only) else frozenset(every)
-    left = named(of, _list(ignore), "--ignore")
+    kept = named(of, only, "--only") if only else frozenset(every)
+    left = named(of, ignore, "--ignore")
     return [name for name in every if name in kept and name not in left]
-
-
-def _list(given: str | Sequence[str]) -> list[str]:
-    return split_names([given] if isinstance(given, str) else given)
 
 
 def _some(names: Sequence[str]) -> str:

@@ -20,7 +20,7 @@ from sparsify.method.region_pass import RegionPass
 from sparsify.method.spec import parse_pass, spec_text, split_pipeline
 from sparsify.method.structural_pass import StructuralPass
 from sparsify.prune.names import Named
-from sparsify.words import Schedule, check_amount, check_schedule, split_names
+from sparsify.words import Schedule, check_amount, check_schedule, check_windows, names_given, path_given, split_names
 
 _OF_A_PASS = ("pass", "only", "ignore")
 
@@ -167,6 +167,7 @@ def parse(
             do="Leave the output out and take the result's model in Python; --to packed or cuda packs weights in files",
         )
     check_amount(samples, length)
+    check_windows(eval_windows)
     structural = tuple(own for own in parsed if isinstance(own, StructuralPass))
     request = Request(
         structural=structural,
@@ -176,9 +177,9 @@ def parse(
         data=data if isinstance(data, Calibration) else named_or_given(data),
         samples=samples,
         length=length,
-        only=(only,) if isinstance(only, str) else tuple(only),
-        ignore=(ignore,) if isinstance(ignore, str) else tuple(ignore),
-        out=None if output is None else Path(output).expanduser(),
+        only=names_given(only, "only"),
+        ignore=names_given(ignore, "ignore"),
+        out=None if output is None else path_given(output, "output"),
         overwrite=overwrite,
         dry_run=dry_run,
         template=template,

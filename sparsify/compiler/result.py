@@ -29,6 +29,7 @@ from sparsify.progress import Shown, shown
 from sparsify.provenance.carried import in_another_form
 from sparsify.quality.evaluation import Judged
 from sparsify.structure.record import Restructured
+from sparsify.words import path_given
 
 
 @dataclass(repr=False)
@@ -115,7 +116,7 @@ class Compiled:
             SpecError: no such backend, or nothing to write. BackendError: the folder cannot be written.
         """
         self.check_holds("saving it")
-        backend, out = as_backend(to), Path(folder).expanduser()
+        backend, out = as_backend(to), path_given(folder, "saving a result")
         if backend.needs_pass and not self.runs and not self.structure:
             raise SpecError(f"saving {self!r} to {backend.name}", found="no pass in it", do="Give compile a pass")
         program, weights = replace(self.program), self.program.weights

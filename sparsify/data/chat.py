@@ -16,6 +16,7 @@ from sparsify.data.inputs import reads_images
 from sparsify.errors import CalibrationError, SparsifyError, SpecError, first_line
 from sparsify.files.reading import kind_at
 from sparsify.frontend.source import Source
+from sparsify.words import path_given
 
 # Bytes of a file that holds a template; the longest of published models has some tens of thousands.
 MAX_TEMPLATE = 1 << 20
@@ -140,7 +141,7 @@ class Chat:
     def __init__(self, source: Source, template: str | Path | None = None) -> None:
         self.source, self.used = source, False
         self.file = template
-        self.template = None if template is None else _read(Path(template))
+        self.template = None if template is None else _read(path_given(template, "--chat-template"))
 
     @property
     def digest(self) -> str | None:

@@ -18,7 +18,7 @@ from sparsify.data.given import named_or_given
 from sparsify.errors import SpecError
 from sparsify.files.manifest import digest_of_manifest, sealed_manifest
 from sparsify.files.reading import kind_at
-from sparsify.frontend.source import Source, open_source, require_real
+from sparsify.frontend.source import Source, check_tokenizer, open_source, require_real
 from sparsify.host import cpu_by_default, resolve_device
 from sparsify.progress import Shown, shown
 from sparsify.quality.evaluation import Evaluation, measure, of_scores
@@ -28,7 +28,7 @@ from sparsify.quality.pictures.accuracy import is_folder, on_pictures, takes_pic
 from sparsify.quality.tasks.answering import answer, language_model, notes, ready
 from sparsify.quality.tasks.chosen import Named, named
 from sparsify.quality.tasks.names import check_asked
-from sparsify.words import check_amount, parse_bytes
+from sparsify.words import check_amount, check_windows, parse_bytes, paths_given
 
 
 @cpu_by_default()
@@ -92,8 +92,9 @@ def evaluate(
             task; nothing to evaluate on. TraceError: no causal language model. BackendError: an ONNX folder that does
             not run, or that was asked to write text.
     """
-    places = [include] if isinstance(include, (str, Path)) else list(include)
-    check_amount(windows, sequence_length)
+    places = paths_given(include, "--include")
+    check_windows(windows)
+    check_amount(None, sequence_length)
     check_asked(tasks, num_fewshot, bool(places), limit, batch_size)
     if data is None and tasks is None:
         raise SpecError("evaluating", found="neither data nor tasks", do="Give data (a text's name), tasks, or both")
@@ -166,5 +167,6 @@ def _seal(model: object) -> str | None:
 def _compiled(model: Compiled, tokenizer: Any) -> Source:
     """The model of a compile, with the weights as its passes left them."""
     model.check_holds("evaluating it")
+    check_tokenizer(tokenizer)
     source = replace(model.source, weights=model.program.weights)
     return source if tokenizer is None else replace(source, given_tokenizer=tokenizer)

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from sparsify.errors import SpecError
 from sparsify.frontend.building.computed import initialise
 from sparsify.frontend.skeleton import DTYPES
 from sparsify.frontend.source import Source, open_source
@@ -67,7 +68,11 @@ def load(
 
     Raises:
         CheckpointError: no such folder, a broken one, or one whose bytes are not those that were written.
+        SpecError: a dtype that is none.
     """
+    if dtype is not None and not isinstance(dtype, torch.dtype):
+        found = f"{type(dtype).__name__}, no dtype of torch"
+        raise SpecError(f"dtype {dtype!r}", found=found, do="Give torch.float16, say")
     source = open_source(folder, trust_remote_code=trust_remote_code, check=check, allow_nan=allow_nan)
     if source.quantization is not None and dtype is not None and dtype in DTYPES.values():
         # Dequantized into it, not rounded on the way.

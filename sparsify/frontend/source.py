@@ -193,6 +193,15 @@ class Source:
         return self._tokenizer
 
 
+def check_tokenizer(tokenizer: object) -> None:
+    """Raises:
+    SpecError: a name, say, where a tokenizer is meant.
+    """
+    if tokenizer is not None and not callable(tokenizer):
+        found = f"{type(tokenizer).__name__}, no tokenizer"
+        raise SpecError(f"tokenizer {tokenizer!r}", found=found, do="Give AutoTokenizer.from_pretrained(folder)")
+
+
 def open_source(
     model: str | Path | nn.Module,
     *,
@@ -233,6 +242,10 @@ def open_source(
     check_adapter(adapter)
     word = None if dtype is None else check_weight_dtype(str(dtype).removeprefix("torch."))
     to: torch.dtype = getattr(torch, word or WEIGHT_DTYPE)
+    if not isinstance(model, str | Path | nn.Module):
+        found = f"{type(model).__name__}, which names no model and is none"
+        raise SpecError("a model", found=found, do="Give a folder, a hub id, a GGUF file or a torch module")
+    check_tokenizer(tokenizer)
     if isinstance(model, str) and not model.strip():
         # As a path it would be the folder that we are in.
         raise SpecError("a model", found="an empty name", do="Name a folder, a hub id or a GGUF file")

@@ -27,6 +27,8 @@ def parse_pass(text: str) -> Pass:
         SpecError: an unknown pass or option, a value of the wrong type, options that contradict each other.
         PatternError: a pattern that does not exist.
     """
+    if not isinstance(text, str):
+        raise SpecError(f"pass {text!r}", found=f"{type(text).__name__}, no text", do='Write "wanda:2:4", say')
     name, pattern, options = _parts(text)
     # What can be refused without loading the method (and torch with it) is.
     known("sparsify.passes", name)

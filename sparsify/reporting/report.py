@@ -19,6 +19,7 @@ from sparsify.reporting.markup import Markup, joined, tag, text
 from sparsify.reporting.past import again, history
 from sparsify.reporting.sections import costs, head, quality
 from sparsify.reporting.style import STYLE
+from sparsify.words import path_given, paths_given
 
 if TYPE_CHECKING:
     from sparsify.compiler.result import Compiled
@@ -55,9 +56,8 @@ def report(
         BackendError: ``output`` is there already, is no place for a file, or lies in ``folder``.
     """
     own = Path(folder_of(folder, "a page")).expanduser().absolute()
-    into = Path(output).expanduser().absolute()
-    places = [evaluation] if isinstance(evaluation, str | Path) else list(evaluation)
-    facts = facts_of(own, check, [Path(place).expanduser() for place in places])
+    into = path_given(output, "a page").absolute()
+    facts = facts_of(own, check, paths_given(evaluation, "--eval"))
     _check_place(into, own, overwrite)
     put_file(into, page(facts).encode())
     return into

@@ -31,11 +31,20 @@ from sparsify.searching.budget import Budget, parse_budget
 from sparsify.searching.found import Found
 from sparsify.searching.parts import cells, size_of
 from sparsify.searching.recorded import Recorded
-from sparsify.searching.settings import ByKind, ByPart, pruning_pass
+from sparsify.searching.settings import ByKind, ByPart, one_spec, pruning_pass
 from sparsify.searching.strategy.rounds import MOST, by_parts, by_percentages, most_trials
 from sparsify.searching.trials import Trial, Trials
 from sparsify.searching.workbench import Words, Workbench, zeros_of
-from sparsify.words import Schedule, check_amount, check_schedule, check_seed, parse_bytes
+from sparsify.words import (
+    Schedule,
+    check_amount,
+    check_schedule,
+    check_seed,
+    check_windows,
+    names_given,
+    parse_bytes,
+    path_given,
+)
 
 # A model that is written is the trial's to the bit; on a GPU sums may come in another order.
 _SLACK = 1e-3
@@ -44,20 +53,21 @@ _SLACK = 1e-3
 @cpu_by_default()
 def search(
     model: str | Path | nn.Module,
-    method: str,
+    method: str | WeightPass | Sequence[str | WeightPass],
     *,
     budget: str,
     data: str | Path,
     output: str | Path | None = None,
     to: str = "hf",
     calibration: Any = None,
+    tokenizer: Any = None,
     windows: int | None = None,
     samples: int | None = None,
     sequence_length: int | None = None,
     seed: int = 0,
     schedule: Schedule = "layer",
-    ignore: Sequence[str] = (),
-    only: Sequence[str] = (),
+    ignore: str | Sequence[str] = (),
+    only: str | Sequence[str] = (),
     device: str = "auto",
     memory: int | str = "8GiB",
     overwrite: bool = False,
@@ -97,18 +107,21 @@ def search(
     if not isinstance(data, str | Path):
         do = "Write the texts to a file, and name that"
         raise SpecError("data that judge", found=f"{type(data).__name__}, where a source is named", do=do)
+    method = one_spec(method)
     wanted, own = parse_budget(budget), parse_method(method)
     check_amount(samples, sequence_length)
+    check_windows(windows)
     check_seed(seed)
     opening: dict[str, Any] = {
         "allow_bin": allow_bin, "trust_remote_code": trust_remote_code, "check": check, "allow_nan": allow_nan,
         "compute_dtype": compute_dtype, "strict": strict, "adapter": adapter,
+        "tokenizer": tokenizer,
     }  # fmt: skip
     words = Words(
-        str(data), calibration, windows, samples, sequence_length, check_schedule(schedule), tuple(only),
-        tuple(ignore), chat_template, opening,
+        str(data), calibration, windows, samples, sequence_length, check_schedule(schedule), names_given(only, "only"),
+        names_given(ignore, "ignore"), chat_template, opening,
     )  # fmt: skip
-    backend, out = as_backend(to), None if output is None else Path(output)
+    backend, out = as_backend(to), None if output is None else path_given(output, "output")
     context = Context(resolve_device(device), parse_bytes(memory), seed)
     with shown(progress, observe), ExitStack() as stack:
         claim = None

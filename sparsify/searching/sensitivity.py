@@ -21,13 +21,14 @@ from sparsify.files.reading import kind_at
 from sparsify.files.staging import Staging
 from sparsify.host import cpu_by_default, resolve_device
 from sparsify.method.spec import spec_text
+from sparsify.method.weight_pass import WeightPass
 from sparsify.progress import Shown, shown
 from sparsify.searching.costs import Cost, Measure, Saving, Sensitivity, worst
 from sparsify.searching.heatmap import draw
 from sparsify.searching.parts import Part, cells, ignoring, size_of
-from sparsify.searching.settings import pruning_pass
+from sparsify.searching.settings import one_spec, pruning_pass
 from sparsify.searching.workbench import Words, Workbench, is_light
-from sparsify.words import check_amount, check_seed, one_of, parse_bytes
+from sparsify.words import check_amount, check_seed, check_windows, names_given, one_of, parse_bytes, path_given
 
 MEASURES: tuple[Measure, ...] = ("perplexity", "kl")
 # From so many parts on the divergence is measured, which fewer windows tell: every token's whole prediction counts.
@@ -37,19 +38,20 @@ _MANY, _FEW_WINDOWS = 96, 16
 @cpu_by_default()
 def sensitivity(
     model: str | Path | nn.Module,
-    method: str,
+    method: str | WeightPass | Sequence[str | WeightPass],
     *,
     data: str | Path,
     measure: str | None = None,
     leave: float = 0.3,
     output: str | Path | None = None,
     calibration: Any = None,
+    tokenizer: Any = None,
     windows: int | None = None,
     samples: int | None = None,
     sequence_length: int | None = None,
     seed: int = 0,
-    ignore: Sequence[str] = (),
-    only: Sequence[str] = (),
+    ignore: str | Sequence[str] = (),
+    only: str | Sequence[str] = (),
     device: str = "auto",
     memory: int | str = "8GiB",
     overwrite: bool = False,
@@ -79,21 +81,23 @@ def sensitivity(
         SpecError: a pass without a pattern, or one that does not prune weight by weight.
         SparsifyError: as :func:`sparsify.search`. Nothing is written then.
     """
-    own = pruning_pass(method, "sensitivity to")
+    own = pruning_pass(one_spec(method), "sensitivity to")
     chosen = None if measure is None else one_of(measure, MEASURES, "measure")
-    if not 0 < leave < 1:
-        raise SpecError(f"leaving {leave:g} of the loss", found="not between 0 and 1", do="Give 0.3, say")
+    if not isinstance(leave, int | float) or not 0 < leave < 1:
+        raise SpecError(f"leaving {leave} of the loss", found="not between 0 and 1", do="Give 0.3, say")
     check_amount(samples, sequence_length)
+    check_windows(windows)
     check_seed(seed)
     opening: dict[str, Any] = {
         "allow_bin": allow_bin, "trust_remote_code": trust_remote_code, "check": check, "allow_nan": allow_nan,
         "compute_dtype": compute_dtype, "strict": strict, "adapter": adapter,
+        "tokenizer": tokenizer,
     }  # fmt: skip
     words = Words(
         str(data), calibration, windows, samples, sequence_length,
         # Of what is pruned alone the input is dense in every schedule; in this one it is measured once.
         "dense" if is_light(own) else "layer",
-        tuple(only), tuple(ignore), chat_template, opening,
+        names_given(only, "only"), names_given(ignore, "ignore"), chat_template, opening,
     )  # fmt: skip
     context = Context(resolve_device(device), parse_bytes(memory), seed)
     started = time.perf_counter()
@@ -101,7 +105,7 @@ def sensitivity(
         staging = None
         if output is not None:
             local = Path(model) if not isinstance(model, nn.Module) and kind_at(model) else None
-            staging = stack.enter_context(Staging(Path(output), overwrite=overwrite, source=local))
+            staging = stack.enter_context(Staging(path_given(output, "output"), overwrite=overwrite, source=local))
         bench = stack.enter_context(Workbench(model, own, words, context))
         bench.draw()
         parts = cells(bench.targets)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 
 from sparsify.errors import SpecError
+from sparsify.method.base import Pass
 from sparsify.method.pattern import Unstructured
 from sparsify.method.shares import shares_text
 from sparsify.method.spec import find_pass, has_pattern, parse_pass, spec_text, with_pattern
@@ -16,6 +17,19 @@ from sparsify.method.weight_pass import WeightPass
 from sparsify.prune.targets import Target
 from sparsify.searching.parts import Part, ignoring, kinds_of, short_names
 from sparsify.searching.strategy.rounds import GRID
+
+
+def one_spec(method: object) -> str:
+    """What Python gives for the one pass of a search or a measurement, as its spec: that, a pass, or a list of one.
+
+    Raises:
+        SpecError: something else, or several.
+    """
+    several = [method] if isinstance(method, str | Pass) else list(method) if isinstance(method, Sequence) else []
+    if len(several) != 1 or not isinstance(several[0], str | Pass):
+        found = f"{len(several)} passes" if several else f"{type(method).__name__}, no pass"
+        raise SpecError(f"pass {method!r}", found=found, do='Give one: "twin", "wanda:2:4", or a pass: Wanda(NM(2, 4))')
+    return several[0] if isinstance(several[0], str) else spec_text(several[0])
 
 
 def pruning_pass(text: str, doing: str, pattern: str | None = None) -> WeightPass:

@@ -110,6 +110,8 @@ class HoldZeros(TrainerCallback):
 
 def _hold(model: nn.Module, stack: ExitStack) -> Held:
     """Hold the zeros of ``model`` until ``stack`` is closed."""
+    if not isinstance(model, nn.Module):
+        raise SpecError("holding zeros", found=f"{type(model).__name__}, no torch module", do="Give the model")
     _check_whole(model)
     held = _find(model)
     watched = weakref.ref(model)

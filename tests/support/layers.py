@@ -11,8 +11,10 @@ PACKAGES = {"sparsify": "sparsify", "passes": "sparsify.passes", "backends": "sp
 
 # Storeys from the ground up: a room imports from lower ones only, rooms of one storey not from each other.
 STOREYS: tuple[tuple[str, ...], ...] = (
-    ("context", "durable", "errors", "import_path", "tensors"),
-    ("finite", "host", "words"),
+    ("durable", "errors", "import_path", "tensors"),
+    ("words",),
+    ("context",),
+    ("finite", "host"),
     ("precision", "progress"),
     ("ir", "files", "method", "runtime"),
     ("quantized", "journal"),
