@@ -10,6 +10,8 @@ from typing import TypeVar
 
 import torch
 
+from sparsify.world.world import ALONE, World
+
 
 @dataclass
 class SiteResult:
@@ -163,9 +165,11 @@ class Context:
         device: where regions run and weights are pruned. memory: bytes of activations that are kept there, while a
             quarter of a GPU's free memory holds them, or in memory; more are spilled to a file. seed: of everything
             that is drawn. observe: who is told: whoever :func:`observed` says.
+        world: the processes that share the work.
     """
 
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     memory: int = 8 << 30
     seed: int = 0
     observe: Observer = report
+    world: World = ALONE

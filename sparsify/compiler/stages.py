@@ -37,8 +37,9 @@ from sparsify.frontend.source import Source, open_source, require_real
 from sparsify.frontend.stores import find_folder
 from sparsify.ir.graph import runnable
 from sparsify.ir.program import Program
-from sparsify.ir.store import MemoryStore
+from sparsify.ir.store import MemoryStore, SpilledStore
 from sparsify.journal.journal import Journal, Kept
+from sparsify.journal.shared import shared
 from sparsify.method.channel_pass import ChannelPass
 from sparsify.method.pattern import NM
 from sparsify.method.region_pass import RegionPass
@@ -245,11 +246,18 @@ def restructure(planned: Planned, data: Calibration | None, request: Request, se
     return Planned(model, done, _runs(model, request), (planned.dense or dense) if request.fitted else None)
 
 
-def open_output(planned: Planned, request: Request, place: Workplace) -> Job | None:
-    """The output, under construction from here on: passes write to it. None where the result stays in memory."""
+def open_output(planned: Planned, request: Request, place: Workplace, *, leads: bool = True) -> Job | None:
+    """The output, under construction from here on: passes write to it. None where the result stays in memory.
+
+    Args:
+        leads: whether this is the process whose result is the user's.
+    """
     source, program = planned.model.source, planned.model.program
     if request.out is None:
-        program.weights = source.weights.on(MemoryStore(source.weights.store))
+        store = source.weights.store
+        # One of several processes has its results only for its own further reading: on the disk, if it is large.
+        own = SpilledStore(store, place.path) if not leads else MemoryStore(store)
+        program.weights = source.weights.on(own)
         return None
     if place.output is not None:
         place.output.release()
@@ -270,7 +278,7 @@ def prune(planned: Planned, data: Calibration | None, request: Request, seam: Se
     samples = None if data is None else Samples(data.batches, data.labels)
     compiled.dense = planned.model.source.weights
     for number, run in enumerate(planned.runs, len(request.structural)):
-        own, kept = run.applied, place.kept(number)
+        own, kept = run.applied, shared(place.kept(number), seam.context.world)
         with seam.running(own, program) as ran:
             if isinstance(own, ChannelPass):
                 assert data is not None

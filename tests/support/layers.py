@@ -11,7 +11,9 @@ PACKAGES = {"sparsify": "sparsify", "passes": "sparsify.passes", "backends": "sp
 
 # Storeys from the ground up: a room imports from lower ones only, rooms of one storey not from each other.
 STOREYS: tuple[tuple[str, ...], ...] = (
-    ("context", "durable", "errors", "import_path", "tensors"),
+    ("durable", "errors", "import_path", "tensors"),
+    ("world",),
+    ("context",),
     ("finite", "host", "words"),
     ("precision", "progress"),
     ("ir", "files", "method", "runtime"),
