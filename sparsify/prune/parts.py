@@ -54,9 +54,9 @@ class Part:
         """
         if self.how == "whole":
             return self.matrices, self.biases, self.notes
-        notes = [note for said in world.told(self.notes) for note in said]
-        biases = before
-        if any(world.told(self.biases is not before)) and self.biases is not None:
+        said = world.told([self.notes, self.biases is not before])
+        notes, biases = [note for own, _ in said for note in own], before
+        if any(changed for _, changed in said) and self.biases is not None:
             # What others bring is written into it, and as it was it may be the model's own.
             biases = self._whole(world, self.biases.clone())
         # A divided matrix is said the same of by all: its inputs are the same.

@@ -7,11 +7,13 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
-
-import torch
+from typing import TYPE_CHECKING
 
 from sparsify.errors import ProcessError, first_line
 from sparsify.world.world import ALONE, World
+
+if TYPE_CHECKING:
+    import torch
 
 # Seconds without a sign of life after which a process counts as hung, unless SPARSIFY_PATIENCE says otherwise.
 _PATIENCE = 10.0
@@ -60,6 +62,7 @@ def join(device: str | torch.device = "cpu") -> Iterator[World]:
         yield ALONE
         return
     patience = _patience()
+    import torch
     import torch.distributed as dist
     from torch.distributed.rendezvous import rendezvous
 

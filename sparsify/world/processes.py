@@ -21,6 +21,8 @@ from sparsify.world.world import World
 
 # Seconds between looks at what is under way: at first often, for most is done at once.
 _SOON, _LATE = 2e-5, 2e-3
+# Bytes of what is told at once.
+_SHORT = 1024
 
 
 class Processes(World):
@@ -33,55 +35,59 @@ class Processes(World):
 
     def __init__(self, rank: int, size: int, device: torch.device, watch: Watch) -> None:
         super().__init__()
-        self.rank, self.size, self._device, self._watch = rank, size, device, watch
+        self.rank, self.size, self.device, self._watch = rank, size, device, watch
 
     def says(self, doing: str) -> None:
         self._watch.doing = doing
 
     def summed(self, values: Tensor) -> Tensor:
-        there = values.to(self._device).contiguous()
+        there = values.to(self.device).contiguous()
         self._wait(lambda: dist.all_reduce(there, async_op=True), there)
         return there.to(values.device)
 
     def greatest(self, values: Tensor) -> Tensor:
-        there = values.to(self._device).contiguous()
+        there = values.to(self.device).contiguous()
         self._wait(lambda: dist.all_reduce(there, dist.ReduceOp.MAX, async_op=True), there)
         return there.to(values.device)
 
     def gathered(self, part: Tensor) -> list[Tensor]:
-        lengths = [int(count) for count in self.told(len(part))]
-        most = max(lengths)
+        row = part[:1].numel() * part.element_size()
+        told = self.told([len(part), row])
+        most, row = max(length for length, _ in told), max(size for _, size in told)
         # As bytes, which every backend has, and of one length, as all of them want it.
-        row = part[:1].numel() * part.element_size() if len(part) else 0
-        row = max(int(size) for size in self.told(row))
-        own = torch.zeros(most * row, dtype=torch.uint8, device=self._device)
-        if row and len(part):
-            own[: len(part) * row] = part.contiguous().view(-1).view(torch.uint8).to(self._device)
+        own = torch.zeros(most * row, dtype=torch.uint8, device=self.device)
+        if part.numel():
+            own[: len(part) * row] = part.contiguous().view(-1).view(torch.uint8).to(self.device)
         parts = [torch.empty_like(own) for _ in range(self.size)]
-        if row:
+        if len(own):
             self._wait(lambda: dist.all_gather(parts, own, async_op=True), own)
-        shape = part.shape[1:]
         return [
-            found[: length * row].view(part.dtype).view(length, *shape).to(part.device)
-            for found, length in zip(parts, lengths, strict=True)
+            found[: length * row].view(part.dtype).view(length, *part.shape[1:]).to(part.device)
+            for found, (length, _) in zip(parts, told, strict=True)
         ]
 
     def given(self, values: Tensor, owner: int) -> Tensor:
-        there = values.contiguous().view(-1).view(torch.uint8).to(self._device)
+        there = values.contiguous().view(-1).view(torch.uint8).to(self.device)
         if values.numel():
             self._wait(lambda: dist.broadcast(there, owner, async_op=True), there if owner == self.rank else None)
         return there.view(values.dtype).view(values.shape).to(values.device)
 
     def told(self, word: Any) -> list[Any]:
-        text = torch.tensor(list(json.dumps(word).encode()), dtype=torch.uint8, device=self._device)
-        size = torch.tensor([len(text)], device=self._device)
-        sizes = [torch.empty_like(size) for _ in range(self.size)]
-        self._wait(lambda: dist.all_gather(sizes, size, async_op=True), size)
-        own = torch.zeros(max(int(each) for each in sizes), dtype=torch.uint8, device=self._device)
-        own[: len(text)] = text
+        text = json.dumps(word).encode()
+        # What is short is told at once; of what is long the length is.
+        short = self._texts(f"{len(text)} ".encode() + text, _SHORT)
+        sizes = [int(each.partition(b" ")[0]) for each in short]
+        whole = short if max(sizes) + 21 <= _SHORT else self._texts(f"{len(text)} ".encode() + text, max(sizes) + 21)
+        return [json.loads(each.partition(b" ")[2][:size]) for each, size in zip(whole, sizes, strict=True)]
+
+    def _texts(self, text: bytes, size: int) -> list[bytes]:
+        own = torch.zeros(size, dtype=torch.uint8)
+        given = torch.frombuffer(bytearray(text[:size]), dtype=torch.uint8)
+        own[: len(given)] = given
+        own = own.to(self.device)
         texts = [torch.empty_like(own) for _ in range(self.size)]
         self._wait(lambda: dist.all_gather(texts, own, async_op=True), own)
-        return [json.loads(bytes(t[: int(n)].tolist())) for t, n in zip(texts, sizes, strict=True)]
+        return [bytes(each.cpu().numpy()) for each in texts]
 
     def agree(self, asked: Mapping[str, Any]) -> None:
         first, *others = self.told(dict(asked))
@@ -94,6 +100,13 @@ class Processes(World):
                     found=f"they were asked otherwise: {'; '.join(said)}",
                     do="Give every process the same command, versions, model and data",
                 )
+
+    def hushed(self, error: BaseException) -> bool:
+        return not self.leads and self._watch.hears_leader(str(error) or type(error).__name__)
+
+    @property
+    def doing(self) -> str:
+        return self._watch.doing
 
     def _wait(self, begin: Any, sent: Tensor | None) -> None:
         """Begin something that all do together, and wait until it is done.

@@ -40,10 +40,27 @@ class Watch:
 
     def stop(self, failed: str | None = None) -> None:
         """End, and tell the others why where this process ``failed``."""
+        self._tell_end(failed)
+        self._stop.set()
+
+    def hears_leader(self, failed: str) -> bool:
+        """Tell that this process ``failed``, and whether the first one ends with a word of its own, which it takes a
+        moment to."""
+        self._tell_end(failed)
+        deadline = time.monotonic() + 4 * _EVERY
+        with contextlib.suppress(Exception):
+            while time.monotonic() < deadline:
+                with self._lock:
+                    if self._has_ended(0):
+                        return True
+                time.sleep(0.1)
+        return False
+
+    def _tell_end(self, failed: str | None) -> None:
         with contextlib.suppress(Exception), self._lock:
             # Whether the store is still there does not matter any more.
-            self._store.set(f"ended/{self._rank}", json.dumps({"failed": failed, "doing": self.doing}))
-        self._stop.set()
+            if not self._has_ended(self._rank):
+                self._store.set(f"ended/{self._rank}", json.dumps({"failed": failed, "doing": self.doing}))
 
     def check(self) -> None:
         """Raises:

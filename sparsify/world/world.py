@@ -8,11 +8,12 @@ summed in the order of the batches.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from sparsify.errors import ProcessError
+
+if TYPE_CHECKING:
+    from torch import Tensor, device
 
 Item = TypeVar("Item")
 
@@ -21,11 +22,13 @@ class World:
     """This process alone.
 
     Attributes:
-        rank: which process this is, of ``size``. sent: bytes that it has sent to others.
+        rank: which process this is, of ``size``. sent: bytes that it has sent to others. device: its GPU, or the CPU;
+            None of one that is alone, which may take any.
     """
 
     rank: int = 0
     size: int = 1
+    device: device | None = None
 
     def __init__(self) -> None:
         self.sent = 0
@@ -84,6 +87,16 @@ class World:
 
     def says(self, doing: str) -> None:
         """What this process is at, in words: what others say of it where it is not heard of any more."""
+
+    @property
+    def doing(self) -> str:
+        """What was said last."""
+        return ""
+
+    def hushed(self, error: BaseException) -> bool:
+        """Tell the others that this process ends with ``error``; whether the first one, which speaks for all, tells
+        people why."""
+        return False
 
     def agree(self, asked: Mapping[str, Any]) -> None:
         """Nothing, where every process says the same.
