@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import torch
 
 # Seconds without a sign of life after which a process counts as hung, unless SPARSIFY_PATIENCE says otherwise.
-_PATIENCE = 10.0
+_PATIENCE = 8.0
 # How long to wait for the others to be there at all.
 _JOINING = timedelta(seconds=120)
 # What stands in the environment of a process that torchrun started.
@@ -123,6 +123,6 @@ def _patience() -> float:
         seconds = math.nan
     if not 3 <= seconds < math.inf:
         raise ProcessError(
-            f"SPARSIFY_PATIENCE={text}", found="no number of seconds from 3 on", do="Give 10, the default, or more"
+            f"SPARSIFY_PATIENCE={text}", found="no number of seconds from 3 on", do="Give 8, the default, or more"
         )
     return seconds
