@@ -325,6 +325,9 @@ def finish(
     compiled.source_card = opened.ledger.manifest.get("card")
     if compiled.evaluation is not None:
         compiled.manifest["evaluation"] = compiled.evaluation.as_dict()
+    if context.world.divided:
+        sent = sum(context.world.told(context.world.sent))
+        compiled.manifest["processes"] = {"count": context.world.size, "bytes": sent}
     if job is None:
         compiled.folder_owner = place.keep()
         return compiled

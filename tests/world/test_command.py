@@ -20,6 +20,7 @@ def one_thread(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
 
+@pytest.mark.slow
 def test_two_processes_write_what_one_does(tmp_path, one_thread):
     words = ["compile", MODEL, "--pass", "wanda:2:4", *WORDS]
     two = process(*words, "-o", tmp_path / "two", "--processes", 2)

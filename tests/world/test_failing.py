@@ -30,8 +30,8 @@ def said_by_each(more="pass", spec='"wanda:2:4"', words=""):
     ("changed", "found"),
     [
         ({"words": ", seed=world.rank"}, "seed (0, 1)"),
-        ({"more": "batches = batches[:3] if world.rank else batches"}, "calibration data"),
-        ({"spec": '"wanda:2:4" if world.rank else "wanda:4:8"'}, "passes"),
+        pytest.param({"more": "batches = batches[:3] if world.rank else batches"}, "data", marks=pytest.mark.slow),
+        pytest.param({"spec": '"wanda:2:4" if world.rank else "wanda:4:8"'}, "passes", marks=pytest.mark.slow),
         pytest.param({"words": ", ignore=['*q_proj'] if world.rank else []"}, "ignore", marks=pytest.mark.slow),
     ],
 )
@@ -40,6 +40,7 @@ def test_processes_that_were_asked_otherwise_are_refused(changed, found):
         assert "ProcessError" in said and "asked otherwise" in said and found in said
 
 
+@pytest.mark.slow
 def test_an_input_that_is_not_finite_names_site_and_batch_on_all():
     code = """
 from support.families import build, inputs
