@@ -83,7 +83,7 @@ def run(model: Path, spec: str, count: int, out: Path, samples: int, length: int
     whole, after = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_CHILDREN)
     told = json.loads((out / "sparsify.json").read_text())
     return {
-        "pass": json.loads(done.stdout)["passes"][0]["seconds"],
+        "pass": json.loads(done.stdout)["seconds_by_pass"][0],
         "whole": whole,
         "cpu": after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime,
         "sent": told.get("processes", {}).get("bytes", 0),

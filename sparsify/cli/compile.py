@@ -247,7 +247,7 @@ def _compile(words: dict[str, Any]) -> None:
         console = Terminal(quiet=quiet)
         stack.enter_context(_one_voice(world))
         stack.enter_context(ProgressLine(quiet=quiet))
-        if world.divided and world.device.type == "cuda":
+        if world.device is not None and world.device.type == "cuda":
             words = {**words, "device": str(world.device)}
         compiled = compile(
             model,
