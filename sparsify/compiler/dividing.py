@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from sparsify.calibration.accumulators import GRADIENTS
 from sparsify.compiler.keeping.job import config_of
 from sparsify.compiler.request import Request
@@ -66,3 +68,8 @@ def agree_on_data(data: Calibration | None, world: World) -> None:
     world.agree({"calibration data": None if data is None else data.digest})
     if data is not None:
         world.share(data.batches, "calibration batches")
+
+
+def told_of(world: World) -> dict[str, Any]:
+    """What the manifest says of several processes; all of them call this."""
+    return {"processes": {"count": world.size, "bytes": sum(world.told(world.sent))}} if world.divided else {}

@@ -14,6 +14,7 @@ from sparsify.analysis.graph_pass import GraphPass, LoweringPass
 from sparsify.analysis.linear import find_sites
 from sparsify.calibration.gradients import Samples
 from sparsify.compiler.backend import Job
+from sparsify.compiler.dividing import told_of
 from sparsify.compiler.judging import Judge
 from sparsify.compiler.keeping.job import apply_whole
 from sparsify.compiler.manifest import make_manifest
@@ -247,17 +248,14 @@ def restructure(planned: Planned, data: Calibration | None, request: Request, se
 
 
 def open_output(planned: Planned, request: Request, place: Workplace, *, leads: bool = True) -> Job | None:
-    """The output, under construction from here on: passes write to it. None where the result stays in memory.
-
-    Args:
-        leads: whether this is the process whose result is the user's.
+    """The output, under construction from here on: passes write to it. None where the result stays in memory, and in a
+    process that does not lead.
     """
     source, program = planned.model.source, planned.model.program
     if request.out is None:
         store = source.weights.store
-        # One of several processes has its results only for its own further reading: on the disk, if it is large.
-        own = SpilledStore(store, place.path) if not leads else MemoryStore(store)
-        program.weights = source.weights.on(own)
+        # What is not the user's result is there for what this process has yet to read: on the disk, if it is large.
+        program.weights = source.weights.on(MemoryStore(store) if leads else SpilledStore(store, place.path))
         return None
     if place.output is not None:
         place.output.release()
@@ -325,9 +323,7 @@ def finish(
     compiled.source_card = opened.ledger.manifest.get("card")
     if compiled.evaluation is not None:
         compiled.manifest["evaluation"] = compiled.evaluation.as_dict()
-    if context.world.divided:
-        sent = sum(context.world.told(context.world.sent))
-        compiled.manifest["processes"] = {"count": context.world.size, "bytes": sent}
+    compiled.manifest |= told_of(context.world)
     if job is None:
         compiled.folder_owner = place.keep()
         return compiled
