@@ -84,6 +84,13 @@ class MaskedPass(FittingPass):
         return found
 
     @property
+    def by_rows(self) -> bool:
+        if self._chooser is not None:
+            return self._chooser.by_rows
+        # Of zeros that were given a percentage holds of the whole matrix alone.
+        return isinstance(self.pattern, NM) or (self.compares_rows_alone and self._mask != "zeros")
+
+    @property
     def statistics(self) -> tuple[str, ...]:
         own = () if self._chooser is None else self._chooser.statistics
         given = ("dense_weight",) if self._mask == "zeros" else ()

@@ -79,6 +79,10 @@ class Round(MatrixPass):
         return ("squared_norm", "gram") if self.compensation == "sweep" else ()
 
     @property
+    def by_rows(self) -> bool:
+        return True
+
+    @property
     def keeps_weights(self) -> bool:
         return False
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from sparsify.method.base import Kind
 from sparsify.method.grids.finding import integers
 from sparsify.method.grids.fitting import fit, unfit_dtype
-from sparsify.method.pattern import Grid
+from sparsify.method.pattern import NM, Grid
 from sparsify.method.selection import Axis
 from sparsify.method.statistics import InputStatistics
 from sparsify.method.weight_pass import Pruned
@@ -86,6 +86,11 @@ class SparseGPT(FittingPass):
     def grid(self) -> Grid | None:
         """What kept weights are rounded to; None where they are not."""
         return None if self.bits == _FULL else Grid(self.bits)
+
+    @property
+    def by_rows(self) -> bool:
+        # The sweep of a percentage compares all rows of a block of columns.
+        return isinstance(self.pattern, NM)
 
     @property
     def statistics(self) -> tuple[str, ...]:

@@ -55,6 +55,10 @@ class Wanda(ScoredPass):
             raise self._refuse("variant=true,update=iterative", "both choose the mask", "Use update=sequential")
 
     @property
+    def by_rows(self) -> bool:
+        return super().by_rows and not self.variant
+
+    @property
     def exact_counts(self) -> bool:
         return not self.variant
 

@@ -37,11 +37,13 @@ if TYPE_CHECKING:
     from sparsify.searching.search import search
     from sparsify.searching.sensitivity import sensitivity
     from sparsify.tuning.hold import HoldZeros, hold_zeros
+    from sparsify.world.joining import join
+    from sparsify.world.world import World
 
 __all__ = [
     "Compiled", "Difference", "Evaluation", "Found", "GraphPrune", "HoldZeros", "Progress", "Pruned", "Sensitivity",
-    "SparsifyError", "WeightPass", "compile", "diff", "evaluate", "hold_zeros", "load", "onnx_library", "parse_pass",
-    "report", "search", "sensitivity",
+    "SparsifyError", "WeightPass", "World", "compile", "diff", "evaluate", "hold_zeros", "join", "load",
+    "onnx_library", "parse_pass", "report", "search", "sensitivity",
 ]  # fmt: skip
 
 
@@ -75,6 +77,8 @@ __getattr__ = lazily(
         "Sensitivity": "searching.costs",
         "SparsifyError": "errors",
         "WeightPass": "method.weight_pass",
+        "World": "world.world",
+        "join": "world.joining",
         "backends": "backends",
         "compile": "compiler.pipeline",
         "diff": "comparing.diff",

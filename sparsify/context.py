@@ -11,6 +11,7 @@ from typing import TypeVar
 import torch
 
 from sparsify.words import check_seed
+from sparsify.world.world import ALONE, World
 
 
 @dataclass
@@ -165,6 +166,7 @@ class Context:
         device: where regions run and weights are pruned. memory: bytes of activations that are kept there, while a
             quarter of a GPU's free memory holds them, or in memory; more are spilled to a file. seed: of everything
             that is drawn. observe: who is told: whoever :func:`observed` says.
+        world: the processes that share the work.
 
     Raises:
         SpecError: no seed.
@@ -174,6 +176,7 @@ class Context:
     memory: int = 8 << 30
     seed: int = 0
     observe: Observer = report
+    world: World = ALONE
 
     def __post_init__(self) -> None:
         check_seed(self.seed)

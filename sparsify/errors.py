@@ -54,6 +54,10 @@ class BackendError(SparsifyError):
     """An output that cannot be written."""
 
 
+class ProcessError(SparsifyError):
+    """Processes of one job that cannot work together, or of which one has failed."""
+
+
 class VerifyError(SparsifyError):
     """A result that breaks its own promise: a bug in a pass, never the user's fault."""
 

@@ -10,6 +10,7 @@ from typing import Literal
 
 from torch import Tensor
 
+from sparsify.method.pattern import NM
 from sparsify.method.selection import Comparison, select
 from sparsify.method.statistics import InputStatistics
 from sparsify.method.weight_pass import Pruned
@@ -47,6 +48,10 @@ class ScoredPass(FittingPass):
     @property
     def keeps_weights(self) -> bool:
         return self.update == "none"
+
+    @property
+    def by_rows(self) -> bool:
+        return self.compares_rows_alone and (self.update != "iterative" or isinstance(self.pattern, NM))
 
     @property
     def statistics(self) -> tuple[str, ...]:

@@ -12,27 +12,54 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from sparsify.world.world import ALONE, World
+
 
 class Accumulator(Protocol):
-    """A statistic under construction for [experts] inputs of one width."""
+    """A statistic under construction for [experts] inputs of one width, of the rows that this process sees."""
 
-    def __init__(self, experts: int, features: int, device: torch.device) -> None: ...
+    def __init__(self, experts: int, features: int, device: torch.device, world: World = ALONE) -> None: ...
 
     def update(self, expert: int, rows: Tensor, dense: Tensor) -> None: ...
+
+    def join(self) -> None:
+        """Bring together what all processes saw; once, before any value is asked for."""
+        ...
 
     def value(self, expert: int, sequences: int) -> Tensor: ...
 
 
 class _Vector:
-    """One float64 number per input feature, summed over tokens."""
+    """One float64 number per input feature, summed over tokens.
 
-    def __init__(self, experts: int, features: int, device: torch.device) -> None:
+    What each batch adds is float32. Several processes keep these vectors apart and add them in the order of the
+    batches, so that the sum is, to the bit, that of one process.
+    """
+
+    def __init__(self, experts: int, features: int, device: torch.device, world: World = ALONE) -> None:
         # float64 adds nothing to the cost of one vector per batch; the MPS device has none.
         dtype = torch.float32 if device.type == "mps" else torch.float64
         self.total = torch.zeros(experts, features, dtype=dtype, device=device)
+        self.world = world
+        self._parts: list[tuple[int, Tensor]] = []
 
     def update(self, expert: int, rows: Tensor, dense: Tensor) -> None:
-        self.total[expert] += self.of(rows.float())
+        added = self.of(rows.float())
+        if self.world.divided:
+            self._parts.append((expert, added))
+        else:
+            self.total[expert] += added
+
+    def join(self) -> None:
+        if not self.world.divided:
+            return
+        experts = torch.tensor([expert for expert, _ in self._parts], dtype=torch.int64)
+        none = torch.empty(0, self.total.shape[1], dtype=torch.float32, device=self.total.device)
+        parts = torch.stack([added for _, added in self._parts]) if self._parts else none
+        self._parts.clear()
+        for owners, found in zip(self.world.gathered(experts), self.world.gathered(parts), strict=True):
+            for expert, added in zip(owners.tolist(), found, strict=True):
+                self.total[expert] += added
 
     def of(self, rows: Tensor) -> Tensor:
         raise NotImplementedError
@@ -68,17 +95,23 @@ class AbsoluteMax(_Vector):
     def update(self, expert: int, rows: Tensor, dense: Tensor) -> None:
         self.total[expert] = torch.maximum(self.total[expert], rows.float().abs().amax(dim=0).to(self.total))
 
+    def join(self) -> None:
+        self.total = self.world.greatest(self.total)
+
     def value(self, expert: int, sequences: int) -> Tensor:
         return self.total[expert]
 
 
 class Gram:
-    """XᵀX in float32. Only the blocks on and above the diagonal are computed: 5/8 of the products."""
+    """XᵀX in float32. Only the blocks on and above the diagonal are computed: 5/8 of the products.
+
+    Several processes add their sums, which rounds otherwise than one process that adds batch after batch.
+    """
 
     BLOCKS, LEAST = 4, 64
 
-    def __init__(self, experts: int, features: int, device: torch.device) -> None:
-        self.features, self.device = features, device
+    def __init__(self, experts: int, features: int, device: torch.device, world: World = ALONE) -> None:
+        self.experts, self.features, self.device, self.world = experts, features, device, world
         self._sums: dict[int, Tensor] = {}  # an expert that sees no token costs nothing
 
     def update(self, expert: int, rows: Tensor, dense: Tensor) -> None:
@@ -87,6 +120,14 @@ class Gram:
         size = max(self.LEAST, -(-self.features // self.BLOCKS))
         for start in range(0, self.features, size):
             total[start : start + size, start:].addmm_(rows[:, start : start + size].t(), rows[:, start:])
+
+    def join(self) -> None:
+        if not self.world.divided:
+            return
+        # Experts that no process has rows of stay without a matrix.
+        seen = set[int]().union(*self.world.told(sorted(self._sums)))
+        for expert in sorted(seen):
+            self._sums[expert] = self.world.summed(self._of(expert))
 
     def value(self, expert: int, sequences: int) -> Tensor:
         total = self._of(expert).triu_()

@@ -65,7 +65,7 @@ class Interpreter(fx.Interpreter):
     """Run regions of ``program`` over ``batches`` (input name to tensor), in order, from the first node on.
 
     All of it runs on ``device``: inputs, weights, constants and waiting values are brought there, and what an operator
-    makes of nothing is made there.
+    makes of nothing is made there. ``first`` is which of all batches the first of these is, as errors name them.
 
     Raises:
         CalibrationError: a batch has other numbers than the graph where these decide its shapes or its way.
@@ -78,9 +78,11 @@ class Interpreter(fx.Interpreter):
         batches: Sequence[Mapping[str, Tensor]],
         store: ActivationStore,
         device: torch.device,
+        *,
+        first: int = 0,
     ) -> None:
         super().__init__(program.graph_module, garbage_collect_values=False)
-        _check_numbers(program, batches)
+        _check_numbers(program, batches, first)
         self.program, self.flow, self.batches, self.store, self.device = program, flow, batches, store, device
         self._placed = {node: placed(node, device) for node in flow.order}
         self.resident: Values = {}
@@ -279,8 +281,8 @@ class Interpreter(fx.Interpreter):
         return copied
 
 
-def _check_numbers(program: Program, batches: Sequence[Mapping[str, Tensor]]) -> None:
-    for index, batch in enumerate(batches):
+def _check_numbers(program: Program, batches: Sequence[Mapping[str, Tensor]], first: int) -> None:
+    for index, batch in enumerate(batches, first):
         if (name := program.unlike(batch)) is not None:
             raise CalibrationError(
                 f"input {name} of batch {index}",

@@ -66,7 +66,10 @@ class Measuring:
         phase: str = "measuring",
     ) -> None:
         flow = Flow.of(program)
-        self.program, self.batches, self.wanted, self.context = program, batches, wanted, context
+        self.program, self.wanted, self.context = program, wanted, context
+        # What this process runs of the batches that all are about.
+        self.batches = context.world.share(batches, "calibration batches")
+        self.first, _ = context.world.bounds(len(batches))
         self.groups = sorted(group_by_input(sites), key=lambda group: _position(flow, group))
         self.rows = RowReader(program, flow, self.groups)
         self.flow = flow.holding(self.rows.held)
@@ -78,12 +81,13 @@ class Measuring:
         self._reached = 0, 0.0
 
     def streams(self, dense: Weights | None) -> Streams:
-        return Streams(self.program, self.flow, self.rows, self.batches, self.context, dense)
+        return Streams(self.program, self.flow, self.rows, self.batches, self.context, dense, first=self.first)
 
     def recorder(self, group: InputGroup, twin: bool = False) -> GroupRecorder:
         """What records the input of ``group`` and, where a statistic asks for them, the outputs of its sites."""
         site, device, weights = group.sites[0], self.context.device, self.program.weights
-        recorder = GroupRecorder(self.wanted, site.experts, site.shape[1], device, twin=twin)
+        world = self.context.world
+        recorder = GroupRecorder(self.wanted, site.experts, site.shape[1], device, twin=twin, world=world)
         if OUTPUTS.keys() & set(self.wanted):
             for own in group.sites:
                 weight = own.matrices(weights.read(own.parameter).to(device))
@@ -101,6 +105,8 @@ class Measuring:
         """
         recorders = [self.recorder(group, twin) for group in step.groups]
         self._run(streams, step, region, list(zip(step.groups, recorders, strict=True)), until)
+        for recorder in recorders:
+            recorder.join()
         return recorders
 
     def run_unrecorded(self, streams: Streams, step: Step, region: Region, *, until: float) -> None:
@@ -138,6 +144,8 @@ class Measuring:
             for start, cut in itertools.pairwise(cuts):
                 inside = {n: found for n, found in watch.items() if start <= self.flow.position[n] < cut}
                 streams.run_region(Region(start, cut, stop), inside)
+        for recorder in merged.values():
+            recorder.join()
         return merged
 
     def _run(
@@ -162,6 +170,7 @@ class Measuring:
         self._reached = step.number, done
         layer, share = self._layers[step.number]
         what = step.label if site is None else site.name
+        self.context.world.says(f"{self.phase} {what}")
         total = int(self._layers[-1][0]) + 1
         # Whoever is told of the last site of a layer is not yet in the next.
         at = layer + share * min(done, 0.999)
@@ -239,5 +248,5 @@ def drift(
                     site.matrices(weights.read(site.parameter)).to(context.device)
                     for weights in (dense, program.weights)
                 )
-                found[site.name] = recorder.sketch.relative_error(before, after, site.name) or 0.0
+                found[site.name] = recorder.sketch.relative_error(before, after, site.name, context.world) or 0.0
     return found

@@ -12,6 +12,7 @@ from sparsify.calibration.accumulators import ACCUMULATORS, OUTPUTS
 from sparsify.errors import CalibrationError
 from sparsify.method.statistics import InputStatistics
 from sparsify.tensors import all_finite
+from sparsify.world.world import ALONE, World
 
 
 class OutputSketch:
@@ -66,8 +67,11 @@ class OutputSketch:
         lost = rows @ (before.float() - after.float()).t() if one else dense - rows @ after.float().t()
         return _squares(lost), _squares(dense)
 
-    def relative_error(self, before: Iterable[Tensor], after: Iterable[Tensor], name: str = "a site") -> float | None:
-        """‖X₀ Wᵀ − X Ŵᵀ‖ / ‖X₀ Wᵀ‖ over all experts; None where every output is zero.
+    def relative_error(
+        self, before: Iterable[Tensor], after: Iterable[Tensor], name: str = "a site", world: World = ALONE
+    ) -> float | None:
+        """‖X₀ Wᵀ − X Ŵᵀ‖ / ‖X₀ Wᵀ‖ over all experts; None where every output is zero. Of several processes each has a
+        sketch of its own rows, and squares add.
 
         Raises:
             CalibrationError: outputs of the site ``name`` that are no numbers.
@@ -76,6 +80,8 @@ class OutputSketch:
         for expert, (one, other) in enumerate(zip(before, after, strict=True)):
             part, of = self.error(expert, one, other)
             lost, whole = lost + part, whole + of
+        if world.divided:
+            lost, whole = world.summed(torch.tensor([lost, whole], dtype=torch.float64)).tolist()
         error = (lost / whole) ** 0.5 if whole > 0 else None
         if error is not None and not math.isfinite(error):
             raise CalibrationError(
@@ -103,6 +109,17 @@ class OutputMoments:
             added = OUTPUTS[name](outputs).double()
             self.sums[expert, name] = self.sums.get((expert, name), 0) + added
 
+    def join(self, world: World) -> None:
+        """Bring together what all processes saw."""
+        if not world.divided:
+            return
+        keys = {(int(e), str(name)) for keys in world.told(sorted(self.sums)) for e, name in keys}
+        size = self.weight.shape[1]
+        for expert, name in sorted(keys):
+            shape = (size, size) if name == "output_gram" else (size,)
+            none = torch.zeros(shape, dtype=torch.float64, device=self.weight.device)
+            self.sums[expert, name] = world.summed(self.sums.get((expert, name), none))
+
     def values(self, expert: int) -> dict[str, Tensor]:
         return {name: self.sums[expert, name] for name in self.wanted if (expert, name) in self.sums}
 
@@ -119,12 +136,19 @@ class GroupRecorder:
     """
 
     def __init__(
-        self, wanted: Sequence[str], experts: int, features: int, device: torch.device, *, twin: bool = False
+        self,
+        wanted: Sequence[str],
+        experts: int,
+        features: int,
+        device: torch.device,
+        *,
+        twin: bool = False,
+        world: World = ALONE,
     ) -> None:
-        self.experts, self.features = experts, features
+        self.experts, self.features, self.world = experts, features, world
         self.outputs: dict[str, OutputMoments] = {}
         names = [name for name in wanted if name in ACCUMULATORS]
-        self.accumulators = {name: ACCUMULATORS[name](experts, features, device) for name in names}
+        self.accumulators = {name: ACCUMULATORS[name](experts, features, device, world) for name in names}
         self.sketch = OutputSketch(experts, features, device, twin=twin or "cross_gram" in names)
         self.tokens = [0] * experts
         self._shared: InputStatistics | None = None
@@ -150,6 +174,17 @@ class GroupRecorder:
             self.sketch.update(expert, part, other)
         finite = _finite(rows)
         return finite if dense is rows else finite & _finite(dense)
+
+    def join(self) -> None:
+        """Bring together what all processes saw of this input: once, when every one has seen its share."""
+        if not self.world.divided:
+            return
+        counts = self.world.told(self.tokens)
+        self.tokens = [sum(of) for of in zip(*counts, strict=True)]
+        for accumulator in self.accumulators.values():
+            accumulator.join()
+        for _, moments in sorted(self.outputs.items()):
+            moments.join(self.world)
 
     def statistics(self, expert: int, sequences: int) -> InputStatistics:
         """What was recorded for ``expert``. Sites that read one input share the object, and what is derived from it."""

@@ -36,6 +36,7 @@ class Streams:
     Args:
         context: its memory is that of both streams.
         dense: weights of the dense model; None for one stream.
+        first: which of all batches the first of ``batches`` is, as errors name them.
     """
 
     def __init__(
@@ -46,7 +47,10 @@ class Streams:
         batches: Sequence[Mapping[str, Tensor]],
         context: Context,
         dense: Weights | None = None,
+        *,
+        first: int = 0,
     ) -> None:
+        self.first = first
         self.batches, self.rows, self.device = batches, rows, context.device
         self._stack = ExitStack()
         share = context.memory if dense is None else context.memory // 3
@@ -54,12 +58,12 @@ class Streams:
         self._stores = [store, self._kept]
         # Of each group in each batch that has run in this region, whether its rows were finite.
         self._finite: list[tuple[int, str, Tensor]] = []
-        self.runner = Interpreter(program, flow, batches, store, self.device)
+        self.runner = Interpreter(program, flow, batches, store, self.device, first=first)
         self.dense: Interpreter | None = None
         if dense is not None:
             self._stores.append(ActivationStore(share, self.device))
             original = dataclasses.replace(program, weights=dense)
-            self.dense = Interpreter(original, flow, batches, self._stores[-1], self.device)
+            self.dense = Interpreter(original, flow, batches, self._stores[-1], self.device, first=first)
 
     def __enter__(self) -> Streams:
         for store in self._stores:
@@ -113,7 +117,7 @@ class Streams:
             if not finite:
                 raise CalibrationError(
                     f"the input of {name}",
-                    found=f"NaN or infinity in calibration batch {batch}",
+                    found=f"NaN or infinity in calibration batch {self.first + batch}",
                     do="Look at the weights before this site; where float16 overflows take --compute-dtype float32",
                 )
 

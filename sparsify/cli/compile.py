@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -34,9 +37,9 @@ from sparsify.cli.options import (
     Trust,
     command_errors,
 )
-from sparsify.cli.terminal import Terminal, say
+from sparsify.cli.terminal import Terminal, complain, say
 from sparsify.compiler.recipe_file import KEYS, read_recipe, write_recipe
-from sparsify.errors import SpecError
+from sparsify.errors import SparsifyError, SpecError
 from sparsify.files.reading import kind_at
 from sparsify.method.spec import check_pass, parse_backend, parse_pass, split_pipeline
 from sparsify.quantized.otherwise import seems_stored_otherwise
@@ -51,6 +54,8 @@ from sparsify.words import (
     plain,
     split_names,
 )
+from sparsify.world.joining import join, size_told
+from sparsify.world.world import World
 
 # Words of the command line that compile() takes by the same name.
 _HANDED_ON = (
@@ -151,6 +156,10 @@ def compile_command(
         bool,
         typer.Option("--no-journal", help="Keep nothing for --resume: less disk, as much as is pruned."),
     ] = False,
+    processes: Annotated[
+        int | None,
+        typer.Option("--processes", help="Share the work out among so many processes here.", min=2, metavar="N"),
+    ] = None,
     as_json: AsJson = False,
     teacher: Annotated[
         str | None,
@@ -213,12 +222,33 @@ def _compile(words: dict[str, Any]) -> None:
     from sparsify.compiler.request import default_output
     from sparsify.progress import ProgressLine
 
+    if words["processes"] is not None:
+        from sparsify.world.launch import launch
+
+        if size_told() > 1:
+            raise SpecError(
+                f"--processes {words['processes']}",
+                found="processes that torchrun has started already",
+                do="Leave --processes out: this is one of them",
+            )
+        launch(words["processes"], _of_one_process(sys.argv[1:]))
+        return
     model = words["model"]
     name = Path(model).expanduser().resolve().name.removesuffix(".gguf") if kind_at(model) else model.rpartition("/")[2]
     out = words["output"] or default_output(name, specs, words["to"])
     shown = GraphPrinter(words["print_after"], [parse_pass(spec).name for spec in specs])
-    started, console = time.perf_counter(), Terminal(quiet=quiet)
-    with ProgressLine(quiet=quiet):
+    from sparsify.host import resolve_device
+
+    started = time.perf_counter()
+    with ExitStack() as stack:
+        world = stack.enter_context(join(resolve_device(words["device"]).type if size_told() > 1 else "cpu"))
+        # One process speaks for all.
+        quiet = quiet or not world.leads
+        console = Terminal(quiet=quiet)
+        stack.enter_context(_one_voice(world))
+        stack.enter_context(ProgressLine(quiet=quiet))
+        if world.device is not None and world.device.type == "cuda":
+            words = {**words, "device": str(world.device)}
         compiled = compile(
             model,
             words["passes"],
@@ -229,9 +259,12 @@ def _compile(words: dict[str, Any]) -> None:
             tell=lambda text: console.print(text),
             after=shown.after,
             evaluate=words["eval"],
+            world=world,
             **{name: words[name] for name in _HANDED_ON},
         )
     seconds = time.perf_counter() - started
+    if not world.leads:
+        return
     if as_json:
         from sparsify.cli.results import result_as_dict
 
@@ -249,6 +282,33 @@ def _compile(words: dict[str, Any]) -> None:
     for note in compiled.notes:
         console.print(plain(note))
     console.print(f"wrote {plain(str(compiled.output))}")
+
+
+@contextmanager
+def _one_voice(world: World) -> Iterator[None]:
+    """Of several processes the first says what went wrong, the others that it does."""
+    try:
+        yield
+    except (Exception, SystemExit) as error:
+        if isinstance(error, SystemExit) and world.divided:
+            complain(f"process {world.rank} of {world.size}, {world.doing}: ended, because another process was")
+        if isinstance(error, SystemExit) or not world.hushed(error):
+            raise
+        complain(f"process {world.rank} of {world.size} ended; process 0 says why")
+        raise SystemExit(error.exit_code if isinstance(error, SparsifyError) else 1) from None
+
+
+def _of_one_process(words: list[str]) -> list[str]:
+    """The words of the command line without ``--processes N``."""
+    found, skip = [], False
+    for word in words:
+        if skip:
+            skip = False
+        elif word == "--processes":
+            skip = True
+        elif not word.startswith("--processes="):
+            found.append(word)
+    return found
 
 
 def _specs(passes: list[Any]) -> list[str]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from sparsify.compiler import stages
 from sparsify.compiler.backend import Backend, settle
+from sparsify.compiler.dividing import agree, agree_on_data, check_divided
 from sparsify.compiler.judging import open_judge
 from sparsify.compiler.keeping.job import asked_of, look_first, open_journal
 from sparsify.compiler.recipe import recipe_of
@@ -26,6 +27,7 @@ from sparsify.progress import Shown, shown
 from sparsify.provenance.history import run_date
 from sparsify.quantized.otherwise import seems_stored_otherwise
 from sparsify.words import Schedule, parse_bytes
+from sparsify.world.world import ALONE, World
 
 
 def untold(text: str) -> None:
@@ -65,6 +67,7 @@ def compile(
     dry_run: bool = False,
     journal: bool = True,
     resume: bool = False,
+    world: World = ALONE,
     progress: Shown = False,
     observe: Observer | None = None,
     tell: Callable[[str], None] = untold,
@@ -112,6 +115,9 @@ def compile(
         journal: keep what is finished beside ``output`` until that is there, for ``resume``: as many bytes as are
             pruned.
         resume: go on where the same job was interrupted; the result is that of a run that was not.
+        world: processes that share the work, all of which call this alike (:func:`sparsify.join`): each calibrates
+            with its part of the batches and prunes its part of the weights; the first writes, and alone has an
+            ``output``. Weight passes only.
         tell: told in words, before the work, what a quantized model grows to.
         progress: True: show it, as the command line does; or a function that is told (:class:`sparsify.Progress`); or
             tqdm, or a bar of its kind.
@@ -155,7 +161,11 @@ def compile(
             compute_dtype=compute_dtype, adapter=adapter, dtype=dtype,
         ),
     )  # fmt: skip
-    context = Context(resolve_device(device), parse_bytes(memory), seed)
+    context = Context(resolve_device(device), parse_bytes(memory), seed, world=world)
+    check_divided(request, world)
+    if not world.leads:
+        # One process writes; what the others prune they need for what comes after it.
+        request = replace(request, out=None)
     seam = Seam(context, after)
     asked = asked_of(request, context, {"compute dtype": compute_dtype, "dtype": dtype, "adapter": adapter})
     with shown(progress, observe), within_memory("compiling", context.device), ExitStack() as stack:
@@ -180,8 +190,13 @@ def compile(
         judge = open_judge(source, planned.model.program, request, context)
         if dry_run:
             return stages.as_plan(planned, judge)
+        agree(source, request, asked, world)
+        if not world.leads:
+            # One process measures, the others go on: they wait where all need each other.
+            judge = None
         dense = None if judge is None else judge.before(source)
         planned, data = stages.draw(planned, data, request, context, judge)
+        agree_on_data(data, world)
         planned = stages.teach(
             planned, data, request, context,
             allow_bin=allow_bin, trust_remote_code=trust_remote_code, check=check, compute_dtype=compute_dtype,
@@ -190,10 +205,10 @@ def compile(
         if request.structural:
             place.begin(open_journal(source, planned.runs, data, planned.dense, request, asked))
         planned = stages.restructure(planned, data, request, seam, place)
-        job = stages.open_output(planned, request, place)
+        job = stages.open_output(planned, request, place, leads=world.leads)
         if not request.structural:
             # Only now: copying the weights for the output has told which they are.
-            place.begin(open_journal(source, planned.runs, data, planned.dense, request, asked))
+            place.begin(open_journal(source, planned.runs, data, planned.dense, request, asked, world))
         compiled = stages.prune(planned, data, request, seam, place)
         settle(job, compiled.program)
         if judge is not None and dense is not None:

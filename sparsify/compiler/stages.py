@@ -14,6 +14,7 @@ from sparsify.analysis.graph_pass import GraphPass, LoweringPass
 from sparsify.analysis.linear import find_sites
 from sparsify.calibration.gradients import Samples
 from sparsify.compiler.backend import Job
+from sparsify.compiler.dividing import told_of
 from sparsify.compiler.judging import Judge
 from sparsify.compiler.keeping.job import apply_whole
 from sparsify.compiler.manifest import make_manifest
@@ -37,8 +38,9 @@ from sparsify.frontend.source import Source, open_source, require_real
 from sparsify.frontend.stores import find_folder
 from sparsify.ir.graph import runnable
 from sparsify.ir.program import Program
-from sparsify.ir.store import MemoryStore
+from sparsify.ir.store import MemoryStore, SpilledStore
 from sparsify.journal.journal import Journal, Kept
+from sparsify.journal.shared import shared
 from sparsify.method.channel_pass import ChannelPass
 from sparsify.method.pattern import NM
 from sparsify.method.region_pass import RegionPass
@@ -245,11 +247,13 @@ def restructure(planned: Planned, data: Calibration | None, request: Request, se
     return Planned(model, done, _runs(model, request), (planned.dense or dense) if request.fitted else None)
 
 
-def open_output(planned: Planned, request: Request, place: Workplace) -> Job | None:
+def open_output(planned: Planned, request: Request, place: Workplace, *, leads: bool = True) -> Job | None:
     """The output, under construction from here on: passes write to it. None where the result stays in memory."""
     source, program = planned.model.source, planned.model.program
     if request.out is None:
-        program.weights = source.weights.on(MemoryStore(source.weights.store))
+        store = source.weights.store
+        # What is not the user's result is there for what this process has yet to read: on the disk, if it is large.
+        program.weights = source.weights.on(MemoryStore(store) if leads else SpilledStore(store, place.path))
         return None
     if place.output is not None:
         place.output.release()
@@ -270,7 +274,7 @@ def prune(planned: Planned, data: Calibration | None, request: Request, seam: Se
     samples = None if data is None else Samples(data.batches, data.labels)
     compiled.dense = planned.model.source.weights
     for number, run in enumerate(planned.runs, len(request.structural)):
-        own, kept = run.applied, place.kept(number)
+        own, kept = run.applied, shared(place.kept(number), seam.context.world)
         with seam.running(own, program) as ran:
             if isinstance(own, ChannelPass):
                 assert data is not None
@@ -317,6 +321,7 @@ def finish(
     compiled.source_card = opened.ledger.manifest.get("card")
     if compiled.evaluation is not None:
         compiled.manifest["evaluation"] = compiled.evaluation.as_dict()
+    compiled.manifest |= told_of(context.world)
     if job is None:
         compiled.folder_owner = place.keep()
         return compiled

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -63,6 +65,24 @@ class MemoryStore:
     def _base(self) -> TensorStore:
         assert self.base is not None, "a store without a base holds every tensor itself"
         return self.base
+
+
+class SpilledStore(MemoryStore):
+    """The same, what is written kept in files of ``folder`` and mapped: memory that the system can have back."""
+
+    def __init__(self, base: TensorStore | None, folder: Path) -> None:
+        super().__init__(base)
+        self._folder = folder
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        if not tensor.numel():
+            super().write(name, tensor)
+            return
+        # A new file each time: whoever still reads the old one has it.
+        path = self._folder / f"{uuid.uuid4().hex}.bin"
+        tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tofile(path)
+        found = torch.from_file(str(path), shared=False, size=tensor.numel(), dtype=tensor.dtype)
+        self.tensors[name] = found.view(tensor.shape)
 
 
 class RenamedStore:

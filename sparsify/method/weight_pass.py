@@ -56,6 +56,15 @@ class MatrixPass(Pass):
         """Whether weights that are not pruned stay as they were, to the bit; verified after each site."""
         return True
 
+    @property
+    def by_rows(self) -> bool:
+        """Whether each output neuron is pruned as if it were alone: processes share such a matrix out by its rows.
+
+        What is exact then, up to the rounding of products with fewer rows: ``prune(weight[rows])`` is
+        ``prune(weight)[rows]``, of statistics of the weight those rows alone given.
+        """
+        return False
+
     def broken(self, weight: Tensor) -> str | None:
         """Where a result [out_features, in_features] is not as it should be, or None; verified after each site."""
         raise NotImplementedError
@@ -186,6 +195,12 @@ class WeightPass(MatrixPass):
         """The groups in which the result has the pattern's zeros: those of the comparison, unless a mask is chosen
         otherwise."""
         return self.comparison
+
+    @property
+    def compares_rows_alone(self) -> bool:
+        """Whether only weights of one output neuron compete for being kept."""
+        alone = self.comparison.axis == "output" and self.blocksize == 1 and self.count != "total"
+        return alone or isinstance(self.pattern, NM)
 
     def broken(self, weight: Tensor) -> str | None:
         return holds(weight, self.pattern, self.counted) if self.exact_counts else None

@@ -56,11 +56,12 @@ class Measured:
 
     def errors(self, target: Target, levels: Sequence[Fraction]) -> list[float]:
         """Relative squared output error of a target at each sparsity."""
-        pairs, sketch = self.scores(target), self.recorders[target.parameter].sketch
+        pairs, recorder = self.scores(target), self.recorders[target.parameter]
         errors = []
         for level in levels:
             pruned = (weight.masked_fill(_mask(scores, level), 0) for weight, scores in pairs)
-            errors.append((sketch.relative_error((weight for weight, _ in pairs), pruned) or 0.0) ** 2)
+            dense = (weight for weight, _ in pairs)
+            errors.append((recorder.sketch.relative_error(dense, pruned, world=recorder.world) or 0.0) ** 2)
         return errors
 
 

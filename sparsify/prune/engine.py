@@ -11,7 +11,7 @@ The three schedules differ only in where regions are cut and whether a region ru
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -35,7 +35,7 @@ from sparsify.precision import exact_products
 from sparsify.prune.allocation import Measured, allocate
 from sparsify.prune.shares import shared_out
 from sparsify.prune.targets import Target
-from sparsify.prune.turn import Turn, prune_without_data
+from sparsify.prune.turn import Turn, prune_without_data, taken
 from sparsify.words import Schedule
 
 # As progress counts it, so much of a step is done when its statistics are; the rest is pruning.
@@ -150,11 +150,15 @@ class Engine:
                 # Popped, so that each is freed as soon as its sites have had their turn.
                 for group in step.groups:
                     recorder = recorders.pop(0)
-                    for site in group.sites:
-                        if site.parameter not in done:
-                            with within_memory(f"pruning {site.name}", self.context.device):
-                                result = self._prune_site(streams, site, merged.get(site.parameter, recorder))
-                            done.add(site.parameter)
+                    sites = {site.parameter: site for site in group.sites if site.parameter not in done}
+                    done |= sites.keys()
+                    # One process has one turn after the other; of several each begins with its part of all of them.
+                    at_once = list(sites.values()) if self.context.world.divided else []
+                    for some in [at_once] if at_once else [[site] for site in sites.values()]:
+                        turns = [self._turn(site, merged.get(site.parameter, recorder)) for site in some]
+                        for site, turn, result in zip(some, turns, self._taken(turns), strict=True):
+                            self._go_on(streams, site, turn)
+                            self.results.append(result)
                             left.remove(site.parameter)
                             measuring.tell(step, 1 - (1 - _MEASURED) * len(left) / of, result)
                     del recorder
@@ -168,13 +172,22 @@ class Engine:
         region = Region(step.start, step.measured, end, again=True, wanted=wanted)
         return self.measuring.run(streams, step, region, until=_MEASURED)
 
-    def _prune_site(self, streams: Streams, site: LinearSite, recorder: GroupRecorder | None) -> SiteResult:
+    def _turn(self, site: LinearSite, recorder: GroupRecorder | None) -> Turn:
         target, device = self.targets[site.parameter], self.context.device
         own = self.gradients.read(site, device) if self.gradients is not None else {}
         if "dense_weight" in self.wanted and self.dense is not None:
             own["dense_weight"] = site.matrices(self.dense.read(site.parameter).to(device))
-        turn = Turn(self.program, self.passes[site.parameter], target, device, recorder, self.measuring.sequences, own)
-        result = turn.kept_or_taken(self.kept)
+        method, world, sequences = self.passes[site.parameter], self.context.world, self.measuring.sequences
+        return Turn(self.program, method, target, device, recorder, sequences, own, world)
+
+    def _taken(self, turns: Sequence[Turn]) -> Iterator[SiteResult]:
+        results = taken(turns, self.kept)
+        for turn in turns:
+            with within_memory(f"pruning {turn.site.name}", self.context.device):
+                yield next(results)
+
+    def _go_on(self, streams: Streams, site: LinearSite, turn: Turn) -> None:
+        """What runs from here on finds the weight as ``turn`` left it."""
         runner, dense = streams.runner, self.schedule == "dense"
         runner.release(site.parameter, turn.before if dense else turn.after)
         if site.bias is not None and not dense:
@@ -182,5 +195,3 @@ class Engine:
         if dense:
             # The store now holds the pruned weight; later readers must still find the dense one.
             runner.pinned |= {n for n in runner.resident if self.program.parameter(n) == site.parameter}
-        self.results.append(result)
-        return result

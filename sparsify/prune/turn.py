@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -17,9 +17,11 @@ from sparsify.journal.journal import NOT_KEPT, Kept
 from sparsify.journal.record import Entry
 from sparsify.method.statistics import InputStatistics
 from sparsify.method.weight_pass import MatrixPass, Pruned
+from sparsify.prune.parts import Part
 from sparsify.prune.targets import Target
 from sparsify.prune.verify import verify_pruned
 from sparsify.tensors import all_finite
+from sparsify.world.world import ALONE, World
 
 
 def prune_without_data(
@@ -34,14 +36,29 @@ def prune_without_data(
     Args:
         kept: targets that a run before has finished, and where those of this one are kept.
     """
-    results = []
-    for number, target in enumerate(targets):
+    results: list[SiteResult] = []
+    world = context.world
+    for start in range(0, len(targets), world.size):
         # Where nothing runs, nothing is gained on another device.
-        turn = Turn(program, passes[target.parameter], target, torch.device("cpu"))
-        result = turn.kept_or_taken(kept)
-        results.append(result)
-        context.observe(Progress("pruning", number + 1, len(targets), result.name, site=result))
+        turns = [
+            Turn(program, passes[target.parameter], target, torch.device("cpu"), world=world)
+            for target in targets[start : start + world.size]
+        ]
+        for result in taken(turns, kept):
+            results.append(result)
+            context.observe(Progress("pruning", len(results), len(targets), result.name, site=result))
     return results
+
+
+def taken(turns: Sequence[Turn], kept: Kept) -> Iterator[SiteResult]:
+    """The result of each turn in their order. Several processes do each their part of all of them first, those that
+    cannot be divided dealt out, and then bring them together.
+    """
+    for number, turn in enumerate(turns):
+        if turn.world.divided and kept.find(turn.target.parameter) is None:
+            turn.begin(number % turn.world.size)
+    for turn in turns:
+        yield turn.kept_or_taken(kept)
 
 
 class Turn:
@@ -51,6 +68,7 @@ class Turn:
         recorder: what was recorded of the input; None without data.
         sequences: calibration sequences.
         own: statistics of the weight itself by name, [experts, out_features, in_features].
+        world: the processes that share it; each takes its turn in the same order.
     """
 
     def __init__(
@@ -62,11 +80,40 @@ class Turn:
         recorder: GroupRecorder | None = None,
         sequences: int = 0,
         own: Mapping[str, Tensor] | None = None,
+        world: World = ALONE,
     ) -> None:
         self.weights, self.method, self.target, self.site = program.weights, weight_pass, target, target.site
         self.device, self.recorder, self.sequences, self.own = device, recorder, sequences, own or {}
         self.before = self.after = torch.empty(0)
         self.biases: Tensor | None = None
+        self.world = world
+        self._part: Part | None = None
+        self._seconds = 0.0
+
+    def begin(self, owner: int = 0) -> None:
+        """Prune this process's part of the parameter: its experts, its output neurons, or, of what cannot be divided,
+        all where it is the ``owner``.
+
+        Raises:
+            As :meth:`take`.
+        """
+        started = time.perf_counter()
+        self._read()
+        dense = self.site.matrices(self.before)
+        part = Part.of(
+            self.world, self.site.experts, self.site.shape[0], self.method.by_rows and not self.unseen, owner
+        )
+        matrices, biases, notes = dense.clone(), self.biases, list[str]()
+        # Each result is given back before the next comes: a stack of experts is large.
+        for expert in part.experts:
+            pruned = self._prune(expert, dense[expert, part.rows], expert in self.unseen, part.rows)
+            matrices[expert, part.rows] = pruned.weight.to(matrices.dtype)
+            if pruned.bias is not None and biases is not None:
+                biases = biases.clone() if biases is self.biases else biases
+                biases[expert, part.rows] = pruned.bias.to(biases.dtype)
+            notes += [f"expert {expert}: {note}" if self.site.experts > 1 else note for note in pruned.notes]
+        self._part = dataclasses.replace(part, matrices=matrices, biases=biases, notes=notes)
+        self._seconds = time.perf_counter() - started
 
     def take(self) -> SiteResult:
         """Prune the parameter, verify it, store it, and say what happened.
@@ -75,21 +122,13 @@ class Turn:
             CalibrationError: it holds NaN or infinity, or no calibration token reaches it.
             VerifyError: the pass broke its promise. SparsifyError: what the pass itself refuses, the site named.
         """
+        if self._part is None:
+            self.begin()
         started = time.perf_counter()
-        self._read()
+        assert self._part is not None
         site, dense = self.site, self.site.matrices(self.before)
-        matrices, biases = dense.clone(), self.biases
-        tokens = [0] * site.experts if self.recorder is None else self.recorder.tokens
-        unseen = self._unseen(tokens)
-        notes: list[str] = []
-        # Each result is given back before the next comes: a stack of experts is large.
-        for expert in range(site.experts):
-            pruned = self._prune(expert, dense[expert], expert in unseen)
-            matrices[expert] = pruned.weight.to(matrices.dtype)
-            if pruned.bias is not None and biases is not None:
-                biases = biases.clone() if biases is self.biases else biases
-                biases[expert] = pruned.bias.to(biases.dtype)
-            notes += [f"expert {expert}: {note}" if site.experts > 1 else note for note in pruned.notes]
+        matrices, biases, notes = self._part.together(self.world, self.biases)
+        self._part = None
         moved = None if self.method.keeps_weights else matrices
         self._check_stored(site.name, moved, None if biases is self.biases else biases)
         written = [self.target.parameter]
@@ -104,14 +143,20 @@ class Turn:
             shape=tuple(self.before.shape),
             pattern=str(self.method.pattern),
             kept=float((kept != 0).sum()) / kept.numel(),
-            error=None if self.recorder is None else self.recorder.sketch.relative_error(dense, kept, site.name),
-            seconds=time.perf_counter() - started,
-            tokens=sum(tokens),
+            error=None
+            if self.recorder is None
+            else self.recorder.sketch.relative_error(dense, kept, site.name, self.world),
+            seconds=self._seconds + time.perf_counter() - started,
+            tokens=sum(self.tokens),
             sources=sorted(self.target.sources or self.weights.sources(self.target.parameter)),
-            without_data=unseen,
+            without_data=self.unseen,
             notes=notes,
             written=written,
         )
+
+    def _error(self, dense: Tensor, kept: Tensor) -> float | None:
+        recorder = self.recorder
+        return None if recorder is None else recorder.sketch.relative_error(dense, kept, self.site.name, self.world)
 
     def kept_or_taken(self, kept: Kept) -> SiteResult:
         """What a run before has made of the parameter, stored again; else :meth:`take`, and it is kept."""
@@ -144,6 +189,8 @@ class Turn:
         if self.site.bias is not None:
             # [experts, out_features]: every matrix has its own part of it.
             self.biases = self.site.biases(self.weights.read(self.site.bias).to(self.device))
+        self.tokens = [0] * self.site.experts if self.recorder is None else self.recorder.tokens
+        self.unseen = self._unseen(self.tokens)
 
     def _check_stored(self, name: str, *moved: Tensor | None) -> None:
         """What a pass moved was finite in float32: it may not be in the dtype that it is stored in."""
@@ -166,17 +213,17 @@ class Turn:
             )
         return unseen
 
-    def _prune(self, expert: int, weight: Tensor, unseen: bool) -> Pruned:
-        """The result of the pass on one matrix [out_features, in_features], verified."""
+    def _prune(self, expert: int, weight: Tensor, unseen: bool, rows: slice) -> Pruned:
+        """The result of the pass on one matrix [out_features, in_features], or on those ``rows`` of it, verified."""
         method = self.method.without_data() if unseen else self.method
         try:
-            pruned = method.prune(weight, self._statistics(expert))
+            pruned = method.prune(weight, self._statistics(expert, rows))
         except SparsifyError as error:
             raise error.asking(f"{error.asked} of {self.site.name}") from error
         verify_pruned(self.site.name, method, weight, pruned)
         return pruned
 
-    def _statistics(self, expert: int) -> InputStatistics:
+    def _statistics(self, expert: int, rows: slice) -> InputStatistics:
         recorder = self.recorder
         found = InputStatistics({}, 0, 0) if recorder is None else recorder.statistics(expert, self.sequences)
         # The rows were finite: their sums of squares went past what float32 holds.
@@ -186,10 +233,10 @@ class Turn:
                 found=f"values so large that their {over} overflows",
                 do="Look at the weights before this site: activations past 1e18 are no language model's",
             )
-        values = {name: value[expert] for name, value in self.own.items()}
+        values = {name: value[expert, rows] for name, value in self.own.items()}
         if recorder is not None and self.site.parameter in recorder.outputs:
             values |= recorder.outputs[self.site.parameter].values(expert)
-        bias = None if self.biases is None else self.biases[expert]
+        bias = None if self.biases is None else self.biases[expert, rows]
         # ``derived`` stays the same object: what one site derives from the input, its siblings find.
         return dataclasses.replace(found, values={**found.values, **values}, bias=bias)
 

@@ -133,7 +133,18 @@ def test_every_option_of_compile_is_a_key() -> None:
 
     from sparsify.cli.compile import compile_command
 
-    alone = {"ctx", "quiet", "log_level", "debug", "as_json", "recipe", "save_recipe", "trust_remote_code", "resume"}
+    alone = {
+        "ctx",
+        "quiet",
+        "log_level",
+        "debug",
+        "as_json",
+        "recipe",
+        "save_recipe",
+        "trust_remote_code",
+        "resume",
+        "processes",
+    }
     assert set(inspect.signature(compile_command).parameters) - alone == set(KEYS)
 
 

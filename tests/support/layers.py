@@ -12,7 +12,7 @@ PACKAGES = {"sparsify": "sparsify", "passes": "sparsify.passes", "backends": "sp
 # Storeys from the ground up: a room imports from lower ones only, rooms of one storey not from each other.
 STOREYS: tuple[tuple[str, ...], ...] = (
     ("durable", "errors", "import_path", "tensors"),
-    ("words",),
+    ("words", "world"),
     ("context",),
     ("finite", "host"),
     ("precision", "progress"),

@@ -43,6 +43,9 @@ def everything(net: nn.Module, texts: list[str], ids: Tensor, tokenizer: object)
     apart: sparsify.Difference = sparsify.diff("MODEL", where, only="*.mlp.*")
     print(page, apart.same, apart.verdict, apart.whole.share_b, [group.name for group in apart.kinds])
     library: str = sparsify.onnx_library()
+    with sparsify.join() as world:
+        shared: sparsify.World = world
+        sparsify.compile("model", "wanda:2:4", world=shared)
     print(library)
     callback: sparsify.HoldZeros = sparsify.HoldZeros()
     print(callback)

@@ -20,6 +20,7 @@ from sparsify.journal.journal import Asked, Journal, Kept, look
 from sparsify.method.spec import spec_text
 from sparsify.provenance.history import digest_of_store, origin_of, versions
 from sparsify.tensors import new_hash
+from sparsify.world.world import ALONE, World
 
 
 def asked_of(request: Request, context: Context, opening: Mapping[str, Any]) -> dict[str, Any]:
@@ -61,20 +62,22 @@ def open_journal(
     dense: Program | None,
     request: Request,
     asked: Asked,
+    world: World = ALONE,
 ) -> Journal | None:
     """The journal of this job; None where it keeps none.
 
     Args:
         source: the model as it was opened. runs: passes that are planned. dense: the model that passes fit to, where
-            it is another.
+            it is another. world: of its processes the first keeps a journal, and how many they are decides numbers.
 
     Raises:
         CheckpointError, BackendError: as :class:`Journal`.
     """
-    if request.out is None or not request.journal or not request.passes:
+    if request.out is None or not request.journal or not request.passes or not world.leads:
         return None
     whole = {
         **asked,
+        **({"processes": world.size} if world.divided else {}),
         **model_of(source),
         "calibration data": None if data is None else data.digest,
         "teacher": None if dense is None else digest_of_store(dense.weights.store),
@@ -90,8 +93,13 @@ def model_of(source: Source) -> dict[str, str]:
     """Which model it is; reads all of its weights, where nobody has yet."""
     return {
         "weights of the model": origin_of(source)["weights"],
-        "config of the model": _digest(source.module if source.config is None else _settings(source.config)),
+        "config of the model": config_of(source),
     }
+
+
+def config_of(source: Source) -> str:
+    """A digest of what its config says of a model, and not of where it lies."""
+    return _digest(source.module if source.config is None else _settings(source.config))
 
 
 def apply_whole(

@@ -1,0 +1,75 @@
+"""A compile by several processes: what they can share, and whether all were asked the same."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sparsify.calibration.accumulators import GRADIENTS
+from sparsify.compiler.keeping.job import config_of
+from sparsify.compiler.request import Request
+from sparsify.data.batches import Calibration
+from sparsify.errors import ProcessError
+from sparsify.frontend.source import Source
+from sparsify.journal.journal import Asked
+from sparsify.method.weight_pass import MatrixPass
+from sparsify.tensors import new_hash
+from sparsify.world.world import World
+
+
+def check_divided(request: Request, world: World) -> None:
+    """Refuse what several processes do not share, before anything is opened.
+
+    Raises:
+        ProcessError: a pass that is not made of one matrix after the other, or one that needs gradients.
+    """
+    if not world.divided:
+        return
+    for own in request.passes:
+        if not isinstance(own, MatrixPass):
+            found = f"a pass over {own.kind}, which one process runs"
+        elif GRADIENTS & set(own.statistics):
+            found = "a pass that needs gradients, which one process sums"
+        else:
+            continue
+        raise ProcessError(
+            f"pass {own.name} by {world.size} processes",
+            found=found,
+            do="Run it in one process; weight passes without gradients (wanda, sparsegpt, twin, …) are shared",
+        )
+
+
+def agree(source: Source, request: Request, asked: Asked, world: World) -> None:
+    """Raises:
+    ProcessError: another process was asked otherwise, has other versions, or sees another model.
+    """
+    if not world.divided:
+        return
+    store, names = source.weights.store, new_hash()
+    for name in sorted(store.names()):
+        names.update(f"{name} {tuple(store.shape(name))} {store.dtype(name)}\n".encode())
+    amounts = {"samples": request.samples, "sequence length": request.length, "backend": str(request.backend)}
+    world.agree(
+        {
+            **asked,
+            **amounts,
+            "calibration": request.named if request.is_named else "given",
+            "config of the model": config_of(source),
+            "tensors of the model": names.hexdigest(),
+        }
+    )
+
+
+def agree_on_data(data: Calibration | None, world: World) -> None:
+    """Raises:
+    ProcessError: another process drew other data, or there are fewer batches than processes.
+    """
+    if not world.divided:
+        return
+    world.agree({"calibration data": None if data is None else data.digest})
+    if data is not None:
+        world.share(data.batches, "calibration batches")
+
+
+def told_of(world: World) -> dict[str, Any]:
+    """What the manifest says of several processes; all of them call this."""
+    return {"processes": {"count": world.size, "bytes": sum(world.told(world.sent))}} if world.divided else {}

@@ -1,0 +1,133 @@
+"""Several processes that know of each other, by ``torch.distributed``: gloo between CPUs, NCCL between GPUs.
+
+Whoever waits for the others looks meanwhile whether they are still there: what became of one that is not is an error
+here, and no wait without an end.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from sparsify.errors import ProcessError, first_line
+from sparsify.world.watch import Watch
+from sparsify.world.world import World
+
+# Seconds between looks at what is under way: at first often, for most is done at once.
+_SOON, _LATE = 2e-5, 2e-3
+# Bytes of what is told at once.
+_SHORT = 1024
+
+
+class Processes(World):
+    """This process as ``rank`` of ``size``.
+
+    Args:
+        device: where tensors lie that are sent; of gloo the CPU.
+        watch: knows what becomes of the others.
+    """
+
+    def __init__(self, rank: int, size: int, device: torch.device, watch: Watch) -> None:
+        super().__init__()
+        self.rank, self.size, self.device, self._watch = rank, size, device, watch
+
+    def says(self, doing: str) -> None:
+        self._watch.doing = doing
+
+    def summed(self, values: Tensor) -> Tensor:
+        there = values.to(self.device).contiguous()
+        self._wait(lambda: dist.all_reduce(there, async_op=True), there)
+        return there.to(values.device)
+
+    def greatest(self, values: Tensor) -> Tensor:
+        there = values.to(self.device).contiguous()
+        self._wait(lambda: dist.all_reduce(there, dist.ReduceOp.MAX, async_op=True), there)
+        return there.to(values.device)
+
+    def gathered(self, part: Tensor) -> list[Tensor]:
+        row = part[:1].numel() * part.element_size()
+        told = self.told([len(part), row])
+        most, row = max(length for length, _ in told), max(size for _, size in told)
+        # As bytes, which every backend has, and of one length, as all of them want it.
+        own = torch.zeros(most * row, dtype=torch.uint8, device=self.device)
+        if part.numel():
+            own[: len(part) * row] = part.contiguous().view(-1).view(torch.uint8).to(self.device)
+        parts = [torch.empty_like(own) for _ in range(self.size)]
+        if len(own):
+            self._wait(lambda: dist.all_gather(parts, own, async_op=True), own)
+        return [
+            found[: length * row].view(part.dtype).view(length, *part.shape[1:]).to(part.device)
+            for found, (length, _) in zip(parts, told, strict=True)
+        ]
+
+    def given(self, values: Tensor, owner: int) -> Tensor:
+        there = values.contiguous().view(-1).view(torch.uint8).to(self.device)
+        if values.numel():
+            self._wait(lambda: dist.broadcast(there, owner, async_op=True), there if owner == self.rank else None)
+        return there.view(values.dtype).view(values.shape).to(values.device)
+
+    def told(self, word: Any) -> list[Any]:
+        text = json.dumps(word).encode()
+        # What is short is told at once; of what is long the length is.
+        short = self._texts(f"{len(text)} ".encode() + text, _SHORT)
+        sizes = [int(each.partition(b" ")[0]) for each in short]
+        whole = short if max(sizes) + 21 <= _SHORT else self._texts(f"{len(text)} ".encode() + text, max(sizes) + 21)
+        return [json.loads(each.partition(b" ")[2][:size]) for each, size in zip(whole, sizes, strict=True)]
+
+    def _texts(self, text: bytes, size: int) -> list[bytes]:
+        own = torch.zeros(size, dtype=torch.uint8)
+        given = torch.frombuffer(bytearray(text[:size]), dtype=torch.uint8)
+        own[: len(given)] = given
+        own = own.to(self.device)
+        texts = [torch.empty_like(own) for _ in range(self.size)]
+        self._wait(lambda: dist.all_gather(texts, own, async_op=True), own)
+        return [bytes(each.cpu().numpy()) for each in texts]
+
+    def agree(self, asked: Mapping[str, Any]) -> None:
+        first, *others = self.told(dict(asked))
+        for rank, other in enumerate(others, 1):
+            differing = [name for name in {**first, **other} if first.get(name) != other.get(name)]
+            if differing:
+                said = (f"{name} ({_short(first.get(name))}, {_short(other.get(name))})" for name in differing)
+                raise ProcessError(
+                    f"processes 0 and {rank} of one job",
+                    found=f"they were asked otherwise: {'; '.join(said)}",
+                    do="Give every process the same command, versions, model and data",
+                )
+
+    def hushed(self, error: BaseException) -> bool:
+        return not self.leads and self._watch.hears_leader(str(error) or type(error).__name__)
+
+    @property
+    def doing(self) -> str:
+        return self._watch.doing
+
+    def _wait(self, begin: Any, sent: Tensor | None) -> None:
+        """Begin something that all do together, and wait until it is done.
+
+        Raises:
+            ProcessError: another process failed, ended, or is not heard of any more.
+        """
+        try:
+            work, pause = begin(), _SOON
+            while not work.is_completed():
+                self._watch.check()
+                time.sleep(pause)
+                pause = min(pause * 1.5, _LATE)
+            work.wait()
+        except RuntimeError as error:
+            # Most often the other end of a connection is gone; what became of it is told a moment later.
+            raise self._watch.explained(first_line(error)) from error
+        if sent is not None:
+            self.sent += sent.numel() * sent.element_size() * (self.size - 1)
+
+
+def _short(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}…"

@@ -1,0 +1,109 @@
+"""Which part of a job is this process's, and what it and the others bring together. One process is all there is unless
+somebody joins others (:func:`sparsify.world.joining.join`); what asks a world then finds that nothing need be done.
+
+Shares are consecutive: the first process has the first batches, so that what is summed in the order of the processes is
+summed in the order of the batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from sparsify.errors import ProcessError
+
+if TYPE_CHECKING:
+    from torch import Tensor, device
+
+Item = TypeVar("Item")
+
+
+class World:
+    """This process alone.
+
+    Attributes:
+        rank: which process this is, of ``size``. sent: bytes that it has sent to others. device: its GPU, or the CPU;
+            None of one that is alone, which may take any.
+    """
+
+    rank: int = 0
+    size: int = 1
+    device: device | None = None
+
+    def __init__(self) -> None:
+        self.sent = 0
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is the process that writes and that tells people."""
+        return self.rank == 0
+
+    @property
+    def divided(self) -> bool:
+        return self.size > 1
+
+    def bounds(self, count: int, rank: int | None = None) -> tuple[int, int]:
+        """Which of ``count`` things are those of process ``rank``, this one's where None: [start, stop)."""
+        rank = self.rank if rank is None else rank
+        return rank * count // self.size, (rank + 1) * count // self.size
+
+    def share(self, items: Sequence[Item], what: str) -> Sequence[Item]:
+        """This process's part of ``items``.
+
+        Args:
+            what: what they are called.
+
+        Raises:
+            ProcessError: there are fewer than processes.
+        """
+        if len(items) < self.size:
+            raise ProcessError(
+                f"{self.size} processes",
+                found=f"{what} to share out among them: {len(items)}",
+                do=f"Take {len(items)} or fewer, or more --samples",
+            )
+        start, stop = self.bounds(len(items))
+        return items[start:stop]
+
+    def summed(self, values: Tensor) -> Tensor:
+        """The sum of what each process brings, floats of one shape; how many they are rounds it otherwise."""
+        return values
+
+    def greatest(self, values: Tensor) -> Tensor:
+        """The largest, number by number, of what each process brings."""
+        return values
+
+    def gathered(self, part: Tensor) -> list[Tensor]:
+        """What each process brings, which differs in its first dimension at most, in their order."""
+        return [part]
+
+    def given(self, values: Tensor, owner: int) -> Tensor:
+        """What process ``owner`` brings; ``values`` of the others has its shape and dtype, and is written to."""
+        return values
+
+    def told(self, word: Any) -> list[Any]:
+        """What each process says, as JSON has it, in their order."""
+        return [word]
+
+    def says(self, doing: str) -> None:
+        """What this process is at, in words: what others say of it where it is not heard of any more."""
+
+    @property
+    def doing(self) -> str:
+        """What was said last."""
+        return ""
+
+    def hushed(self, error: BaseException) -> bool:
+        """Tell the others that this process ends with ``error``; whether the first one, which speaks for all, tells
+        people why."""
+        return False
+
+    def agree(self, asked: Mapping[str, Any]) -> None:
+        """Nothing, where every process says the same.
+
+        Raises:
+            ProcessError: some say something else; says what.
+        """
+
+
+ALONE = World()

@@ -1,0 +1,86 @@
+"""``--processes`` as a user types it."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from support.command_line import process, sparsify
+from support.interrupted import content, hidden
+
+MODEL = "models/pycode-6m"
+WORDS = ["--calibration", "python-stdlib", "--samples", 32, "--sequence-length", 128]
+
+
+@pytest.fixture
+def one_thread(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+@pytest.mark.slow
+def test_two_processes_write_what_one_does(tmp_path, one_thread):
+    words = ["compile", MODEL, "--pass", "wanda:2:4", *WORDS]
+    two = process(*words, "-o", tmp_path / "two", "--processes", 2)
+    assert two.returncode == 0, two.stderr
+    # One of them speaks.
+    assert two.stdout.count("wrote ") == 1
+    one = process(*words, "-o", tmp_path / "one")
+    assert one.returncode == 0, one.stderr
+    assert (tmp_path / "one/model.safetensors").read_bytes() == (tmp_path / "two/model.safetensors").read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "two"]
+
+
+def test_a_refusal_is_said_once(tmp_path):
+    done = process("compile", MODEL, "--pass", "gblm:2:4", *WORDS, "-o", tmp_path / "out", "--processes=2")
+    assert done.returncode == 1
+    assert done.stderr.count("pass gblm by 2 processes") == 1
+    assert "process 1 of 2 ended; process 0 says why" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_processes_of_processes_are_refused(monkeypatch, tmp_path):
+    for name, value in {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    done = sparsify("compile", MODEL, "--pass", "wanda:2:4", "-o", tmp_path / "out", "--processes", 2)
+    assert done.returncode == 2 and "torchrun has started already" in done.stderr
+
+
+def test_one_process_is_no_number_of_them(tmp_path):
+    done = sparsify("compile", MODEL, "--pass", "wanda:2:4", "-o", tmp_path / "out", "--processes", 1)
+    assert done.returncode == 2 and "--processes" in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("spec", ["sparsegpt:2:4", "wanda:2:4"])
+def test_a_killed_job_goes_on_to_the_same_bytes(spec, tmp_path, one_thread):
+    words = ["compile", MODEL, "--pass", spec, *WORDS, "--processes", 2]
+    assert process(*words, "-o", tmp_path / "whole").returncode == 0
+    out = tmp_path / "out"
+    typed = [sys.executable, "-m", "sparsify", *map(str, [*words, "-o", out])]
+    running = subprocess.Popen(typed, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    deadline = time.monotonic() + 120
+    while not hidden(tmp_path):
+        assert time.monotonic() < deadline and running.poll() is None
+        time.sleep(0.1)
+    time.sleep(3)
+    victims = [int(place.name) for place in Path("/proc").glob("[0-9]*") if _is_second(place, out)]
+    assert len(victims) == 1
+    os.kill(victims[0], signal.SIGKILL)
+    _, said = running.communicate(timeout=60)
+    assert running.returncode == 1 and "process 1 of 2: it was ended by SIGKILL" in said
+    assert not out.exists()
+    assert hidden(tmp_path)
+    assert process(*words, "-o", out, "--resume").returncode == 0
+    assert content(out)["model.safetensors"] == content(tmp_path / "whole")["model.safetensors"]
+    assert not hidden(tmp_path)
+
+
+def _is_second(place, out):
+    try:
+        told, words = ((place / name).read_bytes().split(b"\0") for name in ("environ", "cmdline"))
+    except OSError:
+        return False
+    return b"RANK=1" in told and str(out).encode() in words
