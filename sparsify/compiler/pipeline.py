@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from sparsify.compiler import stages
 from sparsify.compiler.backend import Backend, settle
-from sparsify.compiler.dividing import agree, agree_on_data, check_divided
 from sparsify.compiler.judging import open_judge
+from sparsify.compiler.keeping.dividing import agree, agree_on_data, check_divided
 from sparsify.compiler.keeping.job import asked_of, look_first, open_journal
 from sparsify.compiler.recipe import recipe_of
 from sparsify.compiler.request import Data, parse

@@ -14,8 +14,8 @@ from sparsify.analysis.graph_pass import GraphPass, LoweringPass
 from sparsify.analysis.linear import find_sites
 from sparsify.calibration.gradients import Samples
 from sparsify.compiler.backend import Job
-from sparsify.compiler.dividing import told_of
 from sparsify.compiler.judging import Judge
+from sparsify.compiler.keeping.dividing import told_of
 from sparsify.compiler.keeping.job import apply_whole
 from sparsify.compiler.manifest import make_manifest
 from sparsify.compiler.request import Request, nothing_to_do
