@@ -8,7 +8,7 @@ from sparsify.calibration.accumulators import GRADIENTS
 from sparsify.compiler.keeping.job import config_of
 from sparsify.compiler.request import Request
 from sparsify.data.batches import Calibration
-from sparsify.errors import ProcessError
+from sparsify.errors import ProcessError, SpecError
 from sparsify.frontend.source import Source
 from sparsify.journal.journal import Asked
 from sparsify.method.weight_pass import MatrixPass
@@ -20,8 +20,12 @@ def check_divided(request: Request, world: World) -> None:
     """Refuse what several processes do not share, before anything is opened.
 
     Raises:
-        ProcessError: a pass that is not made of one matrix after the other, or one that needs gradients.
+        SpecError: no world. ProcessError: a pass that is not made of one matrix after the other, or one that needs gradients.
     """
+    if not isinstance(world, World):
+        raise SpecError(
+            f"world={type(world).__name__}", found="no processes", do="Give what sparsify.join() gives, or leave it out"
+        )
     if not world.divided:
         return
     for own in request.passes:
