@@ -20,7 +20,8 @@ def check_divided(request: Request, world: World) -> None:
     """Refuse what several processes do not share, before anything is opened.
 
     Raises:
-        SpecError: no world. ProcessError: a pass that is not made of one matrix after the other, or one that needs gradients.
+        SpecError: no world.
+        ProcessError: a pass that is not made of one matrix after the other, or one that needs gradients.
     """
     if not isinstance(world, World):
         raise SpecError(
