@@ -41,7 +41,7 @@ def main() -> None:
             runs: dict[int, list[dict[str, Any]]] = {1: [], 2: []}
             for number in range(asked.repeat):
                 for count in (1, 2):
-                    out = Path(folder) / f"{count}-{number}"
+                    out = Path(folder) / f"{asked.passes.index(spec)}-{count}-{number}"
                     runs[count].append(run(model, spec, count, out, asked.samples, asked.length))
             said = {count: sorted(of, key=lambda one: one["pass"])[len(of) // 2] for count, of in runs.items()}
             for count, one in said.items():
