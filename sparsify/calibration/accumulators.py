@@ -51,8 +51,6 @@ class _Vector:
             self.total[expert] += added
 
     def join(self) -> None:
-        if not self.world.divided:
-            return
         experts = torch.tensor([expert for expert, _ in self._parts], dtype=torch.int64)
         none = torch.empty(0, self.total.shape[1], dtype=torch.float32, device=self.total.device)
         parts = torch.stack([added for _, added in self._parts]) if self._parts else none
@@ -111,7 +109,7 @@ class Gram:
     BLOCKS, LEAST = 4, 64
 
     def __init__(self, experts: int, features: int, device: torch.device, world: World = ALONE) -> None:
-        self.experts, self.features, self.device, self.world = experts, features, device, world
+        self.features, self.device, self.world = features, device, world
         self._sums: dict[int, Tensor] = {}  # an expert that sees no token costs nothing
 
     def update(self, expert: int, rows: Tensor, dense: Tensor) -> None:
@@ -122,8 +120,6 @@ class Gram:
             total[start : start + size, start:].addmm_(rows[:, start : start + size].t(), rows[:, start:])
 
     def join(self) -> None:
-        if not self.world.divided:
-            return
         # Experts that no process has rows of stay without a matrix.
         seen = set[int]().union(*self.world.told(sorted(self._sums)))
         for expert in sorted(seen):

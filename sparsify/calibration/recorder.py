@@ -111,8 +111,6 @@ class OutputMoments:
 
     def join(self, world: World) -> None:
         """Bring together what all processes saw."""
-        if not world.divided:
-            return
         keys = {(int(e), str(name)) for keys in world.told(sorted(self.sums)) for e, name in keys}
         size = self.weight.shape[1]
         for expert, name in sorted(keys):

@@ -54,7 +54,7 @@ from sparsify.words import (
     plain,
     split_names,
 )
-from sparsify.world.joining import join, size_told
+from sparsify.world.joining import join, leads_told, size_told
 from sparsify.world.world import World
 
 # Words of the command line that compile() takes by the same name.
@@ -213,15 +213,6 @@ def _compile(words: dict[str, Any]) -> None:
             found="a dry run runs no pass, so there is no graph after one",
             do="Leave one of the two out; `sparsify inspect MODEL --graph` prints the graph as it is",
         )
-    if words["save_recipe"] is not None:
-        from sparsify.files.single import put_file
-
-        put_file(words["save_recipe"], write_recipe(_to_keep(words)))
-    from sparsify.cli.tables import plan_report, result_report
-    from sparsify.compiler.pipeline import compile
-    from sparsify.compiler.request import default_output
-    from sparsify.progress import ProgressLine
-
     if words["processes"] is not None:
         from sparsify.world.launch import launch
 
@@ -233,12 +224,20 @@ def _compile(words: dict[str, Any]) -> None:
             )
         launch(words["processes"], _of_one_process(sys.argv[1:]))
         return
+    if words["save_recipe"] is not None and leads_told():
+        from sparsify.files.single import put_file
+
+        put_file(words["save_recipe"], write_recipe(_to_keep(words)))
+    from sparsify.cli.tables import plan_report, result_report
+    from sparsify.compiler.pipeline import compile
+    from sparsify.compiler.request import default_output
+    from sparsify.host import resolve_device
+    from sparsify.progress import ProgressLine
+
     model = words["model"]
     name = Path(model).expanduser().resolve().name.removesuffix(".gguf") if kind_at(model) else model.rpartition("/")[2]
     out = words["output"] or default_output(name, specs, words["to"])
     shown = GraphPrinter(words["print_after"], [parse_pass(spec).name for spec in specs])
-    from sparsify.host import resolve_device
-
     started = time.perf_counter()
     with ExitStack() as stack:
         world = stack.enter_context(join(resolve_device(words["device"]).type if size_told() > 1 else "cpu"))

@@ -38,6 +38,10 @@ class Span:
     start: int
     digest: str
 
+    def as_list(self) -> list[Any]:
+        """As a line has it; :func:`span_of` reads it."""
+        return [str(self.dtype).removeprefix("torch."), list(self.shape), self.start, self.digest]
+
     @property
     def size(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
@@ -120,9 +124,7 @@ class Record:
                     write_from(fd, tensor, end)
                     end += spans[name].size
                 os.fsync(fd)
-        told = {
-            name: [str(s.dtype).removeprefix("torch."), list(s.shape), s.start, s.digest] for name, s in spans.items()
-        }
+        told = {name: span.as_list() for name, span in spans.items()}
         text = json.dumps({"pass": key[0], "key": key[1], "row": dict(row), "tensors": told})
         line = f"{_seal(text)} {text}\n".encode()
         with _opened(self.folder / LINES) as fd:
@@ -167,7 +169,7 @@ class Record:
     def _take(self, number: int, text: str) -> None:
         try:
             said = json.loads(text)
-            spans = {name: _span(*told) for name, told in said["tensors"].items()}
+            spans = {name: span_of(*told) for name, told in said["tensors"].items()}
             key = int(said["pass"]), str(said["key"])
             self.entries[key] = Entry(self.folder, dict(said["row"]), spans)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -189,7 +191,10 @@ class _opened:
         os.close(self._fd)
 
 
-def _span(dtype: str, shape: list[int], start: int, sum: str) -> Span:
+def span_of(dtype: str, shape: list[int], start: int, sum: str) -> Span:
+    """Raises:
+    AttributeError, ValueError: no tensor.
+    """
     kind = getattr(torch, dtype)
     if not isinstance(kind, torch.dtype) or any(type(n) is not int or n < 0 for n in (start, *shape)):
         raise ValueError(f"a tensor of {dtype} {shape} at {start}")

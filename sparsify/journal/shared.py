@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from sparsify.journal.journal import Kept
-from sparsify.journal.record import Entry, Span
+from sparsify.journal.record import Entry, span_of
 from sparsify.world.world import World
 
 
@@ -20,25 +19,28 @@ class Shared(Kept):
     """What is kept of one pass, as every process finds it.
 
     Attributes:
-        known: by its key, what the first process has kept. world: whom it is told.
+        known: by its key, what the first process has kept.
     """
 
-    known: Mapping[str, Entry] | None = None
+    known: Mapping[str, Entry] = field(default_factory=dict)
 
     def find(self, key: str) -> Entry | None:
-        return (self.known or {}).get(key)
+        return self.known.get(key)
 
 
 @dataclass(frozen=True)
 class Told(Entry):
-    """A part whose tensors the first process reads, and gives the others: all ask for them in the same order."""
+    """A part whose tensors the first process reads, and gives the others: all ask for them in the same order.
 
-    world: World | None = None
-    own: Entry | None = None
+    Attributes:
+        world: whom they are given. own: the part itself, in the process that keeps it.
+    """
+
+    world: World
+    own: Entry | None
 
     def read(self, name: str) -> Tensor:
         """As :meth:`Entry.read`; every process calls it."""
-        assert self.world is not None
         span = self.spans[name]
         value = torch.empty(span.shape, dtype=span.dtype) if self.own is None else self.own.read(name)
         return self.world.given(value, 0)
@@ -50,23 +52,12 @@ def shared(kept: Kept, world: World) -> Kept:
         return kept
     entries = {} if kept.journal is None else kept.journal.record.entries
     own = {key: entry for (number, key), entry in entries.items() if number == kept.number}
-    said: list[dict[str, Any]] = [
-        {"key": key, "row": dict(entry.row), "spans": {n: _said(span) for n, span in entry.spans.items()}}
+    said = {
+        key: [dict(entry.row), {name: span.as_list() for name, span in entry.spans.items()}]
         for key, entry in own.items()
-    ]
+    }
     known = {
-        each["key"]: Told(
-            Path(), each["row"], {n: _span(of) for n, of in each["spans"].items()}, world, own.get(each["key"])
-        )
-        for each in world.told(said)[0]
+        key: Told(Path(), row, {name: span_of(*of) for name, of in spans.items()}, world, own.get(key))
+        for key, (row, spans) in world.told(said)[0].items()
     }
     return Shared(kept.number, kept.journal, known)
-
-
-def _said(span: Span) -> list[Any]:
-    return [str(span.dtype).removeprefix("torch."), list(span.shape)]
-
-
-def _span(said: list[Any]) -> Span:
-    dtype, shape = said
-    return Span(getattr(torch, dtype), tuple(shape), 0, "")

@@ -64,21 +64,21 @@ def kind_of(folder: Path, config: Mapping[str, Any], manifest: Mapping[str, Any]
 
 
 def _onnx(said: Mapping[str, Any], plain: list[str] | None) -> Kind:
-    lines = ["import onnxruntime", "", 'session = onnxruntime.InferenceSession("FOLDER/model.onnx")']
+    lines = ["import onnxruntime", ""]
     if said.get("weights") == "sparse":
-        lines = [
-            "import onnxruntime",
-            "",
+        lines += [
             "options = onnxruntime.SessionOptions()",
             'options.register_custom_ops_library("FOLDER/libsparsify_onnx.so")  # or sparsify.onnx_library()',
             'session = onnxruntime.InferenceSession("FOLDER/model.onnx", options)',
         ]
-    parts = [block(lines, "python"), _RUN]
-    if said.get("weights") == "sparse":
-        parts.append(
+        more = [
             "Without that library it opens as well, slower and at dense speed, and nothing is said of it. "
             "onnxruntime-genai registers it by itself."
-        )
+        ]
+    else:
+        lines.append('session = onnxruntime.InferenceSession("FOLDER/model.onnx")')
+        more = []
+    parts = [block(lines, "python"), _RUN, *more]
     if said.get("kind") in ("decoder", "step", "uncached"):
         parts.append("`sparsify run FOLDER TEXT` generates with it.")
     if said.get("weights") == "packed":

@@ -153,8 +153,8 @@ class Engine:
                     sites = {site.parameter: site for site in group.sites if site.parameter not in done}
                     done |= sites.keys()
                     # One process has one turn after the other; of several each begins with its part of all of them.
-                    at_once = list(sites.values()) if self.context.world.divided else []
-                    for some in [at_once] if at_once else [[site] for site in sites.values()]:
+                    alone = [[site] for site in sites.values()]
+                    for some in [list(sites.values())] if self.context.world.divided else alone:
                         turns = [self._turn(site, merged.get(site.parameter, recorder)) for site in some]
                         for site, turn, result in zip(some, turns, self._taken(turns), strict=True):
                             self._go_on(streams, site, turn)

@@ -143,9 +143,7 @@ class Turn:
             shape=tuple(self.before.shape),
             pattern=str(self.method.pattern),
             kept=float((kept != 0).sum()) / kept.numel(),
-            error=None
-            if self.recorder is None
-            else self.recorder.sketch.relative_error(dense, kept, site.name, self.world),
+            error=self._error(dense, kept),
             seconds=self._seconds + time.perf_counter() - started,
             tokens=sum(self.tokens),
             sources=sorted(self.target.sources or self.weights.sources(self.target.parameter)),

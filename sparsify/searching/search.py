@@ -39,7 +39,6 @@ from sparsify.words import (
     Schedule,
     check_amount,
     check_schedule,
-    check_seed,
     check_windows,
     names_given,
     parse_bytes,
@@ -111,7 +110,6 @@ def search(
     wanted, own = parse_budget(budget), parse_method(method)
     check_amount(samples, sequence_length)
     check_windows(windows)
-    check_seed(seed)
     opening: dict[str, Any] = {
         "allow_bin": allow_bin, "trust_remote_code": trust_remote_code, "check": check, "allow_nan": allow_nan,
         "compute_dtype": compute_dtype, "strict": strict, "adapter": adapter,

@@ -28,7 +28,7 @@ from sparsify.searching.heatmap import draw
 from sparsify.searching.parts import Part, cells, ignoring, size_of
 from sparsify.searching.settings import one_spec, pruning_pass
 from sparsify.searching.workbench import Words, Workbench, is_light
-from sparsify.words import check_amount, check_seed, check_windows, names_given, one_of, parse_bytes, path_given
+from sparsify.words import check_amount, check_windows, names_given, one_of, parse_bytes, path_given
 
 MEASURES: tuple[Measure, ...] = ("perplexity", "kl")
 # From so many parts on the divergence is measured, which fewer windows tell: every token's whole prediction counts.
@@ -87,7 +87,6 @@ def sensitivity(
         raise SpecError(f"leaving {leave} of the loss", found="not between 0 and 1", do="Give 0.3, say")
     check_amount(samples, sequence_length)
     check_windows(windows)
-    check_seed(seed)
     opening: dict[str, Any] = {
         "allow_bin": allow_bin, "trust_remote_code": trust_remote_code, "check": check, "allow_nan": allow_nan,
         "compute_dtype": compute_dtype, "strict": strict, "adapter": adapter,

@@ -43,6 +43,11 @@ def size_told(environment: Mapping[str, str] = os.environ) -> int:
     return int(numbers[1])
 
 
+def leads_told(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether this is the first process of those that ``torchrun`` tells of, or the only one; see :func:`size_told`."""
+    return size_told(environment) == 1 or int(environment["RANK"]) == 0
+
+
 @contextmanager
 def join(device: str | torch.device = "cpu") -> Iterator[World]:
     """The world of this process meanwhile: that of ``torchrun``, or this process alone.

@@ -41,13 +41,14 @@ class Processes(World):
         self._watch.doing = doing
 
     def summed(self, values: Tensor) -> Tensor:
-        there = values.to(self.device).contiguous()
-        self._wait(lambda: dist.all_reduce(there, async_op=True), there)
-        return there.to(values.device)
+        return self._reduced(values, dist.ReduceOp.SUM)
 
     def greatest(self, values: Tensor) -> Tensor:
+        return self._reduced(values, dist.ReduceOp.MAX)
+
+    def _reduced(self, values: Tensor, how: Any) -> Tensor:
         there = values.to(self.device).contiguous()
-        self._wait(lambda: dist.all_reduce(there, dist.ReduceOp.MAX, async_op=True), there)
+        self._wait(lambda: dist.all_reduce(there, how, async_op=True), there)
         return there.to(values.device)
 
     def gathered(self, part: Tensor) -> list[Tensor]:
@@ -74,11 +75,13 @@ class Processes(World):
 
     def told(self, word: Any) -> list[Any]:
         text = json.dumps(word).encode()
+        framed = f"{len(text)} ".encode() + text
         # What is short is told at once; of what is long the length is.
-        short = self._texts(f"{len(text)} ".encode() + text, _SHORT)
-        sizes = [int(each.partition(b" ")[0]) for each in short]
-        whole = short if max(sizes) + 21 <= _SHORT else self._texts(f"{len(text)} ".encode() + text, max(sizes) + 21)
-        return [json.loads(each.partition(b" ")[2][:size]) for each, size in zip(whole, sizes, strict=True)]
+        told = self._texts(framed, _SHORT)
+        longest = max(len(size) + 1 + int(size) for size, _, _ in (each.partition(b" ") for each in told))
+        if longest > _SHORT:
+            told = self._texts(framed, longest)
+        return [json.loads(rest[: int(size)]) for size, _, rest in (each.partition(b" ") for each in told)]
 
     def _texts(self, text: bytes, size: int) -> list[bytes]:
         own = torch.zeros(size, dtype=torch.uint8)

@@ -81,13 +81,16 @@ def alone(case):
     return made.model.state_dict(), [[site.error, site.tokens] for run in made.runs for site in run.sites]
 
 
-def test_masks_are_those_of_one_process_to_the_bit(pruned):
+def beside_one_process(pruned, of):
+    """Of each case among ``of`` the weights, errors and tokens: those that processes left, and those of one."""
     cases, out = pruned
     for number, case in enumerate(cases):
-        if case not in SAME:
-            continue
-        ours, told = torch.load(out / f"{number}.pt")
-        theirs, said = alone(case)
+        if case in of:
+            yield case, *torch.load(out / f"{number}.pt"), *alone(case)
+
+
+def test_masks_are_those_of_one_process_to_the_bit(pruned):
+    for case, ours, told, theirs, said in beside_one_process(pruned, SAME):
         assert [name for name in theirs if not ours[name].equal(theirs[name])] == [], case
         assert [tokens for _, tokens in told] == [tokens for _, tokens in said], case
         # Each process has a sketch of its own.
@@ -97,12 +100,7 @@ def test_masks_are_those_of_one_process_to_the_bit(pruned):
 
 
 def test_solved_weights_are_as_good_as_those_of_one_process(pruned):
-    cases, out = pruned
-    for number, case in enumerate(cases):
-        if case not in NEAR:
-            continue
-        ours, told = torch.load(out / f"{number}.pt")
-        theirs, said = alone(case)
+    for case, ours, told, theirs, said in beside_one_process(pruned, NEAR):
         for name, weight in theirs.items():
             same = ((ours[name] == 0) == (weight == 0)).float().mean()
             assert same > 0.97, (case, name)

@@ -4,7 +4,6 @@ import signal
 import time
 
 import pytest
-from support.families import save
 from support.processes import finish, start
 
 import sparsify
@@ -115,8 +114,7 @@ def test_patience_that_cannot_be_meant_is_refused(patience, monkeypatch):
         pass
 
 
-def test_a_process_alone_joins_nobody(monkeypatch, tmp_path):
+def test_a_process_alone_joins_nobody(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    save("llama", tmp_path / "model")
     with join() as world:
         assert (world.rank, world.size, world.leads, world.divided) == (0, 1, True, False)

@@ -85,12 +85,9 @@ class GraphStore:
         self._shapes[stem] = torch.Size(int(n) for n in value.shape)
 
     def _note_sparse(self, stem: str, reader: ir.Node) -> None:
-        form, again = (
-            OPERATORS[reader.op_type],
-            CheckpointError(
-                f"{self.file}", found=f"{stem} is packed, and no sizes of a matrix are said of it", do="Export it again"
-            ),
-        )
+        form = OPERATORS[reader.op_type]
+        found = f"{stem} is packed, and no sizes of a matrix are said of it"
+        again = CheckpointError(f"{self.file}", found=found, do="Export it again")
         asked = ["in_features", *(() if form.bits is None else ("group",))]
         # Of a stack that is one tensor, all; where one is joined from several, each has rows of its own.
         whole = reader in self._initializers[f"{stem}.values"].consumers()
