@@ -138,13 +138,18 @@ def check_amount(samples: int | None, sequence_length: int | None) -> None:
         raise SpecError(f"sequence length {sequence_length}", found="fewer than two tokens", do="Give 2 or more")
 
 
-def check_windows(windows: int | None) -> None:
-    """Raises:
-    SpecError: no whole number, or fewer than one.
+def check_windows(windows: int | None, asked: str | None = None) -> None:
+    """Refuse a number of windows that there cannot be.
+
+    Args:
+        asked: how they were asked for, where that is another word than theirs.
+
+    Raises:
+        SpecError: no whole number, or fewer than one.
     """
     check_whole(windows, "windows")
     if windows is not None and windows < 1:
-        raise SpecError(f"{windows} windows", found="fewer than one", do="Give 1 or more, or none for all")
+        raise SpecError(asked or f"{windows} windows", found="fewer than one", do="Give 1 or more, or none for all")
 
 
 def names_given(given: object, word: str) -> tuple[str, ...]:
@@ -153,7 +158,7 @@ def names_given(given: object, word: str) -> tuple[str, ...]:
     Raises:
         SpecError: something else.
     """
-    several: list[Any] = [given] if isinstance(given, str) or not isinstance(given, Iterable) else list(given)
+    several = _several(given)
     if wrong := [name for name in several if not isinstance(name, str)]:
         found = f"{type(wrong[0]).__name__}, where names are meant"
         raise SpecError(f"{word} {given!r}", found=found, do='Give "*.mlp.*", say, or a list of such')
@@ -177,8 +182,12 @@ def paths_given(given: str | PathLike[str] | Iterable[str | PathLike[str]], what
     Raises:
         SpecError: something else.
     """
-    several: list[Any] = [given] if isinstance(given, str) or not isinstance(given, Iterable) else list(given)
-    return [path_given(place, what) for place in several]
+    return [path_given(place, what) for place in _several(given)]
+
+
+def _several(given: object) -> list[Any]:
+    """What is given once or in any number, as a list: a text is one."""
+    return [given] if isinstance(given, str) or not isinstance(given, Iterable) else list(given)
 
 
 def split_names(given: Iterable[str]) -> list[str]:

@@ -167,7 +167,6 @@ def parse(
             do="Leave the output out and take the result's model in Python; --to packed or cuda packs weights in files",
         )
     check_amount(samples, length)
-    check_windows(eval_windows)
     structural = tuple(own for own in parsed if isinstance(own, StructuralPass))
     request = Request(
         structural=structural,
@@ -270,8 +269,7 @@ def _check_judging(request: Request) -> None:
         asked = f"--eval-windows {request.eval_windows}"
         if request.evaluate is None:
             raise SpecError(asked, found="no text to evaluate on", do="Name one with --eval TEXT")
-        if request.eval_windows < 1:
-            raise SpecError(asked, found="fewer than one", do="Give 1 or more")
+        check_windows(request.eval_windows, asked)
     if request.evaluate is None:
         return
     asked = f"--eval {request.evaluate}" if isinstance(request.evaluate, str) else "evaluate="
