@@ -129,7 +129,7 @@ def _multiply_dense(graph: ir.Graph, dense: Mapping[str, ir.ExternalTensor], tra
             if name not in made:
                 made[name] = _dense(graph, dense[name], node.outputs[0].dtype)
         if node.op_type in EXPERTS:
-            expand_experts(graph, node, [made[name] for name in names])
+            expand_experts(graph, node, [made[n] for n in names], in_first=bool({*names} & {*transposed}))
             continue
         bias = node.inputs[1 + len(OPERATORS[node.op_type].parts) :]
         inputs = [node.inputs[0], made[names[0]], *(b for b in bias if b is not None)]

@@ -149,8 +149,8 @@ def _check_patterns(
 
 
 def _is_written(weight: Tensor, ledger: Ledger, name: str) -> bool:
-    """Whether ``weight`` is what was written; a MatMul's weight may lie transposed."""
-    ways = [weight, *([weight.t()] if weight.dim() == 2 else [])]
+    """Whether ``weight`` is what was written; matrices that a MatMul reads may lie transposed."""
+    ways = [weight, *([weight.mT] if weight.dim() >= 2 else [])]
     return ledger.tensors[name] in (digest(way, ledger.algorithm) for way in ways)
 
 

@@ -21,8 +21,9 @@ from sparsify.runtime.layout import PADDING, Packed
 
 
 def reading_experts(value: ir.Value) -> list[tuple[ir.Node, ir.Node]]:
-    """The nodes that pick matrices of the stack ``value`` [experts, out_features, in_features], and those that multiply
-    them with a token each; none where anything else reads it.
+    """The nodes that pick matrices of the stack ``value``, and those that multiply them with a token each; none where
+    anything else reads it, or not all see it as [experts, out_features, in_features] or as [experts, in_features,
+    out_features].
     """
     found = []
     for use in value.uses():
@@ -31,7 +32,13 @@ def reading_experts(value: ir.Value) -> list[tuple[ir.Node, ir.Node]]:
         if not _picks(pick, value) or len(readers) != 1 or not _multiplies(readers[0], pick.outputs[0]):
             return []
         found.append((pick, readers[0]))
-    return found
+    return found if len({_beside(multiply, pick.outputs[0]) for pick, multiply in found}) == 1 else []
+
+
+def is_in_first(pair: tuple[ir.Node, ir.Node]) -> bool:
+    """Whether the stack of nodes that :func:`reading_experts` found lies [experts, in_features, out_features]."""
+    pick, multiply = pair
+    return _beside(multiply, pick.outputs[0]) == 0
 
 
 def order_of(conversion: Conversion, stack: Tensor, sources: Mapping[str, Tensor]) -> list[str] | None:
@@ -76,7 +83,10 @@ def replace_experts(
     """Put our operator in the place of the two nodes that :func:`reading_experts` found."""
     pick, multiply = pair
     form, last = form_of(packed), build.constant("last", np.array([-1], np.int64))
-    index, tokens = ir.node("Reshape", [pick.inputs[1], last]), ir.node("Squeeze", [multiply.inputs[1], last])
+    # A token is a column behind its matrix, or a row before it.
+    x = multiply.inputs[_beside(multiply, pick.outputs[0])]
+    one = build.constant("before_last", np.array([-2], np.int64)) if is_in_first(pair) else last
+    index, tokens = ir.node("Reshape", [pick.inputs[1], last]), ir.node("Squeeze", [x, one])
     given = [values[part] for part in form.parts]
     made = ir.node(
         f"Experts{form.suffix}",
@@ -85,7 +95,7 @@ def replace_experts(
         domain=DOMAIN,
         name=multiply.name,
     )
-    x, old = multiply.inputs[1], multiply.outputs[0]
+    old = multiply.outputs[0]
     assert x is not None and x.shape is not None and x.dtype is not None
     count, rows = x.shape[0], packed.shape[0] // experts
     for node, shape, kind, what in (
@@ -96,7 +106,7 @@ def replace_experts(
         out = node.outputs[0]
         out.name, out.shape, out.dtype = f"{old.name}/{what}", ir.Shape(shape), kind
     graph.insert_before(multiply, [index, tokens, made])
-    put(graph, multiply, ir.node("Unsqueeze", [made.outputs[0], last]))
+    put(graph, multiply, ir.node("Unsqueeze", [made.outputs[0], one]))
     graph.remove(pick, safe=True)
 
 
@@ -109,22 +119,25 @@ def names_held(node: ir.Node) -> list[str]:
     return list(found.pop()) if len(found) == 1 and complete else []
 
 
-def expand_experts(graph: ir.Graph, node: ir.Node, dense: Sequence[ir.Value]) -> None:
+def expand_experts(graph: ir.Graph, node: ir.Node, dense: Sequence[ir.Value], *, in_first: bool) -> None:
     """Put what picks matrices and multiplies in the place of an ``Experts`` operator.
 
     Args:
-        dense: its weights in the order of their rows, in the dtype that it computes in.
+        dense: its weights in the order of their rows, in the dtype that it computes in. in_first: whether they lie
+            [in_features, out_features].
     """
-    sizes = [node.attributes[name].as_int() for name in ("experts", "out_features", "in_features")]
+    asked = ("experts", *(("in_features", "out_features") if in_first else ("out_features", "in_features")))
+    sizes = [node.attributes[name].as_int() for name in asked]
     shape = _constant(graph, f"{node.name}/shape", np.array(sizes, np.int64))
-    last = _constant(graph, f"{node.name}/last", np.array([-1], np.int64))
+    one = _constant(graph, f"{node.name}/one", np.array([-2 if in_first else -1], np.int64))
     rows = ir.node("Concat", list(dense), attributes={"axis": 0})
     stack = ir.node("Reshape", [rows.outputs[0], shape])
     chosen = ir.node("Gather", [stack.outputs[0], node.inputs[1]], attributes={"axis": 0})
-    tokens = ir.node("Unsqueeze", [node.inputs[0], last])
-    products = ir.node("MatMul", [chosen.outputs[0], tokens.outputs[0]])
+    tokens = ir.node("Unsqueeze", [node.inputs[0], one])
+    pair = [chosen.outputs[0], tokens.outputs[0]]
+    products = ir.node("MatMul", pair[::-1] if in_first else pair)
     graph.insert_before(node, [rows, stack, chosen, tokens, products])
-    put(graph, node, ir.node("Squeeze", [products.outputs[0], last], name=node.name))
+    put(graph, node, ir.node("Squeeze", [products.outputs[0], one], name=node.name))
 
 
 def _picks(node: ir.Node, value: ir.Value) -> bool:
@@ -135,14 +148,20 @@ def _picks(node: ir.Node, value: ir.Value) -> bool:
 
 
 def _multiplies(node: ir.Node, matrices: ir.Value) -> bool:
-    if node.op_type != "MatMul" or node.inputs[0] is not matrices or node.inputs[1] is matrices:
+    if node.op_type != "MatMul" or sum(v is matrices for v in node.inputs) != 1:
         return False
-    x = node.inputs[1]
-    return x is not None and x.shape is not None and _ends_with(x, 1, rank=3)
+    place = _beside(node, matrices)
+    x = node.inputs[place]
+    return x is not None and _ends_with(x, 1, rank=3, axis=-1 if place else -2)
 
 
-def _ends_with(value: ir.Value, size: int, rank: int) -> bool:
-    return value.shape is not None and len(value.shape) == rank and value.shape[-1] == size
+def _beside(multiply: ir.Node, matrices: ir.Value) -> int:
+    """Which input of a product is the one that ``matrices`` are not."""
+    return 1 if multiply.inputs[0] is matrices else 0
+
+
+def _ends_with(value: ir.Value, size: int, rank: int, axis: int = -1) -> bool:
+    return value.shape is not None and len(value.shape) == rank and value.shape[axis] == size
 
 
 def _without_padding(build: Builder, values: ir.Value) -> ir.Value:

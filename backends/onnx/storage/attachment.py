@@ -19,7 +19,7 @@ from sparsify.backends.onnx.products.sparse import (
     reading_products,
     replace_product,
 )
-from sparsify.backends.onnx.products.stacks import join, order_of, reading_experts, replace_experts
+from sparsify.backends.onnx.products.stacks import is_in_first, join, order_of, reading_experts, replace_experts
 from sparsify.backends.onnx.storage.builder import Builder
 from sparsify.backends.onnx.storage.converted import convert
 from sparsify.backends.onnx.storage.datafile import DATA, TYPES, DataFile, external
@@ -138,15 +138,19 @@ class Attachment:
             stack = sources[keys[0]]
         if order is None or stack.dim() != 3 or not stack.is_floating_point():
             return False
-        packed = self.packing.packed(stack.flatten(0, 1), value.dtype)
+        turned = is_in_first(pairs[0])
+        if turned and len(order) not in (1, stack.shape[0]):
+            # Parts of a matrix have columns of it then, and what is packed is cut between rows.
+            return False
+        packed = self.packing.packed((stack.mT if turned else stack).flatten(0, 1), value.dtype)
         if isinstance(packed, Refused):
             return False
         held, first = [], 0
         for key in order:
-            count = sources[key].shape[:-1].numel()
+            count = (sources[key].mT if turned else sources[key]).shape[:-1].numel()
             own = rows_of(packed, first, count)
             held.append(self._held(key, own))
-            self.stored[key] = stored_packed(key, sources[key], own, value.dtype, transposed=False)
+            self.stored[key] = stored_packed(key, sources[key], own, value.dtype, transposed=turned)
             first += count
         values = join(self.build, parameter, packed, held)
         for pair in pairs:

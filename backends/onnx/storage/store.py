@@ -148,7 +148,7 @@ class GraphStore:
 
     def shape(self, name: str) -> torch.Size:
         shape = self._shapes[name] if name in self.packed else torch.Size(self._tensor(name).shape.numpy())
-        return torch.Size(reversed(shape)) if name in self.transposed else shape
+        return torch.Size([*shape[:-2], shape[-1], shape[-2]]) if name in self.transposed else shape
 
     def dtype(self, name: str) -> torch.dtype:
         part = "" if name not in self.packed else ".scales" if name in self.of_few_bits() else ".values"
@@ -161,10 +161,10 @@ class GraphStore:
 
     def _dense(self, name: str) -> Tensor:
         if name not in self.packed:
-            return self._read(name).t().contiguous() if name in self.transposed else self._read(name)
+            return self._read(name).mT.contiguous() if name in self.transposed else self._read(name)
         if name in self.sparse:
             weight = self._unpacked(name)
-            return weight.t().contiguous() if name in self.transposed else weight
+            return weight.mT.contiguous() if name in self.transposed else weight
         codes, values = self._read(f"{name}.codes"), self._read(f"{name}.values")
         codes = codes.view(-1)
         packed = PackedTensor(self.packed[name], tuple(self._shapes[name]), values, codes)

@@ -54,17 +54,20 @@ def without_library(file: Path) -> Any:
     [
         "llama",
         "gpt2",
-        *(pytest.param(f, marks=pytest.mark.slow) for f in ("opt", "qwen2", "mixtral", "falcon", "qwen3_moe")),
+        *(
+            pytest.param(f, marks=pytest.mark.slow)
+            for f in ("opt", "qwen2", "mixtral", "falcon", "qwen3_moe", "gpt_oss")
+        ),
     ],
 )
 def test_a_decoder_gives_the_tokens_and_logits_of_transformers(
     family: str, written: Callable[[str, str], Path]
 ) -> None:
-    """Weights with and without biases, of both layouts ([in, out] in GPT-2), and stacks of experts."""
+    """Weights with and without biases, of both layouts ([in, out] in GPT-2 and the stacks of gpt-oss), and experts."""
     folder, model = written(family, SPARSE), load(written(family, "hf"))
     ours = operators(folder / "model.onnx")
     assert ours["LinearBitmask"] >= 2 and ("MatMul" not in ours or family == "falcon")
-    assert ("ExpertsBitmask" in ours) == (family in ("mixtral", "qwen3_moe"))
+    assert ("ExpertsBitmask" in ours) == (family in ("mixtral", "qwen3_moe", "gpt_oss"))
     ids, mask = padded()
     want = logits(model, ids, mask).numpy()
     for session in (None, without_library(folder / "model.onnx")):
@@ -83,7 +86,7 @@ def test_a_decoder_gives_the_tokens_and_logits_of_transformers(
 
 
 def test_verify_knows_it_and_expand_makes_it_dense(written: Callable[[str, str], Path], tmp_path: Path) -> None:
-    for family in ("llama", "gpt2", "mixtral"):
+    for family in ("llama", "gpt2", "mixtral", "gpt_oss"):
         folder = written(family, SPARSE)
         found = verify_onnx(folder)
         assert found.sound and found.sparse and not found.unchecked, found.problems
