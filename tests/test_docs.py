@@ -57,7 +57,14 @@ def test_doctests(module: str) -> None:
 PAGES = ["README.md", *sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").rglob("*.md"))]
 # Blocks of other compilers run where these are: tests/tools/test_compilers.py.
 ELSEWHERE = {"docs/other-compilers.md"}
-PYTHON = [(page, n) for page in PAGES if page not in ELSEWHERE for n in range(len(blocks(page, "python")))]
+# Blocks of a quarter of a minute and more each.
+LONG = {("docs/onnx.md", 0), ("docs/onnx.md", 1), ("docs/python.md", 0), ("docs/evaluation.md", 0)}
+PYTHON = [
+    pytest.param(page, n, marks=pytest.mark.slow if (page, n) in LONG else ())
+    for page in PAGES
+    if page not in ELSEWHERE
+    for n in range(len(blocks(page, "python")))
+]
 
 
 @pytest.mark.parametrize(("page", "number"), PYTHON)

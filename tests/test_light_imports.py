@@ -49,6 +49,7 @@ def test_the_hook_blocks() -> None:
     assert done.returncode != 0 and "No module named 'rich'" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_packed_folder_loads_without_the_rest(tmp_path: Path) -> None:
     _, packed = write_both("llama", tmp_path)
     assert run(BLOCKED + LOADED, str(packed)) == run("import sys\n" + LOADED, str(packed))

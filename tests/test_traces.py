@@ -75,6 +75,7 @@ def test_inputs_whose_numbers_decide_are_compared_by_them(monkeypatch: pytest.Mo
     assert len(traced) == 2
 
 
+@pytest.mark.slow
 def test_a_graph_of_onnx_is_the_one_that_would_have_been_traced() -> None:
     traces, batch = Traces(), {"input_ids": torch.zeros(1, 8, dtype=torch.long)}
     models = [shallow("llama") for _ in range(3)]

@@ -24,6 +24,7 @@ def test_the_users_script_uses_every_public_name() -> None:
     assert not [name for name in sparsify.__all__ if f"sparsify.{name}" not in text]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("mypy") is None, reason="mypy is not installed")
 def test_a_users_scripts_pass_mypy_strict(tmp_path: Path) -> None:
     # As it is installed: the folders of passes and backends are packages inside.

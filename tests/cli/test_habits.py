@@ -46,6 +46,7 @@ def test_the_whole_model_is_in_the_table(folder: Callable[[str], Path], tmp_path
     assert "22,688" in row and f"{1 - 2 * 32 * 64 / 2 / 22688:.2%}" in row
 
 
+@pytest.mark.slow
 def test_a_reader_that_leaves_does_not_fail_a_compile(folder: Callable[[str], Path], tmp_path: Path) -> None:
     words = [
         sys.executable,
@@ -162,7 +163,10 @@ def test_help_takes_little_time(command: str) -> None:
     [
         ["compile", "MODEL", "--pass", "magnitude:2:4", "-o", "OUT"],
         ["sensitivity", "MODEL", "--pass", "magnitude:2:4", "--data", "DATA"],
-        ["search", "MODEL", "--pass", "magnitude", "--budget", "perplexity<=1.05", "--data", "DATA", "-o", "OUT"],
+        pytest.param(
+            ["search", "MODEL", "--pass", "magnitude", "--budget", "perplexity<=1.05", "--data", "DATA", "-o", "OUT"],
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_names_may_stand_with_commas_between(words: list[str], bundled: Path, tmp_path: Path) -> None:

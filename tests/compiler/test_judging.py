@@ -58,6 +58,7 @@ def test_the_figures_are_those_of_the_folder(
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_onnx_and_memory(folder: Callable[[str], Path], tmp_path: Path) -> None:
     words: dict[str, Any] = {"evaluate": IDS, "eval_windows": 5, **SMALL}
     kept = sparsify.compile(folder("llama"), "wanda:2:4", **words)

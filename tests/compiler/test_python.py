@@ -186,7 +186,7 @@ def files(folder: Path) -> dict[str, str]:
     [
         ("llama", "hf"),
         ("llama", "packed:choice=smallest"),
-        ("llama", "onnx"),
+        pytest.param("llama", "onnx", marks=pytest.mark.slow),
         ("mixtral", "hf"),
         ("mixtral", "packed:choice=smallest"),
     ],

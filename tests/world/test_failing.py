@@ -55,7 +55,10 @@ with join() as world:
     assert "process 1 of 2" in first and "NaN or infinity in calibration batch 3" in first and "q_proj" in first
 
 
-@pytest.mark.parametrize(("number", "found"), [(signal.SIGKILL, "process 1 of 2"), (signal.SIGSTOP, "not heard of")])
+@pytest.mark.parametrize(
+    ("number", "found"),
+    [(signal.SIGKILL, "process 1 of 2"), pytest.param(signal.SIGSTOP, "not heard of", marks=pytest.mark.slow)],
+)
 def test_a_process_that_is_gone_or_hangs_ends_the_others(number, found):
     code = """
 import time

@@ -44,7 +44,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     return folder
 
 
-@pytest.mark.parametrize("kind", ["packed", "checkpoint", "ragged", "ONNX"])
+@pytest.mark.parametrize("kind", ["packed", "checkpoint", "ragged", pytest.param("ONNX", marks=pytest.mark.slow)])
 def test_a_folder_of_any_kind_against_the_dense_one(kind: str, made: Callable[[str], Path]) -> None:
     folder = made(kind)
     dense = folder.parent / "dense"
@@ -80,7 +80,7 @@ def test_generation_is_what_a_slow_reader_generates(made: Callable[[str], Path])
         assert found.tokens.tolist() == expected[0, 3:].tolist() and found.seconds > 0, kind
 
 
-@pytest.mark.parametrize("kind", ["ONNX", pytest.param("ragged", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ["packed", *(pytest.param(k, marks=pytest.mark.slow) for k in ("ragged", "ONNX"))])
 def test_loading_is_measured_of_every_kind(kind: str, made: Callable[[str], Path]) -> None:
     folder = made(kind)
     result = bench(folder, str(folder.parent / "dense"), prompt=4, tokens=2, rounds=1)

@@ -110,6 +110,7 @@ def test_a_decoder_traced_edited_and_exported_still_generates(tmp_path: Path) ->
     assert (tmp_path / "out" / "genai_config.json").exists()
 
 
+@pytest.mark.slow
 def test_an_mlp_shrunk_in_a_traced_decoder(tmp_path: Path) -> None:
     """Against a model whose config says the new width."""
     model = shallow("llama")

@@ -17,17 +17,11 @@ from sparsify.backends.verify.onnx_folder import verify_onnx
 from sparsify.errors import BackendError
 
 # Recurrent layers beside attention; both in one layer; layers that keep nothing; weights joined in the graph.
-SLOW = ["bamba", "jamba", "kimi_linear", "nemotron_h", "olmo_hybrid", "qwen3_5", "zamba"]
+HYBRIDS = ["bamba", "falcon_h1", "jamba", "kimi_linear", "nemotron_h", "olmo_hybrid", "qwen3_5", "qwen3_next", "zamba"]
 
 
-@pytest.mark.parametrize(
-    "family",
-    [
-        "falcon_h1",
-        pytest.param("qwen3_next", marks=pytest.mark.slow),
-        *(pytest.param(family, marks=pytest.mark.slow) for family in SLOW),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("family", HYBRIDS)
 def test_a_hybrid_gives_the_tokens_and_logits_of_transformers(family: str, tmp_path: Path) -> None:
     # So many layers that one of them is of the other kind.
     model = recurrent(

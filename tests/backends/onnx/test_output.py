@@ -152,7 +152,9 @@ def test_a_sharded_checkpoint_is_linked_shard_by_shard(tmp_path: Path) -> None:
     assert verify_onnx(tmp_path / "out").sound
 
 
-@pytest.mark.parametrize(("family", "to"), [("mixtral", "onnx"), ("gpt2", "onnx:opset=20")])
+@pytest.mark.parametrize(
+    ("family", "to"), [pytest.param("mixtral", "onnx", marks=pytest.mark.slow), ("gpt2", "onnx:opset=20")]
+)
 def test_experts_and_conv1d_are_verified_along_their_own_axis(
     family: str, to: str, written: Callable[[str, str], Path]
 ) -> None:

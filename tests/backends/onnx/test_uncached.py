@@ -18,6 +18,7 @@ from sparsify.errors import SparsifyError
 from sparsify.files.manifest import read_manifest
 
 
+@pytest.mark.slow
 def test_a_graph_without_a_cache_gives_the_same_texts(written: Callable[[str, str], Path]) -> None:
     folder = written("llama", "onnx:cache=none")
     assert read_manifest(folder)["onnx"] | {"kind": "uncached", "cache": "none"} == read_manifest(folder)["onnx"]
