@@ -13,7 +13,7 @@ from sparsify.calibration.accumulators import GRADIENTS
 from sparsify.compiler.backend import Backend, as_backend
 from sparsify.data.batches import Calibration
 from sparsify.data.given import are_texts, named_or_given
-from sparsify.data.sources import same_source
+from sparsify.data.sources import check_named, same_source
 from sparsify.errors import SpecError
 from sparsify.method.base import Pass, check_order
 from sparsify.method.region_pass import RegionPass
@@ -196,6 +196,7 @@ def parse(
     if template is not None and not (request.needs_data and request.is_named) and not judged:
         found = "batches given in Python" if request.needs_data else "no pass that calibrates"
         raise SpecError(f"--chat-template {template}", found=found, do="Leave it out, or name data of chat messages")
+    check_named(request.data, request.evaluate)
     return request
 
 

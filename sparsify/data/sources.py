@@ -11,7 +11,7 @@ import hashlib
 import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from sparsify.context import Progress, report
 from sparsify.data.chat import Render
@@ -55,6 +55,17 @@ def read_documents(spec: str, split: Split, chat: Render | None = None, *, both:
     return found
 
 
+def check_named(*specs: object) -> None:
+    """Refuse names of files that are not there, before a model is opened; what is no name is passed over.
+
+    Raises:
+        CalibrationError: no such file, or none that can be read.
+    """
+    for spec in specs:
+        if isinstance(spec, str):
+            _kind_named(spec)
+
+
 def same_source(calibration: str, heldout: str) -> bool:
     """Whether what is calibrated on and what is held out are the same documents, which have to be shared out then.
 
@@ -81,17 +92,25 @@ def _read(spec: str, split: Split, chat: Render | None) -> Documents:
     if spec == "c4":
         return Documents("c4", c4(split))
     path, _, field = spec.partition(":")
-    # No name is no folder, and not the one that the command runs in.
-    kind = kind_at(path) if path else None
-    if kind == "other":
-        raise CalibrationError(f"data '{spec}'", found="no regular file", do=f"Name {FORMS}")
+    kind = _kind_named(spec)
     if kind == "folder":
         return _folder(Path(path).expanduser(), field, chat)
     if kind == "file":
         return _file(Path(path).expanduser(), field, chat)
-    if suffix_of(path) in (*_OF_FOLDERS, ".md", ".py") or path.startswith(("/", ".", "~")) or not path:
-        raise CalibrationError(f"data '{spec}'", found="no such file", do=f"Name {FORMS}")
     return _dataset(spec, split, chat)
+
+
+def _kind_named(spec: str) -> Literal["folder", "file"] | None:
+    """What lies where ``spec`` points; None where it names no place."""
+    path = spec.partition(":")[0]
+    # No name is no folder, and not the one that the command runs in.
+    kind = kind_at(path) if path else None
+    if kind == "other":
+        raise CalibrationError(f"data '{spec}'", found="no regular file", do=f"Name {FORMS}")
+    told = suffix_of(path) in (*_OF_FOLDERS, ".md", ".py") or path.startswith(("/", ".", "~")) or not path
+    if kind is None and told:
+        raise CalibrationError(f"data '{spec}'", found="no such file", do=f"Name {FORMS}")
+    return kind
 
 
 def suffix_of(path: str | Path) -> str:

@@ -21,7 +21,7 @@ from sparsify.context import Context, Observer, SiteResult
 from sparsify.data.batches import Calibration, evaluation_windows, load_calibration
 from sparsify.data.chat import Chat
 from sparsify.data.given import named_or_given
-from sparsify.data.sources import same_source
+from sparsify.data.sources import check_named, same_source
 from sparsify.errors import SpecError
 from sparsify.evaluation.comparison import Compared, ComparedPass
 from sparsify.evaluation.figure import draw
@@ -97,6 +97,7 @@ def compare(
     if not isinstance(calibration, Calibration):
         calibration = named_or_given(calibration)
     data = None if data is None else str(data)
+    check_named(calibration, data)
     with ExitStack() as stack:
         stack.enter_context(shown(progress, observe))
         staging = None

@@ -15,6 +15,7 @@ from sparsify.compiler.result import Compiled
 from sparsify.context import Context, Observer
 from sparsify.data.chat import Chat
 from sparsify.data.given import named_or_given
+from sparsify.data.sources import check_named
 from sparsify.errors import SpecError
 from sparsify.files.manifest import digest_of_manifest, sealed_manifest
 from sparsify.files.reading import kind_at
@@ -100,6 +101,9 @@ def evaluate(
         raise SpecError("evaluating", found="neither data nor tasks", do="Give data (a text's name), tasks, or both")
     if data is None:
         _check_no_text(windows, sequence_length, "tasks alone, and no text that it could be meant for")
+    if isinstance(data, Path):
+        data = str(data)
+    check_named(data)
     context = Context(resolve_device(device), parse_bytes(memory))
     with shown(progress, observe):
         wanted = None if tasks is None else named(tasks, places)

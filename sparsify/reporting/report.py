@@ -92,8 +92,11 @@ def _check_place(into: Path, folder: Path, overwrite: bool) -> None:
         raise BackendError(asked, found=found, do="Choose another place with -o")
     if not os.path.lexists(into):
         return
+    if kind_at(into) == "folder":
+        raise BackendError(asked, found="a folder", do=f"Name a file in it: -o {into / 'report.html'}")
     if kind_at(into) != "file" or into.is_symlink():
-        raise BackendError(asked, found="no regular file of that name", do="Choose another name with -o")
+        found = "a link" if into.is_symlink() else "something that is no regular file"
+        raise BackendError(asked, found=found, do="Choose another name with -o")
     if not overwrite:
         do = "Pass --overwrite to replace it, or choose another place with -o"
         raise BackendError(asked, found="it exists already", do=do)

@@ -24,7 +24,7 @@ from sparsify.compiler.request import most_rows
 from sparsify.context import Context, SiteResult
 from sparsify.data.batches import Calibration, evaluation_windows, load_calibration
 from sparsify.data.chat import Chat
-from sparsify.data.sources import same_source
+from sparsify.data.sources import check_named, same_source
 from sparsify.frontend.capture import capture
 from sparsify.frontend.source import Source, open_source
 from sparsify.host import within_memory
@@ -81,6 +81,7 @@ class Workbench:
 
     def __init__(self, model: str | Path | nn.Module, own: WeightPass, words: Words, context: Context) -> None:
         self.own, self.words, self.context = own, words, context
+        check_named(words.data, words.calibration)
         self.source: Source = open_source(model, **words.opening)
         self._chat = Chat(self.source, words.chat_template)
         self._drawn = words.calibration if words.calibration is not None else words.data

@@ -26,7 +26,7 @@ from sparsify.context import Context
 from sparsify.data.batches import Calibration, evaluation_windows, example_batch, load_calibration
 from sparsify.data.chat import Chat
 from sparsify.data.inputs import default_length
-from sparsify.data.sources import same_source
+from sparsify.data.sources import check_named, same_source
 from sparsify.errors import CalibrationError, SpecError
 from sparsify.files.staging import check_output
 from sparsify.frontend.capture import capture
@@ -99,6 +99,7 @@ def tune(
     if recipe.distill is not None and teacher is None:
         raise SpecError(f"distill {recipe.distill:g}", found="no teacher", do="Give --teacher, or leave --distill out")
     words = words_of(model, data, recipe, validation, teacher, backend, chat_template)
+    check_named(data, validation)
     told_so = {"adapter": adapter, "no_check": not check, "allow_nan": allow_nan}
     asked = run_date(), words if words is None else words | {key: True for key, value in told_so.items() if value}
     with ExitStack() as stack:

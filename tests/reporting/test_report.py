@@ -179,8 +179,8 @@ def test_where_a_page_may_be_written(out: Path, tmp_path: Path) -> None:
     (link := tmp_path / "link.html").symlink_to(page)
     for place, found in (
         (mine, "did not write"),
-        (tmp_path, "no regular file"),
-        (link, "no regular file"),
+        (tmp_path, "a folder. Name a file in it"),
+        (link, "a link"),
         (out / "r.html", "it lies in"),
     ):
         with pytest.raises(BackendError, match=found):
