@@ -1,0 +1,264 @@
+"""What a pruning run costs by many processes, from a model's config.json alone: no weight is read, nothing is run.
+
+    python tools/simulate_scale.py FOLDER [--pass wanda:2:4] [--samples 128] [--length 2048] [--ranks 1 8 64]
+        [--disk 5e9] [--link 50e9] [--flops 400e12] [--per-machine 8] [--batch 1] [--regions]
+    python tools/simulate_scale.py --check [--layers 2] [--samples 16]
+
+FOLDER holds a config.json. The model is traced without memory for its weights, cut where the engine cuts it, and summed
+up region by region: bytes read, products of its forward and of its statistics, solves, activations that live between
+regions, statistics, and bytes sent as the engine counts them. Seconds are those of reading, computing and sending one
+after the other, at the rates given: bytes per second of a machine's disk and of a process's link, operations per
+second of a process. --check prunes a small Llama by one and by two processes, takes the rate from the first, and holds
+what was foreseen of the second against what it did.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import torch
+from torch import fx
+from torch.utils.flop_counter import FlopCounterMode
+
+from sparsify.analysis.flow import Flow
+from sparsify.analysis.linear import InputGroup, LinearSite
+from sparsify.calibration.measuring import Measuring, Step
+from sparsify.context import Context
+from sparsify.errors import SparsifyError
+from sparsify.frontend.capture import capture
+from sparsify.frontend.skeleton import build_skeleton
+from sparsify.frontend.source import open_source
+from sparsify.ir.program import Program
+from sparsify.method.spec import parse_pass
+from sparsify.method.weight_pass import MatrixPass
+from sparsify.prune.names import Wanted
+from sparsify.prune.targets import choose
+
+_ATEN = torch.ops.aten
+PRODUCTS = {
+    _ATEN.linear, _ATEN.matmul, _ATEN.mm, _ATEN.bmm, _ATEN.addmm, _ATEN.baddbmm, _ATEN.einsum, _ATEN.convolution,
+    _ATEN.conv1d, _ATEN.conv2d, _ATEN.scaled_dot_product_attention, _ATEN._grouped_mm,
+}  # fmt: skip
+# What one process of several keeps apart for each batch, and what all add up.
+VECTORS, MATRICES = {"squared_norm", "absolute_sum", "sum"}, {"gram"}
+
+
+@dataclass
+class Costs:
+    """Of one process in one region. ``sent``: of all processes together, as the engine counts it."""
+
+    read: float = 0.0
+    forward: float = 0.0
+    measured: float = 0.0
+    solved: float = 0.0
+    activations: float = 0.0
+    statistics: float = 0.0
+    sent: float = 0.0
+
+    def seconds(self, rates: Rates, ranks: int) -> float:
+        beside = min(ranks, rates.per_machine)
+        computed = (self.forward + self.measured + self.solved) / rates.flops
+        return self.read * beside / rates.disk + computed + self.sent / ranks / rates.link
+
+
+@dataclass(frozen=True)
+class Rates:
+    disk: float
+    link: float
+    flops: float
+    per_machine: int
+
+
+class Model:
+    """A model that has no weights, and what a pass would do to it.
+
+    Raises:
+        ValueError: a pass that no costs are known of.
+    """
+
+    def __init__(self, folder: Path, spec: str, length: int, batch: int) -> None:
+        own = parse_pass(spec)
+        known = isinstance(own, MatrixPass) and own.name in ("wanda", "sparsegpt")
+        if not known or not set(own.statistics) <= VECTORS | MATRICES:
+            raise ValueError(f"{spec}: costs are known of wanda and sparsegpt")
+        self.own, self.batch = own, batch
+        source = open_source(build_skeleton(folder))
+        ids = torch.zeros(batch, length, dtype=torch.long)
+        self.program: Program = capture(source, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+        self.flow = Flow.of(self.program)
+        targets, _ = choose(self.program, own.pattern, Wanted.of(source.weights, (), ()))
+        sites = [site for target in targets for site in target.sites]
+        self._factored: set[fx.Node] = set()
+        self.measuring = Measuring(self.program, sites, [self.program.zero_batch()], own.statistics, Context())
+
+    def regions(self, ranks: int, batches: int) -> list[tuple[Step, Costs]]:
+        """The costs of each region, of the process that has most."""
+        own, found, start = math.ceil(batches / ranks), list[tuple[Step, Costs]](), 0
+        self._factored.clear()
+        for step in self.measuring.steps:
+            costs = Costs()
+            nodes = self.flow.order[start : step.start]
+            costs.forward = own * sum(map(products_of, nodes))
+            costs.read = sum(bytes_of(n) for n in nodes_read(self.program, nodes))
+            costs.activations = own * self._living(step.start)
+            for group in step.groups:
+                self._measure(costs, group, own, ranks)
+                for site in group.sites:
+                    self._solve(costs, site, ranks)
+            found.append((step, costs))
+            start = step.start
+        return found
+
+    def _living(self, cut: int) -> float:
+        made = (n for n in self.flow.order[:cut] if n in self.flow.varying and max(self.flow.uses[n], default=0) >= cut)
+        return sum(bytes_of(node) for node in made)
+
+    def _measure(self, costs: Costs, group: InputGroup, own: int, ranks: int) -> None:
+        site = group.sites[0]
+        columns, rows = site.shape[1], own * shape_and_size(site.activation)[0].numel() / site.shape[1]
+        for name in self.own.statistics:
+            if name in VECTORS:
+                costs.measured += 2 * rows * columns
+                # float64, and what each batch adds beside it.
+                costs.statistics += site.experts * columns * (8 + (4 * own if ranks > 1 else 0))
+                costs.sent += ranks * (ranks - 1) * own * site.experts * columns * 4
+            else:
+                costs.measured += 2 * rows * columns**2 * 5 / 8
+                costs.statistics += 4 * site.experts * columns**2
+                costs.sent += ranks * (ranks - 1) * 4 * site.experts * columns**2
+
+    def _solve(self, costs: Costs, site: LinearSite, ranks: int) -> None:
+        rows, columns = site.shape
+        numbers, by_experts = site.experts * rows * columns, site.experts >= ranks
+        if ranks > 1:
+            # Gathered, each its part, or given by one to all: every byte goes to all others once.
+            costs.sent += (ranks - 1) * numbers * shape_and_size(self.program.parameter_nodes()[site.parameter])[1]
+        share = 1 / ranks if by_experts or self.own.by_rows else 1.0
+        if "gram" not in self.own.statistics:
+            costs.solved += 10 * numbers * share
+            return
+        # A Cholesky factor, the inverse by it and the factor of that: of what sites share, once. Each process factors
+        # for itself what is divided by rows.
+        factors = 4 / 3 * columns**3 * site.experts if site.activation not in self._factored else 0.0
+        self._factored.add(site.activation)
+        costs.solved += factors * (1 / ranks if by_experts else 1.0) + numbers * columns * share
+
+
+def products_of(node: fx.Node) -> float:
+    """Operations of one node's products, as torch counts them."""
+    if node.op != "call_function" or getattr(node.target, "overloadpacket", None) not in PRODUCTS:
+        return 0.0
+    args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), like)
+    with FlopCounterMode(display=False) as counter:
+        node.target(*args, **kwargs)  # type: ignore[operator]
+    return float(counter.get_total_flops())
+
+
+def like(node: fx.Node) -> torch.Tensor:
+    value = node.meta["val"]
+    return torch.empty(value.shape, dtype=value.dtype, device="meta")
+
+
+def nodes_read(program: Program, nodes: Sequence[fx.Node]) -> set[fx.Node]:
+    return {n for node in nodes for n in node.all_input_nodes if program.parameter(n) is not None}
+
+
+def shape_and_size(node: fx.Node) -> tuple[torch.Size, int]:
+    value = node.meta["val"]
+    return value.shape, value.element_size()
+
+
+def bytes_of(node: fx.Node) -> int:
+    value = node.meta.get("val")
+    return value.numel() * value.element_size() if isinstance(value, torch.Tensor) else 0
+
+
+def table(model: Model, ranks: Sequence[int], batches: int, rates: Rates, each: bool) -> None:
+    named = ("read", "forward", "measured", "solved", "activations", "statistics", "sent")
+    print(" ".join(f"{word:>12}" for word in ("processes", *named, "seconds")))
+    for count in ranks:
+        found = model.regions(count, batches)
+        if each:
+            for step, costs in found:
+                line(step.label, costs, named, costs.seconds(rates, count))
+        line(str(count), total(found), named, sum(costs.seconds(rates, count) for _, costs in found))
+
+
+def line(first: str, costs: Costs, named: Sequence[str], seconds: float) -> None:
+    print(f"{first:>12} " + " ".join(f"{getattr(costs, name):12.3g}" for name in named) + f" {seconds:12.4g}")
+
+
+def total(found: Sequence[tuple[Step, Costs]]) -> Costs:
+    """All regions together: memory is that of the largest."""
+    made = Costs()
+    for name in (field.name for field in fields(Costs)):
+        values = [getattr(costs, name) for _, costs in found]
+        setattr(made, name, max(values) if name in ("activations", "statistics") else sum(values))
+    return made
+
+
+def check(layers: int, samples: int, length: int) -> bool:
+    """Whether what is foreseen of two processes is within a quarter of what they do; it is printed."""
+    from bench_processes import make, run
+
+    right = True
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder)
+        make(place / "model", layers, "float32")
+        for number, spec in enumerate(("wanda:2:4", "sparsegpt:2:4")):
+            one, two = (run(place / "model", spec, n, place / f"{number}-{n}", samples, length) for n in (1, 2))
+            rows = max(1, 2048 // length)
+            model, batches = Model(place / "model", spec, length, rows), -(-samples // rows)
+            alone, both = total(model.regions(1, batches)), total(model.regions(2, batches))
+            rates = Rates(math.inf, math.inf, (alone.forward + alone.measured + alone.solved) / one["pass"], 1)
+            for what, foreseen, was in (
+                ("bytes sent", both.sent, two["sent"]),
+                ("seconds of the pass", both.seconds(rates, 2), two["pass"]),
+            ):
+                print(f"{spec}, {what}: foreseen {foreseen:.4g}, was {was:.4g} ({foreseen / was:.2f}x)")
+                right &= 0.75 <= foreseen / was <= 1.25
+    return right
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, nargs="?")
+    parser.add_argument("--pass", dest="spec", default="wanda:2:4")
+    parser.add_argument("--samples", type=int, default=128)
+    parser.add_argument("--length", type=int)
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 8, 64])
+    parser.add_argument("--disk", type=float, default=5e9)
+    parser.add_argument("--link", type=float, default=50e9)
+    parser.add_argument("--flops", type=float, default=400e12)
+    parser.add_argument("--per-machine", type=int, default=8)
+    parser.add_argument("--batch", type=int, default=1, help="sequences that run at once")
+    parser.add_argument("--regions", action="store_true", help="each region too")
+    parser.add_argument("--check", action="store_true")
+    parser.add_argument("--layers", type=int, default=2)
+    asked = parser.parse_args()
+    if asked.check:
+        sys.exit(not check(asked.layers, min(asked.samples, 16), asked.length or 512))
+    if asked.folder is None:
+        parser.error("FOLDER, or --check")
+    started = time.perf_counter()
+    try:
+        model = Model(asked.folder, asked.spec, asked.length or 2048, asked.batch)
+    except (SparsifyError, ValueError) as error:
+        parser.error(str(error))
+    print(
+        f"{asked.folder.name}, {asked.spec}: {len(model.measuring.steps)} regions, traced in "
+        f"{time.perf_counter() - started:.0f} s; bytes, operations, seconds"
+    )
+    rates = Rates(asked.disk, asked.link, asked.flops, asked.per_machine)
+    table(model, asked.ranks, -(-asked.samples // asked.batch), rates, asked.regions)
+
+
+if __name__ == "__main__":
+    main()
