@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from sparsify.analysis.dimensions.walk import Ids
-from sparsify.calibration.gradients import Gradients, Samples, measure_gradients
+from sparsify.calibration.gradients import Samples, measure_gradients
+from sparsify.calibration.sums import Gradients
 from sparsify.context import Context, Progress
 from sparsify.errors import BackendError, CheckpointError, TraceError
 from sparsify.files.ledger import Ledger

@@ -7,8 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.families import build, inputs
-from support.processes import finish, start
+from support.processes import batches_of, finish, model_of, start
 
 import sparsify
 from sparsify.method.spec import parse_pass
@@ -25,6 +24,11 @@ SAME = [
     ("opt", ["wanda:50%,allocation=owl"], "layer"),
     ("llama", ["magnitude:2:4"], "layer"),
     ("opt", ["activation:25%"], "layer"),
+    ("mixtral", ["gblm:2:4"], "layer"),
+    ("shared", ["gradient:50%,metric=snip"], "layer"),
+    ("llama", ["gblm:50%,norm=l1,reduction=mean", "gradient:60%,metric=movement"], "block"),
+    ("shared", ["gradient:50%,metric=platon"], "dense"),
+    ("opt", ["gblm:2:4"], "block"),
 ]
 NEAR = [
     ("llama", ["sparsegpt:2:4"], "layer"),
@@ -35,15 +39,15 @@ NEAR = [
     ("mixtral", ["alps:50%"], "layer"),
     ("mixtral", ["twin:2:4", "round:int8"], "layer"),
 ]
-QUICK = [SAME[0], SAME[3], NEAR[0], NEAR[6]]
+QUICK = [SAME[0], SAME[3], SAME[9], SAME[10], NEAR[0], NEAR[6]]
 CODE = """
 import json
-from support.families import build, inputs
+from support.processes import batches_of, model_of
 cases, out = json.loads(sys.argv[1]), sys.argv[2]
 with join() as world:
     for number, (family, passes, schedule) in enumerate(cases):
-        batches = [inputs(family, rows=128, seed=seed) for seed in range(5)]
-        made = sparsify.compile(build(family), passes, calibration=batches, schedule=schedule, world=world)
+        batches = batches_of(family, passes)
+        made = sparsify.compile(model_of(family), passes, calibration=batches, schedule=schedule, world=world)
         if number == 0:
             print(world.sent)
         if world.leads:
@@ -76,8 +80,8 @@ def pruned(request, tmp_path_factory):
 
 def alone(case):
     family, passes, schedule = case
-    batches = [inputs(family, rows=128, seed=seed) for seed in range(5)]
-    made = sparsify.compile(build(family), passes, calibration=batches, schedule=schedule)
+    batches = batches_of(family, passes)
+    made = sparsify.compile(model_of(family), passes, calibration=batches, schedule=schedule)
     return made.model.state_dict(), [[site.error, site.tokens] for run in made.runs for site in run.sites]
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from sparsify.calibration.accumulators import GRADIENTS
 from sparsify.compiler.keeping.job import config_of
 from sparsify.compiler.request import Request
 from sparsify.data.batches import Calibration
@@ -21,7 +20,7 @@ def check_divided(request: Request, world: World) -> None:
 
     Raises:
         SpecError: no world.
-        ProcessError: a pass that is not made of one matrix after the other, or one that needs gradients.
+        ProcessError: a pass that is not made of one matrix after the other.
     """
     if not isinstance(world, World):
         raise SpecError(
@@ -31,16 +30,11 @@ def check_divided(request: Request, world: World) -> None:
         return
     for own in request.passes:
         if not isinstance(own, MatrixPass):
-            found = f"a pass over {own.kind}, which one process runs"
-        elif GRADIENTS & set(own.statistics):
-            found = "a pass that needs gradients, which one process sums"
-        else:
-            continue
-        raise ProcessError(
-            f"pass {own.name} by {world.size} processes",
-            found=found,
-            do="Run it in one process; weight passes without gradients (wanda, sparsegpt, twin, …) are shared",
-        )
+            raise ProcessError(
+                f"pass {own.name} by {world.size} processes",
+                found=f"a pass over {own.kind}, which one process runs",
+                do="Run it in one process; weight passes (wanda, gblm, sparsegpt, twin, …) are shared",
+            )
 
 
 def agree(source: Source, request: Request, asked: Asked, world: World) -> None:
