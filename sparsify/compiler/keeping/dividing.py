@@ -10,9 +10,22 @@ from sparsify.data.batches import Calibration
 from sparsify.errors import ProcessError, SpecError
 from sparsify.frontend.source import Source
 from sparsify.journal.journal import Asked
+from sparsify.method.channel_pass import ChannelPass
+from sparsify.method.structural_pass import StructuralPass
 from sparsify.method.weight_pass import MatrixPass
+from sparsify.provenance.history import versions
 from sparsify.tensors import new_hash
 from sparsify.world.world import World
+
+
+def check_world(world: object) -> None:
+    """Raises:
+    SpecError: no world.
+    """
+    if not isinstance(world, World):
+        raise SpecError(
+            f"world={type(world).__name__}", found="no processes", do="Give what sparsify.join() gives, or leave it out"
+        )
 
 
 def check_divided(request: Request, world: World) -> None:
@@ -20,20 +33,17 @@ def check_divided(request: Request, world: World) -> None:
 
     Raises:
         SpecError: no world.
-        ProcessError: a pass that is not made of one matrix after the other.
+        ProcessError: a pass over regions or over the whole graph.
     """
-    if not isinstance(world, World):
-        raise SpecError(
-            f"world={type(world).__name__}", found="no processes", do="Give what sparsify.join() gives, or leave it out"
-        )
+    check_world(world)
     if not world.divided:
         return
     for own in request.passes:
-        if not isinstance(own, MatrixPass):
+        if not isinstance(own, (MatrixPass, ChannelPass, StructuralPass)):
             raise ProcessError(
                 f"pass {own.name} by {world.size} processes",
                 found=f"a pass over {own.kind}, which one process runs",
-                do="Run it in one process; weight passes (wanda, gblm, sparsegpt, twin, …) are shared",
+                do="Run it in one process; passes over weights, channels and structure are shared (wanda, permute, …)",
             )
 
 
@@ -41,21 +51,23 @@ def agree(source: Source, request: Request, asked: Asked, world: World) -> None:
     """Raises:
     ProcessError: another process was asked otherwise, has other versions, or sees another model.
     """
+    amounts = {"samples": request.samples, "sequence length": request.length, "backend": str(request.backend)}
+    calibration = {"calibration": request.named if request.is_named else "given"}
+    agree_on_model(source, {**asked, **amounts, **calibration}, world)
+
+
+def agree_on_model(source: Source, asked: Asked, world: World) -> None:
+    """Raises:
+    ProcessError: another process was asked otherwise, or sees another model.
+    """
     if not world.divided:
         return
     store, names = source.weights.store, new_hash()
     for name in sorted(store.names()):
         names.update(f"{name} {tuple(store.shape(name))} {store.dtype(name)}\n".encode())
-    amounts = {"samples": request.samples, "sequence length": request.length, "backend": str(request.backend)}
-    world.agree(
-        {
-            **asked,
-            **amounts,
-            "calibration": request.named if request.is_named else "given",
-            "config of the model": config_of(source),
-            "tensors of the model": names.hexdigest(),
-        }
-    )
+    versioned = {f"version of {name}": number for name, number in versions().items()}
+    model = {"config of the model": config_of(source), "tensors of the model": names.hexdigest()}
+    world.agree({**versioned, **asked, **model})
 
 
 def agree_on_data(data: Calibration | None, world: World) -> None:
