@@ -27,7 +27,7 @@ def model_of(family: str) -> Any:
 
 def batches_of(family: str, passes: Sequence[str]) -> list[dict[str, Tensor]]:
     """Five batches; of a pass with gradients small ones, for it takes each sequence for itself."""
-    rows = 2 if any(one.startswith(("gblm", "gradient")) for one in passes) else 128
+    rows = 2 if any(one.startswith(("gblm", "gradient", "llm-pruner")) for one in passes) else 128
     return [inputs("llama" if family == "shared" else family, rows=rows, seed=seed) for seed in range(5)]
 
 

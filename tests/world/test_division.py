@@ -29,6 +29,11 @@ SAME = [
     ("llama", ["gblm:50%,norm=l1,reduction=mean", "gradient:60%,metric=movement"], "block"),
     ("shared", ["gradient:50%,metric=platon"], "dense"),
     ("opt", ["gblm:2:4"], "block"),
+    ("mixtral", ["permute:2:4", "wanda:2:4"], "layer"),
+    ("llama", ["llm-pruner:25%,importance=taylor-mix,round=4", "wanda:2:4"], "layer"),
+    ("opt", ["permute:2:4"], "layer"),
+    ("llama", ["llm-pruner:50%,granularity=layer"], "layer"),
+    ("llama", ["llm-pruner:50%,scope=global,round=4,steps=2"], "layer"),
 ]
 NEAR = [
     ("llama", ["sparsegpt:2:4"], "layer"),
@@ -39,7 +44,7 @@ NEAR = [
     ("mixtral", ["alps:50%"], "layer"),
     ("mixtral", ["twin:2:4", "round:int8"], "layer"),
 ]
-QUICK = [SAME[0], SAME[3], SAME[9], SAME[10], NEAR[0], NEAR[6]]
+QUICK = [SAME[0], SAME[9], SAME[14], SAME[15], NEAR[0], NEAR[6]]
 CODE = """
 import json
 from support.processes import batches_of, model_of

@@ -81,7 +81,7 @@ with join() as world:
 
 @pytest.mark.parametrize(
     ("spec", "why"),
-    [("llm-pruner:25%", "structure"), ("refine", "regions"), ("permute:2:4", "channels")],
+    [("refine", "regions")],
 )
 def test_what_processes_do_not_share_is_refused_before_anything_is_opened(spec, why, tmp_path):
     world = sparsify.World()
