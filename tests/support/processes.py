@@ -26,9 +26,10 @@ def model_of(family: str) -> Any:
 
 
 def batches_of(family: str, passes: Sequence[str]) -> list[dict[str, Tensor]]:
-    """Five batches; of a pass with gradients small ones, for it takes each sequence for itself."""
-    rows = 2 if any(one.startswith(("gblm", "gradient", "llm-pruner")) for one in passes) else 128
-    return [inputs("llama" if family == "shared" else family, rows=rows, seed=seed) for seed in range(5)]
+    """Five batches; of passes with gradients small ones, for they take sequences for themselves, or a few."""
+    rows = {"gblm": 2, "gradient": 2, "llm-pruner": 2, "refine": 8}
+    few = min((rows.get(one.partition(":")[0], 128) for one in passes), default=128)
+    return [inputs("llama" if family == "shared" else family, rows=few, seed=seed) for seed in range(5)]
 
 
 def start(count: int, code: str, *words: object, **environment: str) -> list[subprocess.Popen[str]]:

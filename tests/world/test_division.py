@@ -44,7 +44,14 @@ NEAR = [
     ("mixtral", ["alps:50%"], "layer"),
     ("mixtral", ["twin:2:4", "round:int8"], "layer"),
 ]
-QUICK = [SAME[0], SAME[9], SAME[14], SAME[15], NEAR[0], NEAR[6]]
+# Gradients of a step are added otherwise: weights differ by so much of what training moved.
+TRAINED = [
+    ("llama", ["magnitude:2:4", "refine:epochs=2,rate=0.01"], "layer"),
+    ("mixtral", ["magnitude:50%", "refine:epochs=1"], "layer"),
+    ("opt", ["magnitude:2:4", "refine:epochs=1,last=error"], "block"),
+]
+MOVED = 1e-4
+QUICK = [SAME[0], SAME[9], SAME[14], SAME[15], NEAR[0], NEAR[6], TRAINED[0]]
 CODE = """
 import json
 from support.processes import batches_of, model_of
@@ -68,8 +75,8 @@ with join() as world:
     scope="module",
     params=[
         (2, QUICK),
-        pytest.param((2, [case for case in SAME + NEAR if case not in QUICK]), marks=pytest.mark.slow),
-        pytest.param((4, SAME + NEAR), marks=pytest.mark.slow),
+        pytest.param((2, [case for case in SAME + NEAR + TRAINED if case not in QUICK]), marks=pytest.mark.slow),
+        pytest.param((4, SAME + NEAR + TRAINED), marks=pytest.mark.slow),
     ],
     ids=["two", "two-more", "four"],
 )
@@ -115,6 +122,16 @@ def test_solved_weights_are_as_good_as_those_of_one_process(pruned):
             assert same > 0.97, (case, name)
             assert (ours[name] - weight).norm() <= 0.2 * weight.norm() + 1e-5, (case, name)
         assert [error for error, _ in told] == pytest.approx([error for error, _ in said], rel=0.25), case
+
+
+def test_trained_weights_are_nearly_those_of_one_process(pruned):
+    for case, ours, _, theirs, _ in beside_one_process(pruned, TRAINED):
+        family, passes, schedule = case
+        before, _ = alone((family, passes[:-1], schedule))
+        moved = sum(float((theirs[name] - before[name]).square().sum()) for name in theirs) ** 0.5
+        apart = sum(float((theirs[name] - ours[name]).square().sum()) for name in theirs) ** 0.5
+        assert moved > 0 and apart <= MOVED * moved, (case, apart / moved)
+        assert all(((ours[name] == 0) == (theirs[name] == 0)).all() for name in theirs), case
 
 
 def test_every_process_has_the_same_result(pruned):

@@ -11,6 +11,7 @@ from sparsify.errors import ProcessError, SpecError
 from sparsify.frontend.source import Source
 from sparsify.journal.journal import Asked
 from sparsify.method.channel_pass import ChannelPass
+from sparsify.method.region_pass import RegionPass
 from sparsify.method.structural_pass import StructuralPass
 from sparsify.method.weight_pass import MatrixPass
 from sparsify.provenance.history import versions
@@ -33,17 +34,23 @@ def check_divided(request: Request, world: World) -> None:
 
     Raises:
         SpecError: no world.
-        ProcessError: a pass over regions or over the whole graph.
+        ProcessError: a pass over the whole graph, or one that trains on fewer sequences at once than processes.
     """
     check_world(world)
     if not world.divided:
         return
     for own in request.passes:
-        if not isinstance(own, (MatrixPass, ChannelPass, StructuralPass)):
+        if isinstance(own, RegionPass) and own.batch < world.size:
+            raise ProcessError(
+                f"pass {own.name} by {world.size} processes",
+                found=f"sequences of one step to share out among them: {own.batch}",
+                do=f"Take {own.batch} processes or fewer, or {own.name}:batch={world.size}",
+            )
+        if not isinstance(own, (MatrixPass, ChannelPass, RegionPass, StructuralPass)):
             raise ProcessError(
                 f"pass {own.name} by {world.size} processes",
                 found=f"a pass over {own.kind}, which one process runs",
-                do="Run it in one process; passes over weights, channels and structure are shared (wanda, permute, …)",
+                do="Run it in one process; all others are shared",
             )
 
 
