@@ -82,7 +82,7 @@ def as_batches(windows: Tensor, source: Source, world: World = ALONE) -> Windows
 
 def _shared(batches: Sequence[Mapping[str, Tensor]], world: World) -> Sequence[Mapping[str, Tensor]]:
     """This process's part of ``batches``."""
-    return world.share(batches, f"batches of {len(batches[0]['input_ids'])} windows", "--windows")
+    return world.share(batches, f"batches of {len(batches[0]['input_ids'])} windows", "windows")
 
 
 def of_losses(losses: Tensor, name: str, dtype: torch.dtype, *, refuse: bool = True) -> float:

@@ -84,7 +84,7 @@ def pruned(request, tmp_path_factory):
     """The cases, and the folder that processes left their results in."""
     count, cases = request.param
     out = tmp_path_factory.mktemp("divided")
-    done = finish(start(count, CODE, json.dumps(cases), out))
+    done = finish(start(count, CODE, json.dumps(cases), out), 900)
     assert [code for code, *_ in done] == [0] * count, done
     assert all(int(said.split()[0]) > 1000 for _, said, _ in done)
     return cases, out
