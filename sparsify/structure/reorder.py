@@ -186,7 +186,8 @@ def _told(made: Made | None, owner: int, world: World) -> Made:
     if not world.divided:
         assert made is not None, "a process that is alone owns every group"
         return made
-    said, places = None, dict[str, Tensor]()
+    said: dict[str, Any] | None = None
+    places = dict[str, Tensor]()
     if made is not None and world.rank == owner:
         done, result = made
         if isinstance(result, Refused):

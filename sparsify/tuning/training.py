@@ -66,7 +66,7 @@ class Training:
             losses: list[tuple[Tensor, int]] = []
             for micro in parts(chosen, recipe, world):
                 loss = self._loss(micro)
-                (loss * len(micro) / recipe.batch).backward()  # type: ignore[no-untyped-call]
+                (loss * len(micro) / recipe.batch).backward()
                 losses.append((loss.detach(), len(micro)))
             _share_gradients(list(state.trained.values()), world)
             # Once a step: a GPU that is asked after every part stands still meanwhile.
