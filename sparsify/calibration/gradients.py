@@ -4,6 +4,8 @@ Forward, region by region, only the values at the cuts are kept; backward, from 
 region is computed again with its graph of derivatives, for one sample at a time. Memory holds one region's weights and
 derivatives; activations at the cuts and the finished accumulators go to a file past the budget.
 
+Of several processes each runs its own samples; :mod:`sparsify.calibration.sums` says what becomes of the sums.
+
 Source of the statistics: GBLM-Pruner (2311.04902), section 3; algorithms.md, section 7.1.
 """
 
@@ -20,16 +22,16 @@ from torch import Tensor, fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sparsify.analysis.flow import Flow
-from sparsify.analysis.linear import LinearSite, block_starts
+from sparsify.analysis.linear import block_starts
 from sparsify.calibration.activations import ActivationStore
 from sparsify.calibration.interpreter import Interpreter, Region, Work
 from sparsify.calibration.loss import check_loss, loss, loss_scale
+from sparsify.calibration.sums import Gradients, Relay, Sums
 from sparsify.context import Context, Progress
 from sparsify.errors import CalibrationError
 from sparsify.host import within_memory
 from sparsify.ir.program import Program
 from sparsify.precision import exact_products
-from sparsify.tensors import all_finite
 
 
 @dataclass(frozen=True)
@@ -39,30 +41,6 @@ class Samples:
 
     batches: Sequence[Mapping[str, Tensor]]
     labels: Sequence[Tensor] | None = None
-
-
-class Gradients(ActivationStore):
-    """Finished gradient statistics by parameter. A context manager; past its budget they lie in a file."""
-
-    def __init__(self, budget: int) -> None:
-        super().__init__(budget)
-        self._names: dict[str, tuple[str, ...]] = {}
-
-    def keep(self, parameter: str, values: dict[str, Tensor]) -> None:
-        self._names[parameter] = tuple(values)
-        for name, value in values.items():
-            self.put(0, f"{parameter} {name}", value)
-
-    def read(self, site: LinearSite, device: torch.device | None = None) -> dict[str, Tensor]:
-        """Statistic name to [experts, out_features, in_features] float32 on ``device``, or the CPU; empty where none
-        was measured."""
-        names = self._names.get(site.parameter, ())
-        found: dict[str, Tensor] = {}
-        for name in names:
-            value = self.take(0, f"{site.parameter} {name}", device or torch.device("cpu"), keep=True)
-            assert isinstance(value, Tensor)
-            found[name] = site.matrices(value)
-        return found
 
 
 @exact_products()
@@ -87,14 +65,14 @@ def measure_gradients(
         CalibrationError: a loss or a gradient that is not finite (the batch or weight is named), or zero everywhere.
     """
     logits = check_loss(program, data.labels is not None)
-    flow = Flow.of(program)
+    world, flow = context.world, Flow.of(program)
     stop = flow.position[logits] + 1
     cuts = [0, *block_starts(program, flow), stop]
     # Live values are kept though nothing later reads them: the way back does.
     regions = [Region(start, end, stop, retain=True) for start, end in itertools.pairwise(cuts)]
     device = context.device
     with ActivationStore(context.memory, device) as store, ActivationStore(context.memory // 4, device) as backward:
-        runner = _Backward(program, flow, data, store, device, backward, logits)
+        runner = _Backward(program, flow, data, store, context, backward, logits)
 
         def tell(done: float, what: str) -> None:
             context.observe(Progress("gradients", done, 2 * len(regions), what))
@@ -104,25 +82,31 @@ def measure_gradients(
                 runner.run_region(region, after_batch=partial(tell, number, "forward"))
                 runner.resident.clear()
         read = [runner.parameters(region) & set(parameters) for region in regions]
-        sums: dict[str, _Sums] = {}
+        sums: dict[str, Sums] = {}
+        relay = Relay(world, device, program.weights.shape, wanted)
         shared = _Shared(backward, device, set(wanted))
         for number, region in enumerate(reversed(regions)):
             own = read.pop()
             # A weight that several regions read (embeddings tied to the head) waits for the first of them.
             later = own & set[str]().union(*read)
-            sums |= {p: _Sums(wanted) for p in own - sums.keys()}
-            with within_memory(f"gradients of {', '.join(sorted(own)[:2]) or 'a region'}", device):
-                for index in range(len(data.batches)):
+            sums |= {p: Sums(wanted) for p in own - sums.keys()}
+            of = ", ".join(sorted(own)[:2]) or "a region"
+            world.says(f"gradients of {of}")
+            with within_memory(f"gradients of {of}", device):
+                relay.take(sums, own)
+                for index in range(len(runner.batches)):
                     found = dict(runner.backward(region, index, own))
                     for parameter in own:
                         gradient = shared.whole(parameter, index, found.get(parameter), last=parameter not in later)
                         if gradient is not None:
                             sums[parameter].add(gradient)
-                    tell(len(regions) + number + (index + 1) / len(data.batches), "backward")
+                    tell(len(regions) + number + (index + 1) / len(runner.batches), "backward")
                 runner.check_losses()
-                for parameter in own - later:
+                relay.hand_on(sums, own, later)
+                for parameter in (own - later) & sums.keys():
                     into.keep(parameter, sums.pop(parameter).finished(parameter))
             runner.resident.clear()
+        relay.tell(into)
 
 
 def _repeatable(device: torch.device) -> AbstractContextManager[object]:
@@ -156,48 +140,6 @@ class _Shared:
         return None
 
 
-class _Sums:
-    """The statistics of one parameter over the samples seen so far."""
-
-    def __init__(self, wanted: Collection[str]) -> None:
-        self.values: dict[str, Tensor] = {}
-        self.wanted = set(wanted)
-        self._smooth: tuple[Tensor, Tensor] | None = None
-
-    def add(self, gradient: Tensor) -> None:
-        made = {"gradient_l1": gradient.abs, "gradient_l2": gradient.square, "gradient": gradient.clone}
-        for name in self.wanted & made.keys():
-            if name in self.values:
-                self.values[name] += made[name]()
-            else:
-                self.values[name] = made[name]()
-        if "gradient_platon" in self.wanted:
-            # Sensitivity and uncertainty without |w|, which is constant here (PLATON, equations 6 to 8).
-            size = gradient.abs()
-            mean, deviation = self._smooth or (torch.zeros_like(size), torch.zeros_like(size))
-            mean = 0.85 * mean + 0.15 * size
-            deviation = 0.95 * deviation + 0.05 * (size - mean).abs()
-            self._smooth = mean, deviation
-            self.values["gradient_platon"] = mean * deviation
-
-    def finished(self, parameter: str) -> dict[str, Tensor]:
-        if not self.values or not any(bool(v.any()) for v in self.values.values()):
-            raise CalibrationError(
-                f"gradients of {parameter}",
-                found="zero on every calibration sample",
-                do="Leave it out with --ignore, or use a pass without gradients",
-            )
-        if "gradient_l2" in self.values:
-            self.values["gradient_l2"].sqrt_()
-        if not all(all_finite(v) for v in self.values.values()):
-            raise CalibrationError(
-                f"gradients of {parameter}",
-                found="NaN or infinity",
-                do="Look at the weights and the labels; where float16 overflows take --compute-dtype float32",
-            )
-        return self.values
-
-
 class _Backward(Interpreter):
     """An interpreter that can also run one region backwards for one batch."""
 
@@ -207,12 +149,15 @@ class _Backward(Interpreter):
         flow: Flow,
         data: Samples,
         store: ActivationStore,
-        device: torch.device,
+        context: Context,
         gradients: ActivationStore,
         logits: fx.Node,
     ) -> None:
-        super().__init__(program, flow, data.batches, store, device)
-        self.labels, self.gradients, self.logits = data.labels, gradients, logits
+        self.first, stop = context.world.bounds(len(data.batches))
+        own = context.world.share(data.batches, "calibration batches")
+        super().__init__(program, flow, own, store, context.device, first=self.first)
+        self.labels = None if data.labels is None else data.labels[self.first : stop]
+        self.gradients, self.logits = gradients, logits
         self._known: set[tuple[int, str]] = set()
         # Of each batch that has run backwards, whether its loss is a number.
         self.finite: list[Tensor] = []
@@ -227,7 +172,7 @@ class _Backward(Interpreter):
         self.finite.clear()
         if not all(found):
             raise CalibrationError(
-                f"the loss of calibration batch {found.index(False)}",
+                f"the loss of calibration batch {self.first + found.index(False)}",
                 found="NaN or infinity",
                 do="Look at the weights and the labels; where float16 overflows take --compute-dtype float32",
             )

@@ -26,11 +26,14 @@ from sparsify.cli.options import (
     Model,
     NoCheck,
     Overwrite,
+    Processes,
     Quiet,
     Seed,
     Strict,
     Trust,
     command_errors,
+    joined,
+    launched,
 )
 from sparsify.cli.terminal import Terminal, say
 from sparsify.errors import CheckpointError, SpecError
@@ -116,6 +119,7 @@ def compare_command(
     resume: Annotated[
         bool, typer.Option("--resume", help="Keep passes that the same comparison finished before it was interrupted.")
     ] = False,
+    processes: Processes = None,
     trust_remote_code: Trust = False,
     quiet: Quiet = False,
     log_level: LogLevel = "warning",
@@ -127,11 +131,13 @@ def compare_command(
         check_compute_dtype(compute_dtype)
         check_adapter(adapter)
         check_words(specs, schedule, memory, "hf", samples, sequence_length, seed, pipelines=True)
+        if launched(processes):
+            return
         from sparsify.cli.tables import comparison_report
         from sparsify.evaluation.compare import compare
         from sparsify.progress import ProgressLine
 
-        with ProgressLine(quiet=quiet or as_json):
+        with joined(device) as (world, own), ProgressLine(quiet=quiet or as_json or not world.leads):
             result = compare(
                 model,
                 specs,
@@ -144,7 +150,7 @@ def compare_command(
                 schedule=check_schedule(schedule),
                 output=output,
                 overwrite=overwrite,
-                device=device,
+                device=own,
                 memory=memory,
                 allow_bin=allow_bin,
                 trust_remote_code=trust_remote_code,
@@ -155,7 +161,10 @@ def compare_command(
                 strict=strict,
                 adapter=adapter,
                 resume=resume,
+                world=world,
             )
+        if not world.leads:
+            return
         if as_json:
             print(json.dumps(result.as_dict()))
             return

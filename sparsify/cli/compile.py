@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -30,16 +28,19 @@ from sparsify.cli.options import (
     NoCheck,
     Only,
     Overwrite,
+    Processes,
     Quiet,
     Samples,
     Seed,
     Strict,
     Trust,
     command_errors,
+    joined,
+    launched,
 )
-from sparsify.cli.terminal import Terminal, complain, say
+from sparsify.cli.terminal import Terminal, say
 from sparsify.compiler.recipe_file import KEYS, read_recipe, write_recipe
-from sparsify.errors import SparsifyError, SpecError
+from sparsify.errors import SpecError
 from sparsify.files.reading import kind_at
 from sparsify.method.spec import check_pass, parse_backend, parse_pass, split_pipeline
 from sparsify.quantized.otherwise import seems_stored_otherwise
@@ -54,8 +55,7 @@ from sparsify.words import (
     plain,
     split_names,
 )
-from sparsify.world.joining import join, leads_told, size_told
-from sparsify.world.world import World
+from sparsify.world.joining import leads_told
 
 # Words of the command line that compile() takes by the same name.
 _HANDED_ON = (
@@ -156,10 +156,7 @@ def compile_command(
         bool,
         typer.Option("--no-journal", help="Keep nothing for --resume: less disk, as much as is pruned."),
     ] = False,
-    processes: Annotated[
-        int | None,
-        typer.Option("--processes", help="Share the work out among so many processes here.", min=2, metavar="N"),
-    ] = None,
+    processes: Processes = None,
     as_json: AsJson = False,
     teacher: Annotated[
         str | None,
@@ -213,16 +210,7 @@ def _compile(words: dict[str, Any]) -> None:
             found="a dry run runs no pass, so there is no graph after one",
             do="Leave one of the two out; `sparsify inspect MODEL --graph` prints the graph as it is",
         )
-    if words["processes"] is not None:
-        from sparsify.world.launch import launch
-
-        if size_told() > 1:
-            raise SpecError(
-                f"--processes {words['processes']}",
-                found="processes that torchrun has started already",
-                do="Leave --processes out: this is one of them",
-            )
-        launch(words["processes"], _of_one_process(sys.argv[1:]))
+    if launched(words["processes"]):
         return
     if words["save_recipe"] is not None and leads_told():
         from sparsify.files.single import put_file
@@ -231,7 +219,6 @@ def _compile(words: dict[str, Any]) -> None:
     from sparsify.cli.tables import plan_report, result_report
     from sparsify.compiler.pipeline import compile
     from sparsify.compiler.request import default_output
-    from sparsify.host import resolve_device
     from sparsify.progress import ProgressLine
 
     model = words["model"]
@@ -240,14 +227,12 @@ def _compile(words: dict[str, Any]) -> None:
     shown = GraphPrinter(words["print_after"], [parse_pass(spec).name for spec in specs])
     started = time.perf_counter()
     with ExitStack() as stack:
-        world = stack.enter_context(join(resolve_device(words["device"]).type if size_told() > 1 else "cpu"))
+        world, device = stack.enter_context(joined(words["device"]))
+        words = {**words, "device": device}
         # One process speaks for all.
         quiet = quiet or not world.leads
         console = Terminal(quiet=quiet)
-        stack.enter_context(_one_voice(world))
         stack.enter_context(ProgressLine(quiet=quiet))
-        if world.device is not None and world.device.type == "cuda":
-            words = {**words, "device": str(world.device)}
         compiled = compile(
             model,
             words["passes"],
@@ -281,33 +266,6 @@ def _compile(words: dict[str, Any]) -> None:
     for note in compiled.notes:
         console.print(plain(note))
     console.print(f"wrote {plain(str(compiled.output))}")
-
-
-@contextmanager
-def _one_voice(world: World) -> Iterator[None]:
-    """Of several processes the first says what went wrong, the others that it does."""
-    try:
-        yield
-    except (Exception, SystemExit) as error:
-        if isinstance(error, SystemExit) and world.divided:
-            complain(f"process {world.rank} of {world.size}, {world.doing}: ended, because another process was")
-        if isinstance(error, SystemExit) or not world.hushed(error):
-            raise
-        complain(f"process {world.rank} of {world.size} ended; process 0 says why")
-        raise SystemExit(error.exit_code if isinstance(error, SparsifyError) else 1) from None
-
-
-def _of_one_process(words: list[str]) -> list[str]:
-    """The words of the command line without ``--processes N``."""
-    found, skip = [], False
-    for word in words:
-        if skip:
-            skip = False
-        elif word == "--processes":
-            skip = True
-        elif not word.startswith("--processes="):
-            found.append(word)
-    return found
 
 
 def _specs(passes: list[Any]) -> list[str]:

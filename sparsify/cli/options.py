@@ -14,8 +14,10 @@ from typing import Annotated, TextIO
 import typer
 
 from sparsify.cli.terminal import complain
-from sparsify.errors import SparsifyError, first_line
+from sparsify.errors import SparsifyError, SpecError, first_line
 from sparsify.words import plain
+from sparsify.world.joining import join, size_told
+from sparsify.world.world import World
 
 Model = Annotated[str, typer.Argument(help="Hugging Face folder, hub id or GGUF file.", metavar="MODEL")]
 AllowBin = Annotated[bool, typer.Option("--allow-bin", help="Read pytorch_model.bin (weights only, no code).")]
@@ -75,6 +77,10 @@ Memory = Annotated[str, typer.Option(help="Memory for activations; past it they 
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")]
 LogLevel = Annotated[str, typer.Option(help="debug, info, warning or error.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")]
+Processes = Annotated[
+    int | None,
+    typer.Option("--processes", help="Share the work out among so many processes here.", min=2, metavar="N"),
+]
 
 # What a shell makes of SIGTERM.
 _TERMINATED = 143
@@ -106,6 +112,63 @@ def command_errors(debug: bool, log_level: str) -> Iterator[None]:
             raise
         complain(f"unexpected {type(error).__name__}: {first_line(error)} (run again with --debug for the traceback)")
         raise SystemExit(1) from None
+
+
+def launched(processes: int | None) -> bool:
+    """Whether so many processes were asked for: this command has then been run by them, and they are done.
+
+    Raises:
+        SpecError: by one of several that ``torchrun`` started. ProcessError, SystemExit: one of them failed.
+    """
+    if processes is None:
+        return False
+    from sparsify.world.launch import launch
+
+    if size_told() > 1:
+        raise SpecError(
+            f"--processes {processes}",
+            found="processes that torchrun has started already",
+            do="Leave --processes out: this is one of them",
+        )
+    launch(processes, _of_one_process(sys.argv[1:]))
+    return True
+
+
+@contextlib.contextmanager
+def joined(device: str) -> Iterator[tuple[World, str]]:
+    """The world of this process, and the device that is its own; of several the first says what went wrong, the others
+    that it does.
+    """
+    from sparsify.host import resolve_device
+
+    with join(resolve_device(device).type if size_told() > 1 else "cpu") as world, _one_voice(world):
+        yield world, str(world.device) if world.device is not None and world.device.type == "cuda" else device
+
+
+@contextlib.contextmanager
+def _one_voice(world: World) -> Iterator[None]:
+    try:
+        yield
+    except (Exception, SystemExit) as error:
+        if isinstance(error, SystemExit) and world.divided:
+            complain(f"process {world.rank} of {world.size}, {world.doing}: ended, because another process was")
+        if isinstance(error, SystemExit) or not world.hushed(error):
+            raise
+        complain(f"process {world.rank} of {world.size} ended; process 0 says why")
+        raise SystemExit(error.exit_code if isinstance(error, SparsifyError) else 1) from None
+
+
+def _of_one_process(words: list[str]) -> list[str]:
+    """The words of the command line without ``--processes N``."""
+    found, skip = [], False
+    for word in words:
+        if skip:
+            skip = False
+        elif word == "--processes":
+            skip = True
+        elif not word.startswith("--processes="):
+            found.append(word)
+    return found
 
 
 class _Plain(logging.Formatter):

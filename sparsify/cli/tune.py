@@ -8,7 +8,20 @@ from typing import Annotated
 
 import typer
 
-from sparsify.cli.options import AllowNan, AsJson, ChatTemplate, Debug, Device, NoCheck, Quiet, Trust, command_errors
+from sparsify.cli.options import (
+    AllowNan,
+    AsJson,
+    ChatTemplate,
+    Debug,
+    Device,
+    NoCheck,
+    Processes,
+    Quiet,
+    Trust,
+    command_errors,
+    joined,
+    launched,
+)
 from sparsify.cli.terminal import say
 from sparsify.method.spec import parse_backend
 from sparsify.tuning.recipe import Recipe, check_method
@@ -64,6 +77,7 @@ def tune_command(
     no_check: NoCheck = False,
     allow_nan: AllowNan = False,
     chat_template: ChatTemplate = None,
+    processes: Processes = None,
     trust_remote_code: Trust = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -90,11 +104,13 @@ def tune_command(
             distill=distill,
         )
         parse_backend(to)
+        if launched(processes):
+            return
         from sparsify.host import resolve_device
         from sparsify.progress import ProgressLine
         from sparsify.tuning.tune import tune
 
-        with ProgressLine(quiet=quiet or as_json):
+        with joined(device) as (world, mine), ProgressLine(quiet=quiet or as_json or not world.leads):
             result = tune(
                 model,
                 data,
@@ -104,7 +120,7 @@ def tune_command(
                 adapter=adapter,
                 resume=resume,
                 save_every=save_every,
-                device=resolve_device(device),
+                device=resolve_device(mine),
                 overwrite=overwrite,
                 trust_remote_code=trust_remote_code,
                 check=not no_check,
@@ -112,7 +128,10 @@ def tune_command(
                 chat_template=chat_template,
                 validation=validation,
                 teacher=teacher,
+                world=world,
             )
+        if not world.leads:
+            return
         if as_json:
             print(json.dumps(result.as_dict()))
         if as_json or quiet:

@@ -15,6 +15,7 @@ from sparsify.ir.program import Program
 from sparsify.quality.evaluation import Evaluation, Judged, measure
 from sparsify.quality.heldout import windows_of
 from sparsify.quality.perplexity import as_batches, check_causal
+from sparsify.tensors import digest
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,11 @@ class Judge:
     def size(self) -> str:
         """On what, in words."""
         return f"{len(self.windows)} windows of {self.windows.shape[1]} tokens of {self.label}"
+
+    @property
+    def digest(self) -> str:
+        """Of the windows."""
+        return digest(self.windows)
 
     def before(self, source: Source) -> Evaluation:
         """The model as it was given.
@@ -66,7 +72,7 @@ def open_judge(source: Source, program: Program, request: Request, context: Cont
     # Token ids have their own length; the request's is that of calibration as well.
     length = None if isinstance(request.evaluate, Tensor) else request.length
     windows, label = windows_of(request.evaluate, source, request.eval_windows, length, chat, both=request.shares_data)
-    as_batches(windows, source)  # refuses ids and lengths that the model has not
+    as_batches(windows, source, context.world)  # refuses ids and lengths that the model has not
     if not (request.needs_data and request.is_named):
         chat.check_used(f"'{request.evaluate}'" if isinstance(request.evaluate, str) else label)
     pruned = bool(source.ledger.manifest.get("passes") or source.ledger.manifest.get("structure"))

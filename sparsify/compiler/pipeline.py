@@ -117,7 +117,7 @@ def compile(
         resume: go on where the same job was interrupted; the result is that of a run that was not.
         world: processes that share the work, all of which call this alike (:func:`sparsify.join`): each calibrates
             with its part of the batches and prunes its part of the weights; the first writes, and alone has an
-            ``output``. Weight passes only.
+            ``output``. Not passes over the whole graph.
         tell: told in words, before the work, what a quantized model grows to.
         progress: True: show it, as the command line does; or a function that is told (:class:`sparsify.Progress`); or
             tqdm, or a bar of its kind.
@@ -163,6 +163,7 @@ def compile(
     )  # fmt: skip
     context = Context(resolve_device(device), parse_bytes(memory), seed, world=world)
     check_divided(request, world)
+    request = replace(request, processes=world.size)
     if not world.leads:
         # One process writes; what the others prune they need for what comes after it.
         request = replace(request, out=None)
@@ -190,10 +191,7 @@ def compile(
         judge = open_judge(source, planned.model.program, request, context)
         if dry_run:
             return stages.as_plan(planned, judge)
-        agree(source, request, asked, world)
-        if not world.leads:
-            # One process measures, the others go on: they wait where all need each other.
-            judge = None
+        agree(source, request, asked if judge is None else {**asked, "text that judges": judge.digest}, world)
         dense = None if judge is None else judge.before(source)
         planned, data = stages.draw(planned, data, request, context, judge)
         agree_on_data(data, world)
@@ -203,7 +201,7 @@ def compile(
             dtype=None,
         )  # fmt: skip
         if request.structural:
-            place.begin(open_journal(source, planned.runs, data, planned.dense, request, asked))
+            place.begin(open_journal(source, planned.runs, data, planned.dense, request, asked, world))
         planned = stages.restructure(planned, data, request, seam, place)
         job = stages.open_output(planned, request, place, leads=world.leads)
         if not request.structural:

@@ -45,6 +45,7 @@ class Request:
         recipe: these words and those of opening the model, for another run; None where some are in memory alone.
         date: when they were given, in UTC.
         journal: what is finished is kept until the output is there. resume: go on with what is kept.
+        processes: how many share the work.
     """
 
     structural: tuple[StructuralPass, ...]
@@ -68,6 +69,7 @@ class Request:
     date: str = ""
     journal: bool = True
     resume: bool = False
+    processes: int = 1
 
     @property
     def passes(self) -> tuple[Pass, ...]:
@@ -86,7 +88,12 @@ class Request:
     @property
     def most_rows(self) -> int | None:
         """How many rows a batch may have: one where gradients are taken, which are those of single samples."""
-        return most_rows(self.passes)
+        return most_rows(self.passes, self.processes)
+
+    @property
+    def lesson(self) -> int:
+        """How many batches are what one process would have as one: of passes that train, several share a step."""
+        return max(1, (most_rows(self.passes) or 1) // (self.most_rows or 1))
 
     @property
     def shares_data(self) -> bool:
@@ -104,12 +111,19 @@ class Request:
         return self.data is None or isinstance(self.data, str)
 
 
-def most_rows(passes: Iterable[Pass]) -> int | None:
-    """The most rows of a batch that all of ``passes`` take; None for any number."""
+def most_rows(passes: Iterable[Pass], processes: int = 1) -> int | None:
+    """The most rows of a batch that all of ``passes`` take; None for any number.
+
+    Args:
+        processes: how many share each step of what is trained, for which there are to be batches enough.
+    """
     passes = list(passes)
     if any(GRADIENTS & set(own.statistics) for own in passes):
         return 1
-    return min((own.batch for own in passes if isinstance(own, RegionPass)), default=None)
+    most = min((own.batch for own in passes if isinstance(own, RegionPass)), default=None)
+    if most is None:
+        return None
+    return max(rows for rows in range(1, max(1, most // processes) + 1) if most % rows == 0)
 
 
 def nothing_to_do() -> SpecError:

@@ -220,7 +220,7 @@ def teach(planned: Planned, data: Calibration | None, request: Request, context:
         batch = _first_batch(source, request, data)
         planned = replace(planned, dense=open_teacher(request.teacher, source, batch, context, **opening))
     for own in request.fitted:
-        lessons_of(own, () if data is None else data.batches)
+        lessons_of(own, () if data is None else data.batches, request.lesson)
         if not request.structural:
             fitting(planned.model.program, own, planned.dense or planned.model.program)
     return planned
@@ -249,9 +249,8 @@ def restructure(planned: Planned, data: Calibration | None, request: Request, se
 
 def open_output(planned: Planned, request: Request, place: Workplace, *, leads: bool = True) -> Job | None:
     """The output, under construction from here on: passes write to it. None where the result stays in memory."""
-    source, program = planned.model.source, planned.model.program
+    source, program, store = planned.model.source, planned.model.program, planned.model.source.weights.store
     if request.out is None:
-        store = source.weights.store
         # What is not the user's result is there for what this process has yet to read: on the disk, if it is large.
         program.weights = source.weights.on(MemoryStore(store) if leads else SpilledStore(store, place.path))
         return None
@@ -304,6 +303,7 @@ def prune(planned: Planned, data: Calibration | None, request: Request, seam: Se
                     every=planned.dense is not None,
                     left=frozenset(planned.model.wanted.of_pass(number).ignored),
                     done=kept,
+                    lesson=request.lesson,
                 )
             elif isinstance(own, GraphPass):
                 apply_whole(own, program, None if data is None else data.batches, seam.context, kept)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from sparsify.calibration.measuring import drift
+from sparsify.compiler.keeping.dividing import agree_on_model, check_world
 from sparsify.compiler.keeping.job import model_of, settings_of
 from sparsify.compiler.pipeline import compile
 from sparsify.compiler.request import most_rows
@@ -31,11 +32,13 @@ from sparsify.files.staging import Staging
 from sparsify.frontend.source import Source, open_source
 from sparsify.host import cpu_by_default, recent_peak, reset_peak, resolve_device
 from sparsify.journal.journal import NOT_KEPT, Journal, Kept, look
+from sparsify.journal.shared import shared
 from sparsify.method.spec import parse_pass, split_pipeline
 from sparsify.progress import Shown, shown
 from sparsify.quality.perplexity import perplexity
 from sparsify.tensors import digest
 from sparsify.words import Schedule, parse_bytes
+from sparsify.world.world import ALONE, World
 
 
 @cpu_by_default()
@@ -63,6 +66,7 @@ def compare(
     strict: bool = False,
     adapter: str | None = None,
     resume: bool = False,
+    world: World = ALONE,
     progress: Shown = False,
     observe: Observer | None = None,
 ) -> Compared:
@@ -76,11 +80,14 @@ def compare(
         progress, observe: as for :func:`sparsify.compile`.
         output: folder for ``compare.json``, ``compare.md``, ``compare.png`` and ``compare.svg``; None writes nothing.
         resume: go on where the same comparison was interrupted: passes that were finished are not run again.
+        world: processes among which the passes are dealt out, all of which call this alike (:func:`sparsify.join`):
+            each runs some of them whole, so that the table is that of one process; the first writes.
         others: as for :func:`sparsify.compile`.
 
     Raises:
         SparsifyError: as :func:`sparsify.compile` and
-            :func:`sparsify.evaluate`; nothing is written then.
+            :func:`sparsify.evaluate`; nothing is written then. ProcessError: fewer passes than processes, or one that
+            was asked otherwise or failed.
     """
     pipelines = [split_pipeline(spec) for spec in passes]
     parsed = [parse_pass(spec) for pipeline in pipelines for spec in pipeline]
@@ -92,12 +99,16 @@ def compare(
             found="a pass that neither prunes nor trains weight by weight, so that no site's error can be told",
             do="Compile with it, and compare the results by sparsify eval",
         )
+    check_world(world)
+    world.share(pipelines, "passes", "passes")
     if resume and output is None:
         raise SpecError("--resume", found="no output, beside which passes would be kept", do="Name the folder with -o")
     if not isinstance(calibration, Calibration):
         calibration = named_or_given(calibration)
     data = None if data is None else str(data)
     check_named(calibration, data)
+    if not world.leads:
+        output = None
     with ExitStack() as stack:
         stack.enter_context(shown(progress, observe))
         staging = None
@@ -124,7 +135,7 @@ def compare(
         text: tuple[Tensor, str] | None = None
         if data is not None:
             text = evaluation_windows(data, source, sequence_length, windows, chat, both=both)
-        shared = load_calibration(
+        drawn = load_calibration(
             calibration,
             source,
             samples=samples,
@@ -139,15 +150,18 @@ def compare(
         def quality(pruned: Source) -> float | None:
             return None if text is None else perplexity(pruned, text[0], context)
 
-        def measured(pipeline: list[str], spec: str) -> tuple[ComparedPass, dict[str, list[str]]]:
-            """One pass, and of its sites the block and the kind."""
+        def measured(spec: str) -> dict[str, Any]:
+            """One pass, and of its sites the block and the kind; as it is kept, and told to other processes."""
+            world.says(f"comparing {spec or 'the dense model'}")
+            if not spec:
+                return asdict(ComparedPass("dense", quality(source), None, 1.0, 0.0, None))
             reset = reset_peak(context.device)
             started = time.perf_counter()
             with Scratch("sparsify-compare") as folder:
                 made = compile(
                     model,
-                    pipeline,
-                    calibration=shared,
+                    split_pipeline(spec),
+                    calibration=drawn,
                     schedule=schedule,
                     output=Path(folder) / "pruned",
                     device=device,
@@ -166,8 +180,8 @@ def compare(
                 pruning = [run for run in made.runs if run.targets]
                 sites: list[SiteResult] = [site for run in pruning for site in run.sites]
                 pruned = list({s.name: s for run in pruning for target in run.targets for s in target.sites}.values())
-                errors = drift(made.program, pruned, shared.batches, made.dense or source.weights, context)
-                return ComparedPass(
+                errors = drift(made.program, pruned, drawn.batches, made.dense or source.weights, context)
+                row = ComparedPass(
                     name=spec,
                     perplexity=quality(replace(source, weights=made.program.weights)),
                     error=sum(errors.values()) / len(errors) if errors else None,
@@ -184,33 +198,33 @@ def compare(
                             if region.rate is None
                         ),
                     ],
-                ), {site.name: [site.block or "", site.kind] for site in pruned}
+                )
+                places = {site.name: [site.block or "", site.kind] for site in pruned}
+                return {"row": asdict(row), "places": places}
 
-        kept = NOT_KEPT
+        held_out = None if text is None else digest(text[0])
+        told = {"passes": list(passes), "calibration data": drawn.digest, "held-out data": held_out}
+        agree_on_model(source, {**asked, **told}, world)
+        own_kept = NOT_KEPT
         if output is not None:
-            whole = {**asked, **model_of(source), "calibration data": shared.digest}
-            whole["held-out data"] = None if text is None else digest(text[0])
-            kept = Kept(0, stack.enter_context(Journal(Path(output), whole, resume=resume)))
-        # It has no spec.
-        found = kept.find("")
-        rows = [
-            ComparedPass("dense", quality(source), None, 1.0, 0.0, None) if found is None else found.made(ComparedPass)
-        ]
-        if found is None:
-            kept.add("", asdict(rows[0]), {})
-        where = dict[str, tuple[str, str]]()
-        for spec, pipeline in zip(passes, pipelines, strict=True):
-            found = kept.find(spec)
-            if found is None:
-                row, places = measured(pipeline, spec)
-                kept.add(spec, {"row": asdict(row), "places": places}, {})
-            else:
-                row, places = ComparedPass(**found.row["row"]), found.row["places"]
-            rows.append(row)
-            where |= {name: (block, kind) for name, (block, kind) in places.items()}
+            whole = {**asked, **model_of(source), "calibration data": drawn.digest, "held-out data": held_out}
+            own_kept = Kept(0, stack.enter_context(Journal(Path(output), whole, resume=resume)))
+        kept = shared(own_kept, world)
+        # The dense model has no spec.
+        keys = ["", *passes]
+        found: dict[str, Mapping[str, Any]] = {key: entry.row for key in keys if (entry := kept.find(key)) is not None}
+        missing = [key for key in dict.fromkeys(keys) if key not in found]
+        for start in range(0, len(missing), world.size):
+            some = missing[start : start + world.size]
+            own = measured(some[world.rank]) if world.rank < len(some) else None
+            for key, row in zip(some, world.told(own), strict=False):
+                found[key] = row
+                own_kept.add(key, row, {})
+        rows = [ComparedPass(**found[""]), *(ComparedPass(**found[spec]["row"]) for spec in passes)]
+        where = {n: (block, kind) for spec in passes for n, (block, kind) in found[spec]["places"].items()}
         result = Compared(
             source.name,
-            f"{shared.size}: {shared.said}",
+            f"{drawn.size}: {drawn.said}",
             None if text is None else f"{len(text[0])} windows of {text[0].shape[1]} tokens of {text[1]}",
             schedule,
             rows,
@@ -219,8 +233,8 @@ def compare(
         if staging is not None:
             write(result, staging.folder)
             result.output = staging.commit()
-            if kept.journal is not None:
-                kept.journal.forget()
+            if own_kept.journal is not None:
+                own_kept.journal.forget()
         return result
 
 

@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparsify.compiler.keeping.dividing import agree_on_model, check_world
 from sparsify.compiler.result import Compiled
 from sparsify.context import Context, Observer
 from sparsify.data.chat import Chat
 from sparsify.data.given import named_or_given
 from sparsify.data.sources import check_named
-from sparsify.errors import SpecError
+from sparsify.errors import ProcessError, SpecError
 from sparsify.files.manifest import digest_of_manifest, sealed_manifest
 from sparsify.files.reading import kind_at
 from sparsify.frontend.source import Source, check_tokenizer, open_source, require_real
@@ -29,7 +30,9 @@ from sparsify.quality.pictures.accuracy import is_folder, on_pictures, takes_pic
 from sparsify.quality.tasks.answering import answer, language_model, notes, ready
 from sparsify.quality.tasks.chosen import Named, named
 from sparsify.quality.tasks.names import check_asked
+from sparsify.tensors import digest
 from sparsify.words import check_amount, check_windows, parse_bytes, paths_given
+from sparsify.world.world import ALONE, World
 
 
 @cpu_by_default()
@@ -57,6 +60,7 @@ def evaluate(
     chat_template: str | Path | None = None,
     strict: bool = False,
     adapter: str | None = None,
+    world: World = ALONE,
 ) -> Evaluation:
     """How good a model is: perplexity on text by the papers' protocol (disjoint windows, mean loss of each), accuracy
     by tasks of lm-eval, and for image classifiers top-1 and top-5 on a folder of pictures.
@@ -85,13 +89,16 @@ def evaluate(
         chat_template: the file of a Jinja template for chat messages, in place of the tokenizer's own.
         strict: refuse tensors that the model's class has no place for; else they are passed over.
         adapter: ``"merge"``: add a LoRA adapter of peft in the folder to the weights; None refuses one.
+        world: processes that share the windows of text, all of which call this alike (:func:`sparsify.join`) and are
+            given the same result, that of one process. Tasks and pictures are for one.
 
     Raises:
         CalibrationError: data that is missing or too short, a task's that cannot be had, a broken picture, or a
             perplexity that is no number.
         CheckpointError: no such model, or no tokenizer for text. SpecError: a result that is no model's; no such
             task; nothing to evaluate on. TraceError: no causal language model. BackendError: an ONNX folder that does
-            not run, or that was asked to write text.
+            not run, or that was asked to write text. ProcessError: fewer batches of windows than processes, or one
+            that was asked otherwise or failed.
     """
     places = paths_given(include, "--include")
     check_windows(windows)
@@ -104,7 +111,10 @@ def evaluate(
     if isinstance(data, Path):
         data = str(data)
     check_named(data)
-    context = Context(resolve_device(device), parse_bytes(memory))
+    check_world(world)
+    if tasks is not None:
+        _check_alone(world, "tasks")
+    context = Context(resolve_device(device), parse_bytes(memory), world=world)
     with shown(progress, observe):
         wanted = None if tasks is None else named(tasks, places)
         # Text is read by the weights beside a graph, as far as there are any.
@@ -134,12 +144,14 @@ def evaluate(
         found = of_scores((), 0.0)
         if data is not None and takes_pictures(asked):
             _check_no_text(windows, sequence_length, f"{asked.name}, which looks at pictures")
+            _check_alone(world, "pictures")
             found = on_pictures(asked, data, context, limit, batch_size)
         elif data is not None:
             assert source is not None, "text is read by what torch runs"
             chat = Chat(source, chat_template)
             ids, label = windows_of(named_or_given(data), source, windows, sequence_length, chat)
             chat.check_used(f"'{data}'" if isinstance(data, (str, Path)) else label)
+            agree_on_model(source, {"windows": digest(ids), "dtype": str(source.compute)}, world)
             found = measure(source, ids, label, context)
         if chosen is None:
             return replace(found, manifest=seal)
@@ -148,6 +160,16 @@ def evaluate(
         scores = answer(model_of_tasks, chosen, asked.name, context.device, limit)
         seconds = found.seconds + time.perf_counter() - started
         return replace(found, scores=tuple(scores), notes=notes(model_of_tasks), seconds=seconds, manifest=seal)
+
+
+def _check_alone(world: World, what: str) -> None:
+    """Raises:
+    ProcessError: several processes, which do not share ``what``.
+    """
+    if world.divided:
+        raise ProcessError(
+            f"{what} by {world.size} processes", found="what one process answers", do="Run it in one; text is shared"
+        )
 
 
 def _check_no_text(windows: int | None, sequence_length: int | None, found: str) -> None:

@@ -18,11 +18,12 @@ from torch import Tensor
 
 from sparsify.analysis.linear import LinearSite
 from sparsify.calibration.accumulators import DENSE, GRADIENTS
-from sparsify.calibration.gradients import Gradients, Samples, measure_gradients
+from sparsify.calibration.gradients import Samples, measure_gradients
 from sparsify.calibration.interpreter import Region
 from sparsify.calibration.measuring import Measuring, Step, measure_inputs
 from sparsify.calibration.recorder import GroupRecorder
 from sparsify.calibration.streams import Streams
+from sparsify.calibration.sums import Gradients
 from sparsify.context import Context, SiteResult
 from sparsify.data.batches import count_sequences
 from sparsify.errors import SpecError

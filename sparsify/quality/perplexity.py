@@ -27,6 +27,7 @@ from sparsify.frontend.source import Source
 from sparsify.host import within_memory
 from sparsify.ir.program import Program
 from sparsify.precision import exact_products
+from sparsify.world.world import ALONE, World
 
 # Logits of a window are wide: few windows at a time.
 _TOKENS_AT_ONCE = 1024
@@ -53,18 +54,19 @@ def losses_on(source: Source, windows: Tensor, context: Context) -> tuple[Tensor
     Raises:
         SpecError, CalibrationError, TraceError: as :func:`perplexity`, but for losses that are no numbers.
     """
-    batches = as_batches(windows, source)
+    batches = as_batches(windows, source, context.world)
     with within_memory(f"evaluating {source.name}", context.device):
         program = capture(source, batches[0])
         losses = window_losses(program, batches, context)
     return losses, check_causal(program).meta["val"].dtype
 
 
-def as_batches(windows: Tensor, source: Source) -> Windows:
-    """``windows`` [count, length] a few at a time, all batches of one size.
+def as_batches(windows: Tensor, source: Source, world: World = ALONE) -> Windows:
+    """``windows`` [count, length] a few at a time, all batches of one size, however many processes share them.
 
     Raises:
         SpecError: windows longer than the model's table of positions. CalibrationError: ids of another vocabulary.
+        ProcessError: fewer batches than processes.
     """
     count, length = windows.shape
     vocabulary = source.vocab_size
@@ -73,7 +75,14 @@ def as_batches(windows: Tensor, source: Source) -> Windows:
     check_table(length, source)
     warn_of_length(length, source)
     most = 1 if one_row_alone(source) else max(1, _TOKENS_AT_ONCE // length)
-    return Windows(windows, max(d for d in range(1, min(most, count) + 1) if count % d == 0), source)
+    batches = Windows(windows, max(d for d in range(1, min(most, count) + 1) if count % d == 0), source)
+    _shared(batches, world)
+    return batches
+
+
+def _shared(batches: Sequence[Mapping[str, Tensor]], world: World) -> Sequence[Mapping[str, Tensor]]:
+    """This process's part of ``batches``."""
+    return world.share(batches, f"batches of {len(batches[0]['input_ids'])} windows", "windows")
 
 
 def of_losses(losses: Tensor, name: str, dtype: torch.dtype, *, refuse: bool = True) -> float:
@@ -117,21 +126,25 @@ class Windows(Sequence[Mapping[str, Tensor]]):
         return len(self.windows) // self.size
 
     def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            start, stop, _ = index.indices(len(self))
+            return Windows(self.windows[start * self.size : stop * self.size], self.size, self.source)
         at = range(len(self))[index] * self.size
         return as_inputs(self.windows[at : at + self.size].long(), self.source)
 
 
 def window_losses(program: Program, batches: Sequence[Mapping[str, Tensor]], context: Context) -> Tensor:
-    """The mean loss of each window, float64."""
+    """The mean loss of each window, float64: of all windows, though several processes share them."""
     losses: list[Tensor] = []
+    own = _shared(batches, context.world)
 
     def record(index: int, logits: Tensor) -> None:
-        ids = batches[index]["input_ids"].to(logits.device, non_blocking=True)
+        ids = own[index]["input_ids"].to(logits.device, non_blocking=True)
         flat = nn.functional.cross_entropy(logits[:, :-1].float().flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
         losses.append(flat.view(len(ids), -1).mean(dim=1).double())
 
-    predict(program, batches, context, record)
-    return torch.cat(losses).cpu()
+    predict(program, own, context, record)
+    return torch.cat(context.world.gathered(torch.cat(losses).cpu()))
 
 
 def predict(
@@ -159,6 +172,7 @@ def predict(
 
             def tell(number: int = number, finished: Iterator[int] = finished) -> None:
                 done = number + next(finished) / len(batches)
+                context.world.says(f"evaluating {windows} windows")
                 told = Progress("evaluating", done, len(regions), f"{windows} windows", "layer", windows * length)
                 context.observe(told)
 

@@ -3,6 +3,9 @@
 For block k, P is its input in the pruned model with blocks before k as they came out, T what the dense model's block
 gives in its own stream. What is trained is judged on sequences that it was not trained on, with the weights as they
 would be written; where it gained nothing there, nothing is written.
+
+Several processes run both streams, for steps draw from all sequences in an order of their own. Of every step each
+differentiates a part, which is where the time goes; gradients and losses are brought together: all decide alike.
 """
 
 from __future__ import annotations
@@ -48,6 +51,7 @@ def refine(
     every: bool = False,
     left: frozenset[str] = frozenset(),
     done: Kept = NOT_KEPT,
+    lesson: int = 1,
 ) -> list[RegionResult]:
     """Fit every block of ``program`` to that of ``teacher``.
 
@@ -56,13 +60,14 @@ def refine(
         every: where no linear weight has zeros, train all of them: those of a model that was made smaller.
         left: checkpoint tensors that stay as they are.
         done: blocks that a run before has finished, and where those of this one are kept.
+        lesson: how many batches are what one process would have as one, where several share a step.
 
     Raises:
         SpecError: nothing is pruned, or nothing otherwise than in the teacher.
         CalibrationError: too few sequences to hold some back, or a loss that is no number.
         TraceError: blocks that do not run one after the other, or that are not the teacher's.
     """
-    return Refining(program, own, batches, context, teacher, every, left, done).run()
+    return Refining(program, own, batches, context, teacher, every, left, done, lesson).run()
 
 
 class Refining:
@@ -78,11 +83,12 @@ class Refining:
         every: bool,
         left: frozenset[str],
         done: Kept,
+        lesson: int,
     ) -> None:
         self.program, self.own, self.batches, self.context, self.teacher = program, own, batches, context, teacher
         self.done = done
         self.blocks, self.taught, self.logits = fitting(program, own, teacher)
-        self.lessons = lessons_of(own, batches)
+        self.lessons = lessons_of(own, batches, lesson)
         if self.logits is not None and self.logits.meta["val"].shape[-1] == 1:
             self.logits = None  # one score is no choice: it is fitted as a value
         self.trainable = Trainable(program, self.blocks, self.logits, left)
@@ -155,11 +161,12 @@ class Refining:
             wanted = block.output
             work = student.prepare(block.start, block.stop, len(order), list(kept))
             judge = self._by_values(teacher, taught)
-        fit = Fit(student, work, wanted, judge, self.own, block.name)
+        world = self.context.world
+        fit = Fit(student, work, wanted, judge, self.own, block.name, world)
         weights, lessons = self.program.weights, self.lessons
         first = Masters.of(weights, kept, self.context.device)
         student.take(first.stored(weights))
-        before = fit.loss(lessons.held)
+        before = fit.loss(lessons)
         if not math.isfinite(before):
             raise CalibrationError(
                 f"refining {block.name}",
@@ -186,7 +193,7 @@ class Refining:
             else:
                 stored = masters.stored(weights)
                 student.take(stored)
-                after = fit.loss(lessons.held)
+                after = fit.loss(lessons)
                 gains[attempt] = before - after
                 if after < best:
                     best, chosen, rate = after, {n: v.cpu() for n, v in stored.items()}, attempt
@@ -195,7 +202,8 @@ class Refining:
         if len(problems) >= len(ladder):
             raise problems[-1]
         for name, value in chosen.items():
-            weights.write(name, value)
+            # All have made the same steps; of what machines round otherwise the first one's stands.
+            weights.write(name, world.given(value, 0))
         student.forget()
         entries = sum(int(weights.shape(n).numel()) if m is None else int(m.sum()) for n, m in kept.items())
         return RegionResult(
@@ -234,6 +242,7 @@ class Refining:
         return (mask != 0).to(value.device)
 
     def _tell(self, number: int, what: str) -> None:
+        self.context.world.says(f"refining {what}")
         self.context.observe(Progress("refining", number, len(self.blocks), what, "block"))
 
 
@@ -252,13 +261,16 @@ def fitting(program: Program, own: RegionPass, teacher: Program) -> tuple[list[B
     return blocks, taught, logits
 
 
-def lessons_of(own: RegionPass, batches: Sequence[Mapping[str, Tensor]]) -> Lessons:
-    """Which batches are trained on, and which are held back.
+def lessons_of(own: RegionPass, batches: Sequence[Mapping[str, Tensor]], size: int = 1) -> Lessons:
+    """Which lessons are trained on, and which are held back.
+
+    Args:
+        size: batches of a lesson.
 
     Raises:
         CalibrationError: none of either.
     """
-    count = len(batches)
+    count = -(-len(batches) // size)
     sequences = sum(len(next(iter(batch.values()))) for batch in batches)
     # Whole batches: where they are few, one of them is more than was asked for.
     held = max(1, round(own.guard * count))
@@ -270,7 +282,7 @@ def lessons_of(own: RegionPass, batches: Sequence[Mapping[str, Tensor]]) -> Less
         )
     # Spread over the text, which may be of several kinds in a row.
     chosen = {int((i + 0.5) * count / held) for i in range(held)}
-    return Lessons([i for i in range(count) if i not in chosen], sorted(chosen))
+    return Lessons([i for i in range(count) if i not in chosen], sorted(chosen), size, len(batches))
 
 
 def promising(gains: Mapping[float, float]) -> float:

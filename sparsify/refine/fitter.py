@@ -18,6 +18,7 @@ from sparsify.errors import CalibrationError
 from sparsify.method.region_pass import RegionPass
 from sparsify.refine.masters import Masters
 from sparsify.tensors import all_finite
+from sparsify.world.world import ALONE, World
 
 # The loss of a batch from the value that the region gives for it.
 Judge = Callable[[int, Tensor], Tensor]
@@ -26,10 +27,21 @@ BETAS = (0.9, 0.95)
 
 @dataclass(frozen=True)
 class Lessons:
-    """What a region learns from: the numbers of the batches to train on, and of those to judge by."""
+    """What a region learns from: the numbers of the lessons to train on, and of those to judge by.
+
+    Attributes:
+        size: batches of one lesson, which are trained on together: several where processes share them. count: batches.
+    """
 
     train: Sequence[int]
     held: Sequence[int]
+    size: int
+    count: int
+
+    def batches(self, lessons: Sequence[int]) -> list[int]:
+        """The numbers of the batches of ``lessons``."""
+        each = (range(n * self.size, min((n + 1) * self.size, self.count)) for n in lessons)
+        return [index for batches in each for index in batches]
 
 
 class Fitter(Interpreter):
@@ -94,6 +106,7 @@ class Fit:
     Attributes:
         work, output: the region, made ready, and the value that is judged.
         judge: the loss of a batch, from that value.
+        world: the processes that share the batches of a step, and those that are judged by.
     """
 
     fitter: Fitter
@@ -102,12 +115,19 @@ class Fit:
     judge: Judge
     own: RegionPass
     label: str
+    world: World = ALONE
 
-    def loss(self, batches: Sequence[int]) -> float:
-        """The mean loss over ``batches`` with the weights as they are taken."""
+    def loss(self, lessons: Lessons) -> float:
+        """The mean loss over the lessons that are held back, with the weights as they are taken."""
+        batches = lessons.batches(lessons.held)
         with torch.no_grad():
-            total = sum(float(self.judge(i, self.fitter.give(self.work, i, self.output))) for i in batches)
-        return total / len(batches)
+            own = [float(self.judge(i, self.fitter.give(self.work, i, self.output))) for i in self._own(batches)]
+        return sum(loss for part in self.world.told(own) for loss in part) / len(batches)
+
+    def _own(self, batches: Sequence[int]) -> Sequence[int]:
+        """This process's part, which may be none."""
+        start, stop = self.world.bounds(len(batches))
+        return batches[start:stop]
 
     def train(
         self, masters: Masters, rate: float, epochs: int, lessons: Lessons, seed: int, tell: Callable[[int], None]
@@ -124,7 +144,7 @@ class Fit:
         groups = [{"params": [value], "lr": 0.0, "size": sizes[name]} for name, value in masters.values.items()]
         optimizer = torch.optim.Adam(groups, betas=BETAS)
         rows = max(1, len(next(iter(self.fitter.batches[0].values()))))
-        together = max(1, self.own.batch // rows)
+        together = max(1, self.own.batch // (rows * lessons.size))
         order = torch.Generator().manual_seed(seed)
         each = -(-len(lessons.train) // together)
         steps, step = epochs * each, 0
@@ -132,7 +152,7 @@ class Fit:
             tell(epoch)
             shuffled = [lessons.train[i] for i in torch.randperm(len(lessons.train), generator=order).tolist()]
             for first in range(0, len(shuffled), together):
-                chosen = shuffled[first : first + together]
+                chosen = lessons.batches(shuffled[first : first + together])
                 share = self.own.share(step, steps)
                 for group in optimizer.param_groups:
                     group["lr"] = rate * share * group["size"]
@@ -143,11 +163,12 @@ class Fit:
         self, masters: Masters, optimizer: torch.optim.Optimizer, chosen: Sequence[int], rate: float, epoch: int
     ) -> None:
         optimizer.zero_grad(set_to_none=True)
-        for index in chosen:
+        for index in self._own(chosen):
             with torch.enable_grad():
                 self.fitter.take(masters.values)
                 loss = self.judge(index, self.fitter.give(self.work, index, self.output)) / len(chosen)
                 loss.backward()
+        masters.share_gradients(self.world)
         names = [name for name, value in masters.values.items() if value.grad is not None]
         masters.hold(names)
         grads = [masters.values[name].grad for name in names]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,8 @@ from sparsify.journal.record import Entry, damaged
 from sparsify.method.structural_pass import StructuralPass
 from sparsify.prune.names import Wanted
 from sparsify.structure.record import Cut, Restructured
-from sparsify.structure.restructure import Captured, open_smaller
+from sparsify.structure.replay import write_cut
+from sparsify.structure.restructure import Captured, note, open_smaller
 from sparsify.tensors import digest_of_span
 
 
@@ -30,20 +31,42 @@ def keep(kept: Kept, key: str, folder: Path, model: Captured, done: Restructured
     kept.add(key, row, {})
 
 
-def reopened(model: Captured, structural_pass: StructuralPass, found: Entry) -> tuple[Captured, Restructured]:
+def reopened(
+    model: Captured, structural_pass: StructuralPass, found: Entry, mine: Entry | None, into: Callable[[], Path]
+) -> tuple[Captured, Restructured]:
     """The smaller model of ``model`` that was kept, traced again, and what was done to make it.
+
+    Args:
+        found: what is known of it. mine: the same, where this process keeps it; another one makes it again of the list
+            of cuts, in the folder that ``into`` gives.
 
     Raises:
         CheckpointError: a file of it is not what was written.
     """
-    folder, said = found.folder / found.row["folder"], found.row["done"]
-    for name, written in found.row["files"].items():
-        path = folder / name
-        if not path.is_file() or digest_of_span(path) != written:
-            raise damaged(found.folder, f"{folder.name}/{name} is not what was written")
+    done = _done(structural_pass, found.row["done"])
+    if mine is None:
+        folder = into()
+        write_cut(model.source, found.row["done"]["cuts"], folder, done.config)
+        note(model.source, done, folder)
+    else:
+        folder = _as_written(mine)
     source = model.source
     smaller = replace(open_smaller(folder, source), checked=source.checked)
     program = capture(smaller, model.program.zero_batch() | model.program.literals)
+    return Captured(smaller, program, _of_json(found.row["wanted"])), done
+
+
+def _as_written(kept: Entry) -> Path:
+    """The folder of a model that was kept."""
+    folder = kept.folder / kept.row["folder"]
+    for name, written in kept.row["files"].items():
+        path = folder / name
+        if not path.is_file() or digest_of_span(path) != written:
+            raise damaged(kept.folder, f"{folder.name}/{name} is not what was written")
+    return folder
+
+
+def _done(structural_pass: StructuralPass, said: Mapping[str, Any]) -> Restructured:
     cuts = [
         Cut(
             **{
@@ -56,8 +79,7 @@ def reopened(model: Captured, structural_pass: StructuralPass, found: Entry) -> 
     ]
     before, after = said["parameters"]
     skipped = [Refused(**each) for each in said["skipped"]]
-    done = Restructured(structural_pass, cuts, skipped, said["config"], (before, after))
-    return Captured(smaller, program, _of_json(found.row["wanted"])), done
+    return Restructured(structural_pass, cuts, skipped, said["config"], (before, after))
 
 
 def _as_json(wanted: Wanted) -> dict[str, Any]:

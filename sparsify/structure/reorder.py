@@ -2,8 +2,8 @@
 order.
 
 The inputs are measured in one forward of the model as it is, a number for each channel; then one group after the other
-is read, ordered and written. Reordered are only channels inside of one block, so that what goes from block to block is
-the same as before.
+is read, ordered and written; several processes order groups that have nothing in common at the same time. Reordered are
+only channels inside of one block, so that what goes from block to block is the same as before.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -23,14 +23,18 @@ from sparsify.context import ChannelResult, Context, Progress
 from sparsify.errors import Refused, SpecError
 from sparsify.host import within_memory
 from sparsify.ir.program import Program
+from sparsify.ir.weights import Weights
 from sparsify.journal.journal import NOT_KEPT, Kept
-from sparsify.journal.record import Entry
 from sparsify.method.channel_pass import ChannelPass
 from sparsify.method.selection import nm_most
 from sparsify.method.spec import spec_text
 from sparsify.prune.names import Wanted
 from sparsify.prune.targets import choose, read_elsewhere
 from sparsify.structure.orders import Order, Orders
+from sparsify.world.world import World
+
+# What is done to a group, and what became of it.
+Made: TypeAlias = "tuple[Orders, ChannelResult | Refused]"
 
 
 def choose_lanes(program: Program, own: ChannelPass, wanted: Wanted) -> tuple[list[Lanes], list[Refused]]:
@@ -122,6 +126,7 @@ def reorder(
 
     Args:
         kept: groups that a run before has finished, and where those of this one are kept.
+        context: of several processes each orders some groups, and tells the others.
 
     Returns:
         What became of each group, those that stay as they are, and what was done to parameters.
@@ -133,17 +138,82 @@ def reorder(
     missing = any(kept.find(lanes.name) is None for lanes in chosen)
     norms = _measured(program, own, chosen, batches, context) if missing else {}
     orders, results, left = Orders(), list[ChannelResult](), list[Refused]()
-    for number, lanes in enumerate(chosen):
-        with within_memory(f"reordering {lanes.name}", context.device):
-            found = _Group(program, own, lanes, norms, context).kept_or_reordered(number, orders, kept)
-        if isinstance(found, Refused):
-            left.append(found)
-            continue
-        results.append(found)
-        context.observe(Progress("reordering", number + 1, len(chosen), lanes.name))
+    world, begun = context.world, 0
+    for some in _apart(chosen, world.size):
+        mine = some[world.rank] if world.rank < len(some) else None
+        made: Made | None = None
+        if mine is not None and kept.find(mine.name) is None:
+            world.says(f"reordering {mine.name}")
+            with within_memory(f"reordering {mine.name}", context.device):
+                made = _Group(program, own, mine, norms, context).reordered(begun + world.rank)
+        for owner, lanes in enumerate(some):
+            before = kept.find(lanes.name)
+            done, found = _told(made, owner, world) if before is None else _of_row(before.row, before.tensors())
+            if before is None and isinstance(found, ChannelResult):
+                kept.add(lanes.name, *_as_entry(done, found))
+            _write(program.weights, done, orders)
+            if isinstance(found, Refused):
+                left.append(found)
+                continue
+            results.append(found)
+            context.observe(Progress("reordering", begun + owner + 1, len(chosen), lanes.name))
+        begun += len(some)
     if not results:
         raise SpecError(spec_text(own), found=f"{left[0].node}: {left[0].reason}", do=f"Leave {own.name} out")
     return results, left, orders
+
+
+def _apart(chosen: Sequence[Lanes], most: int) -> list[list[Lanes]]:
+    """``chosen`` in their order, neighbours together that have no parameter in common, ``most`` at once: what is found
+    of one is the same before and after the others.
+    """
+    found: list[list[Lanes]] = []
+    touched = set[str]()
+    for lanes in chosen:
+        own = {site.parameter for site in lanes.sites}
+        own |= {moving.parameter for lane in lanes.lanes for moving in lane.moving}
+        if found and len(found[-1]) < most and touched.isdisjoint(own):
+            found[-1].append(lanes)
+            touched |= own
+        else:
+            found.append([lanes])
+            touched = own
+    return found
+
+
+def _told(made: Made | None, owner: int, world: World) -> Made:
+    """What process ``owner`` has ``made`` of its group, in every process."""
+    if not world.divided:
+        assert made is not None, "a process that is alone owns every group"
+        return made
+    said: dict[str, Any] | None = None
+    places = dict[str, Tensor]()
+    if made is not None and world.rank == owner:
+        done, result = made
+        if isinstance(result, Refused):
+            said = {"refused": [result.reason, str(result.node)]}
+        else:
+            said, places = _as_entry(done, result)
+            said["shapes"] = {name: list(value.shape) for name, value in places.items()}
+    row = world.told(said)[owner]
+    if "refused" in row:
+        return Orders(), Refused(*row["refused"])
+    return _of_row(
+        row,
+        {
+            name: world.given(places.get(name, torch.empty(shape, dtype=torch.long)), owner)
+            for name, shape in row["shapes"].items()
+        },
+    )
+
+
+def _write(weights: Weights, done: Orders, orders: Orders) -> None:
+    """Put parameters into the order that was found, and add it to ``orders``."""
+    for name in done.of:
+        weights.write(name, done.applied(name, weights.read(name)))
+    for name, each in done.of.items():
+        # Another group may have reordered another axis of it.
+        orders.of.setdefault(name, []).extend(each)
 
 
 def _measured(
@@ -175,21 +245,7 @@ class _Group:
         self.weights, self.own, self.lanes, self.norms, self.context = program.weights, own, lanes, norms, context
         self.matrices = {s.parameter: s.matrices(self.weights.read(s.parameter)) for s in lanes.sites}
 
-    def kept_or_reordered(self, number: int, orders: Orders, kept: Kept) -> ChannelResult | Refused:
-        """The order of each lane that a run before has found, or :meth:`_reordered`; write the parameters that change,
-        and add what was done to ``orders``."""
-        found = kept.find(self.lanes.name)
-        done, result = self._reordered(number) if found is None else _of_entry(found)
-        if found is None and isinstance(result, ChannelResult):
-            kept.add(self.lanes.name, *_as_entry(done, result))
-        for name in done.of:
-            self.weights.write(name, done.applied(name, self.weights.read(name)))
-        for name, each in done.of.items():
-            # Another group may have reordered another axis of it.
-            orders.of.setdefault(name, []).extend(each)
-        return result
-
-    def _reordered(self, number: int) -> tuple[Orders, ChannelResult | Refused]:
+    def reordered(self, number: int) -> Made:
         """What the pass does to the group; nothing is written."""
         started = time.perf_counter()
         for site in self.lanes.sites:
@@ -248,11 +304,11 @@ def _as_entry(done: Orders, result: ChannelResult) -> tuple[dict[str, Any], dict
     return {"result": asdict(result), "orders": told}, {str(n): order.places for n, (_, order) in enumerate(each)}
 
 
-def _of_entry(found: Entry) -> tuple[Orders, ChannelResult]:
-    done, places = Orders(), found.tensors()
-    for number, (name, axis, stack) in enumerate(found.row["orders"]):
+def _of_row(row: Mapping[str, Any], places: Mapping[str, Tensor]) -> Made:
+    done = Orders()
+    for number, (name, axis, stack) in enumerate(row["orders"]):
         done.of.setdefault(name, []).append(Order(axis, stack, places[str(number)]))
-    return done, ChannelResult(**found.row["result"])
+    return done, ChannelResult(**row["result"])
 
 
 def _holds(matrices: Tensor, unit: int) -> str | None:

@@ -27,11 +27,12 @@ def replay(dense: str | Path, cuts: Sequence[Mapping[str, Any]], into: Path, con
     """
     source = open_source(dense)
     with Staging(into, source=source.folder) as staging:
-        _write(source, cuts, staging.folder, config)
+        write_cut(source, cuts, staging.folder, config)
         return staging.commit()
 
 
-def _write(source: Source, cuts: Sequence[Mapping[str, Any]], into: Path, config: Mapping[str, Any]) -> None:
+def write_cut(source: Source, cuts: Sequence[Mapping[str, Any]], into: Path, config: Mapping[str, Any]) -> None:
+    """The smaller model of ``source`` in the folder ``into``, by what :func:`replay` takes."""
     gone = layers.removed_of(cuts)
     if gone is not None:
         write_tensors(source, lambda: layers.stored_without(source.weights, *gone), config, into)

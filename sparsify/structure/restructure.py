@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from sparsify.analysis.dimensions.walk import Ids
-from sparsify.calibration.gradients import Gradients, Samples, measure_gradients
+from sparsify.calibration.gradients import Samples, measure_gradients
+from sparsify.calibration.sums import Gradients
 from sparsify.context import Context, Progress
 from sparsify.errors import BackendError, CheckpointError, TraceError
 from sparsify.files.ledger import Ledger
@@ -56,6 +57,7 @@ def restructure(
 
     Args:
         data: one calibration sample a batch, for a pass that needs gradients. place: of the pass among all.
+        context: several processes share the gradients; each writes a folder of its own, of the same model.
 
     Raises:
         SpecError: a ratio that leaves nothing, names that match nothing, or groups that all are pinned.
@@ -76,6 +78,7 @@ def restructure(
         samples = 1 if data is None else len(data.batches)
         context.observe(Progress("scoring", what=f"{len(parameters)} weights"))
         scores = Scores(program, structural_pass, gradients, samples, context.seed)
+        context.world.says("making the model smaller")
         if choices is None:
             return _without_layers(model, structural_pass, parameters, scores, into, context)
         return _without_channels(model, structural_pass, choices, scores, into, context)
@@ -87,6 +90,8 @@ def _without_channels(
     source, program, dimensions = model.source, model.program, choices.dimensions
     chosen = choices.chosen
     each = [scores.of_channels(c)[torch.from_numpy(c.group.free)].double() for c in chosen]
+    # From here on there are whole numbers alone: all processes cut alike, whatever their machines.
+    each = [context.world.given(own, 0) for own in each]
     if structural_pass.scope == "global":
         chosen, each = share_out(structural_pass, chosen, each)
     remove = {c.number: _least(c, s) for c, s in zip(chosen, each, strict=True)}
@@ -98,7 +103,7 @@ def _without_channels(
     cuts = [_cut(c, remove[c.number], kept) for c in chosen]
     counts = count_parameters(source), _count_left(source, kept)
     done = Restructured(structural_pass, cuts, choices.skipped, config, counts)
-    _note(source, done, into)
+    note(source, done, into)
     smaller, captured = _compared(into, source, small, context)
     wanted = model.wanted.renamed(renamed_experts(program.weights, kept))
     return Captured(replace(smaller, name=source.name, checked=source.checked), captured, wanted), done
@@ -119,14 +124,15 @@ def _without_layers(
     for parameter in parameters:
         if (number := stack.number(parameter)) is not None:
             parts[number].append(parameter)
-    gone = layers.least_important(stack, structural_pass, [scores.of_all(names, i) for i, names in enumerate(parts)])
+    worth = context.world.told([scores.of_all(names, i) for i, names in enumerate(parts)])[0]
+    gone = layers.least_important(stack, structural_pass, worth)
     config = layers.config_without(source, stack, gone)
     write_tensors(source, lambda: layers.stored_without(program.weights, stack, gone), config, into)
     smaller = open_smaller(into, source)
     cut = Cut("layers", stack.container, stack.count, stack.count - len(gone), tuple(gone), ())
     counts = count_parameters(source), count_parameters(smaller)
     done = Restructured(structural_pass, [cut], [], config, counts)
-    _note(source, done, into)
+    note(source, done, into)
     smaller = replace(
         smaller, name=source.name, checked=source.checked, ledger=Ledger(into, "none", read_manifest(into))
     )
@@ -160,7 +166,7 @@ def _cut(choice: Choice, removed: list[int], kept: Mapping[str, Mapping[int, Ids
     return Cut(choice.kind, choice.name, len(choice.group.free), choice.left, tuple(removed), members)
 
 
-def _note(source: Source, done: Restructured, into: Path) -> None:
+def note(source: Source, done: Restructured, into: Path) -> None:
     """Until the output has a manifest of its own this is what says what was taken out. The folder, which is what the
     output is made of, is for those to read who may read the source.
     """

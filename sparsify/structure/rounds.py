@@ -11,6 +11,7 @@ from sparsify.errors import BackendError
 from sparsify.frontend.modules import save_module
 from sparsify.frontend.source import Source, open_source
 from sparsify.journal.journal import NOT_KEPT, Kept
+from sparsify.journal.shared import shared
 from sparsify.method.spec import spec_text
 from sparsify.method.structural_pass import StructuralPass
 from sparsify.structure.kept import keep, reopened
@@ -62,16 +63,21 @@ def make_smaller(
     """
     done: list[Restructured] = []
     rounds = list(structural_pass.rounds())
+    # The first process keeps; all know what.
+    everywhere = shared(kept, context.world)
+
+    def scratch() -> Path:
+        into = place / str(sum(1 for _ in place.iterdir()))
+        into.mkdir()
+        return into
+
     for at, one in enumerate(rounds):
         context.observe(Progress("making the model smaller", at, len(rounds), spec_text(structural_pass), "round"))
-        found = kept.find(f"round {at}")
+        found = everywhere.find(f"round {at}")
         if found is not None:
-            model, record = reopened(model, one, found)
+            model, record = reopened(model, one, found, kept.find(f"round {at}"), scratch)
         else:
-            into = kept.subfolder(f"smaller-{number}-{at}")
-            if into is None:
-                into = place / str(sum(1 for _ in place.iterdir()))
-                into.mkdir()
+            into = kept.subfolder(f"smaller-{number}-{at}") or scratch()
             model, record = restructure(model, one, data, into, context, number)
             keep(kept, f"round {at}", into, model, record)
         done.append(record)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sparsify.analysis.linear import find_sites
-from sparsify.calibration.gradients import Gradients
+from sparsify.calibration.sums import Gradients
 from sparsify.ir.program import Program
 from sparsify.method.structural_pass import Part, StructuralPass
 from sparsify.structure.plan import Choice

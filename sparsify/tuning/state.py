@@ -21,6 +21,7 @@ from sparsify.errors import BackendError, CheckpointError
 from sparsify.files.ownership import Claim
 from sparsify.files.staging import Staging, check_free
 from sparsify.tuning.recipe import Recipe
+from sparsify.world.world import ALONE, World
 
 _MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 
@@ -33,6 +34,7 @@ class TuneState:
         origins: what the run goes by beside its recipe, by name: digests of the model, of the sequences that are
             trained on and, where there is one, of the teacher.
         trained: the parameters that are trained, by name. step: optimizer steps done. losses: of each.
+        leads: whether this is the process that keeps it.
     """
 
     folder: Path
@@ -41,6 +43,7 @@ class TuneState:
     origins: Mapping[str, str] = field(default_factory=dict)
     step: int = 0
     losses: list[float] = field(default_factory=list)
+    leads: bool = True
     _moments: dict[str, Tensor] = field(default_factory=dict)
     _like: Path | None = None
     _claim: Claim | None = None
@@ -56,18 +59,25 @@ class TuneState:
         resume: bool,
         source: Path | None = None,
         origins: Mapping[str, str] | None = None,
+        world: World = ALONE,
     ) -> Iterator[TuneState]:
         """A run that begins, or with ``resume`` goes on. Meanwhile no other run for the same ``out`` does.
 
         Args:
             source: the folder of the model, whose files' modes the state carries.
-            origins: see the attribute.
+            origins: see the attribute. world: processes of which the first keeps the state, and tells the others.
 
         Raises:
             CheckpointError: nothing to go on from, a state of another recipe or other origins, or a damaged one.
             BackendError: another run for ``out`` is under way, or nothing can be written there.
         """
         trained = {name: p for name, p in network.named_parameters() if p.requires_grad}
+        if not world.leads:
+            state = cls(_folder(out), recipe.as_dict(), trained, origins or {}, leads=False)
+            if resume:
+                state._share(world)
+            yield state
+            return
         try:
             claim = Claim(_folder(out))
         except OSError as error:
@@ -79,10 +89,13 @@ class TuneState:
             state = cls(_folder(out), recipe.as_dict(), trained, origins or {}, _like=source, _claim=claim)
             if resume:
                 state._load()
+                state._share(world)
             yield state
 
     def save(self, optimizer: torch.optim.Optimizer) -> None:
         """The whole state, put in place at once."""
+        if not self.leads:
+            return
         raw: Any = getattr(optimizer, "optimizer", optimizer)
         tensors = {f"parameter.{n}": p.detach().cpu().contiguous() for n, p in self.trained.items()}
         for name, parameter in self.trained.items():
@@ -106,12 +119,27 @@ class TuneState:
 
     def forget(self) -> None:
         """The output is in its place: the state goes, at once."""
+        if not self.leads:
+            return
         gone = aside(self.folder, "partial")
         try:
             move_new(self.folder, gone)
         except FileNotFoundError:
             return
         discard(gone)
+
+    def _share(self, world: World) -> None:
+        """What the first process has loaded, in all of them."""
+        if not world.divided:
+            return
+        self.step, self.losses = world.told([self.step, self.losses])[0]
+        for name, parameter in self.trained.items():
+            parameter.data.copy_(world.given(parameter.data, 0))
+            for moment in _MOMENTS:
+                shape = () if moment == "step" else parameter.shape
+                empty = torch.empty(shape, dtype=torch.float32 if moment == "step" else parameter.dtype)
+                key = f"{moment}.{name}"
+                self._moments[key] = world.given(self._moments.get(key, empty), 0)
 
     def _load(self) -> None:
         try:

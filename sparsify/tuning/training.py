@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +15,7 @@ from sparsify.errors import CalibrationError
 from sparsify.tuning.distillation import Distillation
 from sparsify.tuning.recipe import Recipe
 from sparsify.tuning.state import TuneState
+from sparsify.world.world import ALONE, World
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class Training:
     Attributes:
         wrapped, network: what is trained, and the model itself inside it. ids: [sequences, length].
         masks: parameter -> True where a weight is kept. lessons: the teacher's part in the loss, or None.
+        world: the processes that share the sequences of each step.
     """
 
     wrapped: nn.Module
@@ -34,9 +36,11 @@ class Training:
     masks: Mapping[str, Tensor]
     device: torch.device
     lessons: Distillation | None = None
+    world: World = ALONE
 
     def run(self, state: TuneState, save_every: int, observe: Callable[[int, int, float], None]) -> None:
-        """A plain loop; ``accelerate`` brings model and optimizer to the device, or devices.
+        """A plain loop. Of several processes each takes its part of every step; gradients and losses are brought
+        together, so that all make the same steps.
 
         Args:
             observe: told (step, steps, loss).
@@ -44,37 +48,35 @@ class Training:
         Raises:
             CalibrationError: a loss or gradients that are no number.
         """
-        from accelerate import Accelerator
-
-        recipe, steps = self.recipe, self.steps
-        accelerator = Accelerator(cpu=self.device.type == "cpu")
+        recipe, steps, world = self.recipe, self.steps, self.world
         optimizer = torch.optim.AdamW(state.trained.values(), lr=recipe.highest_rate, weight_decay=0.0)
         state.restore(optimizer)
-        # One process has its model and moments where it was told to; accelerate would take its own first device.
-        several = accelerator.num_processes > 1
-        prepared, optimizer = accelerator.prepare(self.wrapped, optimizer, device_placement=[several, several])
         held = dict(self.network.named_parameters())
         kept = {n: mask.to(held[n].device) for n, mask in self.masks.items() if recipe.method == "full"}
         deadline = time.monotonic() + 60 * recipe.minutes if recipe.minutes is not None else math.inf
         for number, chosen in enumerate(orders(len(self.ids), recipe, steps)):
             if number < state.step:
                 continue
-            if time.monotonic() > deadline:
+            # Clocks differ: the first one's counts.
+            if recipe.minutes is not None and world.told(time.monotonic() > deadline)[0]:
                 break
+            world.says(f"training, step {number + 1}")
             for group in optimizer.param_groups:
                 group["lr"] = recipe.highest_rate * rate_share(number, steps, recipe.warmup)
             losses: list[tuple[Tensor, int]] = []
-            for micro in chosen.split(recipe.micro):
-                loss = self._loss(prepared, micro)
-                accelerator.backward(loss * len(micro) / recipe.batch)
+            for micro in parts(chosen, recipe, world):
+                loss = self._loss(micro)
+                (loss * len(micro) / recipe.batch).backward()
                 losses.append((loss.detach(), len(micro)))
+            _share_gradients(list(state.trained.values()), world)
             # Once a step: a GPU that is asked after every part stands still meanwhile.
-            total = sum((float(loss) * count / recipe.batch for loss, count in losses), start=0.0)
+            own = [float(loss) * count / recipe.batch for loss, count in losses]
+            total = sum((loss for one in world.told(own) for loss in one), start=0.0)
             if not math.isfinite(total):
                 if self.lessons is not None:
                     self.lessons.check(number)
                 raise _refused(number, f"a loss of {total}")
-            if not math.isfinite(float(accelerator.clip_grad_norm_(state.trained.values(), 1.0))):
+            if not math.isfinite(float(nn.utils.clip_grad_norm_(state.trained.values(), 1.0))):
                 raise _refused(number, "gradients that are NaN or infinite")
             optimizer.step()
             optimizer.zero_grad()
@@ -87,10 +89,10 @@ class Training:
             if state.step % save_every == 0:
                 state.save(optimizer)
 
-    def _loss(self, prepared: nn.Module, micro: Tensor) -> Tensor:
+    def _loss(self, micro: Tensor) -> Tensor:
         """The mean loss of the sequences ``micro`` [sequences], a scalar."""
         batch = self.ids[micro].to(self.device)
-        logits = prepared(input_ids=batch).logits
+        logits = self.wrapped(input_ids=batch).logits
         if self.lessons is not None:
             return self.lessons.loss(logits, batch, micro)
         return nn.functional.cross_entropy(logits[:, :-1].float().flatten(0, 1), batch[:, 1:].flatten())
@@ -105,6 +107,25 @@ def orders(count: int, recipe: Recipe, steps: int) -> Iterator[Tensor]:
             waiting = torch.cat([waiting, torch.randperm(count, generator=generator)])
         yield waiting[: recipe.batch]
         waiting = waiting[recipe.batch :]
+
+
+def parts(chosen: Tensor, recipe: Recipe, world: World) -> Sequence[Tensor]:
+    """Of the sequences of a step what this process trains on, so many at once as fit.
+
+    Raises:
+        ProcessError: a step has fewer such parts than there are processes.
+    """
+    return world.share(chosen.split(recipe.micro), "parts of one step (--batch over --micro)", "--batch")
+
+
+def _share_gradients(trained: Sequence[nn.Parameter], world: World) -> None:
+    """The sum of what each process found, in all of them."""
+    if not world.divided:
+        return
+    own = [torch.zeros_like(value) if value.grad is None else value.grad for value in trained]
+    whole = world.summed(torch.cat([gradient.flatten() for gradient in own]))
+    for value, part in zip(trained, whole.split([value.numel() for value in trained]), strict=True):
+        value.grad = part.view_as(value)
 
 
 def rate_share(step: int, steps: int, warmup: int) -> float:

@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from sparsify.compiler.backend import Backend, as_backend
+from sparsify.compiler.keeping.dividing import agree_on_model, check_world
 from sparsify.compiler.recipe import as_typed, backend_text
 from sparsify.context import Context
 from sparsify.data.batches import Calibration, evaluation_windows, example_batch, load_calibration
@@ -44,7 +45,8 @@ from sparsify.tuning.recipe import Recipe, Tuned
 from sparsify.tuning.state import TuneState
 from sparsify.tuning.targets import find_targets, kinds_of, linear_layers
 from sparsify.tuning.teacher import known, open_for, weights_digest
-from sparsify.tuning.training import Training, orders
+from sparsify.tuning.training import Training, orders, parts
+from sparsify.world.world import ALONE, World
 
 
 @cpu_by_default()
@@ -66,6 +68,7 @@ def tune(
     chat_template: str | Path | None = None,
     validation: str | None = None,
     teacher: str | Path | nn.Module | None = None,
+    world: World = ALONE,
     observe: Callable[[int, int, float], None] = lambda step, steps, loss: None,
 ) -> Tuned:
     """Train the causal language model of the folder ``model`` on ``data`` and write it to ``output``.
@@ -82,6 +85,8 @@ def tune(
         resume: go on from ``OUTPUT.tuning``, where the state is kept every ``save_every`` steps until it is done, with
             the same model, recipe, data (the sequences drawn from it) and teacher.
         check: hold the bytes of a folder of ours against its ``sparsify.json``. allow_nan: let NaN in tensors pass.
+        world: processes that share the sequences of every step, all of which call this alike (:func:`sparsify.join`);
+            the first keeps the state and writes. Each has the whole model.
         observe: told (step, steps, loss); of all else :func:`sparsify.context.observed` tells.
 
     Raises:
@@ -89,10 +94,13 @@ def tune(
         CalibrationError: data too short, too little memory, or a loss or perplexity that is no number.
         VerifyError: a mask that broke.
         CheckpointError, TraceError: no causal language model there.
+        ProcessError: fewer micro-batches in a step than processes, or one that was asked otherwise or failed.
     """
     recipe, out, place = recipe or Recipe(), Path(output), device or torch.device("cpu")
     if adapter and recipe.method != "lora":
         raise SpecError("an adapter of full tuning", found="only LoRA makes one", do="Take --method lora")
+    check_world(world)
+    parts(torch.arange(recipe.batch), recipe, world)
     backend = as_backend(to)
     if adapter and backend.name != "hf":
         raise SpecError(f"an adapter --to {backend.name}", found="a folder of peft's own form", do="Leave --to out")
@@ -103,7 +111,8 @@ def tune(
     told_so = {"adapter": adapter, "no_check": not check, "allow_nan": allow_nan}
     asked = run_date(), words if words is None else words | {key: True for key, value in told_so.items() if value}
     with ExitStack() as stack:
-        if (claim := check_output(out, overwrite=overwrite, source=Path(model))) is not None:
+        claim = check_output(out, overwrite=overwrite, source=Path(model)) if world.leads else None
+        if claim is not None:
             stack.enter_context(claim)
         opening: dict[str, Any] = {"trust_remote_code": trust_remote_code, "check": check, "allow_nan": allow_nan}
         source = open_source(model, **opening)
@@ -125,24 +134,30 @@ def tune(
         context = Context(place)
         program = capture(source, example_batch(source))
         own = weights_digest(source.weights)
+        asked_of_all = {**recipe.as_dict(), "data": digest(ids.contiguous()), "held-out text": digest(held_out)}
+        agree_on_model(source, {**asked_of_all, "resume": resume, "weights of the model": own}, world)
         record = None if dense is None else known(dense, own, program, held_out, context)
-        before = perplexity(source, held_out, context)
+        before = world.told(perplexity(source, held_out, context) if world.leads else None)[0]
         masks = masks_of(program)
         less = "Take fewer sequences at once (--micro), shorter ones (--sequence-length) or --device cpu"
         with within_memory(f"tuning {source.name}", place, less):
             network, wrapped = build_network(source, recipe, place, layers)
+            if world.divided:
+                # All began with one network; what LoRA drops is drawn anew for each process's sequences.
+                torch.manual_seed(recipe.seed + world.rank)
             origins = {"model": own, "data": digest(ids.contiguous())}
             origins |= {} if record is None else {"teacher": record[BLAKE]}
             state = stack.enter_context(
-                TuneState.of(out, recipe, wrapped, resume=resume, source=source.folder, origins=origins)
+                TuneState.of(out, recipe, wrapped, resume=resume, source=source.folder, origins=origins, world=world)
             )
             started = time.perf_counter()
             steps = recipe.steps or max(1, recipe.epochs * len(ids) // recipe.batch)
             lessons, numbers = None, list(orders(len(ids), recipe, steps))[state.step :]
             if dense is not None and numbers:
                 share = 0.5 if recipe.distill is None else recipe.distill
-                lessons = stack.enter_context(Distillation.of(dense, ids, torch.cat(numbers).unique(), share, context))
-            training = Training(wrapped, network, ids, recipe, steps, masks, place, lessons)
+                mine = torch.cat([part for chosen in numbers for part in parts(chosen, recipe, world)])
+                lessons = stack.enter_context(Distillation.of(dense, ids, mine.unique(), share, context))
+            training = Training(wrapped, network, ids, recipe, steps, masks, place, lessons, world)
             training.run(state, save_every, observe)
             seconds = time.perf_counter() - started
         result = Tuned(
@@ -160,17 +175,22 @@ def tune(
             kinds_of(layers),
             record,
         )
+        if not world.leads:
+            # The first one writes.
+            return replace(result, perplexity=(before, world.told(None)[0]))
         with within_memory(f"what tuning {source.name} gave", place, less):
             if claim is not None:
                 claim.release()
             if adapter:
                 tuned = write_adapter(source, wrapped, result, held_out, overwrite, asked)
                 state.forget()
+                world.told(tuned.perplexity[1])
                 return tuned
             new = merged(wrapped, source, masks, recipe)
         check_masks(new, masks)
         after = Output(source, program, backend, overwrite, asked).write(new, result, held_out, context)
         state.forget()
+        world.told(after)
         return replace(result, perplexity=(before, after))
 
 

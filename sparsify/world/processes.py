@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -36,6 +37,10 @@ class Processes(World):
     def __init__(self, rank: int, size: int, device: torch.device, watch: Watch) -> None:
         super().__init__()
         self.rank, self.size, self.device, self._watch = rank, size, device, watch
+        # What others have not taken yet, which must stay where it is until then.
+        self._handed: list[tuple[Any, Tensor]] = []
+        # This one and the next for each process, once they have lined up.
+        self._pairs: list[Any] = []
 
     def says(self, doing: str) -> None:
         self._watch.doing = doing
@@ -72,6 +77,34 @@ class Processes(World):
         if values.numel():
             self._wait(lambda: dist.broadcast(there, owner, async_op=True), there if owner == self.rank else None)
         return there.view(values.dtype).view(values.shape).to(values.device)
+
+    def line_up(self) -> None:
+        if not self._pairs:
+            # Broadcasts in groups of two, for gloo does not say whether what one sent to another has arrived.
+            with self._explained():
+                ends = [(rank, (rank + 1) % self.size) for rank in range(self.size)]
+                self._pairs = [dist.new_group(sorted(pair)) for pair in ends]
+
+    def hand_on(self, values: Tensor) -> None:
+        there = values.contiguous().view(-1).view(torch.uint8).to(self.device)
+        if there.numel():
+            with self._explained():
+                work = dist.broadcast(there, self.rank, group=self._pairs[self.rank], async_op=True)
+            self._handed.append((work, there))
+            self.sent += there.numel()
+
+    def take(self, values: Tensor) -> Tensor:
+        there = torch.empty(values.numel() * values.element_size(), dtype=torch.uint8, device=self.device)
+        before = (self.rank - 1) % self.size
+        if there.numel():
+            self._wait(lambda: dist.broadcast(there, before, group=self._pairs[before], async_op=True), None)
+        return there.view(values.dtype).view(values.shape).to(values.device)
+
+    def all_taken(self) -> None:
+        while self._handed:
+            work, _ = self._handed[0]
+            self._wait(lambda work=work: work, None)
+            del self._handed[0]
 
     def told(self, word: Any) -> list[Any]:
         text = json.dumps(word).encode()
@@ -117,18 +150,23 @@ class Processes(World):
         Raises:
             ProcessError: another process failed, ended, or is not heard of any more.
         """
-        try:
+        with self._explained():
             work, pause = begin(), _SOON
             while not work.is_completed():
                 self._watch.check()
                 time.sleep(pause)
                 pause = min(pause * 1.5, _LATE)
             work.wait()
+        if sent is not None:
+            self.sent += sent.numel() * sent.element_size() * (self.size - 1)
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
         except RuntimeError as error:
             # Most often the other end of a connection is gone; what became of it is told a moment later.
             raise self._watch.explained(first_line(error)) from error
-        if sent is not None:
-            self.sent += sent.numel() * sent.element_size() * (self.size - 1)
 
 
 def _short(value: Any) -> str:

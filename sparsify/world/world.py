@@ -47,11 +47,11 @@ class World:
         rank = self.rank if rank is None else rank
         return rank * count // self.size, (rank + 1) * count // self.size
 
-    def share(self, items: Sequence[Item], what: str) -> Sequence[Item]:
+    def share(self, items: Sequence[Item], what: str, more: str = "--samples") -> Sequence[Item]:
         """This process's part of ``items``.
 
         Args:
-            what: what they are called.
+            what: what they are called. more: what a user gives to have more of them.
 
         Raises:
             ProcessError: there are fewer than processes.
@@ -60,7 +60,7 @@ class World:
             raise ProcessError(
                 f"{self.size} processes",
                 found=f"{what} to share out among them: {len(items)}",
-                do=f"Take {len(items)} or fewer, or more --samples",
+                do=f"Take {len(items)} or fewer, or more {more}",
             )
         start, stop = self.bounds(len(items))
         return items[start:stop]
@@ -80,6 +80,20 @@ class World:
     def given(self, values: Tensor, owner: int) -> Tensor:
         """What process ``owner`` brings; ``values`` of the others has its shape and dtype, and is written to."""
         return values
+
+    def line_up(self) -> None:
+        """Know the process before this one and the one after it, in a ring; once, before anything is handed on."""
+
+    def hand_on(self, values: Tensor) -> None:
+        """Give ``values`` to the process after this one, which takes what it is given in this order; nobody waits."""
+        raise NotImplementedError("a process that is alone has nobody to give to")
+
+    def take(self, values: Tensor) -> Tensor:
+        """What the process before this one hands on next, of the shape and dtype of ``values``."""
+        raise NotImplementedError("nobody gives to a process that is alone")
+
+    def all_taken(self) -> None:
+        """Wait until others have taken what this process handed on."""
 
     def told(self, word: Any) -> list[Any]:
         """What each process says, as JSON has it, in their order."""

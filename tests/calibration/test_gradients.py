@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 import sparsify
 from sparsify.analysis.linear import find_sites
-from sparsify.calibration.gradients import Gradients, Samples, measure_gradients
+from sparsify.calibration.gradients import Samples, measure_gradients
+from sparsify.calibration.sums import Gradients
 from sparsify.context import Context
 from sparsify.data.batches import load_calibration
 from sparsify.errors import CalibrationError, TraceError

@@ -9,8 +9,27 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+from support.families import build, inputs
+from torch import Tensor
 
 TESTS = Path(__file__).resolve().parent.parent
+
+
+def model_of(family: str) -> Any:
+    """A model of a family; of ``shared`` two blocks have one weight."""
+    model = build("llama" if family == "shared" else family)
+    if family == "shared":
+        model.model.layers[1].mlp.up_proj.weight = model.model.layers[0].mlp.up_proj.weight
+    return model
+
+
+def batches_of(family: str, passes: Sequence[str]) -> list[dict[str, Tensor]]:
+    """Five batches; of passes with gradients small ones, for they take sequences for themselves, or a few."""
+    rows = {"gblm": 2, "gradient": 2, "llm-pruner": 2, "refine": 8}
+    few = min((rows.get(one.partition(":")[0], 128) for one in passes), default=128)
+    return [inputs("llama" if family == "shared" else family, rows=few, seed=seed) for seed in range(5)]
 
 
 def start(count: int, code: str, *words: object, **environment: str) -> list[subprocess.Popen[str]]:

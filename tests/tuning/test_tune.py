@@ -8,7 +8,6 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import pytest
 import torch
@@ -129,15 +128,6 @@ def test_lora_is_merged_as_it_was_trained(dense: Path, text: str, tmp_path: Path
     assert len(problems) == 1 and "its bytes are not those that were written" in problems[0]
     (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
     assert len(verify_adapter(tmp_path / "adapter").problems) == 2
-
-
-def test_the_model_stays_on_the_device_that_was_asked_for(dense: Path, text: str, tmp_path: Path) -> None:
-    """accelerate would bring it to the first GPU, whatever was asked for."""
-    from accelerate import Accelerator
-
-    with patch.object(Accelerator, "prepare", autospec=True, side_effect=Accelerator.prepare) as prepare:
-        tune(dense, text, tmp_path / "out", replace(QUICK, steps=1))
-    assert prepare.call_args.kwargs == {"device_placement": [False, False]}
 
 
 def test_another_backend_writes_it(sparse: Path, text: str, tmp_path: Path) -> None:

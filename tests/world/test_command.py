@@ -34,9 +34,10 @@ def test_two_processes_write_what_one_does(tmp_path, one_thread):
 
 
 def test_a_refusal_is_said_once(tmp_path):
-    done = process("compile", MODEL, "--pass", "gblm:2:4", *WORDS, "-o", tmp_path / "out", "--processes=2")
+    passes = ["--pass", "wanda:2:4", "--pass", "refine:batch=1"]
+    done = process("compile", MODEL, *passes, *WORDS, "-o", tmp_path / "out", "--processes=2")
     assert done.returncode == 1
-    assert done.stderr.count("pass gblm by 2 processes") == 1
+    assert done.stderr.count("pass refine by 2 processes") == 1
     assert "process 1 of 2 ended; process 0 says why" in done.stderr
     assert not list(tmp_path.iterdir())
 

@@ -7,8 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.families import build, inputs
-from support.processes import finish, start
+from support.processes import batches_of, finish, model_of, start
 
 import sparsify
 from sparsify.method.spec import parse_pass
@@ -25,6 +24,16 @@ SAME = [
     ("opt", ["wanda:50%,allocation=owl"], "layer"),
     ("llama", ["magnitude:2:4"], "layer"),
     ("opt", ["activation:25%"], "layer"),
+    ("mixtral", ["gblm:2:4"], "layer"),
+    ("shared", ["gradient:50%,metric=snip"], "layer"),
+    ("llama", ["gblm:50%,norm=l1,reduction=mean", "gradient:60%,metric=movement"], "block"),
+    ("shared", ["gradient:50%,metric=platon"], "dense"),
+    ("opt", ["gblm:2:4"], "block"),
+    ("mixtral", ["permute:2:4", "wanda:2:4"], "layer"),
+    ("llama", ["llm-pruner:25%,importance=taylor-mix,round=4", "wanda:2:4"], "layer"),
+    ("opt", ["permute:2:4"], "layer"),
+    ("llama", ["llm-pruner:50%,granularity=layer"], "layer"),
+    ("llama", ["llm-pruner:50%,scope=global,round=4,steps=2"], "layer"),
 ]
 NEAR = [
     ("llama", ["sparsegpt:2:4"], "layer"),
@@ -35,15 +44,22 @@ NEAR = [
     ("mixtral", ["alps:50%"], "layer"),
     ("mixtral", ["twin:2:4", "round:int8"], "layer"),
 ]
-QUICK = [SAME[0], SAME[3], NEAR[0], NEAR[6]]
+# Gradients of a step are added otherwise: weights differ by so much of what training moved.
+TRAINED = [
+    ("llama", ["magnitude:2:4", "refine:epochs=2,rate=0.01"], "layer"),
+    ("mixtral", ["magnitude:50%", "refine:epochs=1"], "layer"),
+    ("opt", ["magnitude:2:4", "refine:epochs=1,last=error"], "block"),
+]
+MOVED = 1e-4
+QUICK = [SAME[0], SAME[9], SAME[14], SAME[15], NEAR[0], NEAR[6], TRAINED[0]]
 CODE = """
 import json
-from support.families import build, inputs
+from support.processes import batches_of, model_of
 cases, out = json.loads(sys.argv[1]), sys.argv[2]
 with join() as world:
     for number, (family, passes, schedule) in enumerate(cases):
-        batches = [inputs(family, rows=128, seed=seed) for seed in range(5)]
-        made = sparsify.compile(build(family), passes, calibration=batches, schedule=schedule, world=world)
+        batches = batches_of(family, passes)
+        made = sparsify.compile(model_of(family), passes, calibration=batches, schedule=schedule, world=world)
         if number == 0:
             print(world.sent)
         if world.leads:
@@ -59,8 +75,8 @@ with join() as world:
     scope="module",
     params=[
         (2, QUICK),
-        pytest.param((2, [case for case in SAME + NEAR if case not in QUICK]), marks=pytest.mark.slow),
-        pytest.param((4, SAME + NEAR), marks=pytest.mark.slow),
+        pytest.param((2, [case for case in SAME + NEAR + TRAINED if case not in QUICK]), marks=pytest.mark.slow),
+        pytest.param((4, SAME + NEAR + TRAINED), marks=pytest.mark.slow),
     ],
     ids=["two", "two-more", "four"],
 )
@@ -68,7 +84,7 @@ def pruned(request, tmp_path_factory):
     """The cases, and the folder that processes left their results in."""
     count, cases = request.param
     out = tmp_path_factory.mktemp("divided")
-    done = finish(start(count, CODE, json.dumps(cases), out))
+    done = finish(start(count, CODE, json.dumps(cases), out), 900)
     assert [code for code, *_ in done] == [0] * count, done
     assert all(int(said.split()[0]) > 1000 for _, said, _ in done)
     return cases, out
@@ -76,8 +92,8 @@ def pruned(request, tmp_path_factory):
 
 def alone(case):
     family, passes, schedule = case
-    batches = [inputs(family, rows=128, seed=seed) for seed in range(5)]
-    made = sparsify.compile(build(family), passes, calibration=batches, schedule=schedule)
+    batches = batches_of(family, passes)
+    made = sparsify.compile(model_of(family), passes, calibration=batches, schedule=schedule)
     return made.model.state_dict(), [[site.error, site.tokens] for run in made.runs for site in run.sites]
 
 
@@ -106,6 +122,16 @@ def test_solved_weights_are_as_good_as_those_of_one_process(pruned):
             assert same > 0.97, (case, name)
             assert (ours[name] - weight).norm() <= 0.2 * weight.norm() + 1e-5, (case, name)
         assert [error for error, _ in told] == pytest.approx([error for error, _ in said], rel=0.25), case
+
+
+def test_trained_weights_are_nearly_those_of_one_process(pruned):
+    for case, ours, _, theirs, _ in beside_one_process(pruned, TRAINED):
+        family, passes, schedule = case
+        before, _ = alone((family, passes[:-1], schedule))
+        moved = sum(float((theirs[name] - before[name]).square().sum()) for name in theirs) ** 0.5
+        apart = sum(float((theirs[name] - ours[name]).square().sum()) for name in theirs) ** 0.5
+        assert moved > 0 and apart <= MOVED * moved, (case, apart / moved)
+        assert all(((ours[name] == 0) == (theirs[name] == 0)).all() for name in theirs), case
 
 
 def test_every_process_has_the_same_result(pruned):

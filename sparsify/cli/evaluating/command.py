@@ -21,10 +21,13 @@ from sparsify.cli.options import (
     LogLevel,
     Memory,
     NoCheck,
+    Processes,
     Quiet,
     Strict,
     Trust,
     command_errors,
+    joined,
+    launched,
 )
 from sparsify.cli.terminal import Terminal
 from sparsify.errors import SpecError
@@ -72,6 +75,7 @@ def eval_command(
     chat_template: ChatTemplate = None,
     strict: Strict = False,
     adapter: AdapterWord = None,
+    processes: Processes = None,
     trust_remote_code: Trust = False,
     quiet: Quiet = False,
     log_level: LogLevel = "warning",
@@ -90,6 +94,8 @@ def eval_command(
         check_asked(tasks, num_fewshot, bool(include), limit, batch_size)
         if data is None and tasks is None:
             raise SpecError("eval", found="nothing to evaluate on", do="Give --data TEXT, --tasks boolq,rte, or both")
+        if launched(processes):
+            return
         from sparsify.cli.results import evaluations_as_dicts
         from sparsify.cli.tables import evaluation_report
         from sparsify.evaluation.evaluate import evaluate
@@ -99,36 +105,41 @@ def eval_command(
         from sparsify.quality.tasks.chosen import named
 
         results = []
-        with ProgressLine(quiet=quiet or as_json):
-            resolve_device(device)
-            # A name with a slip in it is told before the models beside it are measured.
-            for model in models:
-                find_folder(model)
-            # Their names, and then their data, are read once for all models.
-            wanted = None if tasks is None else named(tasks, include or ())
-        for model in models:
+        with joined(device) as (world, own):
+            quiet = quiet or not world.leads
             with ProgressLine(quiet=quiet or as_json):
-                result = evaluate(
-                    model,
-                    data,
-                    tasks=wanted,
-                    num_fewshot=num_fewshot,
-                    limit=limit,
-                    batch_size=batch_size,
-                    windows=windows,
-                    sequence_length=sequence_length,
-                    device=device,
-                    memory=memory,
-                    allow_bin=allow_bin,
-                    trust_remote_code=trust_remote_code,
-                    check=not no_check,
-                    allow_nan=allow_nan,
-                    compute_dtype=compute_dtype,
-                    chat_template=chat_template,
-                    strict=strict,
-                    adapter=adapter,
-                )
-            results.append((model, result))
+                resolve_device(own)
+                # A name with a slip in it is told before the models beside it are measured.
+                for model in models:
+                    find_folder(model)
+                # Their names, and then their data, are read once for all models.
+                wanted = None if tasks is None else named(tasks, include or ())
+            for model in models:
+                with ProgressLine(quiet=quiet or as_json):
+                    result = evaluate(
+                        model,
+                        data,
+                        tasks=wanted,
+                        num_fewshot=num_fewshot,
+                        limit=limit,
+                        batch_size=batch_size,
+                        windows=windows,
+                        sequence_length=sequence_length,
+                        device=own,
+                        memory=memory,
+                        allow_bin=allow_bin,
+                        trust_remote_code=trust_remote_code,
+                        check=not no_check,
+                        allow_nan=allow_nan,
+                        compute_dtype=compute_dtype,
+                        chat_template=chat_template,
+                        strict=strict,
+                        adapter=adapter,
+                        world=world,
+                    )
+                results.append((model, result))
+        if not world.leads:
+            return
         if as_json:
             rows = evaluations_as_dicts(results)
             print(json.dumps(rows[0] if len(rows) == 1 else rows))

@@ -4,16 +4,29 @@ from __future__ import annotations
 
 from typing import Any
 
-from sparsify.calibration.accumulators import GRADIENTS
 from sparsify.compiler.keeping.job import config_of
 from sparsify.compiler.request import Request
 from sparsify.data.batches import Calibration
 from sparsify.errors import ProcessError, SpecError
 from sparsify.frontend.source import Source
 from sparsify.journal.journal import Asked
+from sparsify.method.channel_pass import ChannelPass
+from sparsify.method.region_pass import RegionPass
+from sparsify.method.structural_pass import StructuralPass
 from sparsify.method.weight_pass import MatrixPass
+from sparsify.provenance.history import versions
 from sparsify.tensors import new_hash
 from sparsify.world.world import World
+
+
+def check_world(world: object) -> None:
+    """Raises:
+    SpecError: no world.
+    """
+    if not isinstance(world, World):
+        raise SpecError(
+            f"world={type(world).__name__}", found="no processes", do="Give what sparsify.join() gives, or leave it out"
+        )
 
 
 def check_divided(request: Request, world: World) -> None:
@@ -21,47 +34,47 @@ def check_divided(request: Request, world: World) -> None:
 
     Raises:
         SpecError: no world.
-        ProcessError: a pass that is not made of one matrix after the other, or one that needs gradients.
+        ProcessError: a pass over the whole graph, or one that trains on fewer sequences at once than processes.
     """
-    if not isinstance(world, World):
-        raise SpecError(
-            f"world={type(world).__name__}", found="no processes", do="Give what sparsify.join() gives, or leave it out"
-        )
+    check_world(world)
     if not world.divided:
         return
     for own in request.passes:
-        if not isinstance(own, MatrixPass):
-            found = f"a pass over {own.kind}, which one process runs"
-        elif GRADIENTS & set(own.statistics):
-            found = "a pass that needs gradients, which one process sums"
-        else:
-            continue
-        raise ProcessError(
-            f"pass {own.name} by {world.size} processes",
-            found=found,
-            do="Run it in one process; weight passes without gradients (wanda, sparsegpt, twin, …) are shared",
-        )
+        if isinstance(own, RegionPass) and own.batch < world.size:
+            raise ProcessError(
+                f"pass {own.name} by {world.size} processes",
+                found=f"sequences of one step to share out among them: {own.batch}",
+                do=f"Take {own.batch} processes or fewer, or {own.name}:batch={world.size}",
+            )
+        if not isinstance(own, (MatrixPass, ChannelPass, RegionPass, StructuralPass)):
+            raise ProcessError(
+                f"pass {own.name} by {world.size} processes",
+                found=f"a pass over {own.kind}, which one process runs",
+                do="Run it in one process; all others are shared",
+            )
 
 
 def agree(source: Source, request: Request, asked: Asked, world: World) -> None:
     """Raises:
     ProcessError: another process was asked otherwise, has other versions, or sees another model.
     """
+    amounts = {"samples": request.samples, "sequence length": request.length, "backend": str(request.backend)}
+    calibration = {"calibration": request.named if request.is_named else "given"}
+    agree_on_model(source, {**asked, **amounts, **calibration}, world)
+
+
+def agree_on_model(source: Source, asked: Asked, world: World) -> None:
+    """Raises:
+    ProcessError: another process was asked otherwise, or sees another model.
+    """
     if not world.divided:
         return
     store, names = source.weights.store, new_hash()
     for name in sorted(store.names()):
         names.update(f"{name} {tuple(store.shape(name))} {store.dtype(name)}\n".encode())
-    amounts = {"samples": request.samples, "sequence length": request.length, "backend": str(request.backend)}
-    world.agree(
-        {
-            **asked,
-            **amounts,
-            "calibration": request.named if request.is_named else "given",
-            "config of the model": config_of(source),
-            "tensors of the model": names.hexdigest(),
-        }
-    )
+    versioned = {f"version of {name}": number for name, number in versions().items()}
+    model = {"config of the model": config_of(source), "tensors of the model": names.hexdigest()}
+    world.agree({**versioned, **asked, **model})
 
 
 def agree_on_data(data: Calibration | None, world: World) -> None:
