@@ -48,6 +48,7 @@ PRODUCTS = {
 }  # fmt: skip
 # What one process of several keeps apart for each batch, and what all add up.
 VECTORS, MATRICES = {"squared_norm", "absolute_sum", "sum"}, {"gram"}
+KNOWN = ("wanda", "sparsegpt")
 
 
 @dataclass
@@ -85,10 +86,9 @@ class Model:
 
     def __init__(self, folder: Path, spec: str, length: int, batch: int) -> None:
         own = parse_pass(spec)
-        known = isinstance(own, MatrixPass) and own.name in ("wanda", "sparsegpt")
-        if not known or not set(own.statistics) <= VECTORS | MATRICES:
-            raise ValueError(f"{spec}: costs are known of wanda and sparsegpt")
-        self.own, self.batch = own, batch
+        if not isinstance(own, MatrixPass) or own.name not in KNOWN or not set(own.statistics) <= VECTORS | MATRICES:
+            raise ValueError(f"{spec}: costs are known of {' and '.join(KNOWN)}")
+        self.own: MatrixPass = own
         source = open_source(build_skeleton(folder))
         ids = torch.zeros(batch, length, dtype=torch.long)
         self.program: Program = capture(source, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
