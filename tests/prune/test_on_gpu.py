@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import cache
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -87,8 +88,7 @@ def test_every_family(family: str, captured: Callable[[str], Program]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("spec", ["sparsegpt:4:8", "twin:2:4"])
+@pytest.mark.parametrize(("family", "spec"), list(zip(FAMILIES, cycle(["sparsegpt:4:8", "twin:2:4"]))))
 def test_every_family_by_products(family: str, spec: str, captured: Callable[[str], Program]) -> None:
     check(captured(family), spec, [inputs(family, seed=seed) for seed in (1, 2)])
 

@@ -25,7 +25,7 @@ QUICK = [("llama classifier", 23)]
 SLOW = [
     *((name, 23) for name in PLAIN if name not in ("llama classifier", "llama without padding")),
     *(("llama classifier", opset) for opset in OPSETS if opset != 23),
-    *((name, opset) for name in ("modernbert", "bart", "t5 encoder") for opset in (18, 20, 24)),
+    *zip(("modernbert", "bart", "t5 encoder"), (18, 20, 24), strict=True),
 ]
 
 
@@ -41,8 +41,7 @@ def test_a_plain_graph_equals_torch_on_any_number_of_rows(name: str, opset: int,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["bert", "convnext", "t5", "vit"])
-@pytest.mark.parametrize("opset", [18, 20, 24])
+@pytest.mark.parametrize(("family", "opset"), [("bert", 18), ("convnext", 20), ("t5", 18), ("vit", 24)])
 def test_other_families_at_other_opsets(family: str, opset: int, folder: Callable[[str], Path], tmp_path: Path) -> None:
     sparsify.compile(folder(family), to=ONNX(opset=opset), output=tmp_path / "out")
     session = open_session(tmp_path / "out" / "model.onnx")
