@@ -144,18 +144,35 @@ def test_versions() -> None:
     assert f"torch {found['torch']}" in sparsify("version").stdout
 
 
+BARE = """
+import sys
+import typer
+from rich.console import Console
+application = typer.Typer()
+@application.command()
+def only(name: str = typer.Option("", help="A name.")) -> None: ...
+sys.argv = ["only", "--help"]
+application()
+"""
+
+
+def cpu_seconds(*words: str) -> float:
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run([sys.executable, *words], check=True, capture_output=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("command", ["", *sorted(registered("sparsify.commands"))])
 def test_help_takes_little_time(command: str) -> None:
-    """CPU seconds, the best of three: other processes take caches, not time."""
-    words = [sys.executable, "-m", "sparsify", *command.split(), "--help"]
-    took = []
-    for _ in range(3):
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        subprocess.run(words, check=True, capture_output=True)
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        took.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
-    assert min(took) < 0.35
+    """Beside the help of a program of one option, in turns: machines differ, and so do they from hour to hour."""
+    ours, bare = zip(
+        *((cpu_seconds("-m", "sparsify", *command.split(), "--help"), cpu_seconds("-c", BARE)) for _ in range(3)),
+        strict=True,
+    )
+    # torch alone takes ten times as long.
+    assert min(ours) < 2 * min(bare)
 
 
 @pytest.mark.parametrize(
