@@ -11,6 +11,8 @@ import pytest
 from support.command_line import process, sparsify
 from support.interrupted import content, hidden
 
+from sparsify.journal.left import LINES
+
 MODEL = "models/pycode-6m"
 WORDS = ["--calibration", "python-stdlib", "--samples", 32, "--sequence-length", 128]
 
@@ -63,10 +65,10 @@ def test_a_killed_job_goes_on_to_the_same_bytes(spec, tmp_path, one_thread):
     typed = [sys.executable, "-m", "sparsify", *map(str, [*words, "-o", out])]
     running = subprocess.Popen(typed, stderr=subprocess.PIPE, text=True, start_new_session=True)
     deadline = time.monotonic() + 120
-    while not hidden(tmp_path):
+    # Until some parts are finished, which are what it goes on from.
+    while sum(len(lines.read_bytes().splitlines()) for lines in tmp_path.glob(f".out.*/{LINES}")) < 3:
         assert time.monotonic() < deadline and running.poll() is None
-        time.sleep(0.1)
-    time.sleep(3)
+        time.sleep(0.05)
     victims = [int(place.name) for place in Path("/proc").glob("[0-9]*") if _is_second(place, out)]
     assert len(victims) == 1
     os.kill(victims[0], signal.SIGKILL)
