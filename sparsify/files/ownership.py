@@ -79,9 +79,12 @@ class Scratch(tempfile.TemporaryDirectory[str]):
             _discard_dead(left)
         while True:
             super().__init__(prefix=f"{name}-")
-            fd = os.open(self.name, os.O_RDONLY | os.O_CLOEXEC)
-            weakref.finalize(self, os.close, fd)
             # Until it is locked, another process may take it for a dead one's.
+            try:
+                fd = os.open(self.name, os.O_RDONLY | os.O_CLOEXEC)
+            except FileNotFoundError:
+                continue
+            weakref.finalize(self, os.close, fd)
             if try_lock(fd) is not False and is_open_at(fd, Path(self.name)):
                 return
 

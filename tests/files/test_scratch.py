@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -36,3 +37,20 @@ def test_what_is_no_folder_stays(place: Path) -> None:
     with Scratch("x"):
         pass
     assert sorted(place.rglob("*")) == before
+
+
+def test_one_that_another_process_took_for_dead_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between its making and its lock, where two processes begin at once."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    real, made = tempfile.mkdtemp, []
+
+    def gone_at_once(*args: Any, **words: Any) -> str:
+        made.append(real(*args, **words))
+        if len(made) < 3:
+            Path(made[-1]).rmdir()
+        return made[-1]
+
+    monkeypatch.setattr(tempfile, "mkdtemp", gone_at_once)
+    with Scratch("x") as place:
+        assert len(made) == 3 and place == made[-1] and Path(place).is_dir()
+    assert not list(tmp_path.iterdir())
