@@ -95,13 +95,11 @@ class Model:
         self.flow = Flow.of(self.program)
         targets, _ = choose(self.program, own.pattern, Wanted.of(source.weights, (), ()))
         sites = [site for target in targets for site in target.sites]
-        self._factored: set[fx.Node] = set()
         self.measuring = Measuring(self.program, sites, [self.program.zero_batch()], own.statistics, Context())
 
     def regions(self, ranks: int, batches: int) -> list[tuple[Step, Costs]]:
         """The costs of each region, of the process that has most."""
         own, found, start = math.ceil(batches / ranks), list[tuple[Step, Costs]](), 0
-        self._factored.clear()
         for step in self.measuring.steps:
             costs = Costs()
             nodes = self.flow.order[start : step.start]
@@ -110,8 +108,8 @@ class Model:
             costs.activations = own * self._living(step.start)
             for group in step.groups:
                 self._measure(costs, group, own, ranks)
-                for site in group.sites:
-                    self._solve(costs, site, ranks)
+                for number, site in enumerate(group.sites):
+                    self._solve(costs, site, ranks, first=number == 0)
             found.append((step, costs))
             start = step.start
         return found
@@ -134,7 +132,7 @@ class Model:
                 costs.statistics += 4 * site.experts * columns**2
                 costs.sent += ranks * (ranks - 1) * 4 * site.experts * columns**2
 
-    def _solve(self, costs: Costs, site: LinearSite, ranks: int) -> None:
+    def _solve(self, costs: Costs, site: LinearSite, ranks: int, *, first: bool) -> None:
         rows, columns = site.shape
         numbers, by_experts = site.experts * rows * columns, site.experts >= ranks
         if ranks > 1:
@@ -146,8 +144,7 @@ class Model:
             return
         # A Cholesky factor, the inverse by it and the factor of that: of what sites share, once. Each process factors
         # for itself what is divided by rows.
-        factors = 4 / 3 * columns**3 * site.experts if site.activation not in self._factored else 0.0
-        self._factored.add(site.activation)
+        factors = 4 / 3 * columns**3 * site.experts if first else 0.0
         costs.solved += factors * (1 / ranks if by_experts else 1.0) + numbers * columns * share
 
 

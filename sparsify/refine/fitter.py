@@ -168,7 +168,7 @@ class Fit:
                 self.fitter.take(masters.values)
                 loss = self.judge(index, self.fitter.give(self.work, index, self.output)) / len(chosen)
                 loss.backward()
-        masters.share_gradients(self.world)
+        self.world.share_gradients(list(masters.values.values()))
         names = [name for name, value in masters.values.items() if value.grad is not None]
         masters.hold(names)
         grads = [masters.values[name].grad for name in names]

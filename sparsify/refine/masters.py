@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from sparsify.ir.weights import Weights
-from sparsify.world.world import World
 
 
 @dataclass
@@ -40,17 +39,6 @@ class Masters:
             chosen = value.detach() if mask is None else value.detach()[mask]
             found[name] = float(chosen.square().mean().sqrt()) if chosen.numel() else 0.0
         return found
-
-    def share_gradients(self, world: World) -> None:
-        """The sum of what each process found, in all of them."""
-        if not world.divided:
-            return
-        every = list(self.values.values())
-        # One process may have had no batch of this step.
-        own = [torch.zeros_like(value) if value.grad is None else value.grad for value in every]
-        whole = world.summed(torch.cat([gradient.flatten() for gradient in own]))
-        for value, part in zip(every, whole.split([value.numel() for value in every]), strict=True):
-            value.grad = part.view_as(value)
 
     def hold(self, names: Sequence[str]) -> None:
         """Take from the gradients what belongs to entries that are not trained."""

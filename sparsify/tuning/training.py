@@ -68,7 +68,7 @@ class Training:
                 loss = self._loss(micro)
                 (loss * len(micro) / recipe.batch).backward()
                 losses.append((loss.detach(), len(micro)))
-            _share_gradients(list(state.trained.values()), world)
+            world.share_gradients(list(state.trained.values()))
             # Once a step: a GPU that is asked after every part stands still meanwhile.
             own = [float(loss) * count / recipe.batch for loss, count in losses]
             total = sum((loss for one in world.told(own) for loss in one), start=0.0)
@@ -116,16 +116,6 @@ def parts(chosen: Tensor, recipe: Recipe, world: World) -> Sequence[Tensor]:
         ProcessError: a step has fewer such parts than there are processes.
     """
     return world.share(chosen.split(recipe.micro), "parts of one step (--batch over --micro)", "--batch")
-
-
-def _share_gradients(trained: Sequence[nn.Parameter], world: World) -> None:
-    """The sum of what each process found, in all of them."""
-    if not world.divided:
-        return
-    own = [torch.zeros_like(value) if value.grad is None else value.grad for value in trained]
-    whole = world.summed(torch.cat([gradient.flatten() for gradient in own]))
-    for value, part in zip(trained, whole.split([value.numel() for value in trained]), strict=True):
-        value.grad = part.view_as(value)
 
 
 def rate_share(step: int, steps: int, warmup: int) -> float:

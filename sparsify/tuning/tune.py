@@ -134,7 +134,8 @@ def tune(
         context = Context(place)
         program = capture(source, example_batch(source))
         own = weights_digest(source.weights)
-        asked_of_all = {**recipe.as_dict(), "data": digest(ids.contiguous()), "held-out text": digest(held_out)}
+        drawn_ids = digest(ids.contiguous())
+        asked_of_all = {**recipe.as_dict(), "data": drawn_ids, "held-out text": digest(held_out)}
         agree_on_model(source, {**asked_of_all, "resume": resume, "weights of the model": own}, world)
         record = None if dense is None else known(dense, own, program, held_out, context)
         before = world.told(perplexity(source, held_out, context) if world.leads else None)[0]
@@ -145,7 +146,7 @@ def tune(
             if world.divided:
                 # All began with one network; what LoRA drops is drawn anew for each process's sequences.
                 torch.manual_seed(recipe.seed + world.rank)
-            origins = {"model": own, "data": digest(ids.contiguous())}
+            origins = {"model": own, "data": drawn_ids}
             origins |= {} if record is None else {"teacher": record[BLAKE]}
             state = stack.enter_context(
                 TuneState.of(out, recipe, wrapped, resume=resume, source=source.folder, origins=origins, world=world)

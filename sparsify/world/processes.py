@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -55,6 +55,13 @@ class Processes(World):
         there = values.to(self.device).contiguous()
         self._wait(lambda: dist.all_reduce(there, how, async_op=True), there)
         return there.to(values.device)
+
+    def share_gradients(self, parameters: Sequence[Tensor]) -> None:
+        # One process may have had nothing to find any by.
+        own = [torch.zeros_like(value) if value.grad is None else value.grad for value in parameters]
+        whole = self.summed(torch.cat([gradient.flatten() for gradient in own]))
+        for value, part in zip(parameters, whole.split([value.numel() for value in parameters]), strict=True):
+            value.grad = part.view_as(value)
 
     def gathered(self, part: Tensor) -> list[Tensor]:
         row = part[:1].numel() * part.element_size()

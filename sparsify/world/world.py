@@ -73,6 +73,9 @@ class World:
         """The largest, number by number, of what each process brings."""
         return values
 
+    def share_gradients(self, parameters: Sequence[Tensor]) -> None:
+        """Give each of ``parameters`` the sum of the gradients that all processes found for it."""
+
     def gathered(self, part: Tensor) -> list[Tensor]:
         """What each process brings, which differs in its first dimension at most, in their order."""
         return [part]
