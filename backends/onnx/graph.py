@@ -22,6 +22,7 @@ from onnxscript.rewriter.rules import common as rules
 
 from sparsify.backends.onnx.broadcast import spread_attention, spread_masks, stretch_rotations
 from sparsify.backends.onnx.options import Linear
+from sparsify.backends.onnx.tracing.decomposed import decompose_apart
 from sparsify.backends.onnx.tracing.identities import IDENTITIES
 from sparsify.backends.onnx.tracing.pads import keep_pads
 from sparsify.backends.onnx.tracing.settled import settle
@@ -82,6 +83,7 @@ def to_graph(
     spread_attention(exported)
     spread_masks(exported)
     settle(exported)
+    decompose_apart(exported)
     try:
         with quiet_export(), contextlib.redirect_stdout(io.StringIO()):
             program = torch.onnx.export(
