@@ -6,9 +6,12 @@ warning, and costs what it would have brought and nothing else.
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Iterator
+from functools import lru_cache
 from importlib.metadata import EntryPoint, distributions
+from pathlib import Path
 from typing import Any
 
 from sparsify.errors import SpecError, first_line, near
@@ -87,18 +90,40 @@ _KINDS = {
 
 def entry_points(group: str) -> list[EntryPoint]:
     """Those of ``group`` of every installed package whose own facts can be read, by the names of packages."""
+    found, unread = _installed(tuple((path, _changed(path)) for path in sys.path))
+    for said in unread:
+        _warn(said)
+    return [entry for name in sorted(found) for entry in found[name] if entry.group == group]
+
+
+# A hundred packages take 5 ms to read, and every spec asks for its pass.
+@lru_cache(maxsize=4)
+def _installed(places: tuple[tuple[str, int], ...]) -> tuple[dict[str, list[EntryPoint]], list[str]]:
+    """Entry points of our groups by package, and what is to be said of packages that cannot be read.
+
+    Args:
+        places: the import path, which is read, and when each of it last got or lost a package.
+    """
     found: dict[str, list[EntryPoint]] = {}
+    unread = []
     for number, distribution in enumerate(distributions()):
         try:
-            entries = [entry for entry in distribution.entry_points if entry.group == group]
+            entries = [entry for entry in distribution.entry_points if entry.group in _OWN]
             # Its name is in another file, and few of a hundred packages bring anything. Of two of one name on the
             # import path the first would be imported.
             if entries:
                 found.setdefault(str(distribution.metadata["Name"] or number), entries)
         except Exception as error:  # whatever reading a broken file raises
             where = getattr(distribution, "_path", "an installed package")
-            _warn(f"the facts of {str(where)!r} cannot be read ({_cause(error)}); what it brings is left out")
-    return [entry for name in sorted(found) for entry in found[name]]
+            unread.append(f"the facts of {str(where)!r} cannot be read ({_cause(error)}); what it brings is left out")
+    return found, unread
+
+
+def _changed(path: str) -> int:
+    try:
+        return Path(path).stat().st_mtime_ns
+    except OSError:
+        return 0
 
 
 def registered(group: str) -> dict[str, EntryPoint]:

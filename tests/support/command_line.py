@@ -75,4 +75,5 @@ def _settings_kept() -> Iterator[None]:
         os.environ.update(environment)
         torch.set_num_threads(threads)
         for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+            if logger.level != level:  # setting one has every logger there is forget what it knows
+                logger.setLevel(level)
