@@ -12,7 +12,7 @@ SEED ?= 0
 SECONDS ?= 300
 CALLS ?= 20000
 
-.PHONY: demo test slow optimum compilers vllm compat fuzz check docs raises mutants clean
+.PHONY: demo test slow exhaustive optimum compilers vllm compat fuzz check docs raises mutants clean
 
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -35,9 +35,13 @@ demo: .venv/installed
 test: .venv/installed-test
 	$(BIN)/python -m pytest -n $(JOBS) -m "not slow"
 
-# Every method on every family, and the figures of real models: some minutes more.
+# Processes, compilers, servers, whole commands and the figures of real models: some minutes more.
 slow: .venv/installed-test
-	$(BIN)/python -m pytest -n $(JOBS) -m slow
+	$(BIN)/python -m pytest -n $(JOBS) -m "slow and not exhaustive"
+
+# Every family, layout and schedule of what the quick and the slow tests try on a few: an hour, before a release.
+exhaustive: .venv/installed-test
+	$(BIN)/python -m pytest -n $(JOBS) -m exhaustive
 
 # optimum needs an older transformers: tools/check_optimum.py makes an environment for it.
 optimum: .venv/installed-test

@@ -12,6 +12,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import gc
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from functools import cache
@@ -41,8 +42,19 @@ SHARED = ROOT.parent / "shared"
 LONGEST = ("tests/tools/test_gpu_run.py",)
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: not item.nodeid.startswith(LONGEST))
+    cases = Counter[str]()
+    for item in items:
+        function = item.nodeid.partition("[")[0]
+        cases[function] += 1
+        first = item.get_closest_marker("first")
+        if first is not None and cases[function] > first.args[0]:
+            item.add_marker("exhaustive")
+        # Whoever leaves out the slow ones leaves out these.
+        if item.get_closest_marker("exhaustive"):
+            item.add_marker("slow")
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -67,6 +67,7 @@ PYTHON = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("page", "number"), PYTHON)
 def test_the_python_of_the_pages_runs(
     page: str, number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

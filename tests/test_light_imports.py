@@ -55,6 +55,7 @@ def test_a_packed_folder_loads_without_the_rest(tmp_path: Path) -> None:
     assert run(BLOCKED + LOADED, str(packed)) == run("import sys\n" + LOADED, str(packed))
 
 
+@pytest.mark.slow
 def test_the_plug_in_imports_without_the_rest() -> None:
     run(BLOCKED + ORPHAN)
 

@@ -24,6 +24,7 @@ NOT_SITES = {
 }  # fmt: skip
 
 
+@pytest.mark.first(8)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_matrix_of_every_family_is_a_site_or_named(
     family: str, folder: Callable[[str], Path], captured: Callable[[str], Program]

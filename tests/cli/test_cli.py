@@ -129,11 +129,13 @@ def test_errors_are_sentences_with_the_right_exit_code(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_debug_shows_the_traceback() -> None:
     done = process("inspect", "/no/such", "--debug")
     assert done.returncode == 1 and "Traceback" in done.stderr and "CheckpointError" in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "how", [signal.SIGINT, *(pytest.param(how, marks=pytest.mark.slow) for how in (signal.SIGTERM, signal.SIGKILL))]
 )

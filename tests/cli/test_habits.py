@@ -175,6 +175,7 @@ def test_help_takes_little_time(command: str) -> None:
     assert min(ours) < 2 * min(bare)
 
 
+@pytest.mark.first(1)
 @pytest.mark.parametrize(
     "words",
     [

@@ -98,6 +98,7 @@ def test_the_same_folder_twice_and_a_copy_of_it(models: Path, tmp_path: Path) ->
         sparsify.diff(models / "hf", tmp_path / "copy")
 
 
+@pytest.mark.slow
 def test_folders_of_every_form_hold_the_same(models: Path, tmp_path: Path) -> None:
     forms = {"onnx": "onnx", "packed onnx": "onnx:weights=packed"}
     for name, to in forms.items():

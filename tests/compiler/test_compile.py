@@ -29,6 +29,7 @@ def follows(weight: Tensor, n: int, m: int) -> bool:
     return bool(((weight != 0).view(-1, m).sum(1) <= n).all())
 
 
+@pytest.mark.first(4)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_is_written_and_loads_again(family: str, folder: Callable[[str], Path], tmp_path: Path) -> None:
     source = folder(family)

@@ -70,6 +70,7 @@ def test_several_weight_passes_share_one_trace(counted: Counter[str], folder: Ca
     assert counted["traces"] == counted[SEARCH] == counted[FLOW] == 1
 
 
+@pytest.mark.first(1)
 @pytest.mark.parametrize("spec", ["wanda:2:4", "gblm:2:4", "magnitude:2:4"])
 def test_data_of_a_name_have_the_expected_shape(spec: str, counted: Counter[str], bundled: Path) -> None:
     """Drawn after the trace, they fit it."""

@@ -26,6 +26,7 @@ IDS = torch.randint(3, 60, (9, 24), generator=torch.Generator().manual_seed(3))
 SMALL: dict[str, Any] = {"samples": 4, "sequence_length": 16, "calibration": "random"}
 
 
+@pytest.mark.first(2)
 @pytest.mark.parametrize(
     ("passes", "to"),
     [
@@ -73,6 +74,7 @@ def test_onnx_and_memory(folder: Callable[[str], Path], tmp_path: Path) -> None:
     assert sparsify.compile(folder("llama"), "wanda:2:4", **SMALL).evaluation is None
 
 
+@pytest.mark.slow
 def test_text_that_judges_never_calibrates(bundled: Path, tmp_path: Path) -> None:
     """Of one file for both the last tenth judges; of a copy of it too; a file that only judges is read whole."""
     text = "".join(f"def f{n}(x):\n    return x + {n}\n\n" for n in range(400))

@@ -107,6 +107,7 @@ def test_names_are_given_alike_everywhere(names: Any, folder: Callable[[str], Pa
     assert kinds == {"q_proj", "k_proj"} and len(costs) == len(changed) // 2 > 0
 
 
+@pytest.mark.slow
 def test_a_search_takes_a_pass_and_a_module_with_its_tokenizer(tmp_path: Path) -> None:
     bundled = Path(__file__).parent.parent.parent / "models" / "pycode-6m"
     (text := tmp_path / "text.txt").write_text("def f(x):\n    return x\n" * 200)

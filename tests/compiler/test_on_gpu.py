@@ -27,6 +27,7 @@ from sparsify.quality.perplexity import perplexity
 Folder = Callable[[str], Path]
 
 
+@pytest.mark.first(2)
 @pytest.mark.parametrize(
     ("family", "specs"),
     [
@@ -53,6 +54,7 @@ def test_an_output_is_the_cpus(family: str, specs: list[str], folder: Folder, tm
     assert all(torch.equal(one.read(name), other.read(name)) for name in one.parameters())
 
 
+@pytest.mark.first(1)
 @pytest.mark.parametrize("data", [[inputs("llama")], "self"])
 def test_a_module_on_a_gpu_is_traced_sampled_from_and_pruned_there(data: Any) -> None:
     more: dict[str, Any] = {"calibration": data}
@@ -65,6 +67,7 @@ def test_a_module_on_a_gpu_is_traced_sampled_from_and_pruned_there(data: Any) ->
         assert all(one.device == GPU and torch.equal(one.cpu(), other) for one, other in pairs)
 
 
+@pytest.mark.first(1)
 @pytest.mark.parametrize("family", ["llama", "mixtral"])
 def test_a_default_device_is_set_aside(family: str, folder: Folder, tmp_path: Path) -> None:
     """Here the meta device, in the place of a GPU: nothing that is made there holds numbers."""

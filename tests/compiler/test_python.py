@@ -95,6 +95,7 @@ def test_texts_are_data(bundled: Path, tokenizer: Any) -> None:
         sparsify.compile(bundled, "wanda:2:4", calibration=[torch.zeros(1, 4).long(), "text"], **SMALL)
 
 
+@pytest.mark.slow
 def test_a_model_in_memory_takes_a_tokenizer(bundled: Path, tokenizer: Any) -> None:
     model = sparsify.load(bundled)
     given = sparsify.compile(model, "wanda:2:4", calibration=TEXTS, tokenizer=tokenizer, **SMALL)
@@ -181,6 +182,7 @@ def files(folder: Path) -> dict[str, str]:
     return {name.as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for name, path in found.items()}
 
 
+@pytest.mark.first(2)
 @pytest.mark.parametrize(
     ("family", "to"),
     [

@@ -35,6 +35,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_compare_from_the_command_line(model: Path, text: Path, tmp_path: Path) -> None:
     out = tmp_path / "compared"
     done = sparsify(

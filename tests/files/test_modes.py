@@ -56,6 +56,7 @@ def test_of_each_file(tmp_path: Path, umask: None, like: dict[str, int], expecte
     assert modes(out) == expected
 
 
+@pytest.mark.first(1)
 @pytest.mark.parametrize("private", [True, False])
 def test_of_every_output(tmp_path: Path, umask: None, private: bool) -> None:
     """0600 stays 0600, also of files that the source does not have; and what all may read stays so."""

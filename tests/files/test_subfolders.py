@@ -85,6 +85,7 @@ def test_a_smaller_model_has_them_too(model: Path, tmp_path: Path) -> None:
     assert below(tmp_path / "out") == below(model)
 
 
+@pytest.mark.slow
 def test_they_are_held_against_what_was_written(model: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     sparsify.compile(model, ["magnitude:2:4"], output=out)

@@ -48,6 +48,7 @@ def change(folder: Path, **config: Any) -> Path:
     return folder
 
 
+@pytest.mark.first(12)
 @pytest.mark.parametrize("kind", MADE)
 def test_the_class_whose_parameters_are_there(kind: str, tmp_path: Path) -> None:
     model = MADE[kind]()

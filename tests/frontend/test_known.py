@@ -202,6 +202,7 @@ def words(name: str, seed: int) -> dict[str, Tensor]:
     return {n: torch.randint(3, 64, (3, 12), generator=chance) for n in names}
 
 
+@pytest.mark.first(1)
 @pytest.mark.parametrize("name", MODELS)
 def test_the_graph_is_the_model(name: str) -> None:
     model = built(name)
@@ -212,6 +213,7 @@ def test_the_graph_is_the_model(name: str) -> None:
         torch.testing.assert_close(execute(program, [words(name, seed)])[0], exact)
 
 
+@pytest.mark.slow
 def test_a_mask_reaches_longformer_and_marks_nothing_in_silence() -> None:
     model, ones = built("longformer"), torch.ones(3, 12, dtype=torch.long)
     program = capture(open_source(model), {**words("longformer", 0), "attention_mask": ones})

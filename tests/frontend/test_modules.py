@@ -35,6 +35,7 @@ def test_a_model_is_saved_as_transformers_saves_it(family: str, tmp_path: Path) 
         assert (tmp_path / "ours" / name).read_bytes() == (tmp_path / "theirs" / name).read_bytes(), name
 
 
+@pytest.mark.slow
 def test_settings_that_transformers_does_not_save(tmp_path: Path) -> None:
     model = build("llama")
     model.generation_config.update(temperature=0.6, top_p=0.9, do_sample=False)
@@ -65,6 +66,7 @@ WRAPPED: dict[str, Callable[[nn.Module], nn.Module]] = {
 }
 
 
+@pytest.mark.first(2)
 @pytest.mark.parametrize("kind", WRAPPED)
 def test_what_is_wrapped_around_a_model(kind: str, tmp_path: Path) -> None:
     model = build("llama")
@@ -109,6 +111,7 @@ def test_what_cannot_be_taken_off_is_named(make: Callable[[], nn.Module], says: 
     assert says in str(caught.value) and ".out-" not in str(caught.value) and not list(tmp_path.iterdir())
 
 
+@pytest.mark.first(1)
 @pytest.mark.parametrize("around", [lambda model: model, torch.compile], ids=["itself", "compiled"])
 def test_a_model_of_peft_is_pruned_as_its_merge(around: Callable[[nn.Module], nn.Module], tmp_path: Path) -> None:
     model = adapted()
@@ -141,6 +144,7 @@ def rename(folder: Path, how: Callable[[str], str]) -> Path:
     return folder
 
 
+@pytest.mark.first(2)
 @pytest.mark.parametrize("kind", RENAMED)
 def test_names_that_a_wrapper_left_in_a_file(kind: str, tmp_path: Path) -> None:
     folder = rename(save("llama", tmp_path / "model"), RENAMED[kind])

@@ -88,6 +88,7 @@ CASES = [
 CHOSEN = [case for number, case in enumerate(CASES) if len(case[1]) == 2 or number % 9 == 0]
 
 
+@pytest.mark.first(16)
 @pytest.mark.parametrize(("kind", "factors"), CHOSEN)
 def test_what_transformers_ties_is_tied(kind: str, factors: tuple[float | None, ...], tmp_path: Path) -> None:
     compared(with_tensors(kind, tmp_path, dict(zip(GROUPS[kind], factors, strict=True))))
@@ -138,6 +139,7 @@ def logits(model: Any) -> torch.Tensor:
     return found
 
 
+@pytest.mark.first(1)
 @pytest.mark.parametrize(
     ("to", "spec"),
     [
@@ -177,6 +179,7 @@ def test_the_head_alone_is_pruned_and_the_embedding_is_not(apart: Path, tmp_path
     assert all(torch.equal(back[name], after[name]) for name in after) and back.keys() == after.keys()
 
 
+@pytest.mark.first(1)
 @pytest.mark.parametrize(("kind", "name"), [("bert", "cls.predictions.decoder"), ("t5", "lm_head")])
 def test_a_head_that_the_config_goes_on_to_tie_stays_dense(kind: str, name: str, tmp_path: Path) -> None:
     """Where other parameters are tied config.json says so still; of the head transformers asks what it is."""

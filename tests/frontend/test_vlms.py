@@ -41,6 +41,7 @@ def test_what_no_checkpoint_holds_is_what_the_real_model_has(name: str, tmp_path
     assert all(torch.equal(found[key], real[key]) for key in real)
 
 
+@pytest.mark.first(2)
 @pytest.mark.parametrize("image", [False, True])
 @pytest.mark.parametrize("name", EACH)
 def test_the_graph_is_the_model(name: str, image: bool, tmp_path: Path) -> None:
@@ -55,6 +56,7 @@ def test_the_graph_is_the_model(name: str, image: bool, tmp_path: Path) -> None:
     assert torch.allclose(logits, wanted, atol=1e-6), float((logits - wanted).abs().max())
 
 
+@pytest.mark.slow
 def test_text_without_token_types_is_read_as_transformers_reads_it(tmp_path: Path) -> None:
     """PaliGemma's causal mask is left out outside a trace, and its attention then looks both ways."""
     source, batch = open_source(folder("paligemma", tmp_path / "model")), text(2)
@@ -103,6 +105,7 @@ def test_a_model_whose_mask_itself_looks_both_ways_takes_padding() -> None:
     assert torch.allclose(made(ids, mask)[mask == 1], wanted[mask == 1], atol=1e-5)
 
 
+@pytest.mark.first(1)
 @pytest.mark.parametrize("name", EACH)
 def test_text_leaves_the_tower_as_it_was_and_says_so(name: str, tmp_path: Path) -> None:
     source = folder(name, tmp_path / "model")
@@ -148,6 +151,7 @@ def test_what_does_not_run_cannot_be_asked_for(tmp_path: Path) -> None:
         sparsify.compile(source, ["wanda:2:4"], calibration=[text()], only=["*vision_tower*"])
 
 
+@pytest.mark.slow
 def test_one_graph_is_for_images_of_one_size(tmp_path: Path) -> None:
     source, other = folder("qwen2_vl", tmp_path), with_image("qwen2_vl", 1)
     other["image_grid_thw"] = torch.tensor([[1, 2, 8]])
@@ -162,6 +166,7 @@ def test_a_batch_that_a_model_cannot_place_is_refused(tmp_path: Path) -> None:
         sparsify.compile(source, ["wanda:2:4"], calibration=[batch])
 
 
+@pytest.mark.slow
 def test_nothing_is_printed_where_the_first_trace_gives_up(tmp_path: Path, capfd: Any) -> None:
     source = folder("qwen2_vl", tmp_path)
     capfd.readouterr()

@@ -236,6 +236,7 @@ def test_other_files_that_never_end(tmp_path: Path, name: str) -> None:
         open_source(model)
 
 
+@pytest.mark.slow
 def test_an_index_of_a_million_names(tmp_path: Path) -> None:
     model = save("llama", tmp_path / "model")
     (model / "model.safetensors").rename(model / "a.safetensors")

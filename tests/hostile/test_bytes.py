@@ -161,6 +161,7 @@ def problems_of(folder: Path) -> list[str]:
     return verify_checkpoint(folder).problems
 
 
+@pytest.mark.first(2)
 @pytest.mark.parametrize("kind", BACKENDS)
 def test_verify_sees_any_bit_of_any_file(kind: str, copy: Callable[[str], Path]) -> None:
     """Seeded places in every file, the manifest too; only the padding of JSON and of data files says nothing."""

@@ -228,6 +228,7 @@ assert found is not None and found.source
 """
 
 
+@pytest.mark.slow
 def test_four_processes_find_one_damaged_library(place: Path, kernels: bytes) -> None:
     put_whole(place, kernels[:-1])
     done = [subprocess.Popen([sys.executable, "-c", SHARED], stderr=subprocess.PIPE, text=True) for _ in range(4)]

@@ -253,6 +253,7 @@ def test_float16_that_overflows_is_not_tuned(overflowing: Path, text: str, tmp_p
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.first(1)
 @pytest.mark.parametrize("spec", ["wanda:2:4", "sparsegpt:2:4", "gblm:2:4", "magnitude:2:4"])
 def test_what_is_computed_in_float32_is_stored_as_it_was(spec: str, tmp_path: Path) -> None:
     half = build("llama").bfloat16()
@@ -275,6 +276,7 @@ def test_what_is_computed_in_float32_is_stored_as_it_was(spec: str, tmp_path: Pa
     assert "compute_dtype" not in other.manifest and "allow_nan" not in other.manifest
 
 
+@pytest.mark.slow
 def test_a_module_keeps_its_dtype(tmp_path: Path) -> None:
     net = build("llama").bfloat16()
     before = {name: tensor.clone() for name, tensor in net.state_dict().items()}

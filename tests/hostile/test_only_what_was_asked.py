@@ -48,6 +48,7 @@ def run(words: list[str], place: Path, **changed: str) -> subprocess.CompletedPr
 SCRIPT = "import sys\nfrom sparsify.__main__ import main\nsys.exit(main())\n"
 
 
+@pytest.mark.slow
 def test_a_process_that_we_start(planted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(planted)
     for words in ("", os.pathsep, f"{os.pathsep}/none", f"/none{os.pathsep}"):

@@ -108,6 +108,7 @@ def test_of_no_rows_there_is_nothing(layout: Layout, threads: int) -> None:
         torch.set_num_threads(before)
 
 
+@pytest.mark.first(4)
 @pytest.mark.parametrize("operator", OPERATORS, ids=str)
 def test_random_calls_are_products_or_are_refused(operator: Any) -> None:
     """A few of what `tools/fuzz_ops.py` does under sanitizers."""

@@ -136,6 +136,7 @@ def test_names_that_are_taken(site: Path) -> None:
         assert registered("sparsify.passes")["common"].value == "a_first:Thing"
 
 
+@pytest.mark.slow
 def test_a_quantizer_that_is_broken_leaves_transformers_alone(site: Path) -> None:
     install(site, "panics", BROKEN["panics"], "[sparsify.quantizers]\ntheirs = panics:Thing\n")
     code = "import sparsify, transformers.quantizers.auto as a; print('sparsify' in a.AUTO_QUANTIZER_MAPPING)"

@@ -309,6 +309,7 @@ class TestGguf:
         file.write_bytes(data)
         refused(file, "transformers does not read 'lamas'")
 
+    @pytest.mark.slow
     def test_any_byte(self, file: Path) -> None:
         generator = torch.Generator().manual_seed(0)
         data, header = file.read_bytes(), 1400

@@ -25,6 +25,7 @@ def said(out: Path) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 def test_it_goes_on(tmp_path: Path) -> None:
     deep("llama", 1).save_pretrained(tmp_path / "model")
     given: dict[str, Any] = {"model": tmp_path / "model", "calibration": IDS}

@@ -80,21 +80,25 @@ PASSES: dict[str, list[Any]] = {
 }
 
 
+@pytest.mark.first(3)
 @pytest.mark.parametrize("what", PASSES)
 def test_every_kind_of_pass(what: str, models: Callable[[str], Path], tmp_path: Path) -> None:
     goes_on(models("llama"), PASSES[what], tmp_path)
 
 
+@pytest.mark.first(1)
 @pytest.mark.parametrize("schedule", ["block", "dense"])
 def test_every_schedule(schedule: str, models: Callable[[str], Path], tmp_path: Path) -> None:
     goes_on(models("llama"), ["sparsegpt:2:4"], tmp_path, schedule=schedule)
 
 
+@pytest.mark.first(1)
 @pytest.mark.parametrize("family", ["mixtral", "gpt2", "opt"])
 def test_experts_and_biases(family: str, models: Callable[[str], Path], tmp_path: Path) -> None:
     goes_on(models(family), ["twin:2:4"], tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("to", ["packed:choice=smallest", "packed:choice=smallest,values=int8", "onnx", "cuda"])
 def test_every_target(to: str, models: Callable[[str], Path], tmp_path: Path) -> None:
     if to == "onnx":

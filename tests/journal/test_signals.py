@@ -58,6 +58,7 @@ print("\\n" + json.dumps([run(*words) for words in json.loads(sys.argv[1])]))
 """
 
 
+@pytest.mark.slow
 def test_a_signal_once_some_parts_are_finished(tmp_path: Path) -> None:
     deep("llama", 3).save_pretrained(tmp_path / "model")
     save_file({"input_ids": torch.arange(4096) % 57 + 3}, tmp_path / "ids.safetensors")

@@ -111,6 +111,7 @@ def official_heads(worth: list[Tensor], heads: int, group: str) -> Tensor:
     return combined.view(heads, -1).sum(1)
 
 
+@pytest.mark.first(4)
 @pytest.mark.parametrize("key_value", [6, 3])
 @pytest.mark.parametrize("group", GROUPS)
 def test_the_heads_that_go_are_those_of_the_official_code(group: str, key_value: int) -> None:
@@ -334,6 +335,7 @@ def narrow(place: Path) -> Path:
     return place
 
 
+@pytest.mark.slow
 def test_a_smaller_model_can_be_pruned_to_a_pattern(tmp_path: Path) -> None:
     """Whatever the widths were: what is left of them fits 2:4, unless another round is asked for."""
     model = narrow(tmp_path / "model")

@@ -154,6 +154,7 @@ def times(
     monkeypatch.setattr(Stopwatch, "race", race)
 
 
+@pytest.mark.first(3)
 @pytest.mark.parametrize("bias", [(True, False, True), (False, False, False)])
 @pytest.mark.parametrize("kind", GRAPHS)
 def test_siblings_are_joined_where_that_pays(
@@ -325,6 +326,7 @@ def test_as_the_last_pass_of_a_compile(tmp_path: Any) -> None:
         sparsify.compile(net, passes[::-1], calibration=[x])
 
 
+@pytest.mark.slow
 def test_a_language_model_lifted_by_torch_compile(monkeypatch: pytest.MonkeyPatch) -> None:
     model = sparsify.compile(build("llama"), ["magnitude:2:4"], calibration=[torch.ones(1, 4, dtype=torch.long)]).model
     ids = torch.randint(3, 60, (2, 16))

@@ -126,6 +126,7 @@ def test_wanda_keeps_as_much_as_was_said() -> None:
     assert float(kept / whole) == pytest.approx(said.after, rel=1e-4) and said.after > said.before + 0.01
 
 
+@pytest.mark.first(1)
 @pytest.mark.parametrize("spec", ["twin:2:4", "sparsegpt:2:4"])
 def test_passes_after_it_see_the_dense_model_in_its_new_order(spec: str, tmp_path: Path) -> None:
     """In one compile as in two."""
@@ -137,6 +138,7 @@ def test_passes_after_it_see_the_dense_model_in_its_new_order(spec: str, tmp_pat
     assert all(torch.equal(value, two[name]) for name, value in one.items())
 
 
+@pytest.mark.first(1)
 @pytest.mark.parametrize("schedule", ["layer", "block"])
 def test_refine_after_it(schedule: Any, tmp_path: Path) -> None:
     """Fits to the same block outputs: what was lost in one compile is what was lost against the dense model's."""
@@ -157,6 +159,7 @@ def test_refine_after_it(schedule: Any, tmp_path: Path) -> None:
     assert all(group["kept_before"] < group["kept_after"] for group in said["channels"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("to", ["packed:choice=smallest", pytest.param("onnx", marks=pytest.mark.slow)])
 def test_outputs_of_other_kinds(to: str, tmp_path: Path) -> None:
     dense = save("llama", tmp_path / "dense")

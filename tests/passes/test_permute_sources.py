@@ -158,6 +158,7 @@ def one_layer(model: Any) -> None:
     one_mlp(model)
 
 
+@pytest.mark.first(1)
 @pytest.mark.parametrize(("share", "groups"), [(gate_is_up, 4), (one_mlp, 3), (one_layer, 2)])
 def test_a_weight_that_is_read_twice_is_reordered_once(share: Callable[[Any], None], groups: int) -> None:
     model = build("llama")
@@ -190,6 +191,7 @@ def test_a_matrix_of_two_blocks_stays_and_is_listed() -> None:
     assert alike(families.run(model, inputs("llama")), families.run(result.model, inputs("llama")))
 
 
+@pytest.mark.first(1)
 @pytest.mark.parametrize(
     ("inner", "spec", "reason"),
     [

@@ -78,6 +78,7 @@ def test_schedules() -> None:
         sparsify.compile(chain, ["twin:2:4"], calibration=[x], schedule="dense")
 
 
+@pytest.mark.first(2)
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3"])
 def test_experts_are_fitted_by_the_tokens_that_both_models_send(family: str) -> None:
     model, batch = build(family), inputs(family, rows=16)

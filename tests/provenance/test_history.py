@@ -144,6 +144,7 @@ def test_a_date_that_is_none(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_the_command_of_the_card_makes_the_same(folder: Callable[[str], Path], tmp_path: Path) -> None:
     words = ["--pass", "llm-pruner:50%,importance=l1", "--pass", "wanda:2:4", "--only", "*proj", "--ignore", "*k_proj"]
     words += [

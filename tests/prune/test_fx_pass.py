@@ -99,6 +99,7 @@ def test_from_a_torch_compile_backend(x: Tensor) -> None:
     assert sum(follows(p) for _, p in seen["graph"].named_parameters()) == 2
 
 
+@pytest.mark.first(1)
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_a_language_model_from_a_torch_compile_backend(dynamic: bool) -> None:
     """Sizes that are left open come as numbers beside the tensors, as they do once a second shape was seen."""

@@ -77,6 +77,7 @@ def check(program: Program, spec: str, data: list[dict[str, Tensor]], schedule: 
     assert [(site.name, site.kept, site.error) for site in told] == [(s.name, s.kept, s.error) for s in said]
 
 
+@pytest.mark.first(12)
 @pytest.mark.parametrize(("family", "spec", "schedule"), CASES)
 def test_masks_are_the_cpus(family: str, spec: str, schedule: str) -> None:
     check(traced(family, False), spec, batches(family), schedule)
@@ -93,6 +94,7 @@ def test_every_family_by_products(family: str, spec: str, captured: Callable[[st
     check(captured(family), spec, [inputs(family, seed=seed) for seed in (1, 2)])
 
 
+@pytest.mark.first(4)
 @pytest.mark.parametrize("family", ["llama", "mixtral"])
 @pytest.mark.parametrize("limits", [{}, {"free": 0}, {"free": 30_000}, {"memory": 0}, {"memory": 3000}])
 def test_padding_and_whatever_the_memory(family: str, limits: dict[str, int]) -> None:
@@ -101,6 +103,7 @@ def test_padding_and_whatever_the_memory(family: str, limits: dict[str, int]) ->
         check(traced(family, True), spec, batches(family, masked=True), schedule, **limits)
 
 
+@pytest.mark.first(3)
 @pytest.mark.parametrize("spec", ["wanda:2:4", "twin:2:4,mask=wanda", "gblm:2:4"])
 @pytest.mark.parametrize("masked", [False, True])
 def test_no_batch_waits_for_the_gpu(spec: str, masked: bool) -> None:

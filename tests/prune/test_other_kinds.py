@@ -17,6 +17,7 @@ QUICK = ("whisper", "clip", "siglip", "marian", "falcon_h1", "hubert", "lfm2", "
 KINDS = [*QUICK, *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("rwkv", "tagger"))]
 
 
+@pytest.mark.first(4)
 @pytest.mark.parametrize("kind", KINDS)
 def test_masks_are_those_of_hooks(kind: str, tmp_path: Path) -> None:
     dense = save(kind, tmp_path / "dense")

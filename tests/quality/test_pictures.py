@@ -89,6 +89,7 @@ def test_top_1_and_top_5_are_those_of_the_slow_way(vit: Path, images: Path) -> N
     assert ranks(sparsify.evaluate(vit, images, batch_size=3), images) == ranks(found, images)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("to", ["hf", "packed:choice=smallest", "onnx"])
 def test_every_kind_of_folder(vit: Path, images: Path, tmp_path: Path, to: str) -> None:
     sparsify.compile(vit, "magnitude:2:4", output=tmp_path / "hf")
@@ -204,6 +205,7 @@ def test_broken_folders_of_pictures(vit: Path, tmp_path: Path, spoil: Callable[[
         sparsify.evaluate(vit, images)
 
 
+@pytest.mark.slow
 def test_what_is_no_data_for_a_classifier(vit: Path, images: Path, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("a hen")

@@ -164,6 +164,7 @@ def test_models_that_answer_nothing(
         sparsify.evaluate(tmp_path / "mute", tasks=quiz)
 
 
+@pytest.mark.slow
 def test_an_onnx_folder_writes_no_text(model: Path, quiz: Path, folder: Callable[[str], Path], tmp_path: Path) -> None:
     sparsify.compile(model, to="onnx", output=tmp_path / "onnx")
     writing = task(
@@ -194,6 +195,7 @@ def test_nothing_large_is_read_for_a_task_that_is_none(
         sparsify.evaluate(model, tasks=quiz)
 
 
+@pytest.mark.slow
 def test_at_the_command_line(model: Path, quiz: Path, tmp_path: Path) -> None:
     sparsify.compile(model, "magnitude:75%", output=tmp_path / "out")
     done = command("eval", model, tmp_path / "out", "--tasks", quiz)

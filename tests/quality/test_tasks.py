@@ -62,6 +62,7 @@ def test_accuracies_are_those_of_the_slow_way(model: Path, quiz: Path) -> None:
     assert samples(sparsify.evaluate(model, tasks=quiz, batch_size=1)) == slow
 
 
+@pytest.mark.slow
 def test_lm_eval_itself_says_the_same(model: Path, quiz: Path) -> None:
     import lm_eval
     import lm_eval.tasks
@@ -81,6 +82,7 @@ def test_lm_eval_itself_says_the_same(model: Path, quiz: Path) -> None:
             assert said[f"{metric}_stderr,none"] == pytest.approx(own.score("quiz", metric).standard_error, rel=1e-9)
 
 
+@pytest.mark.slow
 def test_a_packed_folder_answers_as_its_ordinary_one(model: Path, quiz: Path, tmp_path: Path) -> None:
     import lm_eval
     import lm_eval.tasks
@@ -119,6 +121,7 @@ def test_a_checkpoint_with_a_graph_beside_it_is_the_checkpoint(model: Path, quiz
         sparsify.evaluate(tmp_path / "both" / "model.onnx", tasks=quiz)
 
 
+@pytest.mark.slow
 def test_a_ragged_folder_answers(quiz: Path, tmp_path: Path) -> None:
     dense = speaker(tmp_path / "dense", num_hidden_layers=4)
     sparsify.compile(dense, "llm-pruner:25%,importance=l2,scope=global", output=tmp_path / "out")
@@ -324,6 +327,7 @@ def test_what_others_draw_is_left_alone_and_nothing_is_printed(
     assert [answers[0].count, answers[-1].count] == ["0/96", "96/96"]
 
 
+@pytest.mark.first(1)
 @pytest.mark.parametrize("to", ["hf", "onnx"])
 def test_questions_longer_than_the_context_are_told_of(quiz: Path, tmp_path: Path, to: str) -> None:
     """The end of the question is what is read then, as lm-eval does."""

@@ -100,6 +100,7 @@ def test_a_block_becomes_what_the_recipe_says(tmp_path: Path) -> None:
         assert torch.allclose(got[name], value, atol=2e-5), (name, float((got[name] - value).abs().max()))
 
 
+@pytest.mark.first(2)
 @pytest.mark.parametrize("spec", ["twin:2:4", "wanda:50%", "sparsegpt:2:4", "magnitude:50%"])
 def test_zeros_stay_and_what_is_in_no_block_is_identical(spec: str, tmp_path: Path) -> None:
     dense = save("llama", tmp_path / "dense")
@@ -129,6 +130,7 @@ def test_a_region_that_gains_nothing_is_as_it_was_to_the_bit(tmp_path: Path) -> 
     assert same_files(tmp_path / "pruned", tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_the_rate_is_the_best_of_a_ladder(tmp_path: Path) -> None:
     dense = save("llama", tmp_path / "dense")
     afters = {}
@@ -139,6 +141,7 @@ def test_the_rate_is_the_best_of_a_ladder(tmp_path: Path) -> None:
     assert (afters["auto"].after, afters["auto"].rate) == (best.after, best.rate)
 
 
+@pytest.mark.first(1)
 @pytest.mark.parametrize("spec", ["wanda:2:4", "wanda:70%"])
 def test_all_epochs_are_trained_at_the_largest_rate_that_gained_almost_as_much_as_the_best(
     spec: str, tmp_path: Path

@@ -196,6 +196,7 @@ def test_the_command(out: Path, tmp_path: Path) -> None:
     assert json.loads(done.stdout) == {"output": str(tmp_path / "report.html")}
 
 
+@pytest.mark.slow
 def test_folders_of_every_form(folder: Callable[[str], Path], tmp_path: Path) -> None:
     dense = folder("llama")
     made = {

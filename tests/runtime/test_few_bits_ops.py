@@ -201,6 +201,7 @@ class Layer(nn.Module):
         return torch.relu(got) + 1
 
 
+@pytest.mark.first(2)
 @EVERY
 @EACH
 def test_under_torchs_compilers(layout: str, bits: int) -> None:

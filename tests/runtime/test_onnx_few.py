@@ -45,6 +45,7 @@ def sizes(form: Form, rows: int, columns: int, group: int, exact: bool = False) 
     return {"in_features": columns, "out_features": rows} | own
 
 
+@pytest.mark.first(20)
 @pytest.mark.parametrize("isa", native.ISAS)
 @pytest.mark.parametrize(("given", "stored"), [PAIRS[1], PAIRS[3], PAIRS[4]])
 @pytest.mark.parametrize("form", FEW, ids=lambda form: form.suffix)

@@ -102,6 +102,7 @@ def test_the_folder_says_by_which_search_it_was_found(model: Path, text: Path, t
     assert str(found).startswith("<") and len(str(found)) < 400 and f"{found.sparsity:.2%} zeros" in str(found)
 
 
+@pytest.mark.slow
 def test_an_interrupted_search_goes_on(model: Path, text: Path, tmp_path: Path) -> None:
     whole = seek(model, text, output=tmp_path / "whole")
     out, told = tmp_path / "out", list[str]()
@@ -130,6 +131,7 @@ def test_an_interrupted_search_goes_on(model: Path, text: Path, tmp_path: Path) 
     assert len(list((tmp_path / "out.search").iterdir())) == 2
 
 
+@pytest.mark.slow
 def test_a_budget_that_nothing_meets(bundled: Path, tmp_path: Path) -> None:
     words: dict[str, Any] = {"data": "python-stdlib", "windows": 4, "sequence_length": 64}
     only = ["model.layers.0.mlp.gate_proj"]
@@ -152,6 +154,7 @@ def test_in_python_nothing_need_be_written(model: Path, text: Path, tmp_path: Pa
     assert zeros == pytest.approx(found.sparsity * found.weights, abs=1)
 
 
+@pytest.mark.slow
 def test_a_module_in_memory(text: Path, model: Path) -> None:
     from transformers import AutoModelForCausalLM
 

@@ -38,6 +38,7 @@ def measured(model: Path, text: Path, spec: str = "wanda:2:4", **words: Any) -> 
     return sparsify.sensitivity(model, spec, data=text, **words)
 
 
+@pytest.mark.first(4)
 @pytest.mark.parametrize("spec", ["wanda:2:4", "twin:2:4", "sparsegpt:50%", "magnitude:50%", "gblm:50%"])
 @pytest.mark.parametrize("measure", ["perplexity", "kl"])
 def test_a_part_costs_what_pruning_it_alone_costs(spec: str, measure: str, model: Path, text: Path) -> None:
@@ -99,6 +100,7 @@ def test_totals_ranks_and_what_is_saved(model: Path, text: Path) -> None:
     assert said.startswith("<sensitivity of llama to wanda:2:4") and len(said) < 500 and found.ignore_line in said
 
 
+@pytest.mark.slow
 def test_at_the_command_line(model: Path, text: Path, tmp_path: Path) -> None:
     words = ["sensitivity", model, "--pass", "wanda:2:4", "--data", text, "--windows", 4, "--samples", 4,
              "--sequence-length", 32]  # fmt: skip

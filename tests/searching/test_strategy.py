@@ -62,6 +62,7 @@ def test_percentages_are_within_the_budget_and_no_worse_than_all_alike(
         assert weights >= max(alike, default=0) * sum(sizes.values())
 
 
+@pytest.mark.first(1)
 @pytest.mark.parametrize("coupling", [0.0, 0.3])
 def test_percentages_are_near_the_best_of_a_full_sweep(coupling: float) -> None:
     kinds = {"qkv": (0.2, 5.0, 3), "o": (0.3, 4.0, 2), "up": (0.9, 6.0, 8), "down": (2.0, 7.0, 4)}

@@ -42,6 +42,7 @@ QUICK = ("whisper", "clip", "lfm2", "llava")
 KINDS = [*QUICK, *(pytest.param(kind, marks=pytest.mark.slow) for kind in SAYS if kind not in QUICK)]
 
 
+@pytest.mark.first(1)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_smaller_model_is_the_dense_one_with_zeros(kind: str, tmp_path: Path) -> None:
     dense, given = save(kind, tmp_path / "dense"), batch(kind)
@@ -78,6 +79,7 @@ def test_experts_beside_shared_ones_of_several_times_their_width(tmp_path: Path)
     assert_close(run(small, given), run(zeroed_model(tmp_path / "dense", result.structure[0]), given))
 
 
+@pytest.mark.slow
 @needs_type("minicpm_ocr_vision")
 def test_a_layer_beside_the_blocks_of_four_times_their_width(tmp_path: Path) -> None:
     """Four patches become one in a layer as much wider than the blocks', by the same field of the config."""

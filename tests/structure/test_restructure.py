@@ -24,6 +24,7 @@ QUICK = ("llama", "gpt2", "mixtral")
 SLOW = [pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES if f not in (*QUICK, *REFUSED)]
 
 
+@pytest.mark.first(1)
 @pytest.mark.parametrize("family", [*QUICK, *SLOW])
 def test_a_smaller_model_is_the_dense_one_with_zeros(
     family: str, folder: Callable[[str], Path], tmp_path: Path

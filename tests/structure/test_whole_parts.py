@@ -40,6 +40,7 @@ def five(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     return cache(made)
 
 
+@pytest.mark.first(1)
 @pytest.mark.parametrize("family", ENDS)
 def test_a_model_without_blocks(family: str, five: Callable[[str], Path], tmp_path: Path) -> None:
     dense = five(family)
@@ -64,6 +65,7 @@ def test_a_model_without_blocks(family: str, five: Callable[[str], Path], tmp_pa
         assert file.read_bytes() == (again / file.name).read_bytes()
 
 
+@pytest.mark.slow
 def test_the_least_important_block_goes(five: Callable[[str], Path], tmp_path: Path, ids: Tensor) -> None:
     model = load(five("llama"))
     with torch.no_grad():
@@ -79,6 +81,7 @@ def test_the_least_important_block_goes(five: Callable[[str], Path], tmp_path: P
     assert sparsify.compile(tmp_path / "weak", passes).structure[0].cuts[0].removed[0] >= 3
 
 
+@pytest.mark.slow
 def test_whole_experts(tmp_path: Path) -> None:
     """Of eight, with a bias at the router: experts that are never chosen are experts that are not there."""
     torch.manual_seed(0)

@@ -70,6 +70,7 @@ def test_tensors_of_several_parameters_and_of_heads_come_out_smaller(kind: str, 
     assert found["verdict"] == "right", found
 
 
+@pytest.mark.slow
 def test_what_depends_on_a_number_of_heads_says_where(tmp_path: Path) -> None:
     found = check("glm_moe_dsa", tmp_path, ("structural",))["structural"]
     assert found["verdict"] == "refused" and "mul by [0.25]" in found["reason"] and "indexer" in found["reason"], found

@@ -110,6 +110,7 @@ def faulty(tmp_path: Path, steps: str, limit: float = 60) -> Path:
     return root
 
 
+@pytest.mark.slow
 def test_steps_that_fail_kill_or_lose_the_gpu_cost_themselves_alone(tmp_path: Path) -> None:
     code, content, report = run(tmp_path, "--emulate", root=faulty(tmp_path, "good, bad, lost, dead, good"))
     steps = content["parts"]["faulty"]

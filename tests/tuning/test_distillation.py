@@ -127,6 +127,7 @@ def test_teachers_that_cannot_teach(models: Path, text: str, tmp_path: Path) -> 
     assert not out.exists() and not (tmp_path / "out.tuning").exists()
 
 
+@pytest.mark.slow
 def test_of_a_teacher_with_rows_of_padding_the_others_are_learnt(text: str, tmp_path: Path) -> None:
     """The same tokens in a wider head: as if the teacher had none of the further rows, whatever they say."""
     words = {"pad_token": "w0", "bos_token": "w1", "eos_token": "w2", "unk_token": "w3"}
@@ -193,6 +194,7 @@ def test_numbers_of_the_teacher_that_are_none_are_told(models: Path, tmp_path: P
         assert not out.exists()
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_the_same_teacher_data_and_model_alone(models: Path, text: str, tmp_path: Path) -> None:
     recipe, out = replace(QUICK, dropout=0.0, steps=6), tmp_path / "parts"
     whole = tune(models / "sparse", text, tmp_path / "whole", recipe, teacher=models / "dense")

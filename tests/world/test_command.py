@@ -35,6 +35,7 @@ def test_two_processes_write_what_one_does(tmp_path, one_thread):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "two"]
 
 
+@pytest.mark.slow
 def test_a_refusal_is_said_once(tmp_path):
     passes = ["--pass", "wanda:2:4", "--pass", "refine:batch=1"]
     done = process("compile", MODEL, *passes, *WORDS, "-o", tmp_path / "out", "--processes=2")

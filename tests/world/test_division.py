@@ -105,6 +105,7 @@ def beside_one_process(pruned, of):
             yield case, *torch.load(out / f"{number}.pt"), *alone(case)
 
 
+@pytest.mark.first(1)
 def test_masks_are_those_of_one_process_to_the_bit(pruned):
     for case, ours, told, theirs, said in beside_one_process(pruned, SAME):
         assert [name for name in theirs if not ours[name].equal(theirs[name])] == [], case

@@ -25,6 +25,7 @@ def said_by_each(more="pass", spec='"wanda:2:4"', words=""):
     return [error.strip().splitlines()[-1] for *_, error in done]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changed", "found"),
     [
@@ -55,6 +56,7 @@ with join() as world:
     assert "process 1 of 2" in first and "NaN or infinity in calibration batch 3" in first and "q_proj" in first
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "found"),
     [(signal.SIGKILL, "process 1 of 2"), pytest.param(signal.SIGSTOP, "not heard of", marks=pytest.mark.slow)],

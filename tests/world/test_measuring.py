@@ -67,6 +67,7 @@ def told(asked):
     return [json.loads(said) for _, said, _ in done]
 
 
+@pytest.mark.slow
 def test_every_process_has_the_figures_of_one(told, asked):
     ids = torch.randint(3, 60, (96, 16), generator=torch.Generator().manual_seed(3))
     alone = sparsify.evaluate(asked / "model", ids)

@@ -61,6 +61,7 @@ def test_a_folder_of_any_kind_against_the_dense_one(kind: str, made: Callable[[s
     assert draw_benchmark(result).startswith(b"\x89PNG") and json.dumps(result.as_dict())
 
 
+@pytest.mark.slow
 def test_two_folders_that_were_both_made(made: Callable[[str], Path]) -> None:
     """Of one model, pruned alike: the same tokens, in torch and in onnxruntime."""
     one, other = made("ONNX"), made("checkpoint")
@@ -80,6 +81,7 @@ def test_generation_is_what_a_slow_reader_generates(made: Callable[[str], Path])
         assert found.tokens.tolist() == expected[0, 3:].tolist() and found.seconds > 0, kind
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["packed", *(pytest.param(k, marks=pytest.mark.slow) for k in ("ragged", "ONNX"))])
 def test_loading_is_measured_of_every_kind(kind: str, made: Callable[[str], Path]) -> None:
     folder = made(kind)
@@ -140,6 +142,7 @@ def test_devices_that_are_not_there(made: Callable[[str], Path]) -> None:
         open_contender(made("ONNX"), torch.device("cuda"))
 
 
+@pytest.mark.slow
 def test_from_the_command_line(made: Callable[[str], Path], tmp_path: Path) -> None:
     folder = made("ragged")
     words = ("--prompt", 4, "--tokens", 2, "--rounds", 1, "-o", tmp_path)

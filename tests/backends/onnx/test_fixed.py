@@ -33,6 +33,7 @@ DECODER = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @needs_type("mimi_decoder")
 def test_what_runs_at_no_other_length_keeps_that_of_calibration(tmp_path: Path) -> None:
     torch.manual_seed(0)

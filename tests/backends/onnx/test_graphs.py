@@ -84,6 +84,7 @@ def test_a_symbolically_traced_module_needs_example_inputs(tmp_path: Path) -> No
     assert torch.allclose(run(tmp_path / "out", x), net(x), atol=1e-6)
 
 
+@pytest.mark.first(1)
 @pytest.mark.parametrize("weights", ["link", "external", "packed"])
 def test_a_plain_module_exports_with_its_weights_stored_each_way(weights: str, tmp_path: Path) -> None:
     net, x = Net(64), torch.randn(5, 8)
@@ -93,6 +94,7 @@ def test_a_plain_module_exports_with_its_weights_stored_each_way(weights: str, t
     assert torch.allclose(run(tmp_path / "out", x), net(x), atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_decoder_traced_edited_and_exported_still_generates(tmp_path: Path) -> None:
     model = shallow("llama")
     program = trace_onnx(model)

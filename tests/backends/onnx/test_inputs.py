@@ -26,6 +26,7 @@ def add_tokenizer(folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_segments_are_an_input_where_the_tokenizer_gives_them(tmp_path: Path) -> None:
     source = add_tokenizer(save_plain(NAME, tmp_path / "dense"))
     result = sparsify.compile(source, to="onnx", output=tmp_path / "out")
@@ -89,6 +90,7 @@ def test_of_a_model_with_images_the_graph_is_the_language_model_alone(tmp_path: 
     assert checked.behaviour.agreeing == checked.behaviour.tokens
 
 
+@pytest.mark.slow
 def test_what_there_is_of_every_token_is_as_long_as_the_text(tmp_path: Path) -> None:
     """Boxes on a page, given with the calibration data and named by no tokenizer."""
     config = hf.LayoutLMConfig(
@@ -108,6 +110,7 @@ def test_what_there_is_of_every_token_is_as_long_as_the_text(tmp_path: Path) -> 
     assert (checked := verify_onnx(tmp_path / "out")).sound, checked.problems
 
 
+@pytest.mark.slow
 def test_a_series_of_past_values_is_no_cache(tmp_path: Path) -> None:
     config = hf.PatchTSTConfig(
         num_input_channels=2, context_length=16, patch_length=4, patch_stride=4, num_hidden_layers=1, d_model=16,
@@ -121,6 +124,7 @@ def test_a_series_of_past_values_is_no_cache(tmp_path: Path) -> None:
     assert checked.sound and checked.behaviour is not None, checked.problems
 
 
+@pytest.mark.slow
 def test_outputs_in_a_tuple_are_outputs(tmp_path: Path) -> None:
     """The three readings of MGP-STR, which are all that it gives."""
     config = hf.MgpstrConfig(

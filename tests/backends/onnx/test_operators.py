@@ -41,6 +41,7 @@ def check(function: Callable[..., Tensor], folder: Path, *given: Tensor, opset: 
     return ir.load(folder / "model.onnx").graph
 
 
+@pytest.mark.first(1)
 @pytest.mark.parametrize("opset", [20, 23])
 def test_what_is_nearly_zero_or_one_stays(opset: int, tmp_path: Path) -> None:
     """Helium's norm adds 1e-8, without which padding divides zero by zero."""
@@ -97,6 +98,7 @@ def test_a_mask_of_one_row_for_all_queries(opset: int, tmp_path: Path) -> None:
     check(attend, tmp_path / "out", torch.randn(3, 2, 7, 4), mask, opset=opset)
 
 
+@pytest.mark.first(1)
 @pytest.mark.parametrize("opset", [18, 23])
 @pytest.mark.parametrize("pool", [nn.functional.max_pool2d, nn.functional.avg_pool2d])
 def test_zeros_around_what_is_pooled_stay(pool: Callable[..., Tensor], opset: int, tmp_path: Path) -> None:

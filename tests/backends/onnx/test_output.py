@@ -127,6 +127,7 @@ def test_perplexity_of_stories_equals_torchs(stories: Path, tmp_path: Path) -> N
     assert abs(perplexity(tmp_path / "out", windows) / want - 1) < 1e-4
 
 
+@pytest.mark.slow
 def test_a_bfloat16_checkpoint_runs_on_a_cpu_at_its_own_size(tmp_path: Path) -> None:
     model = shallow("llama").to(torch.bfloat16)
     model.save_pretrained(tmp_path / "dense")
@@ -140,6 +141,7 @@ def test_a_bfloat16_checkpoint_runs_on_a_cpu_at_its_own_size(tmp_path: Path) -> 
     assert small < 0.55 * sum(t.numel() * 4 for t in model.state_dict().values()) + 4000
 
 
+@pytest.mark.slow
 def test_a_sharded_checkpoint_is_linked_shard_by_shard(tmp_path: Path) -> None:
     model = shallow("gpt2")
     model.save_pretrained(tmp_path / "dense", max_shard_size="20KB")

@@ -110,6 +110,7 @@ class Layers(torch.nn.Module):
         return y + self.odd(x[:, :20])
 
 
+@pytest.mark.first(1)
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_onnxruntime_unpacks_to_the_same_bits_and_outputs(dtype: Dtype, tmp_path: Path) -> None:
     net, kind = Layers(), getattr(torch, dtype)

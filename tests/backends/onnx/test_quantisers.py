@@ -85,6 +85,7 @@ def test_tables_that_a_head_shares_are_not_turned_under_its_feet(
     assert operators(whole)["DequantizeLinear"] and distance(source, whole) < 0.3
 
 
+@pytest.mark.first(1)
 @pytest.mark.parametrize("to", ["onnx", FOR_QUANTISERS])
 def test_int4(to: str, written: Callable[[str, str], Path], tmp_path: Path) -> None:
     source = written("llama", to) / "model.onnx"
@@ -110,6 +111,7 @@ def test_products_of_two_dimensions_are_found_too(tmp_path: Path) -> None:
     assert operators(to_int8(source, tmp_path / "int8.onnx"))["MatMulInteger"] == 8
 
 
+@pytest.mark.slow
 def test_weights_that_lie_turned_are_found_too(written: Callable[[str, str], Path], tmp_path: Path) -> None:
     """GPT-2's Conv1D."""
     source = written("gpt2", FOR_QUANTISERS) / "model.onnx"

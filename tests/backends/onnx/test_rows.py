@@ -29,6 +29,7 @@ SLOW = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "opset"), QUICK + [pytest.param(*case, marks=pytest.mark.slow) for case in SLOW])
 def test_a_plain_graph_equals_torch_on_any_number_of_rows(name: str, opset: int, tmp_path: Path) -> None:
     sparsify.compile(save_plain(name, tmp_path / "dense"), to=ONNX(opset=opset), output=tmp_path / "out")
@@ -54,6 +55,7 @@ def test_other_families_at_other_opsets(family: str, opset: int, folder: Callabl
         assert (torch.from_numpy(got) - run(load(folder(family)), batch)).abs().max() <= 5e-6
 
 
+@pytest.mark.slow
 def test_a_classifier_without_a_padding_token_takes_one_row_and_says_so(tmp_path: Path) -> None:
     """transformers refuses more rows: it could not tell where each ends."""
     ids = [torch.randint(3, 60, (1, 8))]

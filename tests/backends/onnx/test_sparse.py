@@ -85,6 +85,7 @@ def test_a_decoder_gives_the_tokens_and_logits_of_transformers(
             assert known[node.output[0]][1] == next(a.i for a in node.attribute if a.name == "out_features")
 
 
+@pytest.mark.slow
 def test_verify_knows_it_and_expand_makes_it_dense(written: Callable[[str, str], Path], tmp_path: Path) -> None:
     for family in ("llama", "gpt2", "mixtral", "gpt_oss"):
         folder = written(family, SPARSE)

@@ -40,6 +40,7 @@ def asked(folder: Path) -> str | None:
     return config["model"]["decoder"]["session_options"].get("custom_ops_library")  # type: ignore[no-any-return]
 
 
+@pytest.mark.first(2)
 @pytest.mark.parametrize(
     ("family", "passes", "options", "expected"),
     [
@@ -125,6 +126,7 @@ def test_a_library_that_cannot_be_made_is_said_and_the_folder_written(
     assert asked(tmp_path / "out") is None and not (tmp_path / "out" / FILE).exists()
 
 
+@pytest.mark.slow
 def test_a_folder_without_safetensors_is_a_model_to_every_command(
     written: Callable[[str, str], Path], tmp_path: Path
 ) -> None:

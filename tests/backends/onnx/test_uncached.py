@@ -35,6 +35,7 @@ def test_a_graph_without_a_cache_gives_the_same_texts(written: Callable[[str, st
     assert (checked := verify_onnx(folder)).sound, checked.problems
 
 
+@pytest.mark.slow
 def test_encoders_do_not_generate_for_all_that(tmp_path: Path) -> None:
     from support.plain_models import save_plain
 
@@ -45,6 +46,7 @@ def test_encoders_do_not_generate_for_all_that(tmp_path: Path) -> None:
         Runner(tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_a_graph_is_traced_without_a_cache(tmp_path: Path) -> None:
     model = shallow("llama")
     traced = trace_onnx(model, cache="none")

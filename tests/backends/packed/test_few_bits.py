@@ -73,6 +73,7 @@ ROUNDED = [
 ]
 
 
+@pytest.mark.first(2)
 @pytest.mark.parametrize(("passes", "layouts"), ROUNDED)
 def test_what_was_rounded_is_stored_as_integers_to_the_bit(
     passes: list[str], layouts: set[Any], tmp_path: Path
@@ -92,6 +93,7 @@ def test_what_was_rounded_is_stored_as_integers_to_the_bit(
     assert torch.equal(run(again, batch), run(packed, batch)) and kinds(tmp_path / "again") == layouts
 
 
+@pytest.mark.slow
 def test_rounding_in_an_earlier_run_and_in_a_joint_sweep_is_meant_too(tmp_path: Path) -> None:
     dense, ids = wide(tmp_path / "dense"), [torch.randint(0, 64, (2, 32))]
     sparsify.compile(dense, ["magnitude:2:4", f"round:int8,{NEAREST}"], output=tmp_path / "hf")
@@ -101,6 +103,7 @@ def test_rounding_in_an_earlier_run_and_in_a_joint_sweep_is_meant_too(tmp_path: 
     assert kinds(tmp_path / "joint") == {("packed24", 4, None)}
 
 
+@pytest.mark.slow
 def test_a_grid_that_no_pass_made_is_said_and_kept_at_full_width(tmp_path: Path) -> None:
     """Who only packs gets the products of before, which round no activations."""
     dense = wide(tmp_path / "dense")
@@ -116,6 +119,7 @@ def test_a_grid_that_no_pass_made_is_said_and_kept_at_full_width(tmp_path: Path)
         assert torch.equal(load(tmp_path / "back").state_dict()[name], tensor), name
 
 
+@pytest.mark.first(2)
 @pytest.mark.parametrize("family", ["gpt2", "mixtral", "gpt_oss"])
 @pytest.mark.parametrize("to", ["values=int8", "values=int4,group=32,layout=dense", "values=int4,layout=bitmask"])
 def test_stacks_of_experts_and_transposed_weights(family: str, to: str, tmp_path: Path) -> None:
@@ -152,6 +156,7 @@ def test_rounded_on_the_way_and_said_so(tmp_path: Path) -> None:
     assert torch.equal(made.weight("lm_head.weight"), plain.weight("lm_head.weight"))
 
 
+@pytest.mark.slow
 def test_what_lies_on_a_grid_is_not_rounded_again(tmp_path: Path) -> None:
     dense = wide(tmp_path / "dense")
     rounded = ["magnitude:2:4", f"round:int4,group=32,{NEAREST}"]
@@ -175,6 +180,7 @@ def test_what_lies_on_a_grid_is_not_rounded_again(tmp_path: Path) -> None:
     assert "activations" not in quantization(tmp_path / "full")
 
 
+@pytest.mark.slow
 def test_a_grid_that_no_layout_has_is_named(tmp_path: Path) -> None:
     dense = wide(tmp_path / "dense")
     specs = ["magnitude:2:4", f"round:int8,symmetric=false,{NEAREST}"]
@@ -201,6 +207,7 @@ def test_eval_judges_what_is_written(tmp_path: Path) -> None:
     assert "evaluation" not in json.loads((tmp_path / "saved" / "sparsify.json").read_text())
 
 
+@pytest.mark.slow
 def test_dtypes_state_dicts_and_compile(tmp_path: Path) -> None:
     dense = wide(tmp_path / "dense")
     to = f"{SMALLEST},values=int4,activations=float"
@@ -300,6 +307,7 @@ def test_nothing_to_round_is_no_end(tmp_path: Path) -> None:
     assert "dense int8" in page and "Not packed: None" not in page
 
 
+@pytest.mark.slow
 def test_from_the_command_line(tmp_path: Path) -> None:
     dense, out = wide(tmp_path / "dense"), tmp_path / "packed"
     done = command("compile", dense, "--pass", "magnitude:2:4", "--to", f"{SMALLEST},values=int4,group=64", "-o", out)

@@ -35,6 +35,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return write_both("llama", tmp_path_factory.mktemp("llama"))
 
 
+@pytest.mark.first(3)
 @pytest.mark.parametrize("spec", ["magnitude:2:4", "magnitude:60%"])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral", "gpt_oss"])
 def test_a_packed_model_is_the_pruned_model(family: str, spec: str, tmp_path: Path) -> None:
@@ -53,6 +54,7 @@ def test_a_packed_model_is_the_pruned_model(family: str, spec: str, tmp_path: Pa
     assert "quantization_config" not in json.loads((tmp_path / "back" / "config.json").read_text())
 
 
+@pytest.mark.slow
 def test_generation_caches_batches_and_compile(llama: tuple[Path, Path]) -> None:
     dense, packed = (load(folder) for folder in llama)
     ids = torch.randint(3, 60, (3, 9), generator=torch.Generator().manual_seed(0))
@@ -219,6 +221,7 @@ def test_a_module_in_memory_is_packed_too(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_from_the_command_line(bundled: Path, tmp_path: Path) -> None:
     out = tmp_path / "packed"
     drawn = ("--calibration", "python-stdlib", "--samples", 4, "--sequence-length", 64)

@@ -73,6 +73,7 @@ def refuses(sound: tuple[Path, str], tmp_path: Path, change: Change, *says: str)
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.first(2)
 def test_a_newer_format(sound: tuple[Path, str], tmp_path: Path) -> None:
     def change(tensors: dict[str, torch.Tensor], config: dict[str, Any], codes: str) -> None:
         config["quantization_config"] |= {"format": 3, "something": "new"}
@@ -129,6 +130,7 @@ def test_a_truncated_file(sound: tuple[Path, str], tmp_path: Path, cut: int) -> 
         transformers.LlamaForCausalLM.from_pretrained(folder)
 
 
+@pytest.mark.first(1)
 def test_scales_that_are_no_numbers(few: tuple[Path, str], tmp_path: Path) -> None:
     def change(tensors: dict[str, torch.Tensor], config: dict[str, Any], values: str) -> None:
         tensors[UP][1, -1] = float("inf")

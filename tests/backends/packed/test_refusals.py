@@ -44,6 +44,7 @@ def test_a_weight_that_two_layers_hold_stays_dense() -> None:
     assert found["one.weight"] == "shared with other.weight" and "shared" not in (found["own.weight"] or "")
 
 
+@pytest.mark.slow
 def test_folders_that_transformers_does_not_load(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="transformers refuses it"):
         load_model(tmp_path)

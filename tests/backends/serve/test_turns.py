@@ -45,6 +45,7 @@ def answer(held: Held, body: dict[str, Any], kind: type[Completions | Chat] = Co
     return dict(json.loads(response.body))
 
 
+@pytest.mark.first(2)
 @pytest.mark.parametrize("kind", KINDS)
 def test_folders_of_every_kind(kind: str, dense: Path, tmp_path: Path) -> None:
     spec, to = KINDS[kind]

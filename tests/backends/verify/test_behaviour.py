@@ -37,6 +37,7 @@ def edit(folder: Path, change: Callable[[onnx.GraphProto], object]) -> None:
     (folder / "model.onnx").write_bytes(model.SerializeToString())
 
 
+@pytest.mark.slow
 def test_a_graph_that_holds_one_row_is_no_sound_one(copied: Path) -> None:
     assert verify_onnx(copied).sound
 
@@ -74,6 +75,7 @@ def test_a_graph_that_does_not_run_fails(copied: Path) -> None:
     assert not found.sound and any("outputs: not compared" in line for line in found.problems), found.problems
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("off", [False, True])
 def test_rounding_that_a_model_makes_much_of_is_no_fault(off: bool, tmp_path: Path) -> None:
     """Its logits are a million times the sum of what a norm made to sum to nothing; a shifted one is still wrong."""

@@ -169,6 +169,7 @@ class FakeClock:
         return self.time(name, tokens)
 
 
+@pytest.mark.slow
 def test_what_is_raced_and_what_is_made_of_it() -> None:
     dense = pruned_24(64, 2048, torch.bfloat16)
     packed = pack(dense, "packed24")

@@ -85,6 +85,7 @@ CASES = [
 SHAPES = (((16, 256), (1, 7, 16)), ((7, 64), (3, 9, 33)), ((100, 840), (2, 16, 70)), ((36, 2048), (5,)))
 
 
+@pytest.mark.first(6)
 @pytest.mark.parametrize(("variant", "dtype"), CASES, ids=lambda v: getattr(v, "name", str(v)))
 def test_against_float64_on_ragged_shapes(variant: Variant, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
@@ -180,6 +181,7 @@ def each(quick: tuple[tuple[int, int], torch.dtype]) -> list[Any]:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("capability", "dtype"), each(((9, 0), torch.bfloat16)))
 def test_what_nvcc_makes_of_it(tmp_path: Path, capability: tuple[int, int], dtype: torch.dtype) -> None:
     nvcc, name = shutil.which("nvcc"), f"sm_{capability[0]}{capability[1]}"
@@ -194,6 +196,7 @@ def test_what_nvcc_makes_of_it(tmp_path: Path, capability: tuple[int, int], dtyp
     check_machine_code(tmp_path / "k.cubin", capability)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("capability", "dtype"), each(((8, 0), torch.float16)))
 def test_what_nvrtc_makes_of_it(
     tmp_path: Path, capability: tuple[int, int], dtype: torch.dtype, compiler: nvrtc.NVRTC
@@ -204,6 +207,7 @@ def test_what_nvrtc_makes_of_it(
     check_machine_code(tmp_path / "k.cubin", capability)
 
 
+@pytest.mark.slow
 def test_a_gpu_that_nvrtc_does_not_know_gets_ptx(compiler: nvrtc.NVRTC) -> None:
     code = compiler.compile(torch.bfloat16, (99, 0))
     assert b".target" in code and b"mma.sp::ordered_metadata" in code

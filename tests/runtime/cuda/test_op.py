@@ -182,6 +182,7 @@ def test_fake_cuda_tensors_go_through_export() -> None:
     assert len(calls) == 2 and all(node.meta["val"].device.type == "cuda" for node in calls)
 
 
+@pytest.mark.slow
 def test_triton_kernels_under_its_interpreter() -> None:
     pytest.importorskip("triton")
     code = """
