@@ -76,6 +76,7 @@ def eager(model: Any, batches: list[dict[str, Tensor]], names: list[str]) -> dic
     return sums
 
 
+@pytest.mark.first(5)
 @pytest.mark.slow
 @pytest.mark.parametrize("family", LOSSES)
 def test_gradients_equal_autograd_on_the_whole_model(family: str) -> None:

@@ -135,6 +135,7 @@ def test_debug_shows_the_traceback() -> None:
     assert done.returncode == 1 and "Traceback" in done.stderr and "CheckpointError" in done.stderr
 
 
+@pytest.mark.first(1)
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "how", [signal.SIGINT, *(pytest.param(how, marks=pytest.mark.slow) for how in (signal.SIGTERM, signal.SIGKILL))]

@@ -163,6 +163,7 @@ def cpu_seconds(*words: str) -> float:
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
+@pytest.mark.first(6)
 @pytest.mark.slow
 @pytest.mark.parametrize("command", ["", *sorted(registered("sparsify.commands"))])
 def test_help_takes_little_time(command: str) -> None:

@@ -45,6 +45,7 @@ def test_positions_that_are_a_formula(tmp_path: Path) -> None:
         assert torch.allclose(made.model(**batch(), use_cache=False).logits, wanted, atol=1e-6)
 
 
+@pytest.mark.first(1)
 @pytest.mark.slow
 @pytest.mark.parametrize("to", ["packed:choice=smallest", pytest.param("onnx", marks=pytest.mark.slow)])
 def test_the_formula_reaches_every_output(to: str, tmp_path: Path) -> None:

@@ -84,7 +84,7 @@ def test_a_signal_once_some_parts_are_finished(tmp_path: Path) -> None:
         assert sorted(path.name for path in place.iterdir()) == ["out", "out.said"]
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_kills_at_random_moments() -> None:
     """A few; `python tools/kills --resume 20` has more."""
     environment: dict[str, Any] = {**os.environ, "HF_HUB_OFFLINE": "1"}

@@ -75,18 +75,21 @@ def test_the_function_is_the_same(family: str) -> None:
     check(shaken(build(family)), inputs(family, rows=4), families.run)
 
 
+@pytest.mark.first(6)
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_function_is_the_same_in_every_family(family: str) -> None:
     check(shaken(build(family)), inputs(family, rows=4), families.run)
 
 
+@pytest.mark.first(3)
 @pytest.mark.slow
 @pytest.mark.parametrize("family", RECURRENT)
 def test_the_function_is_the_same_where_layers_loop(family: str) -> None:
     check(shaken(recurrent(family)), inputs("llama"), families.run)
 
 
+@pytest.mark.first(2)
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "kind", ["whisper", "clip", "lfm2", "qwen2_vl", "wav2vec2", "informer", "deberta", "falcon_h1"]
@@ -159,6 +162,7 @@ def test_refine_after_it(schedule: Any, tmp_path: Path) -> None:
     assert all(group["kept_before"] < group["kept_after"] for group in said["channels"])
 
 
+@pytest.mark.first(1)
 @pytest.mark.slow
 @pytest.mark.parametrize("to", ["packed:choice=smallest", pytest.param("onnx", marks=pytest.mark.slow)])
 def test_outputs_of_other_kinds(to: str, tmp_path: Path) -> None:

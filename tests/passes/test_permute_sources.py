@@ -67,6 +67,7 @@ def opt(width: int, heads: int, shared: int, inner: int, experts: int) -> Any:
                      max_position_embeddings=64, word_embed_proj_dim=width))  # fmt: skip
 
 
+@pytest.mark.first(1)
 @pytest.mark.slow
 @pytest.mark.parametrize("make", [llama, mixtral, gpt2, opt])
 def test_the_function_is_the_same_at_any_shape(make: Callable[..., Any]) -> None:
@@ -114,6 +115,7 @@ FORMS = [
 ]
 
 
+@pytest.mark.first(2)
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_a_quantized_source_is_its_dense_weights_in_another_order(form: Any, dtype: str, tmp_path: Path) -> None:

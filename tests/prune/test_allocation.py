@@ -25,6 +25,7 @@ def zeros(result: sparsify.Compiled) -> tuple[int, int]:
     return sum(int((w == 0).sum()) for w in weights), sum(w.numel() for w in weights)
 
 
+@pytest.mark.first(6)
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "mixtral", "gpt2"])
 @pytest.mark.parametrize(

@@ -89,6 +89,7 @@ def test_top_1_and_top_5_are_those_of_the_slow_way(vit: Path, images: Path) -> N
     assert ranks(sparsify.evaluate(vit, images, batch_size=3), images) == ranks(found, images)
 
 
+@pytest.mark.first(1)
 @pytest.mark.slow
 @pytest.mark.parametrize("to", ["hf", "packed:choice=smallest", "onnx"])
 def test_every_kind_of_folder(vit: Path, images: Path, tmp_path: Path, to: str) -> None:

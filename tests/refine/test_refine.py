@@ -303,6 +303,7 @@ def test_a_loss_that_is_no_number_names_the_block(tmp_path: Path) -> None:
         compiled(tmp_path / "dense", tmp_path / "out", "magnitude:2:4", "refine:epochs=1,rate=0.9")
 
 
+@pytest.mark.first(5)
 @pytest.mark.parametrize(
     "family", [f if f in ("gpt2", "qwen3_moe") else pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES]
 )

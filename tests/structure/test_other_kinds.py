@@ -57,6 +57,7 @@ def test_a_smaller_model_is_the_dense_one_with_zeros(kind: str, tmp_path: Path) 
         assert after.vision_config.intermediate_size == before["vision_config"]["intermediate_size"]
 
 
+@pytest.mark.first(1)
 @pytest.mark.parametrize(
     "kind", [pytest.param(kind, marks=pytest.mark.slow) for kind in ("whisper", "marian", "classifier")]
 )

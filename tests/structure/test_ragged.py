@@ -34,6 +34,7 @@ def check(dense: Path, out: Path, family: str, passes: list[str], **options: obj
     return result
 
 
+@pytest.mark.first(3)
 @pytest.mark.parametrize("family", ["llama", "bloom", "gpt2", *SLOW])
 def test_a_block_that_stays_whole(family: str, folder: Callable[[str], Path], tmp_path: Path) -> None:
     dense = folder(family)

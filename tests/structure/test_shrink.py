@@ -34,6 +34,7 @@ def test_what_cannot_be_removed_is_refused() -> None:
     assert run(shrink(program, dimensions, {}), {"0": torch.ones(2, 3, 6)}).shape == (2, 3, 5)
 
 
+@pytest.mark.first(5)
 @pytest.mark.parametrize(
     "name", [*QUICK, *(pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES if f not in QUICK)]
 )

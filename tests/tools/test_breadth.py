@@ -45,6 +45,7 @@ def test_each_refusal_has_its_reason_and_nothing_is_wrong_in_silence() -> None:
             assert step["verdict"] == "right" or step["reason"], kind
 
 
+@pytest.mark.first(14)
 @pytest.mark.parametrize("kind", [*QUICK, *(pytest.param(k, marks=pytest.mark.slow) for k in SLOW)])
 def test_a_type_comes_out_as_the_table_says(kind: str, tmp_path: Path) -> None:
     found = check(kind, tmp_path, HF)

@@ -39,7 +39,7 @@ def test_the_call_is_short_enough_and_needs_a_gpu() -> None:
     assert done.returncode == 2 and "take some of first,checks,shapes,decode,pruning,counters" in done.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_all_of_it_emulated(tmp_path: Path) -> None:
     code, content, report = run(tmp_path, "--emulate")
     failures = {(p, n): s["failed"] for p, steps in content["parts"].items() for n, s in steps.items() if "failed" in s}

@@ -35,6 +35,7 @@ def measure(data: tuple[Source, Tensor, Tensor], spec: str, schedule: str = "lay
     return perplexity(Source("pruned", source.module, result.program.weights), windows)
 
 
+@pytest.mark.first(2)
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("spec", "bar"),

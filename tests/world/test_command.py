@@ -57,6 +57,7 @@ def test_one_process_is_no_number_of_them(tmp_path):
     assert done.returncode == 2 and "--processes" in done.stderr
 
 
+@pytest.mark.first(1)
 @pytest.mark.slow
 @pytest.mark.parametrize("spec", ["sparsegpt:2:4", "wanda:2:4"])
 def test_a_killed_job_goes_on_to_the_same_bytes(spec, tmp_path, one_thread):

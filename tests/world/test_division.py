@@ -75,7 +75,7 @@ with join() as world:
     scope="module",
     params=[
         (2, QUICK),
-        pytest.param((2, [case for case in SAME + NEAR + TRAINED if case not in QUICK]), marks=pytest.mark.slow),
+        pytest.param((2, [case for case in SAME + NEAR + TRAINED if case not in QUICK]), marks=pytest.mark.exhaustive),
         pytest.param((4, SAME + NEAR + TRAINED), marks=pytest.mark.slow),
     ],
     ids=["two", "two-more", "four"],
@@ -105,7 +105,6 @@ def beside_one_process(pruned, of):
             yield case, *torch.load(out / f"{number}.pt"), *alone(case)
 
 
-@pytest.mark.first(1)
 def test_masks_are_those_of_one_process_to_the_bit(pruned):
     for case, ours, told, theirs, said in beside_one_process(pruned, SAME):
         assert [name for name in theirs if not ours[name].equal(theirs[name])] == [], case

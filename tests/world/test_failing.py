@@ -25,6 +25,7 @@ def said_by_each(more="pass", spec='"wanda:2:4"', words=""):
     return [error.strip().splitlines()[-1] for *_, error in done]
 
 
+@pytest.mark.first(2)
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("changed", "found"),
@@ -56,6 +57,7 @@ with join() as world:
     assert "process 1 of 2" in first and "NaN or infinity in calibration batch 3" in first and "q_proj" in first
 
 
+@pytest.mark.first(1)
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "found"),

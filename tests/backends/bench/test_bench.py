@@ -81,6 +81,7 @@ def test_generation_is_what_a_slow_reader_generates(made: Callable[[str], Path])
         assert found.tokens.tolist() == expected[0, 3:].tolist() and found.seconds > 0, kind
 
 
+@pytest.mark.first(1)
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["packed", *(pytest.param(k, marks=pytest.mark.slow) for k in ("ragged", "ONNX"))])
 def test_loading_is_measured_of_every_kind(kind: str, made: Callable[[str], Path]) -> None:

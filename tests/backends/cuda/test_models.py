@@ -86,6 +86,7 @@ def close(one: torch.Tensor, other: torch.Tensor) -> None:
     torch.testing.assert_close(one, other, rtol=0.05, atol=0.03)
 
 
+@pytest.mark.first(4)
 @pytest.mark.parametrize("family", [*WIDE, *(pytest.param(f, marks=pytest.mark.slow) for f in MORE)])
 def test_a_prepared_model_is_the_pruned_model(family: str, tmp_path: Path) -> None:
     hf, folder = write(family, tmp_path)

@@ -25,6 +25,7 @@ QUICK = [("llama", 23), ("gpt2", 20), ("mamba", 23)]
 SLOW = [*((f, 23) for f in DECODERS if (f, 23) not in QUICK), ("llama", 20), ("mixtral", 20)]
 
 
+@pytest.mark.first(4)
 @pytest.mark.parametrize(("family", "opset"), QUICK + [pytest.param(*case, marks=pytest.mark.slow) for case in SLOW])
 def test_a_decoder_gives_the_tokens_and_logits_of_transformers(
     family: str, opset: int, written: Callable[[str, str], Path]
@@ -58,6 +59,7 @@ def test_a_decoder_gives_the_tokens_and_logits_of_transformers(
     assert {n.domain for n in graph.all_nodes()} == {""}
 
 
+@pytest.mark.first(1)
 @pytest.mark.parametrize(
     "family",
     [
@@ -81,6 +83,7 @@ def test_other_models_are_plain_graphs_with_a_dynamic_batch(
         assert np.abs(got - run(build(family), batch).numpy()).max() <= 2e-6
 
 
+@pytest.mark.first(1)
 @pytest.mark.slow
 @pytest.mark.parametrize("opset", [18, 24])
 def test_the_oldest_and_newest_opsets(opset: int, tmp_path: Path) -> None:

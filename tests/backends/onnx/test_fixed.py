@@ -46,6 +46,7 @@ def test_what_runs_at_no_other_length_keeps_that_of_calibration(tmp_path: Path) 
     assert checked.sound and checked.behaviour is not None, checked.problems
 
 
+@pytest.mark.first(1)
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["qwen2.5", "kimi"])
 def test_a_graph_is_made_for_one_grid(name: str, tmp_path: Path) -> None:

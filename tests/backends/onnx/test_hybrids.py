@@ -20,6 +20,7 @@ from sparsify.errors import BackendError
 HYBRIDS = ["bamba", "falcon_h1", "jamba", "kimi_linear", "nemotron_h", "olmo_hybrid", "qwen3_5", "qwen3_next", "zamba"]
 
 
+@pytest.mark.first(2)
 @pytest.mark.slow
 @pytest.mark.parametrize("family", HYBRIDS)
 def test_a_hybrid_gives_the_tokens_and_logits_of_transformers(family: str, tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ SLOW = [
 ]
 
 
+@pytest.mark.first(6)
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "opset"), QUICK + [pytest.param(*case, marks=pytest.mark.slow) for case in SLOW])
 def test_a_plain_graph_equals_torch_on_any_number_of_rows(name: str, opset: int, tmp_path: Path) -> None:
@@ -41,6 +42,7 @@ def test_a_plain_graph_equals_torch_on_any_number_of_rows(name: str, opset: int,
     assert (checked := verify_onnx(tmp_path / "out")).sound, checked.problems
 
 
+@pytest.mark.first(1)
 @pytest.mark.slow
 @pytest.mark.parametrize(("family", "opset"), [("bert", 18), ("convnext", 20), ("t5", 18), ("vit", 24)])
 def test_other_families_at_other_opsets(family: str, opset: int, folder: Callable[[str], Path], tmp_path: Path) -> None:

@@ -49,6 +49,7 @@ def without_library(file: Path) -> Any:
     return ort.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
 
 
+@pytest.mark.first(3)
 @pytest.mark.parametrize(
     "family",
     [

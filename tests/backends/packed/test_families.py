@@ -13,6 +13,7 @@ from support.folders import load, same_files, write_both
 from sparsify.backends.packed.unpack import unpack_folder
 
 
+@pytest.mark.first(6)
 @pytest.mark.slow
 @pytest.mark.parametrize(("family", "spec"), list(zip(FAMILIES, cycle(["magnitude:2:4", "magnitude:60%"]))))
 def test_a_packed_model_gives_the_pruned_models_outputs(family: str, spec: str, tmp_path: Path) -> None:

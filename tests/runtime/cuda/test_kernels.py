@@ -181,6 +181,7 @@ def each(quick: tuple[tuple[int, int], torch.dtype]) -> list[Any]:
     ]
 
 
+@pytest.mark.first(1)
 @pytest.mark.slow
 @pytest.mark.parametrize(("capability", "dtype"), each(((9, 0), torch.bfloat16)))
 def test_what_nvcc_makes_of_it(tmp_path: Path, capability: tuple[int, int], dtype: torch.dtype) -> None:
@@ -196,6 +197,7 @@ def test_what_nvcc_makes_of_it(tmp_path: Path, capability: tuple[int, int], dtyp
     check_machine_code(tmp_path / "k.cubin", capability)
 
 
+@pytest.mark.first(1)
 @pytest.mark.slow
 @pytest.mark.parametrize(("capability", "dtype"), each(((8, 0), torch.float16)))
 def test_what_nvrtc_makes_of_it(
