@@ -39,7 +39,7 @@ SHARED = ROOT.parent / "shared"
 
 
 # Tests of minutes, which begin first: last, they would run alone.
-LONGEST = ("tests/tools/test_gpu_run.py",)
+LONGEST = ("tests/tools/test_gpu_run.py", "tests/world/")
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -30,7 +30,11 @@ def main() -> None:
         python = environment(args.environments / version, version)
         print(f"transformers {version}", flush=True)
         tests = more or ["-m", "not slow"]
-        failed += bool(subprocess.run([python, "-m", "pytest", "-n", args.jobs, *tests], cwd=ROOT).returncode)
+        failed += bool(
+            subprocess.run(
+                [python, "-m", "pytest", "-n", args.jobs, "--dist", "loadgroup", *tests], cwd=ROOT
+            ).returncode
+        )
     sys.exit(failed)
 
 

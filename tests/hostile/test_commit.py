@@ -159,7 +159,7 @@ def test_four_processes_share_a_cold_cache(tmp_path: Path) -> None:
     assert [p.name for p in (tmp_path / "cold").iterdir()] == ["kernels"]
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_four_processes_compile_the_kernels_at_once(tmp_path: Path) -> None:
     code = "from sparsify.runtime.cpu.native import library; assert library() is not None; print(library().path)"
     done = [start(code, SPARSIFY_CACHE=str(tmp_path / "cache")) for _ in range(4)]

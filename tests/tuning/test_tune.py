@@ -97,8 +97,7 @@ def test_zeros_hold_and_the_loss_falls(sparse: Path, text: str, tmp_path: Path, 
     assert "evaluation" in judged and "evaluation" not in tuned, "what was judged are other weights"
 
 
-@pytest.mark.first(1)
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_a_real_model_recovers(bundled: Path, tmp_path: Path, method: Any) -> None:
     """The bundled model, on text through its tokenizer."""

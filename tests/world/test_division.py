@@ -13,6 +13,9 @@ import sparsify
 from sparsify.method.spec import parse_pass
 from sparsify.world.world import World
 
+# The processes of a fixture are started for all tests here.
+pytestmark = pytest.mark.xdist_group("division")
+
 # What is compared: a family, passes, a schedule.
 SAME = [
     ("llama", ["wanda:2:4"], "layer"),
@@ -76,9 +79,10 @@ with join() as world:
     params=[
         (2, QUICK),
         pytest.param((2, [case for case in SAME + NEAR + TRAINED if case not in QUICK]), marks=pytest.mark.exhaustive),
-        pytest.param((4, SAME + NEAR + TRAINED), marks=pytest.mark.slow),
+        pytest.param((4, QUICK), marks=pytest.mark.slow),
+        pytest.param((4, [case for case in SAME + NEAR + TRAINED if case not in QUICK]), marks=pytest.mark.exhaustive),
     ],
-    ids=["two", "two-more", "four"],
+    ids=["two", "two-more", "four", "four-more"],
 )
 def pruned(request, tmp_path_factory):
     """The cases, and the folder that processes left their results in."""

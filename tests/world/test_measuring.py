@@ -16,6 +16,9 @@ from sparsify.evaluation.compare import compare
 from sparsify.tuning.recipe import Recipe
 from sparsify.tuning.tune import tune
 
+# The processes of a fixture are started for all tests here.
+pytestmark = pytest.mark.xdist_group("measuring")
+
 pytest.importorskip("peft")
 # What weights are apart, as a share of what training moved.
 TUNED = 1e-3
@@ -133,7 +136,7 @@ with join() as world:
 """
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_lora_with_a_teacher_goes_on_in_several_processes(asked, tmp_path):
     pruned, text = tmp_path / "pruned", asked / "ids.safetensors"
     sparsify.compile(asked / "model", "magnitude:2:4", output=pruned)
