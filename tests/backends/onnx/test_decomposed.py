@@ -82,7 +82,7 @@ def both_ways(steps: list[tuple[str, int, int]], last: int = 4) -> tuple[torch.e
     return decomposed, decomposed is exported
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     st.lists(st.tuples(st.sampled_from(sorted(STEPS)), st.integers(0, 9), st.integers(0, 9)), min_size=1, max_size=8)
 )
