@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._ops import HigherOrderOperator, OpOverload
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -101,7 +102,7 @@ class Decomposition:
             return node.target(*args, **kwargs)  # type: ignore[operator]
 
         try:
-            with torch._dispatch.python.enable_python_dispatcher():
+            with enable_python_dispatcher():
                 traced = make_fx(alone, decomposition_table=dict(self.table), _allow_non_fake_inputs=True)(*given)
         except Exception:  # many kinds, of every operator's own; the exporter's way, tried next, says what it is
             return None
