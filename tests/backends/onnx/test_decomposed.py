@@ -66,7 +66,8 @@ def example(rows: int) -> Tensor:
 
 
 def both_ways(steps: list[tuple[str, int, int]], last: int = 4) -> tuple[torch.export.ExportedProgram, bool]:
-    """The decomposed program, and whether it came apart node by node; its answers are those of the module."""
+    """The decomposed program, and whether it came apart node by node; its answers are those of torch's whole way. A module
+    that reads the memory it writes gives what it likes."""
     module = Steps(steps, last)
     shapes = ({0: torch.export.Dim.DYNAMIC},)
     try:  # a tensor that is written may lie upon itself, and some torch cannot trace
@@ -74,15 +75,16 @@ def both_ways(steps: list[tuple[str, int, int]], last: int = 4) -> tuple[torch.e
         exported = torch.export.export(module, (example(3),), dynamic_shapes=shapes, strict=False)
     except Exception:
         reject()
+    whole = exported.run_decompositions(TABLE)
     decompose_apart(exported)
     decomposed = exported.run_decompositions(TABLE)
     for rows in (3, 5):
-        for got, want in zip(decomposed.module()(example(rows)), module(example(rows)), strict=True):
+        for got, want in zip(decomposed.module()(example(rows)), whole.module()(example(rows)), strict=True):
             assert torch.equal(got, want), decomposed.graph
     return decomposed, decomposed is exported
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     st.lists(st.tuples(st.sampled_from(sorted(STEPS)), st.integers(0, 9), st.integers(0, 9)), min_size=1, max_size=8)
 )
