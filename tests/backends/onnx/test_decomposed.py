@@ -66,8 +66,9 @@ def example(rows: int) -> Tensor:
 
 
 def both_ways(steps: list[tuple[str, int, int]], last: int = 4) -> tuple[torch.export.ExportedProgram, bool]:
-    """The decomposed program, and whether it came apart node by node; its answers are those of torch's whole way. A module
-    that reads the memory it writes gives what it likes."""
+    """The decomposed program, and whether it came apart node by node.
+
+    Its answers are those of torch's whole way: a module that reads the memory it writes gives what it likes."""
     module = Steps(steps, last)
     shapes = ({0: torch.export.Dim.DYNAMIC},)
     try:  # a tensor that is written may lie upon itself, and some torch cannot trace
