@@ -63,7 +63,8 @@ def spoilt_words(random: Random, sound: Path, work: Path) -> Sequence[str]:
             words += [option, *([random.choice(_VALUES)] if random.random() < 0.9 else [])]
     if random.random() < 0.1:
         random.shuffle(words)
-    return words
+    # A server that may listen serves until it is stopped: this address is no machine's.
+    return [*words, "--host", "192.0.2.1"] if name == "serve" else words
 
 
 @cache
