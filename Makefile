@@ -3,8 +3,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 # A range would let pip fetch gigabytes of CUDA packages where the CPU build serves; set TORCH= to use your own.
 TORCH ?= torch==2.13.0
-# Tests at once.
+# Tests at once. A file's tests have one worker, which makes what they share once; the longest files begin first.
 JOBS ?= 2
+SHARE := --dist loadscope --no-loadscope-reorder
 
 # Where the generators of `make fuzz` and `make mutants` begin; how long `make fuzz` tries each kind of input and each
 # instruction set's operators, and how many calls of these it makes at most.
@@ -33,15 +34,15 @@ demo: .venv/installed
 	@echo; echo "the pruned model is an ordinary Hugging Face folder: demo-output/"
 
 test: .venv/installed-test
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup -m "not slow"
+	$(BIN)/python -m pytest -n $(JOBS) $(SHARE) -m "not slow"
 
 # Processes, compilers, servers, whole commands and the figures of real models: some minutes more.
 slow: .venv/installed-test
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup -m "slow and not exhaustive"
+	$(BIN)/python -m pytest -n $(JOBS) $(SHARE) -m "slow and not exhaustive"
 
 # Every family, layout and schedule of what the quick and the slow tests try on a few: an hour, before a release.
 exhaustive: .venv/installed-test
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup -m exhaustive
+	$(BIN)/python -m pytest -n $(JOBS) $(SHARE) -m exhaustive
 
 # optimum needs an older transformers: tools/check_optimum.py makes an environment for it.
 optimum: .venv/installed-test
@@ -102,7 +103,7 @@ docs: .venv/installed-docs
 # Every refusal of ours that no quick test reaches.
 raises: .venv/installed-mutants
 	rm -rf build/coverage && mkdir -p build/coverage
-	$(BIN)/coverage run -m pytest -n $(JOBS) --dist loadgroup -m "not slow"
+	$(BIN)/coverage run -m pytest -n $(JOBS) $(SHARE) -m "not slow"
 	$(BIN)/coverage combine --quiet && $(BIN)/coverage json --quiet -o build/coverage/lines.json
 	$(BIN)/python tools/unreached_raises.py build/coverage/lines.json
 

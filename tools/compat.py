@@ -32,7 +32,8 @@ def main() -> None:
         tests = more or ["-m", "not slow"]
         failed += bool(
             subprocess.run(
-                [python, "-m", "pytest", "-n", args.jobs, "--dist", "loadgroup", *tests], cwd=ROOT
+                [python, "-m", "pytest", "-n", args.jobs, "--dist", "loadscope", "--no-loadscope-reorder", *tests],
+                cwd=ROOT,
             ).returncode
         )
     sys.exit(failed)

@@ -13,9 +13,6 @@ import sparsify
 from sparsify.method.spec import parse_pass
 from sparsify.world.world import World
 
-# The processes of a fixture are started for all tests here.
-pytestmark = pytest.mark.xdist_group("division")
-
 # What is compared: a family, passes, a schedule.
 SAME = [
     ("llama", ["wanda:2:4"], "layer"),

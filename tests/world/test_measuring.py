@@ -16,9 +16,6 @@ from sparsify.evaluation.compare import compare
 from sparsify.tuning.recipe import Recipe
 from sparsify.tuning.tune import tune
 
-# The processes of a fixture are started for all tests here.
-pytestmark = pytest.mark.xdist_group("measuring")
-
 pytest.importorskip("peft")
 # What weights are apart, as a share of what training moved.
 TUNED = 1e-3
