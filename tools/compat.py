@@ -30,12 +30,8 @@ def main() -> None:
         python = environment(args.environments / version, version)
         print(f"transformers {version}", flush=True)
         tests = more or ["-m", "not slow"]
-        failed += bool(
-            subprocess.run(
-                [python, "-m", "pytest", "-n", args.jobs, "--dist", "loadscope", "--no-loadscope-reorder", *tests],
-                cwd=ROOT,
-            ).returncode
-        )
+        command = [python, "-m", "pytest", "-n", args.jobs, "--dist", "loadscope", "--no-loadscope-reorder", *tests]
+        failed += bool(subprocess.run(command, cwd=ROOT).returncode)
     sys.exit(failed)
 
 
