@@ -136,7 +136,7 @@ def child(code: str, *words: object) -> str:
 
 
 def layers(scratch: Path) -> None:
-    """CPU seconds of each stage at 8, 16 and 32 layers, and of translating by torch's own decomposition of the whole."""
+    """CPU seconds of each stage at 8, 16 and 32 layers, and of translating the whole as torch decomposes it."""
     times: dict[int, dict[str, float]] = {}
     for depth in (8, 16, 32):
         make_checkpoint(scratch / str(depth), "tiny", layers=depth)
