@@ -93,13 +93,13 @@ def entry_points(group: str) -> list[EntryPoint]:
     found, unread = _installed(tuple((path, _changed(path)) for path in sys.path))
     for said in unread:
         _warn(said)
-    return [entry for name in sorted(found) for entry in found[name] if entry.group == group]
+    return [entry for entry in found if entry.group == group]
 
 
 # A hundred packages take 5 ms to read, and every spec asks for its pass.
 @lru_cache(maxsize=4)
-def _installed(places: tuple[tuple[str, int], ...]) -> tuple[dict[str, list[EntryPoint]], list[str]]:
-    """Entry points of our groups by package, and what is to be said of packages that cannot be read.
+def _installed(places: tuple[tuple[str, int], ...]) -> tuple[list[EntryPoint], list[str]]:
+    """Entry points of our groups by the names of packages, and what is to be said of packages that cannot be read.
 
     Args:
         places: the import path, which is read, and when each of it last got or lost a package.
@@ -116,7 +116,7 @@ def _installed(places: tuple[tuple[str, int], ...]) -> tuple[dict[str, list[Entr
         except Exception as error:  # whatever reading a broken file raises
             where = getattr(distribution, "_path", "an installed package")
             unread.append(f"the facts of {str(where)!r} cannot be read ({_cause(error)}); what it brings is left out")
-    return found, unread
+    return [entry for name in sorted(found) for entry in found[name]], unread
 
 
 def _changed(path: str) -> int:

@@ -7,9 +7,8 @@ operator comes apart by itself, and as the same operator of the same shapes in a
 
 from __future__ import annotations
 
-import itertools
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,11 +20,13 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 aten = torch.ops.aten
 
-Table = Mapping[Any, Callable[..., object]]
+Table = dict[Any, Callable[..., object]]
 
 # What says something of a value, and changes none.
 _IDENTITIES = (aten.detach_.default, aten.detach.default, aten.alias.default, aten.lift_fresh_copy.default)
 _CHECKS = (aten._assert_tensor_metadata.default,)
+# Sizes that the exporter knows no operator for; torch's whole way says most of them in others.
+_SIZES = (aten.sym_numel.default, aten.sym_stride.int, aten.sym_storage_offset.default)
 # A view where strides allow it: of memory ONNX knows nothing, and it has an operator for both.
 _KEPT = (aten.reshape.default,)
 
@@ -39,7 +40,7 @@ def decompose_apart(exported: torch.export.ExportedProgram) -> None:
         with torch.no_grad():
             if Decomposition(exported, table).run():
                 return exported
-        return whole(dict(table))
+        return whole(table)
 
     # The exporter takes an exported program as it is, and asks that one.
     vars(exported)["run_decompositions"] = run_decompositions
@@ -86,7 +87,7 @@ class Decomposition:
         return target in self.table or (_is_implicit(target) and _may_alias(target))
 
     def _apart(self, node: fx.Node) -> fx.Graph | None:
-        """The graph of what ``node`` comes apart into, of its tensors and sizes; None where that needs constants."""
+        """The graph of what ``node`` comes apart into, of its tensors and sizes; None where it does not alone."""
         given = [each.meta["val"] for each in node.all_input_nodes]
         key = (node.target, _structure(node), tuple(map(_described, given)))
         if key not in self.known:
@@ -103,10 +104,9 @@ class Decomposition:
 
         try:
             with enable_python_dispatcher():
-                traced = make_fx(alone, decomposition_table=dict(self.table), _allow_non_fake_inputs=True)(*given)
+                traced = make_fx(alone, decomposition_table=self.table, _allow_non_fake_inputs=True)(*given)
         except Exception:  # many kinds, of every operator's own; the exporter's way, tried next, says what it is
             return None
-        _count_by_sizes(traced.graph)
         traced.graph.eliminate_dead_code()
         plain = all(
             each.op in ("placeholder", "call_function", "output") and _is_plain(each) for each in traced.graph.nodes
@@ -127,7 +127,6 @@ class Decomposition:
 
     def _replace(self, node: fx.Node, made: Any) -> None:
         if isinstance(made, fx.Node):
-            made.meta.setdefault("val", node.meta.get("val"))
             self.exported.graph_signature.replace_all_uses(node.name, made.name)
             node.replace_all_uses_with(made)
         else:
@@ -136,26 +135,9 @@ class Decomposition:
         self.exported.graph.erase_node(node)
 
 
-def _count_by_sizes(graph: fx.Graph) -> None:
-    """How many numbers a tensor has, by its sizes: the exporter knows no operator for it."""
-    for node in list(graph.nodes):
-        if node.target is not aten.sym_numel.default:
-            continue
-        tensor = node.args[0]
-        with graph.inserting_before(node):
-            sizes = [
-                graph.call_function(aten.sym_size.int, (tensor, axis)) if isinstance(size, torch.SymInt) else size
-                for axis, size in enumerate(tensor.meta["val"].shape)
-            ]
-            product = sizes[0]
-            for size in sizes[1:]:
-                product = graph.call_function(operator.mul, (product, size))
-        node.replace_all_uses_with(product)
-
-
 def _is_plain(node: fx.Node) -> bool:
-    """Whether ``node`` computes from its inputs alone, and leaves these as they are."""
-    return not _writes(node) and not isinstance(node.target, HigherOrderOperator)
+    """Whether ``node`` computes from its inputs alone, leaves these as they are, and is no size unknown to ONNX."""
+    return not _writes(node) and not isinstance(node.target, HigherOrderOperator) and node.target not in _SIZES
 
 
 def _keeps_shape(node: fx.Node) -> bool:
@@ -180,27 +162,26 @@ def _write_anew(node: fx.Node) -> None:
     twin = getattr(getattr(aten, packet.removesuffix("_"), None), overload, None)
     if not packet.endswith("_") or twin is None or not (isinstance(written, fx.Node) and written.op == "call_function"):
         return
-    before = set(itertools.takewhile(lambda each: each is not node, node.graph.nodes))
-    others = _sharing(written, before) - {written}
-    if any(each.op != "call_function" or not before.issuperset({*each.users} - {node}) for each in others):
+    others = _sharing(written, node) - {written}
+    if any(each.op != "call_function" or any(user > node for user in each.users) for each in others):
         return
     args, kwargs = fx.map_arg((node.args, node.kwargs), lambda each: each.meta["val"])
     made, value = twin(*args, **kwargs), node.meta["val"]
     if _described(made) != _described(value):
         return
     node.target = twin
-    written.replace_all_uses_with(node, lambda user: user is not node and user not in before)
+    written.replace_all_uses_with(node, lambda user: user > node)
 
 
-def _sharing(node: fx.Node, before: set[fx.Node]) -> set[fx.Node]:
-    """Those of ``before`` that may lie in the memory of ``node``, which is one."""
+def _sharing(node: fx.Node, until: fx.Node) -> set[fx.Node]:
+    """``node`` and all before ``until`` that may lie in its memory."""
     found, left = set[fx.Node](), [node]
     while left:
         each = left.pop()
         if each in found:
             continue
         found.add(each)
-        left += [user for user in each.users if user in before and _may_share(user)]
+        left += [user for user in each.users if user < until and _may_share(user)]
         left += each.all_input_nodes if _may_share(each) else []
     return found
 
