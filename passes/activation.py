@@ -14,6 +14,7 @@ from sparsify.method.pattern import NM
 from sparsify.method.selection import Axis, select
 from sparsify.method.statistics import InputStatistics
 from sparsify.method.weight_pass import Pruned, WeightPass
+from sparsify.tensors import zeroed
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class Activation(WeightPass):
         scores = self.scores(statistics)
         mask = select(scores.unsqueeze(1).expand_as(weight).contiguous(), self.pattern, self.comparison)
         bias = None if statistics.bias is None else statistics.bias.masked_fill(mask[:, 0], 0)
-        return Pruned(weight.masked_fill(mask, 0), mask, bias=bias)
+        return Pruned(zeroed(weight, mask), mask, bias=bias)
 
     def scores(self, statistics: InputStatistics) -> Tensor:
         """One number per output neuron, [out_features] float64."""
@@ -85,4 +86,4 @@ class _Smallest(WeightPass):
     def prune(self, weight: Tensor, statistics: InputStatistics) -> Pruned:
         scores = weight.float().norm(dim=1, keepdim=True).expand_as(weight).contiguous()
         mask = select(scores, self.pattern, self.comparison)
-        return Pruned(weight.masked_fill(mask, 0), mask)
+        return Pruned(zeroed(weight, mask), mask)

@@ -19,6 +19,7 @@ from sparsify.method.selection import Comparison, select
 from sparsify.method.statistics import InputStatistics
 from sparsify.method.weight_pass import Pruned
 from sparsify.passes.solvers.fitting import FittingPass, Problem
+from sparsify.tensors import zeroed
 
 # ρ relative to the unit diagonal: chosen on stories260k and pycode-6m (docs/benchmarks.md), where twice as many steps
 # gain less than 2% of the objective.
@@ -72,7 +73,7 @@ def alps_mask(goal: Tensor, gram: Tensor, pattern: Pattern, comparison: Comparis
             free = (right - dual + penalty * obeying) @ inverse
             shifted = free + dual / penalty
             mask = select(shifted.abs(), pattern, comparison)
-            obeying = shifted.masked_fill(mask, 0)
+            obeying = zeroed(shifted, mask)
             dual += penalty * (free - obeying)
         penalty *= _GROWTH
     return mask

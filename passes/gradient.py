@@ -15,6 +15,7 @@ from torch import Tensor
 from sparsify.method.selection import Axis, select
 from sparsify.method.statistics import InputStatistics
 from sparsify.method.weight_pass import Pruned, WeightPass
+from sparsify.tensors import zeroed
 
 _NEEDS = {
     "snip": "gradient",
@@ -57,4 +58,4 @@ class Gradient(WeightPass):
         else:
             scores = (w * gradient).abs()
         mask = select(scores, self.pattern, self.comparison)
-        return Pruned(weight.masked_fill(mask, 0), mask)
+        return Pruned(zeroed(weight, mask), mask)

@@ -15,6 +15,7 @@ from sparsify.method.selection import Comparison, select
 from sparsify.method.statistics import InputStatistics
 from sparsify.method.weight_pass import Pruned
 from sparsify.passes.solvers.fitting import FittingPass, Method, Problem, adaptive
+from sparsify.tensors import zeroed
 
 Update = Literal["none", "sequential", "iterative", "block", "exact"]
 
@@ -88,7 +89,7 @@ class ScoredPass(FittingPass):
     def prune(self, weight: Tensor, statistics: InputStatistics) -> Pruned:
         if self.update == "none":
             mask = self.mask(weight, statistics)
-            return Pruned(weight.masked_fill(mask, 0), mask)
+            return Pruned(zeroed(weight, mask), mask)
         problem = self._problem(weight, statistics)
         if self.update == "iterative":
             multiplier = self.multiplier(statistics)

@@ -14,6 +14,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from sparsify.tensors import zeroed
+
 # Blocks up to this width are inverted all at once beforehand.
 _SMALL = 16
 # Rows whose joint systems are solved at once.
@@ -114,4 +116,4 @@ def block_update(weight: Tensor, inverse_root: Tensor, mask: Tensor, blocksize: 
             right = (weight[rows, start:stop] * gone).double().unsqueeze(2)
             share = torch.cholesky_solve(right, lower).squeeze(2).float()
             weight[rows, start:] -= (share @ own.t()) @ inverse_root[start:stop, start:]
-    return weight.masked_fill(mask, 0)
+    return zeroed(weight, mask)

@@ -39,17 +39,16 @@ class OutputSketch:
         self._signs = torch.Generator().manual_seed(0)
 
     def update(self, expert: int, rows: Tensor, dense: Tensor) -> None:
-        rows, dense = rows.float(), dense.float()
         # All signs at once: on a GPU a batch costs one copy, not one for each turn of the sketch.
         signs = torch.randint(0, 2, (len(rows), 1), generator=self._signs).mul_(2).sub_(1)
-        signs = signs.to(rows, non_blocking=True)
+        signs = signs.to(rows.device, torch.float32, non_blocking=True)
         done = 0
         while done < len(rows):
             at = self._next[expert]
             part, sign = rows[done : done + self.size - at], signs[done : done + self.size - at]
-            self.rows[expert, at : at + len(part)].addcmul_(part, sign)
+            self.rows[expert, at : at + len(part)].addcmul_(part.float(), sign)
             if self.dense is not self.rows:
-                self.dense[expert, at : at + len(part)].addcmul_(dense[done : done + len(part)], sign)
+                self.dense[expert, at : at + len(part)].addcmul_(dense[done : done + len(part)].float(), sign)
             done += len(part)
             self._filled[expert] = max(self._filled[expert], at + len(part))
             self._next[expert] = (at + len(part)) % self.size

@@ -146,7 +146,9 @@ def _select_nm(scores: Tensor, pattern: NM) -> Tensor:
     mask = torch.empty(groups.shape, dtype=torch.bool, device=scores.device)
     size = _GROUPS_AT_ONCE if scores.is_cpu else _ON_GPU
     for start in range(0, groups.shape[0], size):
-        mask[start : start + size] = lowest(groups[start : start + size].t().contiguous(), drop).t()
+        # Column by column: transposing so narrow a matrix at once takes three times as long.
+        found = lowest(torch.stack(groups[start : start + size].unbind(1)), drop)
+        torch.stack(found.unbind(0), dim=1, out=mask[start : start + size])
     return mask.view(rows, columns)
 
 
@@ -184,12 +186,13 @@ def lowest(members: Tensor, drop: int) -> Tensor:
         order = members.sort(dim=0, stable=True).indices[:drop]
         return torch.zeros_like(members, dtype=torch.bool).scatter_(0, order, True)
     rows = members.unbind(0)
-    ranks = torch.zeros(m, members.shape[1], dtype=torch.int8, device=members.device)
+    # All pairs are lost by their first member, until the second is found not to be lower.
+    ranks = torch.arange(m - 1, -1, -1, dtype=torch.int8, device=members.device).unsqueeze(1).repeat(1, len(rows[0]))
     for j in range(1, m):
         for i in range(j):
-            first = rows[i] <= rows[j]
+            first = (rows[i] <= rows[j]).view(torch.int8)
             ranks[j] += first
-            ranks[i] += ~first
+            ranks[i] -= first
     return ranks < drop
 
 
@@ -230,7 +233,15 @@ def nm_most(weight: Tensor, m: int) -> int:
 
 
 def _counts(weight: Tensor, m: int) -> Tensor:
-    return (weight != 0).reshape(-1, m).sum(dim=1)
+    kept = (weight != 0).reshape(-1, m)
+    if m > _PAIRWISE_LIMIT:
+        return kept.sum(dim=1)
+    # Summing few booleans a row would first make whole numbers of 8 bytes of all of them.
+    first, *others = kept.view(torch.int8).unbind(1)
+    counts = first.clone()
+    for column in others:
+        counts += column
+    return counts
 
 
 def is_pruned(kept: Tensor) -> bool:

@@ -18,6 +18,7 @@ from sparsify.method.pattern import NM, Grid, Pattern, Unstructured
 from sparsify.method.selection import Axis, Comparison, Count, holds, select
 from sparsify.method.shares import parse_shares
 from sparsify.method.statistics import InputStatistics
+from sparsify.tensors import zeroed
 
 Allocation = Literal["uniform", "owl", "error"]
 
@@ -233,4 +234,4 @@ class Smallest(WeightPass):
 
     def prune(self, weight: Tensor, statistics: InputStatistics) -> Pruned:
         mask = select(weight.abs(), self.pattern, self.comparison)
-        return Pruned(weight.masked_fill(mask, 0), mask)
+        return Pruned(zeroed(weight, mask), mask)

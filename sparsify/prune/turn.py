@@ -103,11 +103,16 @@ class Turn:
         part = Part.of(
             self.world, self.site.experts, self.site.shape[0], self.method.by_rows and not self.unseen, owner
         )
-        matrices, biases, notes = dense.clone(), self.biases, list[str]()
+        # A matrix that is pruned alone and whole is taken as the pass gives it.
+        alone = self.site.experts == 1 and part.how == "whole"
+        matrices, biases, notes = dense if alone else dense.clone(), self.biases, list[str]()
         # Each result is given back before the next comes: a stack of experts is large.
         for expert in part.experts:
             pruned = self._prune(expert, dense[expert, part.rows], expert in self.unseen, part.rows)
-            matrices[expert, part.rows] = pruned.weight.to(matrices.dtype)
+            if alone:
+                matrices = pruned.weight.to(dense.dtype).unsqueeze(0)
+            else:
+                matrices[expert, part.rows] = pruned.weight.to(dense.dtype)
             if pruned.bias is not None and biases is not None:
                 biases = biases.clone() if biases is self.biases else biases
                 biases[expert, part.rows] = pruned.bias.to(biases.dtype)

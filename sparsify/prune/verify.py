@@ -7,7 +7,7 @@ from torch import Tensor
 
 from sparsify.errors import VerifyError
 from sparsify.method.weight_pass import MatrixPass, Pruned
-from sparsify.tensors import all_finite
+from sparsify.tensors import all_finite, zeroed
 
 
 def verify_pruned(name: str, weight_pass: MatrixPass, before: Tensor, pruned: Pruned) -> None:
@@ -26,7 +26,7 @@ def verify_pruned(name: str, weight_pass: MatrixPass, before: Tensor, pruned: Pr
         raise fail(f"shape {tuple(weight.shape)} for a weight of {tuple(before.shape)}")
     if weight_pass.keeps_weights:
         # The weight before was finite and the mask is zero in the result: one comparison says it all.
-        if not torch.equal(weight, before.masked_fill(mask, 0)):
+        if not torch.equal(weight, zeroed(before, mask)):
             raise fail(_difference(weight, before, mask))
     elif not all_finite(weight):
         raise fail("a weight that is NaN or infinite")

@@ -78,3 +78,16 @@ def test_a_batch_that_is_not_finite_in_either_model_is_told() -> None:
     assert GroupRecorder(("gram",), 1, 3, CPU).update(rows, None, rows.clone())
     assert not GroupRecorder(("gram",), 1, 3, CPU).update(broken)
     assert not GroupRecorder(("gram",), 1, 3, CPU, twin=True).update(rows, None, broken)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_vectors_are_those_of_all_rows_of_a_long_batch(dtype: torch.dtype) -> None:
+    """They are taken a few hundred rows at a time."""
+    rows = torch.randn(1000, 5).to(dtype)
+    recorder = GroupRecorder(("squared_norm", "absolute_sum", "sum", "absolute_max"), 1, 5, CPU)
+    recorder.update(rows)
+    stats, exact = recorder.statistics(0, 1).values, rows.double()
+    torch.testing.assert_close(stats["squared_norm"], exact.square().sum(dim=0), rtol=1e-5, atol=0)
+    torch.testing.assert_close(stats["absolute_sum"], exact.abs().sum(dim=0), rtol=1e-5, atol=0)
+    torch.testing.assert_close(stats["sum"], exact.sum(dim=0), rtol=0, atol=1e-3)
+    assert torch.equal(stats["absolute_max"], exact.abs().amax(dim=0))

@@ -13,7 +13,7 @@ from hypothesis.extra import numpy as hnp
 
 from sparsify.errors import PatternError
 from sparsify.method.pattern import NM, Unstructured
-from sparsify.method.selection import Axis, Comparison, Count, holds, select, smallest
+from sparsify.method.selection import Axis, Comparison, Count, holds, nm_broken, nm_most, select, smallest
 
 # Few distinct values, so that ties are the rule.
 tied = hnp.arrays(
@@ -223,3 +223,12 @@ def test_one_zero_too_few_anywhere_does_not_hold(rows, columns, pattern, axis, b
         spoilt = weight.clone()
         spoilt[row, column] = 1
         assert holds(spoilt, pattern, comparison) is not None
+
+
+@pytest.mark.parametrize("m", [2, 4, 8, 16])
+def test_groups_that_keep_too_many_are_counted(m: int) -> None:
+    torch.manual_seed(m)
+    weight = torch.randn(6, 4 * m).masked_fill_(torch.rand(6, 4 * m) < 0.5, 0)
+    kept = [sum(value != 0 for value in group) for group in weight.view(-1, m).tolist()]
+    assert nm_most(weight, m) == max(kept)
+    assert nm_broken(weight, NM(m // 2, m)) == sum(count > m // 2 for count in kept)
