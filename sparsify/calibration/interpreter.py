@@ -17,6 +17,7 @@ from torch import Tensor, fx
 
 from sparsify.analysis.flow import Flow, root_of
 from sparsify.calibration.activations import ActivationStore
+from sparsify.calibration.widened import slow_dtypes, widened
 from sparsify.errors import CalibrationError, TraceError, first_line
 from sparsify.host import is_out_of_memory, within_memory
 from sparsify.ir.operators import placed
@@ -85,6 +86,8 @@ class Interpreter(fx.Interpreter):
         _check_numbers(program, batches, first)
         self.program, self.flow, self.batches, self.store, self.device = program, flow, batches, store, device
         self._placed = {node: placed(node, device) for node in flow.order}
+        slow = slow_dtypes(device)
+        self._widened = {node: way for node in flow.order if slow and (way := widened(node, slow)) is not None}
         self.resident: Values = {}
         self.pinned: set[fx.Node] = set()
 
@@ -198,7 +201,7 @@ class Interpreter(fx.Interpreter):
         try:
             # What `run_node` does beside this is for tracers, and costs a GPU more than many an operator does.
             args, kwargs = self.fetch_args_kwargs_from_env(node)
-            return self.call_function(node.target, args, kwargs)
+            return self.call_function(self._widened.get(node, node.target), args, kwargs)
         except (RuntimeError, IndexError, ValueError, TypeError) as error:
             if is_out_of_memory(error):
                 raise
@@ -228,7 +231,8 @@ class Interpreter(fx.Interpreter):
                 self.resident[node] = self.program.load(node).to(self.device)
             else:
                 args, kwargs = fx.node.map_arg(self._placed[node], self.static)
-                self.resident[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+                run: Any = self._widened.get(node, node.target)
+                self.resident[node] = run(*args, **kwargs)
         return self.resident[node]
 
     def release(self, parameter: str, value: Tensor | None = None) -> None:
