@@ -1,14 +1,9 @@
-"""Products of 16-bit numbers on processors that have no instructions for them: in float32, rounded once.
-
-Where oneDNN has no kernels for a dtype (bfloat16 before AVX-512, float16 on most), torch multiplies one number at a
-time: on a Zen 3 8 times slower than float32 for ``F.linear``, 30 times for convolutions, 60 to 90 times for matrices
-that are not transposed and for stacks of experts (docs/benchmarks.md). It adds up in float32 and rounds the sum, and so
-do these, in another order: the model's numbers stay those of its dtype.
-"""
+"""The products of a graph by way of float32, on processors that have no instructions for 16-bit numbers: see
+:mod:`sparsify.runtime.cpu.wide`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,22 +11,12 @@ from torch import Tensor, fx
 from torch.nn import functional
 
 from sparsify.ir.operators import GROUPED_PRODUCTS, exact_name
-
-# Numbers of a weight that are widened at once where no derivative is wanted: 32 MiB of float32.
-_PIECE = 1 << 23
+from sparsify.runtime.cpu import wide
 
 
 def slow_dtypes(device: torch.device) -> frozenset[torch.dtype]:
     """Dtypes in which ``device`` multiplies one number at a time."""
-    if device.type != "cpu":
-        return frozenset()
-    onednn = torch.ops.mkldnn
-    has = torch.backends.mkldnn.is_available()
-    known = {
-        torch.bfloat16: has and onednn._is_mkldnn_bf16_supported(),
-        torch.float16: has and onednn._is_mkldnn_fp16_supported(),
-    }
-    return frozenset(dtype for dtype, supported in known.items() if not supported)
+    return wide.slow_dtypes() if device.type == "cpu" else frozenset()
 
 
 def widened(node: fx.Node, slow: frozenset[torch.dtype]) -> Callable[..., Any] | None:
@@ -48,43 +33,21 @@ def widened(node: fx.Node, slow: frozenset[torch.dtype]) -> Callable[..., Any] |
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``F.linear``: ``x`` [..., in_features], ``weight`` [out_features, in_features], all of one 16-bit dtype."""
-    return _product(x, weight, bias, 0)
+    if weight.dim() != 2:
+        return _whole(functional.linear)(x, weight, bias)
+    return wide.product(x, weight, bias)
 
 
 def mm(x: Tensor, weight: Tensor) -> Tensor:
     """``x @ weight``: [n, in_features] and [in_features, out_features]."""
-    return _product(x, weight, None, 1)
+    return wide.product(x, weight, axis=1)
 
 
 def addmm(bias: Tensor, x: Tensor, weight: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
     """``beta · bias + alpha · x @ weight``."""
     if bias.dim() == 1 and beta == 1 and alpha == 1:
-        return _product(x, weight, bias, 1)
-    wide = torch.addmm(bias.float(), x.float(), weight.float(), beta=beta, alpha=alpha)
-    return wide.to(x.dtype)
-
-
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None, axis: int) -> Tensor:
-    """``x`` [..., in_features] by ``weight``, whose axis ``axis`` is that of out_features."""
-    if weight.dim() != 2:
-        return _whole(functional.linear)(x, weight, bias)
-    count, inner = weight.shape[axis], weight.shape[1 - axis]
-    size = max(64, _PIECE // max(1, inner))
-    wanted = torch.is_grad_enabled() and any(t.requires_grad for t in (x, weight, bias) if t is not None)
-    wide = x.float()
-    if wanted or count <= size:
-        return _piece(wide, weight, bias, axis).to(x.dtype)
-    result = x.new_empty(*x.shape[:-1], count)
-    for start in range(0, count, size):
-        length = min(size, count - start)
-        part = None if bias is None else bias.narrow(0, start, length)
-        result.narrow(-1, start, length).copy_(_piece(wide, weight.narrow(axis, start, length), part, axis))
-    return result
-
-
-def _piece(x: Tensor, weight: Tensor, bias: Tensor | None, axis: int) -> Tensor:
-    own = weight.float()
-    return functional.linear(x, own if axis == 0 else own.t(), None if bias is None else bias.float())
+        return wide.product(x, weight, bias, axis=1)
+    return torch.addmm(bias.float(), x.float(), weight.float(), beta=beta, alpha=alpha).to(x.dtype)
 
 
 def grouped(
@@ -116,7 +79,7 @@ def _whole(target: Callable[..., Any]) -> Callable[..., Any]:
             if isinstance(value, Tensor) and value.dtype in (torch.bfloat16, torch.float16):
                 dtypes.append(value.dtype)
                 return value.float()
-            if isinstance(value, Sequence) and not isinstance(value, str):
+            if isinstance(value, (list, tuple)):
                 return type(value)(widen(each) for each in value)
             return value
 

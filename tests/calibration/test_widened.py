@@ -15,6 +15,7 @@ from sparsify.calibration import interpreter, widened
 from sparsify.calibration.widened import slow_dtypes
 from sparsify.frontend.source import open_source
 from sparsify.quality.perplexity import perplexity
+from sparsify.runtime.cpu import wide
 
 aten = torch.ops.aten
 SHORT = frozenset({torch.bfloat16, torch.float16})
@@ -58,7 +59,7 @@ def way(target: Any, result: Tensor, slow: frozenset[torch.dtype] = SHORT) -> Ca
 @pytest.mark.parametrize("case", CASES)
 def test_products(case: str, dtype: torch.dtype, pieces: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if pieces:
-        monkeypatch.setattr(widened, "_PIECE", 1)
+        monkeypatch.setattr(wide, "_PIECE", 1)
     target, args, kwargs = CASES[case]
     short = tuple(cast(value, dtype) for value in args)
     run = way(target, torch.empty(0, dtype=dtype))
@@ -119,11 +120,11 @@ def test_a_model_of_bfloat16_is_computed_and_pruned_alike(name: str, monkeypatch
     ids = torch.randint(64, (8, 24), generator=torch.Generator().manual_seed(1))
     judged: dict[bool, float] = {}
     masks: dict[bool, dict[str, Tensor]] = {}
-    for wide in (False, True):
-        monkeypatch.setattr(interpreter, "slow_dtypes", lambda device, wide=wide: SHORT if wide else frozenset())
-        judged[wide] = perplexity(open_source(model), ids)
+    for slow in (False, True):
+        monkeypatch.setattr(interpreter, "slow_dtypes", lambda device, slow=slow: SHORT if slow else frozenset())
+        judged[slow] = perplexity(open_source(model), ids)
         result = sparsify.compile(model, "wanda:2:4", calibration=[ids])
-        masks[wide] = {site.parameter: result.weight(site.parameter) != 0 for site in result.runs[0].sites}
+        masks[slow] = {site.parameter: result.weight(site.parameter) != 0 for site in result.runs[0].sites}
     assert judged[True] == pytest.approx(judged[False], rel=5e-3)
     for parameter, kept in masks[False].items():
         assert float((masks[True][parameter] == kept).float().mean()) > 0.98, parameter

@@ -35,9 +35,12 @@ def test_panels_of_many_tokens(rows: int, tokens: int, layout: Layout) -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_panels_of_any_height(layout: Layout, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("slow", [False, True])
+def test_panels_of_any_height(layout: Layout, dtype: torch.dtype, slow: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As torch multiplies them, and by way of float32 as where the processor has no instructions for their dtype."""
     torch.manual_seed(0)
     monkeypatch.setattr(products, "MANY", 0)
+    monkeypatch.setattr(products, "slow_dtypes", lambda: {dtype} if slow else frozenset())
     for panel in (1, 3, 7, 8):
         monkeypatch.setattr(products, "PANEL", panel)
         for rows in (1, 7, 8, 20):
@@ -81,3 +84,14 @@ def test_no_more_bytes_than_dense() -> None:
         weight.fill_(1).view(-1)[:zeros] = 0
         dense, packed = weight.nbytes, (weight.numel() - zeros + 64) * 4 + weight.numel() // 8
         assert isinstance(choose_layout(weight), Refused) == (packed >= dense), zeros
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("slow", [False, True])
+def test_dense_weights_of_a_packed_model(dtype: torch.dtype, slow: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    monkeypatch.setattr(products, "slow_dtypes", lambda: {dtype} if slow else frozenset())
+    x, weight, bias = torch.randn(5, 64).to(dtype), torch.randn(9, 64).to(dtype), torch.randn(9).to(dtype)
+    for tokens in (1, 5):
+        exact = x[:tokens].double() @ weight.double().t() + bias.double()
+        assert error(products.linear_dense(x[:tokens], weight, bias), exact) < TOLERANCE[dtype]
