@@ -1,8 +1,10 @@
-"""Time of whole wanda:2:4 runs against one plain forward of the same samples, and of mask selection alone.
+"""Time of whole wanda:2:4 runs against one plain forward of the same samples, and of its parts alone.
 
-    python tools/bench_prune.py [--layers 8] [--samples 32] [--length 512] [--repeat 3]
+    python tools/bench_prune.py [--layers 8] [--samples 32] [--length 512] [--repeat 3] [--dtype float32]
+    python tools/bench_prune.py --parts
 
 Prints ratios taken within one run; capture and model load are timed apart. The model is a seeded random Llama.
+--parts: mask selection, and products of bfloat16 as torch computes them and as calibration does on this processor.
 """
 
 from __future__ import annotations
@@ -13,11 +15,14 @@ import platform
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import fx
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from sparsify.calibration.gradients import Samples
+from sparsify.calibration.widened import slow_dtypes, widened
 from sparsify.context import Context
 from sparsify.data.batches import load_calibration
 from sparsify.frontend.capture import capture
@@ -38,10 +43,15 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
+    parser.add_argument("--parts", action="store_true")
     args = parser.parse_args()
     print(f"{processor()}, {os.cpu_count()} cores, torch {torch.__version__}, {torch.get_num_threads()} threads")
-    whole_runs(args)
-    selection()
+    if args.parts:
+        selection()
+        products()
+    else:
+        whole_runs(args)
 
 
 def whole_runs(args: argparse.Namespace) -> None:
@@ -54,7 +64,7 @@ def whole_runs(args: argparse.Namespace) -> None:
         vocab_size=8192,
         max_position_embeddings=2048,
     )
-    model = LlamaForCausalLM(config).eval()
+    model = LlamaForCausalLM(config).to(getattr(torch, args.dtype)).eval()
     ids = torch.randint(8192, (args.samples, args.length))
     source = open_source(model)
     data = load_calibration([ids], source)
@@ -110,6 +120,41 @@ def selection() -> None:
             f"select {text:4} {took * 1e3:4.0f} ms  {took / (product + sort):.2f}× (|W|·s + sort), "
             f"{took / sort:.2f}× sort"
         )
+
+
+def products() -> None:
+    slow = slow_dtypes(torch.device("cpu"))
+    print(f"multiplied one number at a time here: {', '.join(sorted(map(str, slow))) or 'no dtype'}")
+    ends = torch.tensor([512, 1024, 1536, 2048], dtype=torch.int32)
+    x, picture = torch.randn(2048, 1024), torch.randn(8, 32, 56, 56)
+    aten = torch.ops.aten
+    jobs: dict[str, tuple[Any, tuple[torch.Tensor, ...]]] = {
+        "linear": (aten.linear.default, (x, torch.randn(1024, 1024))),
+        "mm": (aten.mm.default, (x, torch.randn(1024, 1024))),
+        "4 experts": (aten._grouped_mm.default, (x, torch.randn(4, 1024, 512))),
+        "conv2d": (aten.conv2d.default, (picture, torch.randn(32, 32, 3, 3))),
+    }
+    for name, (target, given) in jobs.items():
+        node = fx.Graph().call_function(target)
+        node.meta["val"] = torch.empty(0, dtype=torch.bfloat16)
+        ours = widened(node, slow) or target
+        rest = (ends,) if name == "4 experts" else ()
+        short = [value.bfloat16() for value in given]
+        exact, plain, wide = (spent(run, *of, *rest) for run, of in ((target, given), (target, short), (ours, short)))
+        print(
+            f"{name:10} float32 {exact * 1e3:6.1f} ms; bfloat16 {plain * 1e3:7.1f} ms, {plain / exact:5.1f}×; "
+            f"as here {wide * 1e3:6.1f} ms, {wide / exact:4.2f}×"
+        )
+
+
+def spent(job: Callable[..., object], *given: object) -> float:
+    """CPU seconds, the least of three."""
+    found = []
+    for _ in range(3):
+        began = time.process_time()
+        job(*given)
+        found.append(time.process_time() - began)
+    return min(found)
 
 
 def timed(job: Callable[[], object]) -> float:
