@@ -18,11 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import fx
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from sparsify.calibration.gradients import Samples
-from sparsify.calibration.widened import slow_dtypes, widened
 from sparsify.context import Context
 from sparsify.data.batches import load_calibration
 from sparsify.frontend.capture import capture
@@ -34,6 +32,7 @@ from sparsify.passes.wanda import Wanda
 from sparsify.prune.engine import prune as run_engine
 from sparsify.prune.names import Wanted
 from sparsify.prune.targets import choose
+from sparsify.runtime.cpu.wide import slow_dtypes, widened
 from sparsify.words import Schedule
 
 
@@ -123,7 +122,7 @@ def selection() -> None:
 
 
 def products() -> None:
-    slow = slow_dtypes(torch.device("cpu"))
+    slow = slow_dtypes()
     print(f"multiplied one number at a time here: {', '.join(sorted(map(str, slow))) or 'no dtype'}")
     ends = torch.tensor([512, 1024, 1536, 2048], dtype=torch.int32)
     x, picture = torch.randn(2048, 1024), torch.randn(8, 32, 56, 56)
@@ -135,9 +134,7 @@ def products() -> None:
         "conv2d": (aten.conv2d.default, (picture, torch.randn(32, 32, 3, 3))),
     }
     for name, (target, given) in jobs.items():
-        node = fx.Graph().call_function(target)
-        node.meta["val"] = torch.empty(0, dtype=torch.bfloat16)
-        ours = widened(node, slow) or target
+        ours = (widened(str(target._overloadpacket.__name__), target) if torch.bfloat16 in slow else None) or target
         rest = (ends,) if name == "4 experts" else ()
         short = [value.bfloat16() for value in given]
         exact, plain, wide = (spent(run, *of, *rest) for run, of in ((target, given), (target, short), (ours, short)))

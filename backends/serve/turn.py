@@ -17,6 +17,7 @@ from transformers.cli.serving.utils import BaseGenerateManager, _StreamError
 from sparsify.backends.serve.listener import Ended, Gone, Listener, Stops
 from sparsify.backends.serve.refusal import Refusal
 from sparsify.errors import first_line
+from sparsify.runtime.cpu.wide import wide_products
 
 _LOG = logging.getLogger("sparsify.serve")
 
@@ -131,7 +132,8 @@ class Turn(BaseGenerateManager):
             # Drawn anew without a seed, so that no request depends on the seed of another.
             torch.manual_seed(self._seed) if self._seed is not None else torch.seed()
             try:
-                model.generate(**given, generation_config=config, streamer=listener)
+                with wide_products():
+                    model.generate(**given, generation_config=config, streamer=listener)
             except Ended:
                 listener.end()
             except Gone:

@@ -17,11 +17,11 @@ from torch import Tensor, fx
 
 from sparsify.analysis.flow import Flow, root_of
 from sparsify.calibration.activations import ActivationStore
-from sparsify.calibration.widened import slow_dtypes, widened
 from sparsify.errors import CalibrationError, TraceError, first_line
 from sparsify.host import is_out_of_memory, within_memory
-from sparsify.ir.operators import placed
+from sparsify.ir.operators import exact_name, placed
 from sparsify.ir.program import Program
+from sparsify.runtime.cpu.wide import slow_dtypes, widened
 
 Values = dict[fx.Node, Any]
 # (batch, node, values of all nodes that are alive).
@@ -86,8 +86,13 @@ class Interpreter(fx.Interpreter):
         _check_numbers(program, batches, first)
         self.program, self.flow, self.batches, self.store, self.device = program, flow, batches, store, device
         self._placed = {node: placed(node, device) for node in flow.order}
-        slow = slow_dtypes(device)
-        self._widened = {node: way for node in flow.order if slow and (way := widened(node, slow)) is not None}
+        slow = slow_dtypes() if device.type == "cpu" else frozenset()
+        self._widened = {
+            node: way
+            for node in flow.order
+            if getattr(node.meta.get("val"), "dtype", None) in slow
+            and (way := widened(exact_name(node), node.target)) is not None  # type: ignore[arg-type]
+        }
         self.resident: Values = {}
         self.pinned: set[fx.Node] = set()
 

@@ -17,6 +17,7 @@ from sparsify.errors import CalibrationError, first_line
 from sparsify.frontend.materialize import materialize
 from sparsify.frontend.source import Source
 from sparsify.frontend.text_config import text_config
+from sparsify.runtime.cpu.wide import wide_products
 
 _BATCH = 32
 
@@ -68,7 +69,7 @@ def sample_from_model(source: Source, samples: int, length: int, seed: int) -> T
     try:
         # What settings leave open generate() would take from the model's own, which are meant for chatting.
         model.generation_config = GenerationConfig()
-        with torch.random.fork_rng(devices=used), torch.no_grad():
+        with torch.random.fork_rng(devices=used), torch.no_grad(), wide_products():
             torch.manual_seed(seed)
             for begin in range(0, samples, _BATCH):
                 first = torch.full((min(_BATCH, samples - begin), 1), start, device=model.device)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from sparsify.context import Progress, report
 from sparsify.errors import CalibrationError
+from sparsify.runtime.cpu.wide import wide_products
 from sparsify.tuning.distillation import Distillation
 from sparsify.tuning.recipe import Recipe
 from sparsify.tuning.state import TuneState
@@ -65,8 +66,9 @@ class Training:
                 group["lr"] = recipe.highest_rate * rate_share(number, steps, recipe.warmup)
             losses: list[tuple[Tensor, int]] = []
             for micro in parts(chosen, recipe, world):
-                loss = self._loss(micro)
-                (loss * len(micro) / recipe.batch).backward()
+                with wide_products():
+                    loss = self._loss(micro)
+                    (loss * len(micro) / recipe.batch).backward()
                 losses.append((loss.detach(), len(micro)))
             world.share_gradients(list(state.trained.values()))
             # Once a step: a GPU that is asked after every part stands still meanwhile.

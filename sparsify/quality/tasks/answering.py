@@ -21,6 +21,7 @@ from sparsify.quality.scores import Score, mean_and_error, mean_of
 from sparsify.quality.tasks.chosen import LOGGERS, Chosen, Named, is_observers, seeded
 from sparsify.quality.tasks.hushed import hushed
 from sparsify.quality.tasks.names import SUITE_METRIC
+from sparsify.runtime.cpu.wide import wide_products
 
 # Questions at a time.
 BATCH = 8
@@ -116,6 +117,7 @@ def answer(lm: Any, chosen: Chosen, name: str, device: torch.device, limit: int 
         hushed(),
         seeded(),
         exact_products(),
+        wide_products(),
         within_memory(f"tasks for {name}", device, "Take --batch-size 1, fewer examples, or --device cpu"),
     ):
         for task in chosen.tasks.values():

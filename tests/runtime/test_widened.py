@@ -7,12 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 import sparsify
-from sparsify.calibration import interpreter, widened
-from sparsify.calibration.widened import slow_dtypes
+from sparsify.calibration import interpreter
 from sparsify.frontend.source import open_source
 from sparsify.quality.perplexity import perplexity
 from sparsify.runtime.cpu import wide
@@ -48,10 +47,8 @@ def cast(value: Any, dtype: torch.dtype) -> Any:
     return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
-def way(target: Any, result: Tensor, slow: frozenset[torch.dtype] = SHORT) -> Callable[..., Any] | None:
-    node = fx.Graph().call_function(target)
-    node.meta["val"] = result
-    return widened.widened(node, slow)
+def way(target: Any) -> Callable[..., Any] | None:
+    return wide.widened(target._overloadpacket.__name__, target)
 
 
 @pytest.mark.parametrize("pieces", [False, True])
@@ -62,7 +59,7 @@ def test_products(case: str, dtype: torch.dtype, pieces: bool, monkeypatch: pyte
         monkeypatch.setattr(wide, "_PIECE", 1)
     target, args, kwargs = CASES[case]
     short = tuple(cast(value, dtype) for value in args)
-    run = way(target, torch.empty(0, dtype=dtype))
+    run = way(target)
     assert run is not None
     found = run(*short, **kwargs)
     if case == "experts":
@@ -82,7 +79,7 @@ def test_derivatives(case: str) -> None:
     short = [cast(value, torch.bfloat16) for value in args]
     exact = [cast(value, torch.float32) for value in short]
     leaves = [[value.requires_grad_() for value in each if value.is_floating_point()] for each in (short, exact)]
-    run = way(target, torch.empty(0, dtype=torch.bfloat16))
+    run = way(target)
     assert run is not None
     found = torch.autograd.grad(run(*short, **kwargs).float().square().sum(), leaves[0])
     due = torch.autograd.grad(run(*exact, **kwargs).square().sum(), leaves[1])
@@ -91,16 +88,12 @@ def test_derivatives(case: str) -> None:
         torch.testing.assert_close(one.float(), other, rtol=0.05, atol=0.02 * float(other.abs().max()))
 
 
-def test_what_is_fast_or_no_product_is_left_alone() -> None:
-    assert way(aten.linear.default, torch.empty(0)) is None
-    assert way(aten.linear.default, torch.empty(0, dtype=torch.bfloat16), frozenset({torch.float16})) is None
-    assert way(aten.relu.default, torch.empty(0, dtype=torch.bfloat16)) is None
-    assert slow_dtypes(torch.device("meta")) == frozenset()
+def test_what_is_no_product_is_left_alone() -> None:
+    assert way(aten.relu.default) is None
 
 
 def test_which_dtypes_are_slow_is_asked_of_onednn() -> None:
-    found = slow_dtypes(torch.device("cpu"))
-    onednn = torch.ops.mkldnn
+    found, onednn = wide.slow_dtypes(), torch.ops.mkldnn
     assert (torch.bfloat16 in found) == (not onednn._is_mkldnn_bf16_supported())
     assert (torch.float16 in found) == (not onednn._is_mkldnn_fp16_supported())
 
@@ -121,10 +114,60 @@ def test_a_model_of_bfloat16_is_computed_and_pruned_alike(name: str, monkeypatch
     judged: dict[bool, float] = {}
     masks: dict[bool, dict[str, Tensor]] = {}
     for slow in (False, True):
-        monkeypatch.setattr(interpreter, "slow_dtypes", lambda device, slow=slow: SHORT if slow else frozenset())
+        monkeypatch.setattr(interpreter, "slow_dtypes", lambda slow=slow: SHORT if slow else frozenset())
         judged[slow] = perplexity(open_source(model), ids)
         result = sparsify.compile(model, "wanda:2:4", calibration=[ids])
         masks[slow] = {site.parameter: result.weight(site.parameter) != 0 for site in result.runs[0].sites}
     assert judged[True] == pytest.approx(judged[False], rel=5e-3)
     for parameter, kept in masks[False].items():
         assert float((masks[True][parameter] == kept).float().mean()) > 0.98, parameter
+
+
+class TestEverywhere:
+    """``wide_products``: what a thread multiplies meanwhile."""
+
+    @pytest.fixture(autouse=True)
+    def slow(self, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+        """Both dtypes are slow; the names of what is widened."""
+        seen: list[str] = []
+        before = wide.widened
+
+        def told(name: str, target: Any) -> Any:
+            found = before(name, target)
+            return found and (lambda *args, **kwargs: (seen.append(name), found(*args, **kwargs))[1])
+
+        monkeypatch.setattr(wide, "slow_dtypes", lambda: SHORT)
+        monkeypatch.setattr(wide, "widened", told)
+        return seen
+
+    @pytest.mark.parametrize("name", MODELS)
+    def test_a_model_and_its_derivatives(self, name: str, slow: list[str]) -> None:
+        torch.manual_seed(0)
+        model = MODELS[name]().to(torch.bfloat16).eval()
+        ids = torch.randint(64, (2, 12))
+
+        def found() -> tuple[Tensor, dict[str, Tensor]]:
+            model.zero_grad()
+            result = model(input_ids=ids, labels=ids)
+            result.loss.backward()
+            return result.logits.detach().float(), {n: p.grad.clone().float() for n, p in model.named_parameters()}
+
+        logits, gradients = found()
+        assert not slow
+        with wide.wide_products():
+            others, theirs = found()
+        assert slow, "the products were found"
+        torch.testing.assert_close(others, logits, rtol=0.03, atol=0.02)
+        for parameter, gradient in gradients.items():
+            apart = float((theirs[parameter] - gradient).norm()) / float(gradient.norm().clamp(min=1e-6))
+            assert apart < 0.05, parameter
+
+    def test_what_else_is_multiplied_stays(self, slow: list[str]) -> None:
+        x, y = at(4, 5), at(5, 6)
+        with wide.wide_products():
+            assert torch.equal(x @ y, torch.mm(x, y))
+            with pytest.raises(RuntimeError, match="dtype"):
+                torch.nn.functional.linear(x, at(6, 5).bfloat16())
+            out = torch.empty(4, 6, dtype=torch.bfloat16)
+            torch.mm(x.bfloat16(), y.bfloat16(), out=out)
+        assert not slow
