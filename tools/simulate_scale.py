@@ -1,15 +1,16 @@
 """What a pruning run costs by many processes, from a model's config.json alone: no weight is read, nothing is run.
 
     python tools/simulate_scale.py FOLDER [--pass wanda:2:4] [--samples 128] [--length 2048] [--ranks 1 8 64]
-        [--disk 5e9] [--link 50e9] [--flops 400e12] [--per-machine 8] [--batch 1] [--regions]
+        [--disk 5e9] [--link 50e9] [--flops 400e12] [--batch 1] [--regions]
     python tools/simulate_scale.py --check [--layers 2] [--samples 16]
 
 FOLDER holds a config.json. The model is traced without memory for its weights, cut where the engine cuts it, and summed
 up region by region: bytes read, products of its forward and of its statistics, solves, activations that live between
 regions, statistics, and bytes sent as the engine counts them. Seconds are those of reading, computing and sending one
 after the other, at the rates given: bytes per second of a machine's disk and of a process's link, operations per
-second of a process. --check prunes a small Llama by one and by two processes, takes the rate from the first, and holds
-what was foreseen of the second against what it did.
+second of a process. Processes of one machine read a region at the same time: the disk reads it once, and the others
+have it of the page cache. --check prunes a small Llama by one and by two processes, takes the rate from the first, and
+holds what was foreseen of the second against what it did.
 """
 
 from __future__ import annotations
@@ -64,9 +65,8 @@ class Costs:
     sent: float = 0.0
 
     def seconds(self, rates: Rates, ranks: int) -> float:
-        beside = min(ranks, rates.per_machine)
         computed = (self.forward + self.measured + self.solved) / rates.flops
-        return self.read * beside / rates.disk + computed + self.sent / ranks / rates.link
+        return self.read / rates.disk + computed + self.sent / ranks / rates.link
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,6 @@ class Rates:
     disk: float
     link: float
     flops: float
-    per_machine: int
 
 
 class Model:
@@ -214,7 +213,7 @@ def check(layers: int, samples: int, length: int) -> bool:
             rows = max(1, 2048 // length)
             model, batches = Model(place / "model", spec, length, rows), -(-samples // rows)
             alone, both = total(model.regions(1, batches)), total(model.regions(2, batches))
-            rates = Rates(math.inf, math.inf, (alone.forward + alone.measured + alone.solved) / one["pass"], 1)
+            rates = Rates(math.inf, math.inf, (alone.forward + alone.measured + alone.solved) / one["pass"])
             for what, foreseen, was in (
                 ("bytes sent", both.sent, two["sent"]),
                 ("seconds of the pass", both.seconds(rates, 2), two["pass"]),
@@ -234,7 +233,6 @@ def main() -> None:
     parser.add_argument("--disk", type=float, default=5e9)
     parser.add_argument("--link", type=float, default=50e9)
     parser.add_argument("--flops", type=float, default=400e12)
-    parser.add_argument("--per-machine", type=int, default=8)
     parser.add_argument("--batch", type=int, default=1, help="sequences that run at once")
     parser.add_argument("--regions", action="store_true", help="each region too")
     parser.add_argument("--check", action="store_true")
@@ -253,7 +251,7 @@ def main() -> None:
         f"{asked.folder.name}, {asked.spec}: {len(model.measuring.steps)} regions, traced in "
         f"{time.perf_counter() - started:.0f} s; bytes, operations, seconds"
     )
-    rates = Rates(asked.disk, asked.link, asked.flops, asked.per_machine)
+    rates = Rates(asked.disk, asked.link, asked.flops)
     table(model, asked.ranks, -(-asked.samples // asked.batch), rates, asked.regions)
 
 
