@@ -30,13 +30,23 @@ class SparsifyExpertsMethod(FusedMoEMethodBase):
 
     Args:
         gates, downs: the stacks of the checkpoint. exact: of few bits, inputs are not rounded; policy, tune: of GPUs,
-            which have no kernel for experts.
+            which have no kernel for experts. copies: of which none is made of stacks.
     """
 
     def __init__(
-        self, moe: Any, gates: Site, downs: Site, *, exact: bool = False, policy: str = "", tune: bool = True
+        self,
+        moe: Any,
+        gates: Site,
+        downs: Site,
+        *,
+        exact: bool = False,
+        policy: str = "",
+        tune: bool = True,
+        copies: object = None,
     ) -> None:
         super().__init__(moe)
+        if copies is not None:
+            logger.info_once("sparsify: policy both: stacks of experts stay packed alone")
         self.awaited, self.exact = {"w13": gates, "w2": downs}, exact
         self._dense: UnquantizedFusedMoEMethod | None = None
 
