@@ -24,7 +24,9 @@ from sparsify.backends.vllm.experts import SparsifyExpertsMethod
 from sparsify.backends.vllm.linear import SparsifyHeadMethod, SparsifyLinearMethod
 from sparsify.backends.vllm.matrices import Awaited, Site
 from sparsify.backends.vllm.names import CheckpointNames
-from sparsify.backends.vllm.orphans import Orphan, Orphans
+from sparsify.backends.vllm.orphan_stacks import OrphanStack
+from sparsify.backends.vllm.orphans import BESIDE, Orphans, is_left_over
+from sparsify.backends.vllm.stacks import Stack
 from sparsify.errors import CheckpointError
 
 logger = init_logger(__name__)
@@ -83,6 +85,10 @@ class SparsifyConfig(QuantizationConfig):
 
     @classmethod
     def override_quantization_method(cls, hf_quant_cfg: Any, user_quant: str | None, hf_config: Any = None) -> Any:
+        for own in (hf_quant_cfg, getattr(hf_config, "quantization_config", None)):
+            if isinstance(own, dict) and is_left_over(own):
+                # What vLLM reads itself but for this entry.
+                del own["sparsity_config"]
         return METHOD if Orphans.of(hf_quant_cfg) is not None else None
 
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
@@ -92,8 +98,9 @@ class SparsifyConfig(QuantizationConfig):
         self._rename()
         self.sites = hf_to_vllm_mapper.apply_dict(self.sites)
         if self.orphans is not None:
-            ignore = tuple(hf_to_vllm_mapper.apply_list(list(self.orphans.ignore)))
-            self.orphans = replace(self.orphans, ignore=ignore)
+            names = {key: getattr(self.orphans, key) for key in ("dense", "whole")}
+            renamed = {key: tuple(hf_to_vllm_mapper.apply_list(list(own))) for key, own in names.items()}
+            self.orphans = replace(self.orphans, **renamed)
 
     def get_checkpoint_weight_mapper(self) -> WeightsMapper:
         """Names of tensors as checkpoints have them, which vLLM's own mapping then reads.
@@ -104,7 +111,8 @@ class SparsifyConfig(QuantizationConfig):
         self._rename()
         self._check_taken()
         names = self._names
-        own = WeightsMapper(orig_to_new_renaming=[names] if names else [])
+        dropped = dict.fromkeys(BESIDE) if self.orphans is not None else {}
+        own = WeightsMapper(orig_to_new_renaming=[names] if names else [], orig_to_new_suffix=dropped)
         return own | QuantizationConfig.get_checkpoint_weight_mapper()
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
@@ -132,15 +140,21 @@ class SparsifyConfig(QuantizationConfig):
             tied = head and getattr(self._hf_config, "tie_word_embeddings", False)
             if tied or all(self.orphans.ignored(module) for module in modules):
                 return None
-            return [Orphan(module, self.orphans.form) for module in modules]
+            return [self.orphans.orphan(module) for module in modules]
         sites = [Site(f"{module}.weight", self._take(f"{module}.weight")) for module in modules]
         return None if all(each.site is None for each in sites) else [*sites]
 
     def _experts(self, layer: RoutedExperts, prefix: str) -> QuantizeMethodBase | None:
+        if self.orphans is not None:
+            orphans = [OrphanStack(f"{prefix}.{name}", prefix, self.orphans) for name in ("w13", "w2")]
+            modules = [module for stack in orphans for module in stack.modules(layer, 0).values()]
+            if all(self.orphans.ignored(module) for module in modules):
+                return None
+            return SparsifyExpertsMethod(layer.moe_config, *orphans, **self.how)
         gates = [f"{prefix}.{name}" for name in ("gate_up_proj", "w13")]
         downs = [f"{prefix}.{name}" for name in ("down_proj", "w2")]
         stacks = [
-            Site(next((name for name in names if name in self.sites), names[0]), None) for names in (gates, downs)
+            Stack(next((name for name in names if name in self.sites), names[0]), None) for names in (gates, downs)
         ]
         for stack in stacks:
             stack.site = self._take(stack.name)

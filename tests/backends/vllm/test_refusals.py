@@ -52,9 +52,10 @@ import sys, traceback
 if __name__ == "__main__":
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
+    small = dict(gpu_memory_utilization=0.3, enforce_eager=True, skip_tokenizer_init=True)
     for folder in sys.argv[1:]:
         try:
-            LLM(model=folder, enforce_eager=True, skip_tokenizer_init=True, distributed_executor_backend="uni")
+            LLM(model=folder, distributed_executor_backend="uni", **small)
         except Exception as error:
             print("REFUSED", str(error).replace(chr(10), " "), flush=True)
         else:
