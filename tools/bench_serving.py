@@ -185,8 +185,10 @@ def main() -> int:
     parser.add_argument("--address", help="a server that runs already, as .../v1")
     parser.add_argument("--name", help="what it calls the model")
     parser.add_argument("--json", type=Path, help="write the figures there too")
-    parser.add_argument("more", nargs="*", help="behind --: words for vLLM's server")
-    words = parser.parse_args()
+    # Behind -- are words for vLLM's server, which begin with dashes too.
+    argv = sys.argv[1:]
+    end = argv.index("--") if "--" in argv else len(argv)
+    words, behind = parser.parse_args(argv[:end]), argv[end + 1 :]
     torch.set_num_threads(words.threads)
     asked = questions(words.requests, words.tokens)
     expected, alone, alone_cpu, dtype = offline(words.folder, asked)
@@ -195,7 +197,7 @@ def main() -> int:
     if words.address:
         where = contextlib.nullcontext((words.address, words.name, None))
     elif words.server == "vllm":
-        where = served_by_vllm(words.folder, words.python, dtype, words.threads, words.more)
+        where = served_by_vllm(words.folder, words.python, dtype, words.threads, behind)
     with where as (address, name, process), ThreadPoolExecutor(words.at_once) as pool:
         client = openai.OpenAI(base_url=address, api_key="none", max_retries=0, timeout=600)
         start, before = time.perf_counter(), processor_seconds(process)
