@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
@@ -25,6 +26,10 @@ from sparsify.runtime.cpu.unpacking import unpacked
 from sparsify.runtime.packed_weight import PackedWeight
 
 logger = init_logger(__name__)
+
+# Operators take tensors alone; what they stand for lives as long as the layer that holds it.
+_numbers = itertools.count()
+_here: WeakValueDictionary[int, Beside] = WeakValueDictionary()
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,9 +56,6 @@ class Beside:
         return self.packed.linear(x)
 
 
-# Operators take tensors alone; what they stand for lives as long as the layer that holds it.
-_numbers = itertools.count()
-_here: WeakValueDictionary[int, Beside] = WeakValueDictionary()
 _library = Library("sparsify_vllm", "DEF")
 _library.define("linear_beside(Tensor x, Tensor place, int rows, Tensor? bias=None) -> Tensor")
 
@@ -108,7 +110,7 @@ class Copies:
 
 def dense_product(weight: Tensor) -> Callable[[Tensor], Tensor]:
     """What vLLM multiplies with dense [out_features, in_features] on this CPU, without a bias."""
-    holder = nn.Module()
+    holder: Any = nn.Module()
     holder.weight = nn.Parameter(weight, requires_grad=False)
     # It lays the weight out anew and lets the first go.
     dispatch_cpu_unquantized_gemm(holder, remove_weight=True)

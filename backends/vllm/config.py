@@ -98,9 +98,10 @@ class SparsifyConfig(QuantizationConfig):
         self._rename()
         self.sites = hf_to_vllm_mapper.apply_dict(self.sites)
         if self.orphans is not None:
-            names = {key: getattr(self.orphans, key) for key in ("dense", "whole")}
-            renamed = {key: tuple(hf_to_vllm_mapper.apply_list(list(own))) for key, own in names.items()}
-            self.orphans = replace(self.orphans, **renamed)
+            dense, whole = (
+                tuple(hf_to_vllm_mapper.apply_list(list(names))) for names in (self.orphans.dense, self.orphans.whole)
+            )
+            self.orphans = replace(self.orphans, dense=dense, whole=whole)
 
     def get_checkpoint_weight_mapper(self) -> WeightsMapper:
         """Names of tensors as checkpoints have them, which vLLM's own mapping then reads.

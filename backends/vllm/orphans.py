@@ -54,8 +54,9 @@ def is_left_over(config: Mapping[str, Any]) -> bool:
     entry alone vLLM refuses them.
     """
     sparsity = config.get("sparsity_config")
-    known = config.get("quant_method") == plain.METHOD and isinstance(sparsity, Mapping)
-    return known and bool(config.get("config_groups")) and sparsity.get("format") == "dense"
+    if config.get("quant_method") != plain.METHOD or not isinstance(sparsity, Mapping):
+        return False
+    return bool(config.get("config_groups")) and sparsity.get("format") == "dense"
 
 
 @dataclass(frozen=True)

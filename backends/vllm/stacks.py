@@ -135,14 +135,17 @@ class StackArrivals:
         return torch.stack([torch.cat([slices[e, shard] for shard in self.shards]) for e in range(self.experts)])
 
     def complete(self) -> Packed | Tensor:
-        """Raises:
-        CheckpointError: tensors that did not come.
+        """The stack, which is kept no longer: vLLM keeps what loads a layer's parameters.
+
+        Raises:
+            CheckpointError: tensors that did not come.
         """
-        if self.stack is None:
+        stack, self.stack = self.stack, None
+        if stack is None:
             lost = next(part for part in self._wanted if not self._arrived(part))
             raise CheckpointError(
                 f"packed tensor {self.awaited.name}{lost}",
                 found="the checkpoint does not hold it, or not all of it",
                 do="Fetch the folder again",
             )
-        return self.stack
+        return stack

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -36,7 +37,7 @@ def measure_turns(packed: Product, dense: Product, columns: int, dtype: torch.dt
     for tokens in COUNTS:
         x = torch.randn(tokens, columns).to(dtype)
         more = {"rounds": _FEWER} if tokens >= _LONG else {}
-        ours, theirs = watch.race([lambda x=x: packed(x), lambda x=x: dense(x)], **more)
+        ours, theirs = watch.race([partial(packed, x), partial(dense, x)], **more)
         if (theirs < FASTER * ours) != dense_is_faster(turns, tokens):
             turns.append(tokens)
     return turns

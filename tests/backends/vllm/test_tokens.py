@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 from support.serving_vllm import FOLDERS, PROMPTS, expected, model, packed, tokens_of, two_of_four
+
+from sparsify.runtime.layout import Packed
 
 pytest.importorskip("vllm", reason="vLLM is not installed: make vllm")
 
@@ -20,6 +23,16 @@ def test_tokens_are_those_of_transformers(name: str, folders: dict[str, Path], e
     llm = engine(folders[name])
     assert tokens_of(llm) == expected(folders[name])
     assert tokens_of(llm, PROMPTS[:1]) == expected(folders[name])[:1]
+
+
+@pytest.mark.parametrize("name", ["mixed", "experts"])
+def test_weights_are_held_once(name: str, folders: dict[str, Path], engine: Engine) -> None:
+    # vLLM keeps what loads a layer's parameters: what that was given is not to live as long.
+    gc.collect()
+    before = [id(one) for one in gc.get_objects() if isinstance(one, Packed)]
+    llm = engine(folders[name])
+    gc.collect()
+    assert llm and not [one for one in gc.get_objects() if isinstance(one, Packed) and id(one) not in before]
 
 
 def test_a_compiled_model(folders: dict[str, Path], engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
