@@ -79,8 +79,7 @@ class Copies:
 
     def __init__(self) -> None:
         threads = torch.get_num_threads()
-        # One thread is measured by its own CPU time, which other programs hardly change.
-        self._watch = Stopwatch(alone=threads == 1)
+        self._alone = threads == 1
         self._known = Known("turns.json", "turns", are_turns, threads=str(threads), vllm=vllm.__version__)
         self._told: set[str] = set()
 
@@ -93,7 +92,7 @@ class Copies:
         dense = dense_product(unpacked(weight.packed, weight.starts))
         rows, columns = weight.packed.shape
         key = _key(weight)
-        turns = self._known.of(key, lambda: measure_turns(weight.linear, dense, columns, weight.dtype, self._watch))
+        turns = self._known.of(key, lambda: self._measured(weight, dense))
         self._known.keep()
         if key not in self._told:
             self._told.add(key)
@@ -106,6 +105,12 @@ class Copies:
                 copy if turns else "no copy is kept",
             )
         return Beside(weight, dense, tuple(turns)) if turns else None
+
+    def _measured(self, weight: PackedWeight, dense: Callable[[Tensor], Tensor]) -> list[int]:
+        # One thread is measured by its own CPU time, which other programs hardly change. What empties the caches is as
+        # large as many a weight: it goes again.
+        watch = Stopwatch(alone=self._alone)
+        return measure_turns(weight.linear, dense, weight.columns, weight.dtype, watch)
 
 
 def dense_product(weight: Tensor) -> Callable[[Tensor], Tensor]:

@@ -140,7 +140,7 @@ class Orphan:
         stored = {"weight"} if "weight" in self.parts else set(_PARTS[self.form])
         if self.groups is None or self.form == marlin.FORMAT:
             return stored
-        return stored | {_SCALE} | ({_ZERO_POINT} if _ZERO_POINT in self._scales() else set())
+        return stored | self._scales()
 
     def _scales(self) -> set[str]:
         assert self.groups is not None
