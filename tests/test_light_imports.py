@@ -51,6 +51,7 @@ def test_the_hook_blocks() -> None:
 
 @pytest.mark.slow
 def test_a_packed_folder_loads_without_the_rest(tmp_path: Path) -> None:
+    pytest.importorskip("onnx_ir", reason="the folder is written by all of sparsify, which this environment has not")
     _, packed = write_both("llama", tmp_path)
     assert run(BLOCKED + LOADED, str(packed)) == run("import sys\n" + LOADED, str(packed))
 

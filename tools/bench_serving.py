@@ -1,9 +1,11 @@
 """A server under load: requests at once, none lost, every text the one that the folder gives offline; tokens a second.
 
     python tools/bench_serving.py OUT [--requests 200] [--at-once 16] [--tokens 32] [--threads 1] [--json FILE]
+    python tools/bench_serving.py OUT --server vllm [--python .venv-vllm/bin/python] [-- --enforce-eager ...]
     python tools/bench_serving.py OUT --address http://127.0.0.1:8000/v1 --name MODEL      # a server that runs already
 
-Starts `sparsify serve` on a port that is free unless --address names a server (of any OpenAI-compatible kind). Half of
+Starts `sparsify serve`, or vLLM's own server with the Python of its environment and the words behind `--`, on a port
+that is free, unless --address names a server (of any OpenAI-compatible kind). Half of
 the requests are streamed. Prompts are lines of Python of different lengths, answers of different lengths up to
 --tokens, the likeliest token each time. Offline the same folder is loaded as sparsify serve loads it and generates one
 text after the other, which is timed too. In float32 any difference is a fault: the exit code is 1. In bfloat16 two
@@ -16,10 +18,12 @@ import argparse
 import contextlib
 import json
 import os
+import socket
 import statistics
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -47,13 +51,14 @@ class Load:
     """What the server did with the load.
 
     Attributes:
-        cpu, cpu_offline: milliseconds of processor time that a token takes, in the server and without one, whatever
-            else the machine does. None where the server is not ours.
+        server: which it is. cpu, cpu_offline: milliseconds of processor time that a token takes, in the server's
+            processes and without one, whatever else the machine does. None where the server is not started here.
         lost: requests without an answer. differ: answers that are not the offline text.
         tokens: of all answers. seconds: from the first request to the last answer. median, slowest: of one request.
         offline: tokens a second of one text after the other, without a server.
     """
 
+    server: str
     requests: int
     at_once: int
     lost: int
@@ -72,7 +77,7 @@ class Load:
 
 @contextlib.contextmanager
 def served(folder: Path, threads: int) -> Iterator[tuple[str, str, int | None]]:
-    """Address, name and process of a server of our own."""
+    """Address, name and process of `sparsify serve`."""
     words = [sys.executable, "-m", "sparsify", "serve", str(folder), "--port", "0", "--json", "--device", "cpu"]
     process = subprocess.Popen([*words, "--threads", str(threads)], stdout=subprocess.PIPE, text=True)
     try:
@@ -84,13 +89,55 @@ def served(folder: Path, threads: int) -> Iterator[tuple[str, str, int | None]]:
         process.wait(60)
 
 
+@contextlib.contextmanager
+def served_by_vllm(
+    folder: Path, python: Path, dtype: str, threads: int, more: list[str]
+) -> Iterator[tuple[str, str, int | None]]:
+    """Address, name and process of vLLM's server, which says what it does on this process's stderr."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    words = [str(python), "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), "--dtype", dtype]
+    words += ["--served-model-name", folder.name, "--host", "127.0.0.1", "--port", str(port), *more]
+    own = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": str(threads)}
+    process = subprocess.Popen(words, stdout=sys.stderr, env=own | os.environ)
+    try:
+        wait(f"http://127.0.0.1:{port}/health", process)
+        yield f"http://127.0.0.1:{port}/v1", folder.name, process.pid
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+def wait(address: str, process: subprocess.Popen[bytes], seconds: float = 600) -> None:
+    """Until ``address`` answers.
+
+    Raises:
+        SystemExit: the server ended, or says nothing for so long.
+    """
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        if process.poll() is not None:
+            raise SystemExit(f"the server ended with {process.returncode}")
+        with contextlib.suppress(OSError), urllib.request.urlopen(address, timeout=10):
+            return
+        time.sleep(0.5)
+    raise SystemExit(f"{address} says nothing")
+
+
 def processor_seconds(process: int | None) -> float | None:
-    """What ``process`` has taken so far; None where nobody says."""
-    stat = Path(f"/proc/{process}/stat")
-    if process is None or not stat.exists():
+    """What ``process`` and those that it started have taken so far; None where nobody says."""
+    if process is None or not Path(f"/proc/{process}/stat").exists():
         return None
-    user, system = stat.read_text(encoding="utf-8").rpartition(") ")[2].split()[11:13]
-    return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+    parents, ticks = dict[int, int](), dict[int, int]()
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # one that has ended meanwhile
+            fields = stat.read_text(encoding="utf-8").rpartition(") ")[2].split()
+            parents[int(stat.parent.name)], ticks[int(stat.parent.name)] = int(fields[1]), sum(map(int, fields[11:13]))
+    every = [process]
+    for one in every:
+        every += [child for child, parent in parents.items() if parent == one]
+    return sum(ticks.get(one, 0) for one in every) / os.sysconf("SC_CLK_TCK")
 
 
 def questions(count: int, tokens: int) -> list[tuple[str, int]]:
@@ -133,16 +180,24 @@ def main() -> int:
     parser.add_argument("--at-once", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=32, help="of the longest answers")
     parser.add_argument("--threads", type=int, default=int(os.environ.get("OMP_NUM_THREADS", "1")))
+    parser.add_argument("--server", choices=["sparsify", "vllm"], default="sparsify", help="which is started")
+    parser.add_argument("--python", type=Path, default=Path(".venv-vllm/bin/python"), help="of vLLM's environment")
     parser.add_argument("--address", help="a server that runs already, as .../v1")
     parser.add_argument("--name", help="what it calls the model")
     parser.add_argument("--json", type=Path, help="write the figures there too")
-    words = parser.parse_args()
+    # Behind -- are words for vLLM's server, which begin with dashes too.
+    argv = sys.argv[1:]
+    end = argv.index("--") if "--" in argv else len(argv)
+    words, behind = parser.parse_args(argv[:end]), argv[end + 1 :]
     torch.set_num_threads(words.threads)
     asked = questions(words.requests, words.tokens)
     expected, alone, alone_cpu, dtype = offline(words.folder, asked)
     every = sum(count for _, count in expected)
-    own = served(words.folder, words.threads)
-    where = contextlib.nullcontext((words.address, words.name, None)) if words.address else own
+    where: Any = served(words.folder, words.threads)
+    if words.address:
+        where = contextlib.nullcontext((words.address, words.name, None))
+    elif words.server == "vllm":
+        where = served_by_vllm(words.folder, words.python, dtype, words.threads, behind)
     with where as (address, name, process), ThreadPoolExecutor(words.at_once) as pool:
         client = openai.OpenAI(base_url=address, api_key="none", max_retries=0, timeout=600)
         start, before = time.perf_counter(), processor_seconds(process)
@@ -151,6 +206,7 @@ def main() -> int:
     took = [one for text, one in given if text is not None]
     answered = [(text, right) for (text, _), (right, _) in zip(given, expected, strict=True) if text is not None]
     load = Load(
+        server=words.address or words.server,
         requests=len(asked),
         at_once=words.at_once,
         lost=len(asked) - len(answered),

@@ -7,13 +7,13 @@ from typing import Any
 
 from sparsify.backends.packed.format import PackedSite
 from sparsify.errors import CheckpointError
-from sparsify.runtime.words import ACTIVATIONS, POLICIES
+from sparsify.runtime.words import ACTIVATIONS, COPY_POLICIES, POLICIES
 
 METHOD = "sparsify"
 # The newest format that is read; written are format 1, or 2 where some weight is of few bits.
 FORMAT, _FEW_BITS = 2, 2
 # What quantization_config may say beside ``note``.
-FIELDS = ("quant_method", "format", "sites", "siblings", "gpu", "activations", "measured")
+FIELDS = ("quant_method", "format", "sites", "siblings", "gpu", "cpu", "activations", "measured")
 
 
 def format_of(sites: Mapping[str, PackedSite]) -> int:
@@ -82,6 +82,20 @@ def check_measured(measured: object) -> None:
     if set(words) != {"processor", "instructions"} or not all(isinstance(word, str) for word in words.values()):
         raise CheckpointError(
             "quantization_config of a packed folder", found=f"measured {measured!r}", do="config.json is damaged"
+        )
+
+
+def check_cpu(cpu: object) -> None:
+    """Check what a config.json says of CPUs, {"policy": …} or nothing.
+
+    Raises:
+        CheckpointError: it is of another kind.
+    """
+    if not isinstance(cpu, Mapping) or not set(cpu) <= {"policy"} or cpu.get("policy", "decode") not in COPY_POLICIES:
+        raise CheckpointError(
+            "quantization_config of a packed folder",
+            found=f"cpu {cpu!r}",
+            do=f"config.json is damaged: the policy of CPUs is {' or '.join(COPY_POLICIES)}",
         )
 
 

@@ -14,7 +14,7 @@ from sparsify.backends.packed.choosing import PRUNED, Asked, Decision
 from sparsify.backends.packed.config import METHOD, format_of
 from sparsify.backends.packed.format import PackedSite
 from sparsify.backends.packed.grids import Values
-from sparsify.backends.packed.loaded.again import this_machine
+from sparsify.backends.packed.loaded.known import this_machine
 from sparsify.backends.packed.loaded.modules import pack_modules
 from sparsify.backends.packed.options import Options
 from sparsify.backends.packed.plan import decide, siblings, summary
@@ -69,7 +69,8 @@ class PackedJob:
         few: dict[str, str | bool] = {"values": own.values, "activations": own.activations}
         group = {"group": own.group} if own.group is not None else {}
         asked = own.values != "auto" or self.few
-        return {"layout": own.layout, "choice": own.choice} | (few | group if asked else {})
+        copies = {"policy": own.policy} if own.policy != "decode" else {}
+        return {"layout": own.layout, "choice": own.choice} | (few | group if asked else {}) | copies
 
     def decide(self, program: Program, manifest: Mapping[str, Any] | None = None) -> list[Decision]:
         """What becomes of every weight; those that are rounded are, in the output's own.
@@ -89,7 +90,7 @@ class PackedJob:
 
     def extras(self) -> dict[str, object]:
         """What config.json says beside the sites."""
-        return {}
+        return {"cpu": {"policy": self.asked.policy}} if self.asked.policy != "decode" else {}
 
     def records(self) -> list[dict[str, Any]]:
         """What ``sparsify.json`` says of every weight."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sparsify.errors import SpecError
-from sparsify.runtime.words import Activations, AskedFewLayout, AskedGroup, AskedValues, PackingChoice
+from sparsify.runtime.words import Activations, AskedFewLayout, AskedGroup, AskedValues, CopyPolicy, PackingChoice
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,8 @@ class Options:
         group: in_features that share a scale, or the whole ``row``, where values=int8 (row) or int4 (64) rounds.
         activations: of weights stored as integers: ``int8`` rounds the inputs of a product to 8 bits by token and
             group; ``float`` does not, and is slower.
+        policy: what a server of batches (vLLM) keeps in memory on CPUs: ``decode`` the packed weights alone; ``both`` a
+            dense copy beside each, for the numbers of tokens for which it is measured faster where it is served.
     """
 
     layout: AskedFewLayout = "auto"
@@ -30,6 +32,7 @@ class Options:
     values: AskedValues = "auto"
     group: AskedGroup | None = None
     activations: Activations = "int8"
+    policy: CopyPolicy = "decode"
 
     def __post_init__(self) -> None:
         if self.group is not None and self.values not in ("int8", "int4"):

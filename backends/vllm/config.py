@@ -7,20 +7,29 @@ from typing import Any
 
 import torch
 from vllm.config import get_current_vllm_config
+from vllm.distributed import get_pp_group
+from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.models.utils import WeightsMapper
+from vllm.platforms import current_platform
 
-from sparsify.backends.packed.config import METHOD, check_activations, check_gpu, sites_of
+from sparsify.backends.packed.config import METHOD, check_activations, check_cpu, check_gpu, sites_of
 from sparsify.backends.packed.format import PackedSite
+from sparsify.backends.vllm.asked import asked_policy
+from sparsify.backends.vllm.beside import Copies
 from sparsify.backends.vllm.experts import SparsifyExpertsMethod
 from sparsify.backends.vllm.linear import SparsifyHeadMethod, SparsifyLinearMethod
 from sparsify.backends.vllm.matrices import Awaited, Site
 from sparsify.backends.vllm.names import CheckpointNames
-from sparsify.backends.vllm.orphans import Orphan, Orphans
+from sparsify.backends.vllm.orphan_stacks import OrphanStack
+from sparsify.backends.vllm.orphans import BESIDE, Orphans, is_left_over
+from sparsify.backends.vllm.stacks import Stack
 from sparsify.errors import CheckpointError
+
+logger = init_logger(__name__)
 
 
 class SparsifyConfig(QuantizationConfig):
@@ -28,14 +37,21 @@ class SparsifyConfig(QuantizationConfig):
 
     Attributes:
         sites: packed parameters, by what vLLM's modules are called. how: as :class:`OnDevice` takes it.
+        cpu: what the folder says of CPUs.
     """
 
-    def __init__(self, sites: dict[str, PackedSite], how: dict[str, Any], orphans: Orphans | None = None) -> None:
+    def __init__(
+        self,
+        sites: dict[str, PackedSite],
+        how: dict[str, Any],
+        orphans: Orphans | None = None,
+        cpu: dict[str, str] | None = None,
+    ) -> None:
         super().__init__()
-        self.sites, self.how, self.orphans = sites, how, orphans
+        self.sites, self.how, self.orphans, self.cpu = sites, how, orphans, cpu or {}
         self._hf_config: Any = None
         self._names: CheckpointNames | None = None
-        self._renamed, self._whole = False, False
+        self._renamed, self._settled, self._checked = False, False, False
         self._taken: set[str] = set()
 
     @classmethod
@@ -61,13 +77,18 @@ class SparsifyConfig(QuantizationConfig):
         if (orphans := Orphans.of(config)) is not None:
             return cls({}, {}, orphans)
         sites = sites_of({"quantization_config": config}, "(config.json)") or {}
-        gpu, activations = config.get("gpu", {}), config.get("activations", "int8")
+        gpu, cpu, activations = config.get("gpu", {}), config.get("cpu", {}), config.get("activations", "int8")
         check_gpu(config.get("siblings", []), gpu, sites)
+        check_cpu(cpu)
         check_activations(activations)
-        return cls(sites, {"exact": activations == "float", **gpu})
+        return cls(sites, {"exact": activations == "float", **gpu}, cpu=cpu)
 
     @classmethod
     def override_quantization_method(cls, hf_quant_cfg: Any, user_quant: str | None, hf_config: Any = None) -> Any:
+        for own in (hf_quant_cfg, getattr(hf_config, "quantization_config", None)):
+            if isinstance(own, dict) and is_left_over(own):
+                # What vLLM reads itself but for this entry.
+                del own["sparsity_config"]
         return METHOD if Orphans.of(hf_quant_cfg) is not None else None
 
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
@@ -77,8 +98,10 @@ class SparsifyConfig(QuantizationConfig):
         self._rename()
         self.sites = hf_to_vllm_mapper.apply_dict(self.sites)
         if self.orphans is not None:
-            ignore = tuple(hf_to_vllm_mapper.apply_list(list(self.orphans.ignore)))
-            self.orphans = replace(self.orphans, ignore=ignore)
+            dense, whole = (
+                tuple(hf_to_vllm_mapper.apply_list(list(names))) for names in (self.orphans.dense, self.orphans.whole)
+            )
+            self.orphans = replace(self.orphans, dense=dense, whole=whole)
 
     def get_checkpoint_weight_mapper(self) -> WeightsMapper:
         """Names of tensors as checkpoints have them, which vLLM's own mapping then reads.
@@ -89,11 +112,16 @@ class SparsifyConfig(QuantizationConfig):
         self._rename()
         self._check_taken()
         names = self._names
-        own = WeightsMapper(orig_to_new_renaming=[names] if names else [])
+        dropped = dict.fromkeys(BESIDE) if self.orphans is not None else {}
+        own = WeightsMapper(orig_to_new_renaming=[names] if names else [], orig_to_new_suffix=dropped)
         return own | QuantizationConfig.get_checkpoint_weight_mapper()
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        """Raises:
+        SpecError: what was asked of us beside the folder cannot be meant.
+        """
         self._rename()
+        self._settle()
         if isinstance(layer, RoutedExperts):
             return self._experts(layer, prefix)
         if not isinstance(layer, (LinearBase, ParallelLMHead)):
@@ -113,15 +141,21 @@ class SparsifyConfig(QuantizationConfig):
             tied = head and getattr(self._hf_config, "tie_word_embeddings", False)
             if tied or all(self.orphans.ignored(module) for module in modules):
                 return None
-            return [Orphan(module, self.orphans.form) for module in modules]
+            return [self.orphans.orphan(module) for module in modules]
         sites = [Site(f"{module}.weight", self._take(f"{module}.weight")) for module in modules]
         return None if all(each.site is None for each in sites) else [*sites]
 
     def _experts(self, layer: RoutedExperts, prefix: str) -> QuantizeMethodBase | None:
+        if self.orphans is not None:
+            orphans = [OrphanStack(f"{prefix}.{name}", prefix, self.orphans) for name in ("w13", "w2")]
+            modules = [module for stack in orphans for module in stack.modules(layer, 0).values()]
+            if all(self.orphans.ignored(module) for module in modules):
+                return None
+            return SparsifyExpertsMethod(layer.moe_config, *orphans, **self.how)
         gates = [f"{prefix}.{name}" for name in ("gate_up_proj", "w13")]
         downs = [f"{prefix}.{name}" for name in ("down_proj", "w2")]
         stacks = [
-            Site(next((name for name in names if name in self.sites), names[0]), None) for names in (gates, downs)
+            Stack(next((name for name in names if name in self.sites), names[0]), None) for names in (gates, downs)
         ]
         for stack in stacks:
             stack.site = self._take(stack.name)
@@ -139,16 +173,37 @@ class SparsifyConfig(QuantizationConfig):
         if self._renamed or self._hf_config is None or self.orphans is not None:
             return
         self._renamed, running = True, get_current_vllm_config()
-        self._whole = running.parallel_config.pipeline_parallel_size == 1
         if running.model_config.using_transformers_backend():
             return
         self._names = CheckpointNames(self._hf_config)
         self.sites = {self._names.rename_source_key(name)[0]: site for name, site in self.sites.items()}
 
+    def _settle(self) -> None:
+        """Once, in the process that holds the weights: how they are kept there."""
+        if self._settled:
+            return
+        self._settled, running, on_cpu = True, get_current_vllm_config(), current_platform.is_cpu()
+        asked = asked_policy(running.additional_config, on_cpu=on_cpu)
+        if not on_cpu:
+            self.how |= {} if asked is None else {"policy": asked}
+        elif (asked or self.cpu.get("policy")) == "both":
+            self.how |= {"copies": Copies()}
+            width = running.model_config.dtype.itemsize
+            most = sum(site.height * site.columns for site in self.sites.values() if site.experts is None) * width
+            told = f", up to {most / (1 << 20):.0f} MiB of all ranks together" if self.sites else ""
+            logger.info("sparsify: policy both: dense copies beside packed weights%s, where dense is faster here", told)
+
     def _check_taken(self) -> None:
-        lost = sorted(set(self.sites) - self._taken)
-        # A rank of a pipeline has a part of the layers.
-        if lost and self._whole:
+        """Once, on every rank of a pipeline, of which each has a part of the layers."""
+        if self._checked:
+            return
+        self._checked, pipeline, taken = True, get_pp_group(), self._taken
+        if pipeline.world_size > 1:
+            every: list[Any] = [None] * pipeline.world_size
+            torch.distributed.all_gather_object(every, taken, group=pipeline.cpu_group)
+            taken = set().union(*every)
+        lost = sorted(set(self.sites) - taken)
+        if lost:
             raise CheckpointError(
                 f"packed parameter {lost[0]}",
                 found=f"no layer of vLLM's model reads it ({len(lost)} of {len(self.sites)} are not read)",

@@ -12,10 +12,10 @@ from vllm.model_executor.layers.fused_moe.activation import MoEActivation, apply
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
 
-from sparsify.backends.vllm.matrices import PARTS, Site
+from sparsify.backends.vllm.orphan_stacks import OrphanStack
 from sparsify.backends.vllm.products import Product, product_of
-from sparsify.backends.vllm.stacks import Rank, StackArrivals
-from sparsify.errors import BackendError, CheckpointError
+from sparsify.backends.vllm.stacks import Rank, Stack
+from sparsify.errors import BackendError
 from sparsify.runtime.layout import unpack
 from sparsify.runtime.packed_weight import PackedWeight
 
@@ -30,13 +30,23 @@ class SparsifyExpertsMethod(FusedMoEMethodBase):
 
     Args:
         gates, downs: the stacks of the checkpoint. exact: of few bits, inputs are not rounded; policy, tune: of GPUs,
-            which have no kernel for experts.
+            which have no kernel for experts. copies: of which none is made of stacks.
     """
 
     def __init__(
-        self, moe: Any, gates: Site, downs: Site, *, exact: bool = False, policy: str = "", tune: bool = True
+        self,
+        moe: Any,
+        gates: Stack | OrphanStack,
+        downs: Stack | OrphanStack,
+        *,
+        exact: bool = False,
+        policy: str = "",
+        tune: bool = True,
+        copies: object = None,
     ) -> None:
         super().__init__(moe)
+        if copies is not None:
+            logger.info_once("sparsify: policy both: stacks of experts stay packed alone")
         self.awaited, self.exact = {"w13": gates, "w2": downs}, exact
         self._dense: UnquantizedFusedMoEMethod | None = None
 
@@ -57,20 +67,13 @@ class SparsifyExpertsMethod(FusedMoEMethodBase):
         rank = Rank(tuple(own), moe.tp_rank, moe.tp_size, inner, params_dtype)
         layer.sparsify_arrivals = {}
         for name, shards in _STACKS.items():
-            site = self.awaited[name].site
             shape = (hidden_size, inner * moe.tp_size) if name == "w2" else (2 * inner * moe.tp_size, hidden_size)
-            if site is not None and (site.experts, site.rows, site.columns) != (total, *shape):
-                raise CheckpointError(
-                    f"packed parameter {self.awaited[name].name}",
-                    found=f"{[site.experts, site.rows, site.columns]} where the model has {[total, *shape]}",
-                    do="Do config.json and the weights belong to one model?",
-                )
-            arrivals = StackArrivals(self.awaited[name], shards, total, rank)
+            arrivals = self.awaited[name].arrivals(layer, shards, (total, *shape), rank)
             layer.sparsify_arrivals[name] = arrivals
-            for part, kind in PARTS.items():
+            for part, kind in self.awaited[name].tensors.items():
                 parameter = nn.Parameter(torch.empty(0, dtype=kind or params_dtype), requires_grad=False)
                 parameter.weight_loader = partial(arrivals.load, part)  # type: ignore[attr-defined]
-                layer.register_parameter(f"{name}_weight{part}", parameter)
+                layer.register_parameter(f"{name}_{part}", parameter)
 
     def _check(self, layer: Any) -> None:
         moe, found = self.moe, None
@@ -78,7 +81,7 @@ class SparsifyExpertsMethod(FusedMoEMethodBase):
             found = f"experts with the activation {layer.activation.value}"
         elif moe.has_bias or layer.swiglu_limit is not None:
             found = "experts with biases, or with gates that are clamped"
-        elif layer.is_fused_checkpoint_transposed and None in (a.site for a in self.awaited.values()):
+        elif layer.is_fused_checkpoint_transposed and any(stack.dense for stack in self.awaited.values()):
             found = "a dense stack beside a packed one, in a family that stores stacks transposed"
         if found is not None:
             raise BackendError(
@@ -96,8 +99,8 @@ class SparsifyExpertsMethod(FusedMoEMethodBase):
         device = layer.w13_weight.device
         stacks = {name: arrivals.complete() for name, arrivals in layer.sparsify_arrivals.items()}
         for name in _STACKS:
-            for part in PARTS:
-                delattr(layer, f"{name}_weight{part}")
+            for part in self.awaited[name].tensors:
+                delattr(layer, f"{name}_{part}")
         del layer.sparsify_arrivals
         experts = layer.local_num_experts
         if device.type == "cuda":

@@ -63,7 +63,7 @@ class Arrivals:
             start += share.whole
 
     def complete(self) -> list[Packed | Tensor]:
-        """Every part, in the order of the layer.
+        """Every part, in the order of the layer. They are kept no longer: vLLM keeps what loads a layer's parameters.
 
         Raises:
             CheckpointError: tensors that did not come.
@@ -79,6 +79,7 @@ class Arrivals:
             raise CheckpointError(
                 f"packed tensor {lost[0]}", found="the checkpoint does not hold it", do="Fetch the folder again"
             )
+        self.parts = [None] * len(self.rows)
         return found
 
 

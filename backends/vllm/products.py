@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from vllm.logger import init_logger
 
+from sparsify.backends.vllm.beside import Beside, Copies, linear_beside
 from sparsify.errors import Refused
 from sparsify.runtime.cuda.gpu import GPU
 from sparsify.runtime.cuda.prepared import NO_COMPILER, PreparedWeight, prepare_weight
@@ -32,6 +33,7 @@ class OnDevice:
 
     Attributes:
         target: a GPU to prepare for, in the place of the one that weights lie on; a plain reference then runs them.
+        copies: on CPUs, who makes dense copies beside packed weights; None: none is kept.
     """
 
     device: torch.device
@@ -39,6 +41,7 @@ class OnDevice:
     policy: Policy = "decode"
     tune: bool = True
     target: GPU | None = None
+    copies: Copies | None = None
 
 
 @dataclass(frozen=True)
@@ -50,10 +53,15 @@ class _Held:
 
 @dataclass(frozen=True)
 class Product:
-    """An operator, and what it takes between ``x`` and what comes last: a bias, or of experts the offsets."""
+    """An operator, and what it takes between ``x`` and what comes last: a bias, or of experts the offsets.
+
+    Attributes:
+        behind: what the operator finds by an argument, and nobody else holds.
+    """
 
     operator: Any
     arguments: tuple[Any, ...]
+    behind: Any = None
 
     def __call__(self, layer: Any, x: Tensor, last: Tensor | None) -> Tensor:
         given = [getattr(layer, a.name) if isinstance(a, _Held) else a for a in self.arguments]
@@ -70,7 +78,11 @@ def hold(layer: nn.Module, name: str, matrices: Sequence[Packed | Tensor], how: 
     products: list[Product] = []
     for _, alike in groupby(matrices, key=_kind):
         weight = settled(name, joined(list(alike)), how)
-        products.append(product_of(layer, weight, f"weight_{len(products)}" if products else "weight"))
+        own = f"weight_{len(products)}" if products else "weight"
+        products.append(product_of(layer, weight, own))
+        both = how.copies.beside(name, weight) if how.copies is not None and isinstance(weight, PackedWeight) else None
+        if both is not None:
+            products[-1] = _product_of_both(layer, both, own)
     return products
 
 
@@ -87,6 +99,11 @@ def product_of(layer: nn.Module, weight: PackedWeight | PreparedWeight | Tensor,
     if isinstance(weight, Tensor):
         return Product(linear if weight.dim() == 2 else _dense_experts, (held[""],))
     return Product(weight.operator, weight.arguments(held))
+
+
+def _product_of_both(layer: nn.Module, both: Beside, name: str) -> Product:
+    layer.register_buffer(f"{name}_place", both.place, persistent=False)
+    return Product(linear_beside, (_Held(f"{name}_place"), both.packed.rows), both)
 
 
 def run(layer: Any, products: Sequence[Product], x: Tensor, bias: Tensor | None) -> Tensor:

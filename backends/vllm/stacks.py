@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -57,6 +58,31 @@ class Rank:
         return concatenate([rows_of(part, expert * rows, rows) for expert in self.experts])
 
 
+@dataclass
+class Stack(Site):
+    """A stack of a packed folder, or one that is dense beside a packed one."""
+
+    @property
+    def dense(self) -> bool:
+        return self.site is None
+
+    def arrivals(self, layer: Any, shards: Sequence[str], shape: tuple[int, int, int], rank: Rank) -> StackArrivals:
+        """Args:
+            shape: of the whole stack, [experts, rows, columns].
+
+        Raises:
+            CheckpointError: the stack is of another.
+        """
+        site = self.site
+        if site is not None and (site.experts, site.rows, site.columns) != shape:
+            raise CheckpointError(
+                f"packed parameter {self.name}",
+                found=f"{[site.experts, site.rows, site.columns]} where the model has {list(shape)}",
+                do="Do config.json and the weights belong to one model?",
+            )
+        return StackArrivals(self, shards, shape[0], rank)
+
+
 class StackArrivals:
     """One stack, of which vLLM hands over a slice at a time: an expert's rows of one of ``shards``.
 
@@ -80,7 +106,7 @@ class StackArrivals:
         return_success: bool = False,
     ) -> bool:
         """vLLM's ``weight_loader`` of experts."""
-        slices = self._slices.setdefault(part, {})
+        slices = self._slices.setdefault(part.removeprefix("weight"), {})
         slices[expert_id, shard_id] = loaded_weight
         if all(self._arrived(part) for part in self._wanted):
             self._finish()
@@ -109,14 +135,17 @@ class StackArrivals:
         return torch.stack([torch.cat([slices[e, shard] for shard in self.shards]) for e in range(self.experts)])
 
     def complete(self) -> Packed | Tensor:
-        """Raises:
-        CheckpointError: tensors that did not come.
+        """The stack, which is kept no longer: vLLM keeps what loads a layer's parameters.
+
+        Raises:
+            CheckpointError: tensors that did not come.
         """
-        if self.stack is None:
+        stack, self.stack = self.stack, None
+        if stack is None:
             lost = next(part for part in self._wanted if not self._arrived(part))
             raise CheckpointError(
                 f"packed tensor {self.awaited.name}{lost}",
                 found="the checkpoint does not hold it, or not all of it",
                 do="Fetch the folder again",
             )
-        return self.stack
+        return stack

@@ -29,6 +29,12 @@ Policy = Literal["decode", "prefill", "both"]
 POLICIES: tuple[Policy, ...] = get_args(Policy)
 
 
+# What a weight on CPUs is kept for: few tokens, packed alone; or twice, with a dense copy beside it for the numbers of
+# tokens for which that is measured faster. Many tokens alone would be the dense model.
+CopyPolicy = Literal["decode", "both"]
+COPY_POLICIES: tuple[CopyPolicy, ...] = get_args(CopyPolicy)
+
+
 def check_policy(policy: str, asked: str = "") -> None:
     """Refuse what is no policy.
 

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Callable, Sequence
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +26,8 @@ from sparsify.runtime.layout import holds_24
 from sparsify.runtime.words import Layout
 
 PROMPTS = [[5, 9, 33, 7], [100, 200, 210], [17] * 6, [1, 2, 3, 4, 5, 6, 7, 8, 9], [50, 40, 30]]
+# What vLLM asks of the machine before it loads anything: a share of its memory that is free, whatever the model needs.
+SMALL = ("--gpu-memory-utilization", "0.3")
 _SIZES = {
     "vocab_size": 250, "hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
     "max_position_embeddings": 128, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "initializer_range": 0.1,
@@ -159,3 +168,52 @@ def tokens_of(llm: Any, prompts: Sequence[Sequence[int]] = PROMPTS, tokens: int 
     asked = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
     given = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
     return [list(done.outputs[0].token_ids) for done in llm.generate(given, asked, use_tqdm=False, **more)]
+
+
+@contextlib.contextmanager
+def served(folder: Path, log: Path, *options: str, **environment: str) -> Iterator[Callable[[list[int]], list[int]]]:
+    """vLLM's own server on ``folder``: what asks it for 16 tokens after a prompt.
+
+    Args:
+        log: where it writes what it says.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    words = ["--served-model-name", "m", "--host", "127.0.0.1", "--port", str(port), "--enforce-eager", *options]
+    words += ["--dtype", "float32", "--max-model-len", "64", "--skip-tokenizer-init", "--return-tokens-as-token-ids"]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), *words, *SMALL]
+    with log.open("w") as said:
+        server = subprocess.Popen(command, stdout=said, stderr=said, env=os.environ | environment)
+    try:
+        _wait(port, server, log)
+
+        def complete(prompt: list[int]) -> list[int]:
+            body = {"model": "m", "prompt": prompt, "max_tokens": 16, "temperature": 0, "ignore_eos": True}
+            answer = _ask(port, "/v1/completions", body | {"return_token_ids": True, "detokenize": False})
+            found: list[int] = answer["choices"][0]["token_ids"]
+            return found
+
+        yield complete
+    finally:
+        server.terminate()
+        server.wait(timeout=60)
+
+
+def _ask(port: int, path: str, body: dict[str, Any] | None = None) -> Any:
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(f"http://127.0.0.1:{port}{path}", data, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        return json.loads(answer.read() or b"null")
+
+
+def _wait(port: int, server: subprocess.Popen[bytes], log: Path) -> None:
+    until = time.monotonic() + 300
+    while time.monotonic() < until:
+        assert server.poll() is None, log.read_text()[-3000:]
+        try:
+            _ask(port, "/health")
+            return
+        except OSError:
+            time.sleep(1)
+    raise AssertionError(log.read_text()[-3000:])

@@ -7,32 +7,20 @@ slower packed there are made dense in memory. The folder stays as it is.
 
 from __future__ import annotations
 
-import contextlib
-import json
 import warnings
 from collections.abc import Mapping
-from pathlib import Path
 
 import torch
 from torch import nn
 
 from sparsify.backends.packed.format import PackedSite
 from sparsify.backends.packed.loaded.dense import dense_modules
+from sparsify.backends.packed.loaded.known import Known, this_machine
 from sparsify.backends.packed.loaded.linear import PackedLinear
 from sparsify.backends.packed.loaded.modules import owner_of
-from sparsify.errors import SpecError
-from sparsify.host import processor
-from sparsify.runtime.cache import cache_folder, put_whole, read_object
-from sparsify.runtime.cpu import native
-from sparsify.runtime.cpu.build import source_hash
 from sparsify.runtime.cpu.stopwatch import Stopwatch
 from sparsify.runtime.cpu.unpacking import unpacked
 from sparsify.runtime.packed_weight import PackedWeight
-
-
-def this_machine() -> dict[str, str]:
-    """What a choice that is measured here holds for, as ``measured`` of ``quantization_config`` says it."""
-    return {"processor": processor(), "instructions": native.ISAS[native.isa()]}
 
 
 def choose_again(model: nn.Module, sites: Mapping[str, PackedSite], measured: Mapping[str, str] | None) -> list[str]:
@@ -45,7 +33,7 @@ def choose_again(model: nn.Module, sites: Mapping[str, PackedSite], measured: Ma
     """
     if measured is None or dict(measured) == (here := this_machine()):
         return []
-    known, found = _Known(here), dict[str, str]()
+    known, found = _Known(), dict[str, str]()
     with torch.no_grad():
         for name, site in sites.items():
             owner, leaf = owner_of(model, name)
@@ -75,32 +63,25 @@ def choose_again(model: nn.Module, sites: Mapping[str, PackedSite], measured: Ma
 
 
 class _Known:
-    """What was timed on this machine, by this version of the kernels and of torch; kept in the cache folder."""
+    """What packed layers were timed to take."""
 
-    def __init__(self, here: Mapping[str, str]) -> None:
+    def __init__(self) -> None:
         self._watch: Stopwatch | None = None
-        self._path: Path | None = None
-        self._of = {**here, "kernels": source_hash(), "torch": torch.__version__}
-        self._slower: dict[str, str | None] = {}
-        with contextlib.suppress(SpecError):  # a user without a home: timed in every process
-            self._path = cache_folder() / "choice.json"
-        kept = {} if self._path is None else read_object(self._path)
-        if kept.get("of") == self._of and isinstance(kept.get("slower"), dict):
-            self._slower = {k: v for k, v in kept["slower"].items() if v is None or isinstance(v, str)}
+        self._known = Known("choice.json", "slower", lambda found: found is None or isinstance(found, str))
 
     def slower(self, layer: PackedLinear, site: PackedSite) -> str | None:
         """How much slower the layer is packed; None where it is not clearly slower."""
         tenths = round(10 * site.values / max(1, site.rows * site.columns))
         dtype = str(layer.weight.dtype).removeprefix("torch.")
         key = f"{site.rows}x{site.columns} {dtype} {site.label} {site.group} {layer.exact} {tenths}"
-        if key not in self._slower:
-            self._watch = self._watch or Stopwatch()
-            packed = layer.packed()
-            starts = layer.weight_starts if site.layout == "bitmask" else None
-            timing = self._watch.packed(unpacked(packed, starts), PackedWeight.holding(packed, exact=layer.exact))
-            self._slower[key] = timing.slower
-        return self._slower[key]
+        found: str | None = self._known.of(key, lambda: self._measured(layer, site))
+        return found
+
+    def _measured(self, layer: PackedLinear, site: PackedSite) -> str | None:
+        self._watch = self._watch or Stopwatch()
+        packed = layer.packed()
+        starts = layer.weight_starts if site.layout == "bitmask" else None
+        return self._watch.packed(unpacked(packed, starts), PackedWeight.holding(packed, exact=layer.exact)).slower
 
     def keep(self) -> None:
-        if self._watch is not None and self._path is not None:
-            put_whole(self._path, json.dumps({"of": self._of, "slower": self._slower}).encode())
+        self._known.keep()

@@ -17,7 +17,15 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from sparsify.backends.packed.config import FIELDS, METHOD, check_activations, check_gpu, check_measured, sites_of
+from sparsify.backends.packed.config import (
+    FIELDS,
+    METHOD,
+    check_activations,
+    check_cpu,
+    check_gpu,
+    check_measured,
+    sites_of,
+)
 from sparsify.backends.packed.format import PackedSite
 from sparsify.backends.packed.loaded.again import choose_again
 from sparsify.backends.packed.loaded.linear import PackedLinear
@@ -44,9 +52,9 @@ class SparsifyConfig(QuantizationConfigMixin):
         siblings: groups of parameters that one product serves on a GPU. gpu: how a GPU keeps the weights, {"policy",
             "tune"} as :func:`sparsify.backends.packed.loaded.prepare` takes them. activations: what inputs of weights
             of few bits are multiplied as, int8 or float. measured: the machine that the choice of what to pack was
-            measured on. check: False takes the folder's
-            bytes as they are. Set it in Python, ``config.quantization_config["check"] = False``, and give ``config`` to
-            ``from_pretrained``.
+            measured on. cpu: {"policy"}, which vLLM reads, and which is only handed on here. check: False takes the
+            folder's bytes as they are. Set it in Python, ``config.quantization_config["check"] = False``, and give
+            ``config`` to ``from_pretrained``.
 
     Raises:
         CheckpointError: a newer format, or entries that are damaged.
@@ -61,6 +69,7 @@ class SparsifyConfig(QuantizationConfigMixin):
         gpu: dict[str, Any] | None = None,
         activations: Activations = "int8",
         measured: dict[str, str] | None = None,
+        cpu: dict[str, str] | None = None,
         check: bool = True,
     ) -> None:
         # Only of this one loading; no file says it.
@@ -68,11 +77,12 @@ class SparsifyConfig(QuantizationConfigMixin):
         self.quant_method: Any = quant_method
         self.format, self.sites = format, sites
         self.siblings, self.gpu, self.activations = siblings or [], gpu or {}, activations
-        self.measured = measured
+        self.measured, self.cpu = measured, cpu or {}
         sites_of({"quantization_config": self.__dict__}, "(config.json)")
         check_gpu(self.siblings, self.gpu, sites)
         check_activations(activations)
         check_measured(measured)
+        check_cpu(self.cpu)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
@@ -82,7 +92,12 @@ class SparsifyConfig(QuantizationConfigMixin):
         return super().from_dict(known, return_unused_kwargs=return_unused_kwargs, **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
-        unsaid = {"check": True, "activations": self.format == 1, "measured": self.measured is None}
+        unsaid = {
+            "check": True,
+            "activations": self.format == 1,
+            "measured": self.measured is None,
+            "cpu": not self.cpu,
+        }
         return {key: value for key, value in super().to_dict().items() if not unsaid.get(key)}
 
     def without(self, names: Sequence[str]) -> None:

@@ -22,8 +22,8 @@ from sparsify.quantized.dense import FLOAT8, FLOATS, Dense, Layout, Tensors, lib
 METHOD = "compressed-tensors"
 PACKED = "pack-quantized"
 FORMATS = (PACKED, "int-quantized", "float-quantized", "naive-quantized")
-_BESIDE = ("input_scale", "input_zero_point", "output_scale", "output_zero_point", "input_global_scale")
-_CACHES = ("k_scale", "v_scale", "q_scale", "k_zero_point", "v_zero_point", "q_zero_point")
+BESIDE = ("input_scale", "input_zero_point", "output_scale", "output_zero_point", "input_global_scale")
+CACHES = ("k_scale", "v_scale", "q_scale", "k_zero_point", "v_zero_point", "q_zero_point")
 _PACKED, _PLAIN = ".weight_packed", ".weight"
 
 
@@ -37,13 +37,7 @@ def find(tensors: Tensors, config: Mapping[str, Any], where: str) -> Layout:
     """
     if config.get("format") == marlin.FORMAT:
         return marlin.find(tensors, config, where)
-    library("compressed_tensors", "compressed-tensors", where)
-    from compressed_tensors.quantization import QuantizationConfig
-
-    try:
-        parsed = QuantizationConfig.model_validate(dict(config))
-    except Exception as error:  # pydantic's, and what the library's own checks raise
-        raise refused(where, f"compressed-tensors cannot read its config ({first_line(error)})") from error
+    parsed = _parsed(config, where)
     known, dense = set(tensors.names()), {}
     for stored in known:
         packed = stored.endswith(_PACKED)
@@ -58,8 +52,27 @@ def find(tensors: Tensors, config: Mapping[str, Any], where: str) -> Layout:
             )
         make = _packed if packed else _plain
         dense[f"{module}.weight"] = make(tensors, known, module, scheme, form)
-    ends = tuple(f".{name}" for name in (*_BESIDE, *_CACHES))
+    ends = tuple(f".{name}" for name in (*BESIDE, *CACHES))
     return Layout(METHOD, dense, frozenset(name for name in known if name.endswith(ends)))
+
+
+def scheme_of(config: Mapping[str, Any], module: str, where: str) -> Any:
+    """The library's scheme of the weight of ``module``.
+
+    Raises:
+        CheckpointError: as :func:`find`.
+    """
+    return _scheme(_parsed(config, where), module, where)
+
+
+def _parsed(config: Mapping[str, Any], where: str) -> Any:
+    library("compressed_tensors", "compressed-tensors", where)
+    from compressed_tensors.quantization import QuantizationConfig
+
+    try:
+        return QuantizationConfig.model_validate(dict(config))
+    except Exception as error:  # pydantic's, and what the library's own checks raise
+        raise refused(where, f"compressed-tensors cannot read its config ({first_line(error)})") from error
 
 
 def _scheme(config: Any, module: str, where: str) -> Any:

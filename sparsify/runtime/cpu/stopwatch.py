@@ -132,12 +132,12 @@ class Stopwatch:
         return self.race(calls)
 
     @torch.inference_mode()
-    def race(self, calls: Sequence[Callable[[], object]]) -> list[float]:
+    def race(self, calls: Sequence[Callable[[], object]], rounds: int = _ROUNDS) -> list[float]:
         """Seconds of each of ``calls``, taken in turns: of CPU time the least, of the clock the median."""
         spent: list[list[float]] = [[] for _ in calls]
         clock, typical = (time.thread_time, min) if self._alone else (time.perf_counter, statistics.median)
         with _threads(1 if self._alone else torch.get_num_threads()):
-            for _ in range(_ROUNDS):
+            for _ in range(rounds):
                 for call, times in zip(calls, spent, strict=True):
                     self._flush.add_(1)
                     start = clock()

@@ -17,6 +17,7 @@ from sparsify.backends.packed.loaded import again
 from sparsify.backends.packed.loaded.linear import PackedLinear
 from sparsify.backends.packed.unpack import unpack_folder
 from sparsify.errors import CheckpointError
+from sparsify.runtime.cache import cache_folder
 from sparsify.runtime.cpu.build import source_hash
 from sparsify.runtime.cpu.stopwatch import Stopwatch
 
@@ -100,7 +101,7 @@ def test_one_packed_for_size_stays_as_it_is(folder: Callable[[str], Path], races
 
 @pytest.mark.parametrize("cached", [b"{", b"[]", b'{"of": 3, "slower": {"x": 1}}', b"\xff"])
 def test_a_damaged_cache_is_measured_again(folder_of_another: Path, races: Races, cached: bytes) -> None:
-    place = again.cache_folder()
+    place = cache_folder()
     place.mkdir(parents=True, exist_ok=True, mode=0o700)
     (place / "choice.json").write_bytes(cached)
     with pytest.warns(RuntimeWarning, match="10 of 14"):

@@ -38,6 +38,7 @@ def engine() -> Iterator[Callable[..., Any]]:
 
     def start(folder: Path, **options: Any) -> Any:
         given = {"enforce_eager": True, "dtype": "float32", "max_model_len": 64, "skip_tokenizer_init": True}
+        given |= {"gpu_memory_utilization": 0.3}
         return LLM(model=str(folder), distributed_executor_backend="uni", **(given | options))
 
     yield start

@@ -40,11 +40,19 @@ def _foreign(config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     config["sites"]["model.layers.1.self_attn.g_proj.weight"] = config["sites"][Q]
 
 
+def _another(config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    up = "model.layers.1.mlp.up_proj.weight"
+    config["sites"][Q] = config["sites"][up]
+    for part in ("", "_meta"):
+        tensors[Q + part] = tensors[up + part].clone()
+
+
 SPOILT: dict[str, tuple[Callable[[dict[str, Any], dict[str, Tensor]], None], str]] = {
     "a newer format": (_newer, "format 3; this sparsify reads up to 2. Install a newer sparsify"),
     "a tensor too few": (_without, f"packed tensor {Q}_meta: the checkpoint does not hold it"),
     "a code that is none": (_code, f"packed tensor {Q}: a code that is not two ascending positions of four"),
     "a tensor cut off": (_cut, f"packed tensor {Q}_meta: [127, 16] of torch.uint8 where [128, 16]"),
+    "weights of another model": (_another, f"packed parameter {Q}: [320, 128] where the model has [128, 128]"),
     "a site of another model": (_foreign, "model.layers.1.self_attn.g_proj.weight: no layer of vLLM's model reads it"),
 }
 SCRIPT = """
@@ -52,9 +60,10 @@ import sys, traceback
 if __name__ == "__main__":
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
+    small = dict(gpu_memory_utilization=0.3, enforce_eager=True, skip_tokenizer_init=True)
     for folder in sys.argv[1:]:
         try:
-            LLM(model=folder, enforce_eager=True, skip_tokenizer_init=True, distributed_executor_backend="uni")
+            LLM(model=folder, distributed_executor_backend="uni", **small)
         except Exception as error:
             print("REFUSED", str(error).replace(chr(10), " "), flush=True)
         else:
@@ -92,3 +101,14 @@ def test_without_plug_ins_vllm_knows_no_sparsify(folders: dict[str, Path], tmp_p
     (told,) = refused([folders["mixed"]], tmp_path / "refused.py", VLLM_PLUGINS="")
     # docs/serving.md quotes it.
     assert "Unknown quantization method: sparsify. Must be one of [" in told
+
+
+def test_ranks_that_no_number_of_heads_divides(folders: dict[str, Path]) -> None:
+    from vllm import EngineArgs
+
+    args = EngineArgs(model=str(folders["mixed"]), tensor_parallel_size=3, skip_tokenizer_init=True)
+    # vLLM's own words, before any process is started: docs/serving.md quotes them.
+    with pytest.raises(
+        ValueError, match=r"Total number of attention heads \(4\) must be divisible by tensor parallel size"
+    ):
+        args.create_engine_config()
