@@ -20,7 +20,8 @@ class Found:
         best: the trial that was written. perplexity: of the model as it was written. trials: every one, in order.
         resumed: how many of them an earlier run had made.
         weights: how many weights could be pruned, of which ``best.sparsity`` are zero.
-        data, calibration: in words. sha256: of the token ids that judge. compiled: the model, as of :func:`sparsify.compile`. output: its folder, or None.
+        data, calibration: in words. sha256: of the token ids that judge.
+        compiled: the model, as of :func:`sparsify.compile`. output: its folder, or None.
         kept: the file of the trials, or None.
         recipe: of a compile that prunes so again; None where the model or the data were in memory alone.
     """
