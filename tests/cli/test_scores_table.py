@@ -7,9 +7,10 @@ import io
 import pytest
 from rich.console import Console
 
-from sparsify.cli.evaluating.tables import apart, score_report
+from sparsify.cli.evaluating.tables import score_report
 from sparsify.quality.evaluation import Evaluation, of_scores
 from sparsify.quality.scores import Score
+from sparsify.words import apart
 
 
 def judged(samples: tuple[float, ...], sha256: str = "1") -> Evaluation:

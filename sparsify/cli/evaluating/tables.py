@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sparsify.quality.scores import told
-from sparsify.words import plain
+from sparsify.words import LONG_NAME, apart, plain
 
 if TYPE_CHECKING:
     from sparsify.quality.evaluation import Evaluation
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 # The scores of all models by task and metric.
 Rows: TypeAlias = "dict[tuple[str, str], list[Score | None]]"
 
-# Names no longer than this stand as they were given; of a folded one so much stands on a line at least.
-_LONG, _NAME = 20, 6
+# So much of a name that is folded stands on a line at least.
+_NAME = 6
 
 # Verdicts that ask for something are seen at once.
 _STYLES = {"clearly": "yellow", "much": "bold red", "far": "bold red"}
@@ -73,18 +73,6 @@ def _below(rows: Rows, results: Sequence[tuple[str, Evaluation]]) -> _Unbroken:
     return _Unbroken(table)
 
 
-def apart(names: Sequence[str]) -> list[str]:
-    """``names`` as they are; where one is long, as much of the end of each path as tells them apart."""
-    if all(len(name) <= _LONG for name in names):
-        return list(names)
-    parts = [name.rstrip("/").split("/") for name in names]
-    for count in range(1, max(map(len, parts))):
-        short = ["/".join(own[-count:]) for own in parts]
-        if len(set(short)) == len(set(names)):
-            return short
-    return list(names)
-
-
 class _Unbroken:
     """``table``, whose figures stay on one line where the terminal has room for that; names are folded then."""
 
@@ -94,7 +82,7 @@ class _Unbroken:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         columns = self.table.columns
         figures = [column for column in columns if column.justify == "right"]
-        widths = [max([min(len(str(c.header)), _LONG), *map(len, map(str, c.cells))]) for c in figures]
+        widths = [max([min(len(str(c.header)), LONG_NAME), *map(len, map(str, c.cells))]) for c in figures]
         # Of a name at least so many letters stand on one line; a column has two spaces and a rule.
         if sum(widths) + _NAME * (len(columns) - len(figures)) + 3 * len(columns) + 1 <= options.max_width:
             for column, width in zip(figures, widths, strict=True):
