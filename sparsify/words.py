@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from numbers import Integral
 from os import PathLike
 from pathlib import Path
@@ -234,3 +234,19 @@ def format_bytes(count: int) -> str:
     if count >= 1 << 30:
         return f"{count / (1 << 30):.2f} GiB"
     return f"{count / (1 << 20):.0f} MiB" if count >= 1 << 19 or not count else f"{-(-count // 1024)} KiB"
+
+
+# Names no longer than this stand in a table as they were given.
+LONG_NAME = 20
+
+
+def apart(names: Sequence[str]) -> list[str]:
+    """``names`` as they are; where one is long, as much of the end of each path as tells them apart."""
+    if all(len(name) <= LONG_NAME for name in names):
+        return list(names)
+    parts = [name.rstrip("/").split("/") for name in names]
+    for count in range(1, max(map(len, parts))):
+        short = ["/".join(own[-count:]) for own in parts]
+        if len(set(short)) == len(set(names)):
+            return short
+    return list(names)

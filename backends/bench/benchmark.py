@@ -10,6 +10,7 @@ from sparsify.backends.bench.loading import Loading
 from sparsify.backends.packed.labels import siblings_label
 from sparsify.backends.packed.loaded.on_gpu import Prepared
 from sparsify.runtime.cpu.stopwatch import Timing
+from sparsify.words import apart
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,14 @@ class Benchmark:
     def dtype(self) -> str:
         """Of both, or ``bfloat16 and float32``: of the other model's, then of the folder's own."""
         return " and ".join(dict.fromkeys(self.dtypes))
+
+    @property
+    def columns(self) -> tuple[str, str]:
+        """What tells the two models apart in a table: their kinds, or where these are the same, their names."""
+        against, out = ("dense" if kind == "unpacked" else kind for kind in self.kinds)
+        if against == out:
+            against, out = apart([self.against, self.folder])
+        return against, out
 
     def products_by_kind(self) -> dict[tuple[str, str], tuple[int, Prepared]]:
         """(layers, shape) -> how many there are, and one of them."""

@@ -13,14 +13,16 @@ from rich.text import Text
 from sparsify.backends.bench.benchmark import Benchmark, SiteSpeed
 from sparsify.files.manifest import to_json
 from sparsify.files.single import put_file
-from sparsify.words import format_bytes
+from sparsify.words import format_bytes, plain
 
 
 def benchmark_report(result: Benchmark) -> RenderableType:
     """Two tables: the model as a whole, and the layers of a packed one by kind."""
-    whole = Table(title=f"{result.folder} against {result.against}", title_justify="left", caption_justify="left")
-    against, out = ("dense" if kind == "unpacked" else kind for kind in result.kinds)
-    for column in ("", against, out, f"{out} to {against}" if against != out else "ratio"):
+    whole = Table(
+        title=plain(f"{result.folder} against {result.against}"), title_justify="left", caption_justify="left"
+    )
+    against, out = map(plain, result.columns)
+    for column in ("", against, out, f"{out} to {against}"):
         whole.add_column(column, justify="left" if not column else "right")
     first = f"prefill of {result.prompt}, tokens/s" if result.prompt else "pictures/s, one at a time"
     speeds = [(first, result.prefill)]
@@ -30,7 +32,7 @@ def benchmark_report(result: Benchmark) -> RenderableType:
             ratio = f"{speed.ratio:.2f}× ({speed.low:.2f} … {speed.high:.2f})"
             whole.add_row(label, f"{speed.against:.1f}", f"{speed.out:.1f}", ratio)
     before, after = result.file_bytes
-    whole.add_row("weight files", format_bytes(before), format_bytes(after), f"{after / before:.3f}×")
+    whole.add_row("weight files", _size(before), _size(after), f"{after / before:.3f}×")
     if result.loading is not None:
         a, b = result.loading
         whole.add_row("loading, s", f"{a.seconds:.2f}", f"{b.seconds:.2f}", f"{b.seconds / a.seconds:.2f}×")
@@ -40,12 +42,10 @@ def benchmark_report(result: Benchmark) -> RenderableType:
             f"{b.first:.2f}",
             f"{b.first / a.first:.2f}×",
         )
-        whole.add_row(
-            "memory added until then", format_bytes(a.added), format_bytes(b.added), f"{b.added / a.added:.2f}×"
-        )
+        whole.add_row("memory added until then", _size(a.added), _size(b.added), f"{b.added / a.added:.2f}×")
     if result.device != "cpu" and result.memory is not None:
         a_bytes, b_bytes = result.memory
-        whole.add_row("weights on the GPU", format_bytes(a_bytes), format_bytes(b_bytes), f"{b_bytes / a_bytes:.3f}×")
+        whole.add_row("weights on the GPU", _size(a_bytes), _size(b_bytes), f"{b_bytes / a_bytes:.3f}×")
     whole.caption = f"{result.machine}, {result.dtype}, medians of {result.rounds} rounds"
     parts: list[RenderableType] = [whole]
     if result.sites:
@@ -59,6 +59,11 @@ def benchmark_report(result: Benchmark) -> RenderableType:
             else Text("they generate other tokens: another model, or sums that differ in their last bits", "yellow")
         )
     return Group(*parts)
+
+
+def _size(count: int) -> str:
+    """In digits by which two can be compared."""
+    return f"{count / (1 << 20):.2f} MiB" if 1 << 19 <= count < 100 << 20 else format_bytes(count)
 
 
 def _table(title: str, padding: PaddingDimensions) -> Table:
@@ -75,8 +80,10 @@ def _table(title: str, padding: PaddingDimensions) -> Table:
 
 def _sites(result: Benchmark) -> Table:
     table = _table("one token through one layer", padding=(0, 1))
-    for column in ("layer", "out × in", "runs"):
-        table.add_column(column, no_wrap=True)
+    table.add_column("layer", overflow="fold")
+    table.add_column("out × in", no_wrap=True)
+    # Figures have room at 80 columns, whatever runs.
+    table.add_column("runs", overflow="fold")
     for column in ("torch", "dense", "packed", "gain"):
         table.add_column(column, justify="right", no_wrap=True)
     for site in result.sites:

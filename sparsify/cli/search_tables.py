@@ -90,8 +90,8 @@ def sensitivity_report(result: Sensitivity) -> RenderableType:
     lines = [
         f"dense: perplexity {result.dense:.4g}; judged by {result.data}",
         *([] if result.calibration is None else [f"calibrated on {result.calibration}"]),
-        f"all of it pruned: perplexity {saving.before:.4g}; with these left dense "
-        f"({saving.weights / result.weights:.1%} of the weights, {saving.share:.0%} of the loss): {saving.after:.4g}:",
+        f"all of it pruned: perplexity {saving.before:.4g}; {saving.after:.4g} with these left dense, "
+        f"{saving.weights / result.weights:.1%} of the weights and {saving.share:.0%} of the loss:",
     ]
     head = Text(f"{result.model}, {result.spec}", "bold")
     return Group(head, kinds, by_block, table, *map(Text, lines))

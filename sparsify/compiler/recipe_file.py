@@ -13,6 +13,11 @@ from typing import Any
 
 from sparsify.errors import CheckpointError, SpecError, first_line, near
 from sparsify.files.manifest import MANIFEST
+from sparsify.files.reading import kind_at
+from sparsify.files.single import check_file, put_file
+
+# The first line of a recipe that was saved, by which it is told from what else is called so.
+_HEADER = "# sparsify compile --recipe FILE; see docs/recipes.md"
 
 # Key to the types of its value, and what these are called. What a machine has (device, memory) may stand there too.
 _TEXT, _NUMBER, _SWITCH = ((str,), "text"), ((int,), "a whole number"), ((bool,), "true or false")
@@ -63,7 +68,22 @@ def write_recipe(words: Mapping[str, Any]) -> bytes:
     import yaml
 
     text: str = yaml.safe_dump(dict(words), sort_keys=False, allow_unicode=True, width=120)
-    return f"# sparsify compile --recipe FILE; see docs/recipes.md\n{text}".encode()
+    return f"{_HEADER}\n{text}".encode()
+
+
+def save_recipe(path: Path, words: Mapping[str, Any], *, overwrite: bool) -> None:
+    """Write ``words`` to ``path``, by :func:`write_recipe`.
+
+    Raises:
+        BackendError: a file that is no recipe of ours is there, or another recipe and not ``overwrite``.
+    """
+    content = write_recipe(words)
+    # The same command again, to go on with --resume say, writes the same.
+    same = kind_at(path) == "file" and path.stat().st_size == len(content) and path.read_bytes() == content
+    if not same:
+        made_by = "sparsify compile --save-recipe"
+        check_file(path, "recipe", (_HEADER,), made_by, overwrite=overwrite, option="--save-recipe")
+        put_file(path, content)
 
 
 def _of_manifest(place: Path, text: str) -> dict[str, Any]:

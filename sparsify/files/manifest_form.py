@@ -104,7 +104,7 @@ FORM: dict[str, Any] = {
         "standard_error": _maybe(_figure),
         "verdict": _text,
     },
-    "search": {"dense_perplexity": _figure, "perplexity": _figure, "data": _text},
+    "search": {"dense_perplexity": _figure, "perplexity": _figure, "data": _text, "sha256": _text},
     "allow_nan": _flag,
     "compute_dtype": _one_of("float32", "bfloat16", "float16"),
     "structure": [{"ragged": _flag, "config": _mapping, "cuts": [_PART]}],

@@ -8,12 +8,12 @@ from typing import Any
 from urllib.parse import quote
 
 from sparsify.files.reading import kind_at, read_json
-from sparsify.provenance.commands import command_of
+from sparsify.provenance.commands import commands_of
 from sparsify.provenance.dense_card import CARD, kept_header, set_aside
 from sparsify.provenance.figures import figures_of
 from sparsify.provenance.loading import Kind, kind_of
 from sparsify.provenance.markdown import block, code, short, table
-from sparsify.provenance.runs import whole_of
+from sparsify.provenance.runs import held_pattern, whole_of
 
 # Reasons and names that are told before the rest is counted.
 _REASONS, _NAMES = 12, 3
@@ -38,7 +38,8 @@ def _header(manifest: Mapping[str, Any], dense: Mapping[str, Any], kind: Kind) -
 
     ran = [own for run in _history(manifest) for own in run.get("passes", ()) if "rounded" not in own]
     sites = (site for own in manifest.get("passes", ()) for site in (*own["sites"], *own.get("rounded", ())))
-    patterns = {site.get("pattern") for site in sites}
+    # The zeros of an earlier step are still there, whatever this one did.
+    patterns = {site.get("pattern") for site in sites} | {held_pattern(own) for own in ran}
     tags = ["sparsify", *(["pruned"] if ran else []), *sorted(short(p) for p in patterns if p)[:8]]
     tags += [run["command"] for run in _history(manifest) if run["command"] == "tune"][:1]
     content = ModelCardData(
@@ -146,8 +147,8 @@ def _measured(manifest: Mapping[str, Any], history: Sequence[Mapping[str, Any]])
 
 def _again(history: Sequence[Mapping[str, Any]]) -> list[str]:
     lines, missing = [], []
-    for number, run in enumerate(history, 1):
-        if (command := command_of(run)) is None:
+    for number, (run, command) in enumerate(zip(history, commands_of(history), strict=True), 1):
+        if command is None:
             missing.append(str(number))
             lines.append(f"# step {number}: {'; '.join(str(own.get('spec')) for own in run.get('passes', ()))}")
         else:

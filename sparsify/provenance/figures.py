@@ -51,7 +51,8 @@ def figures_of(manifest: Mapping[str, Any]) -> list[Figure]:
             found.append(Figure(what, str(run.get("validation", "")), before, after, step=number))
     if {"dense_perplexity", "perplexity", "data"} <= (search := manifest.get("search", {})).keys():
         before, after = _number(search["dense_perplexity"]), _number(search["perplexity"])
-        found.append(Figure("measured by the search that made it", search["data"], before, after))
+        windows = str(search.get("sha256", ""))
+        found.append(Figure("measured by the search that made it", search["data"], before, after, windows=windows))
     if (judged := manifest.get("evaluation")) is not None:
         size = f"{judged.get('windows')} windows of {judged.get('sequence_length')} tokens of {judged.get('data')}"
         said = str(judged.get("verdict", "")), _number(judged.get("standard_error")), str(judged.get("sha256", ""))

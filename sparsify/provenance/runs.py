@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,6 +20,12 @@ def earlier(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
     if isinstance(tuned := manifest.get("tuned"), Mapping):
         made.append({"command": "tune", "passes": [], **known, **of_tuning(tuned)})
     return [{key: value for key, value in run.items() if value is not None} for run in made]
+
+
+def held_pattern(own: Mapping[str, Any]) -> str | None:
+    """The N:M of a pass of a history, which later passes keep; None of any other."""
+    found = re.match(r"[\w-]+:(\d{1,4}:\d{1,4})(?:,|$)", str(own.get("spec")))
+    return found[1] if found and "pruned" in own else None
 
 
 def whole_of(history: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:

@@ -202,7 +202,11 @@ def measure(source: Source, windows: Tensor, label: str, context: Context, *, re
     started = time.perf_counter()
     losses, dtype = losses_on(source, windows, context)
     value = of_losses(losses, source.name, dtype, refuse=refuse)
-    ids = hashlib.sha256(windows.long().contiguous().numpy().tobytes()).hexdigest()
     seconds = time.perf_counter() - started
     count, length = windows.shape
-    return Evaluation(value, count, length, label, seconds, tuple(losses.tolist()), ids)
+    return Evaluation(value, count, length, label, seconds, tuple(losses.tolist()), digest_of(windows))
+
+
+def digest_of(windows: Tensor) -> str:
+    """The sha256 of the token ids of ``windows`` [count, length], by which figures of the same text are known."""
+    return hashlib.sha256(windows.long().contiguous().numpy().tobytes()).hexdigest()

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from sparsify.provenance.commands import command_of
+from sparsify.provenance.commands import commands_of
 from sparsify.provenance.markdown import short
 from sparsify.reporting.facts import Facts
 from sparsify.reporting.markup import Markup, code, joined, section, tag
@@ -54,9 +54,9 @@ def _run(at: int, run: Mapping[str, Any]) -> Markup:
 def again(facts: Facts) -> Markup:
     """The commands, or the recipe where a command line does not say all of it."""
     parts: list[object] = []
-    for at, run in enumerate(facts.history, 1):
+    for at, (run, command) in enumerate(zip(facts.history, commands_of(facts.history), strict=True), 1):
         name = f"Step {at}" if len(facts.history) > 1 else None
-        if (command := command_of(run)) is not None:
+        if command is not None:
             parts += [tag("h3", name) if name else None, tag("pre", code(command), tabindex="0")]
         elif isinstance(run.get("recipe"), Mapping):
             recipe = json.dumps(run["recipe"], indent=2, ensure_ascii=False)

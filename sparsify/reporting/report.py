@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from sparsify.errors import BackendError
 from sparsify.files.reading import kind_at
-from sparsify.files.single import put_file
+from sparsify.files.single import check_file, put_file
 from sparsify.provenance.places import folder_of
 from sparsify.reporting.changes import left_dense, structure, trained
 from sparsify.reporting.facts import Facts, facts_of
@@ -90,18 +89,6 @@ def _check_place(into: Path, folder: Path, overwrite: bool) -> None:
     if folder.resolve() in here.parents:
         found = f"it lies in {folder}, whose files sparsify.json lists"
         raise BackendError(asked, found=found, do="Choose another place with -o")
-    if not os.path.lexists(into):
-        return
     if kind_at(into) == "folder":
         raise BackendError(asked, found="a folder", do=f"Name a file in it: -o {into / 'report.html'}")
-    if kind_at(into) != "file" or into.is_symlink():
-        found = "a link" if into.is_symlink() else "something that is no regular file"
-        raise BackendError(asked, found=found, do="Choose another name with -o")
-    if not overwrite:
-        do = "Pass --overwrite to replace it, or choose another place with -o"
-        raise BackendError(asked, found="it exists already", do=do)
-    with into.open("rb") as file:
-        ours = _OURS.encode() in file.read(2048)
-    if not ours:
-        found = "a file that sparsify report did not write"
-        raise BackendError(f"replacing {into}", found=found, do="Delete it yourself, or choose another place with -o")
+    check_file(into, "page", (_OURS,), "sparsify report", overwrite=overwrite, option="-o")

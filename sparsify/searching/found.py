@@ -20,7 +20,8 @@ class Found:
         best: the trial that was written. perplexity: of the model as it was written. trials: every one, in order.
         resumed: how many of them an earlier run had made.
         weights: how many weights could be pruned, of which ``best.sparsity`` are zero.
-        data, calibration: in words. compiled: the model, as of :func:`sparsify.compile`. output: its folder, or None.
+        data, calibration: in words. sha256: of the token ids that judge.
+        compiled: the model, as of :func:`sparsify.compile`. output: its folder, or None.
         kept: the file of the trials, or None.
         recipe: of a compile that prunes so again; None where the model or the data were in memory alone.
     """
@@ -37,6 +38,7 @@ class Found:
     calibration: str | None
     schedule: str
     seconds: float
+    sha256: str = ""
     resumed: int = 0
     compiled: Compiled | None = field(default=None, repr=False)
     output: Path | None = None
@@ -55,7 +57,7 @@ class Found:
     @property
     def words(self) -> list[str]:
         """What follows ``sparsify compile MODEL`` for the same pruning."""
-        return ["--pass", self.best.spec, *(word for name in self.best.ignore for word in ("--ignore", name))]
+        return words_of(self.best)
 
     def __repr__(self) -> str:
         return (
@@ -86,6 +88,7 @@ class Found:
             "ignore": list(self.best.ignore),
             "schedule": self.schedule,
             "data": self.data,
+            "sha256": self.sha256,
             "calibration": self.calibration,
             "seconds": round(self.seconds, 3),
             "resumed": self.resumed,
@@ -93,3 +96,8 @@ class Found:
             "kept": None if self.kept is None else str(self.kept),
             "trials": [trial.as_dict() for trial in self.trials],
         }
+
+
+def words_of(trial: Trial) -> list[str]:
+    """The options of ``sparsify compile`` that prune as ``trial`` did."""
+    return ["--pass", trial.spec, *(word for name in trial.ignore for word in ("--ignore", name))]

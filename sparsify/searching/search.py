@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -27,8 +28,9 @@ from sparsify.ir.weights import Weights
 from sparsify.method.spec import has_pattern, parse_pass, spec_text
 from sparsify.method.weight_pass import WeightPass
 from sparsify.progress import Shown, shown
+from sparsify.quality.evaluation import digest_of
 from sparsify.searching.budget import Budget, parse_budget
-from sparsify.searching.found import Found
+from sparsify.searching.found import Found, words_of
 from sparsify.searching.parts import cells, size_of
 from sparsify.searching.recorded import Recorded
 from sparsify.searching.settings import ByKind, ByPart, one_spec, pruning_pass
@@ -141,7 +143,7 @@ def search(
         if claim is not None:
             # The compile takes it over.
             claim.release()
-        recipe = _recipe(model, words, best, backend, seed)
+        recipe = _recipe(model, words, best, backend, seed, calibrates=bench.calibration is not None)
         found = replace(hunt.found(best), recipe=recipe)
 
         def look(weights: Weights) -> dict[str, Any]:
@@ -172,17 +174,18 @@ def search(
 
 
 def _recipe(
-    model: str | Path | nn.Module, words: Words, best: Trial, backend: Backend, seed: int
+    model: str | Path | nn.Module, words: Words, best: Trial, backend: Backend, seed: int, *, calibrates: bool
 ) -> dict[str, Any] | None:
     """Of a compile that prunes as ``best`` does. The text that judges stands in it too: of a file that calibrates as
-    well, its end is held out again.
+    well, its end is held out again. A pass that needs no data is given none, for then all of the file judged.
     """
+    drawn = words.data if words.calibration is None else words.calibration
     request = parse(
         [best.spec],
         backend,
         words.schedule,
-        words.data if words.calibration is None else words.calibration,
-        samples=words.samples,
+        drawn if calibrates else None,
+        samples=words.samples if calibrates else None,
         length=words.sequence_length,
         only=words.only,
         ignore=(*words.ignore, *best.ignore),
@@ -285,10 +288,11 @@ class _Hunt:
                 + (f": {near.refused}" if near.refused else ""),
                 do="Look at the data and at the model's weights",
             )
-        dense = f" --ignore {' --ignore '.join(near.ignore)}" if near.ignore else ""
+        # To be pasted: a glob is quoted.
+        words = shlex.join(words_of(near))
         raise CalibrationError(
             f"{self.budget} by {self.bench.own.name}",
-            found=f"none of {len(self.made)} trials met it: nearest came --pass {near.spec}{dense} with "
+            found=f"none of {len(self.made)} trials met it: nearest came {words} with "
             f"{near.perplexity:.6g} ({near.perplexity / self.dense:.4f} times the dense model's {self.dense:.6g}) at "
             f"{near.sparsity:.2%} zeros",
             do="Give a larger budget, or another pass",
@@ -364,6 +368,7 @@ class _Hunt:
             trials=self.made,
             weights=self.total,
             data=bench.label,
+            sha256=digest_of(bench.judge.windows),
             calibration=None if bench.calibration is None else f"{bench.calibration.size}: {bench.calibration.said}",
             schedule=bench.words.schedule if bench.calibration is not None else "none",
             seconds=self.seconds,

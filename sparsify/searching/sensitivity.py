@@ -187,7 +187,7 @@ def _saving(
 def _write(result: Sensitivity, folder: Path) -> None:
     text = json.dumps(result.as_dict(), indent=2) + "\n"
     (folder / "sensitivity.json").write_text(text, encoding="utf-8")
-    heading = f"# {result.model}, {result.spec}\n\n{result.data}\n\n{result.ignore_line}\n\n"
+    heading = f"# {result.model}, {result.spec}\n\n{result.data}\n\n```sh\n{result.ignore_line}\n```\n\n"
     (folder / "sensitivity.md").write_text(heading + result.markdown(), encoding="utf-8")
     for name in ("sensitivity.png", "sensitivity.svg"):
         draw(result, folder / name)

@@ -98,6 +98,10 @@ def test_inspect(folder: Callable[[str], Path], tmp_path: Path) -> None:
     assert "q_proj, k_proj, v_proj of model.layers.0.self_attn read" in said
     assert "32 output neurons × 32 inputs" in said
     assert (tmp_path / "g.dot").read_text().startswith("digraph")
+    assert sparsify("inspect", folder("llama"), "--dot", tmp_path / "g.dot").returncode == 0, "an older one goes"
+    (mine := tmp_path / "mine.txt").write_text("mine")
+    done = sparsify("inspect", folder("llama"), "--dot", mine)
+    assert done.returncode == 1 and "did not write" in done.stderr and mine.read_text() == "mine"
     found = json.loads(sparsify("inspect", folder("mixtral"), "--json").stdout)
     assert any(s["experts"] == 4 and len(s["tensors"]) == 8 for s in found["sites"])
 

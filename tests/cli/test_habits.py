@@ -142,6 +142,8 @@ def test_versions() -> None:
     found = json.loads(sparsify("version", "--json").stdout)
     assert sparsify("--version").stdout.strip() == found["sparsify-fx"] and {"python", "torch"} <= found.keys()
     assert f"torch {found['torch']}" in sparsify("version").stdout
+    # Whatever distribution its modules came with.
+    assert any(name.startswith("onnxruntime") for name in found)
 
 
 BARE = """

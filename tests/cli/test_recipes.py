@@ -93,6 +93,23 @@ def test_save_and_override(folder: Callable[[str], Path], tmp_path: Path) -> Non
     assert found["dry_run"] and len(found["passes"][0]["targets"]) == 6
 
 
+def test_no_file_but_an_older_recipe_is_replaced(folder: Callable[[str], Path], tmp_path: Path) -> None:
+    words = ("compile", folder("llama"), "--pass", "magnitude:2:4", "--dry-run", "-q", "--save-recipe")
+    recipe, notes = tmp_path / "r.yaml", tmp_path / "notes.txt"
+    notes.write_text("mine")
+    for more in ((), ("--overwrite",)):
+        done = sparsify(*words, notes, *more)
+        assert done.returncode == 1 and notes.read_text() == "mine" and "did not write" in done.stderr
+    assert sparsify(*words, tmp_path).returncode == 1
+    assert sparsify(*words, recipe).returncode == 0
+    assert sparsify(*words, recipe).returncode == 0, "the same words, to go on with --resume say"
+    kept = recipe.read_bytes()
+    done = sparsify(*words, recipe, "--samples", 3)
+    assert done.returncode == 1 and recipe.read_bytes() == kept and "Pass --overwrite" in done.stderr
+    assert sparsify(*words, recipe, "--samples", 3, "--overwrite").returncode == 0
+    assert read_recipe(recipe)["samples"] == 3
+
+
 WRONG = {
     "model: x\n\nsampels: 3\n": "line 3: no such key, 'sampels'. Near names: samples",
     "passes:\n- pass: wanda:2:4\n  onli: a\n": "line 3: no such key, 'onli'. Near names: only",

@@ -23,6 +23,7 @@ from sparsify.files.checkpoint import Checkpoint
 from sparsify.files.ledger import Ledger
 from sparsify.files.manifest import read_manifest
 from sparsify.frontend.source import open_source
+from sparsify.provenance.commands import commands_of
 from sparsify.provenance.history import digest_of_sums
 from sparsify.provenance.runs import earlier
 from sparsify.quality.heldout import with_use
@@ -189,3 +190,17 @@ def test_a_history_of_another_form_is_refused(planted: dict[str, Any], tmp_path:
     edit_manifest(tmp_path / "out", lambda manifest: manifest.update(planted))
     with pytest.raises(CheckpointError, match=r"history|card"):
         sparsify.compile(tmp_path / "out", "magnitude:75%")
+
+
+def test_each_command_writes_what_the_next_one_reads() -> None:
+    runs = [
+        {"command": "compile", "recipe": {"model": "dense", "passes": ["wanda:2:4"]}},
+        {"command": "tune", "recipe": {"model": "my pruned", "data": "t.txt"}},
+        {"command": "unpack"},
+    ]
+    assert commands_of(runs) == [
+        "sparsify compile dense --pass wanda:2:4 -o 'my pruned'",
+        "sparsify tune 'my pruned' --data t.txt -o OUT",
+        "sparsify unpack FOLDER -o OUT",
+    ]
+    assert commands_of([]) == []

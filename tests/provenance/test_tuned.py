@@ -51,6 +51,11 @@ def test_a_tune_is_a_step_like_others(pruned: Path, tmp_path: Path) -> None:
     header = ModelCard((tmp_path / "tuned" / "README.md").read_text()).data.to_dict()
     assert header["tags"] == ["sparsify", "pruned", "2:4", "tune"] and header["license"] == "mit"
     assert header["base_model"] == "dense"
+    # What an earlier step did is told by every later card, and its commands follow each other.
+    later = ModelCard(card)
+    assert later.data.to_dict()["tags"] == ["sparsify", "pruned", "2:4", "75%", "tune"]
+    lines = [line.split() for line in card.splitlines() if line.startswith("sparsify compile")]
+    assert lines and all(line[-2] == "-o" for line in lines) and lines[-1][-1] == "OUT"
 
 
 def test_the_command_of_a_tune_is_one(pruned: Path, tmp_path: Path) -> None:

@@ -79,6 +79,15 @@ def test_tasks_that_do_not_fit_their_data(
         sparsify.evaluate(model, tasks=path)
 
 
+def test_more_examples_than_there_are(model: Path, quiz: Path, tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match=r"task 'quiz' with 5 examples .*: 4 documents .*--num-fewshot 4 or fewer"):
+        sparsify.evaluate(model, tasks=quiz, num_fewshot=5)
+    own = task(tmp_path, "own", ROWS, fewshot_split="test")
+    with pytest.raises(SpecError, match=r"4 documents to draw them from, the question among them.*--num-fewshot 3 or"):
+        sparsify.evaluate(model, tasks=own, num_fewshot=4)
+    assert sparsify.evaluate(model, tasks=own, num_fewshot=3).score("own", "acc").shots == 3
+
+
 @pytest.mark.parametrize(
     ("text", "match"),
     [

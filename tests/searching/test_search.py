@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shlex
 from collections.abc import Callable
 from pathlib import Path
@@ -239,6 +240,39 @@ def test_at_the_command_line(model: Path, text: Path, tmp_path: Path) -> None:
     found = json.loads(command(*words, "--overwrite", "--json").stdout)
     assert found["resumed"] == len(found["trials"]) and found["perplexity"] <= found["limit"]
     assert "it exists already" in command(*words).stderr
+
+
+@pytest.mark.parametrize("spec", ["magnitude", "wanda"])
+@pytest.mark.parametrize("calibration", [None, "the same"])
+def test_the_folder_as_a_recipe_is_judged_by_the_text_of_the_search(
+    spec: str, calibration: str | None, model: Path, text: Path, tmp_path: Path
+) -> None:
+    given = {} if calibration is None else {"calibration": str(text)}
+    found = seek(model, text, spec, output=tmp_path / "out", **given)
+    ran = command("compile", "--recipe", tmp_path / "out", "-o", tmp_path / "again")
+    assert ran.returncode == 0 and same(tmp_path / "again", tmp_path / "out"), ran.stderr
+    told = sparsify.diff(tmp_path / "out", tmp_path / "again")
+    (ours,), (again,) = told.figures_a, told.figures_b
+    assert (
+        ours.windows == again.windows != ""
+        and "do not compare" not in command("diff", tmp_path / "out", tmp_path / "again").stdout
+    )
+    assert again.before == pytest.approx(found.dense) and again.after == pytest.approx(found.perplexity)
+
+
+def test_what_came_nearest_is_told_in_words_to_paste(
+    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sparsify.searching.judge import Judge
+
+    # Every trial is worse than the dense model, and better than the trial before it.
+    falling = iter([2.0, *(3.0 - trial / 100 for trial in range(99))])
+    monkeypatch.setattr(Judge, "perplexity", lambda *_: next(falling))
+    with pytest.raises(CalibrationError, match=r"none of \d+ trials met it: nearest came") as told:
+        seek(model, text, "magnitude:2:4", output=tmp_path / "out")
+    words = re.search(r"nearest came (--pass.*) with 2\.\d+ \(1\.\d+ times", str(told.value))
+    assert words is not None and "*" in words[1]
+    assert shlex.join(shlex.split(words[1])) == words[1], "globs are quoted: the shell would put names of files there"
 
 
 def test_who_stops_it_at_the_command_line_is_told_that_it_goes_on(

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, TypeAlias
 
-from rich.console import RenderableType
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.table import Table
 from rich.text import Text
 
 from sparsify.quality.scores import told
-from sparsify.words import plain
+from sparsify.words import LONG_NAME, apart, plain
 
 if TYPE_CHECKING:
     from sparsify.quality.evaluation import Evaluation
@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
 # The scores of all models by task and metric.
 Rows: TypeAlias = "dict[tuple[str, str], list[Score | None]]"
+
+# So much of a name that is folded stands on a line at least.
+_NAME = 6
 
 # Verdicts that ask for something are seen at once.
 _STYLES = {"clearly": "yellow", "much": "bold red", "far": "bold red"}
@@ -32,8 +35,9 @@ def score_report(results: Sequence[tuple[str, Evaluation]]) -> list[RenderableTy
     if not rows:
         return []
     table = _beside(rows, results) if len(results) < 3 else _below(rows, results)
-    more = " Differences are from the first model, on the same documents." if len(results) > 1 else ""
-    table.caption = f"± one standard error.{more}"
+    units = " and ".join(dict.fromkeys(f"{score.unit}s" for _, result in results for score in result.scores))
+    more = f" Differences are from the first model, on the same {units}." if len(results) > 1 else ""
+    table.table.caption = f"± one standard error.{more}"
     notes = dict.fromkeys(note for _, result in results for note in result.notes)
     parts: list[RenderableType] = [table, *(Text(plain(note), "yellow") for note in notes)]
     for name, result in results[1:]:
@@ -41,9 +45,10 @@ def score_report(results: Sequence[tuple[str, Evaluation]]) -> list[RenderableTy
     return parts
 
 
-def _beside(rows: Rows, results: Sequence[tuple[str, Evaluation]]) -> Table:
+def _beside(rows: Rows, results: Sequence[tuple[str, Evaluation]]) -> _Unbroken:
     """One or two models: a column each."""
-    table = _table("task", "metric", "n", *(plain(name) for name, _ in results), *(["difference"] * (len(results) - 1)))
+    named = [plain(name) for name in apart([name for name, _ in results])]
+    table = _table("task", "metric", "n", *named, *(["difference"] * (len(results) - 1)))
     last = ""
     for (task, metric), scores in rows.items():
         known = next(score for score in scores if score is not None)
@@ -52,19 +57,37 @@ def _beside(rows: Rows, results: Sequence[tuple[str, Evaluation]]) -> Table:
         cells = [_said(score) for score in scores] + [_difference(score, scores[0]) for score in scores[1:]]
         table.add_row("" if task == last else plain(task), plain(metric), str(known.n), *cells)
         last = task
-    return table
+    return _Unbroken(table)
 
 
-def _below(rows: Rows, results: Sequence[tuple[str, Evaluation]]) -> Table:
+def _below(rows: Rows, results: Sequence[tuple[str, Evaluation]]) -> _Unbroken:
     """More models: a line each."""
     table = _table("task", "metric", "model", "n", "score", "difference")
+    named = apart([name for name, _ in results])
     for (task, metric), scores in rows.items():
         table.add_section()
-        for number, (score, (name, _)) in enumerate(zip(scores, results, strict=True)):
+        for number, (score, name) in enumerate(zip(scores, named, strict=True)):
             said = (plain(task), plain(metric)) if not number else ("", "")
             more = _difference(score, scores[0]) if number else ""
             table.add_row(*said, plain(name), "" if score is None else str(score.n), _said(score), more)
-    return table
+    return _Unbroken(table)
+
+
+class _Unbroken:
+    """``table``, whose figures stay on one line where the terminal has room for that; names are folded then."""
+
+    def __init__(self, table: Table) -> None:
+        self.table = table
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        columns = self.table.columns
+        figures = [column for column in columns if column.justify == "right"]
+        widths = [max([min(len(str(c.header)), LONG_NAME), *map(len, map(str, c.cells))]) for c in figures]
+        # Of a name at least so many letters stand on one line; a column has two spaces and a rule.
+        if sum(widths) + _NAME * (len(columns) - len(figures)) + 3 * len(columns) + 1 <= options.max_width:
+            for column, width in zip(figures, widths, strict=True):
+                column.width = width
+        yield self.table
 
 
 def _table(*columns: str) -> Table:
@@ -90,6 +113,9 @@ def _verdicts(name: str, first: Evaluation, result: Evaluation) -> list[Renderab
     for pair in told(pairs):
         said = f"{name}: {pair.score.task}, {pair.score.metric}: {pair.verdict}"
         lines.append(Text(plain(said), _STYLES.get(pair.level or "", "")))
-    if all(pair.verdict is None for pair in pairs) and result.scores and first.scores:
-        lines.append(Text(plain(f"{name}: other documents than the first's, so that no pairs can be compared")))
+    if not pairs and result.scores and first.scores:
+        known = {score.key: score for score in first.scores}
+        same = any(score.key in known and known[score.key].sha256 == score.sha256 for score in result.scores)
+        why = "scores that are no means over documents" if same else "other documents than the first's"
+        lines.append(Text(plain(f"{name}: {why}, so that no pairs can be compared")))
     return lines

@@ -90,6 +90,7 @@ class Named:
             for name, task in tasks.items():
                 _check(name, task)
                 _set_examples(task, num_fewshot)
+                _check_examples(name, task)
         return self._loaded.setdefault(num_fewshot, Chosen(self.words, tasks, groups, self.suites))
 
     def _load(self, spec: str) -> dict[str, Any]:
@@ -251,6 +252,21 @@ def _set_examples(task: Any, asked: int | None) -> None:
     elif own is None:
         task.set_config(key="num_fewshot", value=0)
     task.set_fewshot_seed(seed=_OTHER_SEED)
+
+
+def _check_examples(name: str, task: Any) -> None:
+    """As many examples are drawn as are asked for, and one more where the question itself may be among them."""
+    asked, drawn = task.get_config("num_fewshot"), getattr(task, "fewshot_cfg", None)
+    if not asked or drawn is None:
+        return
+    own = int(drawn.split == task.get_config("test_split"))
+    if (known := len(list(task.fewshot_docs()))) < asked + own:
+        beside = ", the question among them" if own else ""
+        raise SpecError(
+            f"task '{name}' with {asked} examples before each question",
+            found=f"{known} documents to draw them from{beside}",
+            do=f"Give --num-fewshot {max(0, known - own)} or fewer",
+        )
 
 
 def is_observers(error: BaseException) -> bool:

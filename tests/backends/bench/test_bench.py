@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from support.command_line import sparsify as command
 from support.families import save
 from support.folders import SMALLEST
 
 import sparsify
+from sparsify.backends.bench.benchmark import Benchmark, SiteSpeed
 from sparsify.backends.bench.kinds import folder_kind
 from sparsify.backends.bench.measure import bench
 from sparsify.backends.bench.opening import open_contender
 from sparsify.backends.bench.picture import draw_benchmark
 from sparsify.backends.bench.report import benchmark_report
 from sparsify.errors import BackendError, CheckpointError, SpecError
+from sparsify.runtime.cpu.stopwatch import Timing
 
 FEW = {"prompt": 6, "tokens": 3, "rounds": 1, "loading": False}
 
@@ -59,6 +64,33 @@ def test_a_folder_of_any_kind_against_the_dense_one(kind: str, made: Callable[[s
     assert bool(result.sites) == (kind == "packed")
     assert benchmark_report(result) is not None
     assert draw_benchmark(result).startswith(b"\x89PNG") and json.dumps(result.as_dict())
+
+
+def test_two_of_one_kind_are_told_apart_by_their_names(made: Callable[[str], Path]) -> None:
+    folder = made("checkpoint")
+    result = bench(folder, str(folder.parent / "dense"), **FEW)  # type: ignore[arg-type]
+    assert result.columns == ("dense", "checkpoint") and "checkpoint to dense" in _shown(result)
+    other = replace(result, folder="/a/long/way/to/the/run-1/out", against="/a/long/way/to/the/run-2/out")
+    assert other.columns == ("run-2/out", "run-1/out") and "run-1/out to run-2/out" in _shown(other)
+    assert replace(result, kinds=("unpacked", "packed")).columns == ("dense", "packed")
+    assert "1.50 MiB" in _shown(replace(result, file_bytes=(3 << 19, 5 << 18))), "not 2 MiB and 1 MiB at 0.833×"
+
+
+def test_no_figure_of_a_layer_is_cut_at_80_columns(made: Callable[[str], Path]) -> None:
+    folder = made("packed")
+    result = bench(folder, str(folder.parent / "dense"), **FEW)  # type: ignore[arg-type]
+    timing = Timing(torch=123.4e-6, dense=1234.5e-6, packed=1234.5e-6, threads=1)
+    layouts = ("bitmask int8", "packed24 int4")
+    sites = [SiteSpeed("self_attn.q_proj", 32, (14336, 4096), layout, "packed", timing) for layout in layouts]
+    said = _shown(replace(result, sites=sites))
+    assert "…" not in said.replace(" … ", "") and said.count("0.10×") == 2 and max(map(len, said.splitlines())) <= 80
+
+
+def _shown(result: Benchmark) -> str:
+    console = Console(file=io.StringIO(), width=80)
+    console.print(benchmark_report(result))
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
 
 
 @pytest.mark.slow
