@@ -22,7 +22,7 @@ from sparsify.method.statistics import InputStatistics
 from sparsify.method.weight_pass import MatrixPass, Pruned
 from sparsify.passes.solvers.gram import DampedGram, damped_gram
 from sparsify.passes.solvers.sweep import sweep
-from sparsify.tensors import all_finite
+from sparsify.tensors import all_finite, zeroed
 
 Group = Literal["32", "64", "128", "row"]
 
@@ -119,7 +119,7 @@ class Round(MatrixPass):
 
         def enter(columns: Tensor, start: int) -> Tensor:
             own = gone[start : start + len(columns)]
-            kept = columns.masked_fill(own, 0).t().contiguous()
+            kept = zeroed(columns, own).t().contiguous()
             found = self._fit(kept, weight.dtype, moments[start : start + len(columns)])
             fitted[:] = [found.of_columns()]
             return own

@@ -25,7 +25,7 @@ from sparsify.method.weight_pass import Pruned, WeightPass
 from sparsify.passes.solvers.exact import Solver, conjugate_gradients, solve_rows
 from sparsify.passes.solvers.gram import DampedGram, damped_gram
 from sparsify.passes.solvers.sweep import Chooser, Settler, block_update, sweep
-from sparsify.tensors import all_finite
+from sparsify.tensors import all_finite, zeroed
 
 FitTarget = Literal["pruned", "dense"]
 Method = Literal["none", "sweep", "block", "exact"]
@@ -115,7 +115,7 @@ class Problem:
     def solved(self, mask: Tensor, method: Method, solver: Solver = "auto", start: Tensor | None = None) -> Tensor:
         """The kept weights under ``mask``; ``start`` is a sweep's result for it, where there is one already."""
         if method == "none":
-            return self.goal.masked_fill(mask, 0)
+            return zeroed(self.goal, mask)
         if method == "block":
             return block_update(self.goal, self.gram.inverse_root, mask)
         if method == "exact" and (solver == "cholesky" or (solver == "auto" and mask.shape[1] <= _CHOLESKY_UP_TO)):
@@ -129,7 +129,7 @@ class Problem:
         dead = self.gram.dead
         if dead.any():
             if self.keep_dead:
-                weight = weight.where(~dead, self.weight.float()).masked_fill(mask, 0)
+                weight = zeroed(weight.where(~dead, self.weight.float()), mask)
             else:
                 mask = mask | dead
         notes = () if self.gram.note is None else (self.gram.note,)

@@ -25,6 +25,7 @@ from sparsify.method.pattern import Unstructured
 from sparsify.method.selection import Comparison, select
 from sparsify.method.weight_pass import WeightPass
 from sparsify.prune.targets import Target
+from sparsify.tensors import zeroed
 
 OWL_SPREAD, ERROR_SPREAD = 0.08, 0.1
 _STEPS = 8  # points of an error curve within the spread
@@ -59,7 +60,7 @@ class Measured:
         pairs, recorder = self.scores(target), self.recorders[target.parameter]
         errors = []
         for level in levels:
-            pruned = (weight.masked_fill(_mask(scores, level), 0) for weight, scores in pairs)
+            pruned = (zeroed(weight, _mask(scores, level)) for weight, scores in pairs)
             dense = (weight for weight, _ in pairs)
             errors.append((recorder.sketch.relative_error(dense, pruned, world=recorder.world) or 0.0) ** 2)
         return errors

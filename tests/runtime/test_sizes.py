@@ -9,7 +9,7 @@ from support.matrices import TOLERANCE, error, pruned, pruned_24
 from sparsify.errors import Refused
 from sparsify.runtime import codes
 from sparsify.runtime.codes import row_starts
-from sparsify.runtime.cpu import native, products
+from sparsify.runtime.cpu import native, products, wide
 from sparsify.runtime.layout import choose_layout, pack
 from sparsify.runtime.packed_weight import PackedWeight
 from sparsify.runtime.words import LAYOUTS, Layout
@@ -40,7 +40,7 @@ def test_panels_of_any_height(layout: Layout, dtype: torch.dtype, slow: bool, mo
     """As torch multiplies them, and by way of float32 as where the processor has no instructions for their dtype."""
     torch.manual_seed(0)
     monkeypatch.setattr(products, "MANY", 0)
-    monkeypatch.setattr(products, "slow_dtypes", lambda: {dtype} if slow else frozenset())
+    monkeypatch.setattr(wide, "slow_dtypes", lambda: {dtype} if slow else frozenset())
     for panel in (1, 3, 7, 8):
         monkeypatch.setattr(products, "PANEL", panel)
         for rows in (1, 7, 8, 20):

@@ -13,6 +13,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 import sparsify
 from sparsify.calibration import interpreter
 from sparsify.frontend.source import open_source
+from sparsify.ir.operators import GROUPED_PRODUCTS
 from sparsify.quality.perplexity import perplexity
 from sparsify.runtime.cpu import wide
 
@@ -90,6 +91,11 @@ def test_derivatives(case: str) -> None:
 
 def test_what_is_no_product_is_left_alone() -> None:
     assert way(aten.relu.default) is None
+
+
+def test_every_product_of_experts_is_known() -> None:
+    """The kernels import nothing of the graph, which names them too."""
+    assert all(wide.widened(name, torch.relu) is wide.grouped for name in GROUPED_PRODUCTS)
 
 
 def test_which_dtypes_are_slow_is_asked_of_onednn() -> None:

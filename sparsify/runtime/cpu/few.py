@@ -10,13 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
 from sparsify.runtime import reference
 from sparsify.runtime.arguments import disagreement, failure
 from sparsify.runtime.cpu import native
 from sparsify.runtime.cpu.asked_once import KnownCodes
-from sparsify.runtime.cpu.wide import product, slow_dtypes
+from sparsify.runtime.cpu.wide import multiplier
 from sparsify.runtime.few_arguments import (
     check_24_few,
     check_bitmask_few,
@@ -244,12 +243,13 @@ def _unpack_rows(w: _Matrix, out: Tensor, first: int, count: int) -> None:
 def _by_panels(x: Tensor, w: _Matrix, bias: Tensor | None) -> Tensor:
     """The product with PANEL rows at a time unpacked: the memory of one panel, whatever the matrix."""
     width, rows = x.shape[-1], w.scales.shape[0]
-    x2, multiply = x.reshape(-1, width), product if x.dtype in slow_dtypes() else linear
+    x2 = x.reshape(-1, width)
     y = x.new_empty(x2.shape[0], rows)
     panel = w.scales.new_empty(min(PANEL, rows), width)
+    multiply = multiplier(x2)
     for first in range(0, rows, PANEL):
         count = min(PANEL, rows - first)
         _unpack_rows(w, panel, first, count)
         part = None if bias is None else bias[first : first + count]
-        y[:, first : first + count] = multiply(x2, panel[:count], part)
+        y[:, first : first + count] = multiply(panel[:count], part)
     return y.view(*x.shape[:-1], rows)

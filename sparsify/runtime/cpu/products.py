@@ -21,7 +21,7 @@ from sparsify.runtime.arguments import (
 from sparsify.runtime.cpu import native
 from sparsify.runtime.cpu.asked_once import KnownCodes, KnownMatrices
 from sparsify.runtime.cpu.unpacking import unpack_rows
-from sparsify.runtime.cpu.wide import product, slow_dtypes
+from sparsify.runtime.cpu.wide import multiplier, product, slow_dtypes
 from sparsify.runtime.layout import padded
 
 # Up to FEW tokens are multiplied with weights that stay packed, each by itself; up to MANY with four rows at a time
@@ -171,12 +171,13 @@ def _by_panels(
     """The product with PANEL rows at a time unpacked: the memory of one panel, whatever the matrix."""
     width = x.shape[-1]
     columns, starts = padded(width), None if starts is None else starts.contiguous()
-    x2, multiply = x.reshape(-1, width), product if x.dtype in slow_dtypes() else linear
+    x2 = x.reshape(-1, width)
     y = x.new_empty(x2.shape[0], rows)
     panel = values.new_empty(min(PANEL, rows), columns)
+    multiply = multiplier(x2)
     for first in range(0, rows, PANEL):
         count = min(PANEL, rows - first)
         unpack_rows(values, codes, starts, panel, first, count)
         part = None if bias is None else bias[first : first + count]
-        y[:, first : first + count] = multiply(x2, panel[:count, :width], part)
+        y[:, first : first + count] = multiply(panel[:count, :width], part)
     return y.view(*x.shape[:-1], rows)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -85,7 +85,8 @@ def addmm(bias: Tensor, x: Tensor, weight: Tensor, *, beta: float = 1, alpha: fl
     """``beta · bias + alpha · x @ weight``."""
     if bias.dim() == 1 and beta == 1 and alpha == 1:
         return product(x, weight, bias, axis=1)
-    return torch.addmm(bias.float(), x.float(), weight.float(), beta=beta, alpha=alpha).to(x.dtype)
+    found: Tensor = _whole(torch.addmm)(bias, x, weight, beta=beta, alpha=alpha)
+    return found
 
 
 def grouped(
@@ -105,6 +106,14 @@ def grouped(
     rest = x.new_zeros(len(x) - (ends[-1] if ends else 0), weight.shape[2])
     result = torch.cat([*parts, rest])
     return (result if bias is None else result + bias).to(out_dtype or x.dtype)
+
+
+def multiplier(x: Tensor) -> Callable[[Tensor, Tensor | None], Tensor]:
+    """``F.linear`` of ``x`` by one weight and bias after the other.
+
+    Where its dtype is slow it is widened once, and what comes is float32, to be rounded where it is put.
+    """
+    return partial(_piece, x.float(), axis=0) if x.dtype in slow_dtypes() else partial(functional.linear, x)
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, axis: int = 0) -> Tensor:
