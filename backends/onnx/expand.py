@@ -58,7 +58,7 @@ def expand(
     source = None if in_place else folder
     with Staging(place, overwrite=overwrite or in_place, source=source, like=folder, need=need) as staging:
         copy_companions(folder, staging.folder, written="*.onnx")
-        without_library(staging.folder)
+        without_library(folder, staging.folder)
         # One file, whatever its size: the graph points into it.
         layout = {WEIGHTS: {name: (store.dtype(name), list(store.shape(name))) for name in names}}
         dense = lay_out_files(staging.folder, layout)

@@ -4,7 +4,6 @@ pickle.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,11 +17,17 @@ from torch import Tensor, nn
 
 from sparsify.durable import aside, discard, move_new
 from sparsify.errors import BackendError, CheckpointError
+from sparsify.files.manifest import digest_of_manifest, write_json
 from sparsify.files.ownership import Claim
+from sparsify.files.reading import admit, read_json
 from sparsify.files.staging import Staging, check_free
+from sparsify.tensors import digest_of_span
 from sparsify.tuning.recipe import Recipe
 from sparsify.world.world import ALONE, World
 
+_STATE, _TENSORS = "state.json", "state.safetensors"
+# The loss of every step lies in it.
+_MOST = 1 << 28
 _MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 
 
@@ -102,11 +107,13 @@ class TuneState:
             for moment in _MOMENTS:
                 value = raw.state[parameter][moment]
                 tensors[f"{moment}.{name}"] = value.detach().cpu().contiguous().clone()
-        content = {"recipe": self.recipe, "step": self.step, "losses": self.losses}
+        content: dict[str, Any] = {"recipe": self.recipe, "step": self.step, "losses": self.losses}
         content["origins"] = dict(self.origins)
         with Staging(self.folder, overwrite=True, like=self._like, claim=self._claim) as staging:
-            save_file(tensors, staging.folder / "state.safetensors")
-            (staging.folder / "state.json").write_text(json.dumps(content), encoding="utf-8")
+            save_file(tensors, staging.folder / _TENSORS)
+            content["digests"] = {"tensors": digest_of_span(staging.folder / _TENSORS)}
+            content["digests"]["manifest"] = digest_of_manifest(content)
+            write_json(staging.folder / _STATE, content)
             staging.commit()
 
     def restore(self, optimizer: torch.optim.Optimizer) -> None:
@@ -141,14 +148,28 @@ class TuneState:
                 key = f"{moment}.{name}"
                 self._moments[key] = world.given(self._moments.get(key, empty), 0)
 
-    def _load(self) -> None:
+    def _read(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """What :meth:`save` wrote, both files held against their digests."""
+        if not (self.folder / _STATE).exists():
+            raise self._unread("no state to read there")
         try:
-            content: Mapping[str, Any] = json.loads((self.folder / "state.json").read_text(encoding="utf-8"))
-            tensors = load_file(self.folder / "state.safetensors")
-        except (OSError, ValueError, SafetensorError) as error:
-            raise CheckpointError(
-                f"resuming from {self.folder}", found=f"no state to read there ({error})", do="Begin without --resume"
-            ) from error
+            content = read_json(self.folder / _STATE, _MOST)
+            written = content.get("digests")
+            if not isinstance(written, dict) or written.get("manifest") != digest_of_manifest(content):
+                raise self._unread(f"{_STATE} is not what was written")
+            if written.get("tensors") != digest_of_span(admit(self.folder / _TENSORS)):
+                raise self._unread(f"{_TENSORS} is not what was written")
+            return content, load_file(self.folder / _TENSORS)
+        except CheckpointError as error:
+            raise self._unread(error.found) from error
+        except (OSError, EOFError, SafetensorError) as error:
+            raise self._unread(f"a state that cannot be read ({error})") from error
+
+    def _unread(self, found: str) -> CheckpointError:
+        return CheckpointError(f"resuming from {self.folder}", found=found, do="Begin without --resume")
+
+    def _load(self) -> None:
+        content, tensors = self._read()
         before = content["recipe"]
         other = [k for k in {**self.recipe, **before} if before.get(k) != self.recipe.get(k) and k != "minutes"]
         origins = content.get("origins", {})

@@ -19,7 +19,7 @@ from support.folders import load
 import sparsify
 from sparsify.backends.verify.adapter import verify_adapter
 from sparsify.data.batches import example_batch
-from sparsify.errors import BackendError, CalibrationError, CheckpointError, SpecError, VerifyError
+from sparsify.errors import BackendError, CalibrationError, CheckpointError, SparsifyError, SpecError, VerifyError
 from sparsify.frontend.capture import capture
 from sparsify.frontend.source import open_source
 from sparsify.tuning.masks import check_masks, masks_of
@@ -256,6 +256,38 @@ def test_the_state_of_another_model_is_refused(tmp_path: Path) -> None:
         assert state.step == 0
     refused = pytest.raises(CheckpointError, match=r"no weight of that shape\. Is it another model's state")
     with refused, TuneState.of(tmp_path / "out", QUICK, other, resume=True):
+        pass
+
+
+@pytest.mark.parametrize("file", ["state.json", "state.safetensors"])
+@pytest.mark.parametrize("how", ["flipped", "cut", "emptied", "nested", "another", "a folder"])
+def test_a_damaged_state_is_refused(tmp_path: Path, file: str, how: str) -> None:
+    layer = torch.nn.Linear(4, 4)
+    optimizer = torch.optim.AdamW(layer.parameters())
+    layer(torch.ones(1, 4)).sum().backward()
+    optimizer.step()
+    with TuneState.of(tmp_path / "out", QUICK, layer, resume=False) as state:
+        state.save(optimizer)
+    with TuneState.of(tmp_path / "out", QUICK, torch.nn.Linear(4, 4), resume=True) as state:
+        assert state.folder == tmp_path / "out.tuning"
+    path = tmp_path / "out.tuning" / file
+    content = bytearray(path.read_bytes())
+    content[-9] ^= 0x80
+    spoilt = {
+        "flipped": bytes(content),
+        "cut": path.read_bytes()[:-1].rstrip(b"}"),
+        "emptied": b"",
+        "nested": b"[" * 100_000,
+        "another": b'{"recipe": {}, "digests": []}',
+    }
+    if how in spoilt:
+        path.write_bytes(spoilt[how])
+    else:
+        path.unlink()
+        path.mkdir()
+    # A folder in a file's place makes it a folder that may be somebody else's: it is not replaced.
+    refused = pytest.raises(SparsifyError, match=r"^(resuming from .*Begin without --resume|replacing .* delete it)")
+    with refused, TuneState.of(tmp_path / "out", QUICK, layer, resume=True):
         pass
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from sparsify.errors import BackendError
-from sparsify.files.json_text import parse_json
 from sparsify.files.manifest import write_json
+from sparsify.files.reading import read_json
 from sparsify.runtime.cpu.onnx_library import onnx_library
 
 FILE = "libsparsify_onnx.so"
@@ -30,22 +31,28 @@ def add_library(folder: Path) -> str:
     # No link, and no other rights than a file has that is written here.
     shutil.copyfile(library, folder / FILE)
     if (folder / GENAI).is_file():
-        _change(folder / GENAI, lambda own: {**own, _ASKED: FILE})
+        write_json(folder / GENAI, _changed(folder / GENAI, lambda own: {**own, _ASKED: FILE}))
     return f"{FILE}: the operators, for programs without sparsify, on machines like this one (docs/onnx.md)"
 
 
-def without_library(folder: Path) -> None:
-    """Undo :func:`add_library`."""
-    (folder / FILE).unlink(missing_ok=True)
+def without_library(folder: Path, into: Path) -> None:
+    """Undo :func:`add_library` in ``into``, a copy of ``folder``.
+
+    Raises:
+        CheckpointError: ``genai_config.json`` is no table of JSON, so nobody can tell whether it asks for the library.
+    """
+    (into / FILE).unlink(missing_ok=True)
     if (folder / GENAI).is_file():
-        _change(folder / GENAI, lambda own: {key: value for key, value in own.items() if key != _ASKED})
+        changed = _changed(folder / GENAI, lambda own: {key: value for key, value in own.items() if key != _ASKED})
+        write_json(into / GENAI, changed)
 
 
-def _change(path: Path, change: Any) -> None:
-    config = parse_json(path.read_text(encoding="utf-8"))
+def _changed(path: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> dict[str, Any]:
+    """What a ``genai_config.json`` says with other session options; as it is where it is not one that we wrote."""
+    config = read_json(path)
     try:
         decoder = config["model"]["decoder"]
         decoder[_SESSION] = change(decoder[_SESSION])
     except (KeyError, TypeError, AttributeError):
-        return  # not one that we wrote
-    write_json(path, config)
+        pass
+    return config

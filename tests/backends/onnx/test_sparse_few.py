@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,7 +25,7 @@ from sparsify.backends.onnx.products.library import FILE
 from sparsify.backends.onnx.running.runner import Runner
 from sparsify.backends.onnx.storage.store import GraphStore
 from sparsify.backends.verify.onnx_folder import verify_onnx
-from sparsify.errors import BackendError, SpecError
+from sparsify.errors import BackendError, CheckpointError, SpecError
 from sparsify.runtime.cpu import native
 
 SPARSE = "onnx:weights=sparse"
@@ -112,6 +114,21 @@ def test_the_library_lies_beside_the_graph_and_genai_runs_it(
     assert generator.get_sequence(0)[3:].tolist() == want
     dense = expand(folder, tmp_path / "dense")
     assert asked(dense) is None and not (dense / FILE).exists()
+
+
+def test_a_spoilt_genai_config_is_refused_by_its_path(written: Callable[[str, str], Path], tmp_path: Path) -> None:
+    """Whether it asks for the library cannot be told; where it is another's, it stays as it is."""
+    folder = shutil.copytree(written("llama", SPARSE), tmp_path / "sparse")
+    sound = (folder / "genai_config.json").read_bytes()
+    for content in (sound.replace(b"llama", b"ll\xa8ma"), sound[:-9], b"", b"[1]", b"[" * 100_000):
+        (folder / "genai_config.json").write_bytes(content)
+        with pytest.raises(CheckpointError, match=re.escape(f"{folder / 'genai_config.json'}")):
+            expand(folder, tmp_path / "out", check=False)
+        assert not (tmp_path / "out").exists()
+    for content in (b"{}", b'{"model": 3}', b'{"model": {"decoder": {"session_options": [1]}}}'):
+        (folder / "genai_config.json").write_bytes(content)
+        out = expand(folder, tmp_path / "out", check=False, overwrite=True)
+        assert json.loads((out / "genai_config.json").read_text()) == json.loads(content)
 
 
 def test_a_library_that_cannot_be_made_is_said_and_the_folder_written(
