@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from sparsify.cli.options import AsJson, Debug, NoCheck, Quiet, Trust, command_errors
-from sparsify.cli.terminal import Terminal, say
+from sparsify.cli.terminal import say
 
 
 def bench(
@@ -44,6 +44,7 @@ def bench(
 
         from sparsify.backends.bench.measure import bench as measure
         from sparsify.backends.bench.report import benchmark_report, write_report
+        from sparsify.cli.console import Terminal
         from sparsify.progress import ProgressLine
         from sparsify.words import check_threads
 

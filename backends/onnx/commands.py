@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from sparsify.cli.options import AllowNan, AsJson, Debug, NoCheck, Quiet, command_errors
-from sparsify.cli.terminal import Terminal, say
+from sparsify.cli.terminal import say
 
 Folder = Annotated[Path, typer.Argument(help="Folder with model.onnx, or an ONNX file.", metavar="OUT")]
 
@@ -30,6 +30,7 @@ def run(
     """Write text with OUT in onnxruntime, token by token."""
     with command_errors(debug, "error"):
         from sparsify.backends.onnx.running.talk import talk
+        from sparsify.cli.console import Terminal
 
         for piece in talk(
             folder,

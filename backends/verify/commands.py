@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from sparsify.cli.options import AsJson, Debug, Quiet, command_errors
-from sparsify.cli.terminal import Terminal, say
+from sparsify.cli.terminal import say
 from sparsify.errors import CheckpointError
 from sparsify.files.reading import kind_at
 
@@ -35,6 +35,7 @@ def verify(
         from sparsify.backends.verify.checkpoint import verify_checkpoint
         from sparsify.backends.verify.onnx_folder import verify_onnx
         from sparsify.backends.verify.report import verification_report
+        from sparsify.cli.console import Terminal
         from sparsify.progress import ProgressLine
 
         with ProgressLine(quiet=quiet or as_json):

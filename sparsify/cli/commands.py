@@ -35,7 +35,7 @@ from sparsify.cli.options import (
     joined,
     launched,
 )
-from sparsify.cli.terminal import Terminal, say
+from sparsify.cli.terminal import say
 from sparsify.errors import CheckpointError, SpecError
 from sparsify.method.spec import split_specs
 from sparsify.words import (
@@ -140,6 +140,7 @@ def compare_command(
         check_words(specs, schedule, memory, "hf", samples, sequence_length, seed, pipelines=True)
         if launched(processes):
             return
+        from sparsify.cli.console import Terminal
         from sparsify.cli.tables import comparison_report
         from sparsify.evaluation.compare import compare
         from sparsify.progress import ProgressLine
@@ -254,6 +255,7 @@ def diff_command(
 ) -> None:
     """Say what differs between A and B: zeros, masks, how far kept weights moved, configs, history, figures."""
     with command_errors(debug, "error"):
+        from sparsify.cli.console import Terminal
         from sparsify.comparing.diff import diff
         from sparsify.comparing.tables import difference_report
         from sparsify.progress import ProgressLine

@@ -38,7 +38,7 @@ from sparsify.cli.options import (
     joined,
     launched,
 )
-from sparsify.cli.terminal import Terminal, say
+from sparsify.cli.terminal import say
 from sparsify.compiler.recipe_file import KEYS, read_recipe, save_recipe
 from sparsify.errors import SpecError
 from sparsify.files.reading import kind_at
@@ -214,6 +214,7 @@ def _compile(words: dict[str, Any]) -> None:
         return
     if words["save_recipe"] is not None and leads_told():
         save_recipe(words["save_recipe"], _to_keep(words), overwrite=words["overwrite"])
+    from sparsify.cli.console import Terminal
     from sparsify.cli.tables import plan_report, result_report
     from sparsify.compiler.pipeline import compile
     from sparsify.compiler.request import default_output

@@ -6,7 +6,7 @@ import contextlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -34,7 +34,6 @@ from sparsify.cli.options import (
     Trust,
     command_errors,
 )
-from sparsify.cli.terminal import Terminal
 from sparsify.method.spec import check_pass, parse_backend
 from sparsify.searching.budget import parse_budget
 from sparsify.searching.trials import work_folder
@@ -49,6 +48,9 @@ from sparsify.words import (
     plain,
     split_names,
 )
+
+if TYPE_CHECKING:
+    from sparsify.cli.console import Terminal
 
 Data = Annotated[
     str,
@@ -116,6 +118,7 @@ def search_command(
         parse_backend(to)
         _check(samples, sequence_length, seed, memory, compute_dtype, adapter)
         chosen = check_schedule(schedule)
+        from sparsify.cli.console import Terminal
         from sparsify.cli.search_tables import again, search_report
         from sparsify.progress import ProgressLine
         from sparsify.searching.search import search
@@ -214,6 +217,7 @@ def sensitivity_command(
         if measure is not None:
             one_of(measure, ("perplexity", "kl"), "measure")
         _check(samples, sequence_length, seed, memory, compute_dtype, adapter)
+        from sparsify.cli.console import Terminal
         from sparsify.cli.search_tables import sensitivity_report
         from sparsify.progress import ProgressLine
         from sparsify.searching.sensitivity import sensitivity

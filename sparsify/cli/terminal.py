@@ -10,26 +10,9 @@ import io
 import os
 import stat
 import sys
-from collections.abc import Iterable
 from typing import Any
 
-from rich.console import Console, ConsoleOptions, RenderableType
-from rich.segment import Segment
-from rich.text import Text
-
 from sparsify.words import plain
-
-
-class Terminal(Console):
-    """rich's console without markup, emoji codes and other people's control characters."""
-
-    def __init__(self, *, stderr: bool = False, quiet: bool = False, soft_wrap: bool = False) -> None:
-        super().__init__(stderr=stderr, quiet=quiet, soft_wrap=soft_wrap, markup=False, emoji=False)
-
-    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
-        for text, style, control in super().render(renderable, options):
-            # Control segments are rich's own: where a progress line goes.
-            yield Segment(text if control else plain(text, keep="\n"), style, control)
 
 
 def say(text: str, *, lines: bool = False, end: str = "\n", flush: bool = False) -> None:
@@ -39,6 +22,11 @@ def say(text: str, *, lines: bool = False, end: str = "\n", flush: bool = False)
 
 def complain(message: str) -> None:
     """Print an error on one line of the standard error."""
+    # rich costs a tenth of what help may take, and help has no error to tell.
+    from rich.text import Text
+
+    from sparsify.cli.console import Terminal
+
     said = Text.assemble(("error", "bold red"), f": {plain(message)}")
     Terminal(stderr=True, soft_wrap=True).print(said, highlight=False)
 

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 from support.command_line import sparsify
 
+from sparsify.cli.console import Terminal
 from sparsify.cli.group import _MEANT
-from sparsify.cli.terminal import Terminal
 from sparsify.method.registry import registered
 from sparsify.words import split_names
 

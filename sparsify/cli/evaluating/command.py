@@ -29,7 +29,6 @@ from sparsify.cli.options import (
     joined,
     launched,
 )
-from sparsify.cli.terminal import Terminal
 from sparsify.errors import SpecError
 from sparsify.words import check_adapter, check_compute_dtype, parse_bytes
 
@@ -96,6 +95,7 @@ def eval_command(
             raise SpecError("eval", found="nothing to evaluate on", do="Give --data TEXT, --tasks boolq,rte, or both")
         if launched(processes):
             return
+        from sparsify.cli.console import Terminal
         from sparsify.cli.results import evaluations_as_dicts
         from sparsify.cli.tables import evaluation_report
         from sparsify.evaluation.evaluate import evaluate
