@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -63,19 +64,19 @@ class _Originals:
         # A file that is not ours names weights as it likes: find them by their values.
         if self._by_value is None:
             self._by_value = {digest(self.checkpoint.read(n)): n for n in self.checkpoint.names()}
-        sums = [digest(got), *([digest(got.mT)] if got.dim() >= 2 else [])]
+        sums = (digest(way) for way in either_way(got))
         match = next((self._by_value[each] for each in sums if each in self._by_value), None)
         return None if match is None else self.checkpoint.read(match)
 
 
+def either_way(weight: Tensor) -> Iterator[Tensor]:
+    """``weight`` and, of two axes and more, its transpose: a matrix that a MatMul reads may be stored either way."""
+    yield weight
+    if weight.dim() >= 2:
+        yield weight.mT
+
+
 def _same(got: Tensor, want: Tensor) -> bool:
-    """Bit for bit after the graph's own cast; matrices that a MatMul reads may be stored transposed."""
-    want = want.to(got.dtype)
-    if got.shape != want.shape and got.dim() >= 2 and got.mT.shape == want.shape:
-        got = got.mT
-    if got.shape != want.shape:
-        return False
-    equal = torch.equal(as_bits(got), as_bits(want))
-    if not equal and got.dim() >= 2 and got.shape[-2] == got.shape[-1]:
-        equal = torch.equal(as_bits(got.mT), as_bits(want))
-    return equal
+    """Bit for bit after the graph's own cast."""
+    bits = as_bits(want.to(got.dtype))
+    return any(way.shape == want.shape and torch.equal(as_bits(way), bits) for way in either_way(got))

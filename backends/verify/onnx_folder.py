@@ -13,7 +13,7 @@ from sparsify.backends.onnx.running.session import find_onnx
 from sparsify.backends.onnx.storage.store import GraphStore
 from sparsify.backends.verify.axis import SummedAxis, summed_axes
 from sparsify.backends.verify.content import check_content, check_numbers, differs
-from sparsify.backends.verify.equality import check_equal
+from sparsify.backends.verify.equality import check_equal, either_way
 from sparsify.backends.verify.judge import judge
 from sparsify.backends.verify.outputs.behaviour import check_behaviour
 from sparsify.backends.verify.promises import promises
@@ -149,9 +149,8 @@ def _check_patterns(
 
 
 def _is_written(weight: Tensor, ledger: Ledger, name: str) -> bool:
-    """Whether ``weight`` is what was written; matrices that a MatMul reads may lie transposed."""
-    ways = [weight, *([weight.mT] if weight.dim() >= 2 else [])]
-    return ledger.tensors[name] in (digest(way, ledger.algorithm) for way in ways)
+    """Whether ``weight`` is what was written."""
+    return ledger.tensors[name] in (digest(way, ledger.algorithm) for way in either_way(weight))
 
 
 def _checkpoint(folder: Path, ledger: Ledger, result: Verification, dtype: object) -> TensorStore | None:

@@ -42,14 +42,6 @@ _PLACES = frozenset({"model", "models", "data", "calibration", "validation", "te
 class Commands(TyperGroup):
     """typer's group, whose complaints about the words of a command line show control characters escaped."""
 
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        for option in self.params:
-            # typer's own flags of completion are None by default, which takes pydantic to read: a third of the time
-            # that help takes.
-            if getattr(option, "is_flag", False) and option.default is None:
-                option.default = False
-
     def make_context(self, *args: Any, **kwargs: Any) -> Any:
         with _plainly():
             return super().make_context(*args, **kwargs)
@@ -57,6 +49,14 @@ class Commands(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         with _plainly():
             return super().invoke(ctx)
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        for option in self.get_params(ctx):
+            # typer's own flags (help, completion) are None by default, which takes pydantic to read: a third of the
+            # time that help takes.
+            if getattr(option, "is_flag", False) and option.default is None:
+                option.default = False
+        return super().parse_args(ctx, args)
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         name = args[0]

@@ -119,7 +119,7 @@ def search_command(
         _check(samples, sequence_length, seed, memory, compute_dtype, adapter)
         chosen = check_schedule(schedule)
         from sparsify.cli.console import Terminal
-        from sparsify.cli.search_tables import again, search_report
+        from sparsify.cli.searching.tables import again, search_report
         from sparsify.progress import ProgressLine
         from sparsify.searching.search import search
 
@@ -218,7 +218,7 @@ def sensitivity_command(
             one_of(measure, ("perplexity", "kl"), "measure")
         _check(samples, sequence_length, seed, memory, compute_dtype, adapter)
         from sparsify.cli.console import Terminal
-        from sparsify.cli.search_tables import sensitivity_report
+        from sparsify.cli.searching.tables import sensitivity_report
         from sparsify.progress import ProgressLine
         from sparsify.searching.sensitivity import sensitivity
 

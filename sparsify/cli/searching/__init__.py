@@ -1,0 +1,1 @@
+"""``sparsify search`` and ``sparsify sensitivity``, and their tables."""
