@@ -6,7 +6,7 @@ are [tokens, in_features], padding already taken out. For a stack of experts eve
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 import torch
@@ -120,17 +120,24 @@ class Gram:
         self._sums: dict[int, Tensor] = {}  # an expert that sees no token costs nothing
 
     def update(self, expert: int, rows: Tensor, dense: Tensor) -> None:
-        total = self._of(expert)
         rows = rows.float()
-        size = max(self.LEAST, -(-self.features // self.BLOCKS))
-        for start in range(0, self.features, size):
-            total[start : start + size, start:].addmm_(rows[:, start : start + size].t(), rows[:, start:])
+        for start, part in self._parts(self._of(expert)):
+            part.addmm_(rows[:, start : start + len(part)].t(), rows[:, start:])
 
     def join(self) -> None:
         # Experts that no process has rows of stay without a matrix.
         seen = set[int]().union(*self.world.told(sorted(self._sums)))
         for expert in sorted(seen):
-            self._sums[expert] = self.world.summed(self._of(expert))
+            parts = [part for _, part in self._parts(self._of(expert))]
+            whole = self.world.summed(torch.cat([part.flatten() for part in parts]))
+            for part, added in zip(parts, whole.split([part.numel() for part in parts]), strict=True):
+                part.copy_(added.view(part.shape))
+
+    def _parts(self, total: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """What is computed of a matrix, as views: some rows from their first column on, and which that is."""
+        size = max(self.LEAST, -(-self.features // self.BLOCKS))
+        for start in range(0, self.features, size):
+            yield start, total[start : start + size, start:]
 
     def value(self, expert: int, sequences: int) -> Tensor:
         total = self._of(expert).triu_()
@@ -149,6 +156,9 @@ class CrossGram(Gram):
 
     def update(self, expert: int, rows: Tensor, dense: Tensor) -> None:
         self._of(expert).addmm_(dense.float().t(), rows.float())
+
+    def _parts(self, total: Tensor) -> Iterator[tuple[int, Tensor]]:
+        yield 0, total
 
     def value(self, expert: int, sequences: int) -> Tensor:
         return self._of(expert) / sequences
