@@ -117,7 +117,7 @@ def compile(
         resume: go on where the same job was interrupted; the result is that of a run that was not.
         world: processes that share the work, all of which call this alike (:func:`sparsify.join`): each calibrates
             with its part of the batches and prunes its part of the weights; the first writes, and alone has an
-            ``output``. Not passes over the whole graph.
+            ``output``.
         tell: told in words, before the work, what a quantized model grows to.
         progress: True: show it, as the command line does; or a function that is told (:class:`sparsify.Progress`); or
             tqdm, or a bar of its kind.

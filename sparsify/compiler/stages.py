@@ -321,7 +321,7 @@ def finish(
     compiled.source_card = opened.ledger.manifest.get("card")
     if compiled.evaluation is not None:
         compiled.manifest["evaluation"] = compiled.evaluation.as_dict()
-    compiled.manifest |= told_of(context.world)
+    compiled.manifest |= told_of(context.world, compiled.runs, timed=not request.resume)
     if job is None:
         compiled.folder_owner = place.keep()
         return compiled
