@@ -219,15 +219,23 @@ class Interpreter(fx.Interpreter):
     def load_weights(self, region: Region) -> None:
         """Make resident what the region needs and no batch changes."""
         flow, nodes = self.flow, self.flow.order[region.start : region.stop]
-        for node in nodes:
-            # In order, because some of these write in place (masks under construction).
-            if node.op == "call_function" and node not in flow.varying:
-                self.static(node)
+        self._constants(region)
         for node in nodes:
             if node in flow.varying and node.op == "call_function":
                 for argument in node.all_input_nodes:
                     if argument not in flow.varying:
                         self.static(argument)
+
+    def skip(self, region: Region) -> None:
+        """What :meth:`run_region` leaves of ``region``, but for the values of batches, which somebody has."""
+        self._constants(region)
+        self._unload(region.stop)
+
+    def _constants(self, region: Region) -> None:
+        for node in self.flow.order[region.start : region.stop]:
+            # In order, because some of these write in place (masks under construction).
+            if node.op == "call_function" and node not in self.flow.varying:
+                self.static(node)
 
     def static(self, node: fx.Node) -> Any:
         """The value of a node that does not depend on the batch, computed where it is not resident."""

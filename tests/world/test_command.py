@@ -73,19 +73,19 @@ SMALLER = ["llm-pruner:25%,scope=global,round=4,steps=2", "wanda:2:4"]
 @pytest.mark.first(4)
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("passes", "to", "finished"),
+    ("passes", "more", "finished"),
     [
-        (["sparsegpt:2:4"], "hf", 3),
+        (["sparsegpt:2:4"], ["--checkpoint-every", 1], 10),
         # After the first of two rounds, and among the weights of the smaller model.
-        (SMALLER, "hf", 1),
-        (SMALLER, "packed:layout=packed24,choice=smallest", 4),
-        (["wanda:2:4"], "onnx:weights=packed", 3),
-        (["wanda:2:4"], "hf", 3),
+        (SMALLER, [], 1),
+        (SMALLER, ["--to", "packed:layout=packed24,choice=smallest"], 4),
+        (["wanda:2:4"], ["--to", "onnx:weights=packed"], 3),
+        (["wanda:2:4"], [], 3),
     ],
 )
-def test_a_killed_job_goes_on_to_the_same_bytes(passes, to, finished, tmp_path, one_thread):
+def test_a_killed_job_goes_on_to_the_same_bytes(passes, more, finished, tmp_path, one_thread):
     chosen = [word for spec in passes for word in ("--pass", spec)]
-    words = ["compile", MODEL, *chosen, "--to", to, *WORDS, "--processes", 2]
+    words = ["compile", MODEL, *chosen, *more, *WORDS, "--processes", 2]
     whole = process(*words, "-o", tmp_path / "whole")
     assert whole.returncode == 0, whole.stderr
     out = tmp_path / "out"

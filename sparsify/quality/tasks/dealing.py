@@ -23,7 +23,7 @@ def batches_of_likelihoods(requests: Sequence[Any], size: int, *, grouped: bool)
     for number, (_, context, text) in enumerate(requests):
         groups.setdefault((*context, *text[:-1]) if grouped else number, []).append(number)
 
-    def order(group: list[int]) -> tuple[int, tuple[int, ...]]:
+    def order(group: Sequence[int]) -> tuple[int, tuple[int, ...]]:
         _, context, text = requests[max(group, key=lambda number: len(requests[number][2]))]
         return -len(context) - len(text), (*context, *text)
 
