@@ -8,7 +8,7 @@ largest region and the store's budget, never the depth of the model.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -296,6 +296,20 @@ class Interpreter(fx.Interpreter):
                 do="Use --schedule layer, which runs every node once",
             )
         return copied
+
+
+def alive(runners: Mapping[str, Interpreter]) -> Iterator[tuple[tuple[str, int, str], object]]:
+    """What later regions read, by runner, batch and node; tensors on the CPU."""
+    for whose, runner in runners.items():
+        for batch, name, value in runner.store.all_of():
+            yield (whose, batch, name), value
+
+
+def go_on(runners: Mapping[str, Interpreter], values: Iterable[tuple[Sequence[Any], object]]) -> None:
+    """Have what was :func:`alive` in another run of the same programs, where that had come to."""
+    for (whose, batch, name), value in values:
+        runner = runners[whose]
+        runner.store.put(batch, name, value.to(runner.device) if isinstance(value, Tensor) else value)
 
 
 def _check_numbers(program: Program, batches: Sequence[Mapping[str, Tensor]], first: int) -> None:

@@ -8,7 +8,7 @@ with a budget; both streams follow the memory of one region.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from types import TracebackType
 from typing import Any
@@ -75,26 +75,15 @@ class Streams:
     ) -> None:
         self._stack.__exit__(kind, error, trace)
 
-    def alive(self) -> Iterator[tuple[tuple[str, int, str], object]]:
-        """What later regions read, by stream, batch and node."""
-        for stream, runner in self._runners():
-            for batch, name, value in runner.store.all_of():
-                yield (stream, batch, name), value
+    @property
+    def runners(self) -> dict[str, Interpreter]:
+        """The interpreter of each stream."""
+        return {"pruned": self.runner, **({"dense": self.dense} if self.dense is not None else {})}
 
     def skip(self, region: Region) -> None:
         """Do not run ``region``, which another run of this program has run."""
-        for _, runner in self._runners():
+        for runner in self.runners.values():
             runner.skip(region)
-
-    def go_on(self, alive: Iterable[tuple[Sequence[Any], object]]) -> None:
-        """Have what was :meth:`alive` in another run of this program, where that had come to."""
-        runners = dict(self._runners())
-        for (stream, batch, name), value in alive:
-            given = value.to(self.device) if isinstance(value, Tensor) else value
-            runners[stream].store.put(batch, name, given)
-
-    def _runners(self) -> list[tuple[str, Interpreter]]:
-        return [("pruned", self.runner), *([("dense", self.dense)] if self.dense is not None else [])]
 
     def run_region(self, region: Region, recorders: Recorders, after_batch: Callable[[], None] | None = None) -> None:
         """Run ``region`` on every batch; rows at the nodes of ``recorders`` are recorded.

@@ -159,8 +159,9 @@ def _compact(value: Tensor) -> tuple[Tensor, dict[str, Any]]:
     way numbers lie may decide in which order they are added.
     """
     own = value.detach().cpu()
-    order = sorted(range(own.dim()), key=lambda axis: -own.stride(axis))
-    for axis, (size, stride) in enumerate(zip(own.shape, own.stride(), strict=True)):
+    strides = own.stride()
+    order = sorted(range(own.dim()), key=lambda axis: -strides[axis])
+    for axis, (size, stride) in enumerate(zip(own.shape, strides, strict=True)):
         if stride == 0 and size > 1:
             own = own.narrow(axis, 0, 1)
     return own.permute(order).contiguous(), {"order": order, "shape": list(value.shape)}

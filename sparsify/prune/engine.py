@@ -19,7 +19,7 @@ from torch import Tensor
 from sparsify.analysis.linear import LinearSite
 from sparsify.calibration.accumulators import DENSE, GRADIENTS
 from sparsify.calibration.gradients import Samples, measure_gradients
-from sparsify.calibration.interpreter import Region
+from sparsify.calibration.interpreter import Region, alive, go_on
 from sparsify.calibration.measuring import Measuring, Step, measure_inputs
 from sparsify.calibration.recorder import GroupRecorder
 from sparsify.calibration.streams import Streams
@@ -170,7 +170,7 @@ class Engine:
                     del recorder
                 start, blocks = step.start, blocks + self._ends_block(step)
                 if self._ends_block(step) and step.number >= first and reached.due(blocks):
-                    reached.keep(step.number + 1, streams.alive())
+                    reached.keep(step.number + 1, alive(streams.runners))
         return self.results
 
     def _go_on_from(self, reached: Reached, streams: Streams, missing: Collection[str]) -> int:
@@ -182,11 +182,11 @@ class Engine:
         found = reached.load()
         if found is None:
             return 0
-        first, alive = found
+        first, values = found
         before = [site for step in self.measuring.steps[:first] for group in step.groups for site in group.sites]
         if lost := next((site.parameter for site in before if site.parameter in missing), None):
             raise reached.damaged(f"it speaks of {lost}, which is not finished")
-        streams.go_on(alive)
+        go_on(streams.runners, values)
         return first
 
     def _ends_block(self, step: Step) -> bool:

@@ -84,6 +84,27 @@ def test_what_was_run_is_not_run_again(
         assert again <= last * (1 - (blocks - 0.5) / BLOCKS), (at, again, whole)
 
 
+def test_blocks_that_are_trained_begin_where_they_were(models: Callable[[str], Path], tmp_path: Path) -> None:
+    model, given = models("llama"), {"calibration": IDS}
+    passes = ["magnitude:2:4", "refine:epochs=2,batch=2"]
+    with interrupted_after(0) as parts:
+        whole = regions_of(lambda: sparsify.compile(model, passes, output=tmp_path / "whole" / "out", **given))
+    # What comes before the blocks, and each block but the last of the student, in both models; before them each of four
+    # inputs in a block, whose error is measured.
+    trained = 2 + 2 * BLOCKS - 1
+    assert whole == trained + 4 * BLOCKS
+    for at, blocks in ((parts[0] - 1, BLOCKS - 1), (parts[0] - 2, BLOCKS - 2)):
+        out = tmp_path / str(at) / "out"
+        with interrupted_after(at), pytest.raises(KeyboardInterrupt):
+            sparsify.compile(model, passes, output=out, checkpoint_every=1, **given)
+        # Interrupted when a block was finished, before what comes of it was kept.
+        again = regions_of(
+            lambda out=out: sparsify.compile(model, passes, output=out, resume=True, **given)  # type: ignore[misc]
+        )
+        assert again == trained - 2 - 2 * (blocks - 1)
+        assert content(out) == content(tmp_path / "whole" / "out") and not hidden(out.parent)
+
+
 def test_every_so_many_blocks(models: Callable[[str], Path], tmp_path: Path) -> None:
     kept: list[int] = []
     real = Reached.keep
