@@ -15,12 +15,12 @@ from support.interrupted import IDS, content, hidden, interrupted_after
 
 import sparsify
 from sparsify.calibration.interpreter import Interpreter
-from sparsify.errors import BackendError, CheckpointError, SpecError
+from sparsify.errors import BackendError, CheckpointError, ProcessError, SpecError
 from sparsify.journal import reached as module
 from sparsify.journal.journal import Journal, Kept
 from sparsify.journal.left import left_in, left_of
 from sparsify.journal.reached import REACHED, Reached
-from sparsify.world.world import ALONE
+from sparsify.world.world import ALONE, World
 
 BLOCKS = 4
 
@@ -218,6 +218,23 @@ def test_values_come_back_as_they_lay(tmp_path: Path) -> None:
     first, (second, *others) = back["several"]
     assert first.equal(base[0]) and second.equal(base[1]) and others == [3, None] and isinstance(back["several"], list)
     assert back["number"] == 2.5
+
+
+class Blind(World):
+    """The first of two processes, of which the second sees another disk."""
+
+    size = 2
+
+    def told(self, word: Any) -> list[Any]:
+        return [word, "No such file or directory"]
+
+
+def test_processes_that_do_not_see_the_folder_are_named(tmp_path: Path) -> None:
+    with (
+        Journal(tmp_path / "out", {"of": "a test"}) as journal,
+        pytest.raises(ProcessError, match=r"--checkpoint-every by 2 processes.*process 1 does not see"),
+    ):
+        Reached(Kept(0, journal, 1), Blind())
 
 
 @pytest.mark.parametrize(

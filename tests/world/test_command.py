@@ -67,6 +67,7 @@ def test_one_process_is_no_number_of_them(tmp_path):
     assert done.returncode == 2 and "--processes" in done.stderr
 
 
+# To layers of different widths.
 SMALLER = ["llm-pruner:25%,scope=global,round=4,steps=2", "wanda:2:4"]
 
 
@@ -78,7 +79,7 @@ SMALLER = ["llm-pruner:25%,scope=global,round=4,steps=2", "wanda:2:4"]
         (["sparsegpt:2:4"], ["--checkpoint-every", 1], 10),
         # After the first of two rounds, and among the weights of the smaller model.
         (SMALLER, [], 1),
-        (SMALLER, ["--to", "packed:layout=packed24,choice=smallest"], 4),
+        (["llm-pruner:25%,round=4", "wanda:2:4"], ["--to", "packed:layout=packed24,choice=smallest"], 4),
         (["wanda:2:4"], ["--to", "onnx:weights=packed"], 3),
         (["wanda:2:4"], [], 3),
     ],
