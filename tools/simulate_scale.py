@@ -131,8 +131,9 @@ class Model:
             else:
                 costs.measured += 2 * rows * columns**2 * 5 / 8
                 costs.statistics += 4 * site.experts * columns**2
-                # In a ring, what is computed of it alone.
-                costs.sent += 2 * (ranks - 1) * 4 * site.experts * summed_of(columns)
+                # In a ring, what is computed of it alone; of experts that are dealt out to whom it belongs.
+                ways = 1 if site.experts >= ranks > 1 else 2
+                costs.sent += ways * (ranks - 1) * 4 * site.experts * summed_of(columns)
 
     def _solve(self, costs: Costs, site: LinearSite, ranks: int, *, first: bool) -> None:
         rows, columns = site.shape

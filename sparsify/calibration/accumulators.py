@@ -110,14 +110,16 @@ class AbsoluteMax(_Vector):
 class Gram:
     """XᵀX in float32. Only the blocks on and above the diagonal are computed: 5/8 of the products.
 
-    Several processes add their sums, which rounds otherwise than one process that adds batch after batch.
+    Several processes add their sums, which rounds otherwise than one process that adds batch after batch. Experts that
+    are dealt out among them (:class:`sparsify.prune.parts.Part`) have their matrices where they are pruned alone.
     """
 
     BLOCKS, LEAST = 4, 64
 
     def __init__(self, experts: int, features: int, device: torch.device, world: World = ALONE) -> None:
-        self.features, self.device, self.world = features, device, world
+        self.experts, self.features, self.device, self.world = experts, features, device, world
         self._sums: dict[int, Tensor] = {}  # an expert that sees no token costs nothing
+        self._elsewhere = set[int]()
 
     def update(self, expert: int, rows: Tensor, dense: Tensor) -> None:
         rows = rows.float()
@@ -127,9 +129,17 @@ class Gram:
     def join(self) -> None:
         # Experts that no process has rows of stay without a matrix.
         seen = set[int]().union(*self.world.told(sorted(self._sums)))
+        dealt = self.world.divided and self.experts >= self.world.size
         for expert in sorted(seen):
             parts = [part for _, part in self._parts(self._of(expert))]
-            whole = self.world.summed(torch.cat([part.flatten() for part in parts]))
+            own = torch.cat([part.flatten() for part in parts])
+            owner = self.world.owner(self.experts, expert) if dealt else None
+            whole = self.world.summed(own) if owner is None else self.world.summed_by(own, owner)
+            if owner not in (None, self.world.rank):
+                # Nobody asks this process for it.
+                del self._sums[expert]
+                self._elsewhere.add(expert)
+                continue
             for part, added in zip(parts, whole.split([part.numel() for part in parts]), strict=True):
                 part.copy_(added.view(part.shape))
 
@@ -145,6 +155,7 @@ class Gram:
         return total / sequences
 
     def _of(self, expert: int) -> Tensor:
+        assert expert not in self._elsewhere, f"the matrix of expert {expert}, which another process prunes"
         if expert not in self._sums:
             size = (self.features, self.features)
             self._sums[expert] = torch.zeros(size, dtype=torch.float32, device=self.device)

@@ -71,6 +71,14 @@ class World:
         """The sum of what each process brings, floats of one shape; how many they are rounds it otherwise."""
         return values
 
+    def summed_by(self, values: Tensor, owner: int) -> Tensor:
+        """As :meth:`summed` where this process is the ``owner``; the others are given nothing that means anything."""
+        return values
+
+    def owner(self, count: int, number: int) -> int:
+        """Whose thing ``number`` of ``count`` is, as :meth:`bounds` shares them out."""
+        return next(rank for rank in range(self.size) if number < self.bounds(count, rank)[1])
+
     def greatest(self, values: Tensor) -> Tensor:
         """The largest, number by number, of what each process brings."""
         return values
