@@ -156,8 +156,13 @@ def zeroed(values: Tensor, mask: Tensor) -> Tensor:
 
     That is ``masked_fill(mask, 0)``, by bits: torch does it one number at a time on CPUs.
     """
-    bits = _WHOLE_NUMBERS[values.element_size()]
-    return values.view(bits).bitwise_and(mask.to(bits).sub_(1)).view(values.dtype)
+    whole = as_whole_numbers(values)
+    return whole.bitwise_and(mask.to(whole.dtype).sub_(1)).view(values.dtype)
+
+
+def as_whole_numbers(values: Tensor) -> Tensor:
+    """The bits of ``values``, number by number, of the same shape; +0 is 0, and -0 is not. No copy."""
+    return values.view(_WHOLE_NUMBERS[values.element_size()])
 
 
 def all_finite(values: Tensor) -> bool:

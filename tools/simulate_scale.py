@@ -30,6 +30,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sparsify.analysis.flow import Flow
 from sparsify.analysis.linear import InputGroup, LinearSite
+from sparsify.calibration.accumulators import Gram
 from sparsify.calibration.measuring import Measuring, Step
 from sparsify.context import Context
 from sparsify.errors import SparsifyError
@@ -37,6 +38,7 @@ from sparsify.frontend.capture import capture
 from sparsify.frontend.skeleton import build_skeleton
 from sparsify.frontend.source import open_source
 from sparsify.ir.program import Program
+from sparsify.method.pattern import NM, Grid, Pattern, Unstructured
 from sparsify.method.spec import parse_pass
 from sparsify.method.weight_pass import MatrixPass
 from sparsify.prune.names import Wanted
@@ -129,14 +131,19 @@ class Model:
             else:
                 costs.measured += 2 * rows * columns**2 * 5 / 8
                 costs.statistics += 4 * site.experts * columns**2
-                costs.sent += ranks * (ranks - 1) * 4 * site.experts * columns**2
+                # In a ring, what is computed of it alone; of experts that are dealt out to whom it belongs.
+                ways = 1 if site.experts >= ranks > 1 else 2
+                costs.sent += ways * (ranks - 1) * 4 * site.experts * summed_of(columns)
 
     def _solve(self, costs: Costs, site: LinearSite, ranks: int, *, first: bool) -> None:
         rows, columns = site.shape
         numbers, by_experts = site.experts * rows * columns, site.experts >= ranks
         if ranks > 1:
-            # Gathered, each its part, or given by one to all: every byte goes to all others once.
-            costs.sent += (ranks - 1) * numbers * shape_and_size(self.program.parameter_nodes()[site.parameter])[1]
+            # Gathered, each its part, or given by one to all: every byte goes to all others once. A bit of each number
+            # says whether it is zero; where kept weights move they are sent too.
+            size = shape_and_size(self.program.parameter_nodes()[site.parameter])[1]
+            kept = 0.0 if self.own.keeps_weights else kept_of(self.own.pattern) * size
+            costs.sent += (ranks - 1) * numbers * min(1 / 8 + kept, size)
         share = 1 / ranks if by_experts or self.own.by_rows else 1.0
         if "gram" not in self.own.statistics:
             costs.solved += 10 * numbers * share
@@ -160,6 +167,19 @@ def products_of(node: fx.Node) -> float:
 def like(node: fx.Node) -> torch.Tensor:
     value = node.meta["val"]
     return torch.empty(value.shape, dtype=value.dtype, device="meta")
+
+
+def summed_of(columns: int) -> int:
+    """Numbers of a Gram matrix that are computed: its blocks on and above the diagonal."""
+    size = max(Gram.LEAST, -(-columns // Gram.BLOCKS))
+    return sum(min(size, columns - start) * (columns - start) for start in range(0, columns, size))
+
+
+def kept_of(pattern: Pattern | Grid) -> float:
+    """Which share of a weight is not zero."""
+    if isinstance(pattern, NM):
+        return pattern.n / pattern.m
+    return 1 - float(pattern.sparsity) if isinstance(pattern, Unstructured) else 1.0
 
 
 def nodes_read(program: Program, nodes: Sequence[fx.Node]) -> set[fx.Node]:

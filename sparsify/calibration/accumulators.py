@@ -6,7 +6,7 @@ are [tokens, in_features], padding already taken out. For a stack of experts eve
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 import torch
@@ -110,27 +110,44 @@ class AbsoluteMax(_Vector):
 class Gram:
     """XᵀX in float32. Only the blocks on and above the diagonal are computed: 5/8 of the products.
 
-    Several processes add their sums, which rounds otherwise than one process that adds batch after batch.
+    Several processes add their sums, which rounds otherwise than one process that adds batch after batch. Experts that
+    are dealt out among them (:class:`sparsify.prune.parts.Part`) have their matrices where they are pruned alone.
     """
 
     BLOCKS, LEAST = 4, 64
 
     def __init__(self, experts: int, features: int, device: torch.device, world: World = ALONE) -> None:
-        self.features, self.device, self.world = features, device, world
+        self.experts, self.features, self.device, self.world = experts, features, device, world
         self._sums: dict[int, Tensor] = {}  # an expert that sees no token costs nothing
+        self._elsewhere = set[int]()
 
     def update(self, expert: int, rows: Tensor, dense: Tensor) -> None:
-        total = self._of(expert)
         rows = rows.float()
-        size = max(self.LEAST, -(-self.features // self.BLOCKS))
-        for start in range(0, self.features, size):
-            total[start : start + size, start:].addmm_(rows[:, start : start + size].t(), rows[:, start:])
+        for start, part in self._parts(self._of(expert)):
+            part.addmm_(rows[:, start : start + len(part)].t(), rows[:, start:])
 
     def join(self) -> None:
         # Experts that no process has rows of stay without a matrix.
         seen = set[int]().union(*self.world.told(sorted(self._sums)))
+        dealt = self.world.divided and self.experts >= self.world.size
         for expert in sorted(seen):
-            self._sums[expert] = self.world.summed(self._of(expert))
+            parts = [part for _, part in self._parts(self._of(expert))]
+            own = torch.cat([part.flatten() for part in parts])
+            owner = self.world.owner(self.experts, expert) if dealt else None
+            whole = self.world.summed(own) if owner is None else self.world.summed_by(own, owner)
+            if owner not in (None, self.world.rank):
+                # Nobody asks this process for it.
+                del self._sums[expert]
+                self._elsewhere.add(expert)
+                continue
+            for part, added in zip(parts, whole.split([part.numel() for part in parts]), strict=True):
+                part.copy_(added.view(part.shape))
+
+    def _parts(self, total: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """What is computed of a matrix, as views: some rows from their first column on, and which that is."""
+        size = max(self.LEAST, -(-self.features // self.BLOCKS))
+        for start in range(0, self.features, size):
+            yield start, total[start : start + size, start:]
 
     def value(self, expert: int, sequences: int) -> Tensor:
         total = self._of(expert).triu_()
@@ -138,6 +155,7 @@ class Gram:
         return total / sequences
 
     def _of(self, expert: int) -> Tensor:
+        assert expert not in self._elsewhere, f"the matrix of expert {expert}, which another process prunes"
         if expert not in self._sums:
             size = (self.features, self.features)
             self._sums[expert] = torch.zeros(size, dtype=torch.float32, device=self.device)
@@ -149,6 +167,9 @@ class CrossGram(Gram):
 
     def update(self, expert: int, rows: Tensor, dense: Tensor) -> None:
         self._of(expert).addmm_(dense.float().t(), rows.float())
+
+    def _parts(self, total: Tensor) -> Iterator[tuple[int, Tensor]]:
+        yield 0, total
 
     def value(self, expert: int, sequences: int) -> Tensor:
         return self._of(expert) / sequences

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -87,6 +88,11 @@ class ActivationStore:
         if not keep:
             self._free_place(value)
         return found.to(device) if isinstance(found, Tensor) else found
+
+    def all_of(self) -> Iterator[tuple[int, str, object]]:
+        """Everything that is kept: of which batch, its name, and the value, which stays; tensors on the CPU."""
+        for batch, name in sorted(self._values):
+            yield batch, name, self.take(batch, name, torch.device("cpu"), keep=True)
 
     def _free_place(self, value: object) -> None:
         """What ``value`` took is free for others."""

@@ -8,7 +8,7 @@ largest region and the store's budget, never the depth of the model.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -219,15 +219,23 @@ class Interpreter(fx.Interpreter):
     def load_weights(self, region: Region) -> None:
         """Make resident what the region needs and no batch changes."""
         flow, nodes = self.flow, self.flow.order[region.start : region.stop]
-        for node in nodes:
-            # In order, because some of these write in place (masks under construction).
-            if node.op == "call_function" and node not in flow.varying:
-                self.static(node)
+        self._constants(region)
         for node in nodes:
             if node in flow.varying and node.op == "call_function":
                 for argument in node.all_input_nodes:
                     if argument not in flow.varying:
                         self.static(argument)
+
+    def skip(self, region: Region) -> None:
+        """What :meth:`run_region` leaves of ``region``, but for the values of batches, which somebody has."""
+        self._constants(region)
+        self._unload(region.stop)
+
+    def _constants(self, region: Region) -> None:
+        for node in self.flow.order[region.start : region.stop]:
+            # In order, because some of these write in place (masks under construction).
+            if node.op == "call_function" and node not in self.flow.varying:
+                self.static(node)
 
     def static(self, node: fx.Node) -> Any:
         """The value of a node that does not depend on the batch, computed where it is not resident."""
@@ -288,6 +296,20 @@ class Interpreter(fx.Interpreter):
                 do="Use --schedule layer, which runs every node once",
             )
         return copied
+
+
+def alive(runners: Mapping[str, Interpreter]) -> Iterator[tuple[tuple[str, int, str], object]]:
+    """What later regions read, by runner, batch and node; tensors on the CPU."""
+    for whose, runner in runners.items():
+        for batch, name, value in runner.store.all_of():
+            yield (whose, batch, name), value
+
+
+def go_on(runners: Mapping[str, Interpreter], values: Iterable[tuple[Sequence[Any], object]]) -> None:
+    """Have what was :func:`alive` in another run of the same programs, where that had come to."""
+    for (whose, batch, name), value in values:
+        runner = runners[whose]
+        runner.store.put(batch, name, value.to(runner.device) if isinstance(value, Tensor) else value)
 
 
 def _check_numbers(program: Program, batches: Sequence[Mapping[str, Tensor]], first: int) -> None:

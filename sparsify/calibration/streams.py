@@ -75,6 +75,16 @@ class Streams:
     ) -> None:
         self._stack.__exit__(kind, error, trace)
 
+    @property
+    def runners(self) -> dict[str, Interpreter]:
+        """The interpreter of each stream."""
+        return {"pruned": self.runner, **({"dense": self.dense} if self.dense is not None else {})}
+
+    def skip(self, region: Region) -> None:
+        """Do not run ``region``, which another run of this program has run."""
+        for runner in self.runners.values():
+            runner.skip(region)
+
     def run_region(self, region: Region, recorders: Recorders, after_batch: Callable[[], None] | None = None) -> None:
         """Run ``region`` on every batch; rows at the nodes of ``recorders`` are recorded.
 

@@ -61,7 +61,7 @@ from sparsify.world.joining import leads_told
 _HANDED_ON = (
     "calibration", "to", "samples", "sequence_length", "seed", "ignore", "only", "device", "memory", "overwrite",
     "dry_run", "allow_bin", "trust_remote_code", "allow_nan", "compute_dtype", "chat_template", "strict", "adapter",
-    "dtype", "teacher", "eval_windows", "resume",
+    "dtype", "teacher", "eval_windows", "resume", "checkpoint_every",
 )  # fmt: skip
 
 
@@ -156,6 +156,15 @@ def compile_command(
         bool,
         typer.Option("--no-journal", help="Keep nothing for --resume: less disk, as much as is pruned."),
     ] = False,
+    checkpoint_every: Annotated[
+        int | None,
+        typer.Option(
+            "--checkpoint-every",
+            help="Keep activations too, each time so many blocks are done: --resume runs nothing again.",
+            min=1,
+            metavar="BLOCKS",
+        ),
+    ] = None,
     processes: Processes = None,
     as_json: AsJson = False,
     teacher: Annotated[

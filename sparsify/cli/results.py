@@ -39,7 +39,8 @@ def result_as_dict(compiled: Compiled, seconds: float, *, planned: bool) -> dict
         found["kept"] = 1 - zeros_of(compiled.runs) / max(1, found["parameters"])
         found["evaluation"] = None if compiled.evaluation is None else compiled.evaluation.as_dict()
         found["seconds_by_pass"] = [run.seconds for run in compiled.runs]
-        return found | {key: compiled.manifest[key] for key in ("passes", "not_understood", "versions")}
+        told = ("passes", "not_understood", "versions", "processes")
+        return found | {key: compiled.manifest[key] for key in told if key in compiled.manifest}
     found["passes"] = [
         {
             "spec": spec_text(run.applied),

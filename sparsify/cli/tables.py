@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -70,8 +70,20 @@ def result_report(compiled: Compiled, seconds: float) -> RenderableType:
         names = ("before", "after")
         parts.append(_perplexities(list(zip(names, (judged.dense, judged.pruned), strict=True)), [judged.paired]))
         parts.append(Text(judged.verdict, _STYLES.get(judged.paired.level, "")))
+    parts += _processes(compiled.manifest.get("processes", {}))
     parts.append(Text(f"{seconds:.1f} s in all, peak memory {format_bytes(peak_memory())}"))
     return Group(*parts)
+
+
+def _processes(said: Mapping[str, Any]) -> list[Text]:
+    """What each of several processes had to do, and all together."""
+    ranks = said.get("ranks", ())
+    if not ranks:
+        return []
+    worked, waited = (", ".join(f"{own[what]:.1f}" for own in ranks) for what in ("worked", "waited"))
+    speed = f"; {said['tokens_per_second']:,.0f} tokens/s in all" if "tokens_per_second" in said else ""
+    sent = format_bytes(said["bytes"])
+    return [Text(f"{said['count']} processes worked {worked} s, waited {waited} s, and sent {sent}{speed}")]
 
 
 def plan_report(compiled: Compiled) -> RenderableType:

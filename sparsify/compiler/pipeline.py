@@ -67,6 +67,7 @@ def compile(
     dry_run: bool = False,
     journal: bool = True,
     resume: bool = False,
+    checkpoint_every: int | None = None,
     world: World = ALONE,
     progress: Shown = False,
     observe: Observer | None = None,
@@ -115,9 +116,11 @@ def compile(
         journal: keep what is finished beside ``output`` until that is there, for ``resume``: as many bytes as are
             pruned.
         resume: go on where the same job was interrupted; the result is that of a run that was not.
+        checkpoint_every: after so many blocks keep activations in the journal too, so that a run that goes on runs
+            nothing again; None never does, for they are large.
         world: processes that share the work, all of which call this alike (:func:`sparsify.join`): each calibrates
             with its part of the batches and prunes its part of the weights; the first writes, and alone has an
-            ``output``. Not passes over the whole graph.
+            ``output``.
         tell: told in words, before the work, what a quantized model grows to.
         progress: True: show it, as the command line does; or a function that is told (:class:`sparsify.Progress`); or
             tqdm, or a bar of its kind.
@@ -152,6 +155,7 @@ def compile(
         without_pass=not passes and seems_stored_otherwise(model),
         journal=journal,
         resume=resume,
+        checkpoint_every=checkpoint_every,
     )
     request = replace(
         request,
@@ -170,7 +174,7 @@ def compile(
     seam = Seam(context, after)
     asked = asked_of(request, context, {"compute dtype": compute_dtype, "dtype": dtype, "adapter": adapter})
     with shown(progress, observe), within_memory("compiling", context.device), ExitStack() as stack:
-        place = stages.Workplace(stack)
+        place = stages.Workplace(stack, every=request.checkpoint_every or 0)
         source = stages.open_model(
             model,
             request,

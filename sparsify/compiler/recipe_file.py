@@ -34,6 +34,8 @@ _OF_A_PASS = {"pass": _TEXT, "only": _NAMES, "ignore": _NAMES}
 _NOT_HERE = {
     "trust_remote_code": "code of others is trusted on the command line alone: --trust-remote-code",
     "processes": "how many processes share the work is a matter of the machine: give --processes on the command line",
+    "checkpoint_every": "how much is kept for --resume is a matter of the disk: give --checkpoint-every on the command "
+    "line",
     "resume": "that a run was interrupted is no matter of a recipe: give --resume on the command line",
 }
 _MOST = 1 << 20

@@ -44,7 +44,8 @@ class Request:
             first so many windows only.
         recipe: these words and those of opening the model, for another run; None where some are in memory alone.
         date: when they were given, in UTC.
-        journal: what is finished is kept until the output is there. resume: go on with what is kept.
+        journal: what is finished is kept until the output is there. resume: go on with what is kept. checkpoint_every:
+            after so many blocks activations are kept too; None for never.
         processes: how many share the work.
     """
 
@@ -69,6 +70,7 @@ class Request:
     date: str = ""
     journal: bool = True
     resume: bool = False
+    checkpoint_every: int | None = None
     processes: int = 1
 
     @property
@@ -150,6 +152,7 @@ def parse(
     without_pass: bool = False,
     journal: bool = True,
     resume: bool = False,
+    checkpoint_every: int | None = None,
 ) -> Request:
     """Understand the words, and refuse what can be refused before a model is opened.
 
@@ -202,8 +205,10 @@ def parse(
         eval_windows=eval_windows,
         journal=journal,
         resume=resume,
+        checkpoint_every=checkpoint_every,
     )
     _check_resume(request)
+    _check_checkpoints(request)
     _check_teacher(request)
     _check_judging(request)
     judged = isinstance(request.evaluate, str)
@@ -253,6 +258,21 @@ def _check_resume(request: Request) -> None:
     )
     if found is not None:
         raise SpecError("--resume", found=found, do="Leave one of the two out, or begin without --resume")
+
+
+def _check_checkpoints(request: Request) -> None:
+    every = request.checkpoint_every
+    if every is None:
+        return
+    found = None
+    if not isinstance(every, int) or isinstance(every, bool) or every < 1:
+        found = "no number of blocks"
+    elif request.out is None:
+        found = "no output, beside which anything would be kept"
+    elif not request.journal:
+        found = "--no-journal, without which nothing is kept"
+    if found is not None:
+        raise SpecError(f"--checkpoint-every {every}", found=found, do="Give 1 or more and an output, or leave it out")
 
 
 def _check_teacher(request: Request) -> None:

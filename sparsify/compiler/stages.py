@@ -60,13 +60,13 @@ from sparsify.structure.rounds import check_source, in_a_folder, make_smaller
 
 @dataclass
 class Workplace:
-    """A temporary folder, made when it is first asked for and gone when the compile is, unless somebody keeps it; and
-    the place of the output, which is this job's until the backend takes it over; what is finished, where it is kept.
-    """
+    """A temporary folder, made when first asked for and gone with the compile, unless somebody keeps it; the place of
+    the output, this job's until the backend takes it over; what is finished, activations ``every`` so many blocks."""
 
     stack: ExitStack
     output: Claim | None = None
     journal: Journal | None = None
+    every: int = 0
     _folder: Scratch | None = None
 
     def begin(self, journal: Journal | None) -> None:
@@ -75,7 +75,7 @@ class Workplace:
 
     def kept(self, number: int) -> Kept:
         """What is kept of the pass of that number."""
-        return Kept(number, self.journal)
+        return Kept(number, self.journal, self.every)
 
     @property
     def path(self) -> Path:
@@ -321,7 +321,7 @@ def finish(
     compiled.source_card = opened.ledger.manifest.get("card")
     if compiled.evaluation is not None:
         compiled.manifest["evaluation"] = compiled.evaluation.as_dict()
-    compiled.manifest |= told_of(context.world)
+    compiled.manifest |= told_of(context.world, compiled.runs, timed=not request.resume)
     if job is None:
         compiled.folder_owner = place.keep()
         return compiled

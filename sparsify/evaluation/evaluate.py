@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,14 +17,14 @@ from sparsify.context import Context, Observer
 from sparsify.data.chat import Chat
 from sparsify.data.given import named_or_given
 from sparsify.data.sources import check_named
-from sparsify.errors import ProcessError, SpecError
+from sparsify.errors import SpecError
 from sparsify.files.manifest import digest_of_manifest, sealed_manifest
 from sparsify.files.reading import kind_at
 from sparsify.frontend.source import Source, check_tokenizer, open_source, require_real
 from sparsify.host import cpu_by_default, resolve_device
 from sparsify.progress import Shown, shown
 from sparsify.quality.evaluation import Evaluation, measure, of_scores
-from sparsify.quality.graphs import open_graph
+from sparsify.quality.graphs import Graph, open_graph
 from sparsify.quality.heldout import windows_of
 from sparsify.quality.pictures.accuracy import is_folder, on_pictures, takes_pictures
 from sparsify.quality.tasks.answering import answer, language_model, notes, ready
@@ -89,8 +89,8 @@ def evaluate(
         chat_template: the file of a Jinja template for chat messages, in place of the tokenizer's own.
         strict: refuse tensors that the model's class has no place for; else they are passed over.
         adapter: ``"merge"``: add a LoRA adapter of peft in the folder to the weights; None refuses one.
-        world: processes that share the windows of text, all of which call this alike (:func:`sparsify.join`) and are
-            given the same result, that of one process. Tasks and pictures are for one.
+        world: processes that share windows of text, questions and pictures; all of them call this alike
+            (:func:`sparsify.join`) and are given the same result, that of one process.
 
     Raises:
         CalibrationError: data that is missing or too short, a task's that cannot be had, a broken picture, or a
@@ -112,8 +112,6 @@ def evaluate(
         data = str(data)
     check_named(data)
     check_world(world)
-    if tasks is not None:
-        _check_alone(world, "tasks")
     context = Context(resolve_device(device), parse_bytes(memory), world=world)
     with shown(progress, observe):
         wanted = None if tasks is None else named(tasks, places)
@@ -144,7 +142,7 @@ def evaluate(
         found = of_scores((), 0.0)
         if data is not None and takes_pictures(asked):
             _check_no_text(windows, sequence_length, f"{asked.name}, which looks at pictures")
-            _check_alone(world, "pictures")
+            _agree(asked, {"pictures at a time": batch_size}, world)
             found = on_pictures(asked, data, context, limit, batch_size)
         elif data is not None:
             assert source is not None, "text is read by what torch runs"
@@ -156,20 +154,23 @@ def evaluate(
         if chosen is None:
             return replace(found, manifest=seal)
         started = time.perf_counter()
-        model_of_tasks = language_model(asked, context.device, batch_size)
+        _agree(
+            asked, {"tasks": list(chosen.tasks), "examples": num_fewshot, "limit": limit, "batch": batch_size}, world
+        )
+        model_of_tasks = language_model(asked, context.device, batch_size, world)
         scores = answer(model_of_tasks, chosen, asked.name, context.device, limit)
         seconds = found.seconds + time.perf_counter() - started
         return replace(found, scores=tuple(scores), notes=notes(model_of_tasks), seconds=seconds, manifest=seal)
 
 
-def _check_alone(world: World, what: str) -> None:
+def _agree(model: Source | Graph, asked: Mapping[str, Any], world: World) -> None:
     """Raises:
-    ProcessError: several processes, which do not share ``what``.
+    ProcessError: another process was asked otherwise, or sees another model.
     """
-    if world.divided:
-        raise ProcessError(
-            f"{what} by {world.size} processes", found="what one process answers", do="Run it in one; text is shared"
-        )
+    if isinstance(model, Source):
+        agree_on_model(model, asked, world)
+    else:
+        world.agree({**asked, "model": model.name})
 
 
 def _check_no_text(windows: int | None, sequence_length: int | None, found: str) -> None:

@@ -91,6 +91,7 @@ _RUN = {
     "perplexity": _two(_figure),
     "versions": _mapping,
 }  # fmt: skip
+_LOAD = {"sent": _count, "worked": _figure, "waited": _figure}
 FORM: dict[str, Any] = {
     "model": _text,
     "passes": [_PASS],
@@ -110,6 +111,7 @@ FORM: dict[str, Any] = {
     "structure": [{"ragged": _flag, "config": _mapping, "cuts": [_PART]}],
     "packed": {"dense_files": _maybe(_mapping), "sites": [_PACKED]},
     "tuned": {"seconds": _figure},
+    "processes": {"count": _count, "bytes": _count, "tokens_per_second": _figure, "ranks": [_LOAD]},
     "calibration": _maybe(_mapping),
     "not_understood": [{"tensors": [_text], "reason": _text}],
     "history": [_RUN],

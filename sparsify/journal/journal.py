@@ -166,10 +166,20 @@ class Journal:
 
 @dataclass(frozen=True)
 class Kept:
-    """What is kept of one pass, part by part. Without a journal nothing is."""
+    """What is kept of one pass, part by part. Without a journal nothing is.
+
+    Attributes:
+        every: after so many blocks activations are kept too (:mod:`sparsify.journal.reached`); 0 for never.
+    """
 
     number: int = 0
     journal: Journal | None = None
+    every: int = 0
+
+    @property
+    def begun(self) -> bool:
+        """Whether a run before has finished a part of it."""
+        return self.journal is not None and any(number == self.number for number, _ in self.journal.record.entries)
 
     def find(self, key: str) -> Entry | None:
         """What was finished under ``key`` by a run before."""

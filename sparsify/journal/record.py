@@ -61,16 +61,7 @@ class Entry:
         Raises:
             CheckpointError: its bytes are not those that were written.
         """
-        span = self.spans[name]
-        tensor = torch.empty(span.shape, dtype=span.dtype)
-        try:
-            with (self.folder / TENSORS).open("rb", buffering=0) as file:
-                read_into(file.fileno(), tensor, span.start)
-        except (OSError, EOFError) as error:
-            raise damaged(self.folder, f"{name} cannot be read ({error})") from error
-        if digest(tensor) != span.digest:
-            raise damaged(self.folder, f"the bytes of {name} are not those that were written")
-        return tensor
+        return read_span(self.folder / TENSORS, self.spans[name], name)
 
     def tensors(self) -> dict[str, Tensor]:
         return {name: self.read(name) for name in self.spans}
@@ -85,6 +76,28 @@ class Entry:
             return kind(**{**self.row, **others})
         except TypeError as error:
             raise damaged(self.folder, f"a line that is no {kind.__name__} ({error})") from error
+
+
+def read_span(path: Path, span: Span, name: str) -> Tensor:
+    """The tensor ``name`` that lies in the file ``path`` of a journal.
+
+    Raises:
+        CheckpointError: its bytes are not those that were written.
+    """
+    tensor = torch.empty(span.shape, dtype=span.dtype)
+    try:
+        with path.open("rb", buffering=0) as file:
+            read_into(file.fileno(), tensor, span.start)
+    except (OSError, EOFError) as error:
+        raise damaged(path.parent, f"{name} cannot be read ({error})") from error
+    if digest(tensor) != span.digest:
+        raise damaged(path.parent, f"the bytes of {name} are not those that were written")
+    return tensor
+
+
+def span_to(tensor: Tensor, start: int) -> Span:
+    """Where ``tensor``, contiguous and on the CPU, is going to lie."""
+    return Span(tensor.dtype, tuple(tensor.shape), start, digest(tensor))
 
 
 def damaged(folder: Path, found: str) -> CheckpointError:
@@ -120,7 +133,7 @@ class Record:
         if own:
             with _opened(self.folder / TENSORS) as fd:
                 for name, tensor in own.items():
-                    spans[name] = Span(tensor.dtype, tuple(tensor.shape), end, digest(tensor))
+                    spans[name] = span_to(tensor, end)
                     write_from(fd, tensor, end)
                     end += spans[name].size
                 os.fsync(fd)

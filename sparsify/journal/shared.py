@@ -24,6 +24,10 @@ class Shared(Kept):
 
     known: Mapping[str, Entry] = field(default_factory=dict)
 
+    @property
+    def begun(self) -> bool:
+        return bool(self.known)
+
     def find(self, key: str) -> Entry | None:
         return self.known.get(key)
 
@@ -60,4 +64,4 @@ def shared(kept: Kept, world: World) -> Kept:
         key: Told(Path(), row, {name: span_of(*of) for name, of in spans.items()}, world, own.get(key))
         for key, (row, spans) in world.told(said)[0].items()
     }
-    return Shared(kept.number, kept.journal, known)
+    return Shared(kept.number, kept.journal, kept.every, known)

@@ -11,7 +11,7 @@ The three schedules differ only in where regions are cut and whether a region ru
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from torch import Tensor
 from sparsify.analysis.linear import LinearSite
 from sparsify.calibration.accumulators import DENSE, GRADIENTS
 from sparsify.calibration.gradients import Samples, measure_gradients
-from sparsify.calibration.interpreter import Region
+from sparsify.calibration.interpreter import Region, alive, go_on
 from sparsify.calibration.measuring import Measuring, Step, measure_inputs
 from sparsify.calibration.recorder import GroupRecorder
 from sparsify.calibration.streams import Streams
@@ -31,6 +31,7 @@ from sparsify.host import within_memory
 from sparsify.ir.program import Program
 from sparsify.ir.weights import Weights
 from sparsify.journal.journal import NOT_KEPT, Kept
+from sparsify.journal.reached import Reached
 from sparsify.method.weight_pass import MatrixPass, WeightPass
 from sparsify.precision import exact_products
 from sparsify.prune.allocation import Measured, allocate
@@ -136,13 +137,17 @@ class Engine:
         # ``block`` looks at the inputs of a block's first group after the cut before it, so they must live till then.
         end = measuring.steps[-1].measured + twice
         with measuring.streams(self.dense if "cross_gram" in self.wanted else None) as streams, torch.no_grad():
-            start = 0
+            reached, blocks, start = Reached(self.kept, self.context.world), 0, 0
+            first = self._go_on_from(reached, streams, missing)
             for step in measuring.steps:
                 region = Region(start, step.start, end)
+                if step.number < first:
+                    # Its parts are read again; its region is not run.
+                    streams.skip(region)
                 left = {site.parameter for group in step.groups for site in group.sites} - done
                 of = len(left)
                 recorders: list[GroupRecorder | None] = [None] * len(step.groups)
-                if twice or not left & missing:
+                if (twice or not left & missing) and step.number >= first:
                     measuring.run_unrecorded(streams, step, region, until=_MEASURED / 2)
                 if twice and left & missing:
                     recorders[:] = self._sweep_dense(streams, step, end)
@@ -163,8 +168,31 @@ class Engine:
                             left.remove(site.parameter)
                             measuring.tell(step, 1 - (1 - _MEASURED) * len(left) / of, result)
                     del recorder
-                start = step.start
+                start, blocks = step.start, blocks + self._ends_block(step)
+                if self._ends_block(step) and step.number >= first and reached.due(blocks):
+                    reached.keep(step.number + 1, alive(streams.runners))
         return self.results
+
+    def _go_on_from(self, reached: Reached, streams: Streams, missing: Collection[str]) -> int:
+        """The first step that is to be done, with what is alive before it in ``streams``.
+
+        Raises:
+            CheckpointError: what was kept of a run before is damaged.
+        """
+        found = reached.load()
+        if found is None:
+            return 0
+        first, values = found
+        before = [site for step in self.measuring.steps[:first] for group in step.groups for site in group.sites]
+        if lost := next((site.parameter for site in before if site.parameter in missing), None):
+            raise reached.damaged(f"it speaks of {lost}, which is not finished")
+        go_on(streams.runners, values)
+        return first
+
+    def _ends_block(self, step: Step) -> bool:
+        """Whether the next step is another block's."""
+        after = self.measuring.steps[step.number + 1 : step.number + 2]
+        return bool(after) and after[0].groups[0].block != step.groups[-1].block
 
     def _sweep_dense(self, streams: Streams, step: Step, end: int) -> list[GroupRecorder]:
         """The block of ``step`` while it is still dense, for its statistics; it will run again."""

@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from sparsify.prune.sending import FORMS, Form, form_of, packed, unpacked
 from sparsify.world.world import World
 
 Divided = Literal["whole", "experts", "rows", "owner"]
@@ -46,25 +47,46 @@ class Part:
             return cls("rows", range(experts), slice(*world.bounds(rows)), owner)
         return cls("owner", range(experts if world.rank == owner else 0), every, owner)
 
-    def together(self, world: World, before: Tensor | None) -> tuple[Tensor, Tensor | None, list[str]]:
+    def together(self, world: World, dense: Tensor, before: Tensor | None) -> tuple[Tensor, Tensor | None, list[str]]:
         """The whole stack, its biases and what is to be said of it, from the parts of all processes.
 
         Args:
-            before: the biases as they were, which no part may have changed.
+            dense: the stack as it was. before: the biases as they were, which no part may have changed.
         """
         if self.how == "whole":
             return self.matrices, self.biases, self.notes
-        said = world.told([self.notes, self.biases is not before])
-        notes, biases = [note for own, _ in said for note in own], before
-        if any(changed for _, changed in said) and self.biases is not None:
+        own, was = self._of(self.matrices, world.rank, world), self._of(dense, world.rank, world)
+        said = world.told([self.notes, self.biases is not before, FORMS.index(form_of(own, was))])
+        notes, biases = [note for own_notes, *_ in said for note in own_notes], before
+        if any(changed for _, changed, _ in said) and self.biases is not None:
             # What others bring is written into it, and as it was it may be the model's own.
-            biases = self._whole(world, self.biases.clone())
+            biases = self._whole(world, self.biases.clone(), self.biases, "whole")
+        # What all parts can be sent as; of one that a single process has the others have nothing to send.
+        form = FORMS[max(number for *_, number in said)]
         # A divided matrix is said the same of by all: its inputs are the same.
-        return self._whole(world, self.matrices), biases, list(dict.fromkeys(notes))
+        return self._whole(world, self.matrices, dense, form), biases, list(dict.fromkeys(notes))
 
-    def _whole(self, world: World, own: Tensor) -> Tensor:
-        if self.how == "owner":
-            return world.given(own, self.owner)
+    def _of(self, stack: Tensor, rank: int, world: World) -> Tensor:
+        """What process ``rank`` prunes of a stack [experts, out_features, …]; of an owner's the whole."""
         if self.how == "experts":
-            return torch.cat(world.gathered(own[self.experts.start : self.experts.stop]))  # type: ignore[attr-defined]
-        return torch.cat(world.gathered(own[:, self.rows].transpose(0, 1))).transpose(0, 1).contiguous()
+            start, stop = world.bounds(len(stack), rank)
+            return stack[start:stop]
+        if self.how == "rows":
+            start, stop = world.bounds(stack.shape[1], rank)
+            return stack[:, start:stop]
+        return stack
+
+    def _whole(self, world: World, own: Tensor, dense: Tensor, form: Form) -> Tensor:
+        if self.how == "owner":
+            mine = iter(packed(own, form) if world.rank == self.owner else ())
+
+            def given(count: int, dtype: torch.dtype) -> Tensor:
+                return world.given(next(mine, torch.empty(count, dtype=dtype, device=own.device)), self.owner)
+
+            return unpacked(dense, form, given)
+        came = [world.gathered(piece) for piece in packed(self._of(own, world.rank, world), form)]
+        parts = []
+        for rank in range(world.size):
+            pieces = iter([of[rank] for of in came])
+            parts.append(unpacked(self._of(dense, rank, world), form, lambda *_, pieces=pieces: next(pieces)))
+        return torch.cat(parts, dim=0 if self.how == "experts" else 1)

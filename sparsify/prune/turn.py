@@ -132,7 +132,7 @@ class Turn:
         started = time.perf_counter()
         assert self._part is not None
         site, dense = self.site, self.site.matrices(self.before)
-        matrices, biases, notes = self._part.together(self.world, self.biases)
+        matrices, biases, notes = self._part.together(self.world, dense, self.biases)
         self._part = None
         moved = None if self.method.keeps_weights else matrices
         self._check_stored(site.name, moved, None if biases is self.biases else biases)

@@ -21,13 +21,14 @@ from torch import Tensor, fx
 
 from sparsify.analysis.flow import Flow
 from sparsify.calibration.activations import ActivationStore
-from sparsify.calibration.interpreter import Region
+from sparsify.calibration.interpreter import Interpreter, Region, alive, go_on
 from sparsify.calibration.loss import logits_node
 from sparsify.context import Context, Progress, RegionResult
 from sparsify.errors import CalibrationError, SpecError
 from sparsify.host import within_memory
 from sparsify.ir.program import Program
 from sparsify.journal.journal import NOT_KEPT, Kept
+from sparsify.journal.reached import Reached
 from sparsify.method.region_pass import RegionPass
 from sparsify.method.spec import spec_text
 from sparsify.precision import exact_products
@@ -112,19 +113,32 @@ class Refining:
             stores = [stack.enter_context(ActivationStore(self.context.memory // 2, self.context.device)) for _ in "PT"]
             student = Fitter(self.program, flow, self.batches, stores[0], self.context.device)
             teacher = Fitter(self.teacher, theirs, self.batches, stores[1], self.context.device)
-            student.run_region(Region(0, self.blocks[0].start, end))
-            teacher.run_region(Region(0, self.taught[0].start, taught_end))
+            runners: dict[str, Interpreter] = {"student": student, "teacher": teacher}
+            reached = Reached(self.done, self.context.world)
+            first, values = reached.load() or (0, ())
+            go_on(runners, values)
+
+            def run(runner: Fitter, region: Region, number: int) -> None:
+                # What lies before is done, and what is alive behind it is there.
+                (runner.skip if number < first else runner.run_region)(region)
+
+            run(student, Region(0, self.blocks[0].start, end), 0)
+            run(teacher, Region(0, self.taught[0].start, taught_end), 0)
             for number, (block, taught) in enumerate(zip(self.blocks, self.taught, strict=True)):
                 self._tell(number, block.name)
-                teacher.run_region(Region(taught.start, taught.stop, taught_end))
+                run(teacher, Region(taught.start, taught.stop, taught_end), number)
                 kept = self.trainable.kept(number, self.tokens, every=self.every)
                 if any(mask is not None for mask in kept.values()):
+                    if number < first and self.done.find(block.name) is None:
+                        raise reached.damaged(f"it speaks of {block.name}, which is not finished")
                     with within_memory(f"refining {block.name}", self.context.device):
                         results.append(self._kept_or_fitted(number, student, teacher, kept))
                 last = number + 1 == len(self.blocks)
                 if not last:
-                    student.run_region(Region(block.start, block.stop, end))
+                    run(student, Region(block.start, block.stop, end), number)
                 teacher.forget()
+                if not last and number >= first and reached.due(number + 1):
+                    reached.keep(number + 1, alive(runners))
         return results
 
     def _smaller(self) -> bool:

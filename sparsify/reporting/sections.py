@@ -95,8 +95,26 @@ def costs(facts: Facts) -> Markup:
                 rows.append((what, format_bytes(quantized[key])))
     if (seconds := facts.manifest.get("tuned", {}).get("seconds")) is not None:
         rows.append(("training", f"{seconds:,.1f} s"))
+    shared = facts.manifest.get("processes", {})
+    if "bytes" in shared:
+        rows.append((f"sent by {shared.get('count', 'several')} processes", format_bytes(shared["bytes"])))
+    if "tokens_per_second" in shared:
+        rows.append(("tokens a second, by all processes", f"{shared['tokens_per_second']:,.0f}"))
     parts: list[object] = [table(("what", "how much"), rows, (1,))] if rows else []
-    return section("Time and memory", *parts, *_packed(facts.manifest.get("packed", {}).get("sites", ())))
+    packed = _packed(facts.manifest.get("packed", {}).get("sites", ()))
+    return section("Time and memory", *parts, *_loads(shared.get("ranks", ())), *packed)
+
+
+def _loads(ranks: Sequence[Mapping[str, Any]]) -> list[object]:
+    """What each of several processes had to do."""
+    if not ranks:
+        return []
+    rows = [
+        (str(n), *(f"{own.get(what, 0):,.1f} s" for what in ("worked", "waited")), format_bytes(own.get("sent", 0)))
+        for n, own in enumerate(ranks)
+    ]
+    titles = ("process", "worked", "waited for others", "sent")
+    return [tag("h3", "Processes"), table(titles, rows, (1, 2, 3))]
 
 
 def _packed(sites: Sequence[Mapping[str, Any]]) -> list[object]:

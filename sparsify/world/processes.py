@@ -48,12 +48,21 @@ class Processes(World):
     def summed(self, values: Tensor) -> Tensor:
         return self._reduced(values, dist.ReduceOp.SUM)
 
+    def summed_by(self, values: Tensor, owner: int) -> Tensor:
+        there = values.to(self.device).contiguous()
+        self._wait(lambda: dist.reduce(there, owner, async_op=True), None)
+        # In a ring, or a tree: all but the owner pass on what they have added up.
+        self.sent += there.numel() * there.element_size() if owner != self.rank else 0
+        return there.to(values.device)
+
     def greatest(self, values: Tensor) -> Tensor:
         return self._reduced(values, dist.ReduceOp.MAX)
 
     def _reduced(self, values: Tensor, how: Any) -> Tensor:
         there = values.to(self.device).contiguous()
-        self._wait(lambda: dist.all_reduce(there, how, async_op=True), there)
+        self._wait(lambda: dist.all_reduce(there, how, async_op=True), None)
+        # In a ring each passes on all parts but one twice: as they are added up, and as they are whole.
+        self.sent += 2 * there.numel() * there.element_size() * (self.size - 1) // self.size
         return there.to(values.device)
 
     def share_gradients(self, parameters: Sequence[Tensor]) -> None:
@@ -157,6 +166,7 @@ class Processes(World):
         Raises:
             ProcessError: another process failed, ended, or is not heard of any more.
         """
+        started = time.perf_counter()
         with self._explained():
             work, pause = begin(), _SOON
             while not work.is_completed():
@@ -164,6 +174,7 @@ class Processes(World):
                 time.sleep(pause)
                 pause = min(pause * 1.5, _LATE)
             work.wait()
+        self.waited += time.perf_counter() - started
         if sent is not None:
             self.sent += sent.numel() * sent.element_size() * (self.size - 1)
 

@@ -7,6 +7,7 @@ summed in the order of the batches.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -22,8 +23,9 @@ class World:
     """This process alone.
 
     Attributes:
-        rank: which process this is, of ``size``. sent: bytes that it has sent to others. device: its GPU, or the CPU;
-            None of one that is alone, which may take any.
+        rank: which process this is, of ``size``. sent: bytes that it has sent to others. waited: seconds for them;
+            began: when it joined them, by the clock of :func:`time.perf_counter`. device: its GPU, or the CPU; None of
+            one that is alone, which may take any.
     """
 
     rank: int = 0
@@ -31,7 +33,7 @@ class World:
     device: device | None = None
 
     def __init__(self) -> None:
-        self.sent = 0
+        self.sent, self.waited, self.began = 0, 0.0, time.perf_counter()
 
     @property
     def leads(self) -> bool:
@@ -68,6 +70,14 @@ class World:
     def summed(self, values: Tensor) -> Tensor:
         """The sum of what each process brings, floats of one shape; how many they are rounds it otherwise."""
         return values
+
+    def summed_by(self, values: Tensor, owner: int) -> Tensor:
+        """As :meth:`summed` where this process is the ``owner``; the others are given nothing that means anything."""
+        return values
+
+    def owner(self, count: int, number: int) -> int:
+        """Whose thing ``number`` of ``count`` is, as :meth:`bounds` shares them out."""
+        return next(rank for rank in range(self.size) if number < self.bounds(count, rank)[1])
 
     def greatest(self, values: Tensor) -> Tensor:
         """The largest, number by number, of what each process brings."""
@@ -114,6 +124,11 @@ class World:
         """Tell the others that this process ends with ``error``; whether the first one, which speaks for all, tells
         people why."""
         return False
+
+    @property
+    def worked(self) -> float:
+        """Seconds since it joined the others in which it did not wait for them."""
+        return time.perf_counter() - self.began - self.waited
 
     def agree(self, asked: Mapping[str, Any]) -> None:
         """Nothing, where every process says the same.

@@ -160,6 +160,7 @@ def test_every_option_of_compile_is_a_key() -> None:
         "save_recipe",
         "trust_remote_code",
         "resume",
+        "checkpoint_every",
         "processes",
     }
     assert set(inspect.signature(compile_command).parameters) - alone == set(KEYS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import json
 import re
+import shutil
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
@@ -19,6 +20,7 @@ from support.manifests import as_format_1, edit_manifest
 import sparsify
 from sparsify.errors import BackendError, CheckpointError
 from sparsify.files.manifest import MANIFEST
+from sparsify.words import format_bytes
 
 WORDS: dict[str, Any] = {"calibration": "random", "samples": 2, "sequence_length": 16}
 EVIL = "<script>alert('x')</script>&\"]]>\x1b[31m"
@@ -60,6 +62,16 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("report")
     sparsify.compile(save("llama", root / "dense"), "wanda:2:4", ignore="*.q_proj", output=root / "out", **WORDS)
     return root / "out"
+
+
+def test_what_each_of_several_processes_did_is_told(out: Path, tmp_path: Path) -> None:
+    shutil.copytree(out, tmp_path / "two")
+    ranks = [{"worked": 12.34, "waited": 1.5, "sent": 2048}, {"worked": 11.0, "waited": 2.5, "sent": 1024}]
+    told = {"count": 2, "bytes": 3072, "tokens_per_second": 4321.0, "ranks": ranks}
+    edit_manifest(tmp_path / "two", lambda manifest: manifest.update(processes=told))
+    text = shown(tmp_path / "two", tmp_path / "r.html").text
+    assert f"sent by 2 processes {format_bytes(3072)}" in text and "tokens a second, by all processes 4,321" in text
+    assert f"0 12.3 s 1.5 s {format_bytes(2048)} 1 11.0 s 2.5 s {format_bytes(1024)}" in text
 
 
 def test_a_page_says_what_the_manifest_says(out: Path, tmp_path: Path) -> None:

@@ -34,7 +34,11 @@ def test_costs_are_those_counted_by_hand(folder: Path) -> None:
     assert set(model.own.statistics) == {"gram", "squared_norm"}
     assert alone.measured == sum(2 * tokens * (size**2 * 5 / 8 + size) for size in inputs)
     weights = sum(site.shape[0] * site.shape[1] for site in sites)
-    assert alone.sent == 0 and both.sent == 2 * sum(4 * (size**2 + 3 * size) for size in inputs) + 4 * weights
+    # Of each matrix what is computed, by a ring; of each weight the mask, and the half that is kept.
+    assert set(inputs) == {32, 64}
+    grams = sum(4 * size**2 for size in inputs)
+    assert alone.sent == 0
+    assert both.sent == 2 * grams + 2 * sum(4 * 3 * size for size in inputs) + (1 / 8 + 4 / 2) * weights
     assert both.forward == alone.forward / 2 and both.measured == alone.measured / 2
     # One live value of a step is the residual stream, of float32.
     assert alone.activations >= BATCHES * ROWS * LENGTH * inputs[0] * 4
@@ -46,7 +50,7 @@ def test_vectors_are_sent_batch_by_batch(folder: Path) -> None:
     weights = sum(s.shape[0] * s.shape[1] for group in model.measuring.groups for s in group.sites)
     inputs = sum(group.sites[0].shape[1] for group in model.measuring.groups)
     both = total(model.regions(3, BATCHES))
-    assert both.sent == 3 * 2 * 2 * inputs * 4 + 2 * 4 * weights
+    assert both.sent == 3 * 2 * 2 * inputs * 4 + 2 * weights / 8
 
 
 def test_a_pass_of_unknown_costs_is_refused(folder: Path) -> None:

@@ -1,5 +1,6 @@
 """``--processes`` as a user types it."""
 
+import json
 import os
 import signal
 import subprocess
@@ -23,12 +24,21 @@ def one_thread(monkeypatch):
 
 
 @pytest.mark.slow
-def test_two_processes_write_what_one_does(tmp_path, one_thread):
+def test_two_processes_write_what_one_does(tmp_path, one_thread, monkeypatch):
+    # Set, it asks for the same bytes twice, and no times are written.
+    monkeypatch.delenv("SOURCE_DATE_EPOCH", raising=False)
     words = ["compile", MODEL, "--pass", "wanda:2:4", *WORDS]
     two = process(*words, "-o", tmp_path / "two", "--processes", 2)
     assert two.returncode == 0, two.stderr
     # One of them speaks.
     assert two.stdout.count("wrote ") == 1
+    told = json.loads((tmp_path / "two/sparsify.json").read_text())["processes"]
+    assert told["count"] == 2 == len(told["ranks"]) and told["bytes"] == sum(own["sent"] for own in told["ranks"])
+    assert all(own["worked"] > 0 and own["waited"] > 0 and own["sent"] > 0 for own in told["ranks"])
+    assert told["tokens_per_second"] > 0
+    # Masks take a bit a weight; norms and words are little beside them.
+    assert told["bytes"] < 5_000_000
+    assert "2 processes worked" in two.stdout and "tokens/s in all" in two.stdout
     one = process(*words, "-o", tmp_path / "one")
     assert one.returncode == 0, one.stderr
     assert (tmp_path / "one/model.safetensors").read_bytes() == (tmp_path / "two/model.safetensors").read_bytes()
@@ -57,18 +67,34 @@ def test_one_process_is_no_number_of_them(tmp_path):
     assert done.returncode == 2 and "--processes" in done.stderr
 
 
-@pytest.mark.first(1)
+# To layers of different widths.
+SMALLER = ["llm-pruner:25%,scope=global,round=4,steps=2", "wanda:2:4"]
+
+
+@pytest.mark.first(4)
 @pytest.mark.slow
-@pytest.mark.parametrize("spec", ["sparsegpt:2:4", "wanda:2:4"])
-def test_a_killed_job_goes_on_to_the_same_bytes(spec, tmp_path, one_thread):
-    words = ["compile", MODEL, "--pass", spec, *WORDS, "--processes", 2]
-    assert process(*words, "-o", tmp_path / "whole").returncode == 0
+@pytest.mark.parametrize(
+    ("passes", "more", "finished"),
+    [
+        (["sparsegpt:2:4"], ["--checkpoint-every", 1], 10),
+        # After the first of two rounds, and among the weights of the smaller model.
+        (SMALLER, [], 1),
+        (["llm-pruner:25%,round=4", "wanda:2:4"], ["--to", "packed:layout=packed24,choice=smallest"], 4),
+        (["wanda:2:4"], ["--to", "onnx:weights=packed"], 3),
+        (["wanda:2:4"], [], 3),
+    ],
+)
+def test_a_killed_job_goes_on_to_the_same_bytes(passes, more, finished, tmp_path, one_thread):
+    chosen = [word for spec in passes for word in ("--pass", spec)]
+    words = ["compile", MODEL, *chosen, *more, *WORDS, "--processes", 2]
+    whole = process(*words, "-o", tmp_path / "whole")
+    assert whole.returncode == 0, whole.stderr
     out = tmp_path / "out"
     typed = [sys.executable, "-m", "sparsify", *map(str, [*words, "-o", out])]
     running = subprocess.Popen(typed, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 240
     # Until some parts are finished, which are what it goes on from.
-    while sum(len(lines.read_bytes().splitlines()) for lines in tmp_path.glob(f".out.*/{LINES}")) < 3:
+    while sum(len(lines.read_bytes().splitlines()) for lines in tmp_path.glob(f".out.*/{LINES}")) < finished:
         assert time.monotonic() < deadline and running.poll() is None
         time.sleep(0.05)
     victims = [int(place.name) for place in Path("/proc").glob("[0-9]*") if _is_second(place, out)]
@@ -78,8 +104,12 @@ def test_a_killed_job_goes_on_to_the_same_bytes(spec, tmp_path, one_thread):
     assert running.returncode == 1 and "process 1 of 2: it was ended by SIGKILL" in said
     assert not out.exists()
     assert hidden(tmp_path)
-    assert process(*words, "-o", out, "--resume").returncode == 0
-    assert content(out)["model.safetensors"] == content(tmp_path / "whole")["model.safetensors"]
+    resumed = process(*words, "-o", out, "--resume")
+    assert resumed.returncode == 0, resumed.stderr
+    ours, theirs = content(out), content(tmp_path / "whole")
+    assert ours.keys() == theirs.keys()
+    # What the manifest says of bytes that were sent, and its digest in the card, are another run's.
+    assert [name for name in theirs if ours[name] != theirs[name] and not name.endswith((".json", ".md"))] == []
     assert not hidden(tmp_path)
 
 

@@ -188,4 +188,7 @@ def test_shares_are_consecutive_and_whole(count, size):
     bounds = [world.bounds(count, rank) for rank in range(size)]
     assert [number for start, stop in bounds for number in range(start, stop)] == list(range(count))
     assert max(stop - start for start, stop in bounds) - min(stop - start for start, stop in bounds) <= 1
+    assert all(
+        start <= number < stop for number in range(count) for start, stop in [bounds[world.owner(count, number)]]
+    )
     assert Fraction(count, size) - 1 < min(stop - start for start, stop in bounds)

@@ -91,8 +91,6 @@ def test_what_processes_do_not_share_is_refused_before_anything_is_opened(tmp_pa
     world.size = 5
     with pytest.raises(ProcessError, match=r"(?s)pass refine by 5 processes.*one step to share out among them: 4"):
         sparsify.compile(tmp_path / "none", ["wanda:2:4", "refine"], world=world)
-    with pytest.raises(ProcessError, match=r"(?s)by 5 processes.*a pass over lowering"):
-        sparsify.compile(tmp_path / "none", ["wanda:2:4", "lower-sparse"], world=world)
 
 
 def test_fewer_batches_than_processes_is_said():

@@ -24,8 +24,8 @@ import sparsify
 
 IDS = [torch.arange(512).view(8, 64) % 57 + 3, torch.arange(512).view(8, 64) * 7 % 57 + 3]
 JOBS: dict[str, dict[str, Any]] = {
-    "sparsegpt": {"passes": ["sparsegpt:2:4"]},
-    "twin, then refine": {"passes": ["twin:2:4", "refine:epochs=2,batch=8"]},
+    "sparsegpt": {"passes": ["sparsegpt:2:4"], "checkpoint_every": 2},
+    "twin, then refine": {"passes": ["twin:2:4", "refine:epochs=2,batch=8"], "checkpoint_every": 1},
     "block": {"passes": ["wanda:2:4", "round:int4"], "schedule": "block"},
     "packed": {"passes": ["permute:2:4", "wanda:2:4"], "to": "packed:choice=smallest"},
     "onnx": {"passes": ["gblm:2:4"], "to": "onnx"},

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from sparsify.compiler.keeping.job import config_of
 from sparsify.compiler.request import Request
+from sparsify.compiler.runs import PassRun
 from sparsify.data.batches import Calibration
 from sparsify.errors import ProcessError, SpecError
 from sparsify.frontend.source import Source
 from sparsify.journal.journal import Asked
-from sparsify.method.channel_pass import ChannelPass
 from sparsify.method.region_pass import RegionPass
-from sparsify.method.structural_pass import StructuralPass
-from sparsify.method.weight_pass import MatrixPass
-from sparsify.provenance.history import versions
+from sparsify.provenance.history import EPOCH, versions
 from sparsify.tensors import new_hash
 from sparsify.world.world import World
 
@@ -34,7 +35,7 @@ def check_divided(request: Request, world: World) -> None:
 
     Raises:
         SpecError: no world.
-        ProcessError: a pass over the whole graph, or one that trains on fewer sequences at once than processes.
+        ProcessError: a pass that trains on fewer sequences at once than processes.
     """
     check_world(world)
     if not world.divided:
@@ -45,12 +46,6 @@ def check_divided(request: Request, world: World) -> None:
                 f"pass {own.name} by {world.size} processes",
                 found=f"sequences of one step to share out among them: {own.batch}",
                 do=f"Take {own.batch} processes or fewer, or {own.name}:batch={world.size}",
-            )
-        if not isinstance(own, (MatrixPass, ChannelPass, RegionPass, StructuralPass)):
-            raise ProcessError(
-                f"pass {own.name} by {world.size} processes",
-                found=f"a pass over {own.kind}, which one process runs",
-                do="Run it in one process; all others are shared",
             )
 
 
@@ -88,6 +83,35 @@ def agree_on_data(data: Calibration | None, world: World) -> None:
         world.share(data.batches, "calibration batches")
 
 
-def told_of(world: World) -> dict[str, Any]:
-    """What the manifest says of several processes; all of them call this."""
-    return {"processes": {"count": world.size, "bytes": sum(world.told(world.sent))}} if world.divided else {}
+def told_of(world: World, runs: Sequence[PassRun], *, timed: bool) -> dict[str, Any]:
+    """What the manifest says of several processes; all of them call this.
+
+    Args:
+        timed: whether all of ``runs`` was done now, so that tokens a second can be told.
+    """
+    if not world.divided:
+        return {}
+    loads = [Load(**told) for told in world.told(asdict(Load(world.sent, world.worked, world.waited)))]
+    said: dict[str, Any] = {"count": world.size, "bytes": sum(load.sent for load in loads)}
+    if EPOCH in os.environ:
+        # Whoever sets the date wants the same bytes twice.
+        return {"processes": said}
+    # Of a mixture, the sites that all tokens reach.
+    tokens = [(max(site.tokens for site in run.sites), run.seconds) for run in runs if run.sites]
+    seen, seconds = sum(count for count, _ in tokens), sum(taken for count, taken in tokens if count)
+    if timed and seen:
+        said["tokens_per_second"] = round(seen / seconds, 1)
+    return {"processes": {**said, "ranks": [asdict(load) for load in loads]}}
+
+
+@dataclass(frozen=True)
+class Load:
+    """Of one process: bytes that it sent, and seconds that it worked, and waited for others."""
+
+    sent: int
+    worked: float
+    waited: float
+
+    def __post_init__(self) -> None:
+        for name in ("worked", "waited"):
+            object.__setattr__(self, name, round(getattr(self, name), 3))

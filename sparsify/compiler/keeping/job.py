@@ -16,10 +16,11 @@ from sparsify.context import Context
 from sparsify.data.batches import Calibration
 from sparsify.frontend.source import Source
 from sparsify.ir.program import Program
+from sparsify.ir.weights import Weights
 from sparsify.journal.journal import Asked, Journal, Kept, look
 from sparsify.method.spec import spec_text
 from sparsify.provenance.history import digest_of_store, origin_of, versions
-from sparsify.tensors import new_hash
+from sparsify.tensors import digest, new_hash
 from sparsify.world.world import ALONE, World
 
 
@@ -105,7 +106,10 @@ def config_of(source: Source) -> str:
 def apply_whole(
     own: GraphPass, program: Program, batches: Sequence[Mapping[str, Tensor]] | None, context: Context, kept: Kept
 ) -> None:
-    """Run a pass that sees the program as a whole, unless one before has finished: what it wrote is written again."""
+    """Run a pass that sees the program as a whole, unless one before has finished: what it wrote is written again.
+
+    Several processes run it each for itself, for what it edits is each one's own, and go on with what the first wrote.
+    """
     weights, done = program.weights, kept.find(_WHOLE)
     if done is not None:
         for name in done.row["written"]:
@@ -113,10 +117,21 @@ def apply_whole(
                 weights.write(name, found.read(name))
         return
     own.apply(program, batches, context)
+    _as_the_first(weights, context.world)
     written = sorted(weights.written)
     for name in written:
         kept.add(name, {}, {name: weights.read(name)})
     kept.add(_WHOLE, {"written": written}, {})
+
+
+def _as_the_first(weights: Weights, world: World) -> None:
+    """What was written is in all processes what the first one wrote; one that draws may have drawn otherwise."""
+    if not world.divided:
+        return
+    first, *others = world.told({name: digest(weights.read(name)) for name in sorted(weights.written)})
+    for name in sorted({name for told in (first, *others) for name in told}):
+        if any(told.get(name) != first.get(name) for told in others):
+            weights.write(name, world.given(weights.read(name).clone(), 0))
 
 
 # No parameter's name.

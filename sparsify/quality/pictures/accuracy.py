@@ -43,7 +43,8 @@ def is_folder(data: Any) -> bool:
 
 @exact_products()
 def on_pictures(model: Source | Graph, data: Any, context: Context, limit: int | None, batch_size: int) -> Evaluation:
-    """``model`` on the pictures in the folder ``data``, DATA/<class>/<picture>.
+    """``model`` on the pictures in the folder ``data``, DATA/<class>/<picture>; several processes share them, and each
+    is given the whole.
 
     Args:
         limit: so many of them, spread over all classes. batch_size: of them at a time.
@@ -64,13 +65,19 @@ def on_pictures(model: Source | Graph, data: Any, context: Context, limit: int |
     config = model.config if isinstance(model, Source) else model.config()
     classes, note = match_classes(sorted({path.parent.name for path in pictures}), config, str(folder))
     chosen = _spread(pictures, limit)
+    digest = hashlib.sha256("\n".join(str(path.relative_to(folder)) for path in chosen).encode()).hexdigest()
+    context.world.agree({"pictures": digest})
     processor = image_processor(_Owner.of(model))
     name, dtype = _namer(model, context.device)
     ranks: list[int] = []
     count = 0
     with within_memory(f"naming pictures with {model.name}", context.device, "Take --batch-size 1, or --device cpu"):
-        for batch in _batches(chosen, 1 if name is None else batch_size):
-            context.observe(Progress("naming pictures", len(ranks), len(chosen)))
+        # Whole batches are dealt out, so that each is that of one process.
+        world, batches = context.world, list(_batches(chosen, 1 if name is None else batch_size))
+        own = batches[slice(*world.bounds(len(batches)))]
+        for batch in own:
+            world.says(f"naming {len(chosen)} pictures")
+            context.observe(Progress("naming pictures", len(ranks), sum(map(len, own))))
             pixels = _stacked([pixels_of(path, processor) for path in batch], folder)
             logits = _logits(model, name, pixels.to(dtype), context.device)
             count = logits.shape[1]
@@ -85,6 +92,8 @@ def on_pictures(model: Source | Graph, data: Any, context: Context, limit: int |
             # Of equal logits none is the right one's merit: those of lower numbers go before, as in argmax.
             before = (logits > right) | ((logits == right) & (torch.arange(count) < wanted[:, None]))
             ranks += before.sum(1).tolist()
+        said = world.told([count, ranks])
+        count, ranks = max(own_count for own_count, _ in said), [rank for _, of in said for rank in of]
         context.observe(Progress("naming pictures", len(ranks), len(chosen)))
     notes = [] if note is None else [note]
     kinds = [1, TOP]
@@ -93,7 +102,6 @@ def on_pictures(model: Source | Graph, data: Any, context: Context, limit: int |
         notes.append(f"top-{TOP} is left out: the model has {count} classes")
     if len(chosen) < len(pictures):
         notes.append(f"{len(chosen)} of {len(pictures)} pictures, spread over all classes")
-    digest = hashlib.sha256("\n".join(str(path.relative_to(folder)) for path in chosen).encode()).hexdigest()
     scores = [_score(folder.name, top, ranks, count, digest) for top in kinds]
     return of_scores(scores, time.perf_counter() - started, notes)
 

@@ -22,6 +22,7 @@ from sparsify.quality.tasks.chosen import LOGGERS, Chosen, Named, is_observers, 
 from sparsify.quality.tasks.hushed import hushed
 from sparsify.quality.tasks.names import SUITE_METRIC
 from sparsify.runtime.cpu.wide import wide_products
+from sparsify.world.world import ALONE, World
 
 # Questions at a time.
 BATCH = 8
@@ -79,8 +80,9 @@ def no_language_model(name: str, found: str) -> TraceError:
     )
 
 
-def language_model(model: Source | Graph, device: torch.device, batch_size: int = BATCH) -> Any:
-    """``model`` as lm-eval's own kind of model, its weights in memory.
+def language_model(model: Source | Graph, device: torch.device, batch_size: int = BATCH, world: World = ALONE) -> Any:
+    """``model`` as lm-eval's own kind of model, its weights in memory; of several processes each has all of it, and
+    answers its share.
 
     Raises:
         TraceError, CheckpointError: as :func:`check_answers`. CalibrationError: too little memory.
@@ -93,12 +95,12 @@ def language_model(model: Source | Graph, device: torch.device, batch_size: int 
         _check_ends(tokenizer, model.name)
         module = running_module(model, device)
         with quiet(*LOGGERS):
-            return TorchModel(module, tokenizer, batch_size=batch_size)
+            return TorchModel(module, tokenizer, batch_size=batch_size, world=world)
     from sparsify.quality.tasks.on_graph import GraphModel
 
     tokenizer = model.tokenizer()
     _check_ends(tokenizer, model.name)
-    return GraphModel(model, tokenizer, max_length=_context(model.config(), tokenizer))
+    return GraphModel(model, tokenizer, max_length=_context(model.config(), tokenizer), world=world)
 
 
 def answer(lm: Any, chosen: Chosen, name: str, device: torch.device, limit: int | None = None) -> list[Score]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,13 +14,15 @@ from torch import Tensor
 from sparsify.context import Progress, report
 from sparsify.errors import BackendError
 from sparsify.quality.graphs import Graph
+from sparsify.quality.tasks.dealing import dealt
+from sparsify.world.world import ALONE, World
 
 
 class GraphModel(TemplateLM):  # type: ignore[misc, unused-ignore]
     """``graph`` answers by its logits; it writes no texts.
 
     Args:
-        max_length: tokens that it was made for.
+        max_length: tokens that it was made for. world: processes that share the questions; each is given all answers.
     """
 
     # Text becomes tokens just as for a model of torch: the same questions give the same ids.
@@ -29,13 +32,13 @@ class GraphModel(TemplateLM):  # type: ignore[misc, unused-ignore]
     tokenizer_name = HFLM.tokenizer_name
     apply_chat_template = HFLM.apply_chat_template
 
-    def __init__(self, graph: Graph, tokenizer: Any, *, max_length: int) -> None:
+    def __init__(self, graph: Graph, tokenizer: Any, *, max_length: int, world: World = ALONE) -> None:
         super().__init__()
         self.graph, self.tokenizer, self.max_length = graph, tokenizer, max_length
         # What HFLM's ways of encoding ask for: nothing was asked of us.
         self.add_bos_token, self.custom_prefix_token_id = None, None
         self.chat_template_args: dict[str, Any] = {}
-        self.cut = 0
+        self.cut, self._world = 0, world
         self._last: tuple[tuple[int, ...], Tensor] | None = None
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
@@ -44,10 +47,17 @@ class GraphModel(TemplateLM):  # type: ignore[misc, unused-ignore]
         return answers
 
     def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = True, **_: Any) -> list[tuple[float, bool]]:
+        self.cut += sum(len(context) + len(text) > self.max_length + 1 for _, context, text in requests)
+        if not self._world.divided:
+            return self._answers(requests)
+        # Neighbours read the same text: each process has some that follow each other.
+        shares = [range(*self._world.bounds(len(requests), rank)) for rank in range(self._world.size)]
+        return [(value, greedy) for value, greedy in dealt(self._world, shares, requests, self._answers)]
+
+    def _answers(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
         answers = []
         for number, (_, context, continuation) in enumerate(requests):
             report(Progress("answering", number, len(requests)))
-            self.cut += len(context) + len(continuation) > self.max_length + 1
             given = torch.tensor((context + continuation)[-(self.max_length + 1) :][:-1])
             logits = self._logits(given)[-len(continuation) :].log_softmax(-1)
             # Of a continuation that is longer than the model's context only the end is seen.
