@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from vllm.platforms import current_platform
 
 from sparsify.backends.packed.config import METHOD, check_activations, check_cpu, check_gpu, sites_of
 from sparsify.backends.packed.format import PackedSite
+from sparsify.backends.packed.store import PackedStore
 from sparsify.backends.vllm.asked import asked_policy
 from sparsify.backends.vllm.beside import Copies
 from sparsify.backends.vllm.experts import SparsifyExpertsMethod
@@ -27,9 +30,12 @@ from sparsify.backends.vllm.names import CheckpointNames
 from sparsify.backends.vllm.orphan_stacks import OrphanStack
 from sparsify.backends.vllm.orphans import BESIDE, Orphans, is_left_over
 from sparsify.backends.vllm.stacks import Stack
-from sparsify.errors import CheckpointError
+from sparsify.errors import BackendError, CheckpointError
+from sparsify.files.checkpoint import INDEX, WEIGHTS, Checkpoint
 
 logger = init_logger(__name__)
+# Queries, keys and values head by head (Bloom, Falcon), which vLLM wants one below the other: it moves rows as it reads.
+_REORDERED = ("query_key_value",)
 
 
 class SparsifyConfig(QuantizationConfig):
@@ -92,7 +98,11 @@ class SparsifyConfig(QuantizationConfig):
         return METHOD if Orphans.of(hf_quant_cfg) is not None else None
 
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
+        """Raises:
+        CheckpointError: files that are cut off, or that do not hold what config.json says.
+        """
         self._hf_config = hf_config
+        _check_headers(Path(model_name), self.sites)
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: WeightsMapper) -> None:
         self._rename()
@@ -133,7 +143,11 @@ class SparsifyConfig(QuantizationConfig):
         return (SparsifyHeadMethod if head else SparsifyLinearMethod)(awaited, **self.how)
 
     def _awaited(self, prefix: str, head: bool) -> list[Awaited] | None:
-        """The matrices that the layer ``prefix`` is made of; None where all of them are dense."""
+        """The matrices that the layer ``prefix`` is made of; None where all of them are dense.
+
+        Raises:
+            BackendError: one that vLLM brings into another order, of which that layout has none.
+        """
         above, _, leaf = prefix.rpartition(".")
         members = [leaf] if f"{prefix}.weight" in self.sites else self.packed_modules_mapping.get(leaf, [leaf])
         modules = [f"{above}.{member}" if above else member for member in members]
@@ -143,6 +157,12 @@ class SparsifyConfig(QuantizationConfig):
                 return None
             return [self.orphans.orphan(module) for module in modules]
         sites = [Site(f"{module}.weight", self._take(f"{module}.weight")) for module in modules]
+        if leaf in _REORDERED and sites[0].site is not None and sites[0].site.layout == "bitmask":
+            raise BackendError(
+                f"packed parameter {sites[0].name}",
+                found="a bitmask, whose numbers have no rows that vLLM could bring into the order in which it wants them",
+                do="Prune it 2:4 or keep it dense (--ignore) and pack again, or serve it with `sparsify serve`",
+            )
         return None if all(each.site is None for each in sites) else [*sites]
 
     def _experts(self, layer: RoutedExperts, prefix: str) -> QuantizeMethodBase | None:
@@ -209,3 +229,13 @@ class SparsifyConfig(QuantizationConfig):
                 found=f"no layer of vLLM's model reads it ({len(lost)} of {len(self.sites)} are not read)",
                 do="Serve the folder with `sparsify serve`, or with --model-impl transformers",
             )
+
+
+def _check_headers(folder: Path, sites: Mapping[str, PackedSite]) -> None:
+    """What the files of a folder say that they hold, before anything is loaded: vLLM's own error of one that is cut off
+    names no file, and comes from a process of its own. What is fetched by a hub's name is not there yet.
+    """
+    if sites and folder.is_dir():
+        PackedStore(folder, sites)
+    elif any((folder / name).exists() for name in (WEIGHTS, INDEX)):
+        Checkpoint(folder)

@@ -133,7 +133,7 @@ class Orphan:
 
     @property
     def missing(self) -> list[str]:
-        wanted = sorted(self._wanted()) if self.parts else ["compressed"]
+        wanted = sorted(self._wanted()) if self.parts else list(_PARTS[self.form])[:1]
         return [f"{self.module}.{part}" for part in wanted if part not in self.parts]
 
     def _wanted(self) -> set[str]:
