@@ -34,7 +34,7 @@ from sparsify.errors import BackendError, CheckpointError
 from sparsify.files.checkpoint import INDEX, WEIGHTS, Checkpoint
 
 logger = init_logger(__name__)
-# Queries, keys and values head by head (Bloom, Falcon), which vLLM wants one below the other: it moves rows as it reads.
+# Queries, keys and values head by head (Bloom, Falcon), which vLLM wants one below the other: it moves their rows.
 _REORDERED = ("query_key_value",)
 
 
@@ -157,10 +157,11 @@ class SparsifyConfig(QuantizationConfig):
                 return None
             return [self.orphans.orphan(module) for module in modules]
         sites = [Site(f"{module}.weight", self._take(f"{module}.weight")) for module in modules]
-        if leaf in _REORDERED and sites[0].site is not None and sites[0].site.layout == "bitmask":
+        first = sites[0].site
+        if self._names is not None and leaf in _REORDERED and first is not None and first.layout == "bitmask":
             raise BackendError(
                 f"packed parameter {sites[0].name}",
-                found="a bitmask, whose numbers have no rows that vLLM could bring into the order in which it wants them",
+                found="a bitmask, which has no rows that vLLM could bring into the order in which it wants them",
                 do="Prune it 2:4 or keep it dense (--ignore) and pack again, or serve it with `sparsify serve`",
             )
         return None if all(each.site is None for each in sites) else [*sites]
