@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+from vllm.model_executor.models.registry import ModelRegistry
 from vllm.model_executor.models.utils import WeightsMapper
 from vllm.platforms import current_platform
 
@@ -36,6 +38,8 @@ from sparsify.files.checkpoint import INDEX, WEIGHTS, Checkpoint
 logger = init_logger(__name__)
 # Queries, keys and values head by head (Bloom, Falcon), which vLLM wants one below the other: it moves their rows.
 _REORDERED = ("query_key_value",)
+# What a model calls that makes the names of single experts for a loop of its own.
+_ONE_BY_ONE = "make_expert_params_mapping"
 
 
 class SparsifyConfig(QuantizationConfig):
@@ -167,12 +171,21 @@ class SparsifyConfig(QuantizationConfig):
         return None if all(each.site is None for each in sites) else [*sites]
 
     def _experts(self, layer: RoutedExperts, prefix: str) -> QuantizeMethodBase | None:
+        """Raises:
+        BackendError: a family of which vLLM reads no stacks.
+        """
         if self.orphans is not None:
             orphans = [OrphanStack(f"{prefix}.{name}", prefix, self.orphans) for name in ("w13", "w2")]
             modules = [module for stack in orphans for module in stack.modules(layer, 0).values()]
             if all(self.orphans.ignored(module) for module in modules):
                 return None
             return SparsifyExpertsMethod(layer.moe_config, *orphans, **self.how)
+        if self._names is not None and (alone := _reads_experts_alone(self._hf_config)):
+            raise BackendError(
+                f"experts {prefix} of a packed folder",
+                found=f"stacks, and vLLM's {alone} reads experts one by one",
+                do="Serve the folder with --model-impl transformers, or with `sparsify serve`",
+            )
         gates = [f"{prefix}.{name}" for name in ("gate_up_proj", "w13")]
         downs = [f"{prefix}.{name}" for name in ("down_proj", "w2")]
         stacks = [
@@ -230,6 +243,18 @@ class SparsifyConfig(QuantizationConfig):
                 found=f"no layer of vLLM's model reads it ({len(lost)} of {len(self.sites)} are not read)",
                 do="Serve the folder with `sparsify serve`, or with --model-impl transformers",
             )
+
+
+def _reads_experts_alone(config: Any) -> str | None:
+    """The class of vLLM's for a model whose own loop over the weights knows experts one by one alone (DeepSeek-V3,
+    Llama 4); None where its common loader reads them, which knows stacks. Nothing but the source says which.
+    """
+    for name in getattr(config, "architectures", None) or []:
+        module = getattr(ModelRegistry.models.get(name), "module_name", None)
+        spec = None if module is None else find_spec(module)
+        if spec is not None and spec.origin is not None and _ONE_BY_ONE in Path(spec.origin).read_text("utf-8"):
+            return str(name)
+    return None
 
 
 def _check_headers(folder: Path, sites: Mapping[str, PackedSite]) -> None:

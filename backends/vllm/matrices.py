@@ -93,7 +93,7 @@ def whole(name: str, site: PackedSite, parts: Mapping[str, Tensor]) -> Packed:
     Raises:
         CheckpointError: shapes and dtypes that are not those of ``site``, or numbers that are none of its layout.
     """
-    found = {part: _as_stored(site, tensor) for part, tensor in parts.items()}
+    found = {part: _as_stored(site, tensor, site.parts[part][0]) for part, tensor in parts.items()}
     for part, (shape, kind) in site.parts.items():
         tensor = found[part]
         if tuple(tensor.shape) != shape or (tensor.dtype != kind if kind else not tensor.is_floating_point()):
@@ -107,9 +107,12 @@ def whole(name: str, site: PackedSite, parts: Mapping[str, Tensor]) -> Packed:
     return packed
 
 
-def _as_stored(site: PackedSite, tensor: Tensor) -> Tensor:
+def _as_stored(site: PackedSite, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
     """GPT-2's weights are transposed in files, and vLLM turns what it reads of them: packed ones lie the right way."""
-    turned = site.transposed and tensor.dim() == 2 and not tensor.is_contiguous()
+    if not site.transposed or tensor.dim() != 2:
+        return tensor
+    # What is read of a file is contiguous; a single column is so either way.
+    turned = not tensor.is_contiguous() or tuple(tensor.shape) == shape[::-1] != shape
     return tensor.t() if turned else tensor
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
+from support.serving_vllm import Pruned, half, model, packed, two_of_four
 from torch import Tensor
 
 pytest.importorskip("vllm", reason="vLLM is not installed: make vllm")
@@ -96,6 +97,11 @@ BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
     "a pointer of Git LFS": (_other_bytes, "model.safetensors: not a sound safetensors file"),
     "no file": (_gone, "neither model.safetensors nor model.safetensors.index.json"),
 }
+# Families that vLLM reads in a way that takes something away, with what is pruned of them.
+FAMILIES: dict[str, tuple[dict[str, Pruned], str]] = {
+    "bloom": ({"query_key_value": half}, "h.0.self_attention.query_key_value.weight: a bitmask, which has no rows"),
+    "deepseek_v3": ({"o_proj": two_of_four}, "layers.1.mlp.experts of a packed folder: stacks, and vLLM's Deepseek"),
+}
 SCRIPT = """
 import sys, traceback
 if __name__ == "__main__":
@@ -136,8 +142,11 @@ def test_spoilt_folders_are_refused_by_name(folders: dict[str, Path], tmp_path: 
     for name, (broken, _) in BROKEN.items():
         spoilt.append(shutil.copytree(folders["mixed"], tmp_path / name.replace(" ", "_")))
         broken(spoilt[-1] / "model.safetensors")
+    for family, (pruned, _) in FAMILIES.items():
+        spoilt.append(packed(model(family, pruned), tmp_path / family))
     told = refused(spoilt, tmp_path / "refused.py")
-    for line, (_, expected) in zip(told, [*SPOILT.values(), *BROKEN.values()], strict=True):
+    wanted = [*SPOILT.values(), *BROKEN.values(), *FAMILIES.values()]
+    for line, (_, expected) in zip(told, wanted, strict=True):
         assert line.startswith("REFUSED") and expected in line
 
 
