@@ -184,7 +184,7 @@ class SparsifyConfig(QuantizationConfig):
             raise BackendError(
                 f"experts {prefix} of a packed folder",
                 found=f"stacks, and vLLM's {alone} reads experts one by one",
-                do="Serve the folder with --model-impl transformers, or with `sparsify serve`",
+                do="Serve the folder with `sparsify serve`",
             )
         gates = [f"{prefix}.{name}" for name in ("gate_up_proj", "w13")]
         downs = [f"{prefix}.{name}" for name in ("down_proj", "w2")]
