@@ -19,7 +19,7 @@ from torch.library import Library, register_fake
 from vllm.logger import init_logger
 from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 
-from sparsify.backends.packed.loaded.known import Known
+from sparsify.backends.packed.loaded.known import Known, key_of
 from sparsify.runtime.cpu.stopwatch import Stopwatch
 from sparsify.runtime.cpu.turns import are_turns, dense_is_faster, in_words, measure_turns
 from sparsify.runtime.cpu.unpacking import unpacked
@@ -91,7 +91,7 @@ class Copies:
         """
         dense = dense_product(unpacked(weight.packed, weight.starts))
         rows, columns = weight.packed.shape
-        key = _key(weight)
+        key = key_of(weight.packed, exact=weight.exact)
         turns = self._known.of(key, lambda: self._measured(weight, dense))
         self._known.keep()
         if key not in self._told:
@@ -125,11 +125,3 @@ def dense_product(weight: Tensor) -> Callable[[Tensor], Tensor]:
         return y
 
     return product
-
-
-def _key(weight: PackedWeight) -> str:
-    packed = weight.packed
-    rows, columns = packed.shape
-    label = packed.layout if packed.bits is None else f"{packed.layout} int{packed.bits} {packed.group} {weight.exact}"
-    tenths = round(10 * packed.values.numel() / max(1, rows * columns))
-    return f"{rows}x{columns} {str(packed.dtype).removeprefix('torch.')} {label} {tenths}"

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,11 +16,13 @@ from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+from vllm.model_executor.models.registry import ModelRegistry
 from vllm.model_executor.models.utils import WeightsMapper
 from vllm.platforms import current_platform
 
 from sparsify.backends.packed.config import METHOD, check_activations, check_cpu, check_gpu, sites_of
 from sparsify.backends.packed.format import PackedSite
+from sparsify.backends.packed.store import PackedStore
 from sparsify.backends.vllm.asked import asked_policy
 from sparsify.backends.vllm.beside import Copies
 from sparsify.backends.vllm.experts import SparsifyExpertsMethod
@@ -27,9 +32,14 @@ from sparsify.backends.vllm.names import CheckpointNames
 from sparsify.backends.vllm.orphan_stacks import OrphanStack
 from sparsify.backends.vllm.orphans import BESIDE, Orphans, is_left_over
 from sparsify.backends.vllm.stacks import Stack
-from sparsify.errors import CheckpointError
+from sparsify.errors import BackendError, CheckpointError
+from sparsify.files.checkpoint import INDEX, WEIGHTS, Checkpoint
 
 logger = init_logger(__name__)
+# Queries, keys and values head by head (Bloom, Falcon), which vLLM wants one below the other: it moves their rows.
+_REORDERED = ("query_key_value",)
+# What a model calls that makes the names of single experts for a loop of its own.
+_ONE_BY_ONE = "make_expert_params_mapping"
 
 
 class SparsifyConfig(QuantizationConfig):
@@ -92,7 +102,11 @@ class SparsifyConfig(QuantizationConfig):
         return METHOD if Orphans.of(hf_quant_cfg) is not None else None
 
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
+        """Raises:
+        CheckpointError: files that are cut off, or that do not hold what config.json says.
+        """
         self._hf_config = hf_config
+        _check_headers(Path(model_name), self.sites)
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: WeightsMapper) -> None:
         self._rename()
@@ -133,7 +147,11 @@ class SparsifyConfig(QuantizationConfig):
         return (SparsifyHeadMethod if head else SparsifyLinearMethod)(awaited, **self.how)
 
     def _awaited(self, prefix: str, head: bool) -> list[Awaited] | None:
-        """The matrices that the layer ``prefix`` is made of; None where all of them are dense."""
+        """The matrices that the layer ``prefix`` is made of; None where all of them are dense.
+
+        Raises:
+            BackendError: one that vLLM brings into another order, of which that layout has none.
+        """
         above, _, leaf = prefix.rpartition(".")
         members = [leaf] if f"{prefix}.weight" in self.sites else self.packed_modules_mapping.get(leaf, [leaf])
         modules = [f"{above}.{member}" if above else member for member in members]
@@ -143,15 +161,31 @@ class SparsifyConfig(QuantizationConfig):
                 return None
             return [self.orphans.orphan(module) for module in modules]
         sites = [Site(f"{module}.weight", self._take(f"{module}.weight")) for module in modules]
+        first = sites[0].site
+        if self._names is not None and leaf in _REORDERED and first is not None and first.layout == "bitmask":
+            raise BackendError(
+                f"packed parameter {sites[0].name}",
+                found="a bitmask, which has no rows that vLLM could bring into the order in which it wants them",
+                do="Prune it 2:4 or keep it dense (--ignore) and pack again, or serve it with `sparsify serve`",
+            )
         return None if all(each.site is None for each in sites) else [*sites]
 
     def _experts(self, layer: RoutedExperts, prefix: str) -> QuantizeMethodBase | None:
+        """Raises:
+        BackendError: a family of which vLLM reads no stacks.
+        """
         if self.orphans is not None:
             orphans = [OrphanStack(f"{prefix}.{name}", prefix, self.orphans) for name in ("w13", "w2")]
             modules = [module for stack in orphans for module in stack.modules(layer, 0).values()]
             if all(self.orphans.ignored(module) for module in modules):
                 return None
             return SparsifyExpertsMethod(layer.moe_config, *orphans, **self.how)
+        if self._names is not None and (alone := _reads_experts_alone(self._hf_config)):
+            raise BackendError(
+                f"experts {prefix} of a packed folder",
+                found=f"stacks, and vLLM's {alone} reads experts one by one",
+                do="Serve the folder with `sparsify serve`",
+            )
         gates = [f"{prefix}.{name}" for name in ("gate_up_proj", "w13")]
         downs = [f"{prefix}.{name}" for name in ("down_proj", "w2")]
         stacks = [
@@ -209,3 +243,25 @@ class SparsifyConfig(QuantizationConfig):
                 found=f"no layer of vLLM's model reads it ({len(lost)} of {len(self.sites)} are not read)",
                 do="Serve the folder with `sparsify serve`, or with --model-impl transformers",
             )
+
+
+def _reads_experts_alone(config: Any) -> str | None:
+    """The class of vLLM's for a model whose own loop over the weights knows experts one by one alone (DeepSeek-V3,
+    Llama 4); None where its common loader reads them, which knows stacks. Nothing but the source says which.
+    """
+    for name in getattr(config, "architectures", None) or []:
+        module = getattr(ModelRegistry.models.get(name), "module_name", None)
+        spec = None if module is None else find_spec(module)
+        if spec is not None and spec.origin is not None and _ONE_BY_ONE in Path(spec.origin).read_text("utf-8"):
+            return str(name)
+    return None
+
+
+def _check_headers(folder: Path, sites: Mapping[str, PackedSite]) -> None:
+    """What the files of a folder say that they hold, before anything is loaded: vLLM's own error of one that is cut off
+    names no file, and comes from a process of its own. What is fetched by a hub's name is not there yet.
+    """
+    if sites and folder.is_dir():
+        PackedStore(folder, sites)
+    elif any((folder / name).exists() for name in (WEIGHTS, INDEX)):
+        Checkpoint(folder)

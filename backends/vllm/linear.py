@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 from vllm.model_executor.layers.linear import LinearMethodBase
 
-from sparsify.backends.vllm.matrices import Awaited, converted
+from sparsify.backends.vllm.matrices import Awaited, columns_cut, converted, fitting, lost, rows_cut
 from sparsify.backends.vllm.products import OnDevice, hold, run
 from sparsify.backends.vllm.shares import Share, columns_of_layer, places_of, rows_of_layer
 from sparsify.errors import CheckpointError
 from sparsify.runtime.layout import Packed
-from sparsify.runtime.shard import columns_of, rows_of, with_rows
+from sparsify.runtime.shard import with_rows
 
 
 class Arrivals:
@@ -49,17 +49,12 @@ class Arrivals:
             return
         shares = [self.rows[place] for place in places]
         expected = (sum(share.whole for share in shares), self.columns.whole)
-        if tuple(matrix.shape) != expected:
-            raise CheckpointError(
-                f"packed parameter {which.name}",
-                found=f"{list(matrix.shape)} where the model has {list(expected)}",
-                do="Do config.json and the weights belong to one model?",
-            )
+        fitting(which.name, matrix.shape, expected)
         matrix, start = converted(matrix, self.dtype), 0
         if (self.columns.first, self.columns.count) != (0, self.columns.whole):
-            matrix = _columns(matrix, self.columns)
+            matrix = columns_cut(matrix, self.columns.first, self.columns.count)
         for place, share in zip(places, shares, strict=True):
-            self.parts[place] = _rows(matrix, start + share.first, share.count)
+            self.parts[place] = rows_cut(matrix, start + share.first, share.count)
             start += share.whole
 
     def complete(self) -> list[Packed | Tensor]:
@@ -70,15 +65,13 @@ class Arrivals:
         """
         found = [part for part in self.parts if part is not None]
         if len(found) < len(self.parts):
-            lost = [
+            missing = [
                 name
                 for each, places in zip(self.awaited, self._places, strict=True)
                 if any(self.parts[place] is None for place in places)
                 for name in each.missing
             ]
-            raise CheckpointError(
-                f"packed tensor {lost[0]}", found="the checkpoint does not hold it", do="Fetch the folder again"
-            )
+            raise lost(missing[0])
         self.parts = [None] * len(self.rows)
         return found
 
@@ -154,6 +147,8 @@ def expect(layer: Any, arrivals: Arrivals) -> None:
     for name, kind in arrivals.awaited[0].tensors.items():
         parameter = nn.Parameter(torch.empty(0, dtype=kind or arrivals.dtype), requires_grad=False)
         parameter.weight_loader = partial(arrivals.load, name)  # type: ignore[attr-defined]
+        # Where a model of vLLM's brings the rows of a tensor into another order (Falcon), it asks which axis they are.
+        parameter.output_dim = 0  # type: ignore[attr-defined]
         layer.register_parameter(name, parameter)
 
 
@@ -190,13 +185,3 @@ def _places(awaited: Sequence[Awaited], wholes: Sequence[int]) -> list[tuple[int
         found.append(tuple(range(start, end)))
         start = end
     return found
-
-
-def _rows(matrix: Packed | Tensor, first: int, count: int) -> Packed | Tensor:
-    return matrix[first : first + count].clone() if isinstance(matrix, Tensor) else rows_of(matrix, first, count)
-
-
-def _columns(matrix: Packed | Tensor, share: Share) -> Packed | Tensor:
-    if isinstance(matrix, Tensor):
-        return matrix[:, share.first : share.first + share.count]
-    return columns_of(matrix, share.first, share.count)

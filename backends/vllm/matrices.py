@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from sparsify.backends.packed.format import PackedSite
 from sparsify.errors import CheckpointError
 from sparsify.runtime.layout import Packed
+from sparsify.runtime.shard import columns_of, rows_of
 from sparsify.runtime.soundness import check
 
 # Every tensor that a packed parameter may have in a file, by what follows its name.
@@ -92,17 +93,62 @@ def whole(name: str, site: PackedSite, parts: Mapping[str, Tensor]) -> Packed:
     Raises:
         CheckpointError: shapes and dtypes that are not those of ``site``, or numbers that are none of its layout.
     """
+    found = {part: _as_stored(site, tensor, site.parts[part][0]) for part, tensor in parts.items()}
     for part, (shape, kind) in site.parts.items():
-        tensor = parts[part]
+        tensor = found[part]
         if tuple(tensor.shape) != shape or (tensor.dtype != kind if kind else not tensor.is_floating_point()):
             raise CheckpointError(
                 f"packed tensor {name}{part}",
                 found=f"{list(tensor.shape)} of {tensor.dtype} where {list(shape)} of {kind or 'floats'} belong",
                 do="config.json and the weights do not belong together: fetch the folder again",
             )
-    packed = site.packed(parts.__getitem__)
+    packed = site.packed(found.__getitem__)
     check(name, packed)
     return packed
+
+
+def _as_stored(site: PackedSite, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """GPT-2's weights are transposed in files, and vLLM turns what it reads of them: packed ones lie the right way."""
+    if not site.transposed or tensor.dim() != 2:
+        return tensor
+    # What is read of a file is contiguous; a single column is so either way.
+    turned = not tensor.is_contiguous() or tuple(tensor.shape) == shape[::-1] != shape
+    return tensor.t() if turned else tensor
+
+
+def fitting(name: str, found: Sequence[int], expected: Sequence[int]) -> None:
+    """Check the shape of a matrix, or of a stack, against the model's.
+
+    Raises:
+        CheckpointError: it is another one.
+    """
+    if tuple(found) != tuple(expected):
+        raise CheckpointError(
+            f"packed parameter {name}",
+            found=f"{list(found)} where the model has {list(expected)}",
+            do="Do config.json and the weights belong to one model?",
+        )
+
+
+def lost(tensor: str) -> CheckpointError:
+    """What is said of a tensor that has not come when everything has."""
+    return CheckpointError(
+        f"packed tensor {tensor}",
+        found="the checkpoint does not hold it, or not all of it",
+        do="Fetch the folder again",
+    )
+
+
+def rows_cut(matrix: Packed | Tensor, first: int, count: int) -> Packed | Tensor:
+    """Rows [first, first + count): a copy, that holds on to nothing else."""
+    return matrix[first : first + count].clone() if isinstance(matrix, Tensor) else rows_of(matrix, first, count)
+
+
+def columns_cut(matrix: Packed | Tensor, first: int, count: int) -> Packed | Tensor:
+    """Columns [first, first + count): a copy."""
+    if isinstance(matrix, Tensor):
+        return matrix[:, first : first + count].clone(memory_format=torch.contiguous_format)
+    return columns_of(matrix, first, count)
 
 
 def converted(matrix: Packed | Tensor, dtype: torch.dtype) -> Packed | Tensor:

@@ -9,12 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsify.backends.vllm.matrices import converted
+from sparsify.backends.vllm.matrices import columns_cut, converted, fitting, lost, rows_cut
 from sparsify.backends.vllm.orphans import Orphan, Orphans, tensors_of
 from sparsify.backends.vllm.stacks import Rank
-from sparsify.errors import CheckpointError
 from sparsify.runtime.layout import Packed, choose_layout, concatenate, pack, unpack
-from sparsify.runtime.shard import columns_of, rows_of
 
 
 @dataclass(frozen=True)
@@ -84,25 +82,11 @@ class OrphanArrivals:
         matrix = orphan.add(part, loaded_weight)
         if matrix is None:
             return True
-        if tuple(matrix.shape) != self.shape:
-            raise CheckpointError(
-                f"weight {orphan.name}",
-                found=f"{list(matrix.shape)} where the model has {list(self.shape)}",
-                do="Do config.json and the weights belong to one model?",
-            )
-        self._parts[expert_id, shard_id] = self._cut(converted(matrix, self.rank.dtype), shard_id)
+        fitting(orphan.name, matrix.shape, self.shape)
+        # This rank's columns of what leads back to the hidden size, and its rows of what leads from it.
+        cut, first = columns_cut if shard_id == "w2" else rows_cut, self.rank.rank * self.rank.inner
+        self._parts[expert_id, shard_id] = cut(converted(matrix, self.rank.dtype), first, self.rank.inner)
         return True
-
-    def _cut(self, matrix: Packed | Tensor, shard: str) -> Packed | Tensor:
-        """This rank's columns of what leads back to the hidden size, and its rows of what leads from it."""
-        first, count = self.rank.rank * self.rank.inner, self.rank.inner
-        if shard == "w2":
-            if isinstance(matrix, Tensor):
-                return matrix[:, first : first + count].contiguous()
-            return columns_of(matrix, first, count)
-        if isinstance(matrix, Tensor):
-            return matrix[first : first + count].contiguous()
-        return rows_of(matrix, first, count)
 
     def complete(self) -> Packed | Tensor:
         """All of them, one below the other; [experts, rows, columns] where they are dense.
@@ -110,13 +94,9 @@ class OrphanArrivals:
         Raises:
             CheckpointError: tensors that did not come.
         """
-        lost = next((orphan for key, orphan in self.awaited.items() if key not in self._parts), None)
-        if lost is not None:
-            raise CheckpointError(
-                f"packed tensor {lost.missing[0]}",
-                found="the checkpoint does not hold it, or not all of it",
-                do="Fetch the folder again",
-            )
+        late = next((orphan for key, orphan in self.awaited.items() if key not in self._parts), None)
+        if late is not None:
+            raise lost(late.missing[0])
         parts = [self._parts.pop(key) for key in self.awaited]
         packed = [part for part in parts if isinstance(part, Packed)]
         if len(packed) == len(parts) and len({part.layout for part in packed}) == 1:

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsify.backends.vllm.matrices import Site, converted, whole
-from sparsify.errors import CheckpointError
+from sparsify.backends.vllm.matrices import Site, converted, fitting, lost, whole
 from sparsify.runtime.layout import Packed, concatenate
 from sparsify.runtime.shard import columns_of, rows_of
 
@@ -74,12 +73,9 @@ class Stack(Site):
             CheckpointError: the stack is of another.
         """
         site = self.site
-        if site is not None and (site.experts, site.rows, site.columns) != shape:
-            raise CheckpointError(
-                f"packed parameter {self.name}",
-                found=f"{[site.experts, site.rows, site.columns]} where the model has {list(shape)}",
-                do="Do config.json and the weights belong to one model?",
-            )
+        if site is not None:
+            matrix = (site.rows, site.columns)
+            fitting(self.name, matrix if site.experts is None else (site.experts, *matrix), shape)
         return StackArrivals(self, shards, shape[0], rank)
 
 
@@ -142,10 +138,5 @@ class StackArrivals:
         """
         stack, self.stack = self.stack, None
         if stack is None:
-            lost = next(part for part in self._wanted if not self._arrived(part))
-            raise CheckpointError(
-                f"packed tensor {self.awaited.name}{lost}",
-                found="the checkpoint does not hold it, or not all of it",
-                do="Fetch the folder again",
-            )
+            raise lost(self.awaited.name + next(part for part in self._wanted if not self._arrived(part)))
         return stack

@@ -18,6 +18,7 @@ import torch
 import transformers as hf
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers.pytorch_utils import Conv1D
 
 from sparsify.backends.packed.config import METHOD, format_of
 from sparsify.backends.packed.format import pack_parameter
@@ -32,10 +33,33 @@ _SIZES = {
     "vocab_size": 250, "hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
     "max_position_embeddings": 128, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "initializer_range": 0.1,
 }  # fmt: skip
+# Of older families, which call the rest otherwise.
+_FEW = {name: size for name, size in _SIZES.items() if name not in ("num_key_value_heads", "max_position_embeddings")}
 _MODELS: dict[str, Callable[[], Any]] = {
     "llama": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**_SIZES, intermediate_size=320, attention_bias=True)),
     "tied": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**_SIZES, intermediate_size=320, tie_word_embeddings=True)),
     "phi3": lambda: hf.Phi3ForCausalLM(hf.Phi3Config(**_SIZES, intermediate_size=320)),
+    "falcon": lambda: hf.FalconForCausalLM(hf.FalconConfig(**_FEW, num_kv_heads=2, new_decoder_architecture=True)),
+    "gpt2": lambda: hf.GPT2LMHeadModel(hf.GPT2Config(**_FEW, max_position_embeddings=128, n_inner=320)),
+    "bloom": lambda: hf.BloomForCausalLM(hf.BloomConfig(**_FEW)),
+    "deepseek_v3": lambda: hf.DeepseekV3ForCausalLM(
+        hf.DeepseekV3Config(
+            **_FEW,
+            num_key_value_heads=4,
+            intermediate_size=320,
+            moe_intermediate_size=128,
+            n_routed_experts=4,
+            num_experts_per_tok=2,
+            first_k_dense_replace=1,
+            kv_lora_rank=64,
+            q_lora_rank=64,
+            qk_rope_head_dim=16,
+            qk_nope_head_dim=32,
+            v_head_dim=32,
+            n_group=1,
+            topk_group=1,
+        )
+    ),
     "qwen3_moe": lambda: hf.Qwen3MoeForCausalLM(
         hf.Qwen3MoeConfig(**_SIZES, head_dim=32, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=128)
     ),
@@ -76,6 +100,9 @@ FOLDERS: dict[str, tuple[str, dict[str, Pruned], dict[str, Any]]] = {
     "tied": ("tied", {"proj": two_of_four}, {}),
     "int4": ("llama", {"proj": two_of_four, "lm_head": two_of_four}, {"bits": 4}),
     "int8": ("llama", {"q_proj": half, "k_proj": dense, "up": two_of_four}, {"bits": 8}),
+    "rows in another order": ("falcon", {"query_key_value": two_of_four, "dense": half}, {}),
+    "transposed": ("gpt2", {"c_attn": two_of_four, "c_fc": half, "c_proj": two_of_four}, {}),
+    "transposed int4": ("gpt2", {"c_attn": two_of_four, "c_fc": half, "c_proj": two_of_four}, {"bits": 4}),
     "fused on disk": ("phi3", {"qkv": two_of_four, "gate_up": half, "down": two_of_four}, {}),
     "experts": ("qwen3_moe", {"gate_up": two_of_four, "experts.down": half, "proj": two_of_four}, {}),
     "one stack": ("qwen3_moe", {"experts.down": two_of_four}, {}),
@@ -99,8 +126,13 @@ def model(family: str, pruned: dict[str, Pruned], layer: int | None = None) -> A
                 parameter.add_(torch.randn_like(parameter) * 0.1)
             how = next((how for part, how in pruned.items() if part in name), None)
             if how is not None and (layer is None or f"layers.{layer}." in name):
-                parameter.copy_(how(parameter))
+                parameter.copy_(how(parameter.t()).t() if _is_transposed(made, name) else how(parameter))
     return made
+
+
+def _is_transposed(made: Any, name: str) -> bool:
+    """Whether a parameter lies [in_features, out_features]."""
+    return isinstance(made.get_submodule(name.rpartition(".")[0]), Conv1D)
 
 
 def packed(made: Any, folder: Path, bits: int | None = None) -> Path:
@@ -116,11 +148,12 @@ def packed(made: Any, folder: Path, bits: int | None = None) -> Path:
         if weight.dim() < 2 or int(weight.count_nonzero()) > 0.6 * weight.numel():
             tensors[name] = weight
             continue
-        flat = weight.reshape(-1, weight.shape[-1])
+        transposed = _is_transposed(made, name)
+        flat = weight.t().contiguous() if transposed else weight.reshape(-1, weight.shape[-1])
         layout: Layout = "packed24" if holds_24(flat) else "bitmask"
         matrices = flat if bits is None else _rounded(flat, bits)
         experts = weight.shape[0] if weight.dim() == 3 else None
-        site, parts = pack_parameter(matrices, layout, experts=experts, transposed=False)
+        site, parts = pack_parameter(matrices, layout, experts=experts, transposed=transposed)
         sites[name] = site
         tensors |= {name + part: tensor for part, tensor in parts.items()}
     made.config.save_pretrained(folder)

@@ -15,11 +15,12 @@ from torch import nn
 
 from sparsify.backends.packed.format import PackedSite
 from sparsify.backends.packed.loaded.dense import dense_modules
-from sparsify.backends.packed.loaded.known import Known, this_machine
+from sparsify.backends.packed.loaded.known import Known, key_of, this_machine
 from sparsify.backends.packed.loaded.linear import PackedLinear
 from sparsify.backends.packed.loaded.modules import owner_of
 from sparsify.runtime.cpu.stopwatch import Stopwatch
 from sparsify.runtime.cpu.unpacking import unpacked
+from sparsify.runtime.layout import Packed
 from sparsify.runtime.packed_weight import PackedWeight
 
 
@@ -35,10 +36,10 @@ def choose_again(model: nn.Module, sites: Mapping[str, PackedSite], measured: Ma
         return []
     known, found = _Known(), dict[str, str]()
     with torch.no_grad():
-        for name, site in sites.items():
+        for name in sites:
             owner, leaf = owner_of(model, name)
             if leaf == "weight" and isinstance(owner, PackedLinear) and owner.weight.device.type == "cpu":
-                slower = known.slower(owner, site)
+                slower = known.slower(owner)
                 if slower is not None:
                     found[name] = slower
     known.keep()
@@ -69,18 +70,16 @@ class _Known:
         self._watch: Stopwatch | None = None
         self._known = Known("choice.json", "slower", lambda found: found is None or isinstance(found, str))
 
-    def slower(self, layer: PackedLinear, site: PackedSite) -> str | None:
+    def slower(self, layer: PackedLinear) -> str | None:
         """How much slower the layer is packed; None where it is not clearly slower."""
-        tenths = round(10 * site.values / max(1, site.rows * site.columns))
-        dtype = str(layer.weight.dtype).removeprefix("torch.")
-        key = f"{site.rows}x{site.columns} {dtype} {site.label} {site.group} {layer.exact} {tenths}"
-        found: str | None = self._known.of(key, lambda: self._measured(layer, site))
+        packed = layer.packed()
+        key = key_of(packed, exact=layer.exact)
+        found: str | None = self._known.of(key, lambda: self._measured(layer, packed))
         return found
 
-    def _measured(self, layer: PackedLinear, site: PackedSite) -> str | None:
+    def _measured(self, layer: PackedLinear, packed: Packed) -> str | None:
         self._watch = self._watch or Stopwatch()
-        packed = layer.packed()
-        starts = layer.weight_starts if site.layout == "bitmask" else None
+        starts = layer.weight_starts if packed.layout == "bitmask" else None
         return self._watch.packed(unpacked(packed, starts), PackedWeight.holding(packed, exact=layer.exact)).slower
 
     def keep(self) -> None:

@@ -15,11 +15,24 @@ from sparsify.host import processor
 from sparsify.runtime.cache import cache_folder, put_whole, read_object
 from sparsify.runtime.cpu import native
 from sparsify.runtime.cpu.build import source_hash
+from sparsify.runtime.layout import Packed
 
 
 def this_machine() -> dict[str, str]:
     """What a choice that is measured here holds for, as ``measured`` of ``quantization_config`` says it."""
     return {"processor": processor(), "instructions": native.ISAS[native.isa()]}
+
+
+def key_of(packed: Packed, *, exact: bool) -> str:
+    """What a product with ``packed`` is known by: all of it that decides how long one takes.
+
+    Args:
+        exact: of few bits: inputs are not rounded to 8 bits.
+    """
+    rows, columns = packed.shape
+    few = "" if packed.bits is None else f" int{packed.bits} {packed.group} {exact}"
+    tenths = round(10 * packed.values.numel() / max(1, rows * columns))
+    return f"{rows}x{columns} {str(packed.dtype).removeprefix('torch.')} {packed.layout}{few} {tenths}"
 
 
 class Known:

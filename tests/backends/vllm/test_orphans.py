@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from sparsify.runtime.layout import Packed, unpack
 
 Parts = dict[str, Tensor]
 Write = Callable[[Tensor], Parts]
+# Of these the config says that their zeros lie there: an expression, and a name.
+DOWN, UP = "re:.*down_proj", "model.layers.1.mlp.up_proj"
 
 
 def config(form: str, **more: Any) -> dict[str, Any]:
@@ -45,6 +48,12 @@ def scaled(kind: torch.dtype, most: float, pairs: bool) -> Write:
     return write
 
 
+def beside_a_zero(weight: Tensor) -> Parts:
+    """Whole numbers that begin at another than zero, which is the same for all: then zeros are no zeros as stored."""
+    parts = scaled(torch.int8, 63, True)(weight)
+    return parts | {"weight_zero_point": torch.zeros_like(parts["weight_scale"], dtype=torch.int8)}
+
+
 def as_marlin(weight: Tensor) -> Parts:
     return marlin.written(weight, 4, 64)[0]
 
@@ -67,6 +76,18 @@ MOST: dict[str, tuple[str, dict[str, Pruned], Write, dict[str, Any]]] = {
         {"proj": two_of_four},
         scaled(torch.int8, 127, True),
         config("sparse-24-bitmask", targets=["Linear"]) | groups("int-quantized"),
+    ),
+    "int8, some with their zeros": (
+        "tied",
+        {"proj": two_of_four},
+        scaled(torch.int8, 127, True),
+        config("sparse-24-bitmask", targets=["Linear"], ignore=[DOWN, UP]) | groups("int-quantized"),
+    ),
+    "int8 with zero points": (
+        "tied",
+        {"proj": two_of_four},
+        beside_a_zero,
+        config("sparse-24-bitmask", targets=["Linear"], ignore=[DOWN, UP]) | groups("int-quantized", symmetric=False),
     ),
     "other zeros of fp8": (
         "tied",
@@ -95,6 +116,15 @@ MOST: dict[str, tuple[str, dict[str, Pruned], Write, dict[str, Any]]] = {
 }
 
 
+def with_zeros(parts: Parts) -> Parts:
+    """The values of 2:4 in their places, and what lies beside them."""
+    rows, columns = parts["shape"].flatten().tolist()
+    bits = parts["bitmask"].unsqueeze(-1) >> torch.arange(8) & 1
+    full = torch.zeros(rows, columns, dtype=parts["compressed"].dtype)
+    full[bits.flatten(1)[:, :columns] == 1] = parts["compressed"].flatten()
+    return {"weight": full} | {name: tensor for name, tensor in parts.items() if name.startswith(("weight_", "input_"))}
+
+
 def is_linear(name: str) -> bool:
     return name.endswith(("proj.weight", ".w1.weight", ".w2.weight", ".w3.weight"))
 
@@ -108,9 +138,11 @@ def orphan(case: str, folder: Path) -> tuple[Path, Path]:
     tensors: Parts = {}
     for name, weight in tensors_of(folder / "dense").items():
         if is_linear(name) and pruned.get(name.split(".")[-2]) is not dense:
-            tensors |= {
-                f"{name.removesuffix('weight')}{part}": tensor for part, tensor in write(weight.float()).items()
-            }
+            parts = write(weight.float())
+            ignored = said.get("sparsity_config", {}).get("ignore", [])
+            if (DOWN in ignored and "down_proj" in name) or (UP in ignored and name == f"{UP}.weight"):
+                parts = with_zeros(parts)
+            tensors |= {f"{name.removesuffix('weight')}{part}": tensor for part, tensor in parts.items()}
         else:
             tensors[name] = weight
     store(folder / "orphan", tensors)
@@ -136,6 +168,65 @@ def test_tokens_are_those_of_the_dense_checkpoint(case: str, tmp_path: Path, req
         held, full = sum(t.nbytes for t in (*packed.parameters(), *packed.buffers())), 4 * 128 * 320
     # Half the numbers, and which they are.
     assert 0 < held <= 0.6 * full
+
+
+def _without_a_mask(folder: Path) -> None:
+    store(folder, {name: t for name, t in tensors_of(folder).items() if name != f"{UP}.bitmask"})
+
+
+def _without_a_scale(folder: Path) -> None:
+    store(folder, {name: t for name, t in tensors_of(folder).items() if name != f"{UP}.weight_scale"})
+
+
+def _without_any(folder: Path) -> None:
+    store(folder, {name: t for name, t in tensors_of(folder).items() if not name.startswith(f"{UP}.")})
+
+
+def _cut_off(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def _of_another_model(folder: Path) -> None:
+    tensors = tensors_of(folder)
+    other = {f"{UP}.{part}": tensors[f"{UP.replace('mlp.up', 'self_attn.q')}.{part}"] for part in _WHOLE}
+    store(folder, tensors | other)
+
+
+_WHOLE = ("compressed", "bitmask", "shape", "weight_scale")
+BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
+    "a tensor too few": (_without_a_mask, rf"packed tensor {UP}\.bitmask: the checkpoint does not hold it"),
+    "a scale too few": (_without_a_scale, rf"packed tensor {UP}\.weight_scale: the checkpoint does not hold it"),
+    "a weight too few": (_without_any, rf"packed tensor {UP}\.compressed: the checkpoint does not hold it"),
+    "bytes cut off": (_cut_off, r"model\.safetensors: not a sound safetensors file"),
+    "a weight of another model": (_of_another_model, rf"{UP}\.weight: \[128, 128\] where the model has \[320, 128\]"),
+}
+
+
+def test_broken_ones_are_refused_by_name(tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    pytest.importorskip("vllm", reason="vLLM is not installed: make vllm")
+    sound, engine = orphan("2:4 of int8", tmp_path)[0], request.getfixturevalue("engine")
+    for name, (broken, told) in BROKEN.items():
+        folder = shutil.copytree(sound, tmp_path / name)
+        broken(folder)
+        with pytest.raises(CheckpointError, match=told):
+            engine(folder)
+        cleanup()
+
+
+def test_an_expert_too_few(tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    pytest.importorskip("vllm", reason="vLLM is not installed: make vllm")
+    folder, _ = orphan("experts", tmp_path)
+    lost = "model.layers.1.mlp.experts.2.down_proj"
+    store(folder, {name: t for name, t in tensors_of(folder).items() if name != f"{lost}.bitmask"})
+    with pytest.raises(CheckpointError, match=rf"packed tensor {lost}\.bitmask: the checkpoint does not hold it"):
+        request.getfixturevalue("engine")(folder)
+
+
+def cleanup() -> None:
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    cleanup_dist_env_and_memory()
 
 
 def test_which_configs_are_claimed() -> None:
@@ -219,6 +310,7 @@ def test_quantized_values_wait_for_their_scales() -> None:
     weight = two_of_four(torch.randn(8, 64))
     parts = scaled(torch.int8, 127, True)(weight)
     one = quantized("int-quantized")
+    assert one.add("weight_zero_point", torch.zeros(8, 1, dtype=torch.int8)) is None
     for name in ("compressed", "bitmask", "shape"):
         assert one.add(name, parts[name]) is None
     assert one.missing == ["a.proj.weight_scale"]

@@ -13,11 +13,15 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
+from support.serving_vllm import Pruned, half, model, packed, two_of_four
 from torch import Tensor
 
 pytest.importorskip("vllm", reason="vLLM is not installed: make vllm")
 
 Q = "model.layers.1.self_attn.q_proj.weight"
+
+
+Spoil = Callable[[dict[str, Any], dict[str, Tensor]], None]
 
 
 def _newer(config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
@@ -36,8 +40,19 @@ def _cut(config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     tensors[f"{Q}_meta"] = tensors[f"{Q}_meta"][:-1].clone()
 
 
+def _narrow(config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    tensors[f"{Q}_meta"] = tensors[f"{Q}_meta"].int()
+
+
+def _without_a_dense_one(config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    del tensors["model.layers.1.self_attn.v_proj.weight"]
+
+
 def _foreign(config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-    config["sites"]["model.layers.1.self_attn.g_proj.weight"] = config["sites"][Q]
+    other = Q.replace("q_proj", "g_proj")
+    config["sites"][other] = config["sites"][Q]
+    for part in ("", "_meta"):
+        tensors[other + part] = tensors[Q + part].clone()
 
 
 def _another(config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
@@ -47,13 +62,45 @@ def _another(config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         tensors[Q + part] = tensors[up + part].clone()
 
 
-SPOILT: dict[str, tuple[Callable[[dict[str, Any], dict[str, Tensor]], None], str]] = {
+SPOILT: dict[str, tuple[Spoil, str]] = {
     "a newer format": (_newer, "format 3; this sparsify reads up to 2. Install a newer sparsify"),
-    "a tensor too few": (_without, f"packed tensor {Q}_meta: the checkpoint does not hold it"),
+    "a tensor too few": (_without, f"packed tensor {Q}_meta: "),
+    "a dense tensor too few": (_without_a_dense_one, "v_proj.weight: the checkpoint does not hold it"),
+    "codes of another dtype": (_narrow, f"packed tensor {Q}_meta: [128, 16] of torch.int32 where [128, 16]"),
     "a code that is none": (_code, f"packed tensor {Q}: a code that is not two ascending positions of four"),
     "a tensor cut off": (_cut, f"packed tensor {Q}_meta: [127, 16] of torch.uint8 where [128, 16]"),
     "weights of another model": (_another, f"packed parameter {Q}: [320, 128] where the model has [128, 128]"),
     "a site of another model": (_foreign, "model.layers.1.self_attn.g_proj.weight: no layer of vLLM's model reads it"),
+}
+
+
+def _cut_off(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def _cut_within_its_header(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:1000])
+
+
+def _gone(file: Path) -> None:
+    file.unlink()
+
+
+def _other_bytes(file: Path) -> None:
+    file.write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+
+
+# Files that are no whole ones, and how they are named.
+BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
+    "bytes cut off": (_cut_off, "model.safetensors: not a sound safetensors file"),
+    "a header cut off": (_cut_within_its_header, "model.safetensors: not a sound safetensors file"),
+    "a pointer of Git LFS": (_other_bytes, "model.safetensors: not a sound safetensors file"),
+    "no file": (_gone, "neither model.safetensors nor model.safetensors.index.json"),
+}
+# Families that vLLM reads in a way that takes something away, with what is pruned of them.
+FAMILIES: dict[str, tuple[dict[str, Pruned], str]] = {
+    "bloom": ({"query_key_value": half}, "h.0.self_attention.query_key_value.weight: a bitmask, which has no rows"),
+    "deepseek_v3": ({"o_proj": two_of_four}, "layers.1.mlp.experts of a packed folder: stacks, and vLLM's Deepseek"),
 }
 SCRIPT = """
 import sys, traceback
@@ -92,8 +139,14 @@ def test_spoilt_folders_are_refused_by_name(folders: dict[str, Path], tmp_path: 
         (folder / "config.json").write_text(json.dumps(config))
         save_file(tensors, folder / "model.safetensors", {"format": "pt"})
         spoilt.append(folder)
+    for name, (broken, _) in BROKEN.items():
+        spoilt.append(shutil.copytree(folders["mixed"], tmp_path / name.replace(" ", "_")))
+        broken(spoilt[-1] / "model.safetensors")
+    for family, (pruned, _) in FAMILIES.items():
+        spoilt.append(packed(model(family, pruned), tmp_path / family))
     told = refused(spoilt, tmp_path / "refused.py")
-    for line, (_, expected) in zip(told, SPOILT.values(), strict=True):
+    wanted = [*SPOILT.values(), *BROKEN.values(), *FAMILIES.values()]
+    for line, (_, expected) in zip(told, wanted, strict=True):
         assert line.startswith("REFUSED") and expected in line
 
 
