@@ -12,11 +12,13 @@ The three schedules differ only in where regions are cut and whether a region ru
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from sparsify.analysis.linear import LinearSite
+from sparsify.analysis.tables import is_table
 from sparsify.calibration.accumulators import DENSE, GRADIENTS
 from sparsify.calibration.gradients import Samples, measure_gradients
 from sparsify.calibration.interpreter import Region
@@ -67,7 +69,14 @@ def prune(
     Raises:
         SparsifyError: as :class:`Engine`.
     """
-    passes = shared_out(weight_pass, targets)
+    passes, tables = shared_out(weight_pass, targets), [target for target in targets if target.table]
+    if tables:
+        # First of all, so that whatever is measured afterwards is measured with them.
+        done = _prune_tables(program, passes, tables, context, kept)
+        others = [target for target in targets if not target.table]
+        if not others:
+            return done
+        return done + prune(program, weight_pass, others, data, context, schedule=schedule, dense=dense, kept=kept)
     left = [target for target in targets if kept.find(target.parameter) is None]
     if data is None or not left:
         return prune_without_data(program, passes, targets, context, kept)
@@ -82,6 +91,21 @@ def prune(
                 weight_pass, targets, Measured(program, recorders, count_sequences(data.batches), context.device)
             )
         return Engine(program, passes, targets, data.batches, context, schedule, dense, gradients, kept).run()
+
+
+def _prune_tables(
+    program: Program, passes: Mapping[str, MatrixPass], tables: Sequence[Target], context: Context, kept: Kept
+) -> list[SiteResult]:
+    """Tables of embeddings without data: what their rows are multiplied with differs from row to row."""
+    alone = {target.parameter: passes[target.parameter].without_data() for target in tables}
+    done = prune_without_data(program, alone, tables, context, kept)
+    told = "each value to its nearest, by no data: an embedding"
+    return [
+        replace(
+            result, notes=[*result.notes, told + ("" if is_table(target.site) else ", and the head that shares it")]
+        )
+        for target, result in zip(tables, done, strict=True)
+    ]
 
 
 class Engine:

@@ -191,6 +191,35 @@ def test_a_grid_that_no_layout_has_is_named(tmp_path: Path) -> None:
     assert "not symmetric" in none.notes[0] and "OUT is an ordinary checkpoint" in none.notes[0]
 
 
+@pytest.mark.parametrize(
+    ("spec", "values", "says"),
+    [
+        ("round:int8,symmetric=false", "int8", "8 bits with zero points"),
+        ("round:int4,symmetric=false", "int4", "Leave values out"),
+        ("sparsegpt:2:4,bits=8,symmetric=false", "int4", "rounded twice"),
+    ],
+)
+def test_zero_points_are_not_rounded_away_in_silence(spec: str, values: str, says: str, tmp_path: Path) -> None:
+    """Before anything is opened: there is no such model."""
+    with pytest.raises(SpecError, match="symmetric=false") as caught:
+        sparsify.compile(tmp_path / "none", spec, output=tmp_path / "out", to=f"packed:values={values}")
+    assert says in str(caught.value)
+
+
+def test_zero_points_of_an_earlier_run_are_told(tmp_path: Path) -> None:
+    """Neither ``save`` nor another run rounds them once more without a word; three bits fit into four about zero."""
+    dense = wide(tmp_path / "dense")
+    made = sparsify.compile(dense, f"round:int8,symmetric=false,{NEAREST}", output=tmp_path / "hf")
+    with pytest.raises(SpecError, match="rounded twice"):
+        made.save(tmp_path / "saved", to="packed:values=int8")
+    later = sparsify.compile(tmp_path / "hf", output=tmp_path / "later", to=f"{SMALLEST},values=int8")
+    assert any(note.startswith("rounded again") and "not symmetric" in note for note in later.notes)
+    spec = f"round:int3,symmetric=false,group=64,{NEAREST}"
+    three = sparsify.compile(dense, spec, output=tmp_path / "three", to=f"{SMALLEST},values=int4")
+    assert kinds(tmp_path / "three") == {("dense", 4, 64)}
+    assert not any("rounded" in note for note in three.notes)
+
+
 def test_eval_judges_what_is_written(tmp_path: Path) -> None:
     """The perplexity is of the rounded weights, which are those of the folder."""
     dense = wide(tmp_path / "dense")
