@@ -71,12 +71,12 @@ def prune(
     """
     passes, tables = shared_out(weight_pass, targets), [target for target in targets if target.table]
     if tables:
-        # First of all, so that whatever is measured afterwards is measured with them.
-        done = _prune_tables(program, passes, tables, context, kept)
+        # First of all, so that whatever is measured afterwards is measured with them; of schedule ``dense`` last.
         others = [target for target in targets if not target.table]
-        if not others:
-            return done
-        return done + prune(program, weight_pass, others, data, context, schedule=schedule, dense=dense, kept=kept)
+        done = [] if schedule == "dense" else _prune_tables(program, passes, tables, context, kept)
+        if others:
+            done += prune(program, weight_pass, others, data, context, schedule=schedule, dense=dense, kept=kept)
+        return done if schedule != "dense" else done + _prune_tables(program, passes, tables, context, kept)
     left = [target for target in targets if kept.find(target.parameter) is None]
     if data is None or not left:
         return prune_without_data(program, passes, targets, context, kept)
