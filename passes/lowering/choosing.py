@@ -72,36 +72,42 @@ class Packer:
 
     def _on_cpu(self, weight: Tensor) -> PackedWeight | Refused:
         flat = weight.detach().reshape(-1, weight.shape[-1])
-        chosen = self._form(flat)
-        if isinstance(chosen, Refused):
-            return chosen
-        own, layout = chosen
+        forms = self._forms(flat)
+        if isinstance(forms, Refused):
+            return forms
         experts, rows = (None, flat.shape[0]) if weight.dim() == 2 else weight.shape[:2]
-        packed = self._held(own, layout, experts)
-        if self.measures:
+        if not self.measures:
+            return self._held(*forms[0], experts)
+        raced: list[tuple[Timing, PackedWeight]] = []
+        for own, layout in forms:
             # Experts are alike: one tells the time of all.
             first = own.rows(rows) if isinstance(own, Integers) else own[:rows]
-            one = packed if experts is None else self._held(first, layout)
-            timing = self.watch.packed(weight if experts is None else weight[0], one)
-            self._timings[_key(weight)] = timing
-            if timing.slower is not None:
-                label = layout if packed.packed.bits is None else f"{layout} int{packed.packed.bits}"
-                return Refused(f"dense is faster here ({label} {timing.slower})")
-        return packed
+            one = self._held(first, layout)
+            raced.append((self.watch.packed(weight if experts is None else weight[0], one), one))
+        paying = [place for place, (timing, _) in enumerate(raced) if timing.slower is None]
+        best = min(paying or range(len(raced)), key=lambda place: raced[place][0].ratio)
+        timing, one = raced[best]
+        self._timings[_key(weight)] = timing
+        if timing.slower is not None:
+            label = one.layout if one.packed.bits is None else f"{one.layout} int{one.packed.bits}"
+            return Refused(f"dense is faster here ({label} {timing.slower})")
+        return one if experts is None else self._held(*forms[best], experts)
 
-    def _form(self, flat: Tensor) -> tuple[Tensor | Integers, Layout] | Refused:
-        """As what ``flat`` [rows, columns] is packed: integers where it lies on their grid and they are smaller, else
-        its own values; and in which layout.
+    def _forms(self, flat: Tensor) -> list[tuple[Tensor | Integers, Layout]] | Refused:
+        """As what ``flat`` [rows, columns] may be packed, smallest first: integers where it lies on their grid, and its
+        own values; each with its layout.
         """
         full = choose_layout(flat, self.layout)
         held = _integers(flat) if self.values == "auto" else None
         few = Refused("on no grid") if held is None else choose_few_layout(held, self.layout)
         if held is None or isinstance(few, Refused):
-            return full if isinstance(full, Refused) else (flat, full)
+            return full if isinstance(full, Refused) else [(flat, full)]
+        if isinstance(full, Refused):
+            return [(held, few)]
         # With few values left, their scales take more than they save.
-        if not isinstance(full, Refused) and packed_bytes(flat, full) < stored_bytes(held, few):
-            return flat, full
-        return held, few
+        if packed_bytes(flat, full) < stored_bytes(held, few):
+            return [(flat, full), (held, few)]
+        return [(held, few), (flat, full)]
 
     def _held(self, own: Tensor | Integers, layout: Layout, experts: int | None = None) -> PackedWeight:
         packed = pack_integers(own, layout) if isinstance(own, Integers) else pack(own, layout)

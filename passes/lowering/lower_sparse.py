@@ -49,7 +49,8 @@ class LowerSparse(LoweringPass):
         target: a GPU to lower for, in the place of the device that the weights lie on. Nothing is measured for it, and
             until the graph is moved there a plain reference runs it.
         values: ``auto`` holds weights that lie on a grid of 8 or 4 bits to the bit as integers and scales, on CPUs,
-            where that is smaller, zeros or none; ``full`` keeps the width of their dtype.
+            zeros or none: for ``measured`` where a token is faster so, for ``smallest`` where it is smaller; ``full``
+            keeps the width of their dtype.
         activations: of weights held as integers: ``float`` multiplies inputs as they are; ``int8`` rounds those of up
             to 16 tokens to 8 bits by token and group, which is faster.
     """

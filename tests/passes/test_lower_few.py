@@ -18,6 +18,8 @@ from sparsify.method.spec import parse_pass
 from sparsify.method.statistics import InputStatistics
 from sparsify.passes import LowerSparse
 from sparsify.prune.fx_pass import GraphPrune
+from sparsify.runtime.cpu.stopwatch import Stopwatch, Timing
+from sparsify.runtime.packed_weight import PackedWeight
 
 SMALLEST = LowerSparse(choice="smallest")
 
@@ -139,6 +141,23 @@ def test_the_backend_of_torch_compile_and_what_it_is_told(monkeypatch: pytest.Mo
         assert 1e-5 < error(got, net(x).double()) < 0.02, "inputs rounded to 8 bits"
     assert ops_of(seen[0])["linear_24_few"] == 2
     torch._dynamo.reset()
+
+
+def test_the_faster_form_is_taken_where_times_choose(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Integers that take longer than the same values at full width cost nobody the packed product."""
+    for few, full, operator in ((0.5, 0.8, "linear_24_few"), (0.9, 0.6, "linear_24"), (9.0, 0.6, "linear_24")):
+
+        def packed(self: Stopwatch, weight: Tensor, own: PackedWeight, few: float = few, full: float = full) -> Timing:
+            return Timing(1.0, 1.0, full if own.packed.bits is None else few, 1)
+
+        monkeypatch.setattr(Stopwatch, "packed", packed)
+        result = LowerSparse(merge=False)(fx.symbolic_trace(two()))
+        assert ops_of(result.graph_module)[operator] == 2
+        assert all(r.timing.packed == min(few, full) for r in result.graph_module.meta["sparsify"])
+    monkeypatch.setattr(Stopwatch, "packed", lambda *_: Timing(1.0, 1.0, 3.0, 1))
+    slow = LowerSparse(dense=False)(fx.symbolic_trace(two()))
+    assert not slow.modified
+    assert all("takes 3.00× its time" in str(r.reason) for r in slow.graph_module.meta["sparsify"])
 
 
 class Siblings(nn.Module):
