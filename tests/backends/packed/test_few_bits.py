@@ -324,6 +324,18 @@ def test_a_gpu_gets_the_full_width(tmp_path: Path) -> None:
     assert any("no GPU kernel" in note for note in made.notes) and kinds(tmp_path / "gpu") == {("packed24", None, None)}
 
 
+@pytest.mark.parametrize(("spec", "to"), [("magnitude:60%", "values=int4"), ("", "values=int8,layout=dense")])
+def test_integers_without_2_4_become_dense_on_a_gpu(spec: str, to: str, tmp_path: Path) -> None:
+    """The values of the grid, with a warning that says how many and why."""
+    sparsify.compile(wide(tmp_path / "dense"), spec or [], output=tmp_path / "out", to=f"{SMALLEST},{to}")
+    packed, batch = load(tmp_path / "out", dtype=torch.bfloat16), inputs("llama", rows=1)
+    want = run(load(tmp_path / "out", dtype=torch.bfloat16).dequantize(), batch)
+    with pytest.warns(RuntimeWarning, match="14 × values of 8 or 4 bits, for which there is no GPU kernel"):
+        prepare(packed, tune=False, target=GPU("a GPU", (9, 0), 132, True, "cusparselt"))
+    assert not any(isinstance(module, PackedLinear) for module in packed.modules())
+    assert torch.equal(run(packed, batch), want)
+
+
 def test_nothing_to_round_is_no_end(tmp_path: Path) -> None:
     """Without zeros a model is packed too, if it is rounded; what to do is said where it is not."""
     dense = wide(tmp_path / "dense")
