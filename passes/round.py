@@ -86,6 +86,10 @@ class Round(MatrixPass):
     def keeps_weights(self) -> bool:
         return False
 
+    @property
+    def zero_points(self) -> int | None:
+        return None if self.symmetric else self.pattern.bits
+
     def without_data(self) -> MatrixPass:
         return replace(self, compensation="none", percdamp=0.01)
 

@@ -88,6 +88,10 @@ class SparseGPT(FittingPass):
         return None if self.bits == _FULL else Grid(self.bits)
 
     @property
+    def zero_points(self) -> int | None:
+        return None if self.symmetric else self.bits
+
+    @property
     def by_rows(self) -> bool:
         # The sweep of a percentage compares all rows of a block of columns.
         return isinstance(self.pattern, NM)

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from sparsify.analysis.linear import LinearSite
 from sparsify.backends.packed.format import PackedSite, pack_parameter
-from sparsify.backends.packed.grids import Values, integers_of
+from sparsify.backends.packed.grids import AGAIN, Values, integers_of, off_center
 from sparsify.errors import Refused
 from sparsify.ir.weights import Weights
+from sparsify.method.grids.finding import found_grid
 from sparsify.method.pattern import parse_grid
 from sparsify.runtime.cpu.stopwatch import Stopwatch, Timing
 from sparsify.runtime.few_bits import Integers, choose_few_layout, stored_bytes
@@ -22,6 +23,8 @@ from sparsify.runtime.words import AskedFewLayout, Layout, PackingChoice
 
 # The share of zeros from which on a weight counts as pruned.
 PRUNED = 0.05
+# Why an embedding that was rounded is stored at full width.
+TABLE = "an embedding, whose rows are looked up: packed layouts are for products, and its values keep their dtype"
 
 
 @dataclass(frozen=True)
@@ -114,6 +117,15 @@ class Choosing:
             return self._rounded(replace(base, on_grid=True), flat)
         return self._packed(base, flat, flat), None
 
+    def table(self, reason: str) -> Decision:
+        """The same of an embedding, which stays dense for ``reason``, and for its own where it was rounded."""
+        stored = self.weights.read(self.name)
+        on_grid = stored.dim() == 2 and isinstance(self.asked.values.held(stored), Integers)
+        told = f"{reason}; {TABLE}" if on_grid and reason != TABLE else reason
+        return Decision(
+            self.name, self.linear, _zeros(stored), stored.nbytes, stored.nbytes, reason=told, on_grid=on_grid
+        )
+
     def _smaller(self, base: Decision, flat: Tensor, held: Integers) -> Decision:
         """As integers; where nobody asked for those, by its own values if that is smaller: with few values left, their
         scales take more than they save.
@@ -132,7 +144,8 @@ class Choosing:
         held = integers_of(result, parse_grid(values.asked).bits, values.group)
         assert held is not None, "what was rounded lies on its grid"
         lost = float((result.float() - flat.float()).norm() / flat.float().norm().clamp(min=1e-30))
-        found = self._packed(replace(base, zeros=_zeros(result)), result, held)
+        note = AGAIN if found_grid(flat) is None and off_center(flat) else None
+        found = self._packed(replace(base, zeros=_zeros(result), note=note), result, held)
         return (found, None) if found.site is None else (replace(found, rounding=lost), result)
 
     def _packed(self, base: Decision, flat: Tensor, own: Tensor | Integers) -> Decision:

@@ -19,6 +19,7 @@ from sparsify.tensors import all_finite
 # In_features of one scale where nobody says: 4 bits over a whole row lose much, 8 bits little.
 DEFAULT_GROUPS: dict[str, int | None] = {"int8": None, "int4": 64}
 ASYMMETRIC = "on a grid of 8 bits that is not symmetric, which no layout holds: its values keep their dtype"
+AGAIN = "on a grid of 8 bits that is not symmetric, which no layout holds: to store integers it was rounded once more"
 
 
 @dataclass(frozen=True)
@@ -52,8 +53,7 @@ class Values:
             return None
         found = found_grid(matrix)
         if not self.rounds:
-            # bfloat16 holds no asymmetric grid of 8 bits.
-            if found is None and matrix.dtype != torch.bfloat16 and may_lie(matrix, symmetric=False):
+            if found is None and off_center(matrix):
                 return Refused(ASYMMETRIC)
             if found is not None and not self.meant:
                 # Their products round activations, which nobody asked for who only packs.
@@ -82,6 +82,12 @@ class Values:
         if not all_finite(result):
             return Refused(f"rounded to {self.asked} it is past what {matrix.dtype} holds")
         return result
+
+
+def off_center(matrix: Tensor) -> bool:
+    """Whether ``matrix``, which lies on no symmetric grid, seems to lie on one of 8 bits with zero points."""
+    # bfloat16 holds none.
+    return matrix.dtype != torch.bfloat16 and may_lie(matrix, symmetric=False)
 
 
 def integers_of(matrix: Tensor, bits: int, group: int | None) -> Integers | None:

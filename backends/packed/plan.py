@@ -8,7 +8,8 @@ from collections.abc import Iterable, Sequence
 from torch import fx, nn
 
 from sparsify.analysis.linear import LinearSite, find_sites
-from sparsify.backends.packed.choosing import PRUNED, Asked, Choosing, Decision
+from sparsify.analysis.tables import find_tables
+from sparsify.backends.packed.choosing import PRUNED, TABLE, Asked, Choosing, Decision
 from sparsify.backends.packed.loaded.modules import unfit
 from sparsify.context import counted
 from sparsify.errors import SpecError
@@ -30,6 +31,7 @@ def decide(program: Program, weights: Weights, model: nn.Module, asked: Asked) -
     readers: dict[str, list[LinearSite]] = {}
     for site in sites:
         readers.setdefault(site.parameter, []).append(site)
+    tables = find_tables(program)
     usual = rounded_by_default(program) if asked.values.rounds else frozenset()
     found = []
     for name in counted("choosing layouts", readers):
@@ -40,11 +42,14 @@ def decide(program: Program, weights: Weights, model: nn.Module, asked: Asked) -
             reason = "config.json ties it to another parameter, with which transformers compares it"
         else:
             reason = next((r for site in own if (r := _unfit_site(site))), None) or unfit(model, name)
-        decision, rounded = Choosing(name, own[0], weights, asked, watch).decide(reason, name in usual)
+        choosing = Choosing(name, own[0], weights, asked, watch)
+        decision, rounded = choosing.decide(reason, name in usual)
         if rounded is not None and decision.site is not None:
             weights.write(name, decision.site.parameter(rounded))
-        found.append(decision)
-    return found
+        found.append(choosing.table(reason) if name in tables and reason is not None else decision)
+    alone = [Choosing(name, site, weights, asked, watch) for name, site in tables.items() if name not in readers]
+    # Of tables that nobody rounded nothing is said: they are dense as a matter of course.
+    return found + [d for d in (choosing.table(TABLE) for choosing in alone) if d.on_grid]
 
 
 def rounded_by_default(program: Program) -> frozenset[str]:
@@ -107,7 +112,8 @@ def summary(decisions: Iterable[Decision]) -> list[str]:
         notes.append(rounding_note(rounded))
     # Of what nobody pruned or rounded nothing is said: it is dense as a matter of course.
     notes += _by_reason("left dense", ((d.name, d.reason) for d in decisions if d.zeros >= PRUNED or d.on_grid))
-    notes += _by_reason("of full width", ((d.name, d.note) for d in packed))
+    for what, own in (("of full width", False), ("rounded again", True)):
+        notes += _by_reason(what, ((d.name, d.note) for d in packed if (d.rounding is not None) is own))
     notes.append("load it with `import sparsify` before transformers' from_pretrained; sparsify bench OUT measures it")
     return notes
 

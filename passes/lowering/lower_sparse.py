@@ -2,7 +2,8 @@
 and on a GPU ``sparsify::linear_24_prepared``.
 
 For graphs of any compiler: ``LowerSparse()(graph_module)`` on what ``torch.fx.symbolic_trace`` or ``torch.export``
-gave; :mod:`sparsify.passes.lowering.dynamo` runs it under ``torch.compile``.
+gave; :mod:`sparsify.passes.lowering.dynamo` runs it under ``torch.compile``. Weights on a grid of 8 or 4 bits, as the
+pass ``round`` leaves them, are held as its integers, by the operators whose names end in ``_few``.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch.fx.passes.infra.pass_base import PassResult
 
 from sparsify.analysis.contraction import Contraction, NotUnderstood, find_contractions
 from sparsify.analysis.graph_pass import LoweringPass
-from sparsify.errors import Refused, TraceError
+from sparsify.errors import Refused, SpecError, TraceError
 from sparsify.ir.graph import placeholder_values
 from sparsify.passes.lowering.choosing import Packer
 from sparsify.passes.lowering.record import Lowered
@@ -26,7 +27,7 @@ from sparsify.passes.lowering.rewrite import Rewriter
 from sparsify.runtime.cpu.stopwatch import FASTER
 from sparsify.runtime.cuda.gpu import GPU
 from sparsify.runtime.packed_weight import PackedWeight
-from sparsify.runtime.words import AskedLayout, PackingChoice, Policy
+from sparsify.runtime.words import Activations, AskedFewLayout, FoundValues, PackingChoice, Policy
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,8 @@ class LowerSparse(LoweringPass):
     weight.
 
     Attributes:
-        layout: ``auto`` takes packed24 where a weight is 2:4 along its inputs and a bitmask elsewhere.
+        layout: ``auto`` takes packed24 where a weight is 2:4 along its inputs and a bitmask elsewhere; of integers,
+            ``dense`` where zeros make nothing smaller.
         choice: ``measured`` keeps a weight dense where a token is measured to take longer packed, once per shape,
             dtype, layout and number of threads; ``smallest`` packs whatever becomes smaller, and measures nothing.
         merge: join siblings that read one input (q/k/v, gate/up) into one packed matrix: on a GPU, and on a CPU where
@@ -46,19 +48,35 @@ class LowerSparse(LoweringPass):
         policy: of weights on a GPU: ``decode`` keeps them for few tokens, ``prefill`` for many, ``both`` twice.
         target: a GPU to lower for, in the place of the device that the weights lie on. Nothing is measured for it, and
             until the graph is moved there a plain reference runs it.
+        values: ``auto`` holds weights that lie on a grid of 8 or 4 bits to the bit as integers and scales, on CPUs,
+            zeros or none: for ``measured`` where a token is faster so, for ``smallest`` where it is smaller; ``full``
+            keeps the width of their dtype.
+        activations: of weights held as integers: ``float`` multiplies inputs as they are; ``int8`` rounds those of up
+            to 16 tokens to 8 bits by token and group, which is faster.
     """
 
-    layout: AskedLayout = "auto"
+    layout: AskedFewLayout = "auto"
     choice: PackingChoice = "measured"
     merge: bool = True
     dense: bool = True
     policy: Policy = "decode"
     target: GPU | None = field(default=None, metadata={"text": False})
+    values: FoundValues = "auto"
+    activations: Activations = "float"
 
     name: ClassVar[str] = "lower-sparse"
     summary: ClassVar[str] = "pruned weights packed, products with them by our operators"
     when: ClassVar[str] = "from Python, last: to run a pruned module in torch; for files take --to packed or cuda"
     example: ClassVar[str] = "lower-sparse:policy=decode"
+
+    def __post_init__(self) -> None:
+        if self.values == "full" and (self.layout == "dense" or self.activations != "float"):
+            asked = "layout=dense" if self.layout == "dense" else f"activations={self.activations}"
+            raise SpecError(
+                f"{self.name}:values=full,{asked}",
+                found="an option of weights held as integers",
+                do=f"Leave {asked} out, or values=full",
+            )
 
     def lower(self, graph_module: fx.GraphModule) -> fx.GraphModule:
         return self(graph_module).graph_module
@@ -87,7 +105,8 @@ class LowerSparse(LoweringPass):
         result = copy.deepcopy(graph, memo=dict(shared))
         given = _parameters(result, example_inputs)
         found, lost = find_contractions(result, given)
-        run = _Run(self, Packer(self.layout, self.choice, self.policy, self.target), Rewriter(result, given))
+        packer = Packer(self.layout, self.choice, self.policy, self.target, self.values, self.activations)
+        run = _Run(self, packer, Rewriter(result, given))
         run.lower(found)
         modified = run.rewriter.finish()
         records = [*run.records, *(Lowered.dense(item, item.reason) for item in lost)]
@@ -130,7 +149,8 @@ class _Run:
             alone = c.offsets is not None or (c.bias is not None and self.rewriter.known_bias(c) is None)
             unmeasured = self.packer.gpu(c.weight) is None and not self.packer.measures
             apart = c.node if alone or unmeasured or not self.options.merge else None
-            groups.setdefault((c.x, weight.layout, weight.columns, weight.dtype, apart), []).append((c, weight))
+            alike = (weight.layout, weight.columns, weight.dtype, weight.packed.bits, weight.packed.group)
+            groups.setdefault((c.x, *alike, apart), []).append((c, weight))
         return list(groups.values())
 
     def _joinable(self, group: _Group) -> bool:

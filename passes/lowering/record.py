@@ -15,6 +15,7 @@ from sparsify.runtime.packed_weight import PackedWeight
 class Lowered:
     """What became of one contraction: ``layout`` is packed24, bitmask or dense; ``reason``: why it is dense.
 
+    ``bits``, ``group``: of integers, theirs and the in_features that share a scale (None: a row).
     ``kernel``: what runs it; ``merged``: the other weights that one packed matrix holds with it. On a GPU ``plan`` says
     which kernel serves how many tokens (:mod:`sparsify.runtime.cuda.dispatch`), and ``gains`` how much faster than
     cuBLAS it was measured to be, by token count.
@@ -30,6 +31,8 @@ class Lowered:
     merged: tuple[str, ...] = ()
     plan: str | None = None
     gains: Mapping[int, float] = field(default_factory=dict)
+    bits: int | None = None
+    group: int | None = None
 
     @classmethod
     def dense(
@@ -53,4 +56,6 @@ class Lowered:
         gains: Mapping[int, float] | None = None,
     ) -> Lowered:
         shape, kernel = tuple(item.weight.shape), str(weight.operator)
-        return cls(item.name, item.node.name, shape, weight.layout, kernel, None, timing, merged, plan, gains or {})
+        bits, group = (weight.packed.bits, weight.packed.group) if isinstance(weight, PackedWeight) else (None, None)
+        layout, known = weight.layout, gains or {}
+        return cls(item.name, item.node.name, shape, layout, kernel, None, timing, merged, plan, known, bits, group)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
@@ -9,6 +10,7 @@ from sparsify.errors import SpecError
 from sparsify.frontend.source import Source
 from sparsify.ir.program import Program
 from sparsify.ir.weights import Weights
+from sparsify.method.base import Pass
 from sparsify.method.spec import parse_backend
 
 
@@ -50,6 +52,19 @@ def settle(job: Job | None, program: Program) -> None:
 
 
 @runtime_checkable
+class Particular(Protocol):
+    """A backend that cannot write what some passes leave."""
+
+    def check(self, passes: Sequence[Pass]) -> None:
+        """Refuse them, before a model is opened.
+
+        Raises:
+            SpecError: what a pass leaves is not what an option of the backend stores.
+        """
+        ...
+
+
+@runtime_checkable
 class Backend(Protocol):
     """Turns a finished program into files: a frozen dataclass whose fields are its options.
 
@@ -61,6 +76,16 @@ class Backend(Protocol):
     needs_pass: ClassVar[bool]
 
     def open(self, source: Source, out: Path, *, overwrite: bool, program: Program) -> Job: ...
+
+
+def check_passes(backend: Backend, passes: Sequence[Pass]) -> None:
+    """Let ``backend`` refuse what it cannot write; most can write whatever passes leave.
+
+    Raises:
+        SpecError: as :class:`Particular`.
+    """
+    if isinstance(backend, Particular):
+        backend.check(passes)
 
 
 def as_backend(given: str | Backend) -> Backend:

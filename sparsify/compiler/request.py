@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from sparsify.calibration.accumulators import GRADIENTS
-from sparsify.compiler.backend import Backend, as_backend
+from sparsify.compiler.backend import Backend, as_backend, check_passes
 from sparsify.data.batches import Calibration
 from sparsify.data.given import are_texts, named_or_given
 from sparsify.data.sources import check_named, same_source
@@ -176,6 +176,7 @@ def parse(
     backend, chosen = as_backend(to), check_schedule(schedule)
     if not parsed and backend.needs_pass and not without_pass:
         raise nothing_to_do()
+    check_passes(backend, parsed)
     rewriting = next((own for own in parsed if "graph" in own.changes), None)
     if rewriting is not None and output is not None:
         raise SpecError(

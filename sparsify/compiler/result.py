@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from sparsify.analysis.linear import Opaque
-from sparsify.compiler.backend import Backend, as_backend
+from sparsify.compiler.backend import Backend, as_backend, check_passes
 from sparsify.compiler.recipe import DEFAULTS, backend_text, without_defaults
 from sparsify.compiler.runs import PassRun
 from sparsify.compiler.summary import Summary
@@ -119,6 +119,7 @@ class Compiled:
         backend, out = as_backend(to), path_given(folder, "saving a result")
         if backend.needs_pass and not self.runs and not self.structure:
             raise SpecError(f"saving {self!r} to {backend.name}", found="no pass in it", do="Give compile a pass")
+        check_passes(backend, [run.applied for run in self.runs])
         program, weights = replace(self.program), self.program.weights
         with (
             shown(progress, observe),

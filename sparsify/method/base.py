@@ -59,6 +59,11 @@ class Pass:
         things at once."""
         return self.kind
 
+    @property
+    def zero_points(self) -> int | None:
+        """The bits of the grid with zero points on which it leaves weights; None where it leaves them on none."""
+        return None
+
     @classmethod
     def options(cls) -> dict[str, Field[Any]]:
         """Every option that has a text form, by its name; a field with ``metadata={"text": False}`` has none."""

@@ -12,11 +12,13 @@ The three schedules differ only in where regions are cut and whether a region ru
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from sparsify.analysis.linear import LinearSite
+from sparsify.analysis.tables import is_table
 from sparsify.calibration.accumulators import DENSE, GRADIENTS
 from sparsify.calibration.gradients import Samples, measure_gradients
 from sparsify.calibration.interpreter import Region, alive, go_on
@@ -68,7 +70,14 @@ def prune(
     Raises:
         SparsifyError: as :class:`Engine`.
     """
-    passes = shared_out(weight_pass, targets)
+    passes, tables = shared_out(weight_pass, targets), [target for target in targets if target.table]
+    if tables:
+        # First of all, so that whatever is measured afterwards is measured with them; of schedule ``dense`` last.
+        others = [target for target in targets if not target.table]
+        done = [] if schedule == "dense" else _prune_tables(program, passes, tables, context, kept)
+        if others:
+            done += prune(program, weight_pass, others, data, context, schedule=schedule, dense=dense, kept=kept)
+        return done if schedule != "dense" else done + _prune_tables(program, passes, tables, context, kept)
     left = [target for target in targets if kept.find(target.parameter) is None]
     if data is None or not left:
         return prune_without_data(program, passes, targets, context, kept)
@@ -83,6 +92,21 @@ def prune(
                 weight_pass, targets, Measured(program, recorders, count_sequences(data.batches), context.device)
             )
         return Engine(program, passes, targets, data.batches, context, schedule, dense, gradients, kept).run()
+
+
+def _prune_tables(
+    program: Program, passes: Mapping[str, MatrixPass], tables: Sequence[Target], context: Context, kept: Kept
+) -> list[SiteResult]:
+    """Tables of embeddings without data: what their rows are multiplied with differs from row to row."""
+    alone = {target.parameter: passes[target.parameter].without_data() for target in tables}
+    done = prune_without_data(program, alone, tables, context, kept)
+    told = "each value to its nearest, by no data: an embedding"
+    return [
+        replace(
+            result, notes=[*result.notes, told + ("" if is_table(target.site) else ", and the head that shares it")]
+        )
+        for target, result in zip(tables, done, strict=True)
+    ]
 
 
 class Engine:

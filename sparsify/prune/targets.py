@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from sparsify.analysis.flow import Flow
 from sparsify.analysis.linear import LinearSite, find_sites
+from sparsify.analysis.tables import find_tables
 from sparsify.analysis.zeros import always_zero
 from sparsify.errors import Refused, SpecError
 from sparsify.ir.program import Program
@@ -24,12 +25,13 @@ class Target:
     """A parameter that will be pruned, with all the sites that read it.
 
     ``sources`` are the checkpoint tensors that may change: None for all of them, fewer where a name pattern chose
-    some experts of a stack.
+    some experts of a stack. ``table``: whether an embedding looks its rows up, so that it is the input of all.
     """
 
     parameter: str
     sites: tuple[LinearSite, ...]
     sources: frozenset[str] | None = None
+    table: bool = False
 
     @property
     def site(self) -> LinearSite:
@@ -41,8 +43,8 @@ def choose(program: Program, pattern: Pattern | Grid, wanted: Wanted) -> tuple[l
 
     By default every linear site inside a repeated block is a target, as in the papers; where a model
     has no blocks, every site is. Blocks that make something of images or sound for a language model stay dense, and
-    so do buffers. ``only`` replaces that default, ``ignore`` takes away from either. Weights that an embedding shares
-    are never targets.
+    so do buffers. ``only`` replaces that default, ``ignore`` takes away from either. Embeddings, and weights that they
+    share, are targets of what rounds them (``pattern`` a :class:`Grid`) where ``only`` names them, and of nothing else.
 
     Parts of the model that the captured inputs do not run (a vision tower, of text alone) are among what stays dense.
 
@@ -58,15 +60,20 @@ def choose(program: Program, pattern: Pattern | Grid, wanted: Wanted) -> tuple[l
     by_parameter: dict[str, list[LinearSite]] = {}
     for site in sites:
         by_parameter.setdefault(site.parameter, []).append(site)
+    # A row that is looked up keeps its length, whatever it is rounded to; zeros in it would be another token's.
+    tables = find_tables(program) if only is not None and isinstance(pattern, Grid) else {}
+    for parameter, site in tables.items():
+        if only is not None and only & frozenset(program.weights.sources(parameter)):
+            by_parameter.setdefault(parameter, [site])
 
     targets, skipped = [], []
     for parameter, own in by_parameter.items():
         site, sources = own[0], frozenset(program.weights.sources(parameter))
         chosen = (sources if only is None else sources & only) - wanted.ignored
         reason, code = None, ""
-        if parameter in shared:
+        if parameter in shared and parameter not in tables:
             reason = f"shared with {shared[parameter]}: pruning it would change that too"
-        elif all(always_zero(one.activation) for one in own):
+        elif parameter not in tables and all(always_zero(one.activation) for one in own):
             reason = "its input is zero whatever the model is given"
         elif only is not None and not sources & only:
             reason, code = "not named by --only", NOT_NAMED
@@ -87,7 +94,8 @@ def choose(program: Program, pattern: Pattern | Grid, wanted: Wanted) -> tuple[l
         if reason:
             skipped.append(Refused(reason, site.name, code))
         else:
-            targets.append(Target(parameter, tuple(own), None if chosen == sources else chosen))
+            some = None if chosen == sources else chosen
+            targets.append(Target(parameter, tuple(own), some, parameter in tables))
     skipped += not_run(program, wanted)
     if not targets:
         # What was asked for first: a model has many sites that were not.

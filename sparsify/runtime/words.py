@@ -15,8 +15,10 @@ AskedLayout = Literal["auto", "packed24", "bitmask"]
 AskedFewLayout = Literal["auto", "packed24", "bitmask", "dense"]
 
 # What the values of a packed weight are: ``auto`` takes integers where they give the weight to the bit; int8 and int4
-# round it; full keeps its dtype. In_features that share a scale of such integers. What inputs are multiplied as.
+# round it; full keeps its dtype; what rounds nothing has two of these. In_features that share a scale of such integers.
+# What inputs are multiplied as.
 AskedValues = Literal["auto", "int8", "int4", "full"]
+FoundValues = Literal["auto", "full"]
 AskedGroup = Literal["32", "64", "128", "row"]
 Activations = Literal["int8", "float"]
 ACTIVATIONS: tuple[Activations, ...] = get_args(Activations)

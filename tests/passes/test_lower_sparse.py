@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +11,7 @@ import pytest
 import torch
 from support.families import build
 from support.gpus import A100, H200
+from support.lowering import GRAPHS, ops_of, times
 from support.matrices import error, pruned, pruned_24
 from torch import Tensor, fx, nn
 from torch.fx.passes.infra.pass_manager import PassManager
@@ -19,7 +19,6 @@ from torch.nn import functional
 
 import sparsify
 from sparsify.errors import SpecError, TraceError
-from sparsify.ir.operators import operator_name
 from sparsify.method.pattern import NM
 from sparsify.passes import LowerSparse, Wanda
 from sparsify.prune.fx_pass import GraphPrune
@@ -27,11 +26,6 @@ from sparsify.runtime.cpu.stopwatch import Stopwatch
 from sparsify.runtime.cuda.gpu import GPU
 
 SMALLEST = LowerSparse(choice="smallest")
-
-
-def ops_of(graph: fx.GraphModule) -> Counter[str]:
-    calls = [n for n in graph.graph.nodes if n.op in ("call_function", "call_method", "call_module")]
-    return Counter(operator_name(n) for n in calls)
 
 
 def records(graph: fx.GraphModule) -> dict[str, str]:
@@ -60,14 +54,6 @@ class Every(nn.Module):
         x = torch.addmm(self.conv1d_bias, x, self.conv1d_weight)
         x = x @ self.turned.t()
         return x @ self.stack[1]
-
-
-GRAPHS: dict[str, Callable[[nn.Module, Tensor], Any]] = {
-    "symbolic_trace": lambda net, x: fx.symbolic_trace(net),
-    "export": lambda net, x: torch.export.export(net, (x,), dynamic_shapes=({0: torch.export.Dim("rows")},)),
-    "module": lambda net, x: torch.export.export(net, (x,)).module(),
-    "decomposed": lambda net, x: torch.export.export(net, (x,)).run_decompositions(),
-}
 
 
 @pytest.mark.parametrize("kind", GRAPHS)
@@ -133,25 +119,6 @@ class Siblings(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.cat([self.q(x), self.k(x) * self.v(x)], dim=-1)
-
-
-def times(
-    monkeypatch: pytest.MonkeyPatch,
-    *,
-    torch_: float = 3.0,
-    dense: float = 3.0,
-    packed: float = 1.0,
-    merged: float = 1.0,
-) -> None:
-    """What the stopwatch shall say: of two calls the second is the merged one, of three the third the packed."""
-
-    def race(self: Stopwatch, calls: list[Callable[[], object]]) -> list[float]:
-        shapes = [call() for call in calls]
-        if len(calls) == 3:
-            return [torch_, dense, packed]
-        return [packed, merged] if isinstance(shapes[0], list) else [torch_, dense]
-
-    monkeypatch.setattr(Stopwatch, "race", race)
 
 
 @pytest.mark.first(3)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
@@ -247,6 +248,49 @@ def test_a_dense_model_is_rounded_without_data(tmp_path: Path) -> None:
     assert "int8" in card and "pruned" not in card.split("---")[1]
     plan = text_of(plan_report(sparsify.compile(model, ["round:int8,compensation=none"], dry_run=True)))
     assert "would round" in plan and "zeros" not in plan
+
+
+@pytest.mark.parametrize(
+    ("family", "named", "parameter"),
+    [
+        ("llama", "model.embed_tokens", "model.embed_tokens.weight"),
+        ("gpt2", "transformer.wte", "transformer.wte.weight"),
+        ("gpt2", "lm_head", "transformer.wte.weight"),
+    ],
+)
+def test_an_embedding_by_name(family: str, named: str, parameter: str, tmp_path: Path) -> None:
+    """Alone, or with the head that it is: each row to its nearest values, first of all, into an ordinary folder."""
+    model, batches = build(family), [inputs(family, rows=2)]
+    # The linear layers of a pass with a name of its own come after it.
+    specs: list[Any] = [{"pass": "round:int4,group=32", "only": [named]}, "round:int8"]
+    made = sparsify.compile(model, specs, calibration=batches, output=tmp_path / "out")
+    (site,) = made.runs[0].sites
+    assert site.parameter == parameter and site.error is None and "an embedding" in site.notes[0]
+    assert ("head" in site.notes[0]) == (family == "gpt2")
+    before, after = model.get_parameter(parameter), made.weight(parameter)
+    nearest = parse_pass("round:int4,group=32,compensation=none").prune(before.detach(), statistics=None)
+    assert torch.equal(after, nearest.weight) and not torch.equal(after, before)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert torch.equal(loaded.get_input_embeddings().weight, after)
+    tied = loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight
+    assert tied == (family == "gpt2")
+    # What follows was measured with it: as if the model had come with it.
+    again = sparsify.compile(tmp_path / "out", [], output=tmp_path / "same", to="packed:choice=smallest")
+    assert any("embedding" in note and "rows are looked up" in note for note in again.notes)
+    assert torch.equal(again.weight(parameter), after)
+
+
+def test_embeddings_stay_where_nobody_names_them_and_are_never_pruned() -> None:
+    model = build("gpt2")
+    plain = sparsify.compile(model, ["round:int8,compensation=none"])
+    assert all("wte" not in site.parameter and "wpe" not in site.parameter for site in plain.runs[0].sites)
+    every = sparsify.compile(model, ["round:int8,compensation=none"], only=["*"], ignore=["transformer.wpe"])
+    names = {site.parameter for site in every.runs[0].sites}
+    assert "transformer.wte.weight" in names and "transformer.wpe.weight" not in names
+    with pytest.raises(SpecError, match="shared with the embedding"):
+        sparsify.compile(model, ["magnitude:2:4"], only=["lm_head"])
+    with pytest.raises(SpecError, match="nothing to prune"):
+        sparsify.compile(build("llama"), ["magnitude:2:4"], only=["model.embed_tokens"])
 
 
 def test_a_head_by_name_and_experts_without_tokens() -> None:

@@ -191,6 +191,35 @@ def test_a_grid_that_no_layout_has_is_named(tmp_path: Path) -> None:
     assert "not symmetric" in none.notes[0] and "OUT is an ordinary checkpoint" in none.notes[0]
 
 
+@pytest.mark.parametrize(
+    ("spec", "values", "says"),
+    [
+        ("round:int8,symmetric=false", "int8", "8 bits with zero points"),
+        ("round:int4,symmetric=false", "int4", "Leave values out"),
+        ("sparsegpt:2:4,bits=8,symmetric=false", "int4", "rounded twice"),
+    ],
+)
+def test_zero_points_are_not_rounded_away_in_silence(spec: str, values: str, says: str, tmp_path: Path) -> None:
+    """Before anything is opened: there is no such model."""
+    with pytest.raises(SpecError, match="symmetric=false") as caught:
+        sparsify.compile(tmp_path / "none", spec, output=tmp_path / "out", to=f"packed:values={values}")
+    assert says in str(caught.value)
+
+
+def test_zero_points_of_an_earlier_run_are_told(tmp_path: Path) -> None:
+    """Neither ``save`` nor another run rounds them once more without a word; three bits fit into four about zero."""
+    dense = wide(tmp_path / "dense")
+    made = sparsify.compile(dense, f"round:int8,symmetric=false,{NEAREST}", output=tmp_path / "hf")
+    with pytest.raises(SpecError, match="rounded twice"):
+        made.save(tmp_path / "saved", to="packed:values=int8")
+    later = sparsify.compile(tmp_path / "hf", output=tmp_path / "later", to=f"{SMALLEST},values=int8")
+    assert any(note.startswith("rounded again") and "not symmetric" in note for note in later.notes)
+    spec = f"round:int3,symmetric=false,group=64,{NEAREST}"
+    three = sparsify.compile(dense, spec, output=tmp_path / "three", to=f"{SMALLEST},values=int4")
+    assert kinds(tmp_path / "three") == {("dense", 4, 64)}
+    assert not any("rounded" in note for note in three.notes)
+
+
 def test_eval_judges_what_is_written(tmp_path: Path) -> None:
     """The perplexity is of the rounded weights, which are those of the folder."""
     dense = wide(tmp_path / "dense")
@@ -293,6 +322,18 @@ def test_a_gpu_gets_the_full_width(tmp_path: Path) -> None:
     assert near(run(load(tmp_path / "saved", dtype=torch.bfloat16), batch), want, 0.02)
     made = sparsify.compile(dense, ["magnitude:2:4", f"round:int8,{NEAREST}"], output=tmp_path / "gpu", to="cuda")
     assert any("no GPU kernel" in note for note in made.notes) and kinds(tmp_path / "gpu") == {("packed24", None, None)}
+
+
+@pytest.mark.parametrize(("spec", "to"), [("magnitude:60%", "values=int4"), ("", "values=int8,layout=dense")])
+def test_integers_without_2_4_become_dense_on_a_gpu(spec: str, to: str, tmp_path: Path) -> None:
+    """The values of the grid, with a warning that says how many and why."""
+    sparsify.compile(wide(tmp_path / "dense"), spec or [], output=tmp_path / "out", to=f"{SMALLEST},{to}")
+    packed, batch = load(tmp_path / "out", dtype=torch.bfloat16), inputs("llama", rows=1)
+    want = run(load(tmp_path / "out", dtype=torch.bfloat16).dequantize(), batch)
+    with pytest.warns(RuntimeWarning, match="14 × values of 8 or 4 bits, for which there is no GPU kernel"):
+        prepare(packed, tune=False, target=GPU("a GPU", (9, 0), 132, True, "cusparselt"))
+    assert not any(isinstance(module, PackedLinear) for module in packed.modules())
+    assert torch.equal(run(packed, batch), want)
 
 
 def test_nothing_to_round_is_no_end(tmp_path: Path) -> None:
