@@ -191,7 +191,7 @@ def packed(scratch: Path) -> None:
 def decode(scratch: Path) -> None:
     """Tokens a second: sparsify's runner, genai on the same folder, genai on the file of its own builder."""
     make_checkpoint(scratch / "model", "1k", layers=6)
-    _lend_tokenizer(scratch / "model")
+    lend_tokenizer(scratch / "model")
     sparsify.compile(scratch / "model", ["magnitude:2:4"], output=scratch / "pruned")
     sparsify.compile(scratch / "pruned", to="onnx", output=scratch / "ours")
     _built_by_genai(scratch / "pruned", "fp32", scratch / "theirs")
@@ -254,7 +254,8 @@ def _by_genai(folder: Path, prompt: Any, clock: Callable[[], float]) -> Callable
     return run
 
 
-def _lend_tokenizer(folder: Path) -> None:
+def lend_tokenizer(folder: Path) -> None:
+    """The bundled model's tokenizer for a random model, without which genai's builder and its reader do nothing."""
     bundled = Path(__file__).parents[1] / "models" / "pycode-6m"
     for path in bundled.glob("tokenizer*"):
         (folder / path.name).write_bytes(path.read_bytes())
@@ -298,7 +299,7 @@ def integers(scratch: Path, threads: int) -> None:
     genai, in turns; all matrices rounded, the head too.
     """
     make_checkpoint(scratch / "model", "1k", layers=16)
-    _lend_tokenizer(scratch / "model")
+    lend_tokenizer(scratch / "model")
     sparsify.compile(scratch / "model", ["magnitude:2:4"], output=scratch / "pruned")
     for bits in (8, 4):
         rounding = f"round:int{bits},group=64,compensation=none"

@@ -9,6 +9,7 @@ from typing import Any
 from sparsify.backends.bench.loading import Loading
 from sparsify.backends.packed.labels import siblings_label
 from sparsify.backends.packed.loaded.on_gpu import Prepared
+from sparsify.errors import Refused
 from sparsify.runtime.cpu.stopwatch import Timing
 from sparsify.words import apart
 
@@ -59,6 +60,24 @@ class SiteSpeed:
 
 
 @dataclass(frozen=True)
+class PeerSpeed:
+    """The folder against another runtime's form of the same model; of each pair the first is that runtime's.
+
+    Attributes:
+        name: of runtime and form (``llama.cpp Q8_0``). version: of its package. nbytes: of its file.
+        prefill, decode: tokens a second by the clock; ``_cpu``: a second of processor time, of all threads.
+    """
+
+    name: str
+    version: str
+    nbytes: int
+    prefill: Speed
+    prefill_cpu: Speed
+    decode: Speed
+    decode_cpu: Speed
+
+
+@dataclass(frozen=True)
 class Benchmark:
     """What was measured. Of pairs the first is of the model that the folder is measured against.
 
@@ -71,6 +90,7 @@ class Benchmark:
         memory: bytes of all weights on the device; None where one lies in onnxruntime.
         sites: layers of a packed folder on a CPU. products: on a GPU, what its kernels were measured to gain (empty
             with ``tune=False``).
+        peers: other runtimes on the model that it is measured against; ``no_peers``: what could not hold it, and why.
     """
 
     folder: str
@@ -91,6 +111,8 @@ class Benchmark:
     device: str = "cpu"
     memory: tuple[int, int] | None = None
     products: list[Prepared] = field(default_factory=list)
+    peers: list[PeerSpeed] = field(default_factory=list)
+    no_peers: list[Refused] = field(default_factory=list)
 
     @property
     def machine(self) -> str:

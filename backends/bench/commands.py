@@ -29,6 +29,9 @@ def bench(
     threads: Annotated[int, typer.Option(help="0: as many as torch takes.", min=0)] = 0,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.", metavar="DEVICE")] = "cpu",
     no_tune: Annotated[bool, typer.Option("--no-tune", help="Built-in defaults for the GPU's kernels.")] = False,
+    peers: Annotated[
+        bool, typer.Option("--peers", help="Also against llama.cpp and onnxruntime-genai on MODEL, where installed.")
+    ] = False,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Folder for bench.json and bench.png.", metavar="DIR")
     ] = None,
@@ -60,6 +63,7 @@ def bench(
                 rounds=rounds,
                 device=device,
                 tune=not no_tune,
+                peers=peers,
                 trust_remote_code=trust_remote_code,
                 check=not no_check,
             )

@@ -6,6 +6,7 @@ import contextlib
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from inspect import signature
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Protocol
@@ -23,13 +24,26 @@ from sparsify.errors import BackendError, first_line
 
 @dataclass(frozen=True)
 class Generated:
-    """``tokens`` [count], and the seconds from the first of them to the last."""
+    """``tokens`` [count], and the seconds from the first of them to the last: by the clock, and of processor time (all
+    threads).
+    """
 
     tokens: Tensor
     seconds: float
+    cpu: float
 
 
-class Contender(Protocol):
+class Reader(Protocol):
+    """What takes a prompt and goes on from it."""
+
+    def read_prompt(self, ids: Tensor) -> None:
+        """Take ``ids`` [1, length] as generation does: keep what later tokens need, and say what comes next."""
+
+    def generate(self, ids: Tensor, count: int) -> Generated:
+        """``count`` tokens after ``ids`` [1, length], the likeliest each time."""
+
+
+class Contender(Reader, Protocol):
     """One of the two models.
 
     Attributes:
@@ -49,9 +63,6 @@ class Contender(Protocol):
     def forward(self, inputs: Mapping[str, Tensor]) -> None:
         """One pass; done when this returns."""
 
-    def generate(self, ids: Tensor, count: int) -> Generated:
-        """``count`` tokens after ``ids`` [1, length], the likeliest each time."""
-
 
 class InTorch:
     """A module of transformers, wherever its weights lie."""
@@ -70,6 +81,11 @@ class InTorch:
         self.model(**{name: value.to(self._place()) for name, value in inputs.items()})
         self._wait()
 
+    def read_prompt(self, ids: Tensor) -> None:
+        last = {"logits_to_keep": 1} if "logits_to_keep" in signature(self.model.forward).parameters else {}
+        self.model(ids.to(self._place()), use_cache=True, **last)
+        self._wait()
+
     def generate(self, ids: Tensor, count: int) -> Generated:
         ids, clock = ids.to(self._place()), _Clock()
         # transformers compiles a static cache's steps and replays them as CUDA graphs, so that no launch is waited for.
@@ -84,7 +100,7 @@ class InTorch:
             streamer=clock,
             **cache,
         )
-        return Generated(out[0, -count:].cpu(), clock.times[-1] - clock.times[-count])
+        return clock.of(out[0, -count:].cpu())
 
     def _place(self) -> torch.device:
         return next(self.model.parameters()).device
@@ -131,24 +147,35 @@ class InOnnx:
                 do="A graph that was exported for one length takes --prompt of that length",
             ) from error
 
+    def read_prompt(self, ids: Tensor) -> None:
+        self.forward({"input_ids": ids})
+
     def generate(self, ids: Tensor, count: int) -> Generated:
         assert self._runner is not None, "asked of graphs that generate alone"
-        made, times = [], []
+        made, clock = [], _Clock()
         for token in self._runner.generate(ids.numpy(), tokens=count):
             made.append(int(token[0]))
-            times.append(time.perf_counter())
-        return Generated(torch.tensor(made), times[-1] - times[0])
+            clock.tick()
+        return clock.of(torch.tensor(made))
 
 
 class _Clock:
-    """A streamer of transformers: when each token was there."""
+    """When each token was there; a streamer of transformers."""
 
     def __init__(self) -> None:
-        self.times = list[float]()
+        self._times = list[tuple[float, float]]()
+
+    def tick(self) -> None:
+        self._times.append((time.perf_counter(), time.process_time()))
 
     def put(self, tokens: Tensor) -> None:
         """Called with tokens on the CPU: what a GPU was given is done."""
-        self.times.append(time.perf_counter())
+        self.tick()
 
     def end(self) -> None:
         pass
+
+    def of(self, tokens: Tensor) -> Generated:
+        """From the first of ``tokens``, the last that there were, to the last of them."""
+        (wall, cpu), last = self._times[-len(tokens)], self._times[-1]
+        return Generated(tokens, last[0] - wall, last[1] - cpu)

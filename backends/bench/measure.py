@@ -6,17 +6,19 @@ from pathlib import Path
 
 import torch
 
-from sparsify.backends.bench.benchmark import Benchmark
+from sparsify.backends.bench.benchmark import Benchmark, PeerSpeed
 from sparsify.backends.bench.contender import Contender, InTorch
 from sparsify.backends.bench.kinds import folder_kind
 from sparsify.backends.bench.layers import site_speeds
 from sparsify.backends.bench.loading import Loading, measure_loading
 from sparsify.backends.bench.opening import open_contender, open_unpacked
+from sparsify.backends.bench.peers.peer import require_peers
+from sparsify.backends.bench.peers.race import race_peers
 from sparsify.backends.bench.turns import Pair, decode_speed, prefill_speed
 from sparsify.backends.packed.config import sites_of
 from sparsify.backends.packed.loaded.on_gpu import prepared_products
 from sparsify.context import Progress, report
-from sparsify.errors import SpecError
+from sparsify.errors import Refused, SpecError
 from sparsify.files.checkpoint import Checkpoint
 from sparsify.files.manifest import read_manifest
 from sparsify.files.reading import kind_at, read_json, weight_bytes
@@ -35,6 +37,7 @@ def bench(
     loading: bool = True,
     device: str = "cpu",
     tune: bool = True,
+    peers: bool = False,
     trust_remote_code: bool = False,
     check: bool = True,
 ) -> Benchmark:
@@ -46,17 +49,20 @@ def bench(
         loading: also load both in processes of their own, for seconds and memory (on a CPU).
         device: ``cpu``, ``cuda`` or ``cuda:N``. On a GPU the cache is static and every forward pass compiled, as
             transformers does it by itself. tune: measure the GPU's kernels, if the folder says so too.
+        peers: also against llama.cpp and onnxruntime-genai, where installed, on the model of ``against``.
         check: hold every byte of both folders, where they are ours, against their ``sparsify.json``.
 
     Raises:
         CheckpointError: no model there, or one that does not load. SpecError: nothing to measure it against, a prompt
-            longer than the context, models that take other inputs, or a device that is not there.
-        BackendError: a graph that does not run at this length.
+            longer than the context, models that take other inputs, a device that is not there, or no peer.
+        BackendError: a graph that does not run at this length, or a model that no peer can hold.
     """
     if against is not None and kind_at(against) is None:
         # A hub id; what is neither here nor there is told so.
         against = str(find_folder(against))
     kinds, place = _kinds(folder, against), _device(device)
+    if peers:
+        _check_peers(folder, against, kinds, place)
     loads = _loads(folder, against, trust_remote_code, check) if loading and place.type == "cpu" else None
     report(Progress("loading", what="both models"))
     if against is None:
@@ -79,6 +85,13 @@ def bench(
             packed = sites_of(read_json(folder / "config.json"), str(folder)) or {}
             sites = site_speeds(other.model, packed) if place.type == "cpu" else []
             products = prepared_products(other.model) if place.type == "cuda" else []
+        raced: list[PeerSpeed] = []
+        refused: list[Refused] = []
+        if peers and against is not None and isinstance(one, InTorch):
+            if decode is None:
+                do = "Leave --peers out"
+                raise SpecError(f"bench {folder} --peers", found="a model that generates nothing", do=do)
+            raced, refused = race_peers(other, one.model, Path(against), inputs["input_ids"], tokens, rounds)
     memory = None
     if one.weight_bytes is not None and other.weight_bytes is not None:
         memory = one.weight_bytes, other.weight_bytes
@@ -104,6 +117,8 @@ def bench(
         device=str(place),
         memory=memory,
         products=products,
+        peers=raced,
+        no_peers=refused,
     )
 
 
@@ -121,6 +136,17 @@ def _kinds(folder: Path, against: str | None) -> tuple[str, str]:
             do=f"Give --against MODEL{f': it was made of {made}' if made else ', the dense one, say'}",
         )
     return "unpacked", kind
+
+
+def _check_peers(folder: Path, against: str | None, kinds: tuple[str, str], place: torch.device) -> None:
+    """What can be refused before anything is loaded."""
+    asked = f"bench {folder} --peers"
+    if place.type != "cpu":
+        raise SpecError(asked, found=f"--device {place}; peers are timed on CPUs", do="Leave --device or --peers out")
+    if against is None or kinds[0] != "checkpoint":
+        found = "no model to make theirs of" if against is None else f"--against a model that is {kinds[0]}"
+        raise SpecError(asked, found=found, do="Give the dense model's folder: --against MODEL")
+    require_peers()
 
 
 def _loads(folder: Path, against: str | None, trust: bool, check: bool) -> tuple[Loading, Loading] | None:

@@ -52,6 +52,8 @@ def benchmark_report(result: Benchmark) -> RenderableType:
         parts.append(_sites(result))
     if result.device != "cpu" and result.kinds[1] == "packed":
         parts.append(_products(result))
+    if result.peers or result.no_peers:
+        parts.append(_peers(result))
     if result.same_tokens is not None:
         parts.append(
             Text("both generate the same tokens")
@@ -91,6 +93,24 @@ def _sites(result: Benchmark) -> Table:
         table.add_row(name, "×".join(map(str, site.shape)), site.runs, *_times(site))
     table.caption = "µs, weights from memory: by F.linear, by our dense kernel, packed; gain of what runs over F.linear"
     return table
+
+
+def _peers(result: Benchmark) -> RenderableType:
+    """OUT by each peer: decode and prefill by the clock, and what ``OUT`` gains by processor time."""
+    table = _table("against other runtimes, one after the other", padding=(0, 1))
+    table.add_column("", overflow="fold")
+    table.add_column("file", justify="right", no_wrap=True)
+    for column in ("decode", "gain", "CPU", "prefill", "gain", "CPU"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for peer in result.peers:
+        figures = [_size(peer.nbytes)]
+        for clock, cpu in ((peer.decode, peer.decode_cpu), (peer.prefill, peer.prefill_cpu)):
+            figures += [f"{clock.against:.1f}", f"{clock.ratio:.2f}×", f"{cpu.ratio:.2f}×"]
+        table.add_row(peer.name, *figures)
+    versions = ", ".join(dict.fromkeys(peer.version for peer in result.peers))
+    table.caption = f"its tokens/s, then {plain(result.columns[1])} to it by the clock and by CPU time; {versions}"
+    notes = [Text(f"{one.node} is left out: {plain(one.reason)}", "yellow") for one in result.no_peers]
+    return Group(table, *notes)
 
 
 # Token counts that the table of a GPU has room for.

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from sparsify.backends.bench.benchmark import Speed
-from sparsify.backends.bench.contender import Contender
+from sparsify.backends.bench.contender import Contender, Generated, Reader
 from sparsify.context import counted
 
 Pair = tuple[Contender, Contender]
+Model = TypeVar("Model", bound=Reader)
 Found = TypeVar("Found")
 
 
@@ -21,7 +22,7 @@ def prefill_speed(pair: Pair, inputs: Mapping[str, Tensor], rounds: int) -> Spee
     """Prompt tokens a second; images a second, of a model of images."""
     length = inputs["input_ids"].shape[1] if "input_ids" in inputs else 1
     return Speed.of(
-        length, _in_turns(lambda model: _seconds(lambda: model.forward(inputs)), pair, rounds, "the prompt")
+        length, _in_turns(lambda model: _spent(lambda: model.forward(inputs))[0], pair, rounds, "the prompt")
     )
 
 
@@ -32,7 +33,24 @@ def decode_speed(pair: Pair, ids: Tensor, tokens: int, rounds: int) -> tuple[Spe
     return Speed.of(tokens, [(one.seconds, other.seconds) for one, other in made]), same
 
 
-def _in_turns(call: Callable[[Contender], Found], pair: Pair, rounds: int, what: str) -> list[tuple[Found, Found]]:
+def reading_speed(pair: tuple[Reader, Reader], ids: Tensor, tokens: int, rounds: int) -> tuple[Speed, ...]:
+    """Prompt tokens a second and a second of processor time (of all threads), then the same of generation."""
+    read = _in_turns(lambda model: _spent(lambda: model.read_prompt(ids)), pair, rounds, "the prompt")
+    made = _in_turns(lambda model: _by_both(model.generate(ids, tokens + 1)), pair, rounds, "generation")
+    return tuple(
+        Speed.of(count, [(one[clock], other[clock]) for one, other in found])
+        for count, found in ((ids.shape[1], read), (tokens, made))
+        for clock in (0, 1)
+    )
+
+
+def _by_both(made: Generated) -> tuple[float, float]:
+    return made.seconds, made.cpu
+
+
+def _in_turns(
+    call: Callable[[Model], Found], pair: tuple[Model, Model], rounds: int, what: str
+) -> list[tuple[Found, Found]]:
     """What ``call`` gives of both in each round, after one that does not count."""
     found = []
     for number in counted("timing", range(rounds + 1), unit="round", what=what):
@@ -42,7 +60,8 @@ def _in_turns(call: Callable[[Contender], Found], pair: Pair, rounds: int, what:
     return found
 
 
-def _seconds(call: Callable[[], object]) -> float:
-    start = time.perf_counter()
+def _spent(call: Callable[[], object]) -> tuple[float, float]:
+    """Seconds by the clock, and of processor time of all threads."""
+    wall, cpu = time.perf_counter(), time.process_time()
     call()
-    return time.perf_counter() - start
+    return time.perf_counter() - wall, time.process_time() - cpu

@@ -87,10 +87,11 @@ def test_what_only_people_read_may_come_and_go(copied: Callable[[str], Path]) ->
         read(folder)
 
 
-def test_no_file_says_that_it_is_not_to_be_checked(copied: Callable[[str], Path]) -> None:
+@pytest.mark.parametrize("said", [False, "held"])
+def test_no_file_says_that_it_is_not_to_be_checked(said: object, copied: Callable[[str], Path]) -> None:
     folder = copied("packed")
     config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"]["check"] = False
+    config["quantization_config"]["check"] = said
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match="says whether it is to be checked"):
         from_pretrained(folder)

@@ -28,13 +28,14 @@ def load_model(folder: str | Path, *, trust_remote_code: bool = False, check: bo
     """
     import transformers
 
+    checked: bool | str = check
     if Path(folder).is_dir():
-        check_folder(Path(folder), check)
-        check = False  # it was, and once is enough
+        # Once is enough.
+        checked = "held" if check_folder(Path(folder), check).complete else False
     try:
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
         if getattr(config, "quantization_config", None):
-            config.quantization_config["check"] = check
+            config.quantization_config["check"] = checked
         if Path(folder).is_dir():
             name_class(config, _stored(Path(folder)))
         names = list(getattr(config, "architectures", None) or [])

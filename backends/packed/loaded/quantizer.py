@@ -7,8 +7,9 @@ packed get our dense kernel where that makes a token faster.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Final, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -28,6 +29,7 @@ from sparsify.backends.packed.config import (
 )
 from sparsify.backends.packed.format import PackedSite
 from sparsify.backends.packed.loaded.again import choose_again
+from sparsify.backends.packed.loaded.known import Known
 from sparsify.backends.packed.loaded.linear import PackedLinear
 from sparsify.backends.packed.loaded.modules import FastLinear, become, count_rows, pack_modules, packed_of
 from sparsify.backends.packed.loaded.on_gpu import prepare
@@ -43,6 +45,8 @@ from sparsify.runtime.cpu.unpacking import unpacked
 from sparsify.runtime.soundness import check
 from sparsify.runtime.words import Activations
 
+HELD: Final = "held"
+
 
 @register_quantization_config(METHOD)
 class SparsifyConfig(QuantizationConfigMixin):
@@ -53,8 +57,8 @@ class SparsifyConfig(QuantizationConfigMixin):
             "tune"} as :func:`sparsify.backends.packed.loaded.prepare` takes them. activations: what inputs of weights
             of few bits are multiplied as, int8 or float. measured: the machine that the choice of what to pack was
             measured on. cpu: {"policy"}, which vLLM reads, and which is only handed on here. check: False takes the
-            folder's bytes as they are. Set it in Python, ``config.quantization_config["check"] = False``, and give
-            ``config`` to ``from_pretrained``.
+            folder's bytes as they are; "held" does not look again, for who loads it has compared all of them. Set it in
+            Python, ``config.quantization_config["check"] = False``, and give ``config`` to ``from_pretrained``.
 
     Raises:
         CheckpointError: a newer format, or entries that are damaged.
@@ -70,7 +74,7 @@ class SparsifyConfig(QuantizationConfigMixin):
         activations: Activations = "int8",
         measured: dict[str, str] | None = None,
         cpu: dict[str, str] | None = None,
-        check: bool = True,
+        check: bool | Literal["held"] = True,
     ) -> None:
         # Only of this one loading; no file says it.
         self.check = check
@@ -88,7 +92,9 @@ class SparsifyConfig(QuantizationConfigMixin):
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
         # A newer format may have fields of any kind: its number is looked at before them.
         sites_of({"quantization_config": config_dict}, "(config.json)")
-        known = {k: v for k, v in config_dict.items() if k in FIELDS or (k == "check" and isinstance(v, bool))}
+        known = {
+            k: v for k, v in config_dict.items() if k in FIELDS or (k == "check" and (isinstance(v, bool) or v == HELD))
+        }
         return super().from_dict(known, return_unused_kwargs=return_unused_kwargs, **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
@@ -141,7 +147,7 @@ class SparsifyQuantizer(HfQuantizer):
                     do="Take its line 'check' out: only who loads the folder says that",
                 )
             # Before any weight is read; config.json alone was, which is held against the list here too.
-            self._ledger = check_folder(folder, self.quantization_config.check)
+            self._ledger = check_folder(folder, self.quantization_config.check is True)
             # transformers fills a tensor that is missing with random numbers and goes on.
             check_tensors(sites, _headers(checkpoint_files), str(checkpoint_files[0]))
         exact = self.quantization_config.activations == "float"
@@ -157,7 +163,8 @@ class SparsifyQuantizer(HfQuantizer):
             packed = packed_of(model, name, site)
             if not packed.values.is_meta:
                 check(name, packed)
-        if not self._ledger.complete and not self._ledger.manifest.get("allow_nan"):
+        compared = self._ledger.complete or self.quantization_config.check == HELD
+        if not compared and not self._ledger.manifest.get("allow_nan"):
             # Where digests were compared, who wrote them has looked.
             check_all_finite((n, p) for n, p in model.named_parameters() if not p.is_meta)
         count_rows(model, sites)
@@ -185,16 +192,27 @@ class SparsifyQuantizer(HfQuantizer):
 
 
 def speed_up_dense(model: nn.Module) -> list[str]:
-    """Give dense layers our kernel for one token where it is measured faster than torch's; the names of those."""
+    """Give dense layers our kernel for one token where it is measured faster than torch's; the names of those.
+
+    Each shape is timed once on a machine and kept in the cache folder: the next loading neither waits for it nor
+    chooses otherwise.
+    """
+    known, changed = Known("dense.json", "faster", lambda found: isinstance(found, bool)), []
     # Without the flush: loading must not take 64 MiB more than the model, and large layers come from memory anyway.
-    watch, changed = Stopwatch(flush=False), []
+    watch = Stopwatch(flush=False)
+
+    def faster(weight: torch.Tensor) -> bool:
+        timing = watch.dense(weight)
+        return timing.dense < timing.torch
+
     for name, module in model.named_modules():
         plain = type(module) is nn.Linear and not hasattr(module, "_hf_hook")
         if plain and module.weight.device.type == "cpu" and module.weight.dtype.is_floating_point:
-            timing = watch.dense(module.weight)
-            if timing.dense < timing.torch:
+            key = f"{'x'.join(map(str, module.weight.shape))} {str(module.weight.dtype).removeprefix('torch.')}"
+            if known.of(key, partial(faster, module.weight)):
                 become(module, FastLinear)
                 changed.append(name)
+    known.keep()
     return changed
 
 

@@ -47,6 +47,7 @@ def folder_of_another(folder: Callable[[str], Path], tmp_path: Path, monkeypatch
         there.setattr(again, "this_machine", lambda: OTHER)
         there.setattr("sparsify.backends.packed.job.this_machine", lambda: OTHER)
         there.setattr(Stopwatch, "race", lambda self, calls: [1.0, 2.0, 0.5][: len(calls)])
+        there.setenv("SPARSIFY_CACHE", str(tmp_path / "theirs"))
         sparsify.compile(folder("llama"), ["magnitude:2:4"], output=tmp_path / "out", to="packed")
         with warnings.catch_warnings():
             warnings.simplefilter("error")

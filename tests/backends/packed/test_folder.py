@@ -164,6 +164,7 @@ def test_a_weight_that_packing_would_slow_down_stays_dense(
         rows = calls[0]().shape[-1]
         return [1.0, 2.0, 0.5 if rows == 64 else 1.3][: len(calls)]
 
+    monkeypatch.setenv("SPARSIFY_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(Stopwatch, "race", race)
     result = sparsify.compile(folder("llama"), ["magnitude:2:4"], output=tmp_path / "out", to="packed")
     model = load(tmp_path / "out")
@@ -178,12 +179,19 @@ def test_a_weight_that_packing_would_slow_down_stays_dense(
 
 
 def test_dense_layers_get_our_kernel_where_it_is_faster(
-    llama: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+    llama: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("SPARSIFY_CACHE", str(tmp_path / "one"))
     monkeypatch.setattr(Stopwatch, "race", lambda self, calls: [2.0, 1.0, 3.0][: len(calls)])
     fast = load(llama[1])
     assert isinstance(fast.lm_head, FastLinear)
     monkeypatch.setattr(Stopwatch, "race", lambda self, calls: [1.0, 2.0, 3.0][: len(calls)])
+    # A machine that has measured a shape neither measures nor chooses again; what is no answer is measured again.
+    assert isinstance(load(llama[1]).lm_head, FastLinear)
+    kept = tmp_path / "one" / "dense.json"
+    kept.write_text(kept.read_text().replace("true", '"yes"'))
+    assert not isinstance(load(llama[1]).lm_head, FastLinear)
+    monkeypatch.setenv("SPARSIFY_CACHE", str(tmp_path / "other"))
     slow = load(llama[1])
     assert not isinstance(slow.lm_head, FastLinear)
     ids = torch.tensor([[5]])

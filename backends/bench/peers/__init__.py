@@ -1,0 +1,1 @@
+"""Other runtimes that a model is measured in beside ours, where they are installed."""
