@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sparsify.compiler.backend import Backend, Job, settle
+from sparsify.compiler.backend import Backend, Job, check_passes, settle
 from sparsify.frontend.source import Source
 from sparsify.ir.program import Program
 from sparsify.ir.weights import Weights
+from sparsify.method.base import Pass
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,10 @@ class Recorded:
     @property
     def needs_pass(self) -> bool:
         return self.inner.needs_pass
+
+    def check(self, passes: Sequence[Pass]) -> None:
+        """See :class:`~sparsify.compiler.backend.Particular`."""
+        check_passes(self.inner, passes)
 
     def open(self, source: Source, out: Path, *, overwrite: bool, program: Program) -> Job:
         """See :class:`~sparsify.compiler.backend.Backend`."""
