@@ -27,10 +27,12 @@ class OutputSketch:
         twin: keep the same combinations of the dense model's rows too; errors are then against its outputs.
     """
 
+    SIZE, LEAST = 256, 32
+
     def __init__(
-        self, experts: int, features: int, device: torch.device, size: int = 256, *, twin: bool = False
+        self, experts: int, features: int, device: torch.device, size: int = SIZE, *, twin: bool = False
     ) -> None:
-        self.size = max(size // experts, 32)
+        self.size = max(size // experts, self.LEAST)
         self.rows = torch.zeros(experts, self.size, features, dtype=torch.float32, device=device)
         self.dense = torch.zeros_like(self.rows) if twin else self.rows
         self._next = [0] * experts
@@ -146,7 +148,9 @@ class GroupRecorder:
         self.outputs: dict[str, OutputMoments] = {}
         names = [name for name in wanted if name in ACCUMULATORS]
         self.accumulators = {name: ACCUMULATORS[name](experts, features, device, world) for name in names}
-        self.sketch = OutputSketch(experts, features, device, twin=twin or "cross_gram" in names)
+        # Of several processes each measures errors on its own: together they have as many rows as one.
+        rows = OutputSketch.SIZE // world.size
+        self.sketch = OutputSketch(experts, features, device, rows, twin=twin or "cross_gram" in names)
         self.tokens = [0] * experts
         self._shared: InputStatistics | None = None
 
