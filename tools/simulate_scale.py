@@ -55,6 +55,10 @@ VECTORS, MATRICES = {"squared_norm", "absolute_sum", "sum"}, {"gram"}
 # How often the bytes of a weight are made anew in memory: where its mask is chosen, looked at and packed, by whom it is
 # pruned; where it is read, copied, unpacked, stored and its error measured, by every process.
 CHOSEN, HELD = 4, 7
+# How much longer than a product's an operation of a factor and of a sweep takes: measured, a matrix of 2816 on a core.
+FACTORED, SWEPT = 1.75, 3.0
+# Seconds that a sweep takes for each column besides, there.
+COLUMN = 8e-5
 KNOWN = ("wanda", "sparsegpt")
 
 
@@ -67,13 +71,15 @@ class Costs:
     measured: float = 0.0
     solved: float = 0.0
     moved: float = 0.0
+    columns: float = 0.0
     activations: float = 0.0
     statistics: float = 0.0
     sent: float = 0.0
 
     def seconds(self, rates: Rates, ranks: int) -> float:
         computed = (self.forward + self.measured + self.solved) / rates.flops
-        return self.read / rates.disk + computed + self.moved / rates.memory + self.sent / ranks / rates.link
+        besides = self.moved / rates.memory + self.columns * rates.column
+        return self.read / rates.disk + computed + besides + self.sent / ranks / rates.link
 
 
 @dataclass(frozen=True)
@@ -82,6 +88,7 @@ class Rates:
     link: float
     flops: float
     memory: float
+    column: float = 0.0
 
 
 class Model:
@@ -162,7 +169,8 @@ class Model:
         # A Cholesky factor, the inverse by it and the factor of that: of what sites share, once. Each process factors
         # for itself what is divided by rows.
         factors = 4 / 3 * columns**3 * site.experts if first else 0.0
-        costs.solved += factors * (1 / ranks if by_experts else 1.0) + numbers * columns * share
+        costs.solved += FACTORED * factors * (1 / ranks if by_experts else 1.0) + SWEPT * numbers * columns * share
+        costs.columns += columns * site.experts * (1 / ranks if by_experts else 1.0)
 
 
 def products_of(node: fx.Node) -> float:
@@ -245,10 +253,9 @@ def check(layers: int, samples: int, length: int) -> bool:
             model, batches = Model(place / "model", spec, length, rows), -(-samples // rows)
             alone, both = total(model.regions(1, batches)), total(model.regions(2, batches))
             print(f"{spec}: {one['pass']:.4g} s by one process, memory made anew at {memory / 1e9:.2g} GB/s")
-            moved = alone.moved / memory
-            rates = Rates(
-                math.inf, math.inf, (alone.forward + alone.measured + alone.solved) / (one["pass"] - moved), memory
-            )
+            besides = alone.moved / memory + alone.columns * COLUMN
+            speed = (alone.forward + alone.measured + alone.solved) / (one["pass"] - besides)
+            rates = Rates(math.inf, math.inf, speed, memory, COLUMN)
             for what, foreseen, was in (
                 ("bytes sent", both.sent, two["sent"]),
                 ("seconds of the pass", both.seconds(rates, 2), two["pass"]),
@@ -277,6 +284,7 @@ def main() -> None:
     parser.add_argument("--link", type=float, default=50e9)
     parser.add_argument("--flops", type=float, default=400e12)
     parser.add_argument("--memory", type=float, default=1.5e12)
+    parser.add_argument("--column", type=float, default=0.0, help="seconds of a sweep for each column")
     parser.add_argument("--batch", type=int, default=1, help="sequences that run at once")
     parser.add_argument("--regions", action="store_true", help="each region too")
     parser.add_argument("--check", action="store_true")
@@ -295,7 +303,7 @@ def main() -> None:
         f"{asked.folder.name}, {asked.spec}: {len(model.measuring.steps)} regions, traced in "
         f"{time.perf_counter() - started:.0f} s; bytes, operations, seconds"
     )
-    rates = Rates(asked.disk, asked.link, asked.flops, asked.memory)
+    rates = Rates(asked.disk, asked.link, asked.flops, asked.memory, asked.column)
     table(model, asked.ranks, -(-asked.samples // asked.batch), rates, asked.regions)
 
 
