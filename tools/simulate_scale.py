@@ -159,7 +159,7 @@ class Model:
             costs.sent += (ranks - 1) * numbers * min(1 / 8 + kept, size)
         share = 1 / ranks if by_experts or self.own.by_rows else 1.0
         # Each process measures errors on a sketch of its own rows: two products with the whole weight.
-        sketch = max(OutputSketch.SIZE // ranks // site.experts, OutputSketch.LEAST)
+        sketch = max(OutputSketch.SIZE // site.experts, OutputSketch.LEAST)
         costs.solved += 4 * sketch * numbers
         stored = numbers * shape_and_size(self.program.parameter_nodes()[site.parameter])[1]
         costs.moved += stored * (CHOSEN * share + HELD)

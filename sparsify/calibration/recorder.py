@@ -148,9 +148,7 @@ class GroupRecorder:
         self.outputs: dict[str, OutputMoments] = {}
         names = [name for name in wanted if name in ACCUMULATORS]
         self.accumulators = {name: ACCUMULATORS[name](experts, features, device, world) for name in names}
-        # Of several processes each measures errors on its own: together they have as many rows as one.
-        rows = OutputSketch.SIZE // world.size
-        self.sketch = OutputSketch(experts, features, device, rows, twin=twin or "cross_gram" in names)
+        self.sketch = OutputSketch(experts, features, device, twin=twin or "cross_gram" in names)
         self.tokens = [0] * experts
         self._shared: InputStatistics | None = None
 
