@@ -1,16 +1,16 @@
 """What a pruning run costs by many processes, from a model's config.json alone: no weight is read, nothing is run.
 
     python tools/simulate_scale.py FOLDER [--pass wanda:2:4] [--samples 128] [--length 2048] [--ranks 1 8 64]
-        [--disk 5e9] [--link 50e9] [--flops 400e12] [--batch 1] [--regions]
+        [--disk 5e9] [--link 50e9] [--flops 400e12] [--memory 1.5e12] [--batch 1] [--regions]
     python tools/simulate_scale.py --check [--layers 2] [--samples 16]
 
 FOLDER holds a config.json. The model is traced without memory for its weights, cut where the engine cuts it, and summed
 up region by region: bytes read, products of its forward and of its statistics, solves, activations that live between
-regions, statistics, and bytes sent as the engine counts them. Seconds are those of reading, computing and sending one
-after the other, at the rates given: bytes per second of a machine's disk and of a process's link, operations per
-second of a process. Processes of one machine read a region at the same time: the disk reads it once, and the others
-have it of the page cache. --check prunes a small Llama by one and by two processes, takes the rate from the first, and
-holds what was foreseen of the second against what it did.
+regions, statistics, bytes of weights made anew in memory, and bytes sent as the engine counts them. Seconds are those
+of reading, computing, moving and sending one after the other, at the rates given: bytes per second of a machine's disk,
+of a process's link and of its memory, operations per second of a process. Processes of one machine read a region at
+the same time: the disk reads it once, and the others have it of the page cache. --check prunes a small Llama by one and
+by two processes, takes the rate from the first, and holds what was foreseen of the second against what it did.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from sparsify.analysis.flow import Flow
 from sparsify.analysis.linear import InputGroup, LinearSite
 from sparsify.calibration.accumulators import Gram
 from sparsify.calibration.measuring import Measuring, Step
+from sparsify.calibration.recorder import OutputSketch
 from sparsify.context import Context
 from sparsify.errors import SparsifyError
 from sparsify.frontend.capture import capture
@@ -51,6 +52,13 @@ PRODUCTS = {
 }  # fmt: skip
 # What one process of several keeps apart for each batch, and what all add up.
 VECTORS, MATRICES = {"squared_norm", "absolute_sum", "sum"}, {"gram"}
+# How often the bytes of a weight are made anew in memory: where its mask is chosen, looked at and packed, by whom it is
+# pruned; where it is read, copied, unpacked, stored and its error measured, by every process.
+CHOSEN, HELD = 4, 7
+# How much longer than a product's an operation of a factor and of a sweep takes: measured, a matrix of 2816 on a core.
+FACTORED, SWEPT = 1.75, 3.0
+# Seconds that a sweep takes for each column besides, there.
+COLUMN = 8e-5
 KNOWN = ("wanda", "sparsegpt")
 
 
@@ -62,13 +70,16 @@ class Costs:
     forward: float = 0.0
     measured: float = 0.0
     solved: float = 0.0
+    moved: float = 0.0
+    columns: float = 0.0
     activations: float = 0.0
     statistics: float = 0.0
     sent: float = 0.0
 
     def seconds(self, rates: Rates, ranks: int) -> float:
         computed = (self.forward + self.measured + self.solved) / rates.flops
-        return self.read / rates.disk + computed + self.sent / ranks / rates.link
+        besides = self.moved / rates.memory + self.columns * rates.column
+        return self.read / rates.disk + computed + besides + self.sent / ranks / rates.link
 
 
 @dataclass(frozen=True)
@@ -76,6 +87,8 @@ class Rates:
     disk: float
     link: float
     flops: float
+    memory: float
+    column: float = 0.0
 
 
 class Model:
@@ -145,13 +158,19 @@ class Model:
             kept = 0.0 if self.own.keeps_weights else kept_of(self.own.pattern) * size
             costs.sent += (ranks - 1) * numbers * min(1 / 8 + kept, size)
         share = 1 / ranks if by_experts or self.own.by_rows else 1.0
+        # Each process measures errors on a sketch of its own rows: two products with the whole weight.
+        sketch = max(OutputSketch.SIZE // site.experts, OutputSketch.LEAST)
+        costs.solved += 4 * sketch * numbers
+        stored = numbers * shape_and_size(self.program.parameter_nodes()[site.parameter])[1]
+        costs.moved += stored * (CHOSEN * share + HELD)
         if "gram" not in self.own.statistics:
             costs.solved += 10 * numbers * share
             return
         # A Cholesky factor, the inverse by it and the factor of that: of what sites share, once. Each process factors
         # for itself what is divided by rows.
         factors = 4 / 3 * columns**3 * site.experts if first else 0.0
-        costs.solved += factors * (1 / ranks if by_experts else 1.0) + numbers * columns * share
+        costs.solved += FACTORED * factors * (1 / ranks if by_experts else 1.0) + SWEPT * numbers * columns * share
+        costs.columns += columns * site.experts * (1 / ranks if by_experts else 1.0)
 
 
 def products_of(node: fx.Node) -> float:
@@ -197,7 +216,7 @@ def bytes_of(node: fx.Node) -> int:
 
 
 def table(model: Model, ranks: Sequence[int], batches: int, rates: Rates, each: bool) -> None:
-    named = ("read", "forward", "measured", "solved", "activations", "statistics", "sent")
+    named = ("read", "forward", "measured", "solved", "moved", "activations", "statistics", "sent")
     print(" ".join(f"{word:>12}" for word in ("processes", *named, "seconds")))
     for count in ranks:
         found = model.regions(count, batches)
@@ -224,7 +243,7 @@ def check(layers: int, samples: int, length: int) -> bool:
     """Whether what is foreseen of two processes is within a quarter of what they do; it is printed."""
     from bench_processes import make, run
 
-    right = True
+    right, memory = True, made_anew()
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         make(place / "model", layers, "float32")
@@ -233,7 +252,10 @@ def check(layers: int, samples: int, length: int) -> bool:
             rows = max(1, 2048 // length)
             model, batches = Model(place / "model", spec, length, rows), -(-samples // rows)
             alone, both = total(model.regions(1, batches)), total(model.regions(2, batches))
-            rates = Rates(math.inf, math.inf, (alone.forward + alone.measured + alone.solved) / one["pass"])
+            print(f"{spec}: {one['pass']:.4g} s by one process, memory made anew at {memory / 1e9:.2g} GB/s")
+            besides = alone.moved / memory + alone.columns * COLUMN
+            speed = (alone.forward + alone.measured + alone.solved) / (one["pass"] - besides)
+            rates = Rates(math.inf, math.inf, speed, memory, COLUMN)
             for what, foreseen, was in (
                 ("bytes sent", both.sent, two["sent"]),
                 ("seconds of the pass", both.seconds(rates, 2), two["pass"]),
@@ -241,6 +263,14 @@ def check(layers: int, samples: int, length: int) -> bool:
                 print(f"{spec}, {what}: foreseen {foreseen:.4g}, was {was:.4g} ({foreseen / was:.2f}x)")
                 right &= 0.75 <= foreseen / was <= 1.25
     return right
+
+
+def made_anew(size: int = 1 << 24) -> float:
+    """Bytes a second that this machine copies into memory that is new, as most of what a pass makes is."""
+    value, started = torch.randn(size), time.process_time()
+    for _ in range(8):
+        value.clone()
+    return 8 * value.nbytes / (time.process_time() - started)
 
 
 def main() -> None:
@@ -253,6 +283,8 @@ def main() -> None:
     parser.add_argument("--disk", type=float, default=5e9)
     parser.add_argument("--link", type=float, default=50e9)
     parser.add_argument("--flops", type=float, default=400e12)
+    parser.add_argument("--memory", type=float, default=1.5e12)
+    parser.add_argument("--column", type=float, default=0.0, help="seconds of a sweep for each column")
     parser.add_argument("--batch", type=int, default=1, help="sequences that run at once")
     parser.add_argument("--regions", action="store_true", help="each region too")
     parser.add_argument("--check", action="store_true")
@@ -271,7 +303,7 @@ def main() -> None:
         f"{asked.folder.name}, {asked.spec}: {len(model.measuring.steps)} regions, traced in "
         f"{time.perf_counter() - started:.0f} s; bytes, operations, seconds"
     )
-    rates = Rates(asked.disk, asked.link, asked.flops)
+    rates = Rates(asked.disk, asked.link, asked.flops, asked.memory, asked.column)
     table(model, asked.ranks, -(-asked.samples // asked.batch), rates, asked.regions)
 
 

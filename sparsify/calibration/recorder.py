@@ -27,10 +27,12 @@ class OutputSketch:
         twin: keep the same combinations of the dense model's rows too; errors are then against its outputs.
     """
 
+    SIZE, LEAST = 256, 32
+
     def __init__(
-        self, experts: int, features: int, device: torch.device, size: int = 256, *, twin: bool = False
+        self, experts: int, features: int, device: torch.device, size: int = SIZE, *, twin: bool = False
     ) -> None:
-        self.size = max(size // experts, 32)
+        self.size = max(size // experts, self.LEAST)
         self.rows = torch.zeros(experts, self.size, features, dtype=torch.float32, device=device)
         self.dense = torch.zeros_like(self.rows) if twin else self.rows
         self._next = [0] * experts
