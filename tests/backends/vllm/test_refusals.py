@@ -94,7 +94,7 @@ def _other_bytes(file: Path) -> None:
 BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
     "bytes cut off": (_cut_off, "model.safetensors: not a sound safetensors file"),
     "a header cut off": (_cut_within_its_header, "model.safetensors: not a sound safetensors file"),
-    "a pointer of Git LFS": (_other_bytes, "model.safetensors: not a sound safetensors file"),
+    "a pointer of Git LFS": (_other_bytes, "model.safetensors: a Git LFS pointer"),
     "no file": (_gone, "neither model.safetensors nor model.safetensors.index.json"),
 }
 # Families that vLLM reads in a way that takes something away, with what is pruned of them.
@@ -142,6 +142,9 @@ def test_spoilt_folders_are_refused_by_name(folders: dict[str, Path], tmp_path: 
     for name, (broken, _) in BROKEN.items():
         spoilt.append(shutil.copytree(folders["mixed"], tmp_path / name.replace(" ", "_")))
         broken(spoilt[-1] / "model.safetensors")
+        # Where config.json has none, vLLM itself looks for it in the header, before it asks a plug-in.
+        config = json.loads((spoilt[-1] / "config.json").read_text()) | {"dtype": "float32"}
+        (spoilt[-1] / "config.json").write_text(json.dumps(config))
     for family, (pruned, _) in FAMILIES.items():
         spoilt.append(packed(model(family, pruned), tmp_path / family))
     told = refused(spoilt, tmp_path / "refused.py")
