@@ -124,9 +124,9 @@ def test_unpacked_bit_for_bit(case: tuple[Few, int, int]) -> None:
 
 @EVERY
 @EACH
-@pytest.mark.parametrize("exact", [False, True])
-def test_the_same_bits_for_any_threads_and_neighbours(layout: str, bits: int, exact: bool) -> None:
-    w = few(layout, 530, 260, bits, 64, torch.bfloat16)
+@pytest.mark.parametrize(("exact", "group"), [(False, 64), (True, 64), (False, 32), (False, 128), (False, 0)])
+def test_the_same_bits_for_any_threads_and_neighbours(layout: str, bits: int, exact: bool, group: int) -> None:
+    w = few(layout, 530, 260, bits, group, torch.bfloat16)
     x = torch.randn(16, 260).bfloat16()
     x[5, 7] = float("inf")  # which is multiplied in another way
     for isa in isas():

@@ -64,7 +64,7 @@ template <int KIND> bool wide_avx512(const Few& w, const wide::Product& p) {
 // What a thread needs of memory: a row as int8 and as float, or (AVX-512's exact way) a piece of four rows and their sums.
 i64 scratch_bytes(int isa, const Few& w, i64 exact_tokens) {
   if (isa == AVX512) return exact_tokens ? 4 * BLOCK * 4 + 4 * 64 * exact_tokens : 0;
-  return w.columns * 5;
+  return w.columns * 5 + 5 * 32;   // the numbers of groups are rounded up to eight
 }
 
 // A run of tokens, x as it was given.
@@ -136,7 +136,11 @@ struct Run {
       arrange512(w, q, out.base + m * out.base_stride);
       return true;
     }
-    if (isa == AVX2) return quantise_avx2(buffer, w.columns, shared(w), q, scales);
+    if (isa == AVX2) {
+      if (!quantise_avx2(buffer, w.columns, shared(w), q, scales)) return false;
+      if (out.planes) planes_avx2(q, w.columns, out.planes + m * 2 * w.columns);
+      return true;
+    }
 #endif
     return quantise(buffer, w.columns, shared(w), q, scales);
   }
@@ -154,9 +158,10 @@ int product(const Run& run, const void* x, void* y, i64 tokens, i64 few, bool ex
   q.scale_stride = (w.columns / group + 15) / 16 * 16;
   q.base_stride = steps * 32 + 16;
   Buffer bytes(tokens * q.stride), scales(tokens * q.scale_stride * 4), base(tokens * q.base_stride * 4), lanes(16 * 32 * 4),
-      row(w.columns * 4);
-  if (!bytes.at || !scales.at || !base.at || !lanes.at || !row.at) return MEMORY;
+      row(w.columns * 4), planes(tokens > FEW24 ? 1 : tokens * 2 * w.columns);
+  if (!bytes.at || !scales.at || !base.at || !lanes.at || !row.at || !planes.at) return MEMORY;
   q.q = (i8*)bytes.at;
+  q.planes = run.isa == AVX2 && w.layout == PACKED24 && tokens <= FEW24 ? (i8*)planes.at : nullptr;
   q.scales = (float*)scales.at;
   q.base = (i32*)base.at;
   q.lanes = (i32*)lanes.at;

@@ -12,6 +12,7 @@ typedef int8_t i8;
 enum FewLayout { PACKED24 = 0, BITMASK = 1, DENSE = 2 };
 const i64 WIDE = 128;         // columns are padded to a multiple of this many: what one step of AVX-512 takes
 const i64 WHOLE_ROW = 128;    // columns of x that share a scale where the weights have one for the whole row
+const i64 FEW24 = 2;          // up to so many tokens AVX2 picks x for packed24's values; for more it decodes these
 const u32 LARGE = 191u << 23; // 2^64: of larger x, products of scales might overflow where the product itself does not
 
 // One matrix [rows, columns].
@@ -32,6 +33,7 @@ struct Few {
 struct Quantised {
   i8* q;            // [tokens, stride]
   float* scales;    // [tokens, scale_stride]
+  i8* planes;       // x for each of packed24's two values of a group; null where these are decoded, and without AVX2
   i32* base;        // what the sums of a step begin with: [tokens, steps, lanes], AVX-512 only
   i32* lanes;       // which of 16 scales each lane of a step takes: AVX-512 only
   i64 stride, scale_stride, base_stride;   // from one token to the next

@@ -104,9 +104,143 @@ T256 INLINE void dot_avx2(const Few& w, const Quantised& x, i64 token, const i8*
   UNROLL for (int m = 0; m < M; m++) sums[m] = sum8(sum[m]);
 }
 
+// ---- packed24: the values stay packed, and x is picked for them
+
+// What a group of columns adds, in eight lanes of which each has the sum of eight columns of 64: so that the decoded and the
+// packed way, which runs where tokens are few, give the same bits.
+// `block(b, out)` gives M of them; `factors` lie `stride` apart.
+template <int M, class Block>
+T256 INLINE void groups_avx2(const Few& w, const float* factors, i64 stride, float* sums, Block block) {
+  __m256 sum[M];
+  __m256i one[M], two[M];
+  UNROLL for (int m = 0; m < M; m++) sum[m] = _mm256_setzero_ps();
+  const i64 group = shared(w), blocks = w.columns / 64;
+  const int shift = __builtin_ctzll((u64)group);   // a division takes longer
+  for (i64 b = 0; b < blocks; b++) {
+    block(b, one);
+    if (group > 64) {
+      block(++b, two);
+      UNROLL for (int m = 0; m < M; m++) one[m] = _mm256_add_epi32(one[m], two[m]);
+    }
+    UNROLL for (int m = 0; m < M; m++) {
+      const float* f = factors + m * stride + (b * 64 >> shift);
+      const __m256 factor = group == 32 ? _mm256_set_m128(_mm_set1_ps(f[1]), _mm_set1_ps(f[0])) : _mm256_broadcast_ss(f);
+      sum[m] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(one[m]), factor, sum[m]);
+    }
+  }
+  UNROLL for (int m = 0; m < M; m++) sums[m] = sum8(sum[m]);
+}
+
+// Of 64 columns of a decoded row, with M tokens.
+template <int M> T256 INLINE void decoded_block(const i8* row, const i8* x, i64 stride, __m256i* out) {
+  __m256i ws[2], size[2];
+  UNROLL for (int h = 0; h < 2; h++) {
+    ws[h] = _mm256_load_si256((const __m256i*)(row + 32 * h));
+    size[h] = _mm256_abs_epi8(ws[h]);
+  }
+  UNROLL for (int m = 0; m < M; m++) {
+    __m256i dot[2];
+    UNROLL for (int h = 0; h < 2; h++) {
+      const __m256i xs = _mm256_loadu_si256((const __m256i*)(x + m * stride + 32 * h));
+      dot[h] = _mm256_madd_epi16(_mm256_maddubs_epi16(size[h], _mm256_sign_epi8(xs, ws[h])), _mm256_set1_epi16(1));
+    }
+    out[m] = _mm256_permute4x64_epi64(_mm256_hadd_epi32(dot[0], dot[1]), 0xd8);
+  }
+}
+
+// Four planes of a token for each 64 columns: plane p holds x[4g + p] twice for each group g of four columns, once for each of
+// the group's two values.
+T256 static void planes_avx2(const i8* q, i64 columns, i8* planes) {
+  const __m128i pick[2] = {_mm_setr_epi8(0, 0, 4, 4, 8, 8, 12, 12, 1, 1, 5, 5, 9, 9, 13, 13),
+                           _mm_setr_epi8(2, 2, 6, 6, 10, 10, 14, 14, 3, 3, 7, 7, 11, 11, 15, 15)};
+  for (i64 k = 0; k < columns; k += 16) {
+    const __m128i x = _mm_loadu_si128((const __m128i*)(q + k));
+    i8* out = planes + k / 64 * 128 + k % 64 / 2;
+    UNROLL for (int h = 0; h < 2; h++) {
+      const __m128i two = _mm_shuffle_epi8(x, pick[h]);
+      _mm_storel_epi64((__m128i*)(out + 64 * h), two);
+      _mm_storeh_pi((__m64*)(out + 64 * h + 32), _mm_castsi128_ps(two));
+    }
+  }
+}
+
+// Of 64 columns as they are packed: each of 32 values takes of the four planes the one that its two bits of the code name.
+template <int BITS> T256 INLINE __m256i packed_block(const u8* v, const u8* codes, const i8* planes) {
+  i64 eight;
+  memcpy(&eight, codes, 8);
+  // Four times each byte of the codes: its four places of two bits are the four values that follow each other.
+  const __m256i spread = _mm256_setr_epi32(0, 0x01010101, 0x02020202, 0x03030303, 0x04040404, 0x05050505, 0x06060606, 0x07070707);
+  const __m256i code = _mm256_shuffle_epi8(_mm256_set1_epi64x(eight), spread);
+  const __m256i low = _mm256_set1_epi32(0x40100401), high = _mm256_set1_epi32((int)0x80200802);
+  const __m256i odd = _mm256_cmpeq_epi8(_mm256_and_si256(code, low), low);
+  const __m256i late = _mm256_cmpeq_epi8(_mm256_and_si256(code, high), high);
+  const __m256i* p = (const __m256i*)planes;
+  const __m256i first = _mm256_blendv_epi8(_mm256_loadu_si256(p), _mm256_loadu_si256(p + 1), odd);
+  const __m256i second = _mm256_blendv_epi8(_mm256_loadu_si256(p + 2), _mm256_loadu_si256(p + 3), odd);
+  const __m256i xs = _mm256_blendv_epi8(first, second, late);
+  __m256i pairs;
+  if (BITS == 4) {
+    // Values as 0 … 15, which is 8 too much: eight times x is taken off again. Both pairs fit in 16 bits.
+    const __m256i wide = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i*)v)), offset = _mm256_set1_epi8(8);
+    const __m256i u = _mm256_and_si256(_mm256_or_si256(wide, _mm256_slli_epi16(wide, 4)), _mm256_set1_epi8(15));
+    pairs = _mm256_sub_epi16(_mm256_maddubs_epi16(_mm256_xor_si256(u, offset), xs), _mm256_maddubs_epi16(offset, xs));
+  } else {
+    const __m256i ws = _mm256_loadu_si256((const __m256i*)v);
+    pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(ws), _mm256_sign_epi8(xs, ws));
+  }
+  return _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+}
+
+template <int BITS> T256 INLINE void packed_row(const Few& w, i64 row, const i8* planes, const float* factors, float* sum) {
+  const u8 *v = w.values + first_byte(w, row), *codes = w.codes + row * (w.columns / 8);
+  groups_avx2<1>(w, factors, 0, sum, [=](i64 b, __m256i* out) T256 {
+    out[0] = packed_block<BITS>(v + b * 4 * BITS, codes + b * 8, planes + b * 128);
+  });
+}
+
+template <int M>
+T256 INLINE void decoded_row(const Few& w, const i8* row, const i8* q, i64 x_stride, const float* factors, i64 stride, float* sums) {
+  groups_avx2<M>(w, factors, stride, sums,
+                 [=](i64 b, __m256i* out) T256 { decoded_block<M>(row + b * 64, q + b * 64, x_stride, out); });
+}
+
+// As few_avx2, of packed24. `scratch` holds a row as int8, its scales, and these times those of four tokens.
+T256 static void few24_avx2(const Few& w, const Quantised& x, const void* bias, void* y, i64 tokens, i64 rows, i64 from, i64 to,
+                            u8* scratch) {
+  i8* row = (i8*)scratch;
+  const i64 size = w.kind == F32 ? 4 : 2, groups = w.columns / shared(w), stride = (groups + 7) / 8 * 8;
+  float *own = (float*)(scratch + w.columns), *factors = own + stride;
+  for (i64 n = from; n < to; n++) {
+    if (w.group) floats_avx2(w.kind, (const u8*)w.scales + n * w.scale_count * size, w.scale_count, groups, own);
+    else for (i64 g = 0; g < groups; g++) own[g] = 1.0f;
+    const float last = w.group ? 1.0f : load(w.kind, w.scales, n);
+    if (!x.planes) decode_row_avx2(w, n, row);
+    for (i64 m = 0; m < tokens; m += m + 4 <= tokens ? 4 : 1) {
+      float sums[4];
+      const int count = m + 4 <= tokens ? 4 : 1;
+      for (int i = 0; i < count; i++) {
+        const float* scales = x.scales + (m + i) * x.scale_stride;
+        for (i64 g = 0; g < groups; g++) factors[i * stride + g] = own[g] * scales[g];   // vectorised
+      }
+      const i8* q = x.q + m * x.stride;
+      if (x.planes) {
+        const i8* planes = x.planes + m * 2 * w.columns;
+        if (w.bits == 4) packed_row<4>(w, n, planes, factors, sums);
+        else packed_row<8>(w, n, planes, factors, sums);
+      } else if (count == 4) decoded_row<4>(w, row, q, x.stride, factors, stride, sums);
+      else decoded_row<1>(w, row, q, x.stride, factors, stride, sums);
+      for (int i = 0; i < count; i++) {
+        const float s = sums[i] * last;
+        store(w.kind, y, (m + i) * rows + n, bias ? s + load(w.kind, bias, n) : s);
+      }
+    }
+  }
+}
+
 // `scratch` holds a row as int8, and its scales as float.
 T256 static void few_avx2(const Few& w, const Quantised& x, const void* bias, void* y, i64 tokens, i64 rows, i64 from, i64 to,
                           u8* scratch) {
+  if (w.layout == PACKED24) return few24_avx2(w, x, bias, y, tokens, rows, from, to, scratch);
   i8* row = (i8*)scratch;
   float* own = (float*)(scratch + w.columns);
   const i64 size = w.kind == F32 ? 4 : 2, groups = w.columns / shared(w);
