@@ -30,7 +30,8 @@ class PreparedWeight:
     """A matrix [rows, columns] on a GPU.
 
     Attributes:
-        fragments: for few tokens (:mod:`sparsify.runtime.cuda.fragments`, of integers :mod:`sparsify.runtime.cuda.integers`); None under the policy ``prefill``.
+        fragments: for few tokens (:mod:`sparsify.runtime.cuda.fragments`, of integers
+            :mod:`sparsify.runtime.cuda.integers`); None under the policy ``prefill``.
         compressed, codes: for many (:mod:`sparsify.runtime.cuda.compressed`); None under ``decode``.
         timings: what the plan was made of; empty where nothing was measured.
     """
@@ -75,7 +76,8 @@ class PreparedWeight:
 def prepare_weight(
     packed: Packed, policy: Policy = "decode", *, tune: bool = True, target: GPU | None = None
 ) -> PreparedWeight | Refused:
-    """Bring a packed24 matrix, of full width or of integers, on a GPU into the layouts of that GPU, or say why it is better left as it is or dense.
+    """Bring a packed24 matrix on a GPU, of full width or of integers, into the layouts of that GPU, or say why it is
+    better left as it is or dense.
 
     Nothing of the size of the dense matrix stays; while cuSPARSELt's copy is made one does.
 
@@ -90,9 +92,9 @@ def prepare_weight(
     check_policy(policy)
     device, (rows, columns), dtype = packed.values.device, packed.shape, packed.dtype
     where = target or GPU.of(device)
+    grid = grid_of(packed)
     if (reason := where.unfit(dtype, packed.layout)) is not None:
         return Refused(reason)
-    grid = grid_of(packed)
     if grid is not None and policy != "decode":
         return Refused(f"{FEW_BITS} under the policy {policy!r}")
     library = where.library_for(policy)

@@ -106,7 +106,11 @@ class Variant:
     @property
     def needs_hopper(self) -> bool:
         """Whether compute capability 9.0 is the least that runs it."""
-        return self.kind in ("bulk", "wide", "wgmma") or self.early or (self.splits > 1 and self.kind in ("decode", *_GRID_OF))
+        return (
+            self.kind in ("bulk", "wide", "wgmma")
+            or self.early
+            or (self.splits > 1 and self.kind in ("decode", *_GRID_OF))
+        )
 
     def runs_on(self, capability: tuple[int, int]) -> bool:
         """Whether a GPU of ``capability`` has what it needs; the products of ``wgmma`` ended with 9.0."""

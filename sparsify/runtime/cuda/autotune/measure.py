@@ -131,9 +131,7 @@ def candidates(matrix: RacedMatrix, x: Tensor, gpu: GPU) -> list[str]:
     return names
 
 
-def own_candidates(
-    tokens: int, rows: int, columns: int, gpu: GPU, grid: IntegerGrid | None = None
-) -> list[Variant]:
+def own_candidates(tokens: int, rows: int, columns: int, gpu: GPU, grid: IntegerGrid | None = None) -> list[Variant]:
     """Of our own kernels, for integers where there is a ``grid``. Each is raced started early, too, where the GPU
     can.
     """
