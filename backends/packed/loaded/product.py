@@ -101,7 +101,7 @@ class Product:
             self.prepare()
             if self.members[0].site.bits is not None and self.refused is not None:
                 text = f"sparsify: {self.refused.reason}: every product unpacks its weight. prepare(model), of "
-                text += "sparsify.backends.packed.loaded, makes 2:4 weights of full width of them"
+                text += "sparsify.backends.packed.loaded, finds them a layout that does not"
                 warnings.warn(text, RuntimeWarning, stacklevel=2)
 
     def prepare(self) -> None:
