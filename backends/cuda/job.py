@@ -22,7 +22,7 @@ from sparsify.ir.weights import Weights
 from sparsify.runtime.cuda.autotune.times import timings_of
 from sparsify.runtime.cuda.dispatch import Timings, default_plan
 from sparsify.runtime.cuda.fragments import DTYPES
-from sparsify.runtime.cuda.gpu import FEW_BITS, GPU, NO_EXPERTS, current_gpu
+from sparsify.runtime.cuda.gpu import GPU, NO_EXPERTS, current_gpu
 from sparsify.runtime.words import Policy
 
 # What a model is traced for where there is no GPU: nothing of it but "it has a compiler and sparse tensor cores"
@@ -38,7 +38,7 @@ class CudaJob(PackedJob):
     """
 
     def __init__(self, source: Source, out: Path, *, overwrite: bool, policy: Policy, tune: bool) -> None:
-        # No kernel of a GPU takes integers: weights on a grid keep their dtype there.
+        # Weights on a grid keep their dtype: what is timed here is chosen by full width.
         whole = Options(layout="packed24", choice="smallest", values="full")
         super().__init__(source, out, overwrite=overwrite, options=whole)
         self.policy, self.tune = policy, tune
@@ -126,7 +126,9 @@ class CudaJob(PackedJob):
             later = "measures once per shape" if self.tune else "takes them too"
             lines.append(f"{why}: nothing was measured, these are built-in defaults; a loader on a GPU {later}")
         if self.rounded:
-            lines.append(f"{FEW_BITS}: rounded weights keep the width of their dtype (--to packed stores them in few)")
+            lines.append(
+                "rounded weights keep the width of their dtype; --to packed stores them in few bits, for GPUs too"
+            )
         loading = 'load it with `import sparsify` and from_pretrained(OUT, device_map="cuda")'
         return [*lines, *rest[:-1], f"{loading}; sparsify bench OUT --device cuda measures it"]
 

@@ -125,7 +125,7 @@ def settled(name: str, matrix: Packed | Tensor, how: OnDevice) -> PackedWeight |
     if how.device.type != "cuda" and how.target is None:
         return PackedWeight.holding(matrix, exact=how.exact)
     if matrix.bits is not None and matrix.layout == "packed24":
-        # GPU kernels multiply with 2:4 weights of 16 bits.
+        # Kernels for integers take few tokens, and a server has many: those of 16 bits take any number.
         matrix = pack(unpack(matrix), "packed24")
     scales = None if matrix.scales is None else matrix.scales.to(how.device)
     there = replace(matrix, values=matrix.values.to(how.device), codes=matrix.codes.to(how.device), scales=scales)

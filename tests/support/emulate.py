@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from sparsify.runtime.cpu.build import find_compiler
+from sparsify.runtime.cuda.integers import grid_in
 from sparsify.runtime.cuda.variants import Arguments, Launch, Variant, add_splits_launch, unpack_launch
 
 HERE = Path(__file__).parent
@@ -125,9 +126,8 @@ def linear(
 
 
 def unpacked(fragments: Tensor, dtype: torch.dtype, first: int, count: int, columns: int) -> Tensor:
-    y = torch.full((count, columns), float("nan"), dtype=dtype)
-    arguments = Arguments(
-        fragments.data_ptr(), None, None, y.data_ptr(), None, 0, 0, columns, fragments.shape[1], 1, 0, first, count
-    )
-    run(unpack_launch(count, columns), arguments, dtype, [fragments], [y])
+    y, grid = torch.full((count, columns), float("nan"), dtype=dtype), grid_in(fragments)
+    place = (fragments.data_ptr(), None, None, y.data_ptr(), None, 0, 0, columns, fragments.shape[1], 1, 0)
+    arguments = Arguments(*place, first, count, 0 if grid is None else grid.scales)
+    run(unpack_launch(count, columns, grid), arguments, dtype, [fragments], [y])
     return y

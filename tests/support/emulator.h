@@ -187,6 +187,7 @@ void write_checked(void* p, V v) {
   memcpy(p, &v, sizeof v);
 }
 inline uint4 load_weights(const uint4* p) { return read_checked<uint4>(p); }
+inline u32 load_scales(const u32* p) { return read_checked<u32>(p); }
 inline uint4 load_input(const void* p) { return read_checked<uint4>(p); }
 inline u16 load_half(const u16* p) { return read_checked<u16>(p); }
 inline float load_float(const float* p) { return read_checked<float>(p); }

@@ -15,6 +15,10 @@ struct BFloat16 {
     if (f != f) return 0x7fff;
     return (u16)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
   }
+  static const u32 ONES = 0x43004300;
+  static u32 minus(u32 a, u32 b) {
+    return narrow(wide((u16)a) - wide((u16)b)) | (u32)narrow(wide((u16)(a >> 16)) - wide((u16)(b >> 16))) << 16;
+  }
 };
 struct Float16 {
   static float wide(u16 v) {
@@ -27,6 +31,10 @@ struct Float16 {
     u16 v;
     memcpy(&v, &h, 2);
     return v;
+  }
+  static const u32 ONES = 0x64006400;
+  static u32 minus(u32 a, u32 b) {
+    return narrow(wide((u16)a) - wide((u16)b)) | (u32)narrow(wide((u16)(a >> 16)) - wide((u16)(b >> 16))) << 16;
   }
 };
 

@@ -11,9 +11,11 @@ from torch import Tensor
 
 import sparsify.runtime.ops  # noqa: F401
 from sparsify.runtime.cuda import ops
+from sparsify.runtime.cuda.fragments import TILE_BYTES
 from sparsify.runtime.cuda.gpu import GPU
+from sparsify.runtime.cuda.integers import GRIDS
 from sparsify.runtime.cuda.prepared import PreparedWeight, prepare_weight
-from sparsify.runtime.cuda.variants import Arguments, Launch
+from sparsify.runtime.cuda.variants import Arguments, Launch, Variant
 from sparsify.runtime.layout import pack
 from sparsify.runtime.words import Policy
 
@@ -46,13 +48,21 @@ class Emulated:
         a, size = arguments, 2
         view = lambda at, count: torch.frombuffer((ctypes.c_uint8 * count).from_address(at), dtype=torch.uint8)  # noqa: E731
         high = -(-a.rows // 16) if a.rows else -(-(a.first + a.count) // 16)
-        read = [view(a.fragments, high * a.tiles * 4608)]
+        read = [view(a.fragments, high * a.tiles * _tile_bytes(launch.kernel, a.scales))]
         read += [view(a.x, a.tokens * a.columns * size)] if a.x else []
         read += [view(a.bias, a.rows * size)] if a.bias else []
         partial = [view(a.partial, a.splits * a.tokens * a.rows * 4)] if a.partial else []
         y = view(a.y, (a.tokens * a.rows if a.rows else a.count * a.columns) * size)
         y.fill_(0xFF)
         emulate.run(launch, arguments, self.dtype, read, [*partial, y])
+
+
+def _tile_bytes(kernel: str, scales: int) -> int:
+    if kernel == "add_splits" or kernel.startswith("unpack"):
+        found = [g for g in GRIDS if kernel == f"unpack_int{g.bits}" and g.scales == scales]
+        return found[0].tile_bytes if found else TILE_BYTES
+    grid = Variant.named(kernel).grid
+    return TILE_BYTES if grid is None else grid.tile_bytes
 
 
 def on_gpu(weight: PreparedWeight, x: Tensor, bias: Tensor | None = None, plan: str | None = None) -> Tensor:

@@ -143,7 +143,7 @@ def families_of(kernel: str) -> set[str]:
     if not is_own(kernel):
         return {"unpack"} if kernel == "unpack" else {"library"}
     variant = Variant.named(kernel)
-    found = {variant.kind}
+    found = {variant.kind if variant.grid is None else "integers"}
     if variant.early:
         found.add("early")
     if variant.splits > 1:

@@ -24,6 +24,7 @@ def report(content: Mapping[str, Any]) -> Iterator[str]:
     yield from _first(parts.get("first", {}))
     yield from _checks(parts.get("checks", {}))
     yield from _shapes(parts.get("shapes", {}))
+    yield from _integers(parts.get("shapes", {}))
     yield from _decode(parts.get("decode", {}))
     yield from _pruning(parts.get("pruning", {}))
     yield from _counters(parts.get("counters", {}))
@@ -103,6 +104,24 @@ def _shapes(steps: Steps) -> Iterator[str]:
         if kernel is not None and DENSE in micro["1"]:
             dense = micro["1"][DENSE]
             yield f"| {shape.replace('x', '×')} | {0.5625 * size / best / 1e6:.2f} | {size / dense / 1e6:.2f} |"
+
+
+def _integers(steps: Steps) -> Iterator[str]:
+    """The same of 2:4 integers, by the name of the step."""
+    times = {name: step["integers"] for name, step in steps.items() if "integers" in step}
+    counts = sorted({int(t) for micro in times.values() for t in micro})
+    if not counts:
+        return
+    yield "\n2:4 integers, the same; kernel, µs:\n"
+    yield "| rows×columns, integers | " + " | ".join(f"{t}" for t in counts) + " |"
+    yield "|---|" + "---|" * len(counts)
+    for name, micro in times.items():
+        cells = []
+        for tokens in counts:
+            kernel, best = best_of(micro.get(str(tokens), {}))
+            dense = micro.get(str(tokens), {}).get(DENSE)
+            cells.append("–" if kernel is None or dense is None else f"{dense / best:.2f} {kernel} {best:.1f}")
+        yield f"| {name.replace('x', '×', 1)} | " + " | ".join(cells) + " |"
 
 
 # Shapes of one decoder block, siblings joined.

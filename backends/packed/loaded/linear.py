@@ -89,6 +89,7 @@ class PackedLinear(Member):
 
     def widen(self) -> None:
         """Hold the numbers of a 2:4 weight in their own dtype, as integers no more."""
+        self.product.release()
         packed = self.packed()
         site, tensors = pack_parameter(unpacked(packed), "packed24", experts=None, transposed=self.site.transposed)
         for part in self.site.parts:
@@ -115,8 +116,8 @@ class PackedLinear(Member):
         if self.product.plan is None:
             super()._save_to_state_dict(destination, prefix, keep_vars)
             return
-        packed = self.packed()
-        destination[f"{prefix}weight"], destination[f"{prefix}weight_meta"] = packed.values, packed.codes
+        for part, tensor in self.site.tensors(self.packed()).items():
+            destination[f"{prefix}weight{part}"] = tensor
         if self.bias is not None:
             destination[f"{prefix}bias"] = self.bias if keep_vars else self.bias.detach()
 

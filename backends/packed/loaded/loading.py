@@ -78,6 +78,7 @@ def load_on(
     from sparsify.backends.packed.loaded.linear import PackedLinear
     from sparsify.backends.packed.loaded.on_gpu import prepare, widen
     from sparsify.backends.packed.loaded.product import GPU_TYPE
+    from sparsify.runtime.cuda.gpu import GPU
 
     model = load_model(folder, trust_remote_code=trust_remote_code, check=check)
     for module in model.modules():
@@ -85,7 +86,7 @@ def load_on(
             module.product.tune = module.product.tune and tune
     gpu = getattr(getattr(model.config, "quantization_config", None), "gpu", {})
     if device.type == GPU_TYPE:
-        widen(model, everywhere=True)
+        widen(model, gpu.get("policy", "decode"), GPU.of(device), everywhere=True)
     model = model.to(device)
     prepare(model, **(gpu | {"tune": gpu.get("tune", True) and tune}))
     return model

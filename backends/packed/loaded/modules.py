@@ -87,7 +87,7 @@ def join(model: nn.Module, parameters: Sequence[str]) -> None:
     """Let one product serve ``parameters`` on a GPU; those that are not 2:4 linear layers of one width stay alone."""
     owners = [model.get_submodule(name.rpartition(".")[0]) for name in parameters]
     members = [m for m in owners if isinstance(m, PackedLinear) and m.site.layout == "packed24"]
-    if len(members) > 1 and len({(m.in_features, m.site.bits) for m in members}) == 1:
+    if len(members) > 1 and len({(m.in_features, m.site.bits, m.site.group) for m in members}) == 1:
         product = Product(members)
         for member in members:
             member.product = product

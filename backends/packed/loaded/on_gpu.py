@@ -18,7 +18,7 @@ from sparsify.backends.packed.loaded.product import Product, lies_on_gpu
 from sparsify.context import Progress, report
 from sparsify.errors import BackendError
 from sparsify.runtime.cpu.unpacking import unpacked
-from sparsify.runtime.cuda.gpu import FEW_BITS, GPU, NO_EXPERTS
+from sparsify.runtime.cuda.gpu import GPU, NO_EXPERTS
 from sparsify.runtime.cuda.prepared import NO_COMPILER
 from sparsify.runtime.words import Policy, check_policy
 
@@ -57,7 +57,7 @@ def prepare(
 
     One matrix after the other: beside the model there is never more than one of them twice. What has no kernel there
     (bitmasks, experts, float32) and what is measured to be faster dense becomes dense, with one warning; 2:4 weights of
-    few bits become those of full width before, with another.
+    few bits become those of full width before, with another, where no kernel takes their integers.
 
     Args:
         policy: ``decode`` keeps weights for few tokens, ``prefill`` for many, ``both`` twice.
@@ -71,7 +71,7 @@ def prepare(
     records: list[Prepared] = []
     dense: dict[str, str] = {}
     waiting = 0
-    widen(model, target)
+    widen(model, policy, target)
     for product, names in _products(model):
         _check_together(product, names)
         if not _lies_there(product.members[0].weight, target):
@@ -101,22 +101,29 @@ def prepare(
     return records
 
 
-def widen(model: nn.Module, target: GPU | None = None, *, everywhere: bool = False) -> None:
-    """Make 2:4 layers of few bits that lie on a GPU (or ``everywhere``) such of full width, in place, with one warning.
+def widen(model: nn.Module, policy: Policy = "decode", target: GPU | None = None, *, everywhere: bool = False) -> None:
+    """Make 2:4 layers of few bits that lie on a GPU (or ``everywhere``) such of full width, in place, with one warning,
+    where no kernel of that GPU multiplies with their integers under ``policy``.
 
     The numbers stay the same. The model's config says so too: saved, it has the wider weights.
     """
-    names = []
+    reasons: dict[str, str] = {}
     for name, module in model.named_modules():
         few = isinstance(module, PackedLinear) and module.site.bits is not None and module.site.layout == "packed24"
-        if isinstance(module, PackedLinear) and few and (everywhere or _lies_there(module.weight, target)):
-            module.widen()
-            names.append(f"{name}.weight")
-            sites = getattr(getattr(getattr(model, "config", None), "quantization_config", None), "sites", {})
-            if names[-1] in sites:
-                sites[names[-1]] = module.site.as_dict()
-    if names:
-        text = f"sparsify: {FEW_BITS}: {len(names)} 2:4 weights take the width of their dtype there"
+        if not isinstance(module, PackedLinear) or not few or not (everywhere or _lies_there(module.weight, target)):
+            continue
+        reason = (target or GPU.of(module.weight.device)).unfit_integers(module.weight.dtype, policy)
+        if reason is None:
+            continue
+        module.widen()
+        parameter = f"{name}.weight"
+        reasons[parameter] = reason
+        sites = getattr(getattr(getattr(model, "config", None), "quantization_config", None), "sites", {})
+        if parameter in sites:
+            sites[parameter] = module.site.as_dict()
+    if reasons:
+        why = "; ".join(dict.fromkeys(reasons.values()))
+        text = f"sparsify: {why}: {len(reasons)} 2:4 weights take the width of their dtype there"
         warnings.warn(text, RuntimeWarning, stacklevel=3)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -98,20 +99,17 @@ class Product:
         places = {(m.weight.device, m.weight.dtype) for m in self.members}
         if self.plan is None and len(places) == 1 and next(iter(places))[0].type == GPU_TYPE:
             self.prepare()
-            if self.members[0].site.bits is not None:
-                text = f"sparsify: {FEW_BITS}: every product unpacks its weight. prepare(model), of "
-                text += "sparsify.backends.packed.loaded, makes 2:4 weights of full width of them"
+            if self.members[0].site.bits is not None and self.refused is not None:
+                text = f"sparsify: {self.refused.reason}: every product unpacks its weight. prepare(model), of "
+                text += "sparsify.backends.packed.loaded, finds them a layout that does not"
                 warnings.warn(text, RuntimeWarning, stacklevel=2)
 
     def prepare(self) -> None:
         """Take the layouts of the GPU (``target``, or the one that the members lie on), or note the reason why not."""
         self.release()
         leader = self.members[0]
-        if leader.site.bits is not None:
-            self.refused = Refused(FEW_BITS)
-            return
         if leader.site.layout != "packed24":
-            self.refused = Refused(NOT_24)
+            self.refused = Refused(NOT_24 if leader.site.bits is None else FEW_BITS)
             return
         packed = [m.packed() for m in self.members]
         weight = prepare_weight(
@@ -131,7 +129,8 @@ class Product:
         for member in self.members:
             values = main if member is leader else member.weight.new_empty(0)
             member.weight = nn.Parameter(values, requires_grad=False)
-            del member.weight_meta
+            for part in filter(None, member.site.parts):
+                delattr(member, f"weight{part}")
         leader.register_buffer("weight_compressed", weight.compressed if self._fragments else None, persistent=False)
         leader.register_buffer("weight_codes", weight.codes, persistent=False)
         if len(self.members) > 1:
@@ -151,8 +150,11 @@ class Product:
         parts = self._portable()
         self.plan, self.timings = None, Timings({})
         for member, packed in zip(self.members, parts, strict=True):
-            member.weight = nn.Parameter(packed.values, requires_grad=False)
-            member.register_buffer("weight_meta", packed.codes)
+            for part, tensor in member.site.tensors(packed).items():
+                if part:
+                    member.register_buffer(f"weight{part}", tensor)
+                else:
+                    member.weight = nn.Parameter(tensor, requires_grad=False)
         leader = self.members[0]
         for name in ("weight_compressed", "weight_codes", "joined_bias"):
             leader._buffers.pop(name, None)
@@ -175,5 +177,12 @@ class Product:
             Plan.parse(self.plan or ""),
             self.timings,
         ).portable()
-        rows = zip(whole.values.split(self.sizes), whole.codes.split(self.sizes), self.sizes, strict=True)
-        return [Packed("packed24", (size, leader.in_features), v.clone(), c.clone()) for v, c, size in rows]
+        values, codes = whole.values.split(self.sizes), whole.codes.split(self.sizes)
+        scales = (
+            [None] * len(self.sizes) if whole.scales is None else [s.clone() for s in whole.scales.split(self.sizes)]
+        )
+        rows = zip(self.sizes, values, codes, scales, strict=True)
+        return [
+            replace(whole, shape=(n, leader.in_features), values=v.clone(), codes=c.clone(), scales=s)
+            for n, v, c, s in rows
+        ]

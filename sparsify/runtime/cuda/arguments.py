@@ -7,7 +7,8 @@ from torch import Tensor
 
 from sparsify.errors import BackendError
 from sparsify.runtime.cuda.dispatch import Plan
-from sparsify.runtime.cuda.fragments import DTYPES, TILE_BYTES, tiles
+from sparsify.runtime.cuda.fragments import DTYPES, tiles
+from sparsify.runtime.cuda.integers import is_tile
 
 # Sizes are C's int in the kernels' arguments.
 _MOST = 1 << 31
@@ -44,8 +45,8 @@ def check_prepared(
     columns = x.shape[-1]
     if fragments is not None:
         size = fragments.element_size()
-        sound = size <= 2 and fragments.is_contiguous()
-        if not sound or fragments.shape != (*tiles(rows, columns), TILE_BYTES // size):
+        sound = size <= 2 and fragments.is_contiguous() and fragments.dim() == 3
+        if not sound or fragments.shape[:2] != tiles(rows, columns) or not is_tile(fragments.shape[2] * size):
             raise _refusal(
                 x,
                 f"fragments {list(fragments.shape)} of {fragments.dtype} for {rows} rows of {columns} columns",

@@ -5,6 +5,7 @@ for up to 8 tokens, the second up to 16, and multiplies with an unpacked copy ab
 
 - ``decode_…``, ``bulk_…``, ``tiled_…``, ``wide_…``, ``wgmma_…``: our own, on fragments
   (:class:`sparsify.runtime.cuda.variants.Variant`);
+- ``int8g64_…``: our own, on fragments of integers (``g64``: a scale for 64 columns, ``g256``: for the row);
 - ``unpack``: fragments to a dense copy that the next layer reuses, and cuBLAS;
 - ``cusparselt:NUMBER``, ``cusparselt:NUMBER:SPLITS:MODE`` (:class:`sparsify.runtime.cuda.compressed.Algorithm`) and
   ``cutlass``: NVIDIA's, on the compressed copy.
@@ -21,6 +22,7 @@ from itertools import pairwise
 from sparsify.errors import BackendError
 from sparsify.runtime.cuda.compressed import Algorithm
 from sparsify.runtime.cuda.fragments import tiles
+from sparsify.runtime.cuda.integers import IntegerGrid
 from sparsify.runtime.cuda.variants import CLUSTERS, HOPPER, Variant
 from sparsify.runtime.words import Policy
 
@@ -84,7 +86,7 @@ class Plan:
 
 def is_own(kernel: str) -> bool:
     """Whether ``kernel`` is one of ours that multiplies with fragments."""
-    return kernel.startswith(("decode", "bulk", "tiled", "wide", "wgmma"))
+    return kernel.startswith(("decode", "bulk", "tiled", "wide", "wgmma", "int"))
 
 
 def check_kernel(name: str) -> str:
@@ -152,6 +154,11 @@ def default_plan(
     steps = [(8, "decode_w8_r1_m1"), (16, "decode_w8_r1_m2")]
     steps += [(tokens, some(rows, columns, tokens, multiprocessors)) for tokens in (32, 64, 128, 256)]
     return Plan.of([*steps, (1 << 30, many or "unpack")])
+
+
+def integer_plan(grid: IntegerGrid) -> Plan:
+    """The same of integers: a dense copy of a layer at a time serves more than sixteen tokens."""
+    return Plan((8, 16), (f"{grid.kind}_w8_r1_m1", f"{grid.kind}_w8_r1_m2", "unpack"))
 
 
 def _wgmma(rows: int, columns: int, tokens: int, multiprocessors: int) -> str:

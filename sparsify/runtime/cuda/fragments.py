@@ -18,7 +18,7 @@ CHUNKS, LANES = 8, 32
 TILE_BYTES = (CHUNKS + 1) * LANES * 16
 DTYPES = (torch.bfloat16, torch.float16)
 # Two groups without a value: positions 0 and 1 of each.
-_EMPTY_CODES = 0x44
+EMPTY_CODES = 0x44
 
 
 def tiles(rows: int, columns: int) -> tuple[int, int]:
@@ -31,8 +31,8 @@ def to_fragments(packed: Packed) -> Tensor:
     One copy each of the values and the codes, straight to their places.
     """
     high, wide = tiles(*packed.shape)
-    values = _filled(packed.values.view(torch.int16), high * TILE_ROWS, wide * TILE_COLUMNS // 2, 0)
-    codes = _filled(packed.codes, high * TILE_ROWS, wide * TILE_COLUMNS // 8, _EMPTY_CODES)
+    values = filled(packed.values.view(torch.int16), high * TILE_ROWS, wide * TILE_COLUMNS // 2, 0)
+    codes = filled(packed.codes, high * TILE_ROWS, wide * TILE_COLUMNS // 8, EMPTY_CODES)
     out = torch.empty(high, wide, CHUNKS + 1, LANES, 16, dtype=torch.uint8, device=packed.values.device)
     # A group's place s in its chunk is 4 pair + 2 o + t1, and its number m there 4 o + 2 t1 + pair: lane 4 g + 2 t1 +
     # pair.                 rows:  tile  half g  columns: tile, chunk, pair, o, t1, value
@@ -40,12 +40,7 @@ def to_fragments(packed: Packed) -> Tensor:
     placed = out[:, :, :CHUNKS].view(torch.int16).unflatten(3, (8, 2, 2)).unflatten(6, (2, 2, 2))
     #      to tile, tile, chunk, g, t1, pair, o, half, value
     placed.copy_(source.permute(0, 3, 4, 2, 7, 5, 6, 1, 8))
-    # Codes: four nibbles of one row are 16 bits, in the order of m; lane 4 g + 2 (chunk & 1) + o, word chunk >> 1.
-    nibbles = torch.stack((codes & 15, codes >> 4), -1).view(high, 2, 8, wide, CHUNKS // 2, 2, 2, 2, 2)
-    #    rows: tile half g, columns: tile, word, odd, pair, o, t1  ->  ..., odd, o, word, half | t1, pair
-    ordered = nibbles.permute(0, 3, 2, 5, 7, 4, 1, 8, 6).reshape(high, wide, LANES, 4, 2, 2, 2)
-    joined = ordered[..., 0] | ordered[..., 1] << 4
-    out[:, :, CHUNKS] = joined.reshape(high, wide, LANES, 16)
+    place_codes(out[:, :, CHUNKS], codes)
     return out.view(high, wide, TILE_BYTES)
 
 
@@ -56,11 +51,7 @@ def from_fragments(fragments: Tensor, dtype: torch.dtype, rows: int, columns: in
     placed = chunks[:, :, :CHUNKS].contiguous().view(torch.int16).view(high, wide, CHUNKS, 8, 2, 2, 2, 2, 2)
     #   tile, tile, chunk, g, t1, pair, o, half, value  ->  tile, half, g, tile, chunk, pair, o, t1, value
     values = placed.permute(0, 7, 3, 1, 2, 5, 6, 4, 8).reshape(high * TILE_ROWS, -1)
-    joined = chunks[:, :, CHUNKS].reshape(high, wide, 8, 2, 2, 4, 2, 2)
-    nibbles = torch.stack((joined & 15, joined >> 4), -1)
-    #   tile, tile, g, odd, o, word, half, t1, pair  ->  tile, half, g, tile, word, odd, pair, o, t1
-    ordered = nibbles.permute(0, 6, 2, 1, 5, 3, 8, 4, 7).reshape(high * TILE_ROWS, -1, 2)
-    codes = ordered[..., 0] | ordered[..., 1] << 4
+    codes = placed_codes(chunks[:, :, CHUNKS])
     full = padded(columns)
     return Packed(
         "packed24",
@@ -70,7 +61,28 @@ def from_fragments(fragments: Tensor, dtype: torch.dtype, rows: int, columns: in
     )
 
 
-def _filled(matrix: Tensor, rows: int, columns: int, value: int) -> Tensor:
+def place_codes(out: Tensor, codes: Tensor) -> None:
+    """Write ``codes`` [rows, columns / 8] of whole tiles to ``out`` [row tiles, column tiles, LANES, 16]."""
+    high, wide = out.shape[:2]
+    # Four nibbles of one row are 16 bits, in the order of m; lane 4 g + 2 (chunk & 1) + o, word chunk >> 1.
+    nibbles = torch.stack((codes & 15, codes >> 4), -1).view(high, 2, 8, wide, CHUNKS // 2, 2, 2, 2, 2)
+    #    rows: tile half g, columns: tile, word, odd, pair, o, t1  ->  ..., odd, o, word, half | t1, pair
+    ordered = nibbles.permute(0, 3, 2, 5, 7, 4, 1, 8, 6).reshape(high, wide, LANES, 4, 2, 2, 2)
+    joined = ordered[..., 0] | ordered[..., 1] << 4
+    out.copy_(joined.reshape(high, wide, LANES, 16))
+
+
+def placed_codes(chunks: Tensor) -> Tensor:
+    """Undo :func:`place_codes`."""
+    high, wide = chunks.shape[:2]
+    joined = chunks.reshape(high, wide, 8, 2, 2, 4, 2, 2)
+    nibbles = torch.stack((joined & 15, joined >> 4), -1)
+    #   tile, tile, g, odd, o, word, half, t1, pair  ->  tile, half, g, tile, word, odd, pair, o, t1
+    ordered = nibbles.permute(0, 6, 2, 1, 5, 3, 8, 4, 7).reshape(high * TILE_ROWS, -1, 2)
+    return ordered[..., 0] | ordered[..., 1] << 4
+
+
+def filled(matrix: Tensor, rows: int, columns: int, value: int) -> Tensor:
     if tuple(matrix.shape) == (rows, columns):
         return matrix.contiguous()
     full = matrix.new_full((rows, columns), value)

@@ -60,6 +60,14 @@ class GPU:
             return f"{self.name} has no sparse tensor cores (compute capability 8.0 and later have)"
         return None
 
+    def unfit_integers(self, dtype: torch.dtype, policy: Policy) -> str | None:
+        """The same of a 2:4 weight of integers under ``policy``: cuSPARSELt's copies are of full width."""
+        if policy != "decode":
+            return f"{FEW_BITS} under the policy {policy!r}"
+        if not self.compiler:
+            return f"{FEW_BITS} without NVRTC"
+        return self.unfit(dtype)
+
     def library_for(self, policy: Policy) -> SparseLibrary | None:
         """The library of the copies that ``policy`` keeps for many tokens; None where it keeps none."""
         return self.library if policy != "decode" else None

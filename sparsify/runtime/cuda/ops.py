@@ -25,7 +25,8 @@ from sparsify.runtime.arguments import check_24
 from sparsify.runtime.cuda import compressed as libraries
 from sparsify.runtime.cuda.arguments import check_one_device, check_prepared
 from sparsify.runtime.cuda.dispatch import Plan
-from sparsify.runtime.cuda.fragments import DTYPES, from_fragments
+from sparsify.runtime.cuda.fragments import DTYPES
+from sparsify.runtime.cuda.integers import unpack_fragments
 from sparsify.runtime.cuda.products import missing, run_kernel
 from sparsify.runtime.layout import Packed, unpack
 
@@ -61,7 +62,7 @@ def _reference(
     check_prepared(x, fragments, compressed, codes, rows, plan, bias)
     shape = (rows, x.shape[-1])
     if fragments is not None:
-        packed = from_fragments(fragments, x.dtype, *shape)
+        packed = unpack_fragments(fragments, x.dtype, *shape)
     elif compressed is not None and codes is not None:
         packed = libraries.decompress(compressed, codes, shape)
     else:

@@ -14,9 +14,9 @@ from sparsify.errors import Refused
 from sparsify.runtime.cuda import compressed as libraries
 from sparsify.runtime.cuda import ops
 from sparsify.runtime.cuda.autotune.times import timings_of
-from sparsify.runtime.cuda.dispatch import Plan, Timings, default_plan
-from sparsify.runtime.cuda.fragments import from_fragments, to_fragments
-from sparsify.runtime.cuda.gpu import GPU
+from sparsify.runtime.cuda.dispatch import Plan, Timings, default_plan, integer_plan
+from sparsify.runtime.cuda.gpu import FEW_BITS, GPU
+from sparsify.runtime.cuda.integers import grid_of, pack_fragments, unpack_fragments
 from sparsify.runtime.layout import Packed
 from sparsify.runtime.words import Layout, Policy, check_policy
 
@@ -30,7 +30,8 @@ class PreparedWeight:
     """A matrix [rows, columns] on a GPU.
 
     Attributes:
-        fragments: for few tokens (:mod:`sparsify.runtime.cuda.fragments`); None under the policy ``prefill``.
+        fragments: for few tokens (:mod:`sparsify.runtime.cuda.fragments`, of integers
+            :mod:`sparsify.runtime.cuda.integers`); None under the policy ``prefill``.
         compressed, codes: for many (:mod:`sparsify.runtime.cuda.compressed`); None under ``decode``.
         timings: what the plan was made of; empty where nothing was measured.
     """
@@ -67,7 +68,7 @@ class PreparedWeight:
     def portable(self) -> Packed:
         """The matrix in packed24 again, on its device, as it was packed."""
         if self.fragments is not None:
-            return from_fragments(self.fragments, self.dtype, self.rows, self.columns)
+            return unpack_fragments(self.fragments, self.dtype, self.rows, self.columns)
         assert self.compressed is not None, "a prepared weight has one copy at least"
         return libraries.decompress(self.compressed, self.codes, (self.rows, self.columns))
 
@@ -75,7 +76,8 @@ class PreparedWeight:
 def prepare_weight(
     packed: Packed, policy: Policy = "decode", *, tune: bool = True, target: GPU | None = None
 ) -> PreparedWeight | Refused:
-    """Bring a packed24 matrix on a GPU into the layouts of that GPU, or say why it is better left as it is or dense.
+    """Bring a packed24 matrix on a GPU, of full width or of integers, into the layouts of that GPU, or say why it is
+    better left as it is or dense.
 
     Nothing of the size of the dense matrix stays; while cuSPARSELt's copy is made one does.
 
@@ -88,10 +90,13 @@ def prepare_weight(
         SpecError: another policy. BackendError: the kernels do not compile or load here.
     """
     check_policy(policy)
-    device, (rows, columns), dtype = packed.values.device, packed.shape, packed.values.dtype
+    device, (rows, columns), dtype = packed.values.device, packed.shape, packed.dtype
     where = target or GPU.of(device)
+    grid = grid_of(packed)
     if (reason := where.unfit(dtype, packed.layout)) is not None:
         return Refused(reason)
+    if grid is not None and policy != "decode":
+        return Refused(f"{FEW_BITS} under the policy {policy!r}")
     library = where.library_for(policy)
     unfit = None if library is None else libraries.unfit(library, rows, columns)
     if policy == "prefill" and (library is None or unfit is not None):
@@ -102,13 +107,15 @@ def prepare_weight(
         return Refused("no NVRTC here to compile the kernels with", code=NO_COMPILER)
     timings = Timings({})
     if tune and target is None:
-        timings = timings_of(rows, columns, dtype, policy, library, device)
+        timings = timings_of(rows, columns, dtype, policy, library, device, grid)
         if not timings.pays(policy):
             return Refused(f"dense is faster here ({timings.verdict(policy)})")
     if timings.micro:
         plan = timings.plan()
+    elif grid is not None:
+        plan = integer_plan(grid)
     else:
         plan = default_plan(rows, columns, policy, library, where.multiprocessors, where.capability)
-    fragments = to_fragments(packed) if policy != "prefill" else None
+    fragments = pack_fragments(packed) if policy != "prefill" else None
     held, codes = libraries.compress(packed, library) if library is not None else (None, None)
     return PreparedWeight(rows, columns, dtype, fragments, held, codes, plan, timings)

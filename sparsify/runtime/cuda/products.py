@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 from torch.nn.functional import linear, pad
@@ -11,7 +9,8 @@ from torch.nn.functional import linear, pad
 from sparsify.errors import BackendError
 from sparsify.runtime.cuda import compressed as libraries
 from sparsify.runtime.cuda import driver, variants
-from sparsify.runtime.cuda.fragments import TILE_BYTES, TILE_ROWS, tiles
+from sparsify.runtime.cuda.fragments import TILE_ROWS, tiles
+from sparsify.runtime.cuda.integers import grid_in, is_tile
 from sparsify.runtime.cuda.variants import Arguments, Variant
 
 # Bytes of the dense copy of a part of W, for products that are better done dense.
@@ -47,9 +46,8 @@ def run_kernel(
         return y
     if fragments is None:
         raise missing(kernel, "fragments")
-    if tuple(fragments.shape[:2]) != tiles(rows, x.shape[1]) or fragments.nbytes != math.prod(
-        (*fragments.shape[:2], TILE_BYTES)
-    ):
+    whole = is_tile(fragments.shape[-1] * fragments.element_size())
+    if fragments.dim() != 3 or tuple(fragments.shape[:2]) != tiles(rows, x.shape[1]) or not whole:
         raise BackendError(
             f"a 2:4 product of {x.shape[1]} columns with {rows} rows",
             found=f"fragments {list(fragments.shape)}",
@@ -61,6 +59,12 @@ def run_kernel(
         # A copy on a boundary of sixteen bytes, with columns that W does not have.
         x = pad(x, (0, -x.shape[1] % _UNIT)).clone(memory_format=torch.contiguous_format)
     variant = Variant.named(kernel)
+    if variant.grid != (grid := grid_in(fragments)):
+        raise BackendError(
+            f"a 2:4 product by {kernel}",
+            found=f"weights of {'full width' if grid is None else grid.kind}",
+            do="Give the plan that was prepared with the weight",
+        )
     if variant.most_tokens is not None and x.shape[0] > variant.most_tokens:
         # The others would be left as they lay in memory.
         raise BackendError(
@@ -122,11 +126,10 @@ def _unpacked_product(x: Tensor, fragments: Tensor, rows: int, bias: Tensor | No
 
 def dense_rows(fragments: Tensor, like: Tensor, first: int, count: int, columns: int) -> Tensor:
     """Rows [first, first + count) of the weight, [count, columns] in the dtype of ``like``; ``first`` in sixteens."""
-    out = like.new_empty(count, columns)
-    arguments = Arguments(
-        fragments.data_ptr(), None, None, out.data_ptr(), None, 0, 0, columns, fragments.shape[1], 1, 0, first, count
-    )
-    _module(like).launch(variants.unpack_launch(count, columns), arguments)
+    out, grid = like.new_empty(count, columns), grid_in(fragments)
+    place = (fragments.data_ptr(), None, None, out.data_ptr(), None, 0, 0, columns, fragments.shape[1], 1, 0)
+    arguments = Arguments(*place, first, count, 0 if grid is None else grid.scales)
+    _module(like).launch(variants.unpack_launch(count, columns, grid), arguments)
     return out
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from sparsify.runtime.cuda.fragments import TILE_BYTES, tiles
+from sparsify.runtime.cuda.integers import GRIDS, IntegerGrid
 
 
 class Arguments(ctypes.Structure):
@@ -17,6 +18,7 @@ class Arguments(ctypes.Structure):
     _fields_: ClassVar = [
         *((name, ctypes.c_void_p) for name in ("fragments", "x", "bias", "y", "partial")),
         *((name, ctypes.c_int) for name in ("tokens", "rows", "columns", "tiles", "splits", "early", "first", "count")),
+        ("scales", ctypes.c_int),
     ]
 
 
@@ -47,7 +49,8 @@ class Variant:
         kind: ``decode`` (a block's warps split the columns), ``bulk`` (so too, with weights brought by the copy engine
             to blocks that stay for several groups of rows), ``tiled`` (the warps split the rows), ``wide`` (four
             warps split the rows and two the columns of a tile, with weights brought by the copy engine) or ``wgmma``
-            (all warps but four, which copy inputs, split the rows; products of compute capability 9.0 alone).
+            (all warps but four, which copy inputs, split the rows; products of compute capability 9.0 alone); of
+            integers ``int8g64`` and the like (:attr:`IntegerGrid.kind`), which cut it up as ``decode`` does.
         warps: of a block. row_tiles: of 16 rows, of a block (of a warp: ``tiled``, ``wide``, ``wgmma``). token_tiles:
             of 8 tokens, at most (of a block: ``tiled``, ``wide``, ``wgmma``).
         splits: blocks that share the columns of the same rows. They are a cluster and add their sums there; those of
@@ -86,6 +89,11 @@ class Variant:
         raise ValueError(f"no kernel {name!r}")
 
     @property
+    def grid(self) -> IntegerGrid | None:
+        """The integers that it multiplies with; None: weights of full width."""
+        return _GRID_OF.get(self.kind)
+
+    @property
     def possible_splits(self) -> Sequence[int]:
         match self.kind:
             case "tiled":
@@ -98,7 +106,11 @@ class Variant:
     @property
     def needs_hopper(self) -> bool:
         """Whether compute capability 9.0 is the least that runs it."""
-        return self.kind in ("bulk", "wide", "wgmma") or self.early or (self.kind == "decode" and self.splits > 1)
+        return (
+            self.kind in ("bulk", "wide", "wgmma")
+            or self.early
+            or (self.splits > 1 and self.kind in ("decode", *_GRID_OF))
+        )
 
     def runs_on(self, capability: tuple[int, int]) -> bool:
         """Whether a GPU of ``capability`` has what it needs; the products of ``wgmma`` ended with 9.0."""
@@ -119,7 +131,7 @@ class Variant:
         # A round of the sums over warps: floats of 16 rows and 8 tokens.
         sums = self.warps * self.row_tiles * self.token_tiles * 512
         match self.kind:
-            case "decode":
+            case kind if kind == "decode" or kind in _GRID_OF:
                 return Launch(self.kernel, (groups, 1, self.splits), threads, sums, self.splits, self.early)
             case "bulk":
                 depth, resident = _RINGS[self.warps, self.row_tiles]
@@ -185,14 +197,16 @@ BULK = tuple(Variant("bulk", w, r, m) for w, r in _RINGS for m in (1, 2))
 TILED = tuple(Variant("tiled", w, r, m) for w, r in ((4, 1), (8, 1), (8, 2)) for m in (4, 8))
 WIDE = tuple(Variant("wide", 8, r, m) for r in (2, 4) for m in (4, 8))
 WGMMA = tuple(Variant("wgmma", w, r, m) for w, r, m in _STAGES)
-VARIANTS = DECODE + BULK + TILED + WIDE + WGMMA
+INTEGERS = tuple(Variant(grid.kind, 8, 1, m) for grid in GRIDS for m in (1, 2))
+VARIANTS = DECODE + BULK + TILED + WIDE + WGMMA + INTEGERS
+_GRID_OF = {grid.kind: grid for grid in GRIDS}
 
 
 def add_splits_launch(tokens: int, rows: int, early: bool = False) -> Launch:
     return Launch("add_splits", (-(-tokens * rows // 256), 1, 1), 256, 0, early=early)
 
 
-def unpack_launch(count: int, columns: int) -> Launch:
-    """``count`` rows of ``columns``."""
+def unpack_launch(count: int, columns: int, grid: IntegerGrid | None = None) -> Launch:
+    """``count`` rows of ``columns``, of integers where there is a ``grid``."""
     high, wide = tiles(count, columns)
-    return Launch("unpack", (wide, high, 1), 32, 0)
+    return Launch("unpack" if grid is None else f"unpack_int{grid.bits}", (wide, high, 1), 32, 0)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sparsify.runtime.cuda import nvrtc
 from sparsify.runtime.cuda.fragments import to_fragments
-from sparsify.runtime.cuda.variants import BULK, DECODE, HOPPER, MANY, TILED, VARIANTS, WGMMA, WIDE, Variant
+from sparsify.runtime.cuda.variants import BULK, DECODE, HOPPER, INTEGERS, MANY, TILED, VARIANTS, WGMMA, WIDE, Variant
 from sparsify.runtime.layout import pack
 
 DTYPES = (torch.bfloat16, torch.float16)
@@ -78,7 +78,11 @@ CASES = [
     (SPLIT[1], torch.float16),
     (SPLIT[4], torch.float16),
     (SPLIT[8], torch.float16),
-    *(pytest.param(v, torch.bfloat16, marks=pytest.mark.slow) for v in (*VARIANTS, *SPLIT, *EARLY) if v not in QUICK),
+    *(
+        pytest.param(v, torch.bfloat16, marks=pytest.mark.slow)
+        for v in (*VARIANTS, *SPLIT, *EARLY)
+        if v not in (*QUICK, *INTEGERS)
+    ),
 ]
 # Seven row tiles: blocks that stay (two or three of them, see emulate.MULTIPROCESSORS) go on to others, with more tiles
 # than a ring of copies has places.
@@ -119,7 +123,9 @@ def test_values_that_floats_have_beside_numbers() -> None:
 
 def check_machine_code(binary: Path, capability: tuple[int, int]) -> None:
     kernels, hopper = machine_code(binary), capability >= HOPPER
-    assert set(kernels) == {v.kernel for v in VARIANTS if v.runs_on(capability)} | {"add_splits", "unpack"}
+    assert set(kernels) == {v.kernel for v in VARIANTS if v.runs_on(capability)} | {
+        *("add_splits", "unpack", "unpack_int8", "unpack_int4")
+    }
     for name, words in kernels.items():
         assert not [w for w in words if w.startswith(("LDL", "STL"))], f"{name} spills registers to local memory"
         # Each waits for the kernel before it, and does so before its first load of anything.
@@ -129,6 +135,9 @@ def check_machine_code(binary: Path, capability: tuple[int, int]) -> None:
             continue
         loads = [w for w in words if w.split(".")[0] == "LDG"]
         wide = [w for w in loads if w.endswith(".128") or ".128." in w]
+        if "int" in name:
+            check_integer_code(name, loads, words)
+            continue
         if name.startswith("wgmma"):
             check_warpgroup_code(Variant.named(name), words)
             continue
@@ -154,6 +163,17 @@ def check_machine_code(binary: Path, capability: tuple[int, int]) -> None:
             )
         if name.startswith("tiled"):
             assert any(w.startswith("LDGSTS") and "128" in w for w in words), f"{name} has no asynchronous copies"
+
+
+def check_integer_code(name: str, loads: list[str], words: list[str]) -> None:
+    """Weights sixteen bytes at a time, scales four at least, and two values decoded by one subtraction."""
+    bits, products = int(name.partition("int")[2][0]), [w for w in words if w.startswith("HMMA.SP.16832.F32")]
+    assert sum("128" in w and "CONSTANT" in w for w in loads) >= bits // 2 + 1, (name, loads)
+    assert sum(w.endswith("U16") for w in loads) <= 1, "the bias"
+    if not name.startswith("unpack"):
+        decoded = sum(w.split(".")[0] in ("HFMA2", "HADD2") for w in words)
+        assert 32 <= decoded < 64, (name, decoded)
+        assert len(products) == 8 * Variant.named(name).token_tiles, name
 
 
 def check_warpgroup_code(variant: Variant, words: list[str]) -> None:

@@ -15,10 +15,10 @@ from torch import Tensor
 from parts.first import BAR, error
 from sparsify.errors import Refused
 from sparsify.runtime.cuda.autotune.times import random_24
-from sparsify.runtime.cuda.fragments import to_fragments
+from sparsify.runtime.cuda.integers import GRIDS, IntegerGrid, pack_fragments
 from sparsify.runtime.cuda.prepared import PreparedWeight, prepare_weight
 from sparsify.runtime.cuda.products import run_kernel
-from sparsify.runtime.cuda.variants import BULK, CLUSTERS, DECODE, VARIANTS, WGMMA, WIDE, Variant
+from sparsify.runtime.cuda.variants import BULK, CLUSTERS, DECODE, INTEGERS, VARIANTS, WGMMA, WIDE, Variant
 from sparsify.runtime.layout import unpack
 from sparsify.runtime.words import POLICIES, Policy
 
@@ -31,6 +31,7 @@ def steps(machine: Machine, results: Results) -> list[Step]:
             for shape in machine.sizes.checked
             for kernel in every_variant(machine, broken)
         ),
+        *((f"integers {grid.kind}", partial(check_policy, machine, "decode", grid)) for grid in GRIDS),
         *((f"policy {policy}", partial(check_policy, machine, policy)) for policy in POLICIES),
         ("CUDA graphs", partial(check_graphs, machine)),
         ("streams", partial(check_streams, machine)),
@@ -48,7 +49,7 @@ def broken_families(results: Results) -> set[str]:
 def every_variant(machine: Machine, broken: set[str]) -> list[Variant]:
     plain = [replace(v, early=early) for v in VARIANTS for early in (False, True) if v.kind != "wgmma" or not early]
     split = [replace(v, splits=s) for v in VARIANTS for s in (2, 4) if v.kind == "tiled"]
-    split += [replace(v, splits=s, early=s == 2) for v in DECODE + BULK for s in CLUSTERS[1:]]
+    split += [replace(v, splits=s, early=s == 2) for v in (*DECODE, *BULK, *INTEGERS[::3]) for s in CLUSTERS[1:]]
     split += [replace(v, splits=s, early=s == 3) for v in WIDE for s in (2, 3, 5, 8)]
     split += [replace(v, splits=s, early=s == 3) for v in WGMMA for s in (3, 8)]
     return [v for v in plain + split if v.runs_on(machine.gpu.capability) and not broken & families_of(v.name)]
@@ -70,8 +71,8 @@ def check_variant(
     """At every number of tokens that it takes."""
     (rows, columns), worst, count = shape, 0.0, 0
     for dtype in dtypes:
-        packed = random_24(rows, columns, dtype, machine.device)
-        dense, fragments = unpack(packed).double(), to_fragments(packed)
+        packed = random_24(rows, columns, dtype, machine.device, variant.grid)
+        dense, fragments = unpack(packed).double(), pack_fragments(packed)
         bias = torch.randn(rows, device=machine.device).to(dtype)
         for tokens in counts or machine.sizes.checked_tokens:
             if not variant.fits(tokens, columns):
@@ -87,10 +88,10 @@ def check_variant(
     return {"products": count, "worst": worst}
 
 
-def check_policy(machine: Machine, policy: Policy) -> Found:
+def check_policy(machine: Machine, policy: Policy, grid: IntegerGrid | None = None) -> Found:
     """The operator at any number of tokens, and the matrix that comes back."""
     size = machine.sizes.square
-    packed = random_24(size, size, torch.bfloat16, machine.device)
+    packed = random_24(size, size, torch.bfloat16, machine.device, grid)
     weight = prepare_weight(packed, policy, tune=False, target=machine.target)
     if isinstance(weight, Refused):
         return {"refused": weight.reason}

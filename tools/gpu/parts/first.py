@@ -16,8 +16,11 @@ from torch import Tensor
 from sparsify.runtime.cuda import compressed as libraries
 from sparsify.runtime.cuda import nvrtc
 from sparsify.runtime.cuda.autotune.times import random_24
+from sparsify.runtime.cuda.dispatch import is_own
 from sparsify.runtime.cuda.fragments import to_fragments
+from sparsify.runtime.cuda.integers import pack_fragments
 from sparsify.runtime.cuda.products import run_kernel
+from sparsify.runtime.cuda.variants import Variant
 from sparsify.runtime.layout import Packed, unpack
 
 # ‖y − exact‖ / ‖exact‖ that a product in 16 bits stays below.
@@ -33,6 +36,13 @@ FAMILIES: dict[str, Sequence[tuple[str, int]]] = {
     "triton": [("triton", 1), ("triton", 16)],
     "early": [("decode_w8_r1_m1_e", 1), ("tiled_w4_r1_m4_s2_e", 33)],
     "clusters": [("decode_w8_r1_m1_s2", 1), ("decode_w8_r1_m2_s8", 16), ("decode_w8_r1_m1_s4_e", 3)],
+    "integers": [
+        ("int8g256_w8_r1_m1", 1),
+        ("int8g32_w8_r1_m2", 16),
+        ("int4g64_w8_r1_m1", 8),
+        ("int4g32_w8_r1_m2", 9),
+        ("int4g256_w8_r1_m1_s2_e", 3),
+    ],
     "bulk": [("bulk_w8_r1_m1", 1), ("bulk_w4_r1_m2", 16), ("bulk_w8_r2_m2", 12), ("bulk_w8_r1_m1_s2_e", 5)],
     "wide": [("wide_w8_r4_m8", 64), ("wide_w8_r2_m4", 20), ("wide_w8_r4_m4_s3", 33), ("wide_w8_r2_m8_s8_e", 200)],
     "wgmma": [
@@ -109,10 +119,11 @@ def try_family(machine: Machine, family: str) -> Found:
 
 
 def _try(machine: Machine, name: str, tokens: int, rows: int, columns: int) -> float:
-    packed = random_24(rows, columns, torch.bfloat16, machine.device)
+    grid = Variant.named(name).grid if is_own(name) else None
+    packed = random_24(rows, columns, torch.bfloat16, machine.device, grid)
     x = torch.randn(tokens, columns, device=machine.device).bfloat16()
     bias = torch.randn(rows, device=machine.device).bfloat16()
-    fragments, held, codes = to_fragments(packed), None, None
+    fragments, held, codes = pack_fragments(packed), None, None
     if name == "library":
         name, held, codes = compressed(machine, packed)
 

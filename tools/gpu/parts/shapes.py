@@ -15,6 +15,7 @@ from sparsify.runtime.cuda import compressed as libraries
 from sparsify.runtime.cuda.autotune.measure import RacedMatrix
 from sparsify.runtime.cuda.autotune.times import TimesFile, call_of, race
 from sparsify.runtime.cuda.dispatch import DENSE, Timings
+from sparsify.runtime.cuda.integers import IntegerGrid
 
 
 def steps(machine: Machine, results: Results) -> list[Step]:
@@ -25,9 +26,16 @@ def steps(machine: Machine, results: Results) -> list[Step]:
     own = {(rows, columns) for _, rows, columns in next(iter(layers.values()))}
     ordered = sorted(shapes, key=lambda shape: (shape not in own, -shape[0] * shape[1]))
     return [
-        (f"{rows}x{columns}, {tokens} tokens", partial(time_shape, machine, rows, columns, [tokens], broken))
-        for rows, columns in ordered
-        for tokens in machine.sizes.tokens
+        *(
+            (f"{rows}x{columns}, {tokens} tokens", partial(time_shape, machine, rows, columns, [tokens], broken))
+            for rows, columns in ordered
+            for tokens in machine.sizes.tokens
+        ),
+        *(
+            (f"{rows}x{columns} {grid.kind}", partial(time_integers, machine, rows, columns, grid, broken))
+            for rows, columns in ordered
+            for grid in TIMED
+        ),
     ]
 
 
@@ -54,6 +62,21 @@ def time_shape(machine: Machine, rows: int, columns: int, counts: Sequence[int],
         best = f"{timings.gain(t):.2f}× {timings.best(t)[0]}, dense {timings.micro[t][DENSE]:.1f} µs"
         print(f"{rows}×{columns}, {t} tokens: {best}", flush=True)
     return {"micro": {str(tokens): dict(times) for tokens, times in timings.micro.items()}}
+
+
+# An integer of 8 bits has one scale a row, as a rule, and one of 4 bits one for 64 columns.
+TIMED = (IntegerGrid(8, None), IntegerGrid(4, 64))
+
+
+def time_integers(machine: Machine, rows: int, columns: int, grid: IntegerGrid, broken: set[str]) -> Found:
+    """The same of integers, for few tokens and for the first number of them that is unpacked for."""
+    timings = race(
+        rows, columns, torch.bfloat16, "decode", None, machine.device, machine.clock, machine.gpu,
+        [t for t in machine.sizes.tokens if t <= 64], partial(sound_call, broken), grid,
+    )  # fmt: skip
+    if not machine.emulated:
+        torch.cuda.empty_cache()
+    return {"integers": {str(tokens): dict(times) for tokens, times in timings.micro.items()}}
 
 
 def key_of(rows: int, columns: int) -> str:

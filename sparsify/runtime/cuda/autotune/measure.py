@@ -19,7 +19,8 @@ from sparsify.runtime.cuda.autotune.clock import Clock
 from sparsify.runtime.cuda.dispatch import BUCKETS, DENSE, Timings
 from sparsify.runtime.cuda.fragments import tiles
 from sparsify.runtime.cuda.gpu import GPU
-from sparsify.runtime.cuda.variants import BULK, CLUSTERS, DECODE, TILED, WGMMA, WIDE, Variant
+from sparsify.runtime.cuda.integers import IntegerGrid, grid_in
+from sparsify.runtime.cuda.variants import BULK, CLUSTERS, DECODE, INTEGERS, TILED, WGMMA, WIDE, Variant
 
 _SPLITS = (1, 2, 4, 8)
 # Shares of the multiprocessors that have work, on average over the rounds of blocks: most of them, and nearly all.
@@ -115,7 +116,7 @@ def candidates(matrix: RacedMatrix, x: Tensor, gpu: GPU) -> list[str]:
     (tokens, columns), rows = x.shape, matrix.dense.shape[0]
     names: list[str] = []
     if matrix.fragments is not None:
-        names = [v.name for v in own_candidates(tokens, rows, columns, gpu)]
+        names = [v.name for v in own_candidates(tokens, rows, columns, gpu, grid_in(matrix.fragments))]
         if tokens > 16:
             names.append("unpack")
     if matrix.compressed is not None and matrix.codes is not None:
@@ -130,9 +131,11 @@ def candidates(matrix: RacedMatrix, x: Tensor, gpu: GPU) -> list[str]:
     return names
 
 
-def own_candidates(tokens: int, rows: int, columns: int, gpu: GPU) -> list[Variant]:
-    """Of our own kernels. Each is raced started early, too, where the GPU can."""
-    if tokens > 512:
+def own_candidates(tokens: int, rows: int, columns: int, gpu: GPU, grid: IntegerGrid | None = None) -> list[Variant]:
+    """Of our own kernels, for integers where there is a ``grid``. Each is raced started early, too, where the GPU
+    can.
+    """
+    if tokens > (512 if grid is None else 16):
         return []
     if tokens > 16:
         groups = 4 if tokens <= 32 else 8
@@ -143,7 +146,8 @@ def own_candidates(tokens: int, rows: int, columns: int, gpu: GPU) -> list[Varia
         found += [v for v in wide if v.fits(tokens, columns)]
         found += _wgmma(tokens, rows, columns, gpu)
     else:
-        some = [v for v in DECODE + BULK if 8 * (v.token_tiles - 1) < tokens]
+        kernels = DECODE + BULK if grid is None else tuple(v for v in INTEGERS if v.grid == grid)
+        some = [v for v in kernels if 8 * (v.token_tiles - 1) < tokens]
         # Columns are split over more blocks where there are too few rows to occupy the GPU.
         blocks = 2 * gpu.multiprocessors
         found = [

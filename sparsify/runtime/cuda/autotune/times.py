@@ -14,15 +14,17 @@ import torch
 from torch import Tensor
 
 from sparsify.runtime.cache import cache_folder, put_whole, read_object
+from sparsify.runtime.codes import pack_nibbles
 from sparsify.runtime.cuda import compressed as libraries
 from sparsify.runtime.cuda import nvrtc
 from sparsify.runtime.cuda.autotune.clock import Clock, GPUClock
 from sparsify.runtime.cuda.autotune.measure import MakeCall, RacedMatrix, measure
 from sparsify.runtime.cuda.compressed import SparseLibrary
 from sparsify.runtime.cuda.dispatch import BUCKETS, DENSE, Timings, check_kernel
-from sparsify.runtime.cuda.fragments import to_fragments
 from sparsify.runtime.cuda.gpu import GPU
+from sparsify.runtime.cuda.integers import IntegerGrid, pack_fragments
 from sparsify.runtime.cuda.products import run_kernel
+from sparsify.runtime.few_bits import groups
 from sparsify.runtime.layout import Packed, padded, unpack
 from sparsify.runtime.words import Policy
 
@@ -62,14 +64,21 @@ def _checked(times: Mapping[str, Any]) -> dict[str, float]:
 
 @cache
 def timings_of(
-    rows: int, columns: int, dtype: torch.dtype, policy: Policy, library: SparseLibrary | None, device: torch.device
+    rows: int,
+    columns: int,
+    dtype: torch.dtype,
+    policy: Policy,
+    library: SparseLibrary | None,
+    device: torch.device,
+    grid: IntegerGrid | None = None,
 ) -> Timings:
     """What every kernel that ``policy`` allows takes on ``device``: from the cache folder, or measured now."""
     store = TimesFile.of(device)
     key = f"{rows}x{columns}:{str(dtype).removeprefix('torch.')}:{policy}:{library or 'none'}"
+    key += "" if grid is None else f":{grid.kind}"
     found = store.get(key)
     if found is None:
-        found = race(rows, columns, dtype, policy, library, device, GPUClock(device), GPU.of(device))
+        found = race(rows, columns, dtype, policy, library, device, GPUClock(device), GPU.of(device), grid=grid)
         store.put(key, found)
     return found
 
@@ -91,22 +100,34 @@ def race(
     gpu: GPU,
     buckets: Sequence[int] = BUCKETS,
     call: MakeCall = call_of,
+    grid: IntegerGrid | None = None,
 ) -> Timings:
-    """Time the kernels of ``gpu`` on a random 2:4 matrix that lies on ``device``."""
-    packed = random_24(rows, columns, dtype, device)
+    """Time the kernels of ``gpu`` on a random 2:4 matrix, of integers where there is a ``grid``, on ``device``."""
+    packed = random_24(rows, columns, dtype, device, grid)
     held, codes = libraries.compress(packed, library) if library is not None else (None, None)
-    fragments = to_fragments(packed) if policy != "prefill" else None
+    fragments = pack_fragments(packed) if policy != "prefill" else None
     return measure(RacedMatrix(unpack(packed), fragments, held, codes), call, clock, gpu, buckets)
 
 
-def random_24(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Packed:
-    """A random matrix with two values of every four."""
+def random_24(
+    rows: int, columns: int, dtype: torch.dtype, device: torch.device, grid: IntegerGrid | None = None
+) -> Packed:
+    """A random matrix with two values of every four, of integers where there is a ``grid``."""
     generator = torch.Generator(device).manual_seed(0)
-    full = padded(columns)
-    values = torch.randn(rows, full // 2, generator=generator, device=device).to(dtype)
+    full = padded(columns, None if grid is None else grid.bits)
     # The six ways to choose two positions of four.
     nibbles = torch.tensor([4, 8, 9, 12, 13, 14], dtype=torch.uint8, device=device)
     chosen = nibbles[torch.randint(6, (rows, full // 4), generator=generator, device=device)]
+    codes = chosen[:, ::2] | chosen[:, 1::2] << 4
     # A group that is cut off by the edge, and those beyond it, stay empty.
-    values[:, columns // 4 * 2 :] = 0
-    return Packed("packed24", (rows, columns), values, chosen[:, ::2] | chosen[:, 1::2] << 4)
+    kept = columns // 4 * 2
+    if grid is None:
+        values = torch.randn(rows, full // 2, generator=generator, device=device).to(dtype)
+        values[:, kept:] = 0
+        return Packed("packed24", (rows, columns), values, codes)
+    most = 1 << (grid.bits - 1)
+    integers = torch.randint(-most, most, (rows, full // 2), generator=generator, device=device).to(torch.int8)
+    integers[:, kept:] = 0
+    scales = torch.randn(rows, groups(columns, grid.group), generator=generator, device=device).to(dtype) / most
+    held = integers if grid.bits == 8 else pack_nibbles(integers)
+    return Packed("packed24", (rows, columns), held, codes, scales, grid.bits, grid.group)

@@ -32,6 +32,13 @@ DEVICE uint4 load_weights(const uint4* p) {
   return r;
 }
 
+// Scales of integers, which lie behind the weights of their tile.
+DEVICE u32 load_scales(const u32* p) {
+  u32 r;
+  asm volatile("ld.global.nc.L1::no_allocate.u32 %0, [%1];" : "=r"(r) : "l"(p));
+  return r;
+}
+
 // Inputs are read by every block: L1 keeps them for the blocks that follow on the same multiprocessor. Not the path of
 // constants ("nc"), and volatile, so that no load moves above await_previous: the kernel before may still write them.
 DEVICE uint4 load_input(const void* p) {
@@ -168,6 +175,14 @@ struct BFloat16 {
     asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(r) : "f"(v));
     return r;
   }
+  // Two numbers of it in which the last seven bits count ones: 128 and more.
+  static const u32 ONES = 0x43004300;
+  // Both halves of a - b.
+  static DEVICE u32 minus(u32 a, u32 b) {
+    u32 r;
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(b), "r"(0xbf80bf80u), "r"(a));
+    return r;
+  }
 };
 
 struct Float16 {
@@ -179,6 +194,13 @@ struct Float16 {
   static DEVICE u16 narrow(float v) {
     u16 r;
     asm("cvt.rn.f16.f32 %0, %1;" : "=h"(r) : "f"(v));
+    return r;
+  }
+  // 1024 and more.
+  static const u32 ONES = 0x64006400;
+  static DEVICE u32 minus(u32 a, u32 b) {
+    u32 r;
+    asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
     return r;
   }
 };

@@ -3,19 +3,20 @@
 #include "fragments.h"
 
 // The first chunk of a row of tiles; of the last one, past the end: read again, and not stored.
-DEVICE const uint4* row_tile_of(const Arguments& a, int tile) {
+// `size`: of a tile of the layout that it is in, in units of 16 bytes.
+DEVICE const uint4* row_tile_of(const Arguments& a, int tile, int size = TILE) {
   const int row_tiles = (a.rows + 15) >> 4;
-  return a.fragments + (u64)(tile < row_tiles ? tile : row_tiles - 1) * a.tiles * TILE;
+  return a.fragments + (u64)(tile < row_tiles ? tile : row_tiles - 1) * a.tiles * size;
 }
 
 // Wait for the kernel before, and meanwhile have the warp's first `count` tiles of each row tile brought into L2.
 template <int RT>
-DEVICE void start_early(const Arguments& a, const uint4* const (&base)[RT], int k, int step, int count) {
+DEVICE void start_early(const Arguments& a, const uint4* const (&base)[RT], int k, int step, int count, int size = TILE) {
 #if HOPPER
   if (a.early && (thread() & 31) == 0)
     for (int i = 0; i < count && k + i * step < a.tiles; i++)
 #pragma unroll
-      for (int r = 0; r < RT; r++) prefetch(base[r] + (u64)(k + i * step) * TILE, TILE_BYTES);
+      for (int r = 0; r < RT; r++) prefetch(base[r] + (u64)(k + i * step) * size, size * 16);
 #endif
   await_previous();
 }

@@ -22,6 +22,7 @@ struct Arguments {
   int splits;          // blocks that share the columns of one row
   int early;           // whether this kernel was started before the one before it had ended
   int first, count;    // rows that unpack writes, a multiple of 16 first
+  int scales;          // of a row of a tile, that unpack has of integers
 };
 
 const int CHUNKS = 8, LANE_CHUNKS = 9, TILE = LANE_CHUNKS * 32;  // a tile in units of 16 bytes

@@ -8,6 +8,7 @@
 #endif
 #include "bulk.h"
 #include "decode.h"
+#include "decode_integers.h"
 #include "tiled.h"
 #include "unpack.h"
 #include "wgmma.h"
@@ -19,6 +20,14 @@ DECODE(4, 1, 1) DECODE(4, 1, 2)
 DECODE(8, 1, 1) DECODE(8, 1, 2)
 DECODE(16, 1, 1) DECODE(16, 1, 2)
 DECODE(8, 2, 1) DECODE(8, 2, 2)
+
+// Bits, columns of a scale (256: the row has one) and scales of a row of a tile.
+#define INTEGERS(bits, group, scales, w, m) \
+  KERNEL(int##bits##g##group##_w##w##_r1_m##m, w * 32) { decode_integers<SPARSIFY_TYPE, bits, scales, w, m>(a); }
+#define GROUPS(bits, w, m) \
+  INTEGERS(bits, 256, 1, w, m) INTEGERS(bits, 128, 2, w, m) INTEGERS(bits, 64, 4, w, m) INTEGERS(bits, 32, 8, w, m)
+GROUPS(8, 8, 1) GROUPS(8, 8, 2)
+GROUPS(4, 8, 1) GROUPS(4, 8, 2)
 
 #if HOPPER
 // Depth and blocks a multiprocessor: see Variant.depth and Variant.resident.
@@ -51,3 +60,5 @@ TILED(8, 2, 4) TILED(8, 2, 8)
 
 KERNEL(add_splits, 256) { add_splits<SPARSIFY_TYPE>(a); }
 KERNEL(unpack, 32) { unpack_tile(a); }
+KERNEL(unpack_int8, 32) { unpack_integers<SPARSIFY_TYPE, 8>(a); }
+KERNEL(unpack_int4, 32) { unpack_integers<SPARSIFY_TYPE, 4>(a); }
