@@ -71,7 +71,7 @@ def test_one_process_is_no_number_of_them(tmp_path):
 SMALLER = ["llm-pruner:25%,scope=global,round=4,steps=2", "wanda:2:4"]
 
 
-@pytest.mark.first(4)
+@pytest.mark.first(2)
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("passes", "more", "finished"),

@@ -74,12 +74,14 @@ def grid_of(packed: Packed) -> IntegerGrid | None:
 
 def is_tile(length: int) -> bool:
     """Whether some layout has tiles of ``length`` bytes."""
-    return length in _BY_BYTES
+    # (a symbolic size, which a tracer may give, can be compared and not looked up)
+    return any(length == known for known in _BY_BYTES)
 
 
 def grid_in(fragments: Tensor) -> IntegerGrid | None:
     """Of fragments [row tiles, column tiles, …]; None where they are of full width, or of no layout."""
-    return _BY_BYTES.get(fragments.shape[-1] * fragments.element_size())
+    length = fragments.shape[-1] * fragments.element_size()
+    return next((grid for known, grid in _BY_BYTES.items() if length == known), None)
 
 
 def pack_fragments(packed: Packed) -> Tensor:
