@@ -98,7 +98,7 @@ def faulty(tmp_path: Path, steps: str, limit: float = 60) -> Path:
     shutil.copytree(ROOT / "tools" / "gpu", root / "tools" / "gpu")
     parts = root / "tools" / "gpu" / "parts"
     lines = [
-        f'PARTS = {{"faulty": {limit}, "after": {limit}}}',
+        f'PARTS = {{"faulty": {limit}, "after": 60}}',
         "BUDGET = 500",
         'NEEDED = {"faulty": ("needed",)}',
         "WITHOUT = ()",
@@ -126,7 +126,7 @@ def test_steps_that_fail_kill_or_lose_the_gpu_cost_themselves_alone(tmp_path: Pa
 
 @pytest.mark.slow
 def test_a_part_that_hangs_is_stopped_and_the_next_goes_on(tmp_path: Path) -> None:
-    root = faulty(tmp_path, "good, slow", limit=15)
+    root = faulty(tmp_path, "good, slow", limit=20)
     code, content, _ = run(tmp_path, "--emulate", root=root)
     assert code == 1 and content["parts"]["faulty"]["part"]["status"].startswith("stopped")
     assert (

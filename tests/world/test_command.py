@@ -92,7 +92,7 @@ def test_a_killed_job_goes_on_to_the_same_bytes(passes, more, finished, tmp_path
     out = tmp_path / "out"
     typed = [sys.executable, "-m", "sparsify", *map(str, [*words, "-o", out])]
     running = subprocess.Popen(typed, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + 600
     # Until some parts are finished, which are what it goes on from.
     while sum(len(lines.read_bytes().splitlines()) for lines in tmp_path.glob(f".out.*/{LINES}")) < finished:
         assert time.monotonic() < deadline and running.poll() is None
