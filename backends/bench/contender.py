@@ -87,7 +87,7 @@ class InTorch:
         self._wait()
 
     def generate(self, ids: Tensor, count: int) -> Generated:
-        ids, clock = ids.to(self._place()), _Clock()
+        ids, clock = ids.to(self._place()), Clock()
         # transformers compiles a static cache's steps and replays them as CUDA graphs, so that no launch is waited for.
         cache = {"cache_implementation": "static"} if ids.is_cuda else {}
         out: Tensor = self.model.generate(
@@ -152,14 +152,14 @@ class InOnnx:
 
     def generate(self, ids: Tensor, count: int) -> Generated:
         assert self._runner is not None, "asked of graphs that generate alone"
-        made, clock = [], _Clock()
+        made, clock = [], Clock()
         for token in self._runner.generate(ids.numpy(), tokens=count):
             made.append(int(token[0]))
             clock.tick()
         return clock.of(torch.tensor(made))
 
 
-class _Clock:
+class Clock:
     """When each token was there; a streamer of transformers."""
 
     def __init__(self) -> None:

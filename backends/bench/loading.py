@@ -46,9 +46,13 @@ def measure_loading(folder: str | Path, *, trust_remote_code: bool = False, chec
     words = [*python(__name__), str(folder), *(word for word, given in options.items() if given)]
     done = subprocess.run(words, capture_output=True, text=True, check=False, env=environment())
     if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["it died"])[-1]
-        raise CheckpointError(f"loading {folder}", found=last, do="Load it with its own library to see why")
+        raise CheckpointError(f"loading {folder}", found=last_words(done), do="Load it with its own library to see why")
     return Loading(**json.loads(done.stdout.strip().splitlines()[-1]))
+
+
+def last_words(done: subprocess.CompletedProcess[str]) -> str:
+    """The last line of what a process that failed said of it."""
+    return (done.stderr.strip().splitlines() or ["it died"])[-1]
 
 
 def main() -> None:

@@ -20,7 +20,7 @@ from sparsify.durable import write_whole
 from sparsify.errors import BackendError, CheckpointError, ProcessError, SpecError
 from sparsify.journal.journal import Kept
 from sparsify.journal.left import ASKED
-from sparsify.journal.record import damaged, read_span, span_of, span_to
+from sparsify.journal.record import damaged, read_span, sealed_line, span_of, span_to, text_of
 from sparsify.tensors import write_from
 from sparsify.world.world import World
 
@@ -65,8 +65,7 @@ class Reached:
             whole = self._world.told({"file": path.name, "values": listed})
             if self._world.leads:
                 said = {"pass": self._kept.number, "step": step, "ranks": whole}
-                text = json.dumps(said)
-                write_whole(self._folder / REACHED, f"{_seal(text)} {text}\n".encode(), mode=0o600)
+                write_whole(self._folder / REACHED, sealed_line(json.dumps(said)), mode=0o600)
             # None of the older ones goes before all processes know of the new.
             self._world.told(None)
         except OSError as error:
@@ -188,12 +187,9 @@ def _read(folder: Path) -> dict[str, Any] | None:
         content = (folder / REACHED).read_bytes()
     except FileNotFoundError:
         return None
-    text = content[33:-1].decode(errors="replace")
-    if content != f"{_seal(text)} {text}\n".encode():
+    line, end = content[:-1], content[-1:]
+    text = text_of(line) if end == b"\n" else None
+    if text is None:
         raise damaged(folder, f"{REACHED} is not what was written")
     said: dict[str, Any] = json.loads(text)
     return said
-
-
-def _seal(text: str) -> str:
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()

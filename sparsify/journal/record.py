@@ -139,7 +139,7 @@ class Record:
                 os.fsync(fd)
         told = {name: span.as_list() for name, span in spans.items()}
         text = json.dumps({"pass": key[0], "key": key[1], "row": dict(row), "tensors": told})
-        line = f"{_seal(text)} {text}\n".encode()
+        line = sealed_line(text)
         with _opened(self.folder / LINES) as fd:
             done = 0
             while done < len(line):
@@ -168,8 +168,8 @@ class Record:
             raise damaged(self.folder, f"{LINES} cannot be read ({error})") from error
         *whole, _ = content.split(b"\n")
         for number, line in enumerate(whole):
-            text = line[33:].decode(errors="replace")
-            if line[:33] != f"{_seal(text)} ".encode():
+            text = text_of(line)
+            if text is None:
                 if number + 1 == len(whole):
                     break
                 raise damaged(self.folder, f"line {number + 1} of {LINES} is not what was written")
@@ -214,5 +214,12 @@ def span_of(dtype: str, shape: list[int], start: int, sum: str) -> Span:
     return Span(kind, tuple(shape), start, str(sum))
 
 
-def _seal(text: str) -> str:
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+def sealed_line(text: str) -> bytes:
+    """``text``, of one line, behind its digest."""
+    return f"{hashlib.blake2b(text.encode(), digest_size=16).hexdigest()} {text}\n".encode()
+
+
+def text_of(line: bytes) -> str | None:
+    """What :func:`sealed_line` made ``line`` of, its end left out; None of any other."""
+    text = line[33:].decode(errors="replace")
+    return text if sealed_line(text) == line + b"\n" else None

@@ -16,13 +16,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from sparsify.runtime.codes import pack_bits, unpack_bits
 from sparsify.tensors import as_whole_numbers, zeroed
 
 Form = Literal["mask", "zeros", "whole"]
 # The least bytes first; a part that has one form has all that follow.
 FORMS: tuple[Form, ...] = ("mask", "zeros", "whole")
-# Eight bytes of 0 and 1 times the first have these eight bits in their highest byte; the second finds them again.
-_GATHER, _SPREAD, _EACH = 0x0102040810204080, 0x0101010101010101, 0x8040201008040201 - (1 << 64)
 
 
 def form_of(part: Tensor, dense: Tensor) -> Form:
@@ -40,7 +39,7 @@ def packed(part: Tensor, form: Form) -> list[Tensor]:
     if form == "whole":
         return [part.reshape(-1)]
     now = as_whole_numbers(part).reshape(-1)
-    bits = bits_of(now == 0)
+    bits = pack_bits(now == 0)
     return [bits] if form == "mask" else [bits, now[now != 0]]
 
 
@@ -52,22 +51,9 @@ def unpacked(dense: Tensor, form: Form, take: Callable[[int, torch.dtype], Tenso
     """
     if form == "whole":
         return take(dense.numel(), dense.dtype).view(dense.shape)
-    zeros = mask_of(take(-(-dense.numel() // 8), torch.uint8), dense.numel()).view(dense.shape)
+    zeros = unpack_bits(take(-(-dense.numel() // 8), torch.uint8))[: dense.numel()].view(dense.shape)
     if form == "mask":
         return zeroed(dense, zeros)
     found = torch.zeros_like(as_whole_numbers(dense))
     found[~zeros] = take(dense.numel() - int(zeros.sum()), found.dtype)
     return found.view(dense.dtype)
-
-
-def bits_of(mask: Tensor) -> Tensor:
-    """[⌈n / 8⌉] uint8 of n booleans, the lowest bit first."""
-    flat = mask.reshape(-1)
-    if short := -len(flat) % 8:
-        flat = torch.cat([flat, flat.new_zeros(short)])
-    return ((flat.contiguous().view(torch.int64) * _GATHER) >> 56).to(torch.uint8)
-
-
-def mask_of(bits: Tensor, count: int) -> Tensor:
-    """The first ``count`` booleans that :func:`bits_of` packed."""
-    return ((bits.to(torch.int64) * _SPREAD) & _EACH).view(torch.uint8).ne(0)[:count]

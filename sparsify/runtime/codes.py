@@ -11,7 +11,8 @@ from sparsify.runtime.cpu import native
 # For the four kept-bits of a group, its nibble idx0 | idx1 << 2, idx0 < idx1; a group of fewer than two is filled up
 # with zeros of its own. These six codes are the ones that NVIDIA's sparse tensor cores take.
 _NIBBLES = (4, 4, 4, 4, 8, 8, 9, 0, 12, 12, 13, 0, 14, 0, 0, 0)
-_BITS = (1, 2, 4, 8, 16, 32, 64, 128)
+# Eight bytes of 0 and 1 times the first have these eight bits in their highest byte; the other two find them again.
+_GATHER, _SPREAD, _EACH = 0x0102040810204080, 0x0101010101010101, 0x8040201008040201 - (1 << 64)
 # Words of a mask whose bytes are looked up at once: that takes eight bytes for each.
 _LOOKED_UP = 1 << 22
 
@@ -49,14 +50,12 @@ def pack_bits(bits: Tensor) -> Tensor:
     """Booleans [..., n] as uint8 [..., ceil(n / 8)], the first in the lowest bit."""
     if left := -bits.shape[-1] % 8:
         bits = torch.cat([bits, bits.new_zeros(*bits.shape[:-1], left)], dim=-1)
-    weights = torch.tensor(_BITS, dtype=torch.uint8, device=bits.device)
-    return (bits.reshape(*bits.shape[:-1], -1, 8).to(torch.uint8) * weights).sum(-1, dtype=torch.uint8)
+    return ((bits.contiguous().view(torch.int64) * _GATHER) >> 56).to(torch.uint8)
 
 
 def unpack_bits(codes: Tensor) -> Tensor:
     """Undo :func:`pack_bits`, flat."""
-    weights = torch.tensor(_BITS, dtype=torch.uint8, device=codes.device)
-    return (codes.reshape(-1, 1) & weights).ne(0).view(-1)
+    return codes.reshape(-1).to(torch.int64).mul_(_SPREAD).bitwise_and_(_EACH).view(torch.uint8).ne(0)
 
 
 def pack_nibbles(whole: Tensor) -> Tensor:

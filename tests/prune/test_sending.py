@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from sparsify.prune.sending import FORMS, bits_of, form_of, mask_of, packed, unpacked
+from sparsify.prune.sending import FORMS, form_of, packed, unpacked
+from sparsify.runtime.codes import pack_bits, unpack_bits
 from sparsify.tensors import as_whole_numbers
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -63,7 +64,7 @@ def test_a_mask_takes_a_bit_a_number_and_moved_weights_what_is_left():
 @pytest.mark.parametrize("count", [1, 7, 8, 9, 63, 1000])
 def test_bits_are_the_booleans_that_they_were(count):
     mask = torch.rand(count, generator=torch.Generator().manual_seed(count)) < 0.5
-    bits = bits_of(mask)
+    bits = pack_bits(mask)
     assert len(bits) == -(-count // 8)
-    assert mask_of(bits, count).equal(mask)
+    assert unpack_bits(bits)[:count].equal(mask)
     assert [bool(bits[n // 8] >> n % 8 & 1) for n in range(count)] == mask.tolist()

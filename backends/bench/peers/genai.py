@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -16,7 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparsify.backends.bench.contender import Generated, Reader
+from sparsify.backends.bench.contender import Clock, Generated, Reader
+from sparsify.backends.bench.loading import last_words
 from sparsify.backends.bench.peers.peer import Peer, version_of
 from sparsify.errors import BackendError
 from sparsify.import_path import environment
@@ -55,13 +55,11 @@ class InGenai:
         self._begin(ids, 1)
 
     def generate(self, ids: Tensor, count: int) -> Generated:
-        generator = self._begin(ids, count)
-        generator.generate_next_token()
-        wall, cpu = time.perf_counter(), time.process_time()
-        for _ in range(count - 1):
+        generator, clock = self._begin(ids, count), Clock()
+        for _ in range(count):
             generator.generate_next_token()
-        spent = time.perf_counter() - wall, time.process_time() - cpu
-        return Generated(torch.tensor(np.array(generator.get_sequence(0))[-count:]), *spent)
+            clock.tick()
+        return clock.of(torch.tensor(np.array(generator.get_sequence(0))[-count:]))
 
     def _begin(self, ids: Tensor, count: int) -> Any:
         """A generator that has taken the prompt."""
@@ -86,9 +84,8 @@ def _build(source: Path, precision: str, out: Path) -> None:
     command = [sys.executable, *safe, "-W", "ignore", "-m", "onnxruntime_genai.models.builder", *words]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment())
     if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["it died"])[-1]
         do = "Its builder takes folders of families that it knows, with their tokenizer"
-        raise BackendError(f"onnxruntime-genai {precision} of {source}", found=last, do=do)
+        raise BackendError(f"onnxruntime-genai {precision} of {source}", found=last_words(done), do=do)
 
 
 def _set_threads(path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -14,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparsify.backends.bench.contender import Generated, Reader
+from sparsify.backends.bench.contender import Clock, Generated, Reader
 from sparsify.backends.bench.peers.gguf_file import write_gguf
 from sparsify.backends.bench.peers.peer import Peer, version_of
 from sparsify.errors import BackendError
@@ -77,11 +76,12 @@ class InLlama:
 
     def generate(self, ids: Tensor, count: int) -> Generated:
         self._begin(ids.shape[1] + count)
-        made = [self._decode(ids[0].tolist())]
-        wall, cpu = time.perf_counter(), time.process_time()
-        for _ in range(count - 1):
-            made.append(self._decode(made[-1:]))
-        return Generated(torch.tensor(made), time.perf_counter() - wall, time.process_time() - cpu)
+        made, clock, given = list[int](), Clock(), ids[0].tolist()
+        for _ in range(count):
+            made.append(self._decode(given))
+            clock.tick()
+            given = made[-1:]
+        return clock.of(torch.tensor(made))
 
     def close(self) -> None:
         if self._context is not None:
