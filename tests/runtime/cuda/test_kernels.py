@@ -173,7 +173,9 @@ def check_integer_code(name: str, loads: list[str], words: list[str]) -> None:
     if not name.startswith("unpack"):
         decoded = sum(w.split(".")[0] in ("HFMA2", "HADD2") for w in words)
         assert 32 <= decoded < 64, (name, decoded)
-        assert len(products) == 8 * Variant.named(name).token_tiles, name
+        # A compiler may begin the next turn of the loop early with one of its products; it has no second loop.
+        least = 8 * Variant.named(name).token_tiles
+        assert least <= len(products) < 2 * least, (name, len(products))
 
 
 def check_warpgroup_code(variant: Variant, words: list[str]) -> None:
