@@ -56,7 +56,7 @@ def test_the_graph_equals_the_eager_model_bit_for_bit(family: str) -> None:
         assert torch.equal(execute(program, [batch])[0], run(model, batch))
 
 
-@pytest.mark.first(2)
+@pytest.mark.first(1)
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["qwen3_5", "rwkv", *(slow(name) for name in ("kimi_linear", "mamba", "mamba2"))])
 def test_nodes_do_not_grow_with_the_sequence_and_are_linear_in_depth(family: str) -> None:
@@ -68,7 +68,7 @@ def test_nodes_do_not_grow_with_the_sequence_and_are_linear_in_depth(family: str
     assert twelve - eight <= eight - len(short.nodes)
 
 
-@pytest.mark.first(2)
+@pytest.mark.first(1)
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "family", [*map(slow, ("jamba", "qwen3_next", "falcon_mamba", "olmo_hybrid", "qwen3_5")), *EACH[1:]]
@@ -95,7 +95,7 @@ QUICK = {("mamba", "gblm:2:4"), ("mamba", "llm-pruner:0.3"), ("qwen3_5", "wanda:
 PAIRS = [(f, s) for f in EACH for s in ("wanda:2:4", "gblm:2:4", "llm-pruner:0.3") if (f, s[:3]) != (EACH[1], "llm")]
 
 
-@pytest.mark.first(3)
+@pytest.mark.first(1)
 @pytest.mark.slow
 @pytest.mark.parametrize(("family", "spec"), [pair if pair in QUICK else slow(*pair) for pair in PAIRS])
 def test_outputs_are_those_of_the_unrolled_graph(family: str, spec: str, tmp_path: Path) -> None:

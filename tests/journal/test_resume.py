@@ -98,6 +98,7 @@ def test_experts_and_biases(family: str, models: Callable[[str], Path], tmp_path
     goes_on(models(family), ["twin:2:4"], tmp_path)
 
 
+@pytest.mark.first(2)
 @pytest.mark.slow
 @pytest.mark.parametrize("to", ["packed:choice=smallest", "packed:choice=smallest,values=int8", "onnx", "cuda"])
 def test_every_target(to: str, models: Callable[[str], Path], tmp_path: Path) -> None:

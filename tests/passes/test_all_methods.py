@@ -19,7 +19,7 @@ METHODS = [
 ]  # fmt: skip
 
 
-@pytest.mark.first(6)
+@pytest.mark.first(2)
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_method_on_every_family(family: str) -> None:

@@ -75,7 +75,7 @@ def test_the_function_is_the_same(family: str) -> None:
     check(shaken(build(family)), inputs(family, rows=4), families.run)
 
 
-@pytest.mark.first(6)
+@pytest.mark.first(2)
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_function_is_the_same_in_every_family(family: str) -> None:

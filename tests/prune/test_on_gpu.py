@@ -88,7 +88,7 @@ def test_every_family(family: str, captured: Callable[[str], Program]) -> None:
     check(captured(family), "wanda:2:4", [inputs(family, seed=seed) for seed in (1, 2)])
 
 
-@pytest.mark.first(5)
+@pytest.mark.first(2)
 @pytest.mark.slow
 @pytest.mark.parametrize(("family", "spec"), list(zip(FAMILIES, cycle(["sparsegpt:4:8", "twin:2:4"]))))
 def test_every_family_by_products(family: str, spec: str, captured: Callable[[str], Program]) -> None:

@@ -124,7 +124,7 @@ def test_steps_that_fail_kill_or_lose_the_gpu_cost_themselves_alone(tmp_path: Pa
     assert "Traceback" in (tmp_path / "out" / "log.txt").read_text()
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_part_that_hangs_is_stopped_and_the_next_goes_on(tmp_path: Path) -> None:
     root = faulty(tmp_path, "good, slow", limit=20)
     code, content, _ = run(tmp_path, "--emulate", root=root)

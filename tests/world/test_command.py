@@ -71,17 +71,17 @@ def test_one_process_is_no_number_of_them(tmp_path):
 SMALLER = ["llm-pruner:25%,scope=global,round=4,steps=2", "wanda:2:4"]
 
 
-@pytest.mark.first(2)
+@pytest.mark.first(1)
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("passes", "more", "finished"),
     [
+        (["wanda:2:4"], ["--checkpoint-every", 1], 3),
         (["sparsegpt:2:4"], ["--checkpoint-every", 1], 10),
         # After the first of two rounds, and among the weights of the smaller model.
         (SMALLER, [], 1),
         (["llm-pruner:25%,round=4", "wanda:2:4"], ["--to", "packed:layout=packed24,choice=smallest"], 4),
         (["wanda:2:4"], ["--to", "onnx:weights=packed"], 3),
-        (["wanda:2:4"], [], 3),
     ],
 )
 def test_a_killed_job_goes_on_to_the_same_bytes(passes, more, finished, tmp_path, one_thread):

@@ -51,7 +51,8 @@ TRAINED = [
     ("opt", ["magnitude:2:4", "refine:epochs=1,last=error"], "block"),
 ]
 MOVED = 1e-4
-QUICK = [SAME[0], SAME[9], SAME[14], SAME[15], NEAR[0], NEAR[6], TRAINED[0]]
+SHORT = [SAME[0], SAME[9], SAME[14], SAME[15], NEAR[0], NEAR[6], TRAINED[0]]
+QUICK = [SAME[0], SAME[14], NEAR[6], TRAINED[0]]
 CODE = """
 import json
 from support.processes import batches_of, model_of
@@ -76,8 +77,8 @@ with join() as world:
     params=[
         (2, QUICK),
         pytest.param((2, [case for case in SAME + NEAR + TRAINED if case not in QUICK]), marks=pytest.mark.exhaustive),
-        pytest.param((4, QUICK), marks=pytest.mark.slow),
-        pytest.param((4, [case for case in SAME + NEAR + TRAINED if case not in QUICK]), marks=pytest.mark.exhaustive),
+        pytest.param((4, SHORT), marks=pytest.mark.slow),
+        pytest.param((4, [case for case in SAME + NEAR + TRAINED if case not in SHORT]), marks=pytest.mark.exhaustive),
     ],
     ids=["two", "two-more", "four", "four-more"],
 )

@@ -76,6 +76,7 @@ def test_every_process_has_the_figures_of_one(told, asked):
         assert each["perplexity"] == alone.perplexity
 
 
+@pytest.mark.slow
 def test_a_compile_is_judged_by_all(told, asked):
     ids = torch.randint(3, 60, (96, 16), generator=torch.Generator().manual_seed(3))
     drawn = [torch.randint(3, 60, (128, 16), generator=torch.Generator().manual_seed(seed)) for seed in range(2)]
@@ -83,6 +84,7 @@ def test_a_compile_is_judged_by_all(told, asked):
     assert told[0]["judged"] == told[1]["judged"] == alone.evaluation.as_dict()
 
 
+@pytest.mark.slow
 def test_passes_are_compared_as_by_one_process(told, asked):
     drawn = [torch.randint(3, 60, (128, 16), generator=torch.Generator().manual_seed(seed)) for seed in range(2)]
     words = {"data": asked / "ids.safetensors", "sequence_length": 16, "calibration": drawn}
@@ -107,6 +109,7 @@ def apart(ours, theirs, before):
     return sum(float((other[name].float() - one[name].float()).square().sum()) for name in other) ** 0.5 / moved
 
 
+@pytest.mark.slow
 def test_all_weights_are_tuned_nearly_as_by_one_process(told, asked, tmp_path):
     alone = tune(asked / "model", str(asked / "ids.safetensors"), tmp_path / "one", Recipe(**RECIPE))
     for losses, perplexity in (each["tuned"] for each in told):
@@ -149,6 +152,7 @@ def test_lora_with_a_teacher_goes_on_in_several_processes(asked, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "pruned", "two"]
 
 
+@pytest.mark.slow
 def test_fewer_batches_of_windows_than_processes_are_refused(told):
     for each in told:
         assert "batches of 9 windows to share out among them: 1" in each["refused"][0]

@@ -102,6 +102,7 @@ def test_two_folders_that_were_both_made(made: Callable[[str], Path]) -> None:
         assert result.same_tokens and result.kinds == (folder_kind(pair[1]), folder_kind(pair[0]))
 
 
+@pytest.mark.slow
 def test_generation_is_what_a_slow_reader_generates(made: Callable[[str], Path]) -> None:
     ids = torch.tensor([[5, 7, 11]])
     model = sparsify.load(made("checkpoint"))

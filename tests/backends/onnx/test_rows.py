@@ -29,7 +29,7 @@ SLOW = [
 ]
 
 
-@pytest.mark.first(6)
+@pytest.mark.first(3)
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "opset"), QUICK + [pytest.param(*case, marks=pytest.mark.slow) for case in SLOW])
 def test_a_plain_graph_equals_torch_on_any_number_of_rows(name: str, opset: int, tmp_path: Path) -> None:

@@ -197,7 +197,7 @@ def test_expand_gives_the_dense_bytes_and_a_folder_for_transformers(folders: dic
         expand(folders["packed"], dense)
 
 
-@pytest.mark.first(5)
+@pytest.mark.first(2)
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_is_sound_after_pruning(family: str, folder: Callable[[str], Path], tmp_path: Path) -> None:
