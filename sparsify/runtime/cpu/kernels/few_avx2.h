@@ -262,6 +262,14 @@ T256 static void few_avx2(const Few& w, const Quantised& x, const void* bias, vo
   }
 }
 
+// Numbers as to_bf16() has them, in the lower halves.
+T256 INLINE __m256i bf16_avx2(__m256 v) {
+  const __m256i u = _mm256_castps_si256(v), half = _mm256_srli_epi32(u, 16), odd = _mm256_and_si256(half, _mm256_set1_epi32(1));
+  const __m256i near = _mm256_srli_epi32(_mm256_add_epi32(u, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
+  const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+  return _mm256_blendv_epi8(near, _mm256_or_si256(half, _mm256_set1_epi32(0x40)), nan);
+}
+
 // A decoded row as weights: float, rounded to the dtype of the scales.
 T256 static void weights_avx2(const Few& w, i64 n, const i8* row, float* out) {
   for (i64 k = 0; k < w.columns; k += 8) {
@@ -269,8 +277,8 @@ T256 static void weights_avx2(const Few& w, i64 n, const i8* row, float* out) {
     const __m256 f = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)(row + k))));
     __m256 v = _mm256_fmadd_ps(f, scale, _mm256_setzero_ps());
     if (w.kind == F16) v = _mm256_cvtph_ps(_mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+    if (w.kind == BF16) v = _mm256_castsi256_ps(_mm256_slli_epi32(bf16_avx2(v), 16));
     _mm256_storeu_ps(out + k, v);
-    if (w.kind == BF16) UNROLL for (int j = 0; j < 8; j++) out[k + j] = from_bf16(to_bf16(out[k + j]));
   }
 }
 
@@ -315,6 +323,13 @@ T256 static void unpack_few_avx2(const Few& w, i64 n, void* out, u8* scratch) {
   if (w.kind == F16)
     for (; k + 8 <= w.width; k += 8)
       _mm_storeu_si128((__m128i*)((u16*)out + k), _mm256_cvtps_ph(_mm256_loadu_ps(weights + k), _MM_FROUND_TO_NEAREST_INT));
+  else if (w.kind == BF16)
+    for (; k + 8 <= w.width; k += 8) {
+      // Rounded already: their upper halves.
+      const __m256i upper = _mm256_srli_epi32(_mm256_castps_si256(_mm256_loadu_ps(weights + k)), 16);
+      const __m128i eight = _mm_packus_epi32(_mm256_castsi256_si128(upper), _mm256_extracti128_si256(upper, 1));
+      _mm_storeu_si128((__m128i*)((u16*)out + k), eight);
+    }
   for (; k < w.width; k++) store(w.kind, out, k, weights[k]);
 }
 #endif
