@@ -16,6 +16,7 @@ from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+from vllm.model_executor.model_loader.utils import get_model_cls
 from vllm.model_executor.models.registry import ModelRegistry
 from vllm.model_executor.models.utils import WeightsMapper
 from vllm.platforms import current_platform
@@ -28,18 +29,24 @@ from sparsify.backends.vllm.beside import Copies
 from sparsify.backends.vllm.experts import SparsifyExpertsMethod
 from sparsify.backends.vllm.linear import SparsifyHeadMethod, SparsifyLinearMethod
 from sparsify.backends.vllm.matrices import Awaited, Site
-from sparsify.backends.vllm.names import CheckpointNames
+from sparsify.backends.vllm.names import CheckpointNames, WholeStacks
 from sparsify.backends.vllm.orphan_stacks import OrphanStack
 from sparsify.backends.vllm.orphans import BESIDE, Orphans, is_left_over
 from sparsify.backends.vllm.stacks import Stack
+from sparsify.backends.vllm.standing import Standing, adopt
 from sparsify.errors import BackendError, CheckpointError
 from sparsify.files.checkpoint import INDEX, WEIGHTS, Checkpoint
 
 logger = init_logger(__name__)
 # Queries, keys and values head by head (Bloom, Falcon), which vLLM wants one below the other: it moves their rows.
 _REORDERED = ("query_key_value",)
+# Queries and keys that a model turns for its rotary embedding, of tensors called ``weight`` alone (Llama 4), and whose.
+_TURNS = "def permute_qk_weight_for_rotary"
+_TURNED = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}
 # What a model calls that makes the names of single experts for a loop of its own.
 _ONE_BY_ONE = "make_expert_params_mapping"
+# What it says where that loop looks for dense stacks as well.
+_OWN_STACKS = '"experts.gate_up_proj" in'
 
 
 class SparsifyConfig(QuantizationConfig):
@@ -63,6 +70,8 @@ class SparsifyConfig(QuantizationConfig):
         self._names: CheckpointNames | None = None
         self._renamed, self._settled, self._checked = False, False, False
         self._taken: set[str] = set()
+        self._fused: dict[str, list[str]] = {}
+        self._source, self._alone, self._standing = "", False, Standing()
 
     @classmethod
     def get_name(cls) -> Any:
@@ -127,7 +136,8 @@ class SparsifyConfig(QuantizationConfig):
         self._check_taken()
         names = self._names
         dropped = dict.fromkeys(BESIDE) if self.orphans is not None else {}
-        own = WeightsMapper(orig_to_new_renaming=[names] if names else [], orig_to_new_suffix=dropped)
+        renaming = [*([names] if names else []), *([WholeStacks()] if self._alone else [])]
+        own = WeightsMapper(orig_to_new_renaming=renaming, orig_to_new_suffix=dropped)
         return own | QuantizationConfig.get_checkpoint_weight_mapper()
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
@@ -136,12 +146,14 @@ class SparsifyConfig(QuantizationConfig):
         """
         self._rename()
         self._settle()
+        self._standing.watch(layer)
         if isinstance(layer, RoutedExperts):
             return self._experts(layer, prefix)
         if not isinstance(layer, (LinearBase, ParallelLMHead)):
             return None
         head = isinstance(layer, ParallelLMHead)
-        awaited = self._awaited(prefix, head)
+        # Some models (StableLM) put a point before the name of a module that nothing stands above.
+        awaited = self._awaited(prefix.lstrip("."), head)
         if awaited is None:
             return None if head else UnquantizedLinearMethod()
         return (SparsifyHeadMethod if head else SparsifyLinearMethod)(awaited, **self.how)
@@ -153,7 +165,9 @@ class SparsifyConfig(QuantizationConfig):
             BackendError: one that vLLM brings into another order, of which that layout has none.
         """
         above, _, leaf = prefix.rpartition(".")
-        members = [leaf] if f"{prefix}.weight" in self.sites else self.packed_modules_mapping.get(leaf, [leaf])
+        members = [leaf]
+        if f"{prefix}.weight" not in self.sites:
+            members = self.packed_modules_mapping.get(leaf) or self._fused.get(leaf, members)
         modules = [f"{above}.{member}" if above else member for member in members]
         if self.orphans is not None:
             tied = head and getattr(self._hf_config, "tie_word_embeddings", False)
@@ -161,31 +175,28 @@ class SparsifyConfig(QuantizationConfig):
                 return None
             return [self.orphans.orphan(module) for module in modules]
         sites = [Site(f"{module}.weight", self._take(f"{module}.weight")) for module in modules]
-        first = sites[0].site
-        if self._names is not None and leaf in _REORDERED and first is not None and first.layout == "bitmask":
+        for each in sites:
+            member = each.name.split(".")[-2]
+            if each.site is None or self._names is None:
+                continue
+            if _TURNS in self._source and member in _TURNED:
+                each.turned = getattr(self._hf_config.get_text_config(), _TURNED[member])
+            if each.site.layout != "bitmask" or not (each.turned or leaf in _REORDERED):
+                continue
             raise BackendError(
-                f"packed parameter {sites[0].name}",
+                f"packed parameter {each.name}",
                 found="a bitmask, which has no rows that vLLM could bring into the order in which it wants them",
                 do="Prune it 2:4 or keep it dense (--ignore) and pack again, or serve it with `sparsify serve`",
             )
         return None if all(each.site is None for each in sites) else [*sites]
 
     def _experts(self, layer: RoutedExperts, prefix: str) -> QuantizeMethodBase | None:
-        """Raises:
-        BackendError: a family of which vLLM reads no stacks.
-        """
         if self.orphans is not None:
             orphans = [OrphanStack(f"{prefix}.{name}", prefix, self.orphans) for name in ("w13", "w2")]
             modules = [module for stack in orphans for module in stack.modules(layer, 0).values()]
             if all(self.orphans.ignored(module) for module in modules):
                 return None
             return SparsifyExpertsMethod(layer.moe_config, *orphans, **self.how)
-        if self._names is not None and (alone := _reads_experts_alone(self._hf_config)):
-            raise BackendError(
-                f"experts {prefix} of a packed folder",
-                found=f"stacks, and vLLM's {alone} reads experts one by one",
-                do="Serve the folder with `sparsify serve`",
-            )
         gates = [f"{prefix}.{name}" for name in ("gate_up_proj", "w13")]
         downs = [f"{prefix}.{name}" for name in ("down_proj", "w2")]
         stacks = [
@@ -193,8 +204,10 @@ class SparsifyConfig(QuantizationConfig):
         ]
         for stack in stacks:
             stack.site = self._take(stack.name)
-        if all(stack.site is None for stack in stacks):
+        alone = _ONE_BY_ONE in self._source
+        if all(stack.site is None for stack in stacks) and (not alone or _OWN_STACKS in self._source):
             return None
+        self._alone = alone
         return SparsifyExpertsMethod(layer.moe_config, *stacks, **self.how)
 
     def _take(self, name: str) -> PackedSite | None:
@@ -209,7 +222,7 @@ class SparsifyConfig(QuantizationConfig):
         self._renamed, running = True, get_current_vllm_config()
         if running.model_config.using_transformers_backend():
             return
-        self._names = CheckpointNames(self._hf_config)
+        self._names, self._source = CheckpointNames(self._hf_config), _source_of(self._hf_config)
         self.sites = {self._names.rename_source_key(name)[0]: site for name, site in self.sites.items()}
 
     def _settle(self) -> None:
@@ -217,6 +230,7 @@ class SparsifyConfig(QuantizationConfig):
         if self._settled:
             return
         self._settled, running, on_cpu = True, get_current_vllm_config(), current_platform.is_cpu()
+        self._fused = _fused_by(get_model_cls(running.model_config))
         asked = asked_policy(running.additional_config, on_cpu=on_cpu)
         if not on_cpu:
             self.how |= {} if asked is None else {"policy": asked}
@@ -227,10 +241,19 @@ class SparsifyConfig(QuantizationConfig):
             told = f", up to {most / (1 << 20):.0f} MiB of all ranks together" if self.sites else ""
             logger.info("sparsify: policy both: dense copies beside packed weights%s, where dense is faster here", told)
 
+    def _adopt(self) -> None:
+        """Give packed parameters that no layer has asked for to the layers that stand where they are called."""
+        for path, layer in self._standing.linear_layers():
+            if isinstance(layer.quant_method, UnquantizedLinearMethod):
+                awaited = self._awaited(path, head=False)
+                if awaited is not None:
+                    adopt(layer, SparsifyLinearMethod(awaited, **self.how))
+
     def _check_taken(self) -> None:
         """Once, on every rank of a pipeline, of which each has a part of the layers."""
         if self._checked:
             return
+        self._adopt()
         self._checked, pipeline, taken = True, get_pp_group(), self._taken
         if pipeline.world_size > 1:
             every: list[Any] = [None] * pipeline.world_size
@@ -245,16 +268,28 @@ class SparsifyConfig(QuantizationConfig):
             )
 
 
-def _reads_experts_alone(config: Any) -> str | None:
-    """The class of vLLM's for a model whose own loop over the weights knows experts one by one alone (DeepSeek-V3,
-    Llama 4); None where its common loader reads them, which knows stacks. Nothing but the source says which.
+def _fused_by(model_class: Any) -> dict[str, list[str]]:
+    """Which modules of a checkpoint each fused layer is made of, as the model's loader knows it: of some (StableLM)
+    that is all that says it.
+    """
+    found: dict[str, list[str]] = {}
+    mapper = getattr(model_class, "hf_to_vllm_mapper", None)
+    for member, (fused, _) in getattr(mapper, "orig_to_new_stacked", {}).items():
+        found.setdefault(fused.rpartition(".")[2], []).append(member.rpartition(".")[2])
+    return found
+
+
+def _source_of(config: Any) -> str:
+    """The source of vLLM's class for a model. Nothing else says whether it changes tensors before it hands them over,
+    or has a loop of its own over them, which knows experts one by one alone (DeepSeek-V3) or stacks in its own layout
+    too (Llama 4); its common loader knows ours.
     """
     for name in getattr(config, "architectures", None) or []:
         module = getattr(ModelRegistry.models.get(name), "module_name", None)
         spec = None if module is None else find_spec(module)
-        if spec is not None and spec.origin is not None and _ONE_BY_ONE in Path(spec.origin).read_text("utf-8"):
-            return str(name)
-    return None
+        if spec is not None and spec.origin is not None:
+            return Path(spec.origin).read_text("utf-8")
+    return ""
 
 
 def _check_headers(folder: Path, sites: Mapping[str, PackedSite]) -> None:

@@ -51,12 +51,14 @@ class Site:
     """A parameter of a packed folder.
 
     Attributes:
-        site: how it is packed; None: not at all. parts: what has come.
+        site: how it is packed; None: not at all. parts: what has come. turned: of how many heads vLLM's model turns the
+            rows of the tensor ``weight`` before it comes, and of no other.
     """
 
     name: str
     site: PackedSite | None
     parts: dict[str, Tensor] = field(default_factory=dict)
+    turned: int = 0
 
     @property
     def rows(self) -> int | None:
@@ -75,6 +77,9 @@ class Site:
                 found=f"a tensor {self.name}{part} that config.json knows nothing of",
                 do="config.json and the weights do not belong together: fetch the folder again",
             )
+        if self.turned and part:
+            # As the model does: the two rows of a pair, one below the other, go into the two halves of a head.
+            tensor = tensor.unflatten(0, (self.turned, -1, 2)).transpose(1, 2).flatten(0, 2)
         self.parts[part] = tensor
         if set(self.parts) != wanted:
             return None

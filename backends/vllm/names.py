@@ -6,6 +6,7 @@ published with. Where the two differ, transformers' own conversion mapping says 
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -14,6 +15,14 @@ from sparsify.errors import BackendError
 
 # What vLLM calls a checkpoint's stack of both halves of a gate, by what the checkpoint calls the halves.
 _GATES: dict[tuple[str, ...], str] = {("gate_proj", "up_proj"): "gate_up_proj", ("w1", "w3"): "w13"}
+
+# Stacks of experts that checkpoints have as such, and vLLM (GraniteMoE).
+_STACKED = (
+    ("block_sparse_moe.input_linear.weight", "block_sparse_moe.experts.gate_up_proj"),
+    ("block_sparse_moe.output_linear.weight", "block_sparse_moe.experts.down_proj"),
+)
+_PARAMETERS = {"gate_up_proj": "w13", "w13": "w13", "down_proj": "w2", "w2": "w2"}
+_STACK = re.compile(rf"\.experts\.({'|'.join(_PARAMETERS)})(?=$|_)")
 
 
 class CheckpointNames:
@@ -40,6 +49,16 @@ class CheckpointNames:
         return bool(self._steps)
 
 
+class WholeStacks:
+    """Renames stacks of experts to the parameters that hold them, for a model of vLLM's whose own loop over the weights
+    takes what it knows nothing else of for a parameter.
+    """
+
+    def rename_source_key(self, name: str) -> tuple[str, None]:
+        """``name``, which a checkpoint has, as a parameter of vLLM's; and None, as vLLM asks for it."""
+        return _STACK.sub(lambda found: f".experts.routed_experts.{_PARAMETERS[found[1]]}_weight", name), None
+
+
 def _conversions(config: Any) -> list[Any]:
     """What leads from a parameter's name to a checkpoint's, in the order in which transformers goes the other way."""
     import transformers
@@ -52,7 +71,7 @@ def _conversions(config: Any) -> list[Any]:
         return []
     with torch.device("meta"):
         model = kinds[0](config)
-    found: list[Any] = []
+    found: list[Any] = [_Within(old, new) for old, new in _STACKED]
     for transform in get_model_conversion_mapping(model, add_legacy=False):
         if isinstance(transform, WeightRenaming):
             found.append(_Renaming(transform.reverse_transform()))
@@ -70,6 +89,16 @@ class _Renaming:
     def __call__(self, name: str) -> str:
         renamed: str = self._reverse.rename_source_key(name)[0]
         return renamed
+
+
+class _Within:
+    """What vLLM's own mapping of a model renames only where nothing follows it, as it does in our tensors' names."""
+
+    def __init__(self, old: str, new: str) -> None:
+        self._old, self._new = old, new
+
+    def __call__(self, name: str) -> str:
+        return name.replace(self._old, self._new)
 
 
 class _Stacking:

@@ -80,7 +80,8 @@ class Stack(Site):
 
 
 class StackArrivals:
-    """One stack, of which vLLM hands over a slice at a time: an expert's rows of one of ``shards``.
+    """One stack, of which vLLM hands over a slice at a time, an expert's rows of one of ``shards``; or a whole
+    tensor of it, where its loader knows single experts alone and takes ours for any parameter.
 
     Args:
         experts: how many the model has. rank: what of them is this rank's.
@@ -90,20 +91,24 @@ class StackArrivals:
         self.awaited, self.shards, self.experts, self.rank = awaited, tuple(shards), experts, rank
         self.stack: Packed | Tensor | None = None
         self._slices: dict[str, dict[tuple[int, str], Tensor]] = {}
+        self._wholes: dict[str, Tensor] = {}
 
     def load(
         self,
         part: str,
         param: nn.Parameter,
         loaded_weight: Tensor,
-        weight_name: str,
-        shard_id: str,
-        expert_id: int,
+        weight_name: str = "",
+        shard_id: str = "",
+        expert_id: int | None = None,
         return_success: bool = False,
     ) -> bool:
-        """vLLM's ``weight_loader`` of experts."""
-        slices = self._slices.setdefault(part.removeprefix("weight"), {})
-        slices[expert_id, shard_id] = loaded_weight
+        """vLLM's ``weight_loader`` of experts, and without one that of any parameter."""
+        part = part.removeprefix("weight")
+        if expert_id is None:
+            self._wholes[part] = loaded_weight
+        else:
+            self._slices.setdefault(part, {})[expert_id, shard_id] = loaded_weight
         if all(self._arrived(part) for part in self._wanted):
             self._finish()
         return True
@@ -114,17 +119,22 @@ class StackArrivals:
 
     def _arrived(self, part: str) -> bool:
         """A bitmask's numbers, which have no axis of experts, come whole, once for each of ``shards``."""
+        if part in self._wholes:
+            return True
         slices = self._slices.get(part, {})
         flat = bool(slices) and next(iter(slices.values())).dim() == 1
         return len(slices) == len(self.shards) * (1 if flat else self.experts)
 
     def _finish(self) -> None:
-        found = {part: self._put_together(self._slices.pop(part)) for part in self._wanted}
+        found = {part: self._put_together(part) for part in self._wanted}
         name, site = self.awaited.name, self.awaited.site
         stack = converted(found[""] if site is None else whole(name, site, found), self.rank.dtype)
         self.stack = self.rank.gates(stack) if len(self.shards) > 1 else self.rank.downs(stack, self.experts)
 
-    def _put_together(self, slices: dict[tuple[int, str], Tensor]) -> Tensor:
+    def _put_together(self, part: str) -> Tensor:
+        if part in self._wholes:
+            return self._wholes.pop(part)
+        slices = self._slices.pop(part)
         first = next(iter(slices.values()))
         if first.dim() == 1:
             return first

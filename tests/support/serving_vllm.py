@@ -38,9 +38,37 @@ _FEW = {name: size for name, size in _SIZES.items() if name not in ("num_key_val
 _MODELS: dict[str, Callable[[], Any]] = {
     "llama": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**_SIZES, intermediate_size=320, attention_bias=True)),
     "tied": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**_SIZES, intermediate_size=320, tie_word_embeddings=True)),
+    "stablelm": lambda: hf.StableLmForCausalLM(
+        hf.StableLmConfig(**_SIZES, intermediate_size=320, partial_rotary_factor=0.5)
+    ),
     "phi3": lambda: hf.Phi3ForCausalLM(hf.Phi3Config(**_SIZES, intermediate_size=320)),
     "falcon": lambda: hf.FalconForCausalLM(hf.FalconConfig(**_FEW, num_kv_heads=2, new_decoder_architecture=True)),
     "gpt2": lambda: hf.GPT2LMHeadModel(hf.GPT2Config(**_FEW, max_position_embeddings=128, n_inner=320)),
+    "llama4": lambda: hf.Llama4ForCausalLM(
+        hf.Llama4TextConfig(
+            **_SIZES,
+            head_dim=32,
+            intermediate_size=128,
+            intermediate_size_mlp=320,
+            num_local_experts=4,
+            num_experts_per_tok=1,
+            interleave_moe_layer_step=2,
+        )
+    ),
+    "minicpm3": lambda: hf.MiniCPM3ForCausalLM(
+        hf.MiniCPM3Config(
+            **(_SIZES | {"num_key_value_heads": 4}),
+            intermediate_size=320,
+            q_lora_rank=64,
+            kv_lora_rank=64,
+            qk_rope_head_dim=32,
+            qk_nope_head_dim=32,
+            v_head_dim=32,
+        )
+    ),
+    "granitemoe": lambda: hf.GraniteMoeForCausalLM(
+        hf.GraniteMoeConfig(**_SIZES, intermediate_size=128, num_local_experts=4, num_experts_per_tok=2)
+    ),
     "bloom": lambda: hf.BloomForCausalLM(hf.BloomConfig(**_FEW)),
     "deepseek_v3": lambda: hf.DeepseekV3ForCausalLM(
         hf.DeepseekV3Config(
@@ -51,13 +79,15 @@ _MODELS: dict[str, Callable[[], Any]] = {
             n_routed_experts=4,
             num_experts_per_tok=2,
             first_k_dense_replace=1,
-            kv_lora_rank=64,
+            kv_lora_rank=512,
             q_lora_rank=64,
-            qk_rope_head_dim=16,
+            qk_rope_head_dim=64,
             qk_nope_head_dim=32,
             v_head_dim=32,
             n_group=1,
             topk_group=1,
+            topk_method="noaux_tc",
+            scoring_func="sigmoid",
         )
     ),
     "qwen3_moe": lambda: hf.Qwen3MoeForCausalLM(
@@ -107,6 +137,15 @@ FOLDERS: dict[str, tuple[str, dict[str, Pruned], dict[str, Any]]] = {
     "experts": ("qwen3_moe", {"gate_up": two_of_four, "experts.down": half, "proj": two_of_four}, {}),
     "one stack": ("qwen3_moe", {"experts.down": two_of_four}, {}),
     "experts of int4": ("qwen3_moe", {"experts": two_of_four}, {"bits": 4}),
+    "turned for its rotary embedding": ("llama4", {"self_attn": two_of_four, "o_proj": half}, {}),
+    "without a name": ("minicpm3", {"proj": two_of_four, "o_proj": half}, {}),
+    "stacks of another name": (
+        "granitemoe",
+        # By the older and the newer names.
+        {"input_linear": two_of_four, "output_linear": half, "gate_up": two_of_four, "experts.down": half},
+        {},
+    ),
+    "fused as its loader says": ("stablelm", {**_MIXED, "lm_head": two_of_four}, {}),
     "other names": ("mixtral", {"gate_up": half, "experts.down": two_of_four, "proj": half}, {}),
 }
 

@@ -8,7 +8,7 @@ import pytest
 import transformers as hf
 from support.families import build
 
-from sparsify.backends.vllm.names import CheckpointNames
+from sparsify.backends.vllm.names import CheckpointNames, WholeStacks
 from sparsify.errors import BackendError
 
 BLOCK = "model.layers.0."
@@ -46,6 +46,17 @@ def test_mixtral_has_another() -> None:
 def test_a_head_of_another_name() -> None:
     names = names_of(build("gpt_neox"))
     assert names.rename_source_key("lm_head.weight")[0] == "embed_out.weight"
+
+
+def test_stacks_that_are_loaded_whole_are_called_as_what_holds_them() -> None:
+    found = {
+        f"{BLOCK}mlp.experts.gate_up_proj": f"{BLOCK}mlp.experts.routed_experts.w13_weight",
+        f"{BLOCK}mlp.experts.gate_up_proj_meta": f"{BLOCK}mlp.experts.routed_experts.w13_weight_meta",
+        f"{BLOCK}mlp.experts.down_proj_mask": f"{BLOCK}mlp.experts.routed_experts.w2_weight_mask",
+        f"{BLOCK}mlp.shared_experts.down_proj.weight": f"{BLOCK}mlp.shared_experts.down_proj.weight",
+        f"{BLOCK}mlp.experts.0.down_proj.weight": f"{BLOCK}mlp.experts.0.down_proj.weight",
+    }
+    assert {name: WholeStacks().rename_source_key(name)[0] for name in found} == found
 
 
 def test_a_parameter_that_checkpoints_do_not_have_is_refused() -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
-from support.serving_vllm import Pruned, half, model, packed, two_of_four
+from support.serving_vllm import Pruned, half, model, packed
 from torch import Tensor
 
 pytest.importorskip("vllm", reason="vLLM is not installed: make vllm")
@@ -99,8 +99,8 @@ BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
 }
 # Families that vLLM reads in a way that takes something away, with what is pruned of them.
 FAMILIES: dict[str, tuple[dict[str, Pruned], str]] = {
+    "llama4": ({"k_proj": half}, "layers.0.self_attn.k_proj.weight: a bitmask, which has no rows"),
     "bloom": ({"query_key_value": half}, "h.0.self_attention.query_key_value.weight: a bitmask, which has no rows"),
-    "deepseek_v3": ({"o_proj": two_of_four}, "layers.1.mlp.experts of a packed folder: stacks, and vLLM's Deepseek"),
 }
 SCRIPT = """
 import sys, traceback
