@@ -64,7 +64,7 @@ OWN: dict[str, dict[str, Any]] = {
     "glm_moe_dsa": _LATENT | {"index_topk": 64},
     "gptj": {"n_inner": 512},
     "hy_v3": {"first_k_dense_replace": 1},
-    "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"], "num_local_experts": 4, "num_experts_per_tok": 2},
     "jamba": {"attn_layer_offset": 1, "attn_layer_period": 2, "expert_layer_offset": 1, "expert_layer_period": 2},
     "kimi_linear": _LATENT | _HYBRID,
     "lfm2": {"layer_types": ["conv", "full_attention"], "conv_dim": 128, "conv_dim_out": 128},
@@ -111,7 +111,7 @@ def main() -> int:
 
 def _row(kind: str, how: str, said: str) -> None:
     words = " ".join(said.split()).replace("|", "/")
-    print(f"| {kind} | {how} | {words[:600]} |", flush=True)
+    print(f"| {kind} | {how} | {words[:300]} |", flush=True)
 
 
 def _known(vllm: Path) -> list[str]:

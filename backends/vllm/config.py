@@ -45,8 +45,8 @@ _TURNS = "def permute_qk_weight_for_rotary"
 _TURNED = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}
 # What a model calls that makes the names of single experts for a loop of its own.
 _ONE_BY_ONE = "make_expert_params_mapping"
-# What it says where that loop looks for dense stacks as well.
-_OWN_STACKS = '"experts.gate_up_proj" in'
+# What it says where that loop looks for dense stacks as well (Llama 4, GraniteMoeHybrid).
+_OWN_STACKS = ('"experts.gate_up_proj" in', 'endswith(".block_sparse_moe.input_linear.weight")')
 
 
 class SparsifyConfig(QuantizationConfig):
@@ -204,10 +204,8 @@ class SparsifyConfig(QuantizationConfig):
         ]
         for stack in stacks:
             stack.site = self._take(stack.name)
-        alone = _ONE_BY_ONE in self._source
-        if all(stack.site is None for stack in stacks) and (not alone or _OWN_STACKS in self._source):
+        if all(stack.site is None for stack in stacks) and not self._alone:
             return None
-        self._alone = alone
         return SparsifyExpertsMethod(layer.moe_config, *stacks, **self.how)
 
     def _take(self, name: str) -> PackedSite | None:
@@ -222,7 +220,12 @@ class SparsifyConfig(QuantizationConfig):
         self._renamed, running = True, get_current_vllm_config()
         if running.model_config.using_transformers_backend():
             return
-        self._names, self._source = CheckpointNames(self._hf_config), _source_of(self._hf_config)
+        self._source = _source_of(self._hf_config)
+        own = any(words in self._source for words in _OWN_STACKS)
+        loop, packed = own or _ONE_BY_ONE in self._source, any(site.experts for site in self.sites.values())
+        # Of such a model every stack comes whole where one is packed; dense ones alone go its own way, if it has one.
+        self._alone = loop and (packed or not own)
+        self._names = CheckpointNames(self._hf_config, stacks=self._alone or not own)
         self.sites = {self._names.rename_source_key(name)[0]: site for name, site in self.sites.items()}
 
     def _settle(self) -> None:

@@ -29,11 +29,14 @@ class CheckpointNames:
     """Renames as vLLM's ``WeightsMapper`` asks for it: one object in the place of transformers' ``WeightRenaming``.
 
     Args:
-        config: of the model, as transformers has it.
+        config: of the model, as transformers has it. stacks: whether stacks that checkpoints have as such are called as
+            vLLM calls those of others.
     """
 
-    def __init__(self, config: Any) -> None:
+    def __init__(self, config: Any, *, stacks: bool = True) -> None:
         self._steps = list(reversed(_conversions(config)))
+        if not stacks:
+            self._steps = [step for step in self._steps if not isinstance(step, _Within)]
 
     def rename_source_key(self, name: str) -> tuple[str, None]:
         """``name`` in a checkpoint, and None, as vLLM asks for it.

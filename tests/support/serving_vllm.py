@@ -69,6 +69,20 @@ _MODELS: dict[str, Callable[[], Any]] = {
     "granitemoe": lambda: hf.GraniteMoeForCausalLM(
         hf.GraniteMoeConfig(**_SIZES, intermediate_size=128, num_local_experts=4, num_experts_per_tok=2)
     ),
+    "granitemoehybrid": lambda: hf.GraniteMoeHybridForCausalLM(
+        hf.GraniteMoeHybridConfig(
+            **_SIZES,
+            layer_types=["mamba", "attention"],
+            intermediate_size=128,
+            shared_intermediate_size=128,
+            num_local_experts=4,
+            num_experts_per_tok=2,
+            mamba_n_heads=4,
+            mamba_d_head=64,
+            mamba_d_state=16,
+            mamba_n_groups=1,
+        )
+    ),
     "bloom": lambda: hf.BloomForCausalLM(hf.BloomConfig(**_FEW)),
     "deepseek_v3": lambda: hf.DeepseekV3ForCausalLM(
         hf.DeepseekV3Config(
@@ -146,6 +160,12 @@ FOLDERS: dict[str, tuple[str, dict[str, Pruned], dict[str, Any]]] = {
         {},
     ),
     "fused as its loader says": ("stablelm", {**_MIXED, "lm_head": two_of_four}, {}),
+    "stacks that a loop of its own splits": (
+        "granitemoehybrid",
+        {"moe.input_linear": two_of_four, "moe.output_linear": half, "shared_mlp": two_of_four},
+        {},
+    ),
+    "stacks that stay its own": ("granitemoehybrid", {"shared_mlp": two_of_four}, {}),
     "other names": ("mixtral", {"gate_up": half, "experts.down": two_of_four, "proj": half}, {}),
 }
 
