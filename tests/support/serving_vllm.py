@@ -200,7 +200,9 @@ def packed(made: Any, folder: Path, bits: int | None = None) -> Path:
     Args:
         bits: of the values, in groups of 64; None: all of their dtype.
     """
-    sites, tensors = {}, {}
+    sites, kept = {}, made.state_dict()
+    # What the experts of DeepSeek-V3 are corrected by is no parameter.
+    tensors = {name: buffer for name, buffer in made.named_buffers() if name in kept}
     for name, parameter in made.named_parameters():
         weight = parameter.detach()
         # An embedding has zeros for the token that pads.

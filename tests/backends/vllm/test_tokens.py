@@ -32,10 +32,9 @@ def test_experts_that_vllm_reads_one_by_one(pruned: dict[str, Pruned], engine: E
 
     made = model("deepseek_v3", pruned)
     made.save_pretrained(tmp_path / "dense")
-    # Few: where two experts score nearly alike, the smallest difference takes another one.
-    want = tokens_of(engine(tmp_path / "dense"), tokens=4)
+    want = tokens_of(engine(tmp_path / "dense"))
     cleanup_dist_env_and_memory()
-    assert tokens_of(engine(packed(made, tmp_path / "packed")), tokens=4) == want
+    assert tokens_of(engine(packed(made, tmp_path / "packed"))) == want
     assert len({token for tokens in want for token in tokens}) > 4
 
 
