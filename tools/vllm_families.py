@@ -91,8 +91,7 @@ def main() -> int:
     asked = parser.parse_args()
     if asked.serve:
         return _serve(asked.serve)
-    known = _known(asked.vllm)
-    kinds = asked.only.split(",") if asked.only else known
+    kinds = asked.only.split(",") if asked.only else _known(asked.vllm)
     print("| type | | what was said |\n|---|---|---|", flush=True)
     with tempfile.TemporaryDirectory() as place:
         made: list[Path] = []

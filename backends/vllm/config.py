@@ -176,18 +176,16 @@ class SparsifyConfig(QuantizationConfig):
             return [self.orphans.orphan(module) for module in modules]
         sites = [Site(f"{module}.weight", self._take(f"{module}.weight")) for module in modules]
         for each in sites:
-            member = each.name.split(".")[-2]
             if each.site is None or self._names is None:
                 continue
-            if _TURNS in self._source and member in _TURNED:
-                each.turned = getattr(self._hf_config.get_text_config(), _TURNED[member])
-            if each.site.layout != "bitmask" or not (each.turned or leaf in _REORDERED):
-                continue
-            raise BackendError(
-                f"packed parameter {each.name}",
-                found="a bitmask, which has no rows that vLLM could bring into the order in which it wants them",
-                do="Prune it 2:4 or keep it dense (--ignore) and pack again, or serve it with `sparsify serve`",
-            )
+            heads = _TURNED.get(each.name.split(".")[-2]) if _TURNS in self._source else None
+            each.turned = getattr(self._hf_config.get_text_config(), heads) if heads else 0
+            if each.site.layout == "bitmask" and (each.turned or leaf in _REORDERED):
+                raise BackendError(
+                    f"packed parameter {each.name}",
+                    found="a bitmask, which has no rows that vLLM could bring into the order in which it wants them",
+                    do="Prune it 2:4 or keep it dense (--ignore) and pack again, or serve it with `sparsify serve`",
+                )
         return None if all(each.site is None for each in sites) else [*sites]
 
     def _experts(self, layer: RoutedExperts, prefix: str) -> QuantizeMethodBase | None:

@@ -34,9 +34,7 @@ class CheckpointNames:
     """
 
     def __init__(self, config: Any, *, stacks: bool = True) -> None:
-        self._steps = list(reversed(_conversions(config)))
-        if not stacks:
-            self._steps = [step for step in self._steps if not isinstance(step, _Within)]
+        self._steps = list(reversed(_conversions(config, stacks=stacks)))
 
     def rename_source_key(self, name: str) -> tuple[str, None]:
         """``name`` in a checkpoint, and None, as vLLM asks for it.
@@ -62,7 +60,7 @@ class WholeStacks:
         return _STACK.sub(lambda found: f".experts.routed_experts.{_PARAMETERS[found[1]]}_weight", name), None
 
 
-def _conversions(config: Any) -> list[Any]:
+def _conversions(config: Any, *, stacks: bool) -> list[Any]:
     """What leads from a parameter's name to a checkpoint's, in the order in which transformers goes the other way."""
     import transformers
     from transformers.conversion_mapping import get_model_conversion_mapping
@@ -74,7 +72,7 @@ def _conversions(config: Any) -> list[Any]:
         return []
     with torch.device("meta"):
         model = kinds[0](config)
-    found: list[Any] = [_Within(old, new) for old, new in _STACKED]
+    found: list[Any] = [_Within(old, new) for old, new in _STACKED] if stacks else []
     for transform in get_model_conversion_mapping(model, add_legacy=False):
         if isinstance(transform, WeightRenaming):
             found.append(_Renaming(transform.reverse_transform()))

@@ -82,6 +82,7 @@ SMALLER = ["llm-pruner:25%,scope=global,round=4,steps=2", "wanda:2:4"]
         (SMALLER, [], 1),
         (["llm-pruner:25%,round=4", "wanda:2:4"], ["--to", "packed:layout=packed24,choice=smallest"], 4),
         (["wanda:2:4"], ["--to", "onnx:weights=packed"], 3),
+        (["wanda:2:4"], [], 3),
     ],
 )
 def test_a_killed_job_goes_on_to_the_same_bytes(passes, more, finished, tmp_path, one_thread):
