@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
-PROMPTS = [[5, 9, 33, 7], [100, 120, 110], [17] * 6, [11, 12, 13, 14, 15, 16, 17, 18, 19]]
+sys.path.insert(0, str(ROOT / "tests"))
 TOKENS = 8
 
 # By the names that configs have for them. vLLM attends on CPUs with heads of 32 and more.
@@ -127,6 +127,7 @@ def _make(kind: str, folder: Path, layout: str) -> None:
     """The dense pruned checkpoint, the packed folder and the tokens of a tiny model."""
     import torch
     import transformers as hf
+    from support.serving_vllm import generated
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     import sparsify
@@ -148,19 +149,7 @@ def _make(kind: str, folder: Path, layout: str) -> None:
     sparsify.compile(folder / "model", [spec], output=folder / "dense")
     packed = f"packed:layout={options},choice=smallest"
     sparsify.compile(folder / "model", [spec], output=folder / "packed", to=packed)
-    loaded = hf.AutoModelForCausalLM.from_pretrained(folder / "dense", dtype=torch.float32).eval()
-    loaded.generation_config.eos_token_id = None
-    tokens = []
-    for prompt in PROMPTS:
-        ids = torch.tensor([prompt])
-        words = {
-            "attention_mask": torch.ones_like(ids),
-            "max_new_tokens": TOKENS,
-            "do_sample": False,
-            "pad_token_id": 0,
-        }
-        tokens.append(loaded.generate(ids, **words)[0, len(prompt) :].tolist())
-    (folder / "tokens.json").write_text(json.dumps(tokens))
+    (folder / "tokens.json").write_text(json.dumps(generated(folder / "dense", tokens=TOKENS)))
 
 
 def _served(vllm: Path, folders: Sequence[Path]) -> Iterator[tuple[Path, dict[str, Any]]]:
@@ -193,16 +182,15 @@ def _serve(folders: Sequence[Path]) -> int:
 
 
 def _generated(folder: Path) -> list[list[int]] | str:
-    from vllm import LLM, SamplingParams
+    from support.serving_vllm import tokens_of
+    from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
 
-    asked = SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True, detokenize=False)
     try:
         words: dict[str, Any] = {"enforce_eager": True, "dtype": "float32", "max_model_len": 64}
         words |= {"skip_tokenizer_init": True, "gpu_memory_utilization": 0.3, "distributed_executor_backend": "uni"}
         llm = LLM(model=str(folder), **words)
-        done = llm.generate([{"prompt_token_ids": prompt} for prompt in PROMPTS], asked, use_tqdm=False)
-        return [list(one.outputs[0].token_ids) for one in done]
+        return tokens_of(llm, tokens=TOKENS)
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     finally:
