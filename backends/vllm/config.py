@@ -36,6 +36,8 @@ from sparsify.backends.vllm.stacks import Stack
 from sparsify.backends.vllm.standing import Standing, adopt
 from sparsify.errors import BackendError, CheckpointError
 from sparsify.files.checkpoint import INDEX, WEIGHTS, Checkpoint
+from sparsify.files.ledger import Ledger
+from sparsify.files.manifest import MANIFEST
 
 logger = init_logger(__name__)
 # Queries, keys and values head by head (Bloom, Falcon), which vLLM wants one below the other: it moves their rows.
@@ -112,7 +114,7 @@ class SparsifyConfig(QuantizationConfig):
 
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
         """Raises:
-        CheckpointError: files that are cut off, or that do not hold what config.json says.
+        CheckpointError: files that are cut off, or that do not hold what config.json and sparsify.json say.
         """
         self._hf_config = hf_config
         _check_headers(Path(model_name), self.sites)
@@ -298,6 +300,13 @@ def _check_headers(folder: Path, sites: Mapping[str, PackedSite]) -> None:
     names no file, and comes from a process of its own. What is fetched by a hub's name is not there yet.
     """
     if sites and folder.is_dir():
-        PackedStore(folder, sites)
+        held = set(PackedStore(folder, sites).checkpoint.names())
+        # vLLM misses no tensor of a quantized model, and would compute with whatever lay in its memory.
+        if lacking := sorted(Ledger.of(folder).tensors.keys() - held):
+            raise CheckpointError(
+                f"tensor {lacking[0]}",
+                found=f"{folder} does not hold it, where {MANIFEST} says that it was written ({len(lacking)} missing)",
+                do="Fetch the folder again",
+            )
     elif any((folder / name).exists() for name in (WEIGHTS, INDEX)):
         Checkpoint(folder)

@@ -148,7 +148,9 @@ class GroupRecorder:
         self.outputs: dict[str, OutputMoments] = {}
         names = [name for name in wanted if name in ACCUMULATORS]
         self.accumulators = {name: ACCUMULATORS[name](experts, features, device, world) for name in names}
-        self.sketch = OutputSketch(experts, features, device, twin=twin or "cross_gram" in names)
+        # Squares of all processes add: with an equal part of the rows each they tell as much as one process's sketch.
+        size = -(-OutputSketch.SIZE // world.size)
+        self.sketch = OutputSketch(experts, features, device, size, twin=twin or "cross_gram" in names)
         self.tokens = [0] * experts
         self._shared: InputStatistics | None = None
 

@@ -16,6 +16,9 @@ from safetensors.torch import load_file, save_file
 from support.serving_vllm import Pruned, half, model, packed
 from torch import Tensor
 
+from sparsify.files.checkpoint import Checkpoint
+from sparsify.files.ledger import write_manifest
+
 pytest.importorskip("vllm", reason="vLLM is not installed: make vllm")
 
 Q = "model.layers.1.self_attn.q_proj.weight"
@@ -90,11 +93,20 @@ def _other_bytes(file: Path) -> None:
     file.write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
 
 
+def _without_norms(file: Path) -> None:
+    """That nothing but sparsify.json tells of: vLLM does not miss them."""
+    tensors = load_file(file)
+    write_manifest(file.parent, {}, Checkpoint(file.parent).digests())
+    del tensors["model.layers.1.input_layernorm.weight"], tensors["model.norm.weight"]
+    save_file(tensors, file, {"format": "pt"})
+
+
 # Files that are no whole ones, and how they are named.
 BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
     "bytes cut off": (_cut_off, "model.safetensors: not a sound safetensors file"),
     "a header cut off": (_cut_within_its_header, "model.safetensors: not a sound safetensors file"),
     "a pointer of Git LFS": (_other_bytes, "model.safetensors: a Git LFS pointer"),
+    "norms too few": (_without_norms, "does not hold it, where sparsify.json says that it was written (2 missing)"),
     "no file": (_gone, "neither model.safetensors nor model.safetensors.index.json"),
 }
 # Families that vLLM reads in a way that takes something away, with what is pruned of them.
