@@ -5,6 +5,7 @@ Nothing heavy is imported before a command runs, so that ``--help`` answers at o
 
 from __future__ import annotations
 
+import gc
 import inspect
 import sys
 import warnings
@@ -17,6 +18,9 @@ from sparsify.cli.terminal import complain, patient_streams
 from sparsify.errors import first_line
 from sparsify.method.registry import is_own, loaded, package_of, registered, warn_of
 from sparsify.words import plain
+
+# New objects after which the interpreter looks for cycles among them.
+_SEARCHED_AT = 10_000
 
 app = typer.Typer(
     cls=Commands,
@@ -49,6 +53,9 @@ def root(
 
 def main() -> None:
     """The command line of this process."""
+    # What is imported makes half a million objects, all of which stay: to search through them at every 700 of them, as
+    # is usual, is a tenth of what a short command takes.
+    gc.set_threshold(_SEARCHED_AT)
     patient_streams()
     warnings.formatwarning = _warning
     asked = sys.argv[1] if len(sys.argv) > 1 else ""
