@@ -300,13 +300,10 @@ def _check_headers(folder: Path, sites: Mapping[str, PackedSite]) -> None:
     names no file, and comes from a process of its own. What is fetched by a hub's name is not there yet.
     """
     if sites and folder.is_dir():
-        held = set(PackedStore(folder, sites).checkpoint.names())
+        held, ledger = set(PackedStore(folder, sites).checkpoint.names()), Ledger.of(folder)
         # vLLM misses no tensor of a quantized model, and would compute with whatever lay in its memory.
-        if lacking := sorted(Ledger.of(folder).tensors.keys() - held):
-            raise CheckpointError(
-                f"tensor {lacking[0]}",
-                found=f"{folder} does not hold it, where {MANIFEST} says that it was written ({len(lacking)} missing)",
-                do="Fetch the folder again",
-            )
+        if lacking := sorted(ledger.tensors.keys() - held):
+            found = f"{folder} does not hold it, where {MANIFEST} says that it was written ({len(lacking)} missing)"
+            raise ledger.unlike(f"tensor {lacking[0]}", found)
     elif any((folder / name).exists() for name in (WEIGHTS, INDEX)):
         Checkpoint(folder)
