@@ -82,6 +82,14 @@ Processes = Annotated[
     typer.Option("--processes", help="Share the work out among so many processes here.", min=2, metavar="N"),
 ]
 
+# What every command that several processes share imports.
+_SHARED = (
+    "sparsify.compiler.pipeline",
+    "sparsify.quality.evaluation",
+    "torch.export._trace",
+    "transformers.masking_utils",
+    "transformers.modeling_layers",
+)
 # What a shell makes of SIGTERM.
 _TERMINATED = 143
 
@@ -122,6 +130,7 @@ def launched(processes: int | None) -> bool:
     """
     if processes is None:
         return False
+    from sparsify.cli.main import main
     from sparsify.world.launch import launch
 
     if size_told() > 1:
@@ -130,7 +139,7 @@ def launched(processes: int | None) -> bool:
             found="processes that torchrun has started already",
             do="Leave --processes out: this is one of them",
         )
-    launch(processes, _of_one_process(sys.argv[1:]))
+    launch(processes, _of_one_process(sys.argv[1:]), main, _SHARED)
     return True
 
 

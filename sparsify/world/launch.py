@@ -1,24 +1,33 @@
-"""Several processes of one command on this machine, started by torch's own launcher."""
+"""Several processes of one command on this machine, started by torch."""
 
 from __future__ import annotations
 
+import gc
+import importlib
 import logging
 import os
 import signal
 import sys
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from sparsify.errors import ProcessError
 
-# Seconds in which processes end by themselves once one has failed.
-_GRACE = 5
+# Seconds in which processes end by themselves once one has failed, and again once they were told to.
+_GRACE = 4
+_HERE = "127.0.0.1"
 
 
-def launch(count: int, words: Sequence[str]) -> None:
+def launch(count: int, words: Sequence[str], main: Callable[[], None], modules: Sequence[str] = ()) -> None:
     """Run ``sparsify WORDS`` in ``count`` processes that share the work, and wait until all are done.
 
-    Each takes an equal part of this machine's cores, unless OMP_NUM_THREADS says how many.
+    Each takes an equal part of this machine's cores, unless OMP_NUM_THREADS says how many. Where torch knows no GPU
+    they are copies of this process, made once it has imported ``modules``: that takes seconds, which are then spent
+    once and not by each. A driver that was looked at does not live through that, nor do threads that multiply: where
+    torch knows a GPU, or was imported before, each begins anew.
+
+    Args:
+        main: what runs the words of ``sys.argv`` in such a copy. modules: what they will need.
 
     Raises:
         ProcessError: one ended without a word of its own: by a signal.
@@ -26,13 +35,72 @@ def launch(count: int, words: Sequence[str]) -> None:
     """
     if count < 2:
         raise ProcessError(f"--processes {count}", found="fewer than two", do="Leave --processes out for one process")
+    # Read once, when torch is loaded.
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // count)))
+    fresh = "torch" not in sys.modules
+    import torch
+
+    if fresh and not (torch.backends.cuda.is_built() or torch.version.hip):
+        for name in modules:
+            importlib.import_module(name)
+        _copy(count, words, main)
+    else:
+        _begin_anew(count, words)
+
+
+def _copy(count: int, words: Sequence[str], main: Callable[[], None]) -> None:
+    import torch.multiprocessing as multiprocessing
+    from torch.distributed import TCPStore
+
+    # What it says of the processes is told here.
+    logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.CRITICAL)
+    # Theirs to meet at, as torchrun has one.
+    store = TCPStore(_HERE, 0, is_master=True, wait_for_workers=False)
+    told = {
+        "MASTER_ADDR": _HERE,
+        "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "WORLD_SIZE": str(count),
+        "LOCAL_WORLD_SIZE": str(count),
+    }
+    # What is there stays, in pages that all of them share.
+    gc.freeze()
+    begun = multiprocessing.start_processes(_run, (told, words, main), nprocs=count, join=False, start_method="fork")
+    try:
+        while not begun.join(grace_period=_GRACE):
+            pass
+    except multiprocessing.ProcessExitedException as error:
+        _end(error.error_index, count, error.exit_code)
+    finally:
+        for one in begun.processes:
+            if one.is_alive():  # this process was told to end
+                one.terminate()
+        for one in begun.processes:
+            one.join(_GRACE)
+            if one.is_alive():
+                one.kill()
+        gc.unfreeze()
+
+
+def _run(rank: int, told: dict[str, str], words: Sequence[str], main: Callable[[], None]) -> None:
+    """One of the processes, from where it began."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.environ.update(told, RANK=str(rank), LOCAL_RANK=str(rank))
+    sys.argv[1:] = words
+    try:
+        main()
+    except Exception:  # with --debug; told by the process itself, as where it begins anew
+        sys.excepthook(*sys.exc_info())
+        raise SystemExit(1) from None
+
+
+def _begin_anew(count: int, words: Sequence[str]) -> None:
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    # What it says of the processes is told here.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // count)))
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -51,11 +119,15 @@ def launch(count: int, words: Sequence[str]) -> None:
         raise SystemExit(128 + error.sigval) from None
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
-        if failure.exitcode < 0:
-            name = signal.Signals(-failure.exitcode).name
-            raise ProcessError(
-                f"process {rank} of {count}",
-                found=f"it was ended by {name}",
-                do="Look at memory (SIGKILL is what a system sends that has none left); --resume goes on from there",
-            ) from None
-        raise SystemExit(failure.exitcode) from None
+        _end(rank, count, failure.exitcode)
+
+
+def _end(rank: int, count: int, code: int) -> None:
+    """As process ``rank`` did, by its exit code; below zero it is a signal."""
+    if code < 0:
+        raise ProcessError(
+            f"process {rank} of {count}",
+            found=f"it was ended by {signal.Signals(-code).name}",
+            do="Look at memory (SIGKILL is what a system sends that has none left); --resume goes on from there",
+        ) from None
+    raise SystemExit(code) from None

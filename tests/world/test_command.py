@@ -98,9 +98,7 @@ def test_a_killed_job_goes_on_to_the_same_bytes(passes, more, finished, tmp_path
     while sum(len(lines.read_bytes().splitlines()) for lines in tmp_path.glob(f".out.*/{LINES}")) < finished:
         assert time.monotonic() < deadline and running.poll() is None
         time.sleep(0.05)
-    victims = [int(place.name) for place in Path("/proc").glob("[0-9]*") if _is_second(place, out)]
-    assert len(victims) == 1
-    os.kill(victims[0], signal.SIGKILL)
+    os.kill(_processes_of(running.pid)[1], signal.SIGKILL)
     _, said = running.communicate(timeout=60)
     assert running.returncode == 1 and "process 1 of 2: it was ended by SIGKILL" in said
     assert not out.exists()
@@ -114,9 +112,8 @@ def test_a_killed_job_goes_on_to_the_same_bytes(passes, more, finished, tmp_path
     assert not hidden(tmp_path)
 
 
-def _is_second(place, out):
-    try:
-        told, words = ((place / name).read_bytes().split(b"\0") for name in ("environ", "cmdline"))
-    except OSError:
-        return False
-    return b"RANK=1" in told and str(out).encode() in words
+def _processes_of(launcher):
+    """Those it started, in their order."""
+    pids = [int(pid) for pid in Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()]
+    assert len(pids) == 2
+    return pids
