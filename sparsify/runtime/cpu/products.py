@@ -27,7 +27,7 @@ from sparsify.runtime.layout import padded
 # Up to FEW tokens are multiplied with weights that stay packed, each by itself; up to MANY with four rows at a time
 # unpacked inside the kernel; above, PANEL rows at a time are unpacked into a buffer that all panels share, for a dense
 # product. packed24 with AVX-512 is never unpacked: above FEW_ACROSS tokens they lie across the vectors.
-FEW_24, FEW_BITMASK, FEW_ACROSS = 16, 8, 5
+FEW_24, FEW_BITMASK, FEW_ACROSS = 16, 8, 14
 MANY = 64
 PANEL = 512
 

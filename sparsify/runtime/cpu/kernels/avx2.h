@@ -54,13 +54,14 @@ template <int KIND> T256 INLINE __m256 expand8(const void* values, i64 at, unsig
 
 template <int KIND, int M>
 T256 static void mask_avx2(const Matrix& w, const float* x, const void* bias, void* y, i64 rows, i64 from, i64 to) {
-  const i64 K = w.columns, bytes = K / 8;
+  const i64 K = w.columns, bytes = K / 8, SIZE = KIND == F32 ? 4 : 2;
   for (i64 n = from; n < to; n++) {
     const u8* mask = (const u8*)w.mask + n * bytes;
     i64 at = w.rowptr[n];
     __m256 sum[M][2];
     UNROLL for (int m = 0; m < M; m++) sum[m][0] = sum[m][1] = _mm256_setzero_ps();
-    for (i64 b = 0; b < bytes; b += 2)
+    for (i64 b = 0; b < bytes; b += 2) {
+      if (KIND == F32 || b % 4 == 0) ask((const char*)w.values + at * SIZE + AHEAD);
       UNROLL for (int u = 0; u < 2; u++) {
         unsigned bits = mask[b + u];
         __m256 part = expand8<KIND>(w.values, at, bits);
@@ -68,6 +69,7 @@ T256 static void mask_avx2(const Matrix& w, const float* x, const void* bias, vo
         UNROLL for (int m = 0; m < M; m++)
           sum[m][u] = _mm256_fmadd_ps(part, _mm256_loadu_ps(x + m * w.stride + (b + u) * 8), sum[m][u]);
       }
+    }
     row_ends(w, n, at);
     UNROLL for (int m = 0; m < M; m++) {
       float s = sum8(_mm256_add_ps(sum[m][0], sum[m][1]));
@@ -82,7 +84,7 @@ template <int KIND, int M>
 T256 static void pair_avx2(const Matrix& w, const float* x, const void* bias, void* y, i64 rows, i64 from, i64 to) {
   const __m256i shift = _mm256_setr_epi32(0, 2, 8, 10, 4, 6, 12, 14);
   const __m256i shift_high = _mm256_add_epi32(shift, _mm256_set1_epi32(16));
-  const i64 K = w.columns, G = K / 32;
+  const i64 K = w.columns, G = K / 32, SIZE = KIND == F32 ? 4 : 2;
   for (i64 n = from; n < to; n++) {
     const u8* meta = w.meta + n * (K / 8);
     __m256 sum[M][2];
@@ -91,6 +93,8 @@ T256 static void pair_avx2(const Matrix& w, const float* x, const void* bias, vo
       i32 word;
       memcpy(&word, meta + g * 4, 4);
       __m256i codes = _mm256_set1_epi32(word);
+      if (KIND == F32 || g % 2 == 0) ask((const char*)w.values + (n * (K / 2) + g * 16) * SIZE + AHEAD);
+      if (g % 16 == 0) ask(meta + g * 4 + AHEAD / 4);
       UNROLL for (int u = 0; u < 2; u++) {
         __m256i column = _mm256_srlv_epi32(codes, u ? shift_high : shift);
         i64 i = n * (K / 2) + g * 16 + 8 * u;

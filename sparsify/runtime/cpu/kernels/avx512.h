@@ -42,79 +42,50 @@ template <int KIND> T512 INLINE Pair expand_floats(u32 mask, const void* values,
 
 // ---- bitmask, few tokens: R rows and M tokens at a time, U sums for each pair of them
 
-template <int R, int M, int U, int AHEAD>
-T512 static void mask_bf16(const Matrix& w, const u16* x, const void* bias, void* y, i64 rows, i64 from, i64 to) {
-  const i64 K = w.columns, G = K / 32;
-  const u16* values = (const u16*)w.values;
-  for (i64 n = from; n < to; n += R) {
-    const u16* v[R];
-    const u32_anywhere* bits[R];
-    __m512 sum[R][M][U];
-    UNROLL for (int r = 0; r < R; r++) {
-      i64 row = n + r < to ? n + r : to - 1;
-      v[r] = values + w.rowptr[row];
-      bits[r] = w.mask + row * G;
-      UNROLL for (int m = 0; m < M; m++) UNROLL for (int u = 0; u < U; u++) sum[r][m][u] = _mm512_setzero_ps();
-    }
-    i64 g = 0;
-    for (; g + U <= G; g += U)
-      UNROLL for (int u = 0; u < U; u++) {
-        __m512bh part[R];
-        UNROLL for (int r = 0; r < R; r++) {
-          u32 b = bits[r][g + u];
-          part[r] = (__m512bh)expand16(b, v[r]);
-          if ((u & 1) == 0) prefetch(v[r], AHEAD);
-          v[r] += __builtin_popcount(b);
-        }
-        UNROLL for (int m = 0; m < M; m++) {
-          __m512bh xs = (__m512bh)_mm512_loadu_si512(x + m * w.stride + (g + u) * 32);
-          UNROLL for (int r = 0; r < R; r++) sum[r][m][u] = _mm512_dpbf16_ps(sum[r][m][u], part[r], xs);
-        }
-      }
-    for (; g < G; g++)
-      UNROLL for (int r = 0; r < R; r++) {
-        u32 b = bits[r][g];
-        __m512bh part = (__m512bh)expand16(b, v[r]);
-        v[r] += __builtin_popcount(b);
-        UNROLL for (int m = 0; m < M; m++)
-          sum[r][m][0] = _mm512_dpbf16_ps(sum[r][m][0], part, (__m512bh)_mm512_loadu_si512(x + m * w.stride + g * 32));
-      }
-    UNROLL for (int r = 0; r < R; r++)
-      if (n + r < to) {
-        row_ends(w, n + r, v[r] - values);
-        UNROLL for (int m = 0; m < M; m++) {
-          UNROLL for (int u = 1; u < U; u++) sum[r][m][0] = _mm512_add_ps(sum[r][m][0], sum[r][m][u]);
-          float s = _mm512_reduce_add_ps(sum[r][m][0]);
-          store(BF16, y, m * rows + n + r, bias ? s + load(BF16, bias, n + r) : s);
-        }
-      }
-  }
-}
-
-template <int KIND, int R, int M, int U, int AHEAD>
-T512 static void mask_float(const Matrix& w, const float* x, const void* bias, void* y, i64 rows, i64 from, i64 to) {
+template <int KIND, bool PAIRS, int M>
+T512 static void of_mask(const Matrix& w, const void* x, const void* bias, void* y, i64 rows, i64 from, i64 to) {
+  // One row's sums would wait for each other, had it one for each token; several rows' do not.
+  const int R = M == 1 ? 1 : M <= 4 ? 4 : 2, U = M > 1 ? 1 : KIND == F32 ? 8 : 4, SIZE = KIND == F32 ? 4 : 2;
+  const bool ASK = M > 1 || KIND != F32;   // floats of one row come soon enough, and asking takes time
   const i64 K = w.columns, G = K / 32;
   for (i64 n = from; n < to; n += R) {
     i64 at[R];
     const u32_anywhere* bits[R];
     __m512 sum[R][M][U];
     UNROLL for (int r = 0; r < R; r++) {
-      i64 row = n + r < to ? n + r : to - 1;
+      const i64 row = n + r < to ? n + r : to - 1;
       at[r] = w.rowptr[row];
       bits[r] = w.mask + row * G;
       UNROLL for (int m = 0; m < M; m++) UNROLL for (int u = 0; u < U; u++) sum[r][m][u] = _mm512_setzero_ps();
     }
+    const i64 last = n + R < to ? n + R : to, ahead = ahead_of((w.rowptr[last] - w.rowptr[n]) * SIZE);
+    const char* next = (const char*)w.values + w.rowptr[n] * SIZE + ahead;
+    const char* next_bits = (const char*)bits[0] + 2 * R * G * 4;
     auto step = [&](int u, i64 g) T512 {
       Pair part[R];
+      __m512i pairs[R];
+      if (ASK && g * R % 16 == 0) ask(next_bits + g * R * 4);
       UNROLL for (int r = 0; r < R; r++) {
-        prefetch((const char*)w.values + at[r] * (KIND == F32 ? 4 : 2), AHEAD);
-        part[r] = expand_floats<KIND>(bits[r][g], w.values, at[r]);
+        const i64 before = at[r];
+        if (PAIRS) {
+          pairs[r] = expand16(bits[r][g], (const u16*)w.values + at[r]);
+          at[r] += __builtin_popcount(bits[r][g]);
+        } else
+          part[r] = expand_floats<KIND>(bits[r][g], w.values, at[r]);
+        next += (at[r] - before) * SIZE;
+        if (ASK && (SIZE == 4 || r % 2 == 0)) ask(next);
       }
       UNROLL for (int m = 0; m < M; m++) {
-        __m512 x0 = _mm512_loadu_ps(x + m * w.stride + g * 32), x1 = _mm512_loadu_ps(x + m * w.stride + g * 32 + 16);
-        UNROLL for (int r = 0; r < R; r++) {
-          sum[r][m][u] = _mm512_fmadd_ps(part[r].lo, x0, sum[r][m][u]);
-          sum[r][m][(u + 1) % U] = _mm512_fmadd_ps(part[r].hi, x1, sum[r][m][(u + 1) % U]);
+        if (PAIRS) {
+          const __m512bh xs = (__m512bh)_mm512_loadu_si512((const u16*)x + m * w.stride + g * 32);
+          UNROLL for (int r = 0; r < R; r++) sum[r][m][u] = _mm512_dpbf16_ps(sum[r][m][u], (__m512bh)pairs[r], xs);
+        } else {
+          const float* in = (const float*)x + m * w.stride + g * 32;
+          const __m512 x0 = _mm512_loadu_ps(in), x1 = _mm512_loadu_ps(in + 16);
+          UNROLL for (int r = 0; r < R; r++) {
+            sum[r][m][u] = _mm512_fmadd_ps(part[r].lo, x0, sum[r][m][u]);
+            sum[r][m][(u + 1) % U] = _mm512_fmadd_ps(part[r].hi, x1, sum[r][m][(u + 1) % U]);
+          }
         }
       }
     };
@@ -126,109 +97,10 @@ T512 static void mask_float(const Matrix& w, const float* x, const void* bias, v
         row_ends(w, n + r, at[r]);
         UNROLL for (int m = 0; m < M; m++) {
           UNROLL for (int u = 1; u < U; u++) sum[r][m][0] = _mm512_add_ps(sum[r][m][0], sum[r][m][u]);
-          float s = _mm512_reduce_add_ps(sum[r][m][0]);
+          const float s = _mm512_reduce_add_ps(sum[r][m][0]);
           store(w.given, y, m * rows + n + r, bias ? s + load(w.given, bias, n + r) : s);
         }
       }
-  }
-}
-
-// ---- packed24: values stay packed, and x is permuted to them
-
-template <int R, int M, int U, int AHEAD>
-T512 static void pair_bf16(const Matrix& w, const u16* x, const void* bias, void* y, i64 rows, i64 from, i64 to) {
-  // Value j of 32 meets column 4 * (j / 2) + its two bits; the multishift brings those two bits to the bottom of word j.
-  alignas(64) u16 first[32];
-  alignas(64) u8 shifts[64];
-  for (int j = 0; j < 32; j++) { first[j] = (u16)(4 * (j / 2)); shifts[2 * j] = shifts[2 * j + 1] = (u8)(2 * j); }
-  const __m512i base = _mm512_load_si512(first), shift = _mm512_load_si512(shifts), three = _mm512_set1_epi16(3);
-  const i64 K = w.columns, G = K / 64;
-  const u16* values = (const u16*)w.values;
-  const u64* meta = (const u64*)w.meta;
-  for (i64 n = from; n < to; n += R) {
-    const u16* v[R];
-    const u64* q[R];
-    __m512 sum[R][M][U];
-    UNROLL for (int r = 0; r < R; r++) {
-      i64 row = n + r < to ? n + r : to - 1;
-      v[r] = values + row * (K / 2);
-      q[r] = meta + row * G;
-      UNROLL for (int m = 0; m < M; m++) UNROLL for (int u = 0; u < U; u++) sum[r][m][u] = _mm512_setzero_ps();
-    }
-    auto step = [&](int u, i64 g) T512 {
-      __m512i column[R], part[R];
-      UNROLL for (int r = 0; r < R; r++) {
-        u64 word;
-        memcpy(&word, q[r] + g, 8);
-        __m512i bits = _mm512_multishift_epi64_epi8(shift, _mm512_set1_epi64((long long)word));
-        column[r] = _mm512_ternarylogic_epi64(bits, three, base, 0xEA);   // (bits & three) | base
-        part[r] = _mm512_loadu_si512(v[r] + g * 32);
-        prefetch(v[r] + g * 32, AHEAD);
-      }
-      UNROLL for (int m = 0; m < M; m++) {
-        __m512i x0 = _mm512_loadu_si512(x + m * w.stride + g * 64), x1 = _mm512_loadu_si512(x + m * w.stride + g * 64 + 32);
-        UNROLL for (int r = 0; r < R; r++)
-          sum[r][m][u] = _mm512_dpbf16_ps(sum[r][m][u], (__m512bh)part[r],
-                                          (__m512bh)_mm512_permutex2var_epi16(x0, column[r], x1));
-      }
-    };
-    i64 g = 0;
-    for (; g + U <= G; g += U) UNROLL for (int u = 0; u < U; u++) step(u, g + u);
-    for (; g < G; g++) step(0, g);
-    UNROLL for (int r = 0; r < R; r++)
-      if (n + r < to)
-        UNROLL for (int m = 0; m < M; m++) {
-          UNROLL for (int u = 1; u < U; u++) sum[r][m][0] = _mm512_add_ps(sum[r][m][0], sum[r][m][u]);
-          float s = _mm512_reduce_add_ps(sum[r][m][0]);
-          store(BF16, y, m * rows + n + r, bias ? s + load(BF16, bias, n + r) : s);
-        }
-  }
-}
-
-template <int KIND, int R, int M, int U, int AHEAD>
-T512 static void pair_float(const Matrix& w, const float* x, const void* bias, void* y, i64 rows, i64 from, i64 to) {
-  alignas(64) u32 first[16], shifts[16];
-  for (int j = 0; j < 16; j++) { first[j] = 4 * (j / 2); shifts[j] = 2 * j; }
-  const __m512i base = _mm512_load_si512(first), shift = _mm512_load_si512(shifts), three = _mm512_set1_epi32(3);
-  const i64 K = w.columns, G = K / 32;
-  for (i64 n = from; n < to; n += R) {
-    i64 at[R];
-    const u8* q[R];
-    __m512 sum[R][M][U];
-    UNROLL for (int r = 0; r < R; r++) {
-      i64 row = n + r < to ? n + r : to - 1;
-      at[r] = row * (K / 2);
-      q[r] = w.meta + row * (K / 8);
-      UNROLL for (int m = 0; m < M; m++) UNROLL for (int u = 0; u < U; u++) sum[r][m][u] = _mm512_setzero_ps();
-    }
-    auto step = [&](int u, i64 g) T512 {
-      __m512i column[R];
-      __m512 part[R];
-      UNROLL for (int r = 0; r < R; r++) {
-        i32 word;
-        memcpy(&word, q[r] + g * 4, 4);
-        column[r] = _mm512_ternarylogic_epi32(_mm512_srlv_epi32(_mm512_set1_epi32(word), shift), three, base, 0xEA);
-        i64 i = at[r] + g * 16;
-        if (KIND == F32) part[r] = _mm512_loadu_ps((const float*)w.values + i);
-        else part[r] = widen512<KIND>(_mm256_loadu_si256((const __m256i*)((const u16*)w.values + i)));
-        prefetch((const char*)w.values + i * (KIND == F32 ? 4 : 2), AHEAD);
-      }
-      UNROLL for (int m = 0; m < M; m++) {
-        __m512 x0 = _mm512_loadu_ps(x + m * w.stride + g * 32), x1 = _mm512_loadu_ps(x + m * w.stride + g * 32 + 16);
-        UNROLL for (int r = 0; r < R; r++)
-          sum[r][m][u] = _mm512_fmadd_ps(part[r], _mm512_permutex2var_ps(x0, column[r], x1), sum[r][m][u]);
-      }
-    };
-    i64 g = 0;
-    for (; g + U <= G; g += U) UNROLL for (int u = 0; u < U; u++) step(u, g + u);
-    for (; g < G; g++) step(0, g);
-    UNROLL for (int r = 0; r < R; r++)
-      if (n + r < to)
-        UNROLL for (int m = 0; m < M; m++) {
-          UNROLL for (int u = 1; u < U; u++) sum[r][m][0] = _mm512_add_ps(sum[r][m][0], sum[r][m][u]);
-          float s = _mm512_reduce_add_ps(sum[r][m][0]);
-          store(w.given, y, m * rows + n + r, bias ? s + load(w.given, bias, n + r) : s);
-        }
   }
 }
 

@@ -34,6 +34,14 @@ const i64 UNIT = 64;     // columns are padded to a multiple of this many
 const i64 PADDING = 64;   // values after the last one of a bitmask
 const i64 BLOCK = 1024;   // columns that are unpacked at a time where many tokens share the unpacking
 
+// The hardware foresees too little of what is read once and passed through arithmetic on the way: asked for this far ahead,
+// in the order in which it lies and into the second cache (the first has too few places for lines that are on their way),
+// weights come from memory in half to nine tenths of the time, measured.
+const i64 AHEAD = 8192;
+INLINE void ask(const void* at) { __builtin_prefetch(at, 0, 2); }
+// The same of several rows side by side, whose `bytes` lie one after another.
+INLINE i64 ahead_of(i64 bytes) { return 2 * bytes > AHEAD ? 2 * bytes : AHEAD; }
+
 // One matrix [rows, columns], columns a multiple of UNIT, in either layout.
 struct Matrix {
   const void* values;

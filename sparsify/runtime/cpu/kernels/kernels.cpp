@@ -6,6 +6,7 @@
 #include "scalar.h"
 #include "avx2.h"
 #include "avx512.h"
+#include "pairs_avx512.h"
 #include "wide_avx512.h"
 #include "calls.h"
 #ifdef SPARSIFY_X86
@@ -30,31 +31,7 @@ bool linear_avx512(const Matrix& w, const void* x, const void* bias, void* y, i6
   return over_rows(rows, threads, scratch, [&](i64 from, i64 to, u8* buffer) {
     if (tokens > few && w.mask) return many512<KIND, false, PAIRS>(w, x, bias, y, tokens, rows, from, to, buffer);
     if (tokens > few) return many512<KIND, true, PAIRS>(w, x, bias, y, tokens, rows, from, to, buffer);
-    if (PAIRS) {
-      const u16* in = (const u16*)x;
-      if (w.mask)
-        few_tokens(tokens, from, to,
-            [&](i64 m, i64 a, i64 b) { mask_bf16<4, 4, 1, 512>(w, in + m * w.stride, bias, OFFSET(y, m), rows, a, b); },
-            [&](i64 m, i64 a, i64 b) { mask_bf16<4, 2, 1, 512>(w, in + m * w.stride, bias, OFFSET(y, m), rows, a, b); },
-            [&](i64 m, i64 a, i64 b) { mask_bf16<1, 1, 4, 0>(w, in + m * w.stride, bias, OFFSET(y, m), rows, a, b); });
-      else
-        few_tokens(tokens, from, to,
-            [&](i64 m, i64 a, i64 b) { pair_bf16<4, 4, 1, 512>(w, in + m * w.stride, bias, OFFSET(y, m), rows, a, b); },
-            [&](i64 m, i64 a, i64 b) { pair_bf16<1, 2, 2, 1024>(w, in + m * w.stride, bias, OFFSET(y, m), rows, a, b); },
-            [&](i64 m, i64 a, i64 b) { pair_bf16<1, 1, 4, 0>(w, in + m * w.stride, bias, OFFSET(y, m), rows, a, b); });
-    } else {
-      const float* in = (const float*)x;
-      if (w.mask)
-        few_tokens(tokens, from, to,
-            [&](i64 m, i64 a, i64 b) { mask_float<KIND, 4, 4, 1, 512>(w, in + m * w.stride, bias, OFFSET(y, m), rows, a, b); },
-            [&](i64 m, i64 a, i64 b) { mask_float<KIND, 4, 2, 1, 512>(w, in + m * w.stride, bias, OFFSET(y, m), rows, a, b); },
-            [&](i64 m, i64 a, i64 b) { mask_float<KIND, 1, 1, 8, 0>(w, in + m * w.stride, bias, OFFSET(y, m), rows, a, b); });
-      else
-        few_tokens(tokens, from, to,
-            [&](i64 m, i64 a, i64 b) { pair_float<KIND, 4, 4, 1, 512>(w, in + m * w.stride, bias, OFFSET(y, m), rows, a, b); },
-            [&](i64 m, i64 a, i64 b) { pair_float<KIND, 4, 2, 1, 512>(w, in + m * w.stride, bias, OFFSET(y, m), rows, a, b); },
-            [&](i64 m, i64 a, i64 b) { pair_float<KIND, 1, 1, KIND == F32 ? 8 : 4, 0>(w, in + m * w.stride, bias, OFFSET(y, m), rows, a, b); });
-    }
+    pairs::product<KIND, PAIRS>(w, x, bias, y, tokens, rows, from, to);
   });
 }
 

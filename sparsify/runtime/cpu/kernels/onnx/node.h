@@ -25,7 +25,7 @@ int sparsify_linear_few(int isa, int kind, int layout, int bits, i64 group, cons
 namespace {
 
 // As in sparsify/runtime/cpu/products.py and few.py, which say why.
-const i64 FEW_24 = 16, FEW_BITMASK = 8, FEW_ACROSS = 5, MANY = 64, FEW_INTEGERS = 16;
+const i64 FEW_24 = 16, FEW_BITMASK = 8, FEW_ACROSS = 14, MANY = 64, FEW_INTEGERS = 16;
 // Few bits pad columns to a multiple of this, as few.h says.
 const i64 UNIT_FEW = 128;
 
