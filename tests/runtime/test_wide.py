@@ -70,7 +70,7 @@ def test_a_token_is_the_same_whatever_is_beside_it(dtype: torch.dtype) -> None:
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        for part, counts in ((x, [17, 31, 32, 47, 64, 65, 129]), (x[: products.few_24()], range(1, products.few_24()))):
+        for part, counts in ((x, [17, 31, 32, 47, 64, 65, 129]), (x[: products.few_24()], range(2, products.few_24()))):
             whole = packed.linear(part)
             for threads in (1, 2):
                 torch.set_num_threads(threads)

@@ -28,6 +28,13 @@ template <int KIND> T512 INLINE __m512 widen512(__m256i halves) {
   return _mm512_cvtph_ps(halves);
 }
 
+T512 INLINE __m512i to_bf16_512(__m512 f) {   // as to_bf16: vcvtneps2bf16 makes subnormal numbers zero
+  const __m512i u = _mm512_castps_si512(f), odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
+  const __m512i up = _mm512_add_epi32(_mm512_add_epi32(u, _mm512_set1_epi32(0x7fff)), odd);
+  const __mmask16 nan = _mm512_cmp_ps_mask(f, f, _CMP_UNORD_Q);
+  return _mm512_srli_epi32(_mm512_mask_or_epi32(up, nan, u, _mm512_set1_epi32(0x400000)), 16);
+}
+
 template <int KIND> T512 INLINE Pair expand_floats(u32 mask, const void* values, i64& at) {
   if (KIND == F32) {
     const float* v = (const float*)values + at;
@@ -46,7 +53,7 @@ template <int KIND, bool PAIRS, int M>
 T512 static void of_mask(const Matrix& w, const void* x, const void* bias, void* y, i64 rows, i64 from, i64 to) {
   // One row's sums would wait for each other, had it one for each token; several rows' do not.
   const int R = M == 1 ? 1 : M <= 4 ? 4 : 2, U = M > 1 ? 1 : KIND == F32 ? 8 : 4, SIZE = KIND == F32 ? 4 : 2;
-  const bool ASK = M > 1 || KIND != F32;   // floats of one row come soon enough, and asking takes time
+  const bool ASK = R > 1;   // one row is foreseen by the hardware
   const i64 K = w.columns, G = K / 32;
   for (i64 n = from; n < to; n += R) {
     i64 at[R];

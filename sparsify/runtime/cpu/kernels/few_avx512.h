@@ -229,13 +229,6 @@ TFEW INLINE __m512i decode512(const Few& w, i64 row, i64 block, i64& at) {
   return _mm512_mask_expand_epi8(fresh_zero(), mask, held);
 }
 
-T512 INLINE __m512i to_bf16_512(__m512 f) {   // as to_bf16: vcvtneps2bf16 makes subnormal numbers zero
-  const __m512i u = _mm512_castps_si512(f), odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
-  const __m512i up = _mm512_add_epi32(_mm512_add_epi32(u, _mm512_set1_epi32(0x7fff)), odd);
-  const __mmask16 nan = _mm512_cmp_ps_mask(f, f, _CMP_UNORD_Q);
-  return _mm512_srli_epi32(_mm512_mask_or_epi32(up, nan, u, _mm512_set1_epi32(0x400000)), 16);
-}
-
 // Sixteen weights to out[at …], as they are stored in KIND; FLOATS: as products take them, float or bfloat16.
 template <int KIND, bool FLOATS> T512 INLINE void put512(__m512 f, void* out, i64 at, __mmask16 here) {
   if (KIND == F32) return _mm512_mask_storeu_ps((float*)out + at, here, f);

@@ -33,15 +33,65 @@ struct Rows {
   INLINE u64 word(const u8* p) { u64 bits; memcpy(&bits, p, 8); return bits; }
 };
 
-// The sums of two rows, a row in each half, to y.
-T512 INLINE void write(const Matrix& w, __m512 sum, const void* bias, void* y, i64 at, i64 row, i64 to) {
-  UNROLL for (int h = 0; h < 2; h++) {
-    if (row + h >= to) return;
-    const __m256 eight = h ? _mm512_extractf32x8_ps(sum, 1) : _mm512_castps512_ps256(sum);
-    const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
-    const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
-    const float s = _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
-    store(w.given, y, at + row + h, bias ? s + load(w.given, bias, row + h) : s);
+// Lanes 0 to 3 of every quarter: of token t the sum of that quarter of its vector, at place t.
+T512 INLINE __m512 quarters(__m512 a, __m512 b, __m512 c, __m512 d) {
+  const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+  const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+  const __m512d x = _mm512_castps_pd(ab), y = _mm512_castps_pd(cd);
+  return _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(x, y)), _mm512_castpd_ps(_mm512_unpackhi_pd(x, y)));
+}
+
+// Rows `row` and the next to y, of which each token's vector holds the sums in its halves. Each is added up in one order.
+template <int M> T512 INLINE void write(const Matrix& w, const __m512* sum, const void* bias, void* y, i64 rows, i64 row, i64 to) {
+  const __m512 none = _mm512_setzero_ps();
+  auto of = [&](int m) T512 { return m < M ? sum[m] : none; };
+  const __m512 low = quarters(of(0), of(1), of(2), of(3)), high = M > 4 ? quarters(of(4), of(5), of(6), of(7)) : none;
+  // Four tokens of the one row, of the other, and four more tokens of each.
+  __m512 all = _mm512_add_ps(_mm512_shuffle_f32x4(low, high, 0x88), _mm512_shuffle_f32x4(low, high, 0xdd));
+  const int count = row + 1 < to ? 2 : 1;
+  if (bias) {
+    const float one = load(w.given, bias, row), other = count > 1 ? load(w.given, bias, row + 1) : 0.0f;
+    all = _mm512_add_ps(all, _mm512_mask_mov_ps(_mm512_set1_ps(one), 0xf0f0, _mm512_set1_ps(other)));
+  }
+  alignas(64) u32 out[16];
+  if (w.given == F32) _mm512_store_ps(out, all);
+  else if (w.given == BF16) _mm512_store_si512(out, to_bf16_512(all));
+  else _mm512_store_si512(out, _mm512_cvtepu16_epi32(_mm512_cvtps_ph(all, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)));
+  UNROLL for (int m = 0; m < M; m++)
+    for (int h = 0; h < count; h++) {
+      const u32 number = out[m / 4 * 8 + h * 4 + m % 4];
+      if (w.given == F32) ((u32_anywhere*)y)[m * rows + row + h] = number;
+      else ((u16_anywhere*)y)[m * rows + row + h] = (u16)number;
+    }
+}
+
+// One token, one row at a time: the hardware foresees that, and nothing need be asked for. U sums, which do not wait for each
+// other; two vectors of inputs, of which one instruction brings those that the row kept.
+template <int U>
+T512 static void one_bf16(const Matrix& w, const u16* x, const void* bias, void* y, i64 from, i64 to) {
+  // Value j of 32 meets column 4 (j / 2) + its two bits; the multishift brings those to the bottom of word j.
+  alignas(64) u16 first[32];
+  alignas(64) u8 shifts[64];
+  for (int j = 0; j < 32; j++) { first[j] = (u16)(4 * (j / 2)); shifts[2 * j] = shifts[2 * j + 1] = (u8)(2 * j); }
+  const __m512i base = _mm512_load_si512(first), shift = _mm512_load_si512(shifts), three = _mm512_set1_epi16(3);
+  const i64 K = w.columns, G = K / UNIT;
+  for (i64 n = from; n < to; n++) {
+    const u16* v = (const u16*)w.values + n * (K / 2);
+    const u8* q = w.meta + n * (K / 8);
+    __m512 sum[U];
+    UNROLL for (int u = 0; u < U; u++) sum[u] = _mm512_setzero_ps();
+    auto step = [&](int u, i64 g) T512 {
+      const __m512i bits = _mm512_multishift_epi64_epi8(shift, _mm512_set1_epi64((i64)Rows::word(q + g * 8)));
+      const __m512i column = _mm512_ternarylogic_epi64(bits, three, base, 0xEA);   // (bits & three) | base
+      const __m512i x0 = _mm512_loadu_si512(x + g * 64), x1 = _mm512_loadu_si512(x + g * 64 + 32);
+      sum[u] = _mm512_dpbf16_ps(sum[u], (__m512bh)_mm512_loadu_si512(v + g * 32), (__m512bh)_mm512_permutex2var_epi16(x0, column, x1));
+    };
+    i64 g = 0;
+    for (; g + U <= G; g += U) UNROLL for (int u = 0; u < U; u++) step(u, g + u);
+    for (; g < G; g++) step(0, g);
+    UNROLL for (int u = 1; u < U; u++) sum[0] = _mm512_add_ps(sum[0], sum[u]);
+    const float s = _mm512_reduce_add_ps(sum[0]);
+    store(BF16, y, n, bias ? s + load(BF16, bias, n) : s);
   }
 }
 
@@ -80,7 +130,8 @@ T512 static void of_bf16(const Matrix& w, const u16* x, const void* bias, void* 
         }
       }
     }
-    UNROLL for (int p = 0; p < P; p++) UNROLL for (int m = 0; m < M; m++) write(w, sum[p][m], bias, y, m * rows, n + 2 * p, to);
+    UNROLL for (int p = 0; p < P; p++)
+      if (n + 2 * p < to) write<M>(w, sum[p], bias, y, rows, n + 2 * p, to);
   }
 }
 
@@ -115,7 +166,8 @@ T512 static void of_float(const Matrix& w, const float* x, const void* bias, voi
         }
       }
     }
-    UNROLL for (int p = 0; p < P; p++) UNROLL for (int m = 0; m < M; m++) write(w, sum[p][m], bias, y, m * rows, n + 2 * p, to);
+    UNROLL for (int p = 0; p < P; p++)
+      if (n + 2 * p < to) write<M>(w, sum[p], bias, y, rows, n + 2 * p, to);
   }
 }
 
@@ -140,6 +192,7 @@ T512 static void tokens_of(const Matrix& w, const void* x, const void* bias, voi
 // cache until the last turn.
 template <int KIND, bool PAIRS>
 T512 static void product(const Matrix& w, const void* x, const void* bias, void* y, i64 tokens, i64 rows, i64 from, i64 to) {
+  if (tokens == 1 && !w.mask && PAIRS) return one_bf16<4>(w, (const u16*)x, bias, y, from, to);
   const i64 row_bytes = w.columns / 2 * (KIND == F32 ? 4 : 2), held = HELD / row_bytes / (2 * P) * (2 * P);
   const bool mask_of_floats = w.mask && !PAIRS;
   const i64 block = tokens <= (mask_of_floats ? MOST / 2 : MOST) ? to - from : held > 2 * P ? held : 2 * P;
