@@ -53,32 +53,62 @@ _LATENT = {
 }
 _HYBRID = {"num_hidden_layers": 4}
 OWN: dict[str, dict[str, Any]] = {
-    "afmoe": {"score_func": "sigmoid", "route_norm": True, "route_scale": 1.0},
+    "afmoe": {"score_func": "sigmoid", "route_norm": True, "route_scale": 1.0, "n_group": 1, "topk_group": 1},
     "axk1": _LATENT | {"index_topk": 64},
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
+        "ffn_config": {"hidden_size": 128, "ffn_hidden_size": 128, "moe_num_experts": 4, "moe_top_k": 2},
+    },
     "deepseek_v2": _LATENT,
     "deepseek_v3": _LATENT | {"topk_method": "noaux_tc", "scoring_func": "sigmoid"},
     "deepseek_v32": _LATENT | {"index_topk": 64},
     "falcon": {"ffn_hidden_size": 512},
+    "gemma3n_text": {
+        "num_hidden_layers": 4,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "num_kv_shared_layers": 2,
+        "intermediate_size": [320] * 4,
+        "activation_sparsity_pattern": [0.0] * 4,
+        "laurel_rank": 32,
+    },
     "glm4_moe": {"first_k_dense_replace": 1, "head_dim": 32},
     "glm4_moe_lite": _LATENT,
     "glm_moe_dsa": _LATENT | {"index_topk": 64},
     "gptj": {"n_inner": 512},
-    "hy_v3": {"first_k_dense_replace": 1},
+    "hy_v3": {"first_k_dense_replace": 1, "expert_hidden_dim": 128, "route_norm": True, "num_shared_experts": 1},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"], "num_local_experts": 4, "num_experts_per_tok": 2},
     "jamba": {"attn_layer_offset": 1, "attn_layer_period": 2, "expert_layer_offset": 1, "expert_layer_period": 2},
-    "kimi_linear": _LATENT | _HYBRID,
-    "lfm2": {"layer_types": ["conv", "full_attention"], "conv_dim": 128, "conv_dim_out": 128},
+    "kimi_linear": _LATENT | {"layer_types": ["linear_attention", "full_attention"], "linear_num_heads": 4},
+    "laguna": {
+        "num_attention_heads_per_layer": [4, 4],
+        "layer_types": ["full_attention"] * 2,
+        "mlp_layer_types": ["dense", "sparse"],
+    },
+    "lfm2": {
+        "layer_types": ["conv", "full_attention"],
+        "conv_dim": 128,
+        "conv_dim_out": 128,
+        "block_dim": 128,
+        "block_ff_dim": 320,
+    },
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     "llama4_text": {"num_experts_per_tok": 1, "intermediate_size_mlp": 320, "intermediate_size": 128},
-    "longcat_flash": _LATENT,
+    "longcat_flash": _LATENT | {"qk_head_dim": 96, "zero_expert_num": 2, "zero_expert_type": "identity"},
     "mamba2": {"num_heads": 4, "head_dim": 64, "expand": 2},
-    "minimax_m2": {"rotary_dim": 32},
+    "mimo_v2_flash": {
+        "hybrid_layer_pattern": [0, 0],
+        "layer_types": ["full_attention"] * 2,
+        "mlp_layer_types": ["dense", "sparse"],
+        "moe_layer_freq": [0, 1],
+    },
+    "minimax_m2": {"rotary_dim": 32, "scoring_func": "sigmoid", "use_routing_bias": True},
     "minicpm3": {"num_key_value_heads": 4},
     "qwen3_5_moe_text": _HYBRID,
     "qwen3_5_text": _HYBRID,
     "qwen3_next": _HYBRID,
     "qwen4_exp_text": _HYBRID,
     "sarvam_mla": _LATENT,
+    "zamba2": {"layers_block_type": ["linear_attention", "hybrid"], "num_mem_blocks": 1},
 }
 
 
@@ -178,6 +208,8 @@ def _serve(folders: Sequence[Path]) -> int:
             if told[form] == want:
                 break
         print(json.dumps(told), flush=True)
+        if isinstance(told["packed"], str):  # what an engine that failed leaves would fail the next one
+            break
     return 0
 
 
@@ -208,7 +240,7 @@ def _verdict(folder: Path, told: dict[str, Any]) -> tuple[str, str]:
         return "**refused packed**", packed
     if packed == dense:
         return "packed, tokens those of vLLM's dense model", "which are not transformers'"
-    return "**other tokens**", f"{packed} for {want}, dense {dense}"
+    return "**other tokens**", f"{'as dense; ' if packed == dense else ''}dense {dense}, packed {packed}, for {want}"
 
 
 if __name__ == "__main__":

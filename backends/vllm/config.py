@@ -28,7 +28,7 @@ from sparsify.backends.vllm.asked import asked_policy
 from sparsify.backends.vllm.beside import Copies
 from sparsify.backends.vllm.experts import SparsifyExpertsMethod
 from sparsify.backends.vllm.linear import SparsifyHeadMethod, SparsifyLinearMethod
-from sparsify.backends.vllm.matrices import Awaited, Site
+from sparsify.backends.vllm.matrices import PARTS, Awaited, Site
 from sparsify.backends.vllm.names import CheckpointNames, WholeStacks
 from sparsify.backends.vllm.orphan_stacks import OrphanStack
 from sparsify.backends.vllm.orphans import BESIDE, Orphans, is_left_over
@@ -73,6 +73,7 @@ class SparsifyConfig(QuantizationConfig):
         self._renamed, self._settled, self._checked = False, False, False
         self._taken: set[str] = set()
         self._fused: dict[str, list[str]] = {}
+        self._endings: dict[str, str | None] = {}
         self._source, self._alone, self._standing = "", False, Standing()
 
     @classmethod
@@ -137,9 +138,9 @@ class SparsifyConfig(QuantizationConfig):
         self._rename()
         self._check_taken()
         names = self._names
-        dropped = dict.fromkeys(BESIDE) if self.orphans is not None else {}
+        endings = dict.fromkeys(BESIDE) if self.orphans is not None else self._endings
         renaming = [*([names] if names else []), *([WholeStacks()] if self._alone else [])]
-        own = WeightsMapper(orig_to_new_renaming=renaming, orig_to_new_suffix=dropped)
+        own = WeightsMapper(orig_to_new_renaming=renaming, orig_to_new_suffix=endings)
         return own | QuantizationConfig.get_checkpoint_weight_mapper()
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
@@ -233,7 +234,8 @@ class SparsifyConfig(QuantizationConfig):
         if self._settled:
             return
         self._settled, running, on_cpu = True, get_current_vllm_config(), current_platform.is_cpu()
-        self._fused = _fused_by(get_model_cls(running.model_config))
+        model_class = get_model_cls(running.model_config)
+        self._fused, self._endings = _fused_by(model_class), _endings(model_class)
         asked = asked_policy(running.additional_config, on_cpu=on_cpu)
         if not on_cpu:
             self.how |= {} if asked is None else {"policy": asked}
@@ -269,6 +271,15 @@ class SparsifyConfig(QuantizationConfig):
                 found=f"no layer of vLLM's model reads it ({len(lost)} of {len(self.sites)} are not read)",
                 do="Serve the folder with `sparsify serve`, or with --model-impl transformers",
             )
+
+
+def _endings(model_class: Any) -> dict[str, str | None]:
+    """What the model's loader renames only where a weight's name ends (the router of AFMoE), for those of ours too that
+    end otherwise.
+    """
+    known = getattr(getattr(model_class, "hf_to_vllm_mapper", None), "orig_to_new_suffix", {})
+    ends = ((old, new) for old, new in known.items() if new and old.endswith(".weight") and new.endswith(".weight"))
+    return {old + part: new + part for old, new in ends for part in PARTS if part}
 
 
 def _fused_by(model_class: Any) -> dict[str, list[str]]:

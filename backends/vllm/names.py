@@ -74,6 +74,10 @@ def _conversions(config: Any, *, stacks: bool) -> list[Any]:
         model = kinds[0](config)
     found: list[Any] = [_Within(old, new) for old, new in _STACKED] if stacks else []
     for transform in get_model_conversion_mapping(model, add_legacy=False):
+        if getattr(transform, "prefix_to_remove", None):
+            # What names begin with in the checkpoint of a larger model, of which this may be a part (Gemma 3n's text):
+            # vLLM has another class for that.
+            continue
         if isinstance(transform, WeightRenaming):
             found.append(_Renaming(transform.reverse_transform()))
         else:

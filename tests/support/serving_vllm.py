@@ -83,6 +83,25 @@ _MODELS: dict[str, Callable[[], Any]] = {
             mamba_n_groups=1,
         )
     ),
+    "afmoe": lambda: hf.AfmoeForCausalLM(
+        hf.AfmoeConfig(
+            **_SIZES,
+            head_dim=32,
+            intermediate_size=320,
+            moe_intermediate_size=128,
+            num_experts=4,
+            num_experts_per_tok=2,
+            num_shared_experts=1,
+            num_dense_layers=1,
+            layer_types=["sliding_attention", "full_attention"],
+            sliding_window=64,
+            score_func="sigmoid",
+            route_norm=True,
+            route_scale=1.0,
+            n_group=1,
+            topk_group=1,
+        )
+    ),
     "bloom": lambda: hf.BloomForCausalLM(hf.BloomConfig(**_FEW)),
     "deepseek_v3": lambda: hf.DeepseekV3ForCausalLM(
         hf.DeepseekV3Config(
@@ -165,6 +184,7 @@ FOLDERS: dict[str, tuple[str, dict[str, Pruned], dict[str, Any]]] = {
         {"moe.input_linear": two_of_four, "moe.output_linear": half, "shared_mlp": two_of_four},
         {},
     ),
+    "renamed by its end": ("afmoe", {"router.gate": two_of_four, "proj": two_of_four}, {}),
     "stacks that stay its own": ("granitemoehybrid", {"shared_mlp": two_of_four}, {}),
     "other names": ("mixtral", {"gate_up": half, "experts.down": two_of_four, "proj": half}, {}),
 }

@@ -48,6 +48,18 @@ def test_a_head_of_another_name() -> None:
     assert names.rename_source_key("lm_head.weight")[0] == "embed_out.weight"
 
 
+def test_a_part_of_a_larger_model_has_the_names_of_its_own() -> None:
+    config = hf.CONFIG_MAPPING["gemma3n_text"]
+    small = config(
+        vocab_size=64, vocab_size_per_layer_input=64, hidden_size=32, intermediate_size=[64] * 2, num_hidden_layers=2,
+        num_kv_shared_layers=0, layer_types=["sliding_attention", "full_attention"], hidden_size_per_layer_input=16,
+        activation_sparsity_pattern=[0.0] * 2, laurel_rank=8, num_attention_heads=2, num_key_value_heads=1, head_dim=16,
+    )  # fmt: skip
+    small.architectures = ["Gemma3nForCausalLM"]
+    name = f"{BLOCK}self_attn.q_proj.weight_meta"
+    assert CheckpointNames(small).rename_source_key(name) == (name, None)
+
+
 def test_stacks_that_are_loaded_whole_are_called_as_what_holds_them() -> None:
     found = {
         f"{BLOCK}mlp.experts.gate_up_proj": f"{BLOCK}mlp.experts.routed_experts.w13_weight",
