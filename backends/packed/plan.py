@@ -114,7 +114,10 @@ def summary(decisions: Iterable[Decision]) -> list[str]:
     notes += _by_reason("left dense", ((d.name, d.reason) for d in decisions if d.zeros >= PRUNED or d.on_grid))
     for what, own in (("of full width", False), ("rounded again", True)):
         notes += _by_reason(what, ((d.name, d.note) for d in packed if (d.rounding is not None) is own))
-    notes.append("load it with `import sparsify` before transformers' from_pretrained; sparsify bench OUT measures it")
+    notes.append(
+        "load it with `import sparsify` before transformers' from_pretrained, or serve it with vLLM or sparsify serve; "
+        "sparsify bench OUT measures it"
+    )
     return notes
 
 

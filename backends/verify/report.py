@@ -80,7 +80,7 @@ def _runtimes(result: Verification) -> Table:
     packed = any(w.format.split()[0] in LAYOUTS or w.format.startswith("dense int") for w in result.weights)
     if packed and not result.opset:
         gain = "smaller files and memory, and a faster token on CPUs: sparsify bench measures it here"
-        table.add_row("transformers, after import sparsify", gain)
+        table.add_row("transformers, after import sparsify; vLLM with sparsify installed; sparsify serve", gain)
         table.add_row("every other runtime", "none before sparsify unpack, which makes an ordinary checkpoint")
         return table
     disk = (

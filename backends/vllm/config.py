@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from importlib.util import find_spec
@@ -236,6 +237,10 @@ class SparsifyConfig(QuantizationConfig):
         self._settled, running, on_cpu = True, get_current_vllm_config(), current_platform.is_cpu()
         model_class = get_model_cls(running.model_config)
         self._fused, self._endings = _fused_by(model_class), _endings(model_class)
+        if self.sites:
+            counts = Counter(site.layout for site in self.sites.values())
+            told = ", ".join(f"{count} {layout}" for layout, count in counts.most_common())
+            logger.info("sparsify: packed weights are held as they are (of the model's: %s)", told)
         asked = asked_policy(running.additional_config, on_cpu=on_cpu)
         if not on_cpu:
             self.how |= {} if asked is None else {"policy": asked}

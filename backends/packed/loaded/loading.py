@@ -24,7 +24,7 @@ def load_model(folder: str | Path, *, trust_remote_code: bool = False, check: bo
         check: hold every byte of a folder of ours against its ``sparsify.json``.
 
     Raises:
-        CheckpointError: transformers does not load it, or it is not what was written.
+        CheckpointError: transformers does not load it, a parameter is missing, or it is not what was written.
     """
     import transformers
 
@@ -45,7 +45,15 @@ def load_model(folder: str | Path, *, trust_remote_code: bool = False, check: bo
             kind = transformers.AutoModelForCausalLM if causal else transformers.AutoModel
             own = {"trust_remote_code": trust_remote_code}
             return kind.from_pretrained(folder, config=config, dtype="auto", **own).eval()
-        return kind.from_pretrained(folder, config=config, dtype="auto").eval()
+        model, found = kind.from_pretrained(folder, config=config, dtype="auto", output_loading_info=True)
+        if lost := sorted(found["missing_keys"]):
+            # transformers would go on with numbers drawn for it.
+            raise CheckpointError(
+                f"loading {folder}",
+                found=f"its files hold no {lost[0]}" + (f", and {len(lost) - 1} more" if len(lost) > 1 else ""),
+                do="Fetch or make the folder again",
+            )
+        return model.eval()
     except SparsifyError:
         raise
     except Exception as error:  # configs, models and libraries raise whatever they like

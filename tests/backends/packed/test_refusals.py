@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from support.families import save
 from support.folders import SMALLEST
 from torch import Tensor, nn
@@ -50,6 +51,19 @@ def test_folders_that_transformers_does_not_load(tmp_path: Path) -> None:
         load_model(tmp_path)
     with pytest.raises(CheckpointError, match=r"no config\.json there"):
         measure_loading(tmp_path)
+
+
+@pytest.mark.parametrize("packed", [True, False], ids=["packed", "ordinary"])
+def test_nothing_is_drawn_for_a_parameter_that_is_missing(packed: bool, tmp_path: Path) -> None:
+    """Bytes that nobody compares may be others, and are all there."""
+    folder = save("llama", tmp_path / "dense")
+    if packed:
+        folder = sparsify.compile(folder, ["magnitude:2:4"], output=tmp_path / "out", to=SMALLEST).output
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.norm.weight"]
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"its files hold no model\.norm\.weight"):
+        load_model(folder, check=False)
 
 
 def test_a_packed_folder_is_only_read(tmp_path: Path) -> None:
