@@ -1,5 +1,6 @@
 // packed24, few tokens, AVX-512: rows two by two. The inputs of 32 columns of bfloat16, or of 16 of float, fill a vector, and
-// one instruction that reads no other brings those of them that both rows kept. Values stay packed.
+// one instruction that reads no other brings those of them that both rows kept. Values stay packed. `product` shares out tokens
+// and rows of bitmasks (of_mask) too.
 #pragma once
 #include "avx512.h"
 #ifdef SPARSIFY_X86

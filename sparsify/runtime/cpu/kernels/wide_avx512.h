@@ -242,8 +242,8 @@ T512 static void rows_of(const Weights& w, i64 columns, const u32* x, const void
           const bool more = k + piece < columns;
           const i64 next = more ? row : row + ROWS < to ? row + ROWS : row, at_next = more ? k + piece : 0;
           const u8* v = w.values(next, at_next);
-          for (i64 b = 0; b < w.bytes(piece); b += 64) _mm_prefetch((const char*)v + b, _MM_HINT_T1);
-          _mm_prefetch((const char*)w.codes(next, at_next), _MM_HINT_T1);
+          for (i64 b = 0; b < w.bytes(piece); b += 64) ask(v + b);
+          ask(w.codes(next, at_next));
         }
         add<Vector, L, R>(numbers, at, here / 4 * steps(PAIRS), xs, sums + (n - block) * L, k == 0);
       }
