@@ -33,7 +33,10 @@ from sparsify.ir.weights import Weights
 from sparsify.method.spec import parse_pass
 
 # What transformers prints where it does not know the method leads to config.json.
-NOTE = "packed by sparsify: pip install sparsify-fx, and `import sparsify` before from_pretrained"
+NOTE = (
+    "packed by sparsify: pip install sparsify-fx; then `import sparsify` before transformers' from_pretrained, "
+    "`sparsify serve`, or vLLM, which finds the plug-in itself"
+)
 
 
 class PackedJob:

@@ -38,7 +38,6 @@ from sparsify.backends.vllm.standing import Standing, adopt
 from sparsify.errors import BackendError, CheckpointError
 from sparsify.files.checkpoint import INDEX, WEIGHTS, Checkpoint
 from sparsify.files.ledger import Ledger
-from sparsify.files.manifest import MANIFEST
 
 logger = init_logger(__name__)
 # Queries, keys and values head by head (Bloom, Falcon), which vLLM wants one below the other: it moves their rows.
@@ -319,7 +318,6 @@ def _check_headers(folder: Path, sites: Mapping[str, PackedSite]) -> None:
         held, ledger = set(PackedStore(folder, sites).checkpoint.names()), Ledger.of(folder)
         # vLLM misses no tensor of a quantized model, and would compute with whatever lay in its memory.
         if lacking := sorted(ledger.tensors.keys() - held):
-            found = f"{folder} does not hold it, where {MANIFEST} says that it was written ({len(lacking)} missing)"
-            raise ledger.unlike(f"tensor {lacking[0]}", found)
+            raise ledger.lacks(lacking)
     elif any((folder / name).exists() for name in (WEIGHTS, INDEX)):
         Checkpoint(folder)

@@ -84,9 +84,11 @@ class Checkpoint:
         # Those of every tensor of a folder that is only read, where it was copied.
         self._own: dict[str, str] = {}
         self._sound: set[str] = set()
+        read = {path: _read_header(path) for path in self.files}
+        held = {name for entries, _ in read.values() for name in entries}
         for path, listed in self.files.items():
-            entries, header = _read_header(path)
-            self.ledger.check_header(path.name, header)
+            entries, header = read[path]
+            self.ledger.check_header(path.name, header, held)
             if listed is not None and (missing := sorted(listed - entries.keys())):
                 raise CheckpointError(
                     f"tensor {missing[0]}",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -115,10 +115,21 @@ class Ledger:
         if found is not None:
             refuse(name, found, shape, str(self.folder))
 
-    def check_header(self, file: str, found: str) -> None:
-        """The same for the header of a safetensors file, by its digest."""
-        if self.complete:
-            self.compare("header of", self.headers, file, found)
+    def check_header(self, file: str, found: str, held: Collection[str] | None = None) -> None:
+        """The same for the header of a safetensors file, by its digest.
+
+        Args:
+            held: the tensors of all files of the folder, to say which there are too few or too many of.
+        """
+        if not self.complete:
+            return
+        if held is not None and file in self.headers and self.headers[file] != found:
+            if lacking := sorted(self.tensors.keys() - held):
+                raise self.lacks(lacking)
+            if added := sorted(set(held) - self.tensors.keys()):
+                found = f"{MANIFEST} does not know it ({len(added)} of the kind): {file} was written again"
+                raise self.unlike(f"tensor {added[0]} of {self.folder}", found)
+        self.compare("header of", self.headers, file, found)
 
     def check_file(self, path: Path, name: str | None = None) -> None:
         """The same for any other file, by its path in the folder; one that was added later is nobody's."""
@@ -137,6 +148,11 @@ class Ledger:
         else:
             return
         raise self.unlike(f"{kind} {name} of {self.folder}", why)
+
+    def lacks(self, names: Sequence[str]) -> CheckpointError:
+        """What is raised where tensors are not there."""
+        found = f"{self.folder} does not hold it, where {MANIFEST} says that it was written ({len(names)} missing)"
+        return self.unlike(f"tensor {names[0]}", found)
 
     def unlike(self, asked: str, found: str) -> CheckpointError:
         """What is raised where the folder is not as it was written."""

@@ -17,7 +17,10 @@ FORMAT = 2
 MANIFEST = "sparsify.json"
 # What its digests are of.
 PARTS = ("tensors", "headers", "files")
-AS_WRITTEN = "Fetch or make the folder again; if it was changed on purpose, --no-check (check=False) takes it as it is"
+AS_WRITTEN = (
+    "Fetch or make the folder again; if it was changed on purpose, commands that have --no-check (in Python: "
+    "check=False) take it as it is"
+)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors import safe_open
+from safetensors.torch import save_file
 from support.command_line import sparsify as run
 from support.families import save
 from support.manifests import as_format_1, edit_manifest
@@ -120,6 +122,25 @@ def test_a_changed_tensor_is_named_and_nothing_is_written(kind: str, reader: str
     else:
         flip(folder / "model.onnx.data", (folder / "model.onnx.data").stat().st_size // 2)
         refuses(kind, reader, folder, "model.onnx.data")
+
+
+@pytest.mark.parametrize(("kind", "reader"), [case for case in CASES if case[0] in ("hf", "packed")])
+@pytest.mark.parametrize("change", ["taken out", "put in"])
+def test_a_tensor_too_few_or_too_many_is_named(
+    kind: str, reader: str, change: str, copy: Callable[[str], Path]
+) -> None:
+    """Not only the file whose header says so."""
+    folder, name = copy(kind), "model.norm.weight" if change == "taken out" else "model.other.weight"
+    path = folder / "model.safetensors"
+    with safe_open(path, "pt") as file:
+        metadata, tensors = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    if change == "taken out":
+        del tensors[name]
+    else:
+        tensors[name] = torch.ones(4)
+    save_file(tensors, path, metadata=metadata)
+    refuses(kind, reader, folder, f"tensor {name}")
+    assert any(name in problem for problem in problems_of(folder))
 
 
 @pytest.mark.parametrize(("kind", "reader"), CASES)
