@@ -5,7 +5,8 @@
 - ``linear_24_few``, ``linear_bitmask_few``, ``linear_dense_few`` and ``experts_…_few``: the same with W as integers of
   8 or 4 bits, and a scale for each ``group`` columns of a row (0: for the row). ``exact`` leaves x floating; else CPUs
   make it int8 too where there are few tokens;
-- ``linear_dense``: a dense product whose case of one token runs our own kernel.
+- ``linear_dense``: a dense product whose case of one token runs our own kernel;
+- ``attend``: attention of one token of each sequence (:mod:`sparsify.runtime.attention`).
 
 Any leading dimensions, any number of tokens, bias or none, for inference: no gradient is defined. On CPUs they run the
 kernels of :mod:`sparsify.runtime.cpu`; on every other device a plain reference.
@@ -25,9 +26,9 @@ from torch._ops import OpOverload
 from torch.library import Library, register_fake
 from torch.nn.functional import linear
 
-from sparsify.runtime import arguments, few_arguments, reference
+from sparsify.runtime import arguments, attention, few_arguments, reference
 from sparsify.runtime.arguments import checked
-from sparsify.runtime.cpu import few, products
+from sparsify.runtime.cpu import attending, few, products
 from sparsify.runtime.cuda.ops import register_portable
 
 _Product = Callable[..., Tensor]
@@ -110,6 +111,13 @@ linear_dense = _define(
     linear,
     products.linear_dense,
     _fake_dense,
+)
+attend = _define(
+    "attend(Tensor query, Tensor key, Tensor value, Tensor? mask, float scale)",
+    attention.check_attend,
+    attention.attend,
+    attending.attend,
+    attention.fake_attend,
 )
 _FEW = "int bits, int group, bool exact"
 _MASK = "Tensor values, Tensor mask, Tensor starts"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -11,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.few_bits import EXPERTS, LAYOUTS, Few, few, pack_few
+from support.kernels import isas, running
 from support.matrices import DTYPES, TOLERANCE, error
 from torch import Tensor, nn
 
@@ -23,26 +22,6 @@ from sparsify.runtime.few_arguments import GROUPS
 BITS = (8, 4)
 EVERY = pytest.mark.parametrize("layout", LAYOUTS)
 EACH = pytest.mark.parametrize("bits", BITS)
-
-
-def isas() -> tuple[str, ...]:
-    kernels = native.library()
-    return () if kernels is None else native.ISAS[: kernels.best_isa + 1]
-
-
-@contextmanager
-def running(isa: str, threads: int = 1) -> Iterator[None]:
-    before = torch.get_num_threads()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SPARSIFY_CPU_ISA", isa)
-        native.isa.cache_clear()
-        torch.set_num_threads(threads)
-        try:
-            assert native.ISAS[native.isa()] == isa
-            yield
-        finally:
-            torch.set_num_threads(before)
-            native.isa.cache_clear()
 
 
 def unpacked(w: Few) -> Tensor:

@@ -29,6 +29,7 @@ from sparsify.backends.packed.config import (
 )
 from sparsify.backends.packed.format import PackedSite
 from sparsify.backends.packed.loaded.again import choose_again
+from sparsify.backends.packed.loaded.attention import speed_up_attention
 from sparsify.backends.packed.loaded.known import Known
 from sparsify.backends.packed.loaded.linear import PackedLinear
 from sparsify.backends.packed.loaded.modules import FastLinear, become, count_rows, pack_modules, packed_of
@@ -171,6 +172,7 @@ class SparsifyQuantizer(HfQuantizer):
         self.quantization_config.without(choose_again(model, sites, self.quantization_config.measured))
         prepare(model, **self.quantization_config.gpu)
         speed_up_dense(model)
+        speed_up_attention(model)
         return model
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:

@@ -102,3 +102,42 @@ class KnownMatrices:
         """That these are a matrix of ``rows`` and, padded, ``columns``."""
         starts_at = None if starts is None else weakref.ref(starts)
         self._known.remember(codes, (weakref.ref(values), starts_at, values.dtype, columns - UNIT, columns, rows))
+
+
+class KnownFew:
+    """The same of matrices of 8 and 4 bits, held by their scales: with what the kernels take of one, which is as it was
+    while every tensor is the same and lies where it lay.
+    """
+
+    def __init__(self) -> None:
+        self._known = _Known()
+
+    def given(
+        self, x: Tensor, scales: Tensor, parts: tuple[Tensor | None, ...], bits: int, group: int, bias: Tensor | None
+    ) -> list[Any] | None:
+        """What the kernels take, where ``x`` and ``bias`` fit the matrix; None where all has to be looked at.
+
+        Args:
+            parts: values, codes and starts, None where a layout has none.
+        """
+        known = self._known.of(scales)
+        if known is None or x is None:
+            return None
+        held, form, dtype, width, rows, given = known
+        size = x.shape
+        if form != (bits, group) or x.dtype is not dtype or not size or size[-1] != width:
+            return None
+        for part, (same, at) in zip(parts, held, strict=True):
+            if part is not (same if same is None else same()) or (part is not None and part.data_ptr() != at):
+                return None
+        if bias is not None and (bias.dtype is not dtype or bias.shape != (rows,)):
+            return None
+        found: list[Any] = given
+        return found
+
+    def remember(
+        self, scales: Tensor, parts: tuple[Tensor | None, ...], bits: int, group: int, width: int, given: list[Any]
+    ) -> None:
+        """That these are a matrix of ``width`` columns, of which the kernels take ``given``."""
+        held = [(None, 0) if part is None else (weakref.ref(part), part.data_ptr()) for part in parts]
+        self._known.remember(scales, (held, (bits, group), scales.dtype, width, scales.shape[0], given))

@@ -30,7 +30,7 @@ class Library(NamedTuple):
         return f"_{self.name}.so"
 
 
-KERNELS = Library("cpu", (".",), ("few.cpp", "kernels.cpp"), tuple(_OPENMP))
+KERNELS = Library("cpu", (".",), ("attend.cpp", "few.cpp", "kernels.cpp"), tuple(_OPENMP))
 # The same kernels behind onnxruntime's interface: threads are its own.
 OPERATORS = Library("onnx", (".", "onnx"), ("few.cpp", "kernels.cpp", "onnx/operators.cpp"), ())
 

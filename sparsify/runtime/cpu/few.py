@@ -14,7 +14,7 @@ from torch import Tensor
 from sparsify.runtime import reference
 from sparsify.runtime.arguments import disagreement, failure
 from sparsify.runtime.cpu import native
-from sparsify.runtime.cpu.asked_once import KnownCodes
+from sparsify.runtime.cpu.asked_once import KnownCodes, KnownFew
 from sparsify.runtime.cpu.wide import multiplier
 from sparsify.runtime.few_arguments import (
     check_24_few,
@@ -33,14 +33,14 @@ PANEL = 512
 # As the kernels call them (FewLayout in few.h).
 _LAYOUTS = {"packed24": 0, "bitmask": 1, "dense": 2}
 
-_codes = KnownCodes()
+_codes, _known = KnownCodes(), KnownFew()
 
 
 @dataclass(frozen=True)
 class _Matrix:
     """One matrix as the kernels take it. ``codes``: none for dense; ``starts``: of a bitmask alone."""
 
-    layout: int
+    layout: Layout
     bits: int
     group: int
     values: Tensor
@@ -49,14 +49,14 @@ class _Matrix:
     scales: Tensor
 
     def given(self) -> list[Any]:
-        """What every kernel takes first."""
+        """What every kernel takes after the instruction set."""
         tensors = (self.values, self.codes, self.starts, self.scales)
         where = [(0, 0) if t is None else (t.data_ptr(), t.numel()) for t in tensors]
         # Values and codes are counted in bytes: a value of 8 bits or two of 4 are one, a word of a mask is four.
         if self.codes is not None:
             where[1] = (self.codes.data_ptr(), self.codes.nbytes)
         kind = native.KINDS[self.scales.dtype]
-        return [native.isa(), kind, self.layout, self.bits, self.group, *(n for pair in where for n in pair)]
+        return [kind, _LAYOUTS[self.layout], self.bits, self.group, *(n for pair in where for n in pair)]
 
 
 def linear_24_few(
@@ -69,11 +69,14 @@ def linear_24_few(
     exact: bool,
     bias: Tensor | None = None,
 ) -> Tensor:
-    check_24_few(x, scales, values, meta, bits, group, exact, bias)
+    parts = (values, meta, None)
+    given = _known.given(x, scales, parts, bits, group, bias)
+    if given is None:
+        check_24_few(x, scales, values, meta, bits, group, exact, bias)
     _codes.check(meta)
     if native.library() is None:
         return reference.linear_24_few(x, scales, values, meta, bits, group, exact, bias)
-    return _linear(x, _matrix("packed24", scales, values, meta, None, bits, group), exact, bias)
+    return _product("packed24", x, scales, parts, bits, group, exact, bias, given)
 
 
 def linear_bitmask_few(
@@ -87,19 +90,25 @@ def linear_bitmask_few(
     exact: bool,
     bias: Tensor | None = None,
 ) -> Tensor:
-    check_bitmask_few(x, scales, values, mask, starts, bits, group, exact, bias)
+    parts = (values, mask, starts)
+    given = _known.given(x, scales, parts, bits, group, bias)
+    if given is None:
+        check_bitmask_few(x, scales, values, mask, starts, bits, group, exact, bias)
     if native.library() is None:
         return reference.linear_bitmask_few(x, scales, values, mask, starts, bits, group, exact, bias)
-    return _linear(x, _matrix("bitmask", scales, values, mask, starts, bits, group), exact, bias)
+    return _product("bitmask", x, scales, parts, bits, group, exact, bias, given)
 
 
 def linear_dense_few(
     x: Tensor, scales: Tensor, values: Tensor, bits: int, group: int, exact: bool, bias: Tensor | None = None
 ) -> Tensor:
-    check_dense_few(x, scales, values, bits, group, exact, bias)
+    parts = (values, None, None)
+    given = _known.given(x, scales, parts, bits, group, bias)
+    if given is None:
+        check_dense_few(x, scales, values, bits, group, exact, bias)
     if native.library() is None:
         return reference.linear_dense_few(x, scales, values, bits, group, exact, bias)
-    return _linear(x, _matrix("dense", scales, values, None, None, bits, group), exact, bias)
+    return _product("dense", x, scales, parts, bits, group, exact, bias, given)
 
 
 def experts_24_few(
@@ -189,10 +198,10 @@ def unpack_few(
 
 
 def _matrix(
-    layout: str, scales: Tensor, values: Tensor, codes: Tensor | None, starts: Tensor | None, bits: int, group: int
+    layout: Layout, scales: Tensor, values: Tensor, codes: Tensor | None, starts: Tensor | None, bits: int, group: int
 ) -> _Matrix:
     return _Matrix(
-        _LAYOUTS[layout],
+        layout,
         bits,
         group,
         values.contiguous(),
@@ -202,18 +211,55 @@ def _matrix(
     )
 
 
+def _product(
+    layout: Layout,
+    x: Tensor,
+    scales: Tensor,
+    parts: tuple[Tensor | None, ...],
+    bits: int,
+    group: int,
+    exact: bool,
+    bias: Tensor | None,
+    given: list[Any] | None,
+) -> Tensor:
+    """The product with a matrix that is constant; ``given``: what is known of it."""
+    values, codes, starts = parts
+    assert values is not None, "every layout has values"
+    if given is not None and (x.numel() <= FEW * x.shape[-1] or _any_number(layout, x)):
+        return _multiply(x, given, scales.shape[0], exact, bias, values, scales if codes is None else codes)
+    w = _matrix(layout, scales, values, codes, starts, bits, group)
+    # What had to be copied lies there for this product alone.
+    lies = (w.scales, w.values, w.codes, w.starts)
+    if given is None and all(a is b for a, b in zip(lies, (scales, *parts), strict=True)):
+        _known.remember(scales, parts, bits, group, x.shape[-1], w.given())
+    return _linear(x, w, exact, bias)
+
+
+def _any_number(layout: Layout, x: Tensor) -> bool:
+    return layout == "packed24" and native.any_number_24(x.dtype)
+
+
 def _linear(x: Tensor, w: _Matrix, exact: bool, bias: Tensor | None) -> Tensor:
-    """The product by the kernels."""
+    if x.numel() > FEW * x.shape[-1] and not _any_number(w.layout, x):
+        return _by_panels(x, w, bias)
+    codes = w.scales if w.codes is None else w.codes
+    return _multiply(x, w.given(), w.scales.shape[0], exact, bias, w.values, codes)
+
+
+def _multiply(
+    x: Tensor, given: list[Any], rows: int, exact: bool, bias: Tensor | None, values: Tensor, codes: Tensor
+) -> Tensor:
+    """The product by the kernels. ``given``: see :meth:`_Matrix.given`, whose tensors the caller holds; ``values`` and
+    ``codes`` are of these, for what is said of them.
+    """
     library = native.library()
     assert library is not None, "callers run only where there are kernels"
-    *lead, width = x.shape
-    rows = w.scales.shape[0]
-    if x.numel() > FEW * width and not (w.layout == _LAYOUTS["packed24"] and native.any_number_24(x.dtype)):
-        return _by_panels(x, w, bias)
     x, bias = x.contiguous(), None if bias is None else bias.contiguous()
+    *lead, width = x.shape
     y = x.new_empty(*lead, rows)
     failed = library.linear_few(
-        *w.given(),
+        native.isa(),
+        *given,
         x.data_ptr(),
         x.numel(),
         0 if bias is None else bias.data_ptr(),
@@ -226,7 +272,7 @@ def _linear(x: Tensor, w: _Matrix, exact: bool, bias: Tensor | None) -> Tensor:
         torch.get_num_threads(),
     )
     if failed:
-        raise failure(failed, x, w.values, w.scales if w.codes is None else w.codes)
+        raise failure(failed, x, values, codes)
     return y
 
 
@@ -235,7 +281,9 @@ def _unpack_rows(w: _Matrix, out: Tensor, first: int, count: int) -> None:
     library = native.library()
     assert library is not None, "callers run only where there are kernels"
     rows, width, threads = w.scales.shape[0], out.shape[1], torch.get_num_threads()
-    failed = library.unpack_few(*w.given(), out.data_ptr(), out.numel(), rows, width, first, count, threads)
+    failed = library.unpack_few(
+        native.isa(), *w.given(), out.data_ptr(), out.numel(), rows, width, first, count, threads
+    )
     if failed:
         raise failure(failed, out, w.values, w.scales if w.codes is None else w.codes)
 

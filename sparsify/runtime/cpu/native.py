@@ -59,6 +59,18 @@ class NativeLibrary:
         few = [small, small, small, small, number, *tensor * 4]
         self.linear_few = library.sparsify_linear_few
         self.linear_few.argtypes = [*few, *tensor * 2, pointer, *[number] * 3, small, small]
+        self.attend = library.sparsify_attend
+        self.attend.argtypes = [
+            small,
+            small,
+            *[pointer] * 4,
+            small,
+            pointer,
+            *[number] * 6,
+            ctypes.c_float,
+            pointer,
+            small,
+        ]
         self.unpack_few = library.sparsify_unpack_few
         self.unpack_few.argtypes = [*few, *tensor, *[number] * 4, small]
 

@@ -34,16 +34,19 @@ struct Buffer {   // aligned for whole vectors; null where there is no memory
   Buffer& operator=(const Buffer&) = delete;
 };
 
-// How many rows each of some threads takes at a time: a multiple of 12, for kernels take 3 or 4.
-INLINE i64 piece_of(i64 rows, int threads) { return ((rows + threads * 4 - 1) / (threads * 4) + 11) / 12 * 12; }
+// How many rows each of some threads takes at a time: a multiple of `unit`.
+INLINE i64 piece_of(i64 rows, int threads, i64 unit) {
+  return ((rows + threads * 4 - 1) / (threads * 4) + unit - 1) / unit * unit;
+}
 
-// Calls f(from, to, scratch) over all rows; false where memory ran out, or a host did not do the work.
-template <class F> bool over_rows(i64 rows, int threads, i64 scratch_bytes, F f) {
+// Calls f(from, to, scratch) over all rows; false where memory ran out, or a host did not do the work. Kernels of products
+// take 3 or 4 rows at a time.
+template <class F> bool over_rows(i64 rows, int threads, i64 scratch_bytes, F f, i64 unit = 12) {
   bool enough = true;
   if (rows < 1) return enough;
   if (host && threads > 1) {
     struct Work { F& f; i64 rows, piece, scratch_bytes; int short_of; };
-    Work all{f, rows, piece_of(rows, threads), scratch_bytes, 0};
+    Work all{f, rows, piece_of(rows, threads, unit), scratch_bytes, 0};
     auto one = [](void* at, size_t i) {
       Work& w = *(Work*)at;
       const i64 from = (i64)i * w.piece, to = from + w.piece < w.rows ? from + w.piece : w.rows;
@@ -55,7 +58,7 @@ template <class F> bool over_rows(i64 rows, int threads, i64 scratch_bytes, F f)
   }
 #if defined(_OPENMP)
   if (threads > 1) {
-    const i64 piece = piece_of(rows, threads), pieces = (rows + piece - 1) / piece;
+    const i64 piece = piece_of(rows, threads, unit), pieces = (rows + piece - 1) / piece;
 #pragma omp parallel num_threads(threads)
     {
       Buffer scratch(scratch_bytes);
