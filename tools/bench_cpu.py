@@ -1,5 +1,6 @@
 """Packed CPU kernels against the best dense product of torch: the figures C1 to C8 of docs/benchmarks.md.
-Q: weights of 8 and 4 bits beside those of full width (``cpu/few_bits_rows.py``).
+Q: weights of 8 and 4 bits beside those of full width (``cpu/few_bits_rows.py``). A: attention of one token
+(``cpu/attention_rows.py``).
 
     python tools/bench_cpu.py [--only C1,C2] [--rounds 11] [--json FILE]
 
@@ -26,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cpu import few_bits_rows
+from cpu import attention_rows, few_bits_rows
 from torch import Tensor
 from torch.nn import functional
 
@@ -251,6 +252,9 @@ def main() -> None:
         for row in few_bits_rows.measure(rows, columns, options.rounds, interleaved):
             results.append(row)
             print(few_bits_rows.described(row), flush=True)
+    for row in attention_rows.measure(options.rounds, interleaved) if not only or "A" in only else ():
+        results.append(row)
+        print(attention_rows.described(row), flush=True)
     if options.json:
         options.json.write_text(json.dumps({"processor": processor(), "results": results}, indent=2) + "\n")
 

@@ -1,13 +1,15 @@
 """Packed 2:4 models against llama.cpp, and onnxruntime-genai where installed: one model in every form, in turns.
 
     OMP_NUM_THREADS=1 python tools/bench_peers.py [--threads 1] [--rounds 9] [--prompt 128] [--tokens 32] [--genai]
+        [--compile]
 
 A seeded random Llama of 222 million parameters (hidden 2048, 4 layers, intermediate 5632, 16 heads, 8 of keys and
 values, vocabulary 8192), pruned 2:4 by magnitude: as bfloat16, and with every matrix, the head too, rounded to 8 and to
 4 bits (scales for 64 columns). llama.cpp holds the dense model, as its own quantizer makes it by default. Wants `pip
 install llama-cpp-python gguf`. Every round runs each form once; seconds of processor time, which other programs on the
 machine change little, and medians of the rounds. A decoded token is what generation of a text takes for one: of ours
-with the loop of transformers, of llama.cpp with a loop around `llama_decode`.
+with the loop of transformers, of llama.cpp with a loop around `llama_decode`. `--compile` has ours once more with a
+static cache whose steps torch compiles.
 """
 
 from __future__ import annotations
@@ -40,6 +42,7 @@ RIVALS = {
     "2:4 int8": ("llama.cpp Q8_0", "genai int8"),
     "2:4 int4": ("llama.cpp Q4_0", "genai int4"),
 }
+COMPILED = ", compiled"
 
 
 def main() -> None:
@@ -49,6 +52,7 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=128)
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--genai", action="store_true", help="onnxruntime-genai too: its builder takes minutes")
+    parser.add_argument("--compile", action="store_true", help="ours with compiled steps too: half a minute more")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     transformers.utils.logging.disable_progress_bar()
@@ -57,7 +61,7 @@ def main() -> None:
     )
     print(f"llama.cpp: {system_info()}", flush=True)
     with tempfile.TemporaryDirectory() as scratch, ExitStack() as stack:
-        readers, sizes = contenders(Path(scratch), stack, genai=args.genai)
+        readers, sizes = contenders(Path(scratch), stack, genai=args.genai, compiled=args.compile)
         ids = torch.arange(5, 5 + args.prompt)[None]
         with torch.inference_mode():
             prefill = in_turns(readers, lambda reader: spent(lambda: reader.read_prompt(ids)), args.rounds)
@@ -66,7 +70,9 @@ def main() -> None:
     show(decode, prefill, sizes, args.tokens, args.prompt)
 
 
-def contenders(scratch: Path, stack: ExitStack, *, genai: bool) -> tuple[dict[str, Reader], dict[str, int]]:
+def contenders(
+    scratch: Path, stack: ExitStack, *, genai: bool, compiled: bool
+) -> tuple[dict[str, Reader], dict[str, int]]:
     """Every form of the model, open, and the bytes of its file."""
     dense = scratch / "dense"
     make_checkpoint(dense, "222m")
@@ -79,7 +85,12 @@ def contenders(scratch: Path, stack: ExitStack, *, genai: bool) -> tuple[dict[st
     sparsify.compile(dense, ["magnitude:2:4"], output=scratch / "pruned")
     for name in RIVALS:
         folder = packed(scratch, name.removeprefix("2:4 "))
-        readers[name], sizes[name] = open_contender(folder), weight_bytes(folder)
+        own = open_contender(folder)
+        readers[name], sizes[name] = own, weight_bytes(folder)
+        if compiled:
+            assert isinstance(own, InTorch)
+            readers[name + COMPILED] = InTorch(own.model, cache_implementation="static", compile_config=everywhere())
+            sizes[name + COMPILED] = sizes[name]
     place = scratch / "gguf"
     place.mkdir()
     for peer in llama_peers(model.model, place):
@@ -89,6 +100,13 @@ def contenders(scratch: Path, stack: ExitStack, *, genai: bool) -> tuple[dict[st
         for peer in genai_peers(dense, scratch / "genai"):
             readers[peer.name], sizes[peer.name] = stack.enter_context(peer.open()), peer.nbytes
     return readers, sizes
+
+
+def everywhere() -> transformers.CompileConfig:
+    """Steps compiled on a CPU too, which transformers does on GPUs alone unless it is told."""
+    config = transformers.CompileConfig(mode="default", fullgraph=True)
+    config._compile_all_devices = True
+    return config
 
 
 def packed(scratch: Path, values: str) -> Path:
@@ -130,10 +148,11 @@ def show(
         print(f"| {name} | {nbytes / 1e6:.0f} | {rates[0]:.1f} | {rates[1]:.0f} |")
     print("\n| | decode (least and most of the rounds) | prefill |")
     print("|---|---|---|")
-    for name, rivals in RIVALS.items():
-        for rival in (*rivals, "dense bfloat16, torch"):
-            if rival in sizes:
-                print(f"| {name} to {rival} | {gain(decode, name, rival)} | {gain(prefill, name, rival)} |")
+    for own, rivals in RIVALS.items():
+        for name in (own, own + COMPILED):
+            for rival in (*rivals, "dense bfloat16, torch") if name in sizes else ():
+                if rival in sizes:
+                    print(f"| {name} to {rival} | {gain(decode, name, rival)} | {gain(prefill, name, rival)} |")
 
 
 def gain(times: dict[str, list[float]], name: str, rival: str) -> str:

@@ -65,10 +65,14 @@ class Contender(Reader, Protocol):
 
 
 class InTorch:
-    """A module of transformers, wherever its weights lie."""
+    """A module of transformers, wherever its weights lie.
 
-    def __init__(self, model: Any) -> None:
-        self.model, self.config = model, model.config
+    Args:
+        generation: what its ``generate`` is asked for besides.
+    """
+
+    def __init__(self, model: Any, **generation: Any) -> None:
+        self.model, self.config, self.generation = model, model.config, generation
         self.dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
         self.generates = bool(getattr(model, "can_generate", lambda: False)())
         self.prefills = True
@@ -98,7 +102,7 @@ class InTorch:
             max_new_tokens=count,
             pad_token_id=0,
             streamer=clock,
-            **cache,
+            **(cache | self.generation),
         )
         return clock.of(out[0, -count:].cpu())
 

@@ -23,6 +23,16 @@ struct Attention {
   float scale;
 };
 
+// Keys or values of one head: the first, how far apart they are, and how long each is, in bytes.
+struct Rows {
+  const u8* at;
+  i64 stride, bytes;
+};
+
+INLINE void ask_row(const Rows& rows, i64 row) {
+  for (i64 i = 0; i < rows.bytes; i += 64) ask(rows.at + row * rows.stride + i);
+}
+
 // The positions of [from, to) that count for any query of a head: a mask of bools that all heads share leaves out the others,
 // whose keys are not even read (a static cache is mostly empty).
 i64 live_positions(const Attention& a, i64 sequence, i64 head, i64 from, i64 to, i32* live) {

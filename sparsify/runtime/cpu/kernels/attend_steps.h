@@ -1,11 +1,18 @@
 // The steps of attention, for the vectors of whoever includes this (attend.cpp) in a namespace of its own: `vec` of W floats,
 // what is done with it, and the target TARGET. There is no other way to have one text for several instruction sets.
 
-// M rows of q meet the keys that `live` names: out[m · CHUNK + j] = q[m] · key[live[j]].
+// M rows of q meet the keys that `live` names: out[m · CHUNK + j] = q[m] · key[live[j]]. The first to pass over them has
+// `values`, and asks for keys some rows ahead and for the values, which come next.
 template <int KIND, int M>
-TARGET static void scores(const float* q, i64 width, const u8* keys, i64 stride, const i32* live, i64 count, float* out) {
+TARGET static void scores(const float* q, i64 width, const Rows& keys, const Rows* values, const i32* live, i64 count,
+                          float* out) {
+  const i64 ahead = AHEAD / keys.bytes + 1;
   for (i64 j = 0; j < count; j++) {
-    const u8* key = keys + live[j] * stride;
+    const u8* key = keys.at + live[j] * keys.stride;
+    if (values) {
+      if (j + ahead < count) ask_row(keys, live[j + ahead]);
+      ask_row(*values, live[j]);
+    }
     vec sum[M];
     UNROLL for (int m = 0; m < M; m++) sum[m] = all(0.0f);
     for (i64 d = 0; d < width; d += W) {
@@ -18,12 +25,12 @@ TARGET static void scores(const float* q, i64 width, const u8* keys, i64 stride,
 
 // B vectors of the weighted sum of values, from column `d` on, of M rows of weights.
 template <int KIND, int M, int B>
-TARGET INLINE void columns(const float* weights, const u8* values, i64 stride, const i32* live, i64 count, float* out,
-                           i64 width, i64 d) {
+TARGET INLINE void columns(const float* weights, const Rows& values, const i32* live, i64 count, float* out, i64 width,
+                           i64 d) {
   vec sum[M][B];
   UNROLL for (int m = 0; m < M; m++) UNROLL for (int b = 0; b < B; b++) sum[m][b] = all(0.0f);
   for (i64 j = 0; j < count; j++) {
-    const u8* value = values + live[j] * stride;
+    const u8* value = values.at + live[j] * values.stride;
     vec part[B];
     UNROLL for (int b = 0; b < B; b++) part[b] = take<KIND>(value, d + b * W);
     UNROLL for (int m = 0; m < M; m++) {
@@ -35,12 +42,11 @@ TARGET INLINE void columns(const float* weights, const u8* values, i64 stride, c
 }
 
 template <int KIND, int M>
-TARGET static void weighted(const float* weights, const u8* values, i64 stride, const i32* live, i64 count, float* out,
-                            i64 width) {
+TARGET static void weighted(const float* weights, const Rows& values, const i32* live, i64 count, float* out, i64 width) {
   i64 d = 0;
-  for (; d + 4 * W <= width && W > 8; d += 4 * W) columns<KIND, M, 4>(weights, values, stride, live, count, out, width, d);
-  for (; d + 2 * W <= width; d += 2 * W) columns<KIND, M, 2>(weights, values, stride, live, count, out, width, d);
-  for (; d < width; d += W) columns<KIND, M, 1>(weights, values, stride, live, count, out, width, d);
+  for (; d + 4 * W <= width && W > 8; d += 4 * W) columns<KIND, M, 4>(weights, values, live, count, out, width, d);
+  for (; d + 2 * W <= width; d += 2 * W) columns<KIND, M, 2>(weights, values, live, count, out, width, d);
+  for (; d < width; d += W) columns<KIND, M, 1>(weights, values, live, count, out, width, d);
 }
 
 // e to the power of numbers that are not above 0, as near as float has it; below -87 it is 0, and of NaN NaN.
@@ -87,18 +93,18 @@ TARGET static void chunk(const Attention& a, i64 sequence, i64 head, i64 from, i
     const u8* row = a.q + (sequence * a.of_q[0] + (head * a.group + g) * a.of_q[1]) * size;
     for (i64 d = 0; d < a.width; d++) q[g * a.width + d] = load(KIND, row, d) * a.scale;
   }
-  const u8* keys = a.k + (sequence * a.of_k[0] + head * a.of_k[1]) * size;
-  const u8* values = a.v + (sequence * a.of_v[0] + head * a.of_v[1]) * size;
-  const i64 key_stride = a.of_k[2] * size, value_stride = a.of_v[2] * size;
-  in_fours(a.group, [&](i64 g) TARGET { scores<KIND, 4>(q + g * a.width, a.width, keys, key_stride, live, count, score + g * CHUNK); },
-           [&](i64 g) TARGET { scores<KIND, 2>(q + g * a.width, a.width, keys, key_stride, live, count, score + g * CHUNK); },
-           [&](i64 g) TARGET { scores<KIND, 1>(q + g * a.width, a.width, keys, key_stride, live, count, score + g * CHUNK); });
+  const Rows keys{a.k + (sequence * a.of_k[0] + head * a.of_k[1]) * size, a.of_k[2] * size, a.width * size};
+  const Rows values{a.v + (sequence * a.of_v[0] + head * a.of_v[1]) * size, a.of_v[2] * size, a.value_width * size};
+#define SCORES(M) [&](i64 g) TARGET { \
+    scores<KIND, M>(q + g * a.width, a.width, keys, g ? nullptr : &values, live, count, score + g * CHUNK); }
+  in_fours(a.group, SCORES(4), SCORES(2), SCORES(1));
+#undef SCORES
   for (i64 g = 0; g < a.group; g++) {
     add_mask(a, sequence, head * a.group + g, live, count, score + g * CHUNK);
     top[g] = weigh(score + g * CHUNK, count, sum + g);
   }
   const i64 width = a.value_width;
-  in_fours(a.group, [&](i64 g) TARGET { weighted<KIND, 4>(score + g * CHUNK, values, value_stride, live, count, out + g * width, width); },
-           [&](i64 g) TARGET { weighted<KIND, 2>(score + g * CHUNK, values, value_stride, live, count, out + g * width, width); },
-           [&](i64 g) TARGET { weighted<KIND, 1>(score + g * CHUNK, values, value_stride, live, count, out + g * width, width); });
+#define WEIGHTED(M) [&](i64 g) TARGET { weighted<KIND, M>(score + g * CHUNK, values, live, count, out + g * width, width); }
+  in_fours(a.group, WEIGHTED(4), WEIGHTED(2), WEIGHTED(1));
+#undef WEIGHTED
 }
