@@ -114,7 +114,7 @@ class KnownFew:
 
     def given(
         self, x: Tensor, scales: Tensor, parts: tuple[Tensor | None, ...], bits: int, group: int, bias: Tensor | None
-    ) -> list[Any] | None:
+    ) -> Any:
         """What the kernels take, where ``x`` and ``bias`` fit the matrix; None where all has to be looked at.
 
         Args:
@@ -132,11 +132,10 @@ class KnownFew:
                 return None
         if bias is not None and (bias.dtype is not dtype or bias.shape != (rows,)):
             return None
-        found: list[Any] = given
-        return found
+        return given
 
     def remember(
-        self, scales: Tensor, parts: tuple[Tensor | None, ...], bits: int, group: int, width: int, given: list[Any]
+        self, scales: Tensor, parts: tuple[Tensor | None, ...], bits: int, group: int, width: int, given: Any
     ) -> None:
         """That these are a matrix of ``width`` columns, of which the kernels take ``given``."""
         held = [(None, 0) if part is None else (weakref.ref(part), part.data_ptr()) for part in parts]

@@ -28,7 +28,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale
     sequences, heads, _, width = query.shape
     groups, positions, value_width = key.shape[1], key.shape[2], value.shape[3]
     given, kind = None, _BOOLS
-    over = (0, 0, 0)
+    over: tuple[int, ...] = (0, 0, 0)
     if mask is not None:
         given, kind = mask.data_ptr(), native.KINDS.get(mask.dtype, _BOOLS)
         # One that serves all is not moved along.

@@ -5,8 +5,9 @@ Each refuses what cannot be one product first (:mod:`sparsify.runtime.arguments`
 
 from __future__ import annotations
 
+import ctypes
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from sparsify.runtime import reference
 from sparsify.runtime.arguments import disagreement, failure
 from sparsify.runtime.cpu import native
 from sparsify.runtime.cpu.asked_once import KnownCodes, KnownFew
-from sparsify.runtime.cpu.wide import multiplier
+from sparsify.runtime.cpu.wide import empty_product, multiplier
 from sparsify.runtime.few_arguments import (
     check_24_few,
     check_bitmask_few,
@@ -32,6 +33,9 @@ FEW = 16
 PANEL = 512
 # As the kernels call them (FewLayout in few.h).
 _LAYOUTS = {"packed24": 0, "bitmask": 1, "dense": 2}
+# Dtype, layout, bits, group; then address and length of values, codes, starts and scales.
+Given: TypeAlias = ctypes.Array[ctypes.c_int64]
+_Numbers = ctypes.c_int64 * 12
 
 _codes, _known = KnownCodes(), KnownFew()
 
@@ -48,7 +52,7 @@ class _Matrix:
     starts: Tensor | None
     scales: Tensor
 
-    def given(self) -> list[Any]:
+    def given(self) -> Given:
         """What every kernel takes after the instruction set."""
         tensors = (self.values, self.codes, self.starts, self.scales)
         where = [(0, 0) if t is None else (t.data_ptr(), t.numel()) for t in tensors]
@@ -56,7 +60,7 @@ class _Matrix:
         if self.codes is not None:
             where[1] = (self.codes.data_ptr(), self.codes.nbytes)
         kind = native.KINDS[self.scales.dtype]
-        return [kind, _LAYOUTS[self.layout], self.bits, self.group, *(n for pair in where for n in pair)]
+        return _Numbers(kind, _LAYOUTS[self.layout], self.bits, self.group, *(n for pair in where for n in pair))
 
 
 def linear_24_few(
@@ -220,7 +224,7 @@ def _product(
     group: int,
     exact: bool,
     bias: Tensor | None,
-    given: list[Any] | None,
+    given: Given | None,
 ) -> Tensor:
     """The product with a matrix that is constant; ``given``: what is known of it."""
     values, codes, starts = parts
@@ -247,7 +251,7 @@ def _linear(x: Tensor, w: _Matrix, exact: bool, bias: Tensor | None) -> Tensor:
 
 
 def _multiply(
-    x: Tensor, given: list[Any], rows: int, exact: bool, bias: Tensor | None, values: Tensor, codes: Tensor
+    x: Tensor, given: Given, rows: int, exact: bool, bias: Tensor | None, values: Tensor, codes: Tensor
 ) -> Tensor:
     """The product by the kernels. ``given``: see :meth:`_Matrix.given`, whose tensors the caller holds; ``values`` and
     ``codes`` are of these, for what is said of them.
@@ -256,10 +260,10 @@ def _multiply(
     assert library is not None, "callers run only where there are kernels"
     x, bias = x.contiguous(), None if bias is None else bias.contiguous()
     *lead, width = x.shape
-    y = x.new_empty(*lead, rows)
+    y = empty_product(x, lead, rows)
     failed = library.linear_few(
         native.isa(),
-        *given,
+        given,
         x.data_ptr(),
         x.numel(),
         0 if bias is None else bias.data_ptr(),

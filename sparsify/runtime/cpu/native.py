@@ -57,8 +57,8 @@ class NativeLibrary:
         self.unpack = library.sparsify_unpack
         self.unpack.argtypes = [small, small, *tensor * 4, *[number] * 4, small]
         few = [small, small, small, small, number, *tensor * 4]
-        self.linear_few = library.sparsify_linear_few
-        self.linear_few.argtypes = [*few, *tensor * 2, pointer, *[number] * 3, small, small]
+        self.linear_few = library.sparsify_linear_few_of
+        self.linear_few.argtypes = [small, pointer, *tensor * 2, pointer, *[number] * 3, small, small]
         self.attend = library.sparsify_attend
         self.attend.argtypes = [
             small,

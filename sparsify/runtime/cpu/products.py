@@ -21,7 +21,7 @@ from sparsify.runtime.arguments import (
 from sparsify.runtime.cpu import native
 from sparsify.runtime.cpu.asked_once import KnownCodes, KnownMatrices
 from sparsify.runtime.cpu.unpacking import unpack_rows
-from sparsify.runtime.cpu.wide import multiplier, product, slow_dtypes
+from sparsify.runtime.cpu.wide import empty_product, multiplier, product, slow_dtypes
 from sparsify.runtime.layout import padded
 
 # Up to FEW tokens are multiplied with weights that stay packed, each by itself; up to MANY with four rows at a time
@@ -94,7 +94,7 @@ def linear_dense(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
         return linear(x, weight, bias)
     x = x.contiguous()
     bias = None if bias is None else bias.contiguous()
-    y = _empty(x, [1] * (x.dim() - 1), rows)
+    y = empty_product(x, [1] * (x.dim() - 1), rows)
     failed = library.linear_dense(
         isa,
         kind,
@@ -127,7 +127,7 @@ def _linear(
         return _by_panels(x, values, codes, starts, rows, bias)
     bias = None if bias is None else bias.contiguous()
     starts = None if starts is None else starts.contiguous()
-    y = _empty(x, lead, rows)
+    y = empty_product(x, lead, rows)
     failed = library.linear(
         native.isa(),
         native.KINDS[x.dtype],
@@ -154,15 +154,6 @@ def _linear(
 
 def few_24() -> int:
     return FEW_ACROSS if native.isa() == 2 else FEW_24
-
-
-def _empty(x: Tensor, lead: list[int], rows: int) -> Tensor:
-    """[*lead, rows] in the dtype of ``x``: by its strides, which torch takes half the time for."""
-    strides, size = [1], rows
-    for length in reversed(lead):
-        strides.insert(0, size)
-        size *= length
-    return x.new_empty_strided((*lead, rows), strides)
 
 
 def _by_panels(

@@ -226,6 +226,15 @@ EXPORT int sparsify_linear_few(int isa, int kind, int layout, int bits, i64 grou
   return answer == DONE && apart ? STARTS : answer;
 }
 
+// The same of a matrix whose arguments from `kind` to `scale_count` lie in `w`: they stay what they are from call to call, and
+// a caller through ctypes takes as long to hand over each as a small product.
+EXPORT int sparsify_linear_few_of(int isa, const i64* w, const void* x, i64 x_count, const void* bias, i64 bias_count, void* y,
+                                  i64 rows, i64 width, i64 few, int exact, int threads) {
+  return sparsify_linear_few(isa, (int)w[0], (int)w[1], (int)w[2], w[3], (const void*)w[4], w[5], (const void*)w[6], w[7],
+                             (const i64*)w[8], w[9], (const void*)w[10], w[11], x, x_count, bias, bias_count, y, rows, width,
+                             few, exact, threads);
+}
+
 // Rows [first, first + count) of `rows` back to dense [count, width], in the dtype of the scales.
 EXPORT int sparsify_unpack_few(int isa, int kind, int layout, int bits, i64 group, const void* values, i64 value_bytes,
                                const void* codes, i64 code_bytes, const i64* starts, i64 start_count, const void* scales,
