@@ -74,6 +74,7 @@ OWN: dict[str, dict[str, Any]] = {
         "activation_sparsity_pattern": [0.0] * 4,
         "laurel_rank": 32,
     },
+    "gemma4_text": {"enable_moe_block": True},
     "glm4_moe": {"first_k_dense_replace": 1, "head_dim": 32},
     "glm4_moe_lite": _LATENT,
     "glm_moe_dsa": _LATENT | {"index_topk": 64},
@@ -102,7 +103,9 @@ OWN: dict[str, dict[str, Any]] = {
     },
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     "llama4_text": {"num_experts_per_tok": 1, "intermediate_size_mlp": 320, "intermediate_size": 128},
-    "longcat_flash": _LATENT | {"qk_head_dim": 96, "zero_expert_num": 2, "zero_expert_type": "identity"},
+    "longcat_flash": _LATENT
+    | {"qk_head_dim": 96, "zero_expert_num": 2, "zero_expert_type": "identity"}
+    | {"mla_scale_q_lora": True, "mla_scale_kv_lora": True},
     "mamba2": {"num_heads": 4, "head_dim": 64, "expand": 2},
     "mimo_v2_flash": {
         "layernorm_epsilon": 1e-5,

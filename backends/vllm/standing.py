@@ -47,21 +47,28 @@ class Standing:
         def put(module: nn.Module, name: str, below: nn.Module | None) -> None:
             if below is not None:
                 above[below] = ref(module)
-            if isinstance(module, model_class) and not hasattr(module, "quant_config"):
+            # Not the model of another engine of this process, after one that failed and left this behind.
+            if isinstance(module, model_class) and not hasattr(module, "quant_config") and module in self._upwards():
                 module.quant_config = config  # type: ignore[assignment]
 
         self._above, self._end = above, register_module_module_registration_hook(put).remove
 
     def model(self) -> nn.Module | None:
         """The whole model, once: ends the watch."""
-        if self._end is None or self._above is None or self._first is None:
+        if self._end is None:
             return None
         self._end()
-        top = self._first()
-        while top is not None and (above := self._above.get(top)) is not None:
-            top = above()
+        upwards = list(self._upwards())
         self._end = self._above = self._first = None
-        return top
+        return upwards[-1] if upwards else None
+
+    def _upwards(self) -> Iterator[nn.Module]:
+        """The first layer, what it is in, what that is in, and so on."""
+        module = None if self._first is None else self._first()
+        while module is not None and self._above is not None:
+            yield module
+            above = self._above.get(module)
+            module = None if above is None else above()
 
 
 def layers_of(model: nn.Module) -> Iterator[tuple[str, Any]]:

@@ -53,6 +53,7 @@ def test_a_model_without_a_config_is_given_one() -> None:
     assert Model(blocks).quant_config is ours
     assert Model(blocks, quant_config=own).quant_config is own
     assert not hasattr(blocks, "quant_config")
+    assert not hasattr(Model(Inner(nn.Linear(2, 2))), "quant_config")
     standing.model()
     assert not hasattr(Model(blocks), "quant_config")
 
