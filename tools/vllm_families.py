@@ -121,7 +121,9 @@ OWN: dict[str, dict[str, Any]] = {
     "qwen3_5_moe_text": _HYBRID,
     "qwen3_5_text": _HYBRID,
     "qwen3_next": _HYBRID,
-    "qwen4_exp_text": _HYBRID,
+    "qwen4_exp_text": _HYBRID
+    | {"hc_count": 2, "hc_lowrank": 32, "indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 32}
+    | {"indexer_budget": 64, "indexer_compress_ratio": 4, "output_gate_type": "silu"},
     "sarvam_mla": _LATENT,
     "zamba2": {
         "layers_block_type": ["linear_attention", "hybrid"],
