@@ -14,6 +14,7 @@ from vllm.config import get_current_vllm_config
 from vllm.distributed import get_pp_group
 from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe import RoutedExperts
+from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
@@ -34,7 +35,7 @@ from sparsify.backends.vllm.names import CheckpointNames, WholeStacks
 from sparsify.backends.vllm.orphan_stacks import OrphanStack
 from sparsify.backends.vllm.orphans import BESIDE, Orphans, is_left_over
 from sparsify.backends.vllm.stacks import Stack
-from sparsify.backends.vllm.standing import Standing, adopt
+from sparsify.backends.vllm.standing import Standing, adopt, adopt_experts, layers_of, name_within
 from sparsify.errors import BackendError, CheckpointError
 from sparsify.files.checkpoint import INDEX, WEIGHTS, Checkpoint
 from sparsify.files.ledger import Ledger
@@ -148,8 +149,7 @@ class SparsifyConfig(QuantizationConfig):
         SpecError: what was asked of us beside the folder cannot be meant.
         """
         self._rename()
-        self._settle()
-        self._standing.watch(layer)
+        self._settle(layer)
         if isinstance(layer, RoutedExperts):
             return self._experts(layer, prefix)
         if not isinstance(layer, (LinearBase, ParallelLMHead)):
@@ -191,7 +191,7 @@ class SparsifyConfig(QuantizationConfig):
                 )
         return None if all(each.site is None for each in sites) else [*sites]
 
-    def _experts(self, layer: RoutedExperts, prefix: str) -> QuantizeMethodBase | None:
+    def _experts(self, layer: RoutedExperts, prefix: str) -> SparsifyExpertsMethod | None:
         if self.orphans is not None:
             orphans = [OrphanStack(f"{prefix}.{name}", prefix, self.orphans) for name in ("w13", "w2")]
             modules = [module for stack in orphans for module in stack.modules(layer, 0).values()]
@@ -229,12 +229,17 @@ class SparsifyConfig(QuantizationConfig):
         self._names = CheckpointNames(self._hf_config, stacks=self._alone or not own)
         self.sites = {self._names.rename_source_key(name)[0]: site for name, site in self.sites.items()}
 
-    def _settle(self) -> None:
-        """Once, in the process that holds the weights: how they are kept there."""
+    def _settle(self, layer: torch.nn.Module) -> None:
+        """Once, in the process that holds the weights: how they are kept there, and in what model.
+
+        Args:
+            layer: the first one of it.
+        """
         if self._settled:
             return
         self._settled, running, on_cpu = True, get_current_vllm_config(), current_platform.is_cpu()
         model_class = get_model_cls(running.model_config)
+        self._standing.watch(layer, model_class, self)
         self._fused, self._endings = _fused_by(model_class), _endings(model_class)
         if self.sites:
             counts = Counter(site.layout for site in self.sites.values())
@@ -252,8 +257,19 @@ class SparsifyConfig(QuantizationConfig):
 
     def _adopt(self) -> None:
         """Give packed parameters that no layer has asked for to the layers that stand where they are called."""
-        for path, layer in self._standing.linear_layers():
-            if isinstance(layer.quant_method, UnquantizedLinearMethod):
+        model = self._standing.model()
+        if model is None:
+            return
+        # What is taken too: ranks of a pipeline have taken others, and tell them to each other by these names.
+        self._taken = {name_within(model, name) for name in self._taken}
+        self.sites = {name_within(model, name): site for name, site in self.sites.items()}
+        for path, layer in layers_of(model):
+            if isinstance(layer, RoutedExperts):
+                if isinstance(layer.quant_method, UnquantizedFusedMoEMethod):
+                    method = self._experts(layer, path)
+                    if method is not None:
+                        adopt_experts(layer, method)
+            elif isinstance(layer.quant_method, UnquantizedLinearMethod):
                 awaited = self._awaited(path, head=False)
                 if awaited is not None:
                     adopt(layer, SparsifyLinearMethod(awaited, **self.how))

@@ -1,5 +1,5 @@
-"""Where a layer stands in a model of vLLM's: some are built under another name (Falcon-H1), some under none (MiniCPM3),
-and some without being asked how they are quantized (a gate of Qwen2-MoE).
+"""Where a layer stands in a model of vLLM's: some are built under another name (Falcon-H1, the experts of MiniMax-M2),
+some under none (MiniCPM3), and some without being asked how they are quantized (a gate of Qwen2-MoE).
 """
 
 from __future__ import annotations
@@ -11,9 +11,14 @@ from weakref import WeakKeyDictionary, ref
 import torch
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
+from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.linear import LinearBase
 
+from sparsify.backends.vllm.experts import SparsifyExpertsMethod
 from sparsify.backends.vllm.linear import SparsifyLinearMethod
+
+# Below which name of a mixture vLLM has what holds its stacks.
+_HELD = ".routed_experts"
 
 
 class Standing:
@@ -27,8 +32,13 @@ class Standing:
         self._end: Callable[[], None] | None = None
         self._watched = False
 
-    def watch(self, layer: nn.Module) -> None:
-        """Only the first call counts: what is built later is put below what is built later still."""
+    def watch(self, layer: nn.Module, model_class: type[nn.Module], config: object) -> None:
+        """Only the first call counts: what is built later is put below what is built later still.
+
+        Args:
+            model_class: of the whole model, which is given ``config`` as its ``quant_config`` where it keeps none
+                (Zamba2): vLLM's loader asks that for the names of tensors, and asks nothing where there is none.
+        """
         if self._watched:
             return
         self._watched = True
@@ -37,20 +47,45 @@ class Standing:
         def put(module: nn.Module, name: str, below: nn.Module | None) -> None:
             if below is not None:
                 above[below] = ref(module)
+            # Not the model of another engine of this process, after one that failed and left this behind.
+            if isinstance(module, model_class) and not hasattr(module, "quant_config") and module in self._upwards():
+                module.quant_config = config  # type: ignore[assignment]
 
         self._above, self._end = above, register_module_module_registration_hook(put).remove
 
-    def linear_layers(self) -> Iterator[tuple[str, Any]]:
-        """Every linear layer of the model by the name under which it stands. Ends the watch."""
-        if self._end is None or self._above is None or self._first is None:
-            return
+    def model(self) -> nn.Module | None:
+        """The whole model, once: ends the watch."""
+        if self._end is None:
+            return None
         self._end()
-        top = self._first()
-        while top is not None and (above := self._above.get(top)) is not None:
-            top = above()
+        upwards = list(self._upwards())
         self._end = self._above = self._first = None
-        if top is not None:
-            yield from ((name, layer) for name, layer in top.named_modules() if isinstance(layer, LinearBase))
+        return upwards[-1] if upwards else None
+
+    def _upwards(self) -> Iterator[nn.Module]:
+        """The first layer, what it is in, what that is in, and so on."""
+        module = None if self._first is None else self._first()
+        while module is not None and self._above is not None:
+            yield module
+            above = self._above.get(module)
+            module = None if above is None else above()
+
+
+def layers_of(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Every linear layer, and every layer of experts, by the name under which it stands."""
+    for name, layer in model.named_modules():
+        if isinstance(layer, (LinearBase, RoutedExperts)):
+            yield name.removesuffix(_HELD), layer
+
+
+def name_within(model: nn.Module, name: str) -> str:
+    """``name`` of a parameter as the parts of ``model`` rename it that load their own tensors (Gemma 3n's decoder)."""
+    for path, part in model.named_modules():
+        mapper, prefix = getattr(part, "hf_to_vllm_mapper", None), f"{path}."
+        if path and mapper is not None and name.startswith(prefix):
+            (below,) = mapper.get_rename_mapper().apply_list([name.removeprefix(prefix)])
+            name = prefix + below
+    return name
 
 
 def adopt(layer: Any, method: SparsifyLinearMethod) -> None:
@@ -62,3 +97,16 @@ def adopt(layer: Any, method: SparsifyLinearMethod) -> None:
     rows = list(getattr(layer, "output_partition_sizes", [layer.output_size]))
     with torch.device(device):
         method.create_weights(layer, columns, rows, layer.input_size, layer.output_size, layer.params_dtype)
+
+
+def adopt_experts(layer: Any, method: SparsifyExpertsMethod) -> None:
+    """The same of experts."""
+    device = layer.w13_weight.device
+    for name, _ in list(layer.named_parameters(recurse=False)):
+        if name.startswith(("w13_", "w2_")):
+            delattr(layer, name)
+    del layer.quant_method  # vLLM's is a module, in the place of which torch takes no other object
+    layer.quant_method = method
+    inner = layer.intermediate_size_per_partition
+    with torch.device(device):
+        method.create_weights(layer, layer.local_num_experts, layer.hidden_size, inner, layer.params_dtype)

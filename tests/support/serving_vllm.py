@@ -123,6 +123,42 @@ _MODELS: dict[str, Callable[[], Any]] = {
             scoring_func="sigmoid",
         )
     ),
+    # The router is another than that of published checkpoints, of which vLLM has none on CPUs.
+    "minimax_m2": lambda: hf.MiniMaxM2ForCausalLM(
+        hf.MiniMaxM2Config(
+            **_SIZES,
+            head_dim=32,
+            rotary_dim=32,
+            intermediate_size=128,
+            num_local_experts=4,
+            num_experts_per_tok=2,
+            scoring_func="softmax",
+            use_routing_bias=True,
+        )
+    ),
+    "gemma3n": lambda: hf.Gemma3nForCausalLM(
+        hf.Gemma3nTextConfig(
+            **(_SIZES | {"num_hidden_layers": 4}),
+            vocab_size_per_layer_input=250,
+            hidden_size_per_layer_input=32,
+            head_dim=32,
+            layer_types=["sliding_attention", "full_attention"] * 2,
+            num_kv_shared_layers=2,
+            intermediate_size=[320] * 4,
+            activation_sparsity_pattern=[0.0] * 4,
+            laurel_rank=32,
+            sliding_window=64,
+        )
+    ),
+    "zamba2": lambda: hf.Zamba2ForCausalLM(
+        hf.Zamba2Config(
+            **(_SIZES | {"num_key_value_heads": 4}),
+            intermediate_size=320,
+            layers_block_type=["linear_attention", "hybrid"],
+            mamba_d_state=16,
+            adapter_rank=64,
+        )
+    ),
     "qwen3_moe": lambda: hf.Qwen3MoeForCausalLM(
         hf.Qwen3MoeConfig(**_SIZES, head_dim=32, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=128)
     ),
@@ -172,6 +208,7 @@ FOLDERS: dict[str, tuple[str, dict[str, Pruned], dict[str, Any]]] = {
     "experts of int4": ("qwen3_moe", {"experts": two_of_four}, {"bits": 4}),
     "turned for its rotary embedding": ("llama4", {"self_attn": two_of_four, "o_proj": half}, {}),
     "without a name": ("minicpm3", {"proj": two_of_four, "o_proj": half}, {}),
+    "in a model that keeps no config": ("zamba2", {"proj": two_of_four, "adapter": half}, {}),
     "stacks of another name": (
         "granitemoe",
         # By the older and the newer names.

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.serving_vllm import FOLDERS, PROMPTS, Pruned, expected, half, model, packed, tokens_of, two_of_four
+from support.serving_vllm import FOLDERS, PROMPTS, expected, half, model, packed, tokens_of, two_of_four
 
 from sparsify.runtime.layout import Packed
 
@@ -25,12 +25,20 @@ def test_tokens_are_those_of_transformers(name: str, folders: dict[str, Path], e
     assert tokens_of(llm, PROMPTS[:1]) == expected(folders[name])[:1]
 
 
-@pytest.mark.parametrize("pruned", [{"gate_up": two_of_four, "experts.down": half, "o_proj": half}, {"o_proj": half}])
-def test_experts_that_vllm_reads_one_by_one(pruned: dict[str, Pruned], engine: Engine, tmp_path: Path) -> None:
-    """Of DeepSeek-V3 vLLM's tokens are not transformers', packed or not: they are those of the dense checkpoint."""
+# Of each vLLM's tokens are not transformers', packed or not: they are those of the dense checkpoint.
+OF_DENSE = {
+    "experts read one by one": ("deepseek_v3", {"gate_up": two_of_four, "experts.down": half, "o_proj": half}),
+    "dense experts read one by one": ("deepseek_v3", {"o_proj": half}),
+    "experts built under another name": ("minimax_m2", {"gate_up": two_of_four, "experts.down": half, "o_proj": half}),
+    "renamed by a part of the model": ("gemma3n", {"altup": two_of_four, "per_layer_model": half, "mlp": two_of_four}),
+}
+
+
+@pytest.mark.parametrize("name", OF_DENSE)
+def test_tokens_are_those_of_the_dense_checkpoint(name: str, engine: Engine, tmp_path: Path) -> None:
     from vllm.distributed import cleanup_dist_env_and_memory
 
-    made = model("deepseek_v3", pruned)
+    made = model(*OF_DENSE[name])
     made.save_pretrained(tmp_path / "dense")
     want = tokens_of(engine(tmp_path / "dense"))
     cleanup_dist_env_and_memory()
