@@ -1,7 +1,7 @@
 """Attention of one token of each sequence by the CPU kernels; in plain torch where there are none.
 
-torch takes a matrix product for each head, which for one query of 16 bits is some 13 microseconds for 64 positions: at
-a thousand positions that is as long as the products with all weights of a layer.
+torch takes a matrix product for each head, which for one query of 16 bits is some 13 microseconds for 64 positions:
+with 32 heads and 4096 positions as long as the products with all dense weights of Llama-3-8B's layer.
 """
 
 from __future__ import annotations
