@@ -75,6 +75,48 @@ def test_tokens_are_those_of_transformers(way: str, folders: tuple[Path, Path], 
     assert len(calls) == 2 * 7, "every layer of every token after the first"
 
 
+COMMON = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96}
+COMMON |= {"vocab_size": 64, "max_position_embeddings": 64, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+GROUPED = {**COMMON, "num_key_value_heads": 2}
+LATENT = {"kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 32}
+LATENT |= {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1, "moe_intermediate_size": 16}
+# What differs in attention: windows, norms of heads, learned positions, values of another width, ALiBi, mixed layers.
+FAMILIES: dict[str, dict[str, Any]] = {
+    "Mistral": {**GROUPED, "sliding_window": 8},
+    "Qwen3": {**GROUPED, "head_dim": 32},
+    "Gemma3Text": {**GROUPED, "head_dim": 16, "sliding_window": 8},
+    "Cohere2": {**GROUPED, "sliding_window": 8},
+    "Phi3": GROUPED,
+    "Olmo2": GROUPED,
+    "Mixtral": {**GROUPED, "num_local_experts": 4},
+    "GPTNeoX": COMMON,
+    "GPT2": {"n_embd": 64, "n_layer": 2, "n_head": 4, "vocab_size": 64, "n_positions": 64, "eos_token_id": 2},
+    "OPT": {"hidden_size": 64, "ffn_dim": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 64},
+    "DeepseekV3": {**COMMON, **LATENT, "num_key_value_heads": 4, "first_k_dense_replace": 1, "n_shared_experts": 1},
+    "Falcon": {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 64, "alibi": True},
+    "Llama4Text": {**GROUPED, "head_dim": 16, "num_local_experts": 2, "intermediate_size_mlp": 96},
+}
+# Whose attention is a function of transformers' that can be put in the place of another.
+ASKED = sorted(set(FAMILIES) - {"Falcon"})
+
+
+@pytest.mark.first(3)
+@pytest.mark.slow
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_families_generate_the_tokens_of_transformers(family: str, tmp_path: Path, calls: list[int]) -> None:
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{family}Config")(**FAMILIES[family])
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "dense")
+    sparsify.compile(tmp_path / "dense", ["magnitude:60%"], output=tmp_path / "hf")
+    sparsify.compile(tmp_path / "hf", to="packed:choice=smallest", output=tmp_path / "packed")
+    dense, packed = open_model(tmp_path / "hf"), open_model(tmp_path / "packed")
+    for options in ({}, {"mask": PADDED}):
+        want = generated(dense, **options)
+        calls.clear()
+        assert torch.equal(generated(packed, **options), want)
+        assert bool(calls) == (family in ASKED)
+
+
 def test_continuous_batching_goes_on(folders: tuple[Path, Path]) -> None:
     """It asks for implementations by their names."""
     found = []
