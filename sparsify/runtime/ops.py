@@ -6,7 +6,7 @@
   8 or 4 bits, and a scale for each ``group`` columns of a row (0: for the row). ``exact`` leaves x floating; else CPUs
   make it int8 too where there are few tokens;
 - ``linear_dense``: a dense product whose case of one token runs our own kernel;
-- ``attend``: attention of one token of each sequence (:mod:`sparsify.runtime.attention`).
+- ``attend``: attention of one token of each sequence (:mod:`sparsify.runtime.cpu.attending`).
 
 Any leading dimensions, any number of tokens, bias or none, for inference: no gradient is defined. On CPUs they run the
 kernels of :mod:`sparsify.runtime.cpu`; on every other device a plain reference.
@@ -26,7 +26,7 @@ from torch._ops import OpOverload
 from torch.library import Library, register_fake
 from torch.nn.functional import linear
 
-from sparsify.runtime import arguments, attention, few_arguments, reference
+from sparsify.runtime import arguments, few_arguments, reference
 from sparsify.runtime.arguments import checked
 from sparsify.runtime.cpu import attending, few, products
 from sparsify.runtime.cuda.ops import register_portable
@@ -56,6 +56,10 @@ def _fake_dense(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
 
 def _fake_few(x: Tensor, scales: Tensor, *_: Any) -> Tensor:
     return x.new_empty((*x.shape[:-1], scales.shape[-2]))
+
+
+def _fake_attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    return query.new_empty((*query.shape[:3], value.shape[3]))
 
 
 # Operators are torch's own registry; this object only keeps them alive.
@@ -114,10 +118,10 @@ linear_dense = _define(
 )
 attend = _define(
     "attend(Tensor query, Tensor key, Tensor value, Tensor? mask, float scale)",
-    attention.check_attend,
-    attention.attend,
+    arguments.check_attend,
+    reference.attend,
     attending.attend,
-    attention.fake_attend,
+    _fake_attend,
 )
 _FEW = "int bits, int group, bool exact"
 _MASK = "Tensor values, Tensor mask, Tensor starts"

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
-from torch.nn.functional import linear
+from torch.nn.functional import linear, scaled_dot_product_attention
 
 from sparsify.runtime.arguments import ends_of
 from sparsify.runtime.layout import Packed, unpack
@@ -118,3 +119,11 @@ def by_expert(x: Tensor, rows: int, offsets: Tensor, product: Callable[[int, Ten
             y[start:end] = product(expert, x[start:end])
         start = end
     return y
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """softmax(scale · query keyᵀ + mask) value, [B, H, 1, E]."""
+    if mask is not None and mask.dtype is not torch.bool:
+        mask = mask.to(query.dtype)
+    grouped = key.shape[1] != query.shape[1]
+    return scaled_dot_product_attention(query, key, value, mask, scale=scale, enable_gqa=grouped)

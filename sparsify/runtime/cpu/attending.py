@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sparsify.errors import BackendError
-from sparsify.runtime import attention
+from sparsify.runtime import arguments, reference
 from sparsify.runtime.cpu import native
 
 _BOOLS = 3
@@ -20,10 +20,10 @@ _Strides = ctypes.c_int64 * 11
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    attention.check_attend(query, key, value, mask, scale)
+    arguments.check_attend(query, key, value, mask, scale)
     library = native.library()
     if library is None:
-        return attention.attend(query, key, value, mask, scale)
+        return reference.attend(query, key, value, mask, scale)
     query, key, value = (t if t.stride(3) == 1 else t.contiguous() for t in (query, key, value))
     sequences, heads, _, width = query.shape
     groups, positions, value_width = key.shape[1], key.shape[2], value.shape[3]

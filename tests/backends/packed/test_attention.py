@@ -12,7 +12,7 @@ import transformers
 from torch import Tensor
 
 import sparsify
-from sparsify.runtime import attention
+from sparsify.runtime import arguments
 from sparsify.runtime.cpu import attending
 
 IDS = torch.randint(3, 60, (2, 9), generator=torch.Generator().manual_seed(0))
@@ -35,13 +35,13 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many positions each call of ours had."""
     found: list[int] = []
-    check = attention.check_attend
+    check = arguments.check_attend
 
     def counted(query: Tensor, key: Tensor, *rest: Any) -> None:
         found.append(key.shape[2])
         check(query, key, *rest)
 
-    monkeypatch.setattr(attending.attention, "check_attend", counted)
+    monkeypatch.setattr(attending.arguments, "check_attend", counted)
     return found
 
 
