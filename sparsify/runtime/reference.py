@@ -1,13 +1,18 @@
-"""The operators over packed weights in plain torch: what every device runs that has no kernels."""
+"""The operators over packed weights in plain torch: what every device runs that has no kernels, and whose gradients all
+have.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear, scaled_dot_product_attention
 
+from sparsify.errors import BackendError
 from sparsify.runtime.arguments import ends_of
 from sparsify.runtime.layout import Packed, unpack
 from sparsify.runtime.words import Layout
@@ -127,3 +132,53 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale
         mask = mask.to(query.dtype)
     grouped = key.shape[1] != query.shape[1]
     return scaled_dot_product_attention(query, key, value, mask, scale=scale, enable_gqa=grouped)
+
+
+def differentiable(run: Callable[..., Tensor], plain: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """``run``, a product of x with constant weights, with the gradients of ``plain``, which is the same in torch: of x
+    and of a bias that is its last argument. Weights are made dense when a gradient is asked for, and not kept.
+
+    Of products whose inputs are rounded to 8 bits the gradient is that of the same without rounding. For what is
+    registered as an operator whose autograd key falls through: nothing is asked where gradients are off.
+
+    Raises:
+        BackendError: (when it is called) the weights' own gradient is wanted.
+    """
+
+    def product(*given: Any) -> Tensor:
+        if not torch.is_grad_enabled() or not any(isinstance(t, Tensor) and t.requires_grad for t in given):
+            return run(*given)
+        # What follows the weights is a bias, or holds no floating-point numbers.
+        if any(isinstance(t, Tensor) and t.requires_grad for t in given[1:-1]):
+            raise BackendError(
+                "a product with packed weights",
+                found="weights whose own gradient is asked for",
+                do="Packed weights cannot be trained: dequantize() the model, or `sparsify unpack` the folder",
+            )
+        y: Tensor = _Differentiable.apply(run, plain, *given)
+        return y
+
+    return product
+
+
+class _Differentiable(torch.autograd.Function):
+    """See :func:`differentiable`."""
+
+    @staticmethod
+    def forward(ctx: Any, run: Callable[..., Tensor], plain: Callable[..., Tensor], x: Tensor, *rest: Any) -> Tensor:
+        ctx.plain, ctx.rest, ctx.shape = plain, rest, x.shape
+        return run(x, *rest)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        of_x = of_last = None
+        if ctx.needs_input_grad[2]:
+            # The same at any x, for the product is linear.
+            x = gradient.new_zeros(ctx.shape).requires_grad_()
+            with torch.enable_grad():
+                y = ctx.plain(x, *(t.detach() if isinstance(t, Tensor) else t for t in ctx.rest))
+            (of_x,) = torch.autograd.grad(y, x, gradient)
+        if ctx.needs_input_grad[-1]:
+            of_last = gradient.reshape(-1, gradient.shape[-1]).sum(0)
+        return None, None, of_x, *[None] * (len(ctx.rest) - 1), of_last

@@ -268,8 +268,22 @@ def test_arguments_that_do_not_fit() -> None:
             call(*arguments)
 
 
-def test_gradients_are_not_lost_in_silence() -> None:
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gradients_reach_inputs_and_biases(layout: Layout) -> None:
+    """With one panel of unpacked rows, and with several, which share a buffer."""
+    for rows, tokens in ((8, 1), (700, 5), (700, 90)):
+        weight = pruned_24(rows, 70)
+        packed, bias = PackedWeight.of(weight, layout), torch.randn(rows, requires_grad=True)
+        x, target = torch.randn(2, tokens, 70, requires_grad=True), torch.randn(2, tokens, rows)
+        got = torch.autograd.grad((packed.operator(x, *packed.tensors.values(), bias) * target).sum(), [x, bias])
+        want = torch.autograd.grad((nn.functional.linear(x, weight, bias) * target).sum(), [x, bias])
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+        alone = torch.autograd.grad((packed.linear(x) * target).sum(), x)
+        torch.testing.assert_close(alone[0], want[0], rtol=1e-4, atol=1e-4)
+
+
+def test_the_gradient_of_packed_values_is_refused() -> None:
     packed = PackedWeight.of(pruned_24(8, 64), "packed24")
-    x = torch.randn(1, 64, requires_grad=True)
-    with pytest.warns(UserWarning, match="autograd"):
-        packed.linear(x).sum().backward()
+    values, codes = (t.clone() for t in packed.tensors.values())
+    with pytest.raises(BackendError, match=r"own gradient is asked for.* dequantize"):
+        packed.operator(torch.randn(1, 64), values.requires_grad_(), codes, None)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsify.backends.packed.format import PackedSite
-from sparsify.backends.packed.loaded.linear import product_of
+from sparsify.backends.packed.loaded.linear import is_compiled, product_of
 from sparsify.runtime.packed_weight import operator_of
 
 # One class for each of transformers'.
@@ -70,6 +70,15 @@ def _stack_product(module: Any, name: str, x: Tensor, experts: Tensor, offsets: 
 
         y = _grouped_mm(x, weight if module.is_transposed else weight.transpose(-2, -1), offs=offsets.int())
     else:
-        run = operator_of(site.layout, few=site.bits is not None, stacked=True)
-        y = run(x, *product_of(module, name, site, exact=module.exact), offsets)
+        outside = torch.is_grad_enabled() and x.requires_grad and is_compiled()
+        y = (_outside if outside else _packed_product)(module, name, site, x, offsets)
     return y + getattr(module, f"{name}_bias")[experts] if module.has_bias else y
+
+
+def _packed_product(module: Any, name: str, site: PackedSite, x: Tensor, offsets: Tensor) -> Tensor:
+    run = operator_of(site.layout, few=site.bits is not None, stacked=True)
+    return run(x, *product_of(module, name, site, exact=module.exact), offsets)
+
+
+# See PackedLinear.
+_outside = torch.compiler.disable(_packed_product)

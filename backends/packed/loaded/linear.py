@@ -32,6 +32,11 @@ def hold(module: nn.Module, name: str, site: PackedSite, dtype: torch.dtype, dev
         module.register_buffer(f"{name}_starts", starts, persistent=False)
 
 
+def is_compiled() -> bool:
+    """Whether torch compiles this just now, to be run and not to be exported."""
+    return torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+
+
 def product_of(module: nn.Module, name: str, site: PackedSite, *, exact: bool) -> tuple[Any, ...]:
     """What the operator of a packed parameter takes between ``x`` and what follows its weights."""
     values = () if site.bits is None else (getattr(module, f"{name}_integers"),)
@@ -72,6 +77,16 @@ class PackedLinear(Member):
         self.product = Product([self])
 
     def forward(self, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled() and x.requires_grad and is_compiled():
+            return self._outside(x)
+        return self._multiply(x)
+
+    @torch.compiler.disable
+    def _outside(self, x: Tensor) -> Tensor:
+        """The product outside of a compiled graph: a gradient goes through operators only where no compiler is."""
+        return self._multiply(x)
+
+    def _multiply(self, x: Tensor) -> Tensor:
         if self.product.plan is not None:
             return self.product.part(self, x)
         if self.site.bits is not None:

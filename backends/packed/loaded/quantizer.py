@@ -161,6 +161,8 @@ class SparsifyQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         sites = self.quantization_config.packed_sites()
         for name, site in sites.items():
+            # transformers has every floating tensor ask for a gradient.
+            model.get_parameter(name).requires_grad_(False)
             packed = packed_of(model, name, site)
             if not packed.values.is_meta:
                 check(name, packed)

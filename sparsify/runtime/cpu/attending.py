@@ -22,15 +22,17 @@ _Strides = ctypes.c_int64 * 11
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     arguments.check_attend(query, key, value, mask, scale)
     library = native.library()
-    if library is None:
+    given = (query, key, value) if mask is None else (query, key, value, mask)
+    # torch's, where a gradient is asked for.
+    if library is None or (torch.is_grad_enabled() and any(t.requires_grad for t in given)):
         return reference.attend(query, key, value, mask, scale)
     query, key, value = (t if t.stride(3) == 1 else t.contiguous() for t in (query, key, value))
     sequences, heads, _, width = query.shape
     groups, positions, value_width = key.shape[1], key.shape[2], value.shape[3]
-    given, kind = None, _BOOLS
+    mask_at, kind = None, _BOOLS
     over: tuple[int, ...] = (0, 0, 0)
     if mask is not None:
-        given, kind = mask.data_ptr(), native.KINDS.get(mask.dtype, _BOOLS)
+        mask_at, kind = mask.data_ptr(), native.KINDS.get(mask.dtype, _BOOLS)
         # One that serves all is not moved along.
         over = tuple(0 if mask.shape[i] == 1 else mask.stride(i) for i in (0, 1, 3))
     of = [query.stride(0), query.stride(1), *key.stride()[:3], *value.stride()[:3], *over]
@@ -41,7 +43,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale
         query.data_ptr(),
         key.data_ptr(),
         value.data_ptr(),
-        given,
+        mask_at,
         kind,
         _Strides(*of),
         sequences,

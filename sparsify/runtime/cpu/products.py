@@ -86,6 +86,8 @@ def linear_dense(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
     rows, columns = weight.shape
     if x.dtype in slow_dtypes() and x.numel() > columns and weight.dtype == x.dtype:
         return product(x, weight, bias)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
+        return linear(x, weight, bias)
     # One token: no more numbers than it has inputs.
     if library is None or x.numel() != columns or not columns or not weight.is_contiguous():
         return linear(x, weight, bias)

@@ -18,7 +18,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
-from torch.library import Library, register_fake
+from torch.library import Library, fallthrough_kernel, register_fake
 from torch.nn.functional import linear
 
 from sparsify.runtime.arguments import check_24
@@ -29,6 +29,7 @@ from sparsify.runtime.cuda.fragments import DTYPES
 from sparsify.runtime.cuda.integers import unpack_fragments
 from sparsify.runtime.cuda.products import missing, run_kernel
 from sparsify.runtime.layout import Packed, unpack
+from sparsify.runtime.reference import differentiable, linear_24
 
 
 def _cuda(
@@ -112,7 +113,8 @@ _library.define(
     "Tensor? bias=None) -> Tensor"
 )
 _library.impl("linear_24_prepared", _reference, "CompositeExplicitAutograd")
-_library.impl("linear_24_prepared", _cuda, "CUDA")
+_library.impl("linear_24_prepared", differentiable(_cuda, _reference), "CUDA")
+_library.impl("linear_24_prepared", fallthrough_kernel, "Autograd")
 register_fake("sparsify::linear_24_prepared", _fake, lib=_library)
 
 linear_24_prepared: OpOverload[..., Tensor] = torch.ops.sparsify.linear_24_prepared.default
@@ -120,4 +122,4 @@ linear_24_prepared: OpOverload[..., Tensor] = torch.ops.sparsify.linear_24_prepa
 
 def register_portable(library: Library) -> None:
     """Give ``linear_24`` of ``library`` its CUDA implementation."""
-    library.impl("linear_24", _portable_cuda, "CUDA")
+    library.impl("linear_24", differentiable(_portable_cuda, linear_24), "CUDA")
