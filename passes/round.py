@@ -150,5 +150,5 @@ class Round(MatrixPass):
     def _check_dtype(self, dtype: torch.dtype) -> None:
         if (found := unfit_dtype(self.pattern, dtype, symmetric=self.symmetric)) is not None:
             raise self._refuse(
-                "symmetric=false", found, "Leave symmetric out, or compile with --dtype float16 or float32"
+                "symmetric=false", found, "Leave symmetric out, or round a model that is stored in float16 or float32"
             )

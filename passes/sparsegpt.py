@@ -131,7 +131,8 @@ class SparseGPT(FittingPass):
             return None
         dtype = problem.weight.dtype
         if (found := unfit_dtype(self.grid, dtype, symmetric=self.symmetric)) is not None:
-            asked, do = f"bits={self.bits},symmetric=false", "Leave symmetric out, or compile with --dtype float32"
+            asked = f"bits={self.bits},symmetric=false"
+            do = "Leave symmetric out, or prune a model that is stored in float32"
             raise self._refuse(asked, found, do)
         ones = torch.ones(1, device=problem.goal.device)
         rows = fit(problem.goal, self.grid, dtype, symmetric=self.symmetric, scale="minmax", weights=ones).of_columns()

@@ -71,7 +71,7 @@ class Options:
             asked = ",".join(f"{name}={getattr(self, name)}" for name in own)
             raise SpecError(
                 f"onnx:weights={self.weights},{asked}",
-                found="options of products with packed weights",
+                found=f"options of the products that weights=sparse writes, and weights is {self.weights} here",
                 do="Add weights=sparse, or drop them",
             )
         if self.values in ("int8", "int4") and self.dtype is not None:

@@ -12,6 +12,7 @@ from sparsify.runtime.words import ACTIVATIONS, COPY_POLICIES, POLICIES
 METHOD = "sparsify"
 # The newest format that is read; written are format 1, or 2 where some weight is of few bits.
 FORMAT, _FEW_BITS = 2, 2
+_DAMAGED = "config.json is damaged: fetch the folder again, or pack it again"
 # What quantization_config may say beside ``note``.
 FIELDS = ("quant_method", "format", "sites", "siblings", "gpu", "cpu", "activations", "measured")
 
@@ -40,7 +41,7 @@ def sites_of(config: Mapping[str, Any], where: str) -> dict[str, PackedSite] | N
         return None
     version = quantization.get("format")
     if type(version) is not int or version < 1:
-        raise CheckpointError(f"packed folder {where}", found=f"format {version!r}", do="config.json is damaged")
+        raise CheckpointError(f"packed folder {where}", found=f"format {version!r}", do=_DAMAGED)
     if version > FORMAT:
         raise CheckpointError(
             f"packed folder {where}",
@@ -49,13 +50,13 @@ def sites_of(config: Mapping[str, Any], where: str) -> dict[str, PackedSite] | N
         )
     sites = quantization.get("sites")
     if not isinstance(sites, Mapping) or not sites:
-        raise CheckpointError(f"packed folder {where}", found="no sites in it", do="config.json is damaged")
+        raise CheckpointError(f"packed folder {where}", found="no sites in it", do=_DAMAGED)
     found = {str(name): PackedSite.of(str(name), entry) for name, entry in sites.items()}
     if version < format_of(found):
         raise CheckpointError(
             f"packed folder {where}",
             found=f"parameters of few bits in format {version}",
-            do="config.json is damaged: pack it again",
+            do=_DAMAGED,
         )
     return found
 
@@ -68,7 +69,7 @@ def check_activations(activations: object) -> None:
         raise CheckpointError(
             "quantization_config of a packed folder",
             found=f"activations {activations!r}",
-            do=f"config.json is damaged: they are {' or '.join(ACTIVATIONS)}",
+            do=f"{_DAMAGED}; activations are {' or '.join(ACTIVATIONS)}",
         )
 
 
@@ -95,7 +96,7 @@ def check_cpu(cpu: object) -> None:
         raise CheckpointError(
             "quantization_config of a packed folder",
             found=f"cpu {cpu!r}",
-            do=f"config.json is damaged: the policy of CPUs is {' or '.join(COPY_POLICIES)}",
+            do=f"{_DAMAGED}; the policy of CPUs is {' or '.join(COPY_POLICIES)}",
         )
 
 
@@ -118,4 +119,4 @@ def check_gpu(siblings: object, gpu: object, sites: Mapping[str, object]) -> Non
     elif gpu.get("policy", POLICIES[0]) not in POLICIES or not isinstance(gpu.get("tune", True), bool):
         found = f"gpu {dict(gpu)!r}"
     if found is not None:
-        raise CheckpointError("quantization_config of a packed folder", found=found, do="config.json is damaged")
+        raise CheckpointError("quantization_config of a packed folder", found=found, do=_DAMAGED)

@@ -161,7 +161,7 @@ def _are_few(entry: Mapping[str, Any]) -> bool:
 
 
 def _damaged(name: str, found: str) -> CheckpointError:
-    do = "config.json is damaged or not of this format: pack it again"
+    do = "config.json is damaged or not of this format: fetch the folder again, or pack it again"
     return CheckpointError(f"packed parameter {name}", found=found, do=do)
 
 

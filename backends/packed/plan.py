@@ -105,7 +105,7 @@ def summary(decisions: Iterable[Decision]) -> list[str]:
         best, stock = sum(t.best_dense for t in timed), sum(t.torch for t in timed)
         text += (
             f"; one token through them, CPU time of one thread: {spent * 1e3:.2f} ms, "
-            f"{best / spent:.2f}× faster than the best dense kernel and {stock / spent:.2f}× than F.linear"
+            f"{best / spent:.2f}× the speed of the best dense kernel and {stock / spent:.2f}× that of F.linear"
         )
     notes = [text]
     if rounded := [d.rounding for d in packed if d.rounding is not None]:

@@ -62,7 +62,28 @@ class Commands(TyperGroup):
         name = args[0]
         if name not in self.commands and not name.startswith("-"):
             ctx.fail(f"No such command '{name}'. {did_you_mean(name, self.commands)}")
-        return super().resolve_command(ctx, args)
+        known, command, rest = super().resolve_command(ctx, args)
+        if command is not None:
+            within = command.context_class(command, info_name=name, parent=ctx)
+            if (twice := _given_twice(within, command, list(rest))) is not None:
+                within.fail(f"{twice} is given more than once, and only the last would count. Give it once.")
+        return known, command, rest
+
+
+def _given_twice(ctx: Any, command: Any, words: list[str]) -> str | None:
+    """An option that takes one value and is given several times, of which all but the last would be passed over."""
+    try:
+        _, _, order = command.make_parser(ctx).parse_args(words)
+    except Exception as error:
+        # Said in full where they are read again.
+        if hasattr(error, "format_message"):
+            return None
+        raise
+    for place, option in enumerate(order):
+        valued = not getattr(option, "is_flag", True) and not option.multiple
+        if valued and any(option is earlier for earlier in order[:place]):
+            return str(max(option.opts, key=len))
+    return None
 
 
 def did_you_mean(name: str, commands: Any) -> str:

@@ -173,6 +173,7 @@ def parse(
         if not isinstance(own, Pass) or not hasattr(own, "name"):
             raise SpecError(f"pass {own!r}", found="no pass", do='Give a spec ("wanda:2:4") or a pass: Wanda(NM(2, 4))')
     check_order(parsed)
+    _check_rounded_once(told)
     backend, chosen = as_backend(to), check_schedule(schedule)
     if not parsed and backend.needs_pass and not without_pass:
         raise nothing_to_do()
@@ -235,6 +236,20 @@ def as_pass(given: str | Pass | Mapping[str, Any]) -> tuple[Any, Named]:
         named = Named(*(tuple(split_names(as_words(given.get(key)))) for key in ("only", "ignore")))
         given = given["pass"]
     return (parse_pass(given) if isinstance(given, str) else given), named
+
+
+def _check_rounded_once(told: Sequence[tuple[Any, Named]]) -> None:
+    """Raises:
+    SpecError: a pass that rounds what another has rounded, as far as no model is needed to see it.
+    """
+    rounding = [own for own, named in told if getattr(own, "leaves", None) == "rounding" and not named.only]
+    if len(rounding) > 1:
+        first, second = (spec_text(own) for own in rounding[:2])
+        raise SpecError(
+            f"{second} after {first}",
+            found="the same weights, which lie on a grid already and would be moved off it",
+            do="Give one of them, or each `only` of its own (in a recipe, or in Python)",
+        )
 
 
 def as_words(given: Any) -> list[str]:

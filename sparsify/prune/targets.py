@@ -72,7 +72,7 @@ def choose(program: Program, pattern: Pattern | Grid, wanted: Wanted) -> tuple[l
         chosen = (sources if only is None else sources & only) - wanted.ignored
         reason, code = None, ""
         if parameter in shared and parameter not in tables:
-            reason = f"shared with {shared[parameter]}: pruning it would change that too"
+            reason = f"shared with {shared[parameter]}: what is done to it would be done to that too"
         elif parameter not in tables and all(always_zero(one.activation) for one in own):
             reason = "its input is zero whatever the model is given"
         elif only is not None and not sources & only:

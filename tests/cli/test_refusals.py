@@ -35,6 +35,28 @@ def test_words_that_contradict_each_other(folder: Callable[[str], Path]) -> None
 
 
 @pytest.mark.parametrize(
+    ("command", "option"),
+    [
+        (("compile", "M", "--pass", "wanda:2:4", "--to", "packed", "--to", "onnx"), "--to"),
+        (("compile", "M", "-o", "A", "--pass", "wanda:2:4", "--output=B"), "--output"),
+        (("compare", "M", "--samples", "3", "--samples=3"), "--samples"),
+        (("tune", "--seed", "1", "M", "--seed", "2"), "--seed"),
+    ],
+)
+def test_an_option_of_one_value_is_given_once(command: tuple[str, ...], option: str) -> None:
+    """The last would be taken, and the others passed over in silence."""
+    done = sparsify(*command)
+    assert done.returncode == 2 and f"{option} is given more than once" in words(done.stderr)
+    assert f"sparsify {command[0]}" in words(done.stderr)
+
+
+def test_options_that_add_up_are_given_as_often_as_wanted(folder: Callable[[str], Path]) -> None:
+    names = ("--only", "*q_proj*", "--only", "*k_proj*", "--quiet", "--quiet")
+    done = sparsify("compile", folder("llama"), "--pass", "magnitude:2:4", "--dry-run", *names)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
     ("error", "code", "says"),
     [
         (SpecError("a", found="b", do="C"), 2, "a: b. C"),

@@ -300,3 +300,12 @@ def test_a_head_by_name_and_experts_without_tokens() -> None:
     for target in made.runs[0].targets:
         for matrix in target.site.matrices(made.weight(target.parameter)):
             assert integers(matrix, Grid(4), matrix.shape[1], symmetric=True) is not None
+
+
+@pytest.mark.parametrize("first", ["round:int8", "sparsegpt:2:4,bits=4"])
+def test_weights_are_rounded_once(first: str, bundled: Path) -> None:
+    """A second grid would move values off the first, which the first had made up for."""
+    with pytest.raises(SpecError, match=rf"round:int4 after {first}.*lie on a grid already.*`only` of its own"):
+        sparsify.compile(bundled, [first, "round:int4"], dry_run=True)
+    own = [{"pass": first, "only": ["*.mlp.*"]}, {"pass": "round:int4", "only": ["*.self_attn.*"]}]
+    sparsify.compile(bundled, own, dry_run=True)
