@@ -289,7 +289,7 @@ def _verdict(folder: Path, told: dict[str, Any]) -> tuple[str, str]:
     if told.get("behind", NEAR) < NEAR:
         said = f"or at most {told['behind']:.3f} behind them, of what it serves in bfloat16 alone"
         return "packed, tokens those of vLLM's dense model", said
-    return "**other tokens**", f"{'as dense; ' if packed == dense else ''}dense {dense}, packed {packed}, for {want}"
+    return "**other tokens**", f"dense {dense}, packed {packed}, for {want}"
 
 
 if __name__ == "__main__":

@@ -242,7 +242,7 @@ def _check_rounded_once(told: Sequence[tuple[Any, Named]]) -> None:
     """Raises:
     SpecError: a pass that rounds what another has rounded, as far as no model is needed to see it.
     """
-    rounding = [own for own, named in told if getattr(own, "leaves", None) == "rounding" and not named.only]
+    rounding = [own for own, named in told if own.leaves == "rounding" and not named.only]
     if len(rounding) > 1:
         first, second = (spec_text(own) for own in rounding[:2])
         raise SpecError(

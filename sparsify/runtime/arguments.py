@@ -23,6 +23,11 @@ HEAD_STEP = 16
 _MEMORY, _STARTS = 2, 3
 
 
+def wants_gradient(*given: Any) -> bool:
+    """Whether a gradient of one of the tensors among ``given`` is asked for."""
+    return torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in given)
+
+
 def checked(check: Callable[..., Any], product: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """``product``, of ordinary tensors on one device that ``check`` lets pass."""
 

@@ -69,15 +69,18 @@ _library = Library("sparsify", "DEF")
 
 
 def _define(
-    schema: str, check: Callable[..., Any], plain: _Product, on_cpu: _Product, fake: _Product
+    schema: str, check: Callable[..., Any], plain: _Product, on_cpu: _Product, fake: _Product, *, constant: bool = True
 ) -> OpOverload[..., Tensor]:
     """The operator of ``schema``: what refuses wrong arguments, what runs on any device, on CPUs (which checks what it
-    is given itself, and knows of gradients), and in tracing.
+    is given itself), and in tracing.
+
+    Args:
+        constant: its weights are, and ``on_cpu`` knows of no gradient; else it sees to that itself.
     """
     name = schema.partition("(")[0]
     _library.define(f"{schema} -> Tensor")
     _library.impl(name, checked(check, plain), "CompositeExplicitAutograd")
-    _library.impl(name, on_cpu, "CPU")
+    _library.impl(name, differentiable(on_cpu, plain) if constant else on_cpu, "CPU")
     # torch's way to register a gradient costs 5 microseconds a call where none is asked for; this way costs nothing.
     _library.impl(name, fallthrough_kernel, "Autograd")
     register_fake(f"sparsify::{name}", checked(check, fake), lib=_library)
@@ -89,28 +92,28 @@ linear_24 = _define(
     "linear_24(Tensor x, Tensor values, Tensor meta, Tensor? bias=None)",
     arguments.check_24,
     reference.linear_24,
-    differentiable(products.linear_24, reference.linear_24),
+    products.linear_24,
     _fake_24,
 )
 linear_bitmask = _define(
     "linear_bitmask(Tensor x, Tensor values, Tensor mask, Tensor rowptr, Tensor? bias=None)",
     arguments.check_bitmask,
     reference.linear_bitmask,
-    differentiable(products.linear_bitmask, reference.linear_bitmask),
+    products.linear_bitmask,
     _fake_bitmask,
 )
 experts_24 = _define(
     "experts_24(Tensor x, Tensor values, Tensor meta, Tensor offsets)",
     arguments.check_experts_24,
     reference.experts_24,
-    differentiable(products.experts_24, reference.experts_24),
+    products.experts_24,
     _fake_experts_24,
 )
 experts_bitmask = _define(
     "experts_bitmask(Tensor x, Tensor values, Tensor mask, Tensor rowptr, Tensor offsets)",
     arguments.check_experts_bitmask,
     reference.experts_bitmask,
-    differentiable(products.experts_bitmask, reference.experts_bitmask),
+    products.experts_bitmask,
     _fake_experts_bitmask,
 )
 linear_dense = _define(
@@ -119,6 +122,7 @@ linear_dense = _define(
     linear,
     products.linear_dense,
     _fake_dense,
+    constant=False,
 )
 attend = _define(
     "attend(Tensor query, Tensor key, Tensor value, Tensor? mask, float scale)",
@@ -126,6 +130,7 @@ attend = _define(
     reference.attend,
     attending.attend,
     _fake_attend,
+    constant=False,
 )
 _FEW = "int bits, int group, bool exact"
 _MASK = "Tensor values, Tensor mask, Tensor starts"
@@ -133,42 +138,42 @@ linear_24_few = _define(
     f"linear_24_few(Tensor x, Tensor scales, Tensor values, Tensor meta, {_FEW}, Tensor? bias=None)",
     few_arguments.check_24_few,
     reference.linear_24_few,
-    differentiable(few.linear_24_few, reference.linear_24_few),
+    few.linear_24_few,
     _fake_few,
 )
 linear_bitmask_few = _define(
     f"linear_bitmask_few(Tensor x, Tensor scales, {_MASK}, {_FEW}, Tensor? bias=None)",
     few_arguments.check_bitmask_few,
     reference.linear_bitmask_few,
-    differentiable(few.linear_bitmask_few, reference.linear_bitmask_few),
+    few.linear_bitmask_few,
     _fake_few,
 )
 linear_dense_few = _define(
     f"linear_dense_few(Tensor x, Tensor scales, Tensor values, {_FEW}, Tensor? bias=None)",
     few_arguments.check_dense_few,
     reference.linear_dense_few,
-    differentiable(few.linear_dense_few, reference.linear_dense_few),
+    few.linear_dense_few,
     _fake_few,
 )
 experts_24_few = _define(
     f"experts_24_few(Tensor x, Tensor scales, Tensor values, Tensor meta, {_FEW}, Tensor offsets)",
     few_arguments.check_experts_24_few,
     reference.experts_24_few,
-    differentiable(few.experts_24_few, reference.experts_24_few),
+    few.experts_24_few,
     _fake_few,
 )
 experts_bitmask_few = _define(
     f"experts_bitmask_few(Tensor x, Tensor scales, {_MASK}, {_FEW}, Tensor offsets)",
     few_arguments.check_experts_bitmask_few,
     reference.experts_bitmask_few,
-    differentiable(few.experts_bitmask_few, reference.experts_bitmask_few),
+    few.experts_bitmask_few,
     _fake_few,
 )
 experts_dense_few = _define(
     f"experts_dense_few(Tensor x, Tensor scales, Tensor values, {_FEW}, Tensor offsets)",
     few_arguments.check_experts_dense_few,
     reference.experts_dense_few,
-    differentiable(few.experts_dense_few, reference.experts_dense_few),
+    few.experts_dense_few,
     _fake_few,
 )
 register_portable(_library)

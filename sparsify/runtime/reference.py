@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear, scaled_dot_product_attention
 
 from sparsify.errors import BackendError
-from sparsify.runtime.arguments import ends_of
+from sparsify.runtime.arguments import ends_of, wants_gradient
 from sparsify.runtime.layout import Packed, unpack
 from sparsify.runtime.words import Layout
 
@@ -146,10 +146,10 @@ def differentiable(run: Callable[..., Tensor], plain: Callable[..., Tensor]) -> 
     """
 
     def product(*given: Any) -> Tensor:
-        if not torch.is_grad_enabled() or not any(isinstance(t, Tensor) and t.requires_grad for t in given):
+        if not wants_gradient(*given):
             return run(*given)
         # What follows the weights is a bias, or holds no floating-point numbers.
-        if any(isinstance(t, Tensor) and t.requires_grad for t in given[1:-1]):
+        if wants_gradient(*given[1:-1]):
             raise BackendError(
                 "a product with packed weights",
                 found="weights whose own gradient is asked for",

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsify.runtime import ops
-from sparsify.runtime.arguments import is_one_token
+from sparsify.runtime.arguments import is_one_token, wants_gradient
 
 # The implementation whose place is taken, and what says of a module that it is one of a packed model.
 _NAME, _OURS = "sdpa", "_sparsify_attends"
@@ -67,5 +67,4 @@ def _is_one(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> b
     given = (query, key, value) if mask is None else (query, key, value, mask)
     if any(t.device.type != "cpu" or t.layout is not torch.strided for t in given):
         return False
-    learns = torch.is_grad_enabled() and any(t.requires_grad for t in given)
-    return not learns and is_one_token(query, key, value, mask)
+    return not wants_gradient(*given) and is_one_token(query, key, value, mask)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsify.backends.packed.format import PackedSite
-from sparsify.backends.packed.loaded.linear import is_compiled, product_of
+from sparsify.backends.packed.loaded.linear import leaves_graph, product_of
 from sparsify.runtime.packed_weight import operator_of
 
 # One class for each of transformers'.
@@ -70,8 +70,7 @@ def _stack_product(module: Any, name: str, x: Tensor, experts: Tensor, offsets: 
 
         y = _grouped_mm(x, weight if module.is_transposed else weight.transpose(-2, -1), offs=offsets.int())
     else:
-        outside = torch.is_grad_enabled() and x.requires_grad and is_compiled()
-        y = (_outside if outside else _packed_product)(module, name, site, x, offsets)
+        y = (_outside if leaves_graph(x) else _packed_product)(module, name, site, x, offsets)
     return y + getattr(module, f"{name}_bias")[experts] if module.has_bias else y
 
 

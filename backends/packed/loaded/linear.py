@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from sparsify.backends.packed.format import CODES, PackedSite, pack_parameter
 from sparsify.backends.packed.loaded.product import Member, Product
+from sparsify.runtime.arguments import wants_gradient
 from sparsify.runtime.cpu.unpacking import unpacked
 from sparsify.runtime.layout import Packed
 from sparsify.runtime.ops import linear_24, linear_bitmask
@@ -32,9 +33,11 @@ def hold(module: nn.Module, name: str, site: PackedSite, dtype: torch.dtype, dev
         module.register_buffer(f"{name}_starts", starts, persistent=False)
 
 
-def is_compiled() -> bool:
-    """Whether torch compiles this just now, to be run and not to be exported."""
-    return torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+def leaves_graph(x: Tensor) -> bool:
+    """Whether a product with ``x`` has to stay out of the graph that torch compiles just now, to be run and not to be
+    exported: compilers know no gradient of the operators, and one is asked for.
+    """
+    return wants_gradient(x) and torch.compiler.is_compiling() and not torch.compiler.is_exporting()
 
 
 def product_of(module: nn.Module, name: str, site: PackedSite, *, exact: bool) -> tuple[Any, ...]:
@@ -77,13 +80,13 @@ class PackedLinear(Member):
         self.product = Product([self])
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.is_grad_enabled() and x.requires_grad and is_compiled():
+        if leaves_graph(x):
             return self._outside(x)
         return self._multiply(x)
 
     @torch.compiler.disable
     def _outside(self, x: Tensor) -> Tensor:
-        """The product outside of a compiled graph: a gradient goes through operators only where no compiler is."""
+        """The product outside of a compiled graph."""
         return self._multiply(x)
 
     def _multiply(self, x: Tensor) -> Tensor:

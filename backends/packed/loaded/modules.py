@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from sparsify.backends.packed.format import PackedSite
 from sparsify.backends.packed.loaded.experts import is_stack, packed_experts
-from sparsify.backends.packed.loaded.linear import PackedLinear, hold, is_compiled
+from sparsify.backends.packed.loaded.linear import PackedLinear, hold, leaves_graph
 from sparsify.backends.packed.loaded.product import Product
 from sparsify.errors import CheckpointError
 from sparsify.runtime.codes import row_starts
@@ -25,7 +24,7 @@ class FastLinear(nn.Linear):
     """A dense linear layer of which one token runs our kernel: given to layers for which that was measured faster."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.is_grad_enabled() and x.requires_grad and is_compiled():
+        if leaves_graph(x):
             return super().forward(x)
         return linear_dense(x, self.weight, self.bias)
 

@@ -22,9 +22,8 @@ _Strides = ctypes.c_int64 * 11
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     arguments.check_attend(query, key, value, mask, scale)
     library = native.library()
-    given = (query, key, value) if mask is None else (query, key, value, mask)
     # torch's, where a gradient is asked for.
-    if library is None or (torch.is_grad_enabled() and any(t.requires_grad for t in given)):
+    if library is None or arguments.wants_gradient(query, key, value, mask):
         return reference.attend(query, key, value, mask, scale)
     query, key, value = (t if t.stride(3) == 1 else t.contiguous() for t in (query, key, value))
     sequences, heads, _, width = query.shape

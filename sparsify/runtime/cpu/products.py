@@ -17,6 +17,7 @@ from sparsify.runtime.arguments import (
     check_experts_24,
     check_experts_bitmask,
     failure,
+    wants_gradient,
 )
 from sparsify.runtime.cpu import native
 from sparsify.runtime.cpu.asked_once import KnownCodes, KnownMatrices
@@ -86,7 +87,7 @@ def linear_dense(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
     rows, columns = weight.shape
     if x.dtype in slow_dtypes() and x.numel() > columns and weight.dtype == x.dtype:
         return product(x, weight, bias)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
+    if wants_gradient(x, weight, bias):
         return linear(x, weight, bias)
     # One token: no more numbers than it has inputs.
     if library is None or x.numel() != columns or not columns or not weight.is_contiguous():

@@ -19,6 +19,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from sparsify.runtime.arguments import wants_gradient
+
 # Numbers of a weight that are widened at once where no derivative is wanted: 32 MiB of float32.
 _PIECE = 1 << 23
 
@@ -122,7 +124,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, axis: int 
     Args:
         axis: which axis of ``weight`` is that of out_features.
     """
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, weight, bias) if t is not None):
+    if wants_gradient(x, weight, bias):
         found: Tensor = _Product.apply(x, weight, bias, axis)
         return found
     return _product(x, weight, bias, axis)

@@ -48,7 +48,7 @@ void few_avx512(const Few& w, const Quantised& x, const void* bias, void* y, i64
     few_tokens(tokens, from, to, [&](i64 m, i64 a, i64 b) { pairs512<4>(w, x, m, bias, y, rows, a, b); },
                [&](i64 m, i64 a, i64 b) { pairs512<2>(w, x, m, bias, y, rows, a, b); },
                [&](i64 m, i64 a, i64 b) { pairs512<1>(w, x, m, bias, y, rows, a, b); });
-  else if (w.layout == PACKED24) few_tokens512<PACKED24>(w, x, bias, y, tokens, rows, from, to);
+  else if (w.layout == PACKED24) few_tokens512<PACKED24, 8>(w, x, bias, y, tokens, rows, from, to);
   else if (w.layout == BITMASK) few_tokens512<BITMASK>(w, x, bias, y, tokens, rows, from, to);
   else few_tokens512<DENSE>(w, x, bias, y, tokens, rows, from, to);
 }

@@ -62,7 +62,7 @@ TFEW INLINE __m512 scales512(const Few& w, i64 row, i64 g) {
   return _mm512_cvtph_ps(halves);
 }
 
-// ---- few tokens: R rows and M tokens at a time
+// ---- few tokens: R rows and M tokens at a time (packed24 of 4 bits: few_pairs_avx512.h)
 
 template <int LAYOUT, int BITS, int R, int M>
 TFEW static void few512(const Few& w, const Quantised& x, i64 token, const void* bias, void* y, i64 rows, i64 from, i64 to) {
@@ -72,20 +72,18 @@ TFEW static void few512(const Few& w, const Quantised& x, i64 token, const void*
   const float* factors = x.scales + token * x.scale_stride;
   const i32* base = x.base + token * x.base_stride;
   // Bits 2 j and 2 j + 1 of the codes of a step say which of four columns value j is of: that is its place in x less
-  // 4 (j / 2). Of 4-bit weights the values are in the order 0, 2, 4, …, 1, 3, 5, …
+  // 4 (j / 2).
   alignas(64) u8 first[64], shifts[64];
   alignas(64) u64 words[8];
   for (int j = 0; j < 64; j++) {
-    const int field = BITS == 8 ? j : j % 32 * 2 + j / 32;
-    first[j] = (u8)(field / 2 * 4);
-    shifts[j] = (u8)(2 * field % 64);
-    words[j / 8] = field / 32;
+    first[j] = (u8)(j / 2 * 4);
+    shifts[j] = (u8)(2 * j % 64);
+    words[j / 8] = j / 32;
   }
   const __m512i place = _mm512_load_si512(first), shift = _mm512_load_si512(shifts), word = _mm512_load_si512(words);
   const __m512i three = _mm512_set1_epi8(3), low = _mm512_set1_epi8(15), eight = _mm512_set1_epi8(8);
-  const __m512i sign = _mm512_set1_epi8((char)128), high = _mm512_set1_epi8((char)0xf0);
+  const __m512i sign = _mm512_set1_epi8((char)128);
   const __m512i offset = _mm512_set1_epi32(512);   // 4 · 128: the complement of a byte is one less than its negative
-  const __m512i up = _mm512_inserti64x4(_mm512_set1_epi16(4), _mm256_setzero_si256(), 1);
   for (i64 n = from; n < to; n += R) {
     const u8 *v[R], *codes[R];
     __m512 sum[R][M], scale[R][M];
@@ -108,7 +106,7 @@ TFEW static void few512(const Few& w, const Quantised& x, i64 token, const void*
         __m512i part[R][2], start[R], columns[R];
         UNROLL for (int r = 0; r < R; r++) {
           // Measured: dense weights of one row come soonest unasked, 4-bit ones of several rows by asking the first cache for
-          // more, and those of one row beside codes; all others by asking the second.
+          // more, and those of one row beside a mask; all others by asking the second.
           if (BITS == 4 && (LAYOUT == DENSE ? M > 1 : M == 1)) prefetch(v[r], 4096);
           else if (LAYOUT != DENSE || M > 1) {
             if (BITS == 8 || k % (2 * WIDE) == 0) ask(v[r] + 2048 * BITS);
@@ -118,14 +116,8 @@ TFEW static void few512(const Few& w, const Quantised& x, i64 token, const void*
             const __m128i meta = _mm_loadu_si128((const __m128i*)codes[r]);
             columns[r] = _mm512_multishift_epi64_epi8(shift, _mm512_permutexvar_epi64(word, _mm512_castsi128_si512(meta)));
             columns[r] = _mm512_ternarylogic_epi64(columns[r], three, place, 0xEA);   // (a & b) | c
-            if (BITS == 8) {
-              part[r][0] = _mm512_loadu_si512(v[r]);
-              start[r] = _mm512_dpbusd_epi32(offset, sign, _mm512_xor_si512(part[r][0], _mm512_set1_epi8(-1)));
-            } else {   // sixteen times the weights
-              const __m512i two = _mm512_sllv_epi16(_mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i*)v[r])), up);
-              part[r][0] = _mm512_and_si512(two, high);
-              start[r] = _mm512_dpbusd_epi32(offset, sign, _mm512_ternarylogic_epi64(two, high, high, 0x3F));   // ~(a & b)
-            }
+            part[r][0] = _mm512_loadu_si512(v[r]);
+            start[r] = _mm512_dpbusd_epi32(offset, sign, _mm512_xor_si512(part[r][0], _mm512_set1_epi8(-1)));
             v[r] += 8 * BITS;
             codes[r] += 16;
           } else if (LAYOUT == DENSE && BITS == 8) {
@@ -174,8 +166,7 @@ TFEW static void few512(const Few& w, const Quantised& x, i64 token, const void*
     UNROLL for (int r = 0; r < R; r++) {
       if (n + r >= to) break;
       if (LAYOUT == BITMASK) row_ends(w, n + r, v[r] - w.values);
-      float last = w.group ? 1.0f : load(w.kind, w.scales, n + r);
-      if (LAYOUT == PACKED24 && BITS == 4) last *= 0.0625f;
+      const float last = w.group ? 1.0f : load(w.kind, w.scales, n + r);
       UNROLL for (int m = 0; m < M; m++) {
         const float s = _mm512_reduce_add_ps(sum[r][m]) * last;
         store(w.kind, y, (token + m) * rows + n + r, bias ? s + load(w.kind, bias, n + r) : s);
