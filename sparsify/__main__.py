@@ -6,7 +6,19 @@ from sparsify.import_path import by_module, leave_working_directory
 if not by_module():
     leave_working_directory()
 
-from sparsify.cli.main import main
+from sparsify.cli.ending import at_once
+
+
+def _command_line() -> None:
+    from sparsify.cli.main import main
+
+    main()
+
+
+def main() -> None:
+    """The command line as a process of its own."""
+    at_once(_command_line)
+
 
 if __name__ == "__main__":
     main()

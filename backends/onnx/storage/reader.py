@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from sparsify.backends.onnx.running.session import find_onnx
-from sparsify.backends.onnx.storage.store import GraphStore
 from sparsify.files.ledger import Ledger
 from sparsify.files.manifest import section
 from sparsify.files.reading import kind_at
+
+if TYPE_CHECKING:
+    from sparsify.backends.onnx.storage.store import GraphStore
 
 # What --to onnx writes as weights that are in the graph's files alone.
 _WITHOUT_CHECKPOINT = ("external", "packed", "sparse")
@@ -34,5 +36,9 @@ def open_graph(path: Path, ledger: Ledger) -> GraphStore | None:
     kind = kind_at(path)
     if not ((kind == "file" and path.suffix.lower() == ".onnx") or (kind == "folder" and any(path.glob("*.onnx")))):
         return None
+    # Every folder is shown to this module, and onnx takes a tenth of a second.
+    from sparsify.backends.onnx.running.session import find_onnx
+    from sparsify.backends.onnx.storage.store import GraphStore
+
     transposed = section(ledger.manifest, "onnx").get("transposed", ())
     return GraphStore(find_onnx(path), transposed, ledger)
