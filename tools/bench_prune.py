@@ -1,6 +1,7 @@
-"""Time of whole wanda:2:4 runs against one plain forward of the same samples, and of its parts alone.
+"""Time of whole wanda:2:4 and sparsegpt:2:4 runs against one plain forward of the same samples, and of parts alone.
 
     python tools/bench_prune.py [--layers 8] [--samples 32] [--length 512] [--repeat 3] [--dtype float32]
+        [--only layer sparsegpt]
     python tools/bench_prune.py --parts
 
 Prints ratios taken within one run; capture and model load are timed apart. The model is a seeded random Llama.
@@ -28,6 +29,8 @@ from sparsify.frontend.source import open_source
 from sparsify.ir.store import MemoryStore
 from sparsify.method.pattern import NM, parse_pattern
 from sparsify.method.selection import select
+from sparsify.method.weight_pass import WeightPass
+from sparsify.passes.sparsegpt import SparseGPT
 from sparsify.passes.wanda import Wanda
 from sparsify.prune.engine import prune as run_engine
 from sparsify.prune.names import Wanted
@@ -43,6 +46,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
+    parser.add_argument("--only", nargs="+", choices=["layer", "block", "dense", "sparsegpt"])
     parser.add_argument("--parts", action="store_true")
     args = parser.parse_args()
     print(f"{processor()}, {os.cpu_count()} cores, torch {torch.__version__}, {torch.get_num_threads()} threads")
@@ -71,24 +75,28 @@ def whole_runs(args: argparse.Namespace) -> None:
     began = time.perf_counter()
     program = capture(source, data.batches[0])
     print(f"capture {time.perf_counter() - began:.1f} s; {args.samples}×{args.length} tokens, {size} sequences at once")
-    weight_pass = Wanda(NM(2, 4))
-    targets, _ = choose(program, weight_pass.pattern, Wanted())
+    pattern = NM(2, 4)
+    targets, _ = choose(program, pattern, Wanted())
 
     def forward(rows: int) -> None:
         with torch.no_grad():
             for i in range(0, args.samples, rows):
                 model.model(ids[i : i + rows], use_cache=False)
 
-    def prune(schedule: Schedule) -> None:
+    def prune(weight_pass: WeightPass, schedule: Schedule) -> None:
         program.weights = source.weights.on(MemoryStore(source.weights.store))
         run_engine(program, weight_pass, targets, Samples(data.batches), Context(), schedule=schedule)
 
+    runs: dict[str, Callable[[], None]] = {
+        "layer": lambda: prune(Wanda(pattern), "layer"),
+        "block": lambda: prune(Wanda(pattern), "block"),
+        "dense": lambda: prune(Wanda(pattern), "dense"),
+        "sparsegpt": lambda: prune(SparseGPT(pattern), "layer"),
+    }
     jobs: dict[str, Callable[[], None]] = {
         "forward, 1 at once": lambda: forward(1),
         f"forward, {size} at once": lambda: forward(size),
-        "layer": lambda: prune("layer"),
-        "block": lambda: prune("block"),
-        "dense": lambda: prune("dense"),
+        **{name: job for name, job in runs.items() if not args.only or name in args.only},
     }
     # Interleaved, best of each: a busy machine slows all of them alike.
     best = {name: [float("inf")] * 2 for name in jobs}
