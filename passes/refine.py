@@ -20,6 +20,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from sparsify.method.divergence import divergence
 from sparsify.method.region_pass import RegionPass
 
 # A part of the steps in which the rate rises from nothing.
@@ -49,8 +50,8 @@ class Refine(RegionPass):
         return _mean(off / size.clamp_min(torch.finfo(torch.float32).tiny), counted)
 
     def divergence(self, logits: Tensor, target: Tensor, counted: Tensor | None) -> Tensor:
-        ours, theirs = torch.log_softmax(logits.float(), -1), torch.log_softmax(target.float(), -1)
-        return _mean((theirs.exp() * (theirs - ours)).sum(-1), counted)
+        flat, taught = logits.flatten(0, -2).unsqueeze(0), target.flatten(0, -2)
+        return divergence(flat, lambda row: taught, counted=None if counted is None else counted.reshape(1, -1))
 
     def share(self, step: int, steps: int) -> float:
         warm = max(1, round(WARM_UP * steps))

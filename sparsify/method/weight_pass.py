@@ -14,9 +14,8 @@ from torch import Tensor
 
 from sparsify.errors import SpecError
 from sparsify.method.base import Change, Kind, Pass
-from sparsify.method.pattern import NM, Grid, Pattern, Unstructured
+from sparsify.method.pattern import NM, Grid, Pattern, Unstructured, parse_shares
 from sparsify.method.selection import Axis, Comparison, Count, holds, select
-from sparsify.method.shares import parse_shares
 from sparsify.method.statistics import InputStatistics
 from sparsify.tensors import zeroed
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from sparsify.errors import SpecError, near
-from sparsify.method.shares import belongs, parse_shares
+from sparsify.method.pattern import belongs, parse_shares
 from sparsify.method.weight_pass import MatrixPass, WeightPass
 from sparsify.prune.targets import Target
 

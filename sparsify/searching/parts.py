@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from sparsify.analysis.linear import group_by_input
-from sparsify.method.shares import belongs
+from sparsify.method.pattern import belongs
 from sparsify.prune.names import matches
 from sparsify.prune.targets import Target
 

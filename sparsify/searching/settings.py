@@ -10,8 +10,7 @@ from fractions import Fraction
 
 from sparsify.errors import SpecError
 from sparsify.method.base import Pass
-from sparsify.method.pattern import Unstructured
-from sparsify.method.shares import shares_text
+from sparsify.method.pattern import Unstructured, shares_text
 from sparsify.method.spec import find_pass, has_pattern, parse_pass, spec_text, with_pattern
 from sparsify.method.weight_pass import WeightPass
 from sparsify.prune.targets import Target

@@ -28,12 +28,12 @@ from sparsify.frontend.capture import capture
 from sparsify.frontend.source import Source
 from sparsify.host import within_memory
 from sparsify.ir.program import Program
+from sparsify.method.divergence import divergence
 from sparsify.precision import exact_products
 from sparsify.quality.perplexity import Windows
 from sparsify.refine.fitter import Fitter
 from sparsify.refine.regions import alive, smallest
 from sparsify.tensors import all_finite
-from sparsify.tuning.divergence import divergence
 
 
 class Distillation:
@@ -89,7 +89,7 @@ class Distillation:
             self._finite = [*self._finite[-255:], (chosen[row], found.isfinite().all())]
             return found
 
-        return divergence(logits, ids, teach, self.share)
+        return divergence(logits, teach, ids=ids, share=self.share)
 
     def check(self, step: int) -> None:
         """Raises:

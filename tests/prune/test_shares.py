@@ -12,8 +12,7 @@ from torch import Tensor
 
 import sparsify
 from sparsify.errors import SpecError
-from sparsify.method.pattern import Unstructured
-from sparsify.method.shares import belongs, parse_shares, shares_text
+from sparsify.method.pattern import Unstructured, belongs, parse_shares, shares_text
 from sparsify.method.spec import parse_pass, spec_text
 
 names = st.text("abcdefgh_.*", min_size=1, max_size=12)

@@ -19,8 +19,8 @@ from transformers import PreTrainedTokenizerFast
 import sparsify
 from sparsify.errors import CalibrationError, CheckpointError, SpecError, TraceError
 from sparsify.frontend.source import open_source
-from sparsify.tuning import divergence as mathematics
-from sparsify.tuning.divergence import divergence
+from sparsify.method import divergence as mathematics
+from sparsify.method.divergence import divergence
 from sparsify.tuning.overlap import apart
 from sparsify.tuning.recipe import Recipe
 from sparsify.tuning.targets import find_targets
@@ -94,13 +94,33 @@ def test_the_gradient_is_autograds(share: float, chunk: int, monkeypatch: pytest
     torch.manual_seed(0)
     logits, taught = torch.randn(2, 5, 7, requires_grad=True), torch.randn(2, 5, 7)
     ids = torch.randint(0, 7, (2, 5))
-    loss = divergence(logits, ids, lambda row: taught[row], share)
+    loss = divergence(logits, lambda row: taught[row], ids=ids, share=share)
     (found,) = torch.autograd.grad(loss, logits)
     ours, theirs = torch.log_softmax(logits, -1), torch.log_softmax(taught, -1)
     text = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
     want = share * (theirs.exp() * (theirs - ours)).sum(-1).mean() + (1 - share) * text
     torch.testing.assert_close(loss, want)
     torch.testing.assert_close(found, torch.autograd.grad(want, logits)[0])
+
+
+@pytest.mark.parametrize("chunk", [1, 1 << 22])
+def test_padding_teaches_nothing_whatever_stands_there(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mathematics, "CHUNK", chunk)
+    torch.manual_seed(0)
+    logits, taught, counted = torch.randn(2, 5, 7), torch.randn(2, 5, 7), torch.rand(2, 5) < 0.6
+    logits[~counted] = float("nan")
+    logits.requires_grad_()
+    loss = divergence(logits, lambda row: taught[row], counted=counted)
+    (found,) = torch.autograd.grad(loss, logits)
+    ours, theirs = torch.log_softmax(logits[counted], -1), torch.log_softmax(taught[counted], -1)
+    want = (theirs.exp() * (theirs - ours)).sum(-1).mean()
+    torch.testing.assert_close(loss, want)
+    # Of rows that are not counted autograd's is 0 too.
+    torch.testing.assert_close(found, torch.autograd.grad(want, logits)[0])
+    with torch.no_grad():
+        torch.testing.assert_close(divergence(logits, lambda row: taught[row], counted=counted), want)
+    none = torch.zeros(2, 5, dtype=torch.bool)
+    assert divergence(logits, lambda row: taught[row], counted=none).item() == 0
 
 
 def test_teachers_that_cannot_teach(models: Path, text: str, tmp_path: Path) -> None:

@@ -18,23 +18,27 @@ CHUNK = 1 << 22
 Teach = Callable[[int], Tensor]
 
 
-def divergence(logits: Tensor, ids: Tensor, teach: Teach, share: float = 1.0) -> Tensor:
-    """``share`` of the mean divergence over all tokens, and of the next tokens' mean cross-entropy the rest: a scalar
-    in float32.
+def divergence(
+    logits: Tensor, teach: Teach, *, counted: Tensor | None = None, ids: Tensor | None = None, share: float = 1.0
+) -> Tensor:
+    """``share`` of the mean divergence over tokens, and of the next tokens' mean cross-entropy the rest: a scalar in
+    float32.
 
-    Beside ``logits`` their gradient is kept, in their dtype, and one sequence's logits of the teacher.
+    Beside ``logits`` their gradient is kept where one is wanted, in their dtype, and one sequence's logits of the
+    teacher.
 
     Args:
-        logits: the student's, [batch, length, vocabulary]. ids: [batch, length].
+        logits: the student's, [batch, length, vocabulary]. counted: [batch, length], False where a token is padding;
+            None counts all. ids: [batch, length], needed where ``share`` is below 1; all of its tokens count.
 
     >>> student = torch.zeros(1, 2, 3, requires_grad=True)
     >>> teacher = torch.tensor([[0.0, 0.0, 0.0], [0.0, 0.0, 100.0]])
-    >>> loss = divergence(student, torch.tensor([[0, 1]]), lambda row: teacher)
+    >>> loss = divergence(student, lambda row: teacher)
     >>> loss.backward()
     >>> round(loss.item(), 4), student.grad[0, 1].mul(6).round().tolist()  # log(3) / 2
     (0.5493, [1.0, 1.0, -2.0])
     """
-    found = _Divergence.apply(logits, ids, teach, share)
+    found = _Divergence.apply(logits, teach, counted, ids, share)
     assert isinstance(found, Tensor)
     return found
 
@@ -43,12 +47,15 @@ class _Divergence(torch.autograd.Function):
     """Derived by hand: autograd would keep both models' probabilities of all tokens, in float32."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, ids: Tensor, teach: Teach, share: float) -> Tensor:
+    def forward(
+        ctx: Any, logits: Tensor, teach: Teach, counted: Tensor | None, ids: Tensor | None, share: float
+    ) -> Tensor:
         rows, length, vocabulary = logits.shape
-        gradient = torch.empty_like(logits)
+        gradient = torch.empty_like(logits) if ctx.needs_input_grad[0] else None
         total = logits.new_zeros((), dtype=torch.float32)
         at_once = max(1, CHUNK // vocabulary)
-        by_teacher, by_text = share / (rows * length), (1 - share) / max(1, rows * (length - 1))
+        tokens = rows * length if counted is None else max(1, int(counted.sum()))
+        by_teacher, by_text = share / tokens, (1 - share) / max(1, rows * (length - 1))
         for row in range(rows):
             taught = teach(row)
             for start in range(0, length, at_once):
@@ -56,19 +63,27 @@ class _Divergence(torch.autograd.Function):
                 ours = torch.log_softmax(logits[row, start:stop].float(), -1)
                 theirs = torch.log_softmax(taught[start:stop].float(), -1)
                 chances, wanted = ours.exp(), theirs.exp()
-                total += by_teacher * (wanted * (theirs - ours)).sum()
-                slope = by_teacher * (chances - wanted)
+                each, slope = (wanted * (theirs - ours)).sum(-1), chances - wanted
+                if counted is not None:
+                    # A logit of padding may be no number.
+                    each = each.masked_fill(~counted[row, start:stop], 0)
+                    slope.masked_fill_(~counted[row, start:stop, None], 0)
+                total += by_teacher * each.sum()
+                slope *= by_teacher
                 if share < 1:
                     # The last token has none behind it.
+                    assert ids is not None
                     following = ids[row, start + 1 : stop + 1].unsqueeze(1)
                     total -= by_text * ours[: len(following)].gather(1, following).sum()
                     slope[: len(following)] += by_text * chances[: len(following)]
                     slope[: len(following)].scatter_add_(1, following, slope.new_full(following.shape, -by_text))
-                gradient[row, start:stop] = slope
-        ctx.save_for_backward(gradient)
+                if gradient is not None:
+                    gradient[row, start:stop] = slope
+        if gradient is not None:
+            ctx.save_for_backward(gradient)
         return total
 
     @staticmethod
-    def backward(ctx: Any, above: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, above: Tensor) -> tuple[Tensor, None, None, None, None]:
         (gradient,) = ctx.saved_tensors
-        return gradient * above.to(gradient.dtype), None, None, None
+        return gradient * above.to(gradient.dtype), None, None, None, None
