@@ -16,6 +16,8 @@ from sparsify.errors import ProcessError
 # Seconds in which processes end by themselves once one has failed, and again once they were told to.
 _GRACE = 4
 _HERE = "127.0.0.1"
+# So many may be tried on a machine with fewer cores.
+_FEW = 8
 
 
 def launch(count: int, words: Sequence[str], main: Callable[[], None], modules: Sequence[str] = ()) -> None:
@@ -30,13 +32,20 @@ def launch(count: int, words: Sequence[str], main: Callable[[], None], modules: 
         main: what runs the words of ``sys.argv`` in such a copy. modules: what they will need.
 
     Raises:
-        ProcessError: one ended without a word of its own: by a signal.
+        ProcessError: far more than there are cores; or one ended without a word of its own: by a signal.
         SystemExit: one ended with an error, which it has told.
     """
     if count < 2:
         raise ProcessError(f"--processes {count}", found="fewer than two", do="Leave --processes out for one process")
+    cores = len(os.sched_getaffinity(0))
+    if count > max(cores, _FEW):
+        raise ProcessError(
+            f"--processes {count}",
+            found=f"{cores} cores on this machine, and each process takes one and some 300 MB before it begins",
+            do=f"Give at most {cores}; torchrun starts them on several machines",
+        )
     # Read once, when torch is loaded.
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // count)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // count)))
     fresh = "torch" not in sys.modules
     import torch
 

@@ -1,10 +1,14 @@
 """Where the processes of ``--processes`` come from."""
 
+import os
 import subprocess
 import sys
 from importlib.metadata import version
 
 import pytest
+
+from sparsify.errors import ProcessError
+from sparsify.world.launch import launch
 
 START = """
 from sparsify.world.launch import launch
@@ -49,3 +53,10 @@ builtins.__import__ = told
 def test_what_does_not_live_through_a_copy_begins_anew(before):
     # Each prints what the command line does.
     assert _said(before + START) == [version("sparsify-fx")] * 2
+
+
+def test_far_more_than_cores_are_refused_before_one_is_started():
+    """A thousand of them would take the memory of everything else that runs there."""
+    cores = len(os.sched_getaffinity(0))
+    with pytest.raises(ProcessError, match=f"--processes {max(cores, 8) + 1}: {cores} cores.*at most {cores}"):
+        launch(max(cores, 8) + 1, ["--version"], lambda: None)
