@@ -179,7 +179,8 @@ def run(args: argparse.Namespace) -> None:
                     [sys.executable, "-W", "ignore", __file__, "one", words], capture_output=True, text=True
                 )
                 if child.returncode:
-                    print(f"{passes} {pattern}, seed {seed}: {child.stderr.strip().splitlines()[-1]}", flush=True)
+                    said = child.stderr.strip() or f"ended with {child.returncode}"
+                    print(f"{passes} {pattern}, seed {seed}: {said.splitlines()[-1]}", flush=True)
                     continue
                 row = {word: asked[word] for word in asked if word not in ("shared", "folder")}
                 row |= json.loads(child.stdout.splitlines()[-1]) | where

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from sparsify.backends.packed.format import CODES, PackedSite, pack_parameter
 from sparsify.backends.packed.loaded.product import Member, Product
+from sparsify.errors import BackendError
 from sparsify.runtime.arguments import wants_gradient
 from sparsify.runtime.cpu.unpacking import unpacked
 from sparsify.runtime.layout import Packed
@@ -122,10 +123,16 @@ class PackedLinear(Member):
         return f"in_features={self.in_features}, out_features={self.out_features}, layout={layout}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:
-        if self.product.plan is not None:
-            probe = fn(self.weight.new_empty(0))
-            if probe.device != self.weight.device or probe.dtype != self.weight.dtype:
-                self.product.release()
+        probe = fn(self.weight.new_empty(0))
+        if probe.dtype == torch.float64:
+            # transformers refuses half() and float() of what is quantized, and not this.
+            raise BackendError(
+                "packed weights in float64",
+                found="no kernel for it: float32, bfloat16 and float16 are what there are",
+                do="Load the model again and call dequantize() before: it makes the weights dense, in place",
+            )
+        if self.product.plan is not None and (probe.device, probe.dtype) != (self.weight.device, self.weight.dtype):
+            self.product.release()
         super()._apply(fn, recurse)
         self.product.settle()
         return self

@@ -96,6 +96,10 @@ def test_dtype_device_map_and_dequantize(llama: tuple[Path, Path]) -> None:
     dense = load(llama[1]).dequantize()
     assert not any(isinstance(m, (PackedLinear, FastLinear)) for m in dense.modules())
     assert torch.equal(run(dense, inputs("llama")), run(load(llama[0]), inputs("llama")))
+    with pytest.raises(BackendError, match=r"float64: no kernel .* dequantize\(\) before"):
+        load(llama[1]).double()
+    wide = dense.double()
+    assert wide.dtype == torch.float64 and run(wide, inputs("llama")).isfinite().all()
 
 
 def test_shards_and_carried_tensors(tmp_path: Path) -> None:
