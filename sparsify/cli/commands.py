@@ -184,20 +184,26 @@ def compare_command(
 
 def clean_command(
     folder: Annotated[
-        Path, typer.Argument(help="Where outputs were to lie. [default: here]", metavar="FOLDER")
+        Path,
+        typer.Argument(
+            help="Where outputs were to lie, or one such output.", metavar="FOLDER|OUT", show_default="here"
+        ),
     ] = Path(),
     yes: Annotated[bool, typer.Option("--yes", help="Remove it; without, it is only listed.")] = False,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Say what interrupted runs left in FOLDER, with sizes; --yes removes it, but for what a run is at work on."""
+    """Say what interrupted runs left in FOLDER, or of OUT alone, with sizes; --yes removes it, but for what a run is at
+    work on."""
     with command_errors(debug, "error"):
-        from sparsify.journal.left import left_in, remove
+        from sparsify.journal.left import left_at, remove
 
         try:
-            found = left_in(folder)
+            found = left_at(folder)
         except OSError as error:
-            raise CheckpointError(f"cleaning {folder}", found=str(error.strerror), do="Name a folder") from error
+            raise CheckpointError(
+                f"cleaning {folder}", found=str(error.strerror), do="Name a folder, or an output that was to be"
+            ) from error
         removed = [left for left in found if yes and not left.alive and remove(left)]
         if as_json:
             say(json.dumps([{**left.as_dict(), "removed": left in removed} for left in found]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import signal
@@ -118,6 +119,9 @@ def command_errors(debug: bool, log_level: str) -> Iterator[None]:
     except Exception as error:
         if debug:
             raise
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC and error.filename is None:
+            complain("printing or a temporary file: no space left there. Send the output elsewhere, or make space")
+            raise SystemExit(1) from None
         complain(f"unexpected {type(error).__name__}: {first_line(error)} (run again with --debug for the traceback)")
         raise SystemExit(1) from None
 

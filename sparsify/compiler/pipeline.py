@@ -175,6 +175,7 @@ def compile(
     asked = asked_of(request, context, {"compute dtype": compute_dtype, "dtype": dtype, "adapter": adapter})
     with shown(progress, observe), within_memory("compiling", context.device), ExitStack() as stack:
         place = stages.Workplace(stack, every=request.checkpoint_every or 0)
+        world.says("loading and tracing the model")
         source = stages.open_model(
             model,
             request,
@@ -197,6 +198,7 @@ def compile(
             return stages.as_plan(planned, judge)
         agree(source, request, asked if judge is None else {**asked, "text that judges": judge.digest}, world)
         dense = None if judge is None else judge.before(source)
+        world.says("reading the calibration data")
         planned, data = stages.draw(planned, data, request, context, judge)
         agree_on_data(data, world)
         planned = stages.teach(

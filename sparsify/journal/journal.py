@@ -157,7 +157,7 @@ class Journal:
             warnings.warn(
                 f"{left.finished} finished parts of this run are kept in {self.folder} "
                 f"({format_bytes(left.size)}): the same command with --resume goes on from there, "
-                "`sparsify clean` removes them",
+                f"`sparsify clean {self.out} --yes` removes them",
                 RuntimeWarning,
                 stacklevel=2,
             )
@@ -218,7 +218,7 @@ def nothing_of(out: Path, asked: Asked, *, whole: bool = True) -> CheckpointErro
     return CheckpointError(
         f"resuming {out}",
         found=f"what was interrupted there ({left.path.name}) was asked otherwise: {'; '.join(differing)}",
-        do="Ask the same again, or begin without --resume; sparsify clean removes what that one left",
+        do=f"Ask the same again, or begin without --resume; sparsify clean {out} --yes removes what that one left",
     )
 
 
@@ -243,7 +243,7 @@ def look(out: Path, asked: Asked, typed: Mapping[str, Any] | None = None, *, res
             continue
         warnings.warn(
             f"an earlier run to {left.out} was interrupted: {left.finished} finished parts ({format_bytes(left.size)}) "
-            f"are kept in {left.path}; sparsify clean removes them",
+            f"are kept in {left.path}; sparsify clean {left.out} --yes removes them",
             RuntimeWarning,
             stacklevel=3,
         )
@@ -255,7 +255,7 @@ def unfinished(left: Left) -> BackendError:
         f"output {left.out}",
         found=f"this very job was interrupted: {left.finished} finished parts ({format_bytes(left.size)}) are kept in "
         f"{left.path}",
-        do=f"Go on from there with --resume; or remove it with sparsify clean {left.path.parent} --yes and begin anew",
+        do=f"Go on from there with --resume; or remove it with sparsify clean {left.out} --yes and begin anew",
     )
 
 

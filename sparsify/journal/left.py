@@ -8,6 +8,8 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from errno import ENOTDIR
+from os import strerror
 from pathlib import Path
 from typing import Any, Literal
 
@@ -71,6 +73,30 @@ def left_in(folder: Path) -> list[Left]:
     # The lock of what is listed goes with it.
     others = {left.out for left in found if left.kind != "lock"}
     return [left for left in found if left.kind != "lock" or left.out not in others]
+
+
+def left_at(place: Path) -> list[Left]:
+    """What is left in the folder ``place``, and beside it of runs that were to write ``place`` itself.
+
+    Raises:
+        OSError: no such folder, and nothing left of one.
+    """
+    whole = place.absolute()
+    inside = left_in(place) if place.is_dir() else []
+    try:
+        beside_it = [left for left in left_in(whole.parent) if left.out.absolute() == whole]
+    except OSError:
+        beside_it = []
+    if not beside_it and not place.is_dir():
+        place.stat()
+        raise NotADirectoryError(ENOTDIR, strerror(ENOTDIR), str(place))
+    return [*inside, *beside_it]
+
+
+def out_of(path: Path) -> Path:
+    """The output that the thing of ours at ``path`` is left of."""
+    found = _OURS.fullmatch(path.name)
+    return path.parent if found is None else path.with_name(found["out"] or found["locked"])
 
 
 def left_of(out: Path) -> list[Left]:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from sparsify.errors import CheckpointError
-from sparsify.journal.left import LINES
+from sparsify.journal.left import LINES, out_of
 from sparsify.tensors import digest, read_into, write_from
 
 TENSORS = "tensors.bin"
@@ -104,7 +104,7 @@ def damaged(folder: Path, found: str) -> CheckpointError:
     return CheckpointError(
         f"resuming from {folder}",
         found=found,
-        do=f"Remove it (sparsify clean {folder.parent} --yes) and begin without --resume",
+        do=f"Remove it (sparsify clean {out_of(folder)} --yes) and begin without --resume",
     )
 
 

@@ -26,10 +26,10 @@ class RegionPass(Pass):
         epochs: how often every sequence is seen.
         batch: sequences of one step.
         rate: the step of each tensor, relative to the root mean square of its kept entries; ``auto``: one epoch with
-            each of :attr:`ladder`, then all epochs with the largest that gained almost as much as the best of them on
-            the sequences that are held back.
-        guard: share of the calibration sequences that are held back; a region that gains nothing on them stays as it
-            was, to the bit.
+            each of four (0.06, 0.02, 0.006, 0.002), then all epochs with the largest that gained almost as much as the
+            best of them on the sequences that are held back.
+        guard: share of the calibration sequences that are held back, in whole batches; a region that gains nothing on
+            them stays as it was, to the bit.
         last: what the last region is fitted to: the dense model's predictions (``kl``), or its hidden values as every
             other (``error``).
     """
@@ -50,13 +50,15 @@ class RegionPass(Pass):
         return True
 
     def __post_init__(self) -> None:
-        for option in ("epochs", "batch"):
+        for option, usual in (("epochs", 5), ("batch", 4)):
             if getattr(self, option) < 1:
-                raise self._refuse(f"{option}={getattr(self, option)}", "it must be at least 1", "Choose 4 or 5, say")
+                raise self._refuse(f"{option}={getattr(self, option)}", "it must be at least 1", f"Choose {usual}, say")
         if not 0 < self.guard <= 0.5:
             raise self._refuse(f"guard={self.guard:g}", "no share between 0 and one half", "Choose 0.125, say")
         if not isinstance(self.rate, str) and not 0 < self.rate < 1:
-            raise self._refuse(f"rate={self.rate:g}", "no share of a weight's size", "Choose 0.01, say, or auto")
+            raise self._refuse(
+                f"rate={self.rate:g}", "no share of a weight's size, between 0 and 1", "Choose 0.01, say, or auto"
+            )
 
     @property
     def ladder(self) -> tuple[float, ...]:

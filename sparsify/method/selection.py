@@ -8,6 +8,7 @@ smallest value is needed.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Literal
@@ -27,8 +28,10 @@ _PAIRWISE_LIMIT = 8
 # Pairs are compared over this many groups at a time, so that the working set stays in a CPU's cache; a GPU, which takes
 # as long to be told as to compute, takes many more at once.
 _GROUPS_AT_ONCE, _ON_GPU = 1 << 16, 1 << 24
-# A linear weight with fewer zeros than this was not pruned: its zeros are chance.
+# A linear weight that is asked for a pattern has it where it has this many zeros; with fewer it was left dense.
 LEAST_ZEROS = 0.05
+# And one with fewer than this was not pruned at all: numbers that float16 has not are zero by chance, one in a million.
+_CHANCE = 1e-3
 # How many values guess where the k-th of a long row lies.
 _SAMPLE = 1 << 13
 
@@ -245,9 +248,16 @@ def _counts(weight: Tensor, m: int) -> Tensor:
 
 
 def is_pruned(kept: Tensor) -> bool:
-    """Whether a linear weight was pruned, by where it is not zero; of fewer zeros than :data:`LEAST_ZEROS` it has them
-    by chance."""
-    return float((~kept).float().mean()) >= LEAST_ZEROS
+    """Whether a linear weight was pruned, by where it is not zero, to however small a percentage; of fewer zeros than
+    one in a thousand it has them by chance."""
+    return int(kept.numel() - kept.count_nonzero()) >= max(1, _CHANCE * kept.numel())
+
+
+def held(kept: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    """Of weights by name, True where an entry is not zero, those whose zeros training has to hold: all that have some,
+    where any was pruned. What is zero throughout (LoRA's B before it is trained) holds nothing."""
+    found = {name: mask for name, mask in kept if mask.any() and not mask.all()}
+    return found if any(map(is_pruned, found.values())) else {}
 
 
 def falls_short(weight: Tensor, pattern: Unstructured) -> str | None:

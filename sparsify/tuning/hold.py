@@ -7,8 +7,9 @@ step.
 
 from __future__ import annotations
 
+import warnings
 import weakref
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import wraps
@@ -22,7 +23,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import TrainerCallback
 
 from sparsify.errors import SpecError, VerifyError
-from sparsify.method.selection import is_pruned
+from sparsify.method.selection import held
 from sparsify.tuning.masks import broken_zeros
 
 
@@ -48,9 +49,10 @@ class Held:
 def hold_zeros(model: nn.Module) -> Iterator[Held]:
     """While it is open, no training changes a zero of ``model``'s pruned weights, whatever the optimizer.
 
-    Held are parameters of two and more axes, no embeddings, of which at least 5% are zero when it begins. Works through
+    Held are the zeros that parameters of two and more axes, no embeddings, have when it begins. Works through
     ``DistributedDataParallel``, whose parameters are the model's own, and for peft's adapters, also those added
-    meanwhile: merging and unmerging them is masked.
+    meanwhile: merging and unmerging them is masked, as long as it is open. It warns of adapters that are not merged
+    when it ends: merged later they fill the zeros.
 
     Raises:
         SpecError: no weight of the model is pruned, or its parameters are sharded (FSDP, DeepSpeed ZeRO 3), where no
@@ -68,14 +70,22 @@ def hold_zeros(model: nn.Module) -> Iterator[Held]:
     16
     """
     with ExitStack() as stack:
-        held = _hold(model, stack)
-        yield held
-        _check_held(model, held)
+        own = _hold(model, stack, stack)
+        yield own
+        _check_held(model, own)
+        if unmerged := sum(not getattr(part, "merged", True) for part in _adapted(model, own)):
+            warnings.warn(
+                f"the zeros of {unmerged} weights are held no longer, and adapters on them are not merged: merged now "
+                "they fill the zeros. Merge them (merge_and_unload) within hold_zeros",
+                RuntimeWarning,
+                stacklevel=3,
+            )
 
 
 class HoldZeros(TrainerCallback):
     """For transformers' Trainer: ``Trainer(…, callbacks=[sparsify.HoldZeros()])`` holds zeros from the first step to
-    the last; see :func:`hold_zeros`.
+    the last; see :func:`hold_zeros`. peft's adapters are merged after training: that is masked until :meth:`close` is
+    called, or as long as the model is there.
 
     The Trainer tells its callbacks of no exception: after one the zeros are held until the next training, until
     :meth:`close` is called, or as long as the model is there.
@@ -83,41 +93,48 @@ class HoldZeros(TrainerCallback):
 
     def __init__(self) -> None:
         self._open: tuple[ExitStack, Held] | None = None
+        self._merging = ExitStack()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **rest: Any) -> None:
         # Open still, where a batch that was too large ends a training and a smaller one begins it again.
         self.close()
         stack = ExitStack()
         try:
-            self._open = stack, _hold(model, stack)
+            self._open = stack, _hold(model, stack, self._merging)
         except BaseException:
             stack.close()
+            self._merging.close()
             raise
 
     def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **rest: Any) -> None:
         if self._open is not None:
             try:
                 _check_held(model, self._open[1])
-            finally:
+            except BaseException:
                 self.close()
+                raise
+            opened, self._open = self._open, None
+            opened[0].close()
 
     def close(self) -> None:
         """Hold nothing any more; what the zeros are now is not looked at."""
         opened, self._open = self._open, None
         if opened is not None:
             opened[0].close()
+        self._merging.close()
 
 
-def _hold(model: nn.Module, stack: ExitStack) -> Held:
-    """Hold the zeros of ``model`` until ``stack`` is closed."""
+def _hold(model: nn.Module, stack: ExitStack, merging: ExitStack) -> Held:
+    """Hold the zeros of ``model`` while it is trained, until ``stack`` is closed, and where adapters are merged, until
+    ``merging`` is."""
     if not isinstance(model, nn.Module):
         raise SpecError("holding zeros", found=f"{type(model).__name__}, no torch module", do="Give the model")
     _check_whole(model)
-    held = _find(model)
+    own = _find(model)
     watched = weakref.ref(model)
-    for name, parameter in held.parameters.items():
+    for name, parameter in own.parameters.items():
         if parameter.requires_grad:
-            stack.callback(parameter.register_hook(_masking(held.kept[name])).remove)
+            stack.callback(parameter.register_hook(_masking(own.kept[name])).remove)
     checked: list[bool] = []
 
     def after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
@@ -126,17 +143,17 @@ def _hold(model: nn.Module, stack: ExitStack) -> Held:
                 # It may have been sharded since: what is held would be parameters that nobody trains.
                 _check_whole(still)
                 checked.append(True)
-            _check_there(still, held)
-            held.apply()
+            _check_there(still, own)
+            own.apply()
 
     stack.callback(register_optimizer_step_post_hook(after_step).remove)
     for part in model.modules():
-        _mask_merging(part, held, stack)
+        _mask_merging(part, own, merging)
     # Adapters may be added meanwhile.
     stack.callback(
-        register_module_module_registration_hook(lambda _, __, part: _mask_merging(part, held, stack)).remove
+        register_module_module_registration_hook(lambda _, __, part: _mask_merging(part, own, merging)).remove
     )
-    return held
+    return own
 
 
 def _check_held(model: nn.Module, held: Held) -> None:
@@ -166,12 +183,7 @@ def _find(model: nn.Module) -> Held:
         for name, parameter in model.named_parameters()
         if parameter.dim() > 1 and parameter.is_floating_point() and id(parameter) not in tables
     }
-    kept = {}
-    for name, parameter in found.items():
-        mask = parameter.detach() != 0
-        # What training begins with at zero (LoRA's B) is no pruned weight.
-        if mask.any() and is_pruned(mask):
-            kept[name] = mask
+    kept = held((name, parameter.detach() != 0) for name, parameter in found.items())
     if not kept:
         raise SpecError(
             "holding the zeros of a model",
@@ -219,13 +231,21 @@ def _masking(kept: Tensor) -> Any:
     return hook
 
 
+def _is_adapted(part: Any, weights: Collection[int]) -> bool:
+    """Whether it is an adapter's layer of peft's, over one of the parameters with these ids."""
+    return hasattr(part, "get_base_layer") and any(id(parameter) in weights for parameter in part.parameters())
+
+
+def _adapted(model: nn.Module, held: Held) -> list[Any]:
+    weights = {id(parameter) for parameter in held.parameters.values()}
+    # Not those that hold such a layer.
+    return [part for part in model.modules() if hasattr(part, "merge") and _is_adapted(part, weights)]
+
+
 def _mask_merging(part: Any, held: Held, stack: ExitStack) -> None:
     """Let an adapter's layer of peft's leave zeros as they are, merged or taken out again (of any number of adapters,
     with ``safe_merge`` or without, by ``merge_and_unload`` too), until ``stack`` is closed."""
-    if not hasattr(part, "get_base_layer"):
-        return
-    weights = {id(parameter) for parameter in held.parameters.values()}
-    if weights.isdisjoint(map(id, part.parameters())):
+    if not _is_adapted(part, {id(parameter) for parameter in held.parameters.values()}):
         return
     for name in ("merge", "unmerge"):
         if isinstance(method := getattr(part, name, None), MethodType):

@@ -9,17 +9,13 @@ from torch import Tensor
 from sparsify.analysis.linear import find_sites
 from sparsify.errors import VerifyError
 from sparsify.ir.program import Program
-from sparsify.method.selection import is_pruned
+from sparsify.method.selection import held
 
 
 def masks_of(program: Program) -> dict[str, Tensor]:
-    """Parameter -> True where a linear weight is kept; of those that were pruned."""
-    masks = {}
-    for name in dict.fromkeys(site.parameter for site in find_sites(program)[0]):
-        kept = program.weights.read(name) != 0
-        if is_pruned(kept):
-            masks[name] = kept
-    return masks
+    """Parameter -> True where a linear weight is kept; of those that have zeros, where any was pruned."""
+    names = dict.fromkeys(site.parameter for site in find_sites(program)[0])
+    return held((name, program.weights.read(name) != 0) for name in names)
 
 
 def check_masks(weights: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> None:

@@ -66,7 +66,9 @@ class Recipe:
         check_amount(None, self.length)
         check_seed(self.seed)
         if not 0 <= self.dropout < 1:
-            raise SpecError(f"dropout {self.dropout}", found="out of range", do="Give a dropout from 0 to 1")
+            raise SpecError(
+                f"dropout {self.dropout}", found="no share from 0 up to, not including, 1", do="Give 0.05, say"
+            )
         if self.distill is not None and not 0 < self.distill <= 1:
             raise SpecError(f"distill {self.distill}", found="no share above 0, up to 1", do="Give 1, or 0.5, say")
         if self.targets is not None:

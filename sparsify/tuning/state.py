@@ -151,7 +151,7 @@ class TuneState:
     def _read(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """What :meth:`save` wrote, both files held against their digests."""
         if not (self.folder / _STATE).exists():
-            raise self._unread("no state to read there")
+            raise _nothing(self.folder)
         try:
             content = read_json(self.folder / _STATE, _MOST)
             written = content.get("digests")
@@ -192,3 +192,15 @@ class TuneState:
 
 def _folder(out: Path) -> Path:
     return out.with_name(out.name + ".tuning")
+
+
+def check_resumable(out: Path) -> None:
+    """Raises:
+    CheckpointError: nothing of an interrupted run to ``out`` is there.
+    """
+    if not (_folder(out) / _STATE).exists():
+        raise _nothing(_folder(out))
+
+
+def _nothing(folder: Path) -> CheckpointError:
+    return CheckpointError(f"resuming from {folder}", found="no state to read there", do="Begin without --resume")

@@ -42,7 +42,7 @@ from sparsify.tuning.network import build_network
 from sparsify.tuning.output import Output, merged, write_adapter
 from sparsify.tuning.overlap import apart
 from sparsify.tuning.recipe import Recipe, Tuned
-from sparsify.tuning.state import TuneState
+from sparsify.tuning.state import TuneState, check_resumable
 from sparsify.tuning.targets import find_targets, kinds_of, linear_layers
 from sparsify.tuning.teacher import known, open_for, weights_digest
 from sparsify.tuning.training import Training, orders, parts
@@ -110,6 +110,8 @@ def tune(
     check_named(data, validation)
     told_so = {"adapter": adapter, "no_check": not check, "allow_nan": allow_nan}
     asked = run_date(), words if words is None else words | {key: True for key, value in told_so.items() if value}
+    if resume and world.leads:
+        check_resumable(out)
     with ExitStack() as stack:
         claim = check_output(out, overwrite=overwrite, source=Path(model)) if world.leads else None
         if claim is not None:

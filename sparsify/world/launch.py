@@ -74,17 +74,27 @@ def _copy(count: int, words: Sequence[str], main: Callable[[], None]) -> None:
     }
     # What is there stays, in pages that all of them share.
     gc.freeze()
-    begun = multiprocessing.start_processes(_run, (told, words, main), nprocs=count, join=False, start_method="fork")
+    before = multiprocessing.active_children()
     try:
+        begun = multiprocessing.start_processes(
+            _run, (told, words, main), nprocs=count, join=False, start_method="fork"
+        )
         while not begun.join(grace_period=_GRACE):
             pass
     except multiprocessing.ProcessExitedException as error:
         _end(error.error_index, count, error.exit_code)
+    except OSError as error:
+        raise ProcessError(
+            f"--processes {count}",
+            found=f"not all could be started ({error.strerror})",
+            do="Give fewer, or look at what this account may have (ulimit -n, ulimit -u) and at memory",
+        ) from error
     finally:
-        for one in begun.processes:
-            if one.is_alive():  # this process was told to end
-                one.terminate()
-        for one in begun.processes:
+        # All that there are, for where one could not be started nobody was given the others.
+        ours = [one for one in multiprocessing.active_children() if one not in before]
+        for one in ours:  # this process was told to end
+            one.terminate()
+        for one in ours:
             one.join(_GRACE)
             if one.is_alive():
                 one.kill()

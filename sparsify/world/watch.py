@@ -9,6 +9,7 @@ import signal
 import socket
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 from sparsify.errors import ProcessError
@@ -74,10 +75,14 @@ class Watch:
         deadline = time.monotonic() + 2 * _EVERY + 0.5
         while self._gone is None and time.monotonic() < deadline:
             time.sleep(0.05)
-        return self._gone or ProcessError(
-            f"process {self._rank} of {self._size}, {self.doing}",
-            found=f"the others cannot be reached ({found})",
-            do="Look at what they said last; the same command with --resume goes on from there",
+        return (
+            self._gone
+            or self._dead()
+            or ProcessError(
+                f"process {self._rank} of {self._size}, {self.doing}",
+                found=f"the others cannot be reached ({found})",
+                do="Look at what they said last; the same command with --resume goes on from there",
+            )
         )
 
     def _run(self) -> None:
@@ -128,6 +133,19 @@ class Watch:
                 )
         return None
 
+    def _dead(self) -> ProcessError | None:
+        """Another process of this machine that is there no more and could not say why."""
+        with contextlib.suppress(Exception), self._lock:
+            for rank in range(self._size):
+                beat = json.loads(self._store.get(f"beat/{rank}").decode())
+                if beat["host"] == socket.gethostname() and _is_gone(beat["pid"]) and not self._has_ended(rank):
+                    return ProcessError(
+                        f"process {rank} of {self._size}, {beat['doing']}",
+                        found="it is gone without a word: ended by a signal",
+                        do="Look at memory (a system that has none left ends processes); --resume goes on from there",
+                    )
+        return None
+
     def _hung(self, rank: int, beat: dict[str, Any]) -> ProcessError:
         if beat["host"] == socket.gethostname():
             # One that is stopped ends in no other way, and whoever started it waits for it.
@@ -149,3 +167,15 @@ class Watch:
         if self._stop.wait(_GRACE):
             return
         os._exit(1)
+
+
+def _is_gone(pid: int) -> bool:
+    """Whether no such process runs on this machine; what its parent has not asked after yet is gone too."""
+    try:
+        os.kill(pid, 0)
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except ProcessLookupError:
+        return True
+    except OSError:
+        return False  # another user's, or a system without /proc
+    return state[:1] in (["Z"], ["X"])

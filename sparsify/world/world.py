@@ -62,7 +62,7 @@ class World:
             raise ProcessError(
                 f"{self.size} processes",
                 found=f"{what} to share out among them: {len(items)}",
-                do=f"Take {len(items)} or fewer, or more {more}",
+                do=f"{f'Take {len(items)} or fewer' if len(items) > 1 else 'Take one process'}, or more {more}",
             )
         start, stop = self.bounds(len(items))
         return items[start:stop]

@@ -123,3 +123,15 @@ def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
         [sys.executable, "-m", "sparsify", "clean", tmp_path / "none"], capture_output=True, text=True, check=False
     )
     assert done.returncode == 1 and "No such file" in done.stderr
+
+
+def test_one_output_alone(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "removed 2 of 2" in clean(place / "b", "--yes")
+    assert {left.out.name for left in left_in(place)} == {"a", "c"}
+    monkeypatch.chdir(place)
+    assert "(wanda:2:4)" in clean("a") and "removed 1 of 1" in clean("a", "--yes")
+    # An output that is there, and a folder in which nothing is left.
+    assert "nothing is left" in clean("out")
+    for name in ("nobodys", ".mine"):
+        done = CliRunner().invoke(application("clean"), ["clean", name])
+        assert done.exit_code == 1 and "Name a folder, or an output" in done.output

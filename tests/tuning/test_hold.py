@@ -95,3 +95,23 @@ def test_weights_may_be_loaded_and_converted_meanwhile() -> None:
         model.double().float()
         learn(model, torch.optim.AdamW(model.parameters()))
     assert unchanged(before, model)
+
+
+def test_few_zeros_are_held_as_many_are() -> None:
+    """One weight pruned to a half, one to four in a hundred, and one that has a single zero beside them."""
+    model = build("llama").train()
+    layer = model.model.layers[0]
+    for weight, share in ((layer.mlp.up_proj.weight, 0.5), (layer.mlp.down_proj.weight, 0.04)):
+        weight.data.masked_fill_(torch.rand(weight.shape, generator=torch.Generator().manual_seed(0)) < share, 0)
+    layer.self_attn.q_proj.weight.data[3, 5] = 0
+    before = zeros(model)
+    with sparsify.hold_zeros(model) as held:
+        learn(model, torch.optim.AdamW(model.parameters(), lr=1e-2))
+    assert len(held.kept) == 3 and unchanged(before, model)
+
+
+def test_one_zero_of_a_dense_model_is_chance() -> None:
+    model = build("llama")
+    model.model.layers[0].mlp.up_proj.weight.data[0, 0] = 0
+    with pytest.raises(SpecError, match="nothing is pruned"), sparsify.hold_zeros(model):
+        pass

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import copy
 import io
+import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers as hf
 from support.held import learn, pruned, unchanged, zeros
 from torch import nn
 
@@ -111,3 +114,31 @@ def test_what_is_merged_by_hand_is_told() -> None:
     layer = model.base_model.model.model.layers[0].mlp.up_proj
     with pytest.raises(VerifyError, match="up_proj"), sparsify.hold_zeros(model):
         layer.get_base_layer().weight.data += layer.get_delta_weight("0")
+
+
+def test_adapters_that_are_not_merged_when_it_ends_are_told_of() -> None:
+    wrapped = wrap(pruned())
+    told = "weights are held no longer, and adapters .* within hold_zeros"
+    with pytest.warns(RuntimeWarning, match=told), sparsify.hold_zeros(wrapped):
+        pass
+    with warnings.catch_warnings(), sparsify.hold_zeros(wrapped):
+        warnings.simplefilter("error")
+        wrapped.merge_adapter()
+
+
+def test_after_the_trainer_they_are_merged_under_the_mask(tmp_path: Path) -> None:
+    """As everybody does it: train, then merge_and_unload."""
+    pytest.importorskip("accelerate")
+    model = pruned()
+    before, wrapped, hold = zeros(model), wrap(model), sparsify.HoldZeros()
+    rows = [{"input_ids": torch.randint(3, 60, (8,)), "labels": torch.randint(3, 60, (8,))} for _ in range(4)]
+    said = hf.TrainingArguments(
+        output_dir=str(tmp_path), max_steps=2, use_cpu=True, report_to=[], save_strategy="no", learning_rate=1e-2
+    )
+    hf.Trainer(model=wrapped, args=said, train_dataset=rows, callbacks=[hold]).train()
+    merged = wrapped.merge_and_unload()
+    assert unchanged(before, merged) and not torch.equal(up(merged), up(pruned()))
+    hold.close()
+    merged.requires_grad_(True)
+    learn(merged, torch.optim.SGD(merged.parameters(), lr=1e-2))
+    assert not unchanged(before, merged)

@@ -17,6 +17,8 @@ from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
 import sparsify
+from sparsify.errors import CheckpointError
+from sparsify.tuning.tune import tune as run_tuning
 
 pytest.importorskip("peft")
 
@@ -102,3 +104,8 @@ def test_targets_of_a_fused_layer(here: Path, tmp_path: Path) -> None:
 def test_nothing_to_go_on_from(here: Path, tmp_path: Path) -> None:
     done = tune(here, tmp_path / "out", "--resume")
     assert done.returncode == 1 and "no state to read there" in " ".join(done.stderr.split())
+
+
+def test_nothing_to_go_on_from_is_said_before_anything_is_read(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no state to read there"):
+        run_tuning(tmp_path / "no model", "no data", tmp_path / "out", resume=True)

@@ -60,3 +60,26 @@ def test_far_more_than_cores_are_refused_before_one_is_started():
     cores = len(os.sched_getaffinity(0))
     with pytest.raises(ProcessError, match=f"--processes {max(cores, 8) + 1}: {cores} cores.*at most {cores}"):
         launch(max(cores, 8) + 1, ["--version"], lambda: None)
+
+
+FEW_FILES = """
+import resource
+resource.setrlimit(resource.RLIMIT_NOFILE, (90, 90))
+from sparsify.errors import ProcessError
+from sparsify.world import launch
+
+def main():
+    import time
+    time.sleep(600)
+
+launch._FEW = 100
+try:
+    launch.launch(100, ["--version"], main)
+except ProcessError as error:
+    print(error)
+"""
+
+
+def test_where_not_all_can_be_started_none_goes_on():
+    (said,) = _said(FEW_FILES)
+    assert "--processes 100: not all could be started (Too many open files)" in said

@@ -80,7 +80,8 @@ def agree_on_data(data: Calibration | None, world: World) -> None:
         return
     world.agree({"calibration data": None if data is None else data.digest})
     if data is not None:
-        world.share(data.batches, "calibration batches")
+        rows = max((len(next(iter(batch.values()))) for batch in data.batches), default=1)
+        world.share(data.batches, "calibration batches", f"--samples: a batch is {rows} such sequences")
 
 
 def told_of(world: World, runs: Sequence[PassRun], *, timed: bool) -> dict[str, Any]:
