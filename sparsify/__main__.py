@@ -10,6 +10,7 @@ from sparsify.cli.ending import at_once
 
 
 def _command_line() -> None:
+    # Loaded only now: what it loads registers for the end of the process, which at_once does before.
     from sparsify.cli.main import main
 
     main()

@@ -137,7 +137,7 @@ def _look(path: Path, *, ours: bool = False) -> Left | None:
     named = _OURS.fullmatch(path.name)
     if named is None:
         return None
-    out = path.with_name(named["out"] or named["locked"])
+    out = out_of(path)
     kind: Any = named["kind"] or "lock"
     left = Left(path, out, kind, _size(path))
     if kind == "unfinished":

@@ -253,7 +253,7 @@ def is_pruned(kept: Tensor) -> bool:
     return int(kept.numel() - kept.count_nonzero()) >= max(1, _CHANCE * kept.numel())
 
 
-def held(kept: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+def to_hold(kept: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
     """Of weights by name, True where an entry is not zero, those whose zeros training has to hold: all that have some,
     where any was pruned. What is zero throughout (LoRA's B before it is trained) holds nothing."""
     found = {name: mask for name, mask in kept if mask.any() and not mask.all()}

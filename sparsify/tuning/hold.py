@@ -23,7 +23,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import TrainerCallback
 
 from sparsify.errors import SpecError, VerifyError
-from sparsify.method.selection import held
+from sparsify.method.selection import to_hold
 from sparsify.tuning.masks import broken_zeros
 
 
@@ -70,10 +70,10 @@ def hold_zeros(model: nn.Module) -> Iterator[Held]:
     16
     """
     with ExitStack() as stack:
-        own = _hold(model, stack, stack)
-        yield own
-        _check_held(model, own)
-        if unmerged := sum(not getattr(part, "merged", True) for part in _adapted(model, own)):
+        held = _hold(model, stack, stack)
+        yield held
+        _check_held(model, held)
+        if unmerged := sum(not getattr(part, "merged", True) for part in _adapted(model, held)):
             warnings.warn(
                 f"the zeros of {unmerged} weights are held no longer, and adapters on them are not merged: merged now "
                 "they fill the zeros. Merge them (merge_and_unload) within hold_zeros",
@@ -130,11 +130,11 @@ def _hold(model: nn.Module, stack: ExitStack, merging: ExitStack) -> Held:
     if not isinstance(model, nn.Module):
         raise SpecError("holding zeros", found=f"{type(model).__name__}, no torch module", do="Give the model")
     _check_whole(model)
-    own = _find(model)
+    held = _find(model)
     watched = weakref.ref(model)
-    for name, parameter in own.parameters.items():
+    for name, parameter in held.parameters.items():
         if parameter.requires_grad:
-            stack.callback(parameter.register_hook(_masking(own.kept[name])).remove)
+            stack.callback(parameter.register_hook(_masking(held.kept[name])).remove)
     checked: list[bool] = []
 
     def after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
@@ -143,17 +143,17 @@ def _hold(model: nn.Module, stack: ExitStack, merging: ExitStack) -> Held:
                 # It may have been sharded since: what is held would be parameters that nobody trains.
                 _check_whole(still)
                 checked.append(True)
-            _check_there(still, own)
-            own.apply()
+            _check_there(still, held)
+            held.apply()
 
     stack.callback(register_optimizer_step_post_hook(after_step).remove)
     for part in model.modules():
-        _mask_merging(part, own, merging)
+        _mask_merging(part, held, merging)
     # Adapters may be added meanwhile.
     stack.callback(
-        register_module_module_registration_hook(lambda _, __, part: _mask_merging(part, own, merging)).remove
+        register_module_module_registration_hook(lambda _, __, part: _mask_merging(part, held, merging)).remove
     )
-    return own
+    return held
 
 
 def _check_held(model: nn.Module, held: Held) -> None:
@@ -183,7 +183,7 @@ def _find(model: nn.Module) -> Held:
         for name, parameter in model.named_parameters()
         if parameter.dim() > 1 and parameter.is_floating_point() and id(parameter) not in tables
     }
-    kept = held((name, parameter.detach() != 0) for name, parameter in found.items())
+    kept = to_hold((name, parameter.detach() != 0) for name, parameter in found.items())
     if not kept:
         raise SpecError(
             "holding the zeros of a model",

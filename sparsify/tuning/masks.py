@@ -9,13 +9,13 @@ from torch import Tensor
 from sparsify.analysis.linear import find_sites
 from sparsify.errors import VerifyError
 from sparsify.ir.program import Program
-from sparsify.method.selection import held
+from sparsify.method.selection import to_hold
 
 
 def masks_of(program: Program) -> dict[str, Tensor]:
     """Parameter -> True where a linear weight is kept; of those that have zeros, where any was pruned."""
     names = dict.fromkeys(site.parameter for site in find_sites(program)[0])
-    return held((name, program.weights.read(name) != 0) for name in names)
+    return to_hold((name, program.weights.read(name) != 0) for name in names)
 
 
 def check_masks(weights: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> None:

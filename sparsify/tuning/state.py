@@ -150,23 +150,19 @@ class TuneState:
 
     def _read(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """What :meth:`save` wrote, both files held against their digests."""
-        if not (self.folder / _STATE).exists():
-            raise _nothing(self.folder)
+        _check_there(self.folder)
         try:
             content = read_json(self.folder / _STATE, _MOST)
             written = content.get("digests")
             if not isinstance(written, dict) or written.get("manifest") != digest_of_manifest(content):
-                raise self._unread(f"{_STATE} is not what was written")
+                raise _unread(self.folder, f"{_STATE} is not what was written")
             if written.get("tensors") != digest_of_span(admit(self.folder / _TENSORS)):
-                raise self._unread(f"{_TENSORS} is not what was written")
+                raise _unread(self.folder, f"{_TENSORS} is not what was written")
             return content, load_file(self.folder / _TENSORS)
         except CheckpointError as error:
-            raise self._unread(error.found) from error
+            raise _unread(self.folder, error.found) from error
         except (OSError, EOFError, SafetensorError) as error:
-            raise self._unread(f"a state that cannot be read ({error})") from error
-
-    def _unread(self, found: str) -> CheckpointError:
-        return CheckpointError(f"resuming from {self.folder}", found=found, do="Begin without --resume")
+            raise _unread(self.folder, f"a state that cannot be read ({error})") from error
 
     def _load(self) -> None:
         content, tensors = self._read()
@@ -198,9 +194,13 @@ def check_resumable(out: Path) -> None:
     """Raises:
     CheckpointError: nothing of an interrupted run to ``out`` is there.
     """
-    if not (_folder(out) / _STATE).exists():
-        raise _nothing(_folder(out))
+    _check_there(_folder(out))
 
 
-def _nothing(folder: Path) -> CheckpointError:
-    return CheckpointError(f"resuming from {folder}", found="no state to read there", do="Begin without --resume")
+def _check_there(folder: Path) -> None:
+    if not (folder / _STATE).exists():
+        raise _unread(folder, "no state to read there")
+
+
+def _unread(folder: Path, found: str) -> CheckpointError:
+    return CheckpointError(f"resuming from {folder}", found=found, do="Begin without --resume")

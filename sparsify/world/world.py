@@ -59,10 +59,11 @@ class World:
             ProcessError: there are fewer than processes.
         """
         if len(items) < self.size:
+            fewer = f"{len(items)} or fewer" if len(items) > 1 else "one process"
             raise ProcessError(
                 f"{self.size} processes",
                 found=f"{what} to share out among them: {len(items)}",
-                do=f"{f'Take {len(items)} or fewer' if len(items) > 1 else 'Take one process'}, or more {more}",
+                do=f"Take {fewer}, or more {more}",
             )
         start, stop = self.bounds(len(items))
         return items[start:stop]
